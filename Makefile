@@ -1,0 +1,60 @@
+# make demo    the main job on photographs: parity, images/s, plot (IMAGES=DIR for your own)
+# make test    build, then run the tests (PYTEST_ARGS="-n 2 -k parity")
+# make lint    ruff, clang-format, mypy
+# make bench   op benchmarks and the whole family into benchmarks/results, then tables and plots
+# make build   .venv with the pinned requirements and the package in it, editable
+# make clean   remove what was built (.venv stays; remove it by hand to start afresh)
+
+PYTHON ?= python3
+VENV ?= .venv
+IMAGES ?=
+OUT ?= build/demo
+PYTEST_ARGS ?=
+RESULTS := benchmarks/results
+
+PY := $(VENV)/bin/python
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint bench clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+# Stamps: a second run installs and builds only when the files they were made from have changed.
+$(VENV)/requirements.stamp: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2])' || \
+	  { echo "make: $(PYTHON) must be Python 3.10 or later; choose one: make PYTHON=python3.12"; exit 1; }
+	@$(VENV)/bin/pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+	  { echo "make: $(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PY) -m pip install --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(wildcard csrc/*)
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@$(PY) -c 'from fused_resnet import native; print("build:", native.load() or "native kernels")'
+	@touch $@
+
+build: $(VENV)/build.stamp
+
+demo: build
+	$(VENV)/bin/fused-resnet demo --out "$(OUT)" $(if $(IMAGES),--images "$(IMAGES)")
+
+test: build
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/requirements.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(PY) -m mypy
+
+bench: build
+	$(PY) -m pytest benchmarks --override-ini 'python_files=bench_*.py' $(PYTEST_ARGS)
+	$(PY) benchmarks/bench_resnet.py --out $(RESULTS)
+	$(PY) benchmarks/plot.py
+
+clean:
+	rm -rf build dist *.egg-info fused_resnet/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(VENV)/build.stamp
+	find fused_resnet tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

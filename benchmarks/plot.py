@@ -1,0 +1,196 @@
+"""Makes the README's tables, and a plot beside every results file, from benchmarks/results/*.json.
+
+    python benchmarks/plot.py            write them
+    python benchmarks/plot.py --check    exit 1 where the README's tables are not up to date
+
+A table stands in the README between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is the first
+part of a results file's name, <bench>-<device>; of several torch versions the latest date is shown.
+Nothing in such a table is ever typed in: a cell without a measurement says "not yet measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
+
+HERE = Path(__file__).resolve().parent
+MISSING = "not yet measured"
+MARKED = re.compile(r"(<!-- table:(?P<name>[\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+# The cells a whole-model table has, measured or not: models and contenders for each bench.
+EXPECTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "demo": (("resnet18", "resnet50"), ("eager", "eager-channels_last", "compile", "fused")),
+    "resnet": (MODELS, FAMILY_CONTENDERS),
+}
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """{NAME: content} of the latest file of each name; whole-model and pytest-benchmark files."""
+    latest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        name = re.sub(r"-torch[^-]*$", "", path.stem)
+        content = {"path": path, **json.loads(path.read_text())}
+        if name not in latest or date(content) >= date(latest[name]):
+            latest[name] = content
+    return latest
+
+
+def date(content: dict[str, Any]) -> str:
+    return content.get("date") or content.get("datetime") or ""
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first column is left-aligned, the others right-aligned."""
+    lines = [" | ".join(header), " | ".join([":--", *["--:"] * (len(header) - 1)])]
+    lines += [" | ".join(row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def make_table(name: str, content: dict[str, Any] | None) -> str:
+    """The markdown of table NAME from its results, or with every cell missing."""
+    if content is not None and "benchmarks" in content:
+        return op_table(content)
+    bench = name.rsplit("-", 1)[0]
+    if content is None and bench not in EXPECTED:
+        return f"{MISSING}\n"
+    return model_table(bench, content)
+
+
+def model_table(bench: str, content: dict[str, Any] | None) -> str:
+    """images/s of every contender, one row per model, batch and dtype."""
+    cases = content["cases"] if content else []
+    found = {(c["model"], c["batch"], c["dtype"], c["mode"]): c for c in cases}
+    models, contenders = EXPECTED.get(bench, ((), ()))
+    grid = [(m, batch, dtype, "infer") for m in models for batch in BATCHES for dtype in DTYPES]
+    keys = list(dict.fromkeys([*grid, *found]))
+    measured = {name for case in cases for name in case["contenders"]}
+    names = list(dict.fromkeys([*contenders, *(n for c in cases for n in c["contenders"])]))
+    names = [n for n in names if n != "fused"] + ["fused"]
+    header = ["images/s", *names, "fused over better eager"]
+    if "compile" in measured:
+        header.append("fused over compile")
+    rows = [model_row(key, found.get(key), names, "compile" in measured) for key in keys]
+    return f"{markdown(header, rows)}\n\n{caption(content)}\n"
+
+
+def model_row(
+    key: tuple[str, int, str, str],
+    case: dict[str, Any] | None,
+    names: Sequence[str],
+    compiled: bool,
+) -> list[str]:
+    model, batch, dtype, mode = key
+    label = f"{model}, batch {batch}, {dtype}" + (", training" if mode == "train" else "")
+    contenders = case["contenders"] if case else {}
+    cells = [
+        f"{contenders[n]['images_per_s']:.1f}" if n in contenders else missing(case, n)
+        for n in names
+    ]
+    eager = case["better_eager"] if case else None
+    cells.append(speedup(contenders, "fused", eager))
+    if compiled:
+        cells.append(speedup(contenders, "fused", "compile"))
+    return [label, *cells]
+
+
+def missing(case: dict[str, Any] | None, name: str) -> str:
+    """Why a cell is empty: the contender cannot run the case, or nobody has measured it."""
+    reason = case["skipped"].get(name, "") if case else ""
+    return "-" if "has no " in reason or " only" in reason else MISSING
+
+
+def speedup(contenders: dict[str, Any], name: str, other: str | None) -> str:
+    """Median over the rounds of other's time / name's time, with half its interquartile range."""
+    from fused_resnet.bench import pair_ratio
+
+    if name not in contenders or other not in contenders:
+        return MISSING
+    ratio, spread = pair_ratio(contenders[other]["times_ms"], contenders[name]["times_ms"])
+    return f"{ratio:.2f} ± {spread / 2:.2f}"
+
+
+def caption(content: dict[str, Any] | None) -> str:
+    if content is None:
+        return f"Whole-model benchmark: {MISSING}."
+    machine = content["machine"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {content['threads']} threads"
+    limits = ", ".join(
+        f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in content["limits"]["flops"].items()
+    )
+    rounds = [case["rounds"] for case in content["cases"]]
+    return (
+        f"{where}, torch {content['torch']}, commit {content['commit'] or 'unknown'}, "
+        f"{content['date'][:10]}: medians of {min(rounds)} to {max(rounds)} rounds in which the "
+        f"contenders take turns, speed-ups pair by pair with half their interquartile range. "
+        f"Best matrix product in the same run: {limits}; "
+        f"copy {content['limits']['copy_bytes_per_s'] / 1e9:.0f} GB/s. "
+        f"From `{content['path'].name}`."
+    )
+
+
+def op_table(content: dict[str, Any]) -> str:
+    """A pytest-benchmark file: median and spread of each benchmark, and its extra figures."""
+    benchmarks = content["benchmarks"]
+    extras = list(dict.fromkeys(k for b in benchmarks for k in b.get("extra_info", {})))
+    rows = [
+        [
+            b["name"],
+            f"{b['stats']['median'] * 1e3:.3f}",
+            f"{b['stats']['iqr'] * 1e3 / 2:.3f}",
+            *(number(b.get("extra_info", {}).get(key)) for key in extras),
+        ]
+        for b in benchmarks
+    ]
+    machine = content.get("machine_info", {}).get("cpu", {}).get("brand_raw", "")
+    text = f"{machine or 'machine unknown'}, {date(content)[:10]}. From `{content['path'].name}`."
+    return f"{markdown(['benchmark', 'median ms', '±', *extras], rows)}\n\n{text}\n"
+
+
+def number(value: Any) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def fill_readme(text: str, results: dict[str, dict[str, Any]]) -> str:
+    """`text` with every marked table made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"{match[1]}{make_table(name, results.get(name))}{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="README tables and plots from results files.")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
+    args = parser.parse_args()
+    results = read_results(args.results)
+    before = args.readme.read_text()
+    after = fill_readme(before, results)
+    if args.check:
+        if before != after:
+            sys.exit(f"{args.readme} is not up to date: run python benchmarks/plot.py")
+        return
+    if before != after:
+        args.readme.write_text(after)
+    print(f"{args.readme}: {len(MARKED.findall(after))} tables")
+    for content in results.values():
+        if "cases" in content:
+            from fused_resnet.report import plot_bench
+
+            print(plot_bench(content, content["path"].with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+// What every op's host code shares: argument checks, memory layout, dtypes, splitting work over
+// threads, and (in CUDA files) the device guard and launch check. Only libtorch's stable ABI.
+#pragma once
+
+// libtorch 2.11: what is built against any release from there on runs with every one from there on.
+// Defined here and not for the whole build, since pybind11's headers refuse it.
+#define TORCH_TARGET_VERSION 0x020b000000000000
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace fused_resnet {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Throws std::runtime_error, RuntimeError in Python, with the given words and nothing else: the
+// stable ABI's own check puts the C++ file and line before the message.
+template <typename... Words>
+inline void check(bool condition, const Words&... words) {
+  if (__builtin_expect(!condition, 0)) {
+    std::ostringstream message;
+    (message << ... << words);
+    throw std::runtime_error(message.str());
+  }
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '(';
+  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline std::string strides_of(const Tensor& t) {
+  std::ostringstream out;
+  out << '(';
+  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.stride(d);
+  out << (t.dim() == 1 ? ",)" : ")");
+  return out.str();
+}
+
+inline const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+// The column of a kernel table (cpu_kernels.h), and the index of a dtype switch in CUDA code.
+enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+constexpr int kDtypes = 4;
+
+inline DtypeIndex dtype_index(const char* op, const char* argument, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    case ScalarType::Double:
+      return kFloat64;
+    default:
+      check(false, op, ": ", argument, " must be float32, bfloat16, float16 or float64, got ",
+            name_of(t.scalar_type()));
+      return kFloat32;
+  }
+}
+
+// True when the elements fill one gapless stretch of memory, in any order of the dimensions.
+inline bool is_dense(const Tensor& t) {
+  std::vector<std::array<int64_t, 2>> dims;  // (stride, size), innermost first
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    if (t.size(d) == 0) return true;
+    if (t.size(d) > 1) dims.push_back({t.stride(d), t.size(d)});
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// `t` must be another tensor's twin: same shape, dtype, device and strides, so that one flat index
+// addresses both. The strides of dimensions of size 1 carry no meaning and are not compared.
+inline void check_same_layout(const char* op, const char* argument, const Tensor& t,
+                              const char* model_name, const Tensor& model) {
+  check(t.scalar_type() == model.scalar_type(), op, ": ", argument, " must have ", model_name,
+        "'s dtype ", name_of(model.scalar_type()), ", got ", name_of(t.scalar_type()));
+  bool same_shape = t.dim() == model.dim();
+  for (int64_t d = 0; same_shape && d < t.dim(); ++d) same_shape = t.size(d) == model.size(d);
+  check(same_shape, op, ": ", argument, " must have ", model_name, "'s shape ", shape_of(model),
+        ", got ", shape_of(t));
+  check(t.is_cuda() == model.is_cuda() && t.is_cpu() == model.is_cpu() &&
+            t.get_device_index() == model.get_device_index(),
+        op, ": ", argument, " must be on ", model_name, "'s device");
+  bool same_strides = true;
+  for (int64_t d = 0; t.numel() > 0 && d < t.dim(); ++d)
+    same_strides &= t.size(d) <= 1 || t.stride(d) == model.stride(d);
+  check(same_strides, op, ": ", argument, " must have ", model_name, "'s strides ",
+        strides_of(model), ", got ", strides_of(t));
+}
+
+inline void check_dense(const char* op, const char* argument, const Tensor& t) {
+  check(is_dense(t), op, ": ", argument,
+        " must be dense (contiguous or channels_last), got strides ", strides_of(t), " for shape ",
+        shape_of(t));
+}
+
+// A per-channel vector: contiguous, (C,), float32 (float64 beside float64 data).
+inline void check_channel_vector(const char* op, const char* argument, const Tensor& t, int64_t C,
+                                 ScalarType dtype, const Tensor& x) {
+  check(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == C, op, ": ", argument, " must be ",
+        name_of(dtype), " of shape (", C, ",), got ", name_of(t.scalar_type()), " of shape ",
+        shape_of(t));
+  check(C <= 1 || t.stride(0) == 1, op, ": ", argument, " must be contiguous, got stride ",
+        t.stride(0));
+  check(t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() &&
+            t.get_device_index() == x.get_device_index(),
+        op, ": ", argument, " must be on x's device");
+}
+
+// How a kernel walks a dense (N, C, H, W) tensor:
+//   channels_last: rows of C values, N*H*W of them;
+//   contiguous: planes of H*W values, N*C of them, the channel changing from plane to plane.
+struct Layout4d {
+  int64_t N, C, HW;
+  bool channels_last;
+};
+
+inline Layout4d layout_of(const char* op, const Tensor& x) {
+  check(x.dim() == 4, op, ": x must have shape (N, C, H, W), got ", shape_of(x));
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  const auto strides_are = [&](int64_t n, int64_t c, int64_t h, int64_t w) {
+    return (N <= 1 || x.stride(0) == n) && (C <= 1 || x.stride(1) == c) &&
+           (H <= 1 || x.stride(2) == h) && (W <= 1 || x.stride(3) == w);
+  };
+  const bool empty = x.numel() == 0;
+  const bool rows = empty || strides_are(C * H * W, 1, W * C, C);
+  const bool planes = empty || strides_are(C * H * W, H * W, W, 1);
+  check(rows || planes, op, ": x must be contiguous or channels_last, got strides ", strides_of(x),
+        " for shape ", shape_of(x));
+  // One channel is both: long planes vectorise, rows of one value do not.
+  return {N, C, H * W, rows && !(planes && C == 1)};
+}
+
+// Fresh memory for an output is paid for in page faults: writing 100 MB through 4 KiB pages costs
+// several times the arithmetic of a fused kernel. Where the system lets a program ask for huge
+// pages (transparent_hugepage=madvise), ask, for the part of a large output that fills them.
+inline void advise_huge_pages(const Tensor& output, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t huge_page_bytes = uintptr_t{1} << 21;
+  if (bytes < int64_t{2} << 21) return;
+  const auto begin = reinterpret_cast<uintptr_t>(output.data_ptr());
+  const uintptr_t first = (begin + huge_page_bytes - 1) & ~(huge_page_bytes - 1);
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(huge_page_bytes - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)output;
+  (void)bytes;
+#endif
+}
+
+constexpr int64_t kLineBytes = 64;
+
+// Whether an output is written past the caches: when it is too large for its reader to find it
+// there, and starts on a cache line. A cached store reads the line it overwrites first.
+inline bool streams_past_caches(const void* p, int64_t bytes) {
+  constexpr int64_t large_bytes = int64_t{1} << 24;
+  return p && bytes >= large_bytes && reinterpret_cast<uintptr_t>(p) % kLineBytes == 0;
+}
+
+// An uninitialised CPU tensor with x's shape, strides and dtype.
+inline Tensor empty_output_like(const Tensor& x) {
+  Tensor y = torch::stable::empty_like(x);
+  if (y.is_cpu()) advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
+  return y;
+}
+
+// Runs body(task, begin, end) for `tasks` consecutive pieces of [0, total), each a multiple of
+// `granule` long but the last. The pieces depend on total and the thread count alone, so sums that
+// are merged piece by piece come out the same every time.
+struct Split {
+  int64_t total, tasks, piece;
+  Split(int64_t total, int64_t granule, int64_t smallest_piece) : total(total) {
+    const int64_t threads = torch::stable::get_num_threads();
+    tasks = std::clamp<int64_t>(total / std::max<int64_t>(smallest_piece, 1), 1, threads);
+    piece = (total + tasks - 1) / tasks;
+    piece = std::max<int64_t>((piece + granule - 1) / granule * granule, 1);
+    tasks = (total + piece - 1) / piece;
+  }
+  template <typename Body>
+  void run(const Body& body) const {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+      for (int64_t task = first; task < last; ++task)
+        body(task, task * piece, std::min(total, (task + 1) * piece));
+    });
+  }
+};
+
+}  // namespace fused_resnet

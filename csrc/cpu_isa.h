@@ -1,0 +1,58 @@
+// The body of cpu_avx512.cpp, cpu_avx2.cpp and cpu_generic.cpp: every CPU kernel, compiled for the
+// instruction set FR_ISA with vectors of FR_VECTOR_BYTES. FR_TARGET, where given, is the list of
+// instruction set extensions, switched on after the system's headers so that nothing from them is
+// compiled for a machine that may lack it.
+
+#include <stdint.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu_kernels.h"
+
+#define FR_STRING(x) #x
+#if defined(FR_TARGET) && defined(__clang__)
+#define FR_PRAGMA(x) _Pragma(FR_STRING(x))
+FR_PRAGMA(clang attribute push(__attribute__((target(FR_TARGET))), apply_to = function))
+#elif defined(FR_TARGET)
+#define FR_PRAGMA(x) _Pragma(FR_STRING(x))
+FR_PRAGMA(GCC target(FR_TARGET))
+#endif
+
+namespace fused_resnet {
+namespace FR_ISA {
+namespace {
+
+#include "add_relu_kernels.h"
+#include "bn_add_relu_kernels.h"
+#include "max_pool2d_kernels.h"
+
+}  // namespace
+
+#define FR_ALL_DTYPES(kernel) {kernel<Float32>, kernel<BFloat16>, kernel<Float16>, kernel<Float64>}
+
+extern const CpuKernels kernels;
+const CpuKernels kernels = {
+    FR_ISA_NAME,
+    FR_ALL_DTYPES(add_relu),
+    FR_ALL_DTYPES(add_relu_backward),
+    FR_ALL_DTYPES(bn_stats_rows),
+    FR_ALL_DTYPES(bn_stats_planes),
+    FR_ALL_DTYPES(bn_stats_rows_double),
+    FR_ALL_DTYPES(bn_stats_planes_double),
+    FR_ALL_DTYPES(bn_apply_rows),
+    FR_ALL_DTYPES(bn_apply_planes),
+    FR_ALL_DTYPES(bn_reduce_rows),
+    FR_ALL_DTYPES(bn_reduce_planes),
+    FR_ALL_DTYPES(bn_backward_rows),
+    FR_ALL_DTYPES(bn_backward_planes),
+    FR_ALL_DTYPES(max_pool2d),
+    {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
+};
+
+}  // namespace FR_ISA
+}  // namespace fused_resnet
+
+#if defined(FR_TARGET) && defined(__clang__)
+#pragma clang attribute pop
+#endif

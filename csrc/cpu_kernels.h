@@ -1,0 +1,89 @@
+// The CPU kernels' table: plain functions on ranges of memory, compiled once per instruction set
+// (cpu_avx512.cpp, cpu_avx2.cpp, cpu_generic.cpp) and chosen once at run time. They know nothing of
+// torch or threads; the *_cpu.cpp files check arguments, allocate and split the work.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_resnet {
+
+// A dense (N, C, H, W) tensor cut for a kernel. Rows (channels_last): row i holds `period` values,
+// column j is a channel. Planes (contiguous): every (n, c) plane of `plane` values is cut into
+// `segments` pieces of `segment` values (the last may be shorter); item i is piece i % segments of
+// plane i / segments, whose channel is (i / segments) % period.
+struct Walk {
+  int64_t period;    // rows: values per row; planes: C
+  int64_t plane;     // planes only: H*W
+  int64_t segments;  // planes only
+  int64_t segment;   // planes only
+};
+
+// Training BN, all shapes in elements: x, residual, y (N, C, H, W); per-channel arrays (period,),
+// padded with zeros to a multiple of 16. `acc` is float, or double for float64 data.
+struct BnForward {
+  Walk walk;
+  const void* x;
+  const void* residual;  // or null
+  void* y;
+  const void* mean;   // acc (period,)
+  const void* scale;  // acc (period,): weight * invstd
+  const void* shift;  // acc (period,): bias, less what rounding took off the mean, times scale
+  bool relu;
+  bool stream;  // write past the caches; y is then aligned to 64 bytes, rows and segments too
+};
+
+struct BnBackward {
+  Walk walk;
+  const void* dy;
+  const void* x;
+  const void* y;     // null when no mask is applied
+  void* dresidual;   // reduction: where g = masked dy goes, or null
+  void* dx;          // apply
+  const void* mean;  // acc (period,)
+  // apply, acc (period,): dx = scale * ((g - g_mean) - slope * (x - mean))
+  const void* g_mean;
+  const void* slope;
+  const void* scale;
+  bool stream;
+};
+
+struct MaxPool {
+  const void* x;  // (N, H, W, C) in memory
+  void* y;        // (N, P, Q, C) in memory
+  int64_t C, H, W, P, Q;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+// One column per dtype, in the order of DtypeIndex: float32, bfloat16, float16, float64.
+struct CpuKernels {
+  const char* isa;
+  void (*add_relu[4])(const void* x, const void* residual, void* y, int64_t n, bool stream);
+  void (*add_relu_backward[4])(const void* dy, const void* y, void* dx, int64_t n, bool stream);
+  // s1 += sum(x - centre), s2 += sum((x - centre)^2), all double (period,)
+  void (*bn_stats_rows[4])(const Walk&, const void* x, int64_t begin, int64_t end,
+                           const double* centre, double* s1, double* s2);
+  void (*bn_stats_planes[4])(const Walk&, const void* x, int64_t begin, int64_t end,
+                             const double* centre, double* s1, double* s2);
+  // The same in double arithmetic: for float64, and where float32 sums overflowed.
+  void (*bn_stats_rows_double[4])(const Walk&, const void* x, int64_t begin, int64_t end,
+                                  const double* centre, double* s1, double* s2);
+  void (*bn_stats_planes_double[4])(const Walk&, const void* x, int64_t begin, int64_t end,
+                                    const double* centre, double* s1, double* s2);
+  void (*bn_apply_rows[4])(const BnForward&, int64_t begin, int64_t end);
+  void (*bn_apply_planes[4])(const BnForward&, int64_t begin, int64_t end);
+  // sum_g += sum(g), sum_gx += sum(g * (x - mean)), double (period,)
+  void (*bn_reduce_rows[4])(const BnBackward&, int64_t begin, int64_t end, double* sum_g,
+                            double* sum_gx);
+  void (*bn_reduce_planes[4])(const BnBackward&, int64_t begin, int64_t end, double* sum_g,
+                              double* sum_gx);
+  void (*bn_backward_rows[4])(const BnBackward&, int64_t begin, int64_t end);
+  void (*bn_backward_planes[4])(const BnBackward&, int64_t begin, int64_t end);
+  // rows [begin, end) of the N*P rows of output pixels
+  void (*max_pool2d[4])(const MaxPool&, int64_t begin, int64_t end);
+  double (*abs_max[4])(const void* x, int64_t n);
+};
+
+// The table for this machine, chosen on the first call.
+const CpuKernels& cpu_kernels();
+
+}  // namespace fused_resnet

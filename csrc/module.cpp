@@ -1,0 +1,72 @@
+// The Python module fused_resnet._C: what was built. Importing it registers the ops, which the
+// other files do through the dispatcher; tensors never pass through here.
+#include <pybind11/pybind11.h>
+
+#include "cpu_kernels.h"
+#include "kernel_list.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["cxx_flags"] = FUSED_RESNET_CXX_FLAGS;
+  info["torch_version"] = FUSED_RESNET_TORCH;
+  info["torch_target_version"] = "2.11";
+#if defined(FUSED_RESNET_WITH_CUDA)
+  info["cuda_version"] = fused_resnet::cuda_toolkit_version();
+  info["cuda_archs"] = FUSED_RESNET_CUDA_ARCHS;
+#else
+  info["cuda_version"] = py::none();
+  info["cuda_archs"] = py::none();
+#endif
+  info["cpu_isa"] = fused_resnet::cpu_kernels().isa;
+  return info;
+}
+
+py::list kernels() {
+  py::list list;
+  for (const char* name : {"add_relu", "add_relu_backward", "bn_add_relu", "bn_add_relu_backward",
+                           "max_pool2d", "abs_max"}) {
+    py::dict entry;
+    entry["name"] = name;
+    entry["device"] = "cpu";
+    entry["arch"] = fused_resnet::cpu_kernels().isa;
+    entry["registers"] = py::none();
+    entry["shared_bytes"] = py::none();
+    list.append(entry);
+  }
+#if defined(FUSED_RESNET_WITH_CUDA)
+  for (const fused_resnet::CudaKernel& kernel : fused_resnet::cuda_kernels()) {
+    py::dict entry;
+    entry["name"] = kernel.name;
+    entry["device"] = "cuda";
+    entry["arch"] = kernel.binary_version < 0 ? py::object(py::str(FUSED_RESNET_CUDA_ARCHS))
+                                              : py::object(py::int_(kernel.binary_version));
+    entry["registers"] =
+        kernel.registers < 0 ? py::object(py::none()) : py::object(py::int_(kernel.registers));
+    entry["shared_bytes"] = kernel.shared_bytes < 0 ? py::object(py::none())
+                                                    : py::object(py::int_(kernel.shared_bytes));
+    list.append(entry);
+  }
+#endif
+  return list;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What the native build of fused_resnet contains; importing it registers the ops.";
+  m.def("build_info", &build_info, "Compiler, flags, versions and the CPU instruction set in use.");
+  m.def("kernels", &kernels,
+        "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
+        "this asks the CUDA runtime, which initialises it.");
+}

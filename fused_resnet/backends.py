@@ -1,0 +1,142 @@
+"""The one place that chooses who computes an op.
+
+`_PREFERENCE` lists, per device type and op, the implementations from best to last resort. The first
+one that is there serves the op, unless `use_backend` or FUSED_RESNET_BACKEND forces one.
+
+    native      this package's C++ (and CUDA) kernels
+    vendor      fused ops that PyTorch carries: oneDNN on the CPU
+    reference   the eager specification; as a forced choice it also makes every block of the ResNet
+                family run exactly torchvision's path
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from . import native, vendor
+
+OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
+BACKENDS = ("native", "vendor", "reference")
+
+_PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": {
+        "add_relu": ("native", "reference"),
+        "bn_add_relu": ("native", "reference"),
+        "conv_bn_relu": ("vendor", "reference"),
+    },
+    "cuda": {
+        "add_relu": ("native", "reference"),
+        "bn_add_relu": ("reference",),
+        "conv_bn_relu": ("reference",),
+    },
+}
+
+_forced: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
+
+
+@functools.cache
+def missing(op: str, backend: str, device_type: str) -> str | None:
+    """None when `backend` serves `op` on `device_type`, else the reason why not, in one line."""
+    if backend == "reference":
+        return None
+    if backend not in _PREFERENCE.get(device_type, {}).get(op, ()):
+        return f"{backend} has no {op} for {device_type}"
+    if backend == "vendor":
+        return vendor.unavailable()
+    reason = native.load()
+    if reason is not None:
+        return reason
+    key = "CUDA" if device_type == "cuda" else "CPU"
+    name = f"fused_resnet_native::{op}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
+        return f"the native build has no {key} code: rebuild it where a CUDA toolkit is installed"
+    return None
+
+
+def _validate(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    reasons = [
+        missing(op, name, device)
+        for device, table in _PREFERENCE.items()
+        for op, order in table.items()
+        if name in order
+    ]
+    if name != "reference" and all(reasons):
+        raise RuntimeError(f"use_backend: {name!r} is not available: {reasons[0]}")
+    return name
+
+
+@functools.cache
+def _from_environment() -> str | None:
+    name = os.environ.get("FUSED_RESNET_BACKEND")
+    return _validate(name) if name else None
+
+
+def forced() -> str | None:
+    """The backend that `use_backend` or FUSED_RESNET_BACKEND asks for, or None."""
+    return _forced.get() or _from_environment()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within it, `name` serves every op that has it; other ops keep their own order.
+
+    name: "native", "vendor" or "reference". With "reference", models of the family run exactly
+    torchvision's path. Raises ValueError for an unknown name and RuntimeError for a backend that is
+    not there, saying how to get it. The choice belongs to the current thread (or task).
+    """
+    token = _forced.set(_validate(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(op: str, device_type: str) -> str:
+    """The name of the backend that serves `op` on `device_type` now."""
+    name = forced()
+    if name is not None and missing(op, name, device_type) is None:
+        return name
+    return _first_available(op, device_type)
+
+
+@functools.cache
+def _first_available(op: str, device_type: str) -> str:
+    order = _PREFERENCE.get(device_type, {}).get(op, ("reference",))
+    name = next(name for name in order if missing(op, name, device_type) is None)
+    if name != order[0]:
+        _say_once(f"fused_resnet: {missing(op, order[0], device_type)}; using {name} instead")
+    return name
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def implementation(op: str, device_type: str, table: dict[str, Callable[..., Any]]) -> Any:
+    """The entry of `table` (backend name -> function) that `choose` names."""
+    return table[choose(op, device_type)]
+
+
+def table(device_type: str) -> list[dict[str, str | None]]:
+    """One row per op and backend: who serves it on `device_type`, and why another does not."""
+    return [
+        {
+            "op": op,
+            "backend": backend,
+            "serves": "yes" if backend == choose(op, device_type) else "no",
+            "missing": missing(op, backend, device_type),
+        }
+        for op in OPS
+        for backend in _PREFERENCE.get(device_type, {}).get(op, ("reference",))
+    ]

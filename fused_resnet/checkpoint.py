@@ -1,0 +1,103 @@
+"""Reading a user's checkpoint without trusting it: weights only, and errors that name the file."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CheckpointError", "load_checkpoint", "load_into"]
+
+
+class CheckpointError(ValueError):
+    """The file is no usable checkpoint; the message names it and says why."""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state_dict in `path`, on the CPU; nothing in the file is ever executed.
+
+    A state_dict on its own, or under "state_dict", "model" or "model_state" of a training
+    checkpoint; the "module." of DistributedDataParallel is taken off.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint: {path} is not a file")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"checkpoint: {path}: save it with torch.save, not as safetensors")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_unpickling_message(path, error)) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint: {path} ({path.stat().st_size} bytes) is cut short or damaged: "
+            f"{_first_sentence(error)}"
+        ) from None
+    except Exception as error:  # whatever a stream of arbitrary bytes makes the unpickler raise
+        raise CheckpointError(_unpickling_message(path, error)) from None
+    return _find_state(content, path)
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["the file ends too early"]
+    return lines[0].split(". ")[0]
+
+
+def _unpickling_message(path: Path, error: Exception) -> str:
+    text = str(error)
+    if "Unsupported global" in text or "GLOBAL" in text:
+        name = text.split("GLOBAL ", 1)[-1].split()[0] if "GLOBAL " in text else "an object"
+        return (
+            f"checkpoint: {path} holds {name}, not only tensors: refused, and nothing in it was "
+            f"executed; save model.state_dict() instead of the model"
+        )
+    return f"checkpoint: {path} is not a checkpoint that torch.load can read, or it is damaged"
+
+
+def _find_state(content: object, path: Path) -> dict[str, Tensor]:
+    for key in ("state_dict", "model", "model_state"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"checkpoint: {path} must hold a state_dict, got {type(content).__name__}"
+        )
+    state = {str(k).removeprefix("module."): v for k, v in content.items()}
+    strange = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"checkpoint: {path} must hold a state_dict of tensors, {strange[0]!r} is a "
+            f"{type(state[strange[0]]).__name__}"
+        )
+    return state
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], name: str, path: str | Path) -> None:
+    """Load `state` strictly; CheckpointError says in what way it is not of model `name`."""
+    expected = model.state_dict()
+    counters = {k for k in expected if k.endswith("num_batches_tracked")}
+    missing = [k for k in expected if k not in state and k not in counters]
+    unexpected = [k for k in state if k not in expected]
+    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    if missing or unexpected or wrong:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} keys missing (first {missing[0]})")
+        if unexpected:
+            parts.append(f"{len(unexpected)} keys unexpected (first {unexpected[0]})")
+        if wrong:
+            key = wrong[0]
+            parts.append(
+                f"{len(wrong)} shapes differ (first {key}: {tuple(state[key].shape)}, "
+                f"expected {tuple(expected[key].shape)})"
+            )
+        raise CheckpointError(f"checkpoint: {path} is not of a {name}: {'; '.join(parts)}")
+    # Old checkpoints have no num_batches_tracked; zero is what torch puts there itself.
+    model.load_state_dict({**{k: expected[k] for k in counters}, **state})

@@ -1,0 +1,45 @@
+"""Memory layouts: which one a tensor has, and how to bring another tensor into the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous_format: what x (N, C, H, W) is, or is a view of.
+
+    A tensor that is both (one channel, or one pixel) counts as contiguous. A view that is neither
+    counts as channels_last when its channels are adjacent in memory.
+    """
+    if x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    if x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it is dense in either layout, else a copy in the layout it is a view of."""
+    return x.contiguous(memory_format=memory_format(x))
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """t with the strides of x, which is dense and has t's shape: t itself or a copy."""
+    if t.stride() == x.stride():
+        return t
+    return torch.empty_strided(x.shape, x.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def empty(
+    shape: Sequence[int | torch.SymInt],
+    x: Tensor,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """An uninitialised tensor on x's device; the strides depend on shape and layout alone."""
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)

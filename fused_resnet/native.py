@@ -1,0 +1,50 @@
+"""Loads the compiled extension ``fused_resnet._C``, or says why it is not there.
+
+Importing the extension registers the C++ kernels as ``torch.ops.fused_resnet_native.*``.
+Loading it never initialises CUDA.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from types import ModuleType
+
+_HOW_TO_BUILD = (
+    "`pip install --no-build-isolation .` in an environment that holds torch >= 2.11 and a "
+    "C++ compiler builds them"
+)
+
+
+@functools.cache
+def _import_extension() -> tuple[ModuleType | None, str | None]:
+    if importlib.util.find_spec("fused_resnet._C") is None:
+        return None, f"the native kernels were not built; {_HOW_TO_BUILD}"
+    try:
+        # The extension links against libtorch, which importing torch brings into the process.
+        importlib.import_module("torch")
+        return importlib.import_module("fused_resnet._C"), None
+    except (ImportError, OSError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        cause = lines[0] if lines else type(error).__name__
+        return None, f"the native kernels do not load here ({cause}); {_HOW_TO_BUILD}"
+
+
+def load() -> str | None:
+    """Loads the extension once. Returns None when it is there, else one line that says why not."""
+    return _import_extension()[1]
+
+
+def build_info() -> dict[str, object]:
+    """What was built: compiler, flags, torch and CUDA versions, CUDA architectures, and the
+    instruction set the CPU kernels use on this machine. Empty when the extension is missing."""
+    module = _import_extension()[0]
+    return dict(module.build_info()) if module is not None else {}
+
+
+def kernels() -> list[dict[str, object]]:
+    """One entry per kernel: name, device, architecture; for CUDA kernels, on a machine with a
+    GPU, registers and shared memory too (asking for those initialises CUDA)."""
+    module = _import_extension()[0]
+    return list(module.kernels()) if module is not None else []

@@ -1,0 +1,592 @@
+"""The ops as PyTorch sees them: schemas, checks, fakes, autograd, autocast, vmap.
+
+The only file that talks to torch.library. Who computes an op is decided in `backends`; the
+formulas are `reference`'s. All tensors are (N, C, H, W); the output's layout follows x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, layout, reference, vendor
+from .reference import accumulate_dtype
+
+_LIB = torch.library.Library("fused_resnet", "DEF")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _name(t: Tensor | None) -> str:
+    return "None" if t is None else f"{str(t.dtype)[6:]} of shape {tuple(t.shape)} on {t.device}"
+
+
+def _require(condition: bool, op: str, what: str, error: type[Exception] = RuntimeError) -> None:
+    if not condition:
+        raise error(f"{op}: {what}")
+
+
+def _check_x(op: str, x: Tensor) -> None:
+    _require(
+        x.dim() == 4,
+        op,
+        f"x must be 4-D (N, C, H, W), got {x.dim()}-D of shape {tuple(x.shape)}",
+        ValueError,
+    )
+    _require(
+        x.dtype in _FLOATS,
+        op,
+        f"x must be float32, float16, bfloat16 or float64, got {str(x.dtype)[6:]}; convert it "
+        "first, for images with x.float().div(255) and the model's normalisation",
+    )
+
+
+def _check_same(op: str, name: str, t: Tensor | None, x: Tensor, shape: Sequence[Any]) -> None:
+    """t: None, or a tensor of x's dtype and device and of the given shape."""
+    if t is None:
+        return
+    _require(
+        tuple(t.shape) == tuple(shape) and t.dtype == x.dtype and t.device == x.device,
+        op,
+        f"{name} must be {str(x.dtype)[6:]} of shape {tuple(shape)} on {x.device}, got {_name(t)}",
+    )
+
+
+def _check_channel(op: str, name: str, t: Tensor | None, x: Tensor, count: Any) -> None:
+    """t: None, or a floating (count,) tensor on x's device."""
+    if t is None:
+        return
+    _require(
+        tuple(t.shape) == (count,) and t.is_floating_point() and t.device == x.device,
+        op,
+        f"{name} must be floating point of shape ({count},) on {x.device}, got {_name(t)}",
+    )
+
+
+def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A (C,) parameter in the dtype that x accumulates in, contiguous."""
+    return None if t is None else t.to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def _native() -> Any:
+    return torch.ops.fused_resnet_native
+
+
+def in_transform() -> bool:
+    """Inside torch.func's transforms (vmap, grad, jvp) or forward-mode AD, which see through
+    PyTorch's own operations only: the reference is composed of those."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch._C._functorch.maybe_current_level() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+# --- add_relu ---------------------------------------------------------------------------------
+
+_LIB.define("add_relu(Tensor x, Tensor residual) -> Tensor")
+_LIB.define("add_relu_backward(Tensor dy, Tensor y) -> Tensor")
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """y = max(x + residual, 0), with max(NaN, 0) = NaN; one rounding.
+
+    x, residual: (N, C, H, W), of one dtype (float32, float16, bfloat16, float64) and device, in any
+    layout. Returns (N, C, H, W) in x's layout. Differentiable to any order.
+    Raises RuntimeError where shape, dtype or device differ, ValueError where x is not 4-D.
+    Source: He et al. 2015, "Deep Residual Learning for Image Recognition", equation 1.
+    """
+    if in_transform():
+        _add_relu_check(x, residual)
+        return reference.add_relu(x, residual)
+    return torch.ops.fused_resnet.add_relu(x, residual)
+
+
+def _add_relu_check(x: Tensor, residual: Tensor) -> None:
+    _check_x("add_relu", x)
+    _check_same("add_relu", "residual", residual, x, x.shape)
+
+
+def _add_relu_native(x: Tensor, residual: Tensor) -> Tensor:
+    return _native().add_relu(x, layout.like(residual, x))
+
+
+def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    _add_relu_check(x, residual)
+    x = layout.dense(x)
+    table = {"native": _add_relu_native, "reference": reference.add_relu}
+    y = backends.implementation("add_relu", x.device.type, table)(x, residual)
+    return layout.like(y, x)
+
+
+def _add_relu_fake(x: Tensor, residual: Tensor) -> Tensor:
+    _add_relu_check(x, residual)
+    return torch.empty_like(layout.dense(x))
+
+
+def _add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
+    _check_x("add_relu_backward", y)
+    _check_same("add_relu_backward", "dy", dy, y, y.shape)
+    y = layout.dense(y)
+    table = {
+        "native": lambda dy, y: _native().add_relu_backward(layout.like(dy, y), y),
+        "reference": reference.add_relu_backward,
+    }
+    return layout.like(backends.implementation("add_relu", y.device.type, table)(dy, y), y)
+
+
+def _add_relu_backward_fake(dy: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(layout.dense(y))
+
+
+def _add_relu_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+
+
+def _add_relu_grad(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    g = torch.ops.fused_resnet.add_relu_backward(dy, y)
+    return tuple(g if needed else None for needed in ctx.needs_input_grad)
+
+
+def _add_relu_backward_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _add_relu_backward_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:
+    # The mask is locally constant in y: the second derivative is the same mask again.
+    return torch.ops.fused_resnet.add_relu_backward(ddx, ctx.saved_tensors[0]), None
+
+
+# --- bn_add_relu ------------------------------------------------------------------------------
+
+_LIB.define(
+    "bn_add_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, bool relu)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+_LIB.define(
+    "bn_add_relu_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var,"
+    " float eps, bool relu, bool need_dx, bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def bn_add_relu(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training batch normalisation over (N, H, W), then the residual, then ReLU.
+
+    mean[c] = sum x[:, c] / M,   var[c] = sum (x[:, c] - mean[c])^2 / M,   M = N*H*W
+    y = relu((x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
+
+    x: (N, C, H, W), float32, float16, bfloat16 or float64; residual: the same shape and dtype;
+    weight, bias: (C,) floating, None means 1 and 0.
+    Returns y (N, C, H, W) in x's dtype and layout, mean (C,) and the *biased* variance (C,), both
+    float32 (float64 for float64 x), not differentiable. Running statistics are the caller's:
+    running_var takes var * M / (M - 1). Differentiable to any order in x, weight, bias, residual.
+    Raises ValueError where x is not 4-D or has one value per channel, RuntimeError otherwise.
+    Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1.
+    """
+    if in_transform():
+        _bn_check(x, weight, bias, residual)
+        y, mean, var = reference.bn_add_relu(x, weight, bias, residual, eps, relu)
+        return y, mean.detach(), var.detach()
+    return torch.ops.fused_resnet.bn_add_relu(x, weight, bias, residual, eps, relu)
+
+
+def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any) -> None:
+    op = "bn_add_relu"
+    _check_x(op, x)
+    _check_channel(op, "weight", weight, x, x.shape[1])
+    _check_channel(op, "bias", bias, x, x.shape[1])
+    _check_same(op, "residual", residual, x, x.shape)
+    _require(
+        x.shape[0] * x.shape[2] * x.shape[3] != 1,
+        op,
+        f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}",
+        ValueError,
+    )
+
+
+def _bn_native(
+    x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual = None if residual is None else layout.like(residual, x)
+    return _native().bn_add_relu(x, _vector(weight, x), _vector(bias, x), residual, eps, relu)
+
+
+def _bn_add_relu(
+    x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _bn_check(x, weight, bias, residual)
+    x = layout.dense(x)
+    table = {"native": _bn_native, "reference": reference.bn_add_relu}
+    run = backends.implementation("bn_add_relu", x.device.type, table)
+    y, mean, var = run(x, weight, bias, residual, eps, relu)
+    return layout.like(y, x), mean, var
+
+
+def _bn_fake(
+    x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _bn_check(x, weight, bias, residual)
+    stat = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
+    return torch.empty_like(layout.dense(x)), stat, torch.empty_like(stat)
+
+
+def _bn_backward_native(
+    dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor, *flags: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = None if y is None else layout.like(y, x)
+    return _native().bn_add_relu_backward(
+        layout.like(dy, x), x, y, _vector(weight, x), mean, var, *flags
+    )
+
+
+def _bn_backward(
+    dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor,
+    eps: float, relu: bool, need_dx: bool, need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    op = "bn_add_relu_backward"
+    _check_x(op, x)
+    _check_same(op, "dy", dy, x, x.shape)
+    _check_same(op, "y", y, x, x.shape)
+    _require(y is not None or not relu, op, "y must be given where relu is True, got None")
+    x = layout.dense(x)
+    table = {"native": _bn_backward_native, "reference": reference.bn_add_relu_backward}
+    run = backends.implementation("bn_add_relu", x.device.type, table)
+    dx, dweight, dbias, dresidual = run(
+        dy, x, y, weight, mean, var, eps, relu, need_dx, need_dresidual
+    )
+    dx = layout.like(dx, x) if need_dx else dx
+    dresidual = layout.like(dresidual, x) if need_dresidual else dresidual
+    return dx, dweight, dbias, dresidual
+
+
+def _bn_backward_fake(
+    dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor,
+    eps: float, relu: bool, need_dx: bool, need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    full, none = torch.empty_like(layout.dense(x)), x.new_empty(0)
+    return (
+        full if need_dx else none,
+        torch.empty_like(mean),
+        torch.empty_like(mean),
+        torch.empty_like(full) if need_dresidual else torch.empty_like(none),
+    )
+
+
+def _bn_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _residual, ctx.eps, ctx.relu = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, y if ctx.relu else None, weight, mean, var)
+
+
+def _bn_grad(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Any, ...]:
+    x, y, weight, mean, var = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    ops = torch.ops.fused_resnet
+    if torch.is_grad_enabled():
+        # Somebody wants to differentiate this backward: write it in differentiable operations.
+        g = ops.add_relu_backward(dy, y) if ctx.relu else dy
+        bias = None
+        if need_bias:
+            bias = torch.zeros_like(mean, dtype=ctx.bias_dtype).requires_grad_()
+        wanted = [
+            t for t, needed in ((x, need_x), (weight, need_weight), (bias, need_bias)) if needed
+        ]
+        grads = iter(())
+        if wanted:
+            again = reference.bn_add_relu(x, weight, bias, None, ctx.eps, relu=False)[0]
+            grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
+        found = [next(grads) if needed else None for needed in (need_x, need_weight, need_bias)]
+        return (*found, g if need_residual else None, None, None)
+    if not (need_x or need_weight or need_bias):
+        g = ops.add_relu_backward(dy, y) if ctx.relu else dy
+        return None, None, None, g, None, None
+    # Without a ReLU the residual's gradient is dy itself: nothing to compute.
+    masked = need_residual and ctx.relu
+    dx, dweight, dbias, dresidual = ops.bn_add_relu_backward(
+        dy, x, y, weight, mean, var, ctx.eps, ctx.relu, need_x, masked
+    )
+    return (
+        dx if need_x else None,
+        dweight.to(weight.dtype) if need_weight else None,
+        dbias.to(ctx.bias_dtype) if need_bias else None,
+        (dresidual if masked else dy) if need_residual else None,
+        None,
+        None,
+    )
+
+
+def _bn_backward_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Nothing to save: see `_bn_backward_grad`."""
+
+
+def _bn_backward_grad(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "bn_add_relu_backward: not differentiable by itself; differentiate bn_add_relu twice "
+        "(torch.autograd.grad with create_graph=True), which is"
+    )
+
+
+# --- conv_bn_relu -----------------------------------------------------------------------------
+
+_LIB.define(
+    "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu,"
+    " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor"
+)
+
+
+def _pair(op: str, name: str, v: int | Sequence[int]) -> list[int]:
+    pair = [v, v] if isinstance(v, (int, torch.SymInt)) else list(v)
+    _require(len(pair) == 2, op, f"{name} must be one or two integers, got {v!r}", ValueError)
+    return pair
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution, inference batch normalisation as one multiply-add, residual, ReLU.
+
+    y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
+    scale = bn.weight / sqrt(running_var + eps),   shift = bn.bias - running_mean * scale
+
+    x: (N, C, H, W); weight: (K, C/groups, R, S) of x's dtype (float32, float16, bfloat16, float64);
+    scale, shift: (K,) floating, best float32; residual: (N, K, P, Q) of x's dtype, or None.
+    stride, padding, dilation in pixels. Returns (N, K, P, Q) in x's dtype and layout; sums are kept
+    in float32 (float64 for float64). Differentiable to any order in all five tensors.
+    Raises RuntimeError that names the argument for wrong shapes, dtypes, devices and sizes.
+    Source: Ioffe and Szegedy 2015, section 3.1; Jacob et al. 2018, section 3.2.
+    """
+    pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
+    geometry = (*(_pair("conv_bn_relu", name, v) for name, v in pairs), groups)
+    if in_transform():
+        _conv_shape(x, weight, scale, shift, residual, *geometry)
+        return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+    return torch.ops.fused_resnet.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+
+
+def _conv_shape(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> list[int]:  # fmt: skip
+    """The output's shape (N, K, P, Q); raises where the arguments do not fit together."""
+    op = "conv_bn_relu"
+    _check_x(op, x)
+    _require(
+        weight.dim() == 4,
+        op,
+        f"weight must be 4-D (K, C/groups, R, S), got shape {tuple(weight.shape)}",
+    )
+    _require(
+        weight.dtype == x.dtype and weight.device == x.device,
+        op,
+        f"weight must be {str(x.dtype)[6:]} on {x.device} as x is, got {_name(weight)}",
+    )
+    K, C_per_group, R, S = weight.shape
+    N, C, H, W = x.shape
+    _require(
+        groups > 0 and C == C_per_group * groups and K % groups == 0,
+        op,
+        f"weight of shape {tuple(weight.shape)} with groups={groups} takes "
+        f"{C_per_group * groups} input channels, but x has {C} (shape {tuple(x.shape)})",
+    )
+    _check_channel(op, "scale", scale, x, K)
+    _check_channel(op, "shift", shift, x, K)
+    for name, values, least in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
+    ):  # fmt: skip
+        _require(min(values) >= least, op, f"{name} must be at least {least}, got {tuple(values)}")
+    sizes = []
+    for axis, size, kernel, s, p, d in zip(
+        "HW", (H, W), (R, S), stride, padding, dilation, strict=True
+    ):
+        extent = d * (kernel - 1) + 1
+        _require(
+            size + 2 * p >= extent and size > 0,
+            op,
+            f"{axis} of x must be positive and, padded, at least the kernel's extent: got "
+            f"{size} + 2*{p} for an extent of {extent}",
+        )
+        sizes.append((size + 2 * p - extent) // s + 1)
+    shape = [N, K, *sizes]
+    _check_same(op, "residual", residual, x, shape)
+    return shape
+
+
+def _conv_reference(*arguments: Any) -> Tensor:
+    return reference.conv_bn_relu(*arguments)
+
+
+def _conv_vendor(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    arguments = (x, weight, scale, shift, residual, relu, *geometry)
+    dtype = vendor.compute_dtype(x.dtype)
+    if dtype is None or x.numel() == 0:
+        return reference.conv_bn_relu(*arguments)
+    conv = vendor.packed(weight, scale, shift, dtype, *geometry)
+    bound = conv.bound(vendor.max_abs(x)) + (0.0 if residual is None else vendor.max_abs(residual))
+    if not bound <= vendor.BOUND_LIMIT:
+        return reference.conv_bn_relu(*arguments)
+    last = torch.channels_last
+    x = x.to(dtype).contiguous(memory_format=last)
+    if residual is None:
+        return conv.run(x, relu).to(weight.dtype)
+    residual = residual.to(dtype, memory_format=last, copy=True)
+    return conv.run_add_(x, residual, relu).to(weight.dtype)
+
+
+def _conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    shape = _conv_shape(x, weight, scale, shift, residual, *geometry)
+    table = {"vendor": _conv_vendor, "reference": _conv_reference}
+    run = backends.implementation("conv_bn_relu", x.device.type, table)
+    y = run(x, weight, scale, shift, residual, relu, *geometry)
+    return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
+
+
+def _conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    shape = _conv_shape(x, weight, scale, shift, residual, *geometry)
+    return layout.empty(shape, x, layout.memory_format(x))
+
+
+def _conv_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, shift, _residual, ctx.relu, *ctx.geometry = inputs
+    ctx.save_for_backward(x, weight, scale, shift, output if ctx.relu else None)
+
+
+def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """With g = dy * (y > 0) and dW' the weight gradient of the convolution by g:
+
+    dx = conv_transpose(g, weight * scale),   dweight = dW' * scale[k],   dresidual = g
+    dscale[k] = <dW'[k], weight[k]>,   dshift[k] = sum g[:, k]
+    so the convolution's own output need not be saved.
+    """
+    x, weight, scale, shift, y = ctx.saved_tensors
+    need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
+    g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy
+    rest = (None,) * 5
+    if torch.is_grad_enabled():
+        # Somebody wants to differentiate this backward: write it in differentiable operations.
+        needs = (need_x, need_weight, need_scale, need_shift)
+        wanted = [t for t, n in zip((x, weight, scale, shift), needs, strict=True) if n]
+        grads = iter(())
+        if wanted:
+            again = reference.conv_bn_relu(x, weight, scale, shift, None, False, *ctx.geometry)
+            grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
+        return (*(next(grads) if n else None for n in needs), g if need_residual else None, *rest)
+    stride, padding, dilation, groups = ctx.geometry
+    dx = dweight = dscale = dshift = None
+
+    def convolution_backward(w: Tensor, mask: list[bool]) -> tuple[Any, ...]:
+        return torch.ops.aten.convolution_backward(
+            g, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+
+    acc = accumulate_dtype(x.dtype)
+    gain = scale.to(acc).view(-1, 1, 1, 1)
+    if need_x:
+        dx = convolution_backward((weight.to(acc) * gain).to(weight.dtype), [True, False, False])[0]
+    if need_weight or need_scale:
+        raw = convolution_backward(weight, [False, True, False])[1].to(acc)
+        dweight = (raw * gain).to(weight.dtype) if need_weight else None
+        dscale = (raw * weight.to(acc)).sum((1, 2, 3)).to(scale.dtype) if need_scale else None
+    if need_shift:
+        dshift = g.sum((0, 2, 3), dtype=acc).to(shift.dtype)
+    return dx, dweight, dscale, dshift, g if need_residual else None, *rest
+
+
+def _conv_autocast(device_type: str) -> Callable[..., Tensor]:
+    """As autocast treats convolutions: float32 operands become its dtype; scale and shift stay."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def run(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Any, *rest: Any
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(t: Any) -> Any:
+            narrow = t is not None and t.is_floating_point() and t.dtype != torch.float64
+            return t.to(dtype) if narrow else t
+
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return torch.ops.fused_resnet.conv_bn_relu(
+                cast(x), cast(weight), scale, shift, cast(residual), *rest
+            )
+
+    return run
+
+
+# --- registration -----------------------------------------------------------------------------
+
+
+def _register(
+    name: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+    grad: Callable[..., Any] | None = None,
+) -> None:
+    qualified = f"fused_resnet::{name}"
+    _LIB.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIB)
+    if grad is not None:
+        torch.library.register_autograd(qualified, grad, setup_context=save, lib=_LIB)
+
+
+_register("add_relu", _add_relu, _add_relu_fake, _add_relu_save, _add_relu_grad)
+_register(
+    "add_relu_backward",
+    _add_relu_backward,
+    _add_relu_backward_fake,
+    _add_relu_backward_save,
+    _add_relu_backward_grad,
+)
+_register("bn_add_relu", _bn_add_relu, _bn_fake, _bn_save, _bn_grad)
+_register(
+    "bn_add_relu_backward", _bn_backward, _bn_backward_fake, _bn_backward_save, _bn_backward_grad
+)
+_register("conv_bn_relu", _conv_bn_relu, _conv_fake, _conv_save, _conv_grad)
+for _device in ("cpu", "cuda"):
+    _LIB.impl("conv_bn_relu", _conv_autocast(_device), f"Autocast{_device.upper()}")

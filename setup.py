@@ -1,0 +1,122 @@
+"""Builds fused_resnet._C: CPU kernels always, CUDA kernels where a CUDA toolkit is found.
+
+Environment: FUSED_RESNET_NATIVE=1 makes a failed native build an error (0 skips it; by default the
+package installs as pure Python and says why); FUSED_RESNET_CUDA=0/1 forbids or demands the CUDA
+kernels; TORCH_CUDA_ARCH_LIST chooses the GPU architectures. Nothing is ever downloaded.
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from setuptools import setup
+
+# Every GPU from sm_80 on: machine code for A100-class (also sm_86 and sm_89) and for Hopper, and
+# PTX of compute_80, the one later GPUs can compile (PTX of compute_90a runs on Hopper only).
+DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
+NATIVE = os.environ.get("FUSED_RESNET_NATIVE", "")
+HOW_TO_BUILD = "`pip install --no-build-isolation .` beside torch >= 2.11 and a C++ compiler"
+
+
+def say(line):
+    """Prints once per build: pip runs this file for the metadata too."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(f"fused_resnet: {line}")
+
+
+def without_native(reason):
+    if NATIVE == "1":
+        sys.exit(f"fused_resnet: {reason} (FUSED_RESNET_NATIVE=1 makes this an error)")
+    say(f"pure Python install: {reason}; to get the kernels: {HOW_TO_BUILD}")
+
+
+def find_cuda_root():
+    """The toolkit's folder, or None. An nvcc on PATH may be a wrapper script that lives outside
+    the toolkit, so a folder counts only when it holds the runtime's headers."""
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+        roots += re.findall(r"^#\$ TOP=(.+)$", dryrun.stderr, flags=re.MULTILINE)
+    roots += ["/usr/local/cuda", *sorted(glob.glob("/usr/local/cuda-*"), reverse=True)]
+    for root in filter(None, roots):
+        if all(os.path.exists(f"{root}/{f}") for f in ("include/cuda_runtime.h", "bin/nvcc")):
+            return os.path.realpath(root)
+    return None
+
+
+def cuda_root_for(torch):
+    wanted = os.environ.get("FUSED_RESNET_CUDA", "")
+    if wanted == "0" or (torch.version.cuda is None and wanted != "1"):
+        return None
+    root = find_cuda_root()
+    missing = "this torch is built without CUDA" if torch.version.cuda is None else ""
+    if root is None:
+        missing = "no CUDA toolkit (a folder with include/cuda_runtime.h and bin/nvcc) was found"
+    elif not missing:
+        nvcc = subprocess.run([f"{root}/bin/nvcc", "--version"], capture_output=True, text=True)
+        release = re.search(r"release (\d+)\.\d+", nvcc.stdout)
+        if release and release[1] != torch.version.cuda.split(".")[0]:
+            missing = f"{root} is CUDA {release[0].split()[1]}, torch's is {torch.version.cuda}"
+    if missing and wanted == "1":
+        sys.exit(f"fused_resnet: FUSED_RESNET_CUDA=1, but {missing}")
+    if missing:
+        say(f"CPU kernels only: {missing}")
+    return None if missing else root
+
+
+def native_build():
+    """Keyword arguments for setup() that build the extension, {} where it cannot be built."""
+    if NATIVE == "0":
+        return {}
+    try:
+        import torch
+    except ImportError as error:
+        without_native(f"torch cannot be imported in the build environment ({error})")
+        return {}
+    cuda_root = cuda_root_for(torch)
+    if cuda_root:
+        # Must be set before cpp_extension is imported, which otherwise guesses from PATH.
+        os.environ["CUDA_HOME"] = cuda_root
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+    from torch.utils import cpp_extension
+
+    compiler = cpp_extension.get_cxx_compiler()
+    if shutil.which(compiler.split()[0]) is None:
+        without_native(f"there is no C++ compiler ({compiler})")
+        return {}
+
+    class BuildNative(cpp_extension.BuildExtension):
+        def run(self):
+            try:
+                super().run()
+            except (Exception, SystemExit) as error:
+                if NATIVE == "1":
+                    raise
+                without_native(f"compiling failed ({str(error).strip().splitlines()[-1]})")
+                self.extensions = []
+
+    warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
+    facts = {"TORCH": torch.__version__, "CXX_FLAGS": "-O3"}
+    sources = sorted(glob.glob("csrc/*.cpp"))
+    extension = cpp_extension.CppExtension
+    flags = {"cxx": ["-O3", *warnings, "-fvisibility=hidden"]}
+    if cuda_root:
+        extension = cpp_extension.CUDAExtension
+        sources += sorted(glob.glob("csrc/*.cu"))
+        facts["CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"]
+        flags["cxx"].append("-DFUSED_RESNET_WITH_CUDA")
+        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall"]
+    flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
+    native = extension(
+        "fused_resnet._C", sources, extra_compile_args=flags, depends=sorted(glob.glob("csrc/*.h*"))
+    )
+    # The stable ABI needs none of libtorch_python, whose symbols change from release to release.
+    native.libraries = [name for name in native.libraries if name != "torch_python"]
+    return {"ext_modules": [native], "cmdclass": {"build_ext": BuildNative}}
+
+
+setup(**native_build())
