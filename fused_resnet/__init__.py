@@ -1,8 +1,50 @@
 """Fused conv-BN-ReLU and residual-add-ReLU for PyTorch, with a drop-in ResNet family."""
 
 from .backends import use_backend
+from .blocks import Explanation, explain
+from .machine import info
 from .ops import add_relu, bn_add_relu, conv_bn_relu
+from .resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    get_model,
+    list_models,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["add_relu", "bn_add_relu", "conv_bn_relu", "use_backend"]
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "Explanation",
+    "ResNet",
+    "add_relu",
+    "bn_add_relu",
+    "conv_bn_relu",
+    "explain",
+    "get_model",
+    "info",
+    "list_models",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "use_backend",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

@@ -18,6 +18,7 @@ __all__ = [
     "check_device",
     "copy_bandwidth",
     "describe",
+    "info",
     "larger_limits",
     "measure_limits",
     "other_load",
@@ -120,6 +121,24 @@ def provenance(bench: str, device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": describe(device),
         "threads": torch.get_num_threads(),
+    }
+
+
+def info() -> dict[str, Any]:
+    """Versions, machine, what was built, and per device which backend serves which op, or why not.
+
+    Never initialises CUDA.
+    """
+    from . import backends, native
+
+    missing = native.load()
+    return {
+        "versions": _versions(),
+        "machine": describe("cpu") | {"threads": torch.get_num_threads()},
+        "native build": {"missing": missing} if missing else native.build_info(),
+        "forced backend": backends.forced(),
+        "cpu": backends.table("cpu"),
+        "cuda": backends.table("cuda"),
     }
 
 

@@ -6,7 +6,7 @@ formulas are `reference`'s. All tensors are (N, C, H, W); the output's layout fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -301,10 +301,9 @@ def _bn_grad(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Any, ...]:
         bias = None
         if need_bias:
             bias = torch.zeros_like(mean, dtype=ctx.bias_dtype).requires_grad_()
-        wanted = [
-            t for t, needed in ((x, need_x), (weight, need_weight), (bias, need_bias)) if needed
-        ]
-        grads = iter(())
+        pairs = ((x, need_x), (weight, need_weight), (bias, need_bias))
+        wanted: list[Any] = [t for t, needed in pairs if needed]
+        grads: Iterator[Any] = iter(())
         if wanted:
             again = reference.bn_add_relu(x, weight, bias, None, ctx.eps, relu=False)[0]
             grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
@@ -378,7 +377,7 @@ def conv_bn_relu(
     Source: Ioffe and Szegedy 2015, section 3.1; Jacob et al. 2018, section 3.2.
     """
     pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
-    geometry = (*(_pair("conv_bn_relu", name, v) for name, v in pairs), groups)
+    geometry: Any = (*(_pair("conv_bn_relu", name, v) for name, v in pairs), groups)
     if in_transform():
         _conv_shape(x, weight, scale, shift, residual, *geometry)
         return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
@@ -405,7 +404,7 @@ def _conv_shape(
     K, C_per_group, R, S = weight.shape
     N, C, H, W = x.shape
     _require(
-        groups > 0 and C == C_per_group * groups and K % groups == 0,
+        groups > 0 and C_per_group * groups == C and K % groups == 0,
         op,
         f"weight of shape {tuple(weight.shape)} with groups={groups} takes "
         f"{C_per_group * groups} input channels, but x has {C} (shape {tuple(x.shape)})",
@@ -511,7 +510,7 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         # Somebody wants to differentiate this backward: write it in differentiable operations.
         needs = (need_x, need_weight, need_scale, need_shift)
         wanted = [t for t, n in zip((x, weight, scale, shift), needs, strict=True) if n]
-        grads = iter(())
+        grads: Iterator[Any] = iter(())
         if wanted:
             again = reference.conv_bn_relu(x, weight, scale, shift, None, False, *ctx.geometry)
             grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))

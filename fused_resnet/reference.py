@@ -147,9 +147,9 @@ def conv_bn_relu(
     y = relu(conv(x, weight) * scale[k] + shift[k] + residual),
     scale = bn.weight / sqrt(running_var + eps),   shift = bn.bias - running_mean * scale
 
-    x: (N, C, H, W); weight: (K, C/groups, R, S); scale, shift: (K,) float32 (float64 for float64 x);
-    residual: (N, K, P, Q) of x's dtype, or None. Returns (N, K, P, Q) in x's dtype; the convolution
-    accumulates in float32 and the result is rounded once.
+    x: (N, C, H, W); weight: (K, C/groups, R, S); scale, shift: (K,) float32, float64 for float64
+    x; residual: (N, K, P, Q) of x's dtype, or None. Returns (N, K, P, Q) in x's dtype; sums are
+    kept in float32 and the result is rounded once.
     Source: Ioffe and Szegedy 2015, section 3.1 (inference), folded as in Jacob et al. 2018, 3.2.
     """
     acc = accumulate_dtype(x.dtype)

@@ -80,9 +80,28 @@ def max_abs(x: Tensor) -> float:
         x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
     ):
         return torch.ops.fused_resnet_native.abs_max(x)
-    low, high = torch.aminmax(x)
-    low, high = float(low), float(high)
+    low, high = map(float, torch.aminmax(x))
     return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+
+
+def conv_output_shape(
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, ...] | None:
+    """(N, C, H, W) -> (N, K, P, Q) of a convolution; None where such an x does not fit."""
+    if len(shape) != 4 or shape[1] != weight_shape[1] * groups or 0 in shape:
+        return None
+    sizes = tuple(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return None if min(sizes) < 1 else (shape[0], weight_shape[0], *sizes)
 
 
 class PackedConv:
@@ -114,8 +133,7 @@ class PackedConv:
         self.bias_max = bias_max if math.isfinite(bias_max) else math.inf
         self.dtype = dtype
         self.geometry = (list(padding), list(stride), list(dilation), groups)
-        self.in_channels = weight.shape[1] * groups
-        self.kernel_size = tuple(weight.shape[2:])
+        self.weight_shape = tuple(weight.shape)
         self._folded: Tensor | None = folded.to(dtype)
         self._packed: dict[tuple[bool, int, int], Tensor] = {}
         self._missed: tuple[bool, int, int] | None = None
@@ -124,15 +142,10 @@ class PackedConv:
         """An upper bound for every |output| and partial sum, given one for |x|; NaN stays NaN."""
         return x_bound * self.gain + self.bias_max
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether x has the channels, and at least the height and width, that this needs."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
-            return False
-        padding, _, dilation, _ = self.geometry
-        return all(
-            size + 2 * p >= d * (k - 1) + 1
-            for size, p, d, k in zip(x.shape[2:], padding, dilation, self.kernel_size, strict=True)
-        )
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """(N, C, H, W) of x -> (N, K, P, Q); None where such an x does not fit, or is empty."""
+        padding, stride, dilation, groups = self.geometry
+        return conv_output_shape(shape, self.weight_shape, stride, padding, dilation, groups)
 
     def _weight(self, shape: torch.Size) -> Tensor:
         """The weights, packed for an input of this shape wherever that pays.
@@ -167,16 +180,8 @@ class PackedConv:
             "relu" if relu else "none", [], "",
         )  # fmt: skip
 
-    def run_add(self, x: Tensor, residual: Tensor, relu: bool) -> Tensor:
-        """As `run`, with residual (N, K, P, Q) channels_last added before the ReLU."""
-        padding, stride, dilation, groups = self.geometry
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, self._weight(x.shape), self.bias, padding, stride, dilation, groups,
-            "add", 1.0, "relu" if relu else None, [], None,
-        )  # fmt: skip
-
     def run_add_(self, x: Tensor, residual: Tensor, relu: bool) -> Tensor:
-        """As `run_add`, into residual's own memory: a third of the bytes moved less."""
+        """As `run`, added to residual (N, K, P, Q), channels_last, in its memory."""
         padding, stride, dilation, groups = self.geometry
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual, x, self._weight(x.shape), self.bias, padding, stride, dilation, groups,

@@ -1,0 +1,366 @@
+"""The fused paths of the ResNet family, and when they apply.
+
+Every forward asks here first. The answer is a tensor computed by fused ops, or None: then the
+module runs exactly torchvision's path. Decided per call, from three things:
+
+    the call     `call_reason`: tracing, transforms, forced backend, device, kind of tensor
+    the modules  structure.py: exact types, no hooks, nothing patched
+    the tensors  inference.py: a plan is used only while nothing it was made from has changed
+
+Three fused paths: inference (packed convolutions with BN, residual and ReLU inside), training (the
+convolution as it is, then `bn_add_relu`), and running statistics with gradients (`conv_bn_relu`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from . import backends, inference, layout, native, ops, vendor
+from .inference import Flow
+from .reference import accumulate_dtype
+from .structure import (
+    STEM,
+    Names,
+    Parts,
+    patched,
+    take_apart,
+    uses_batch_statistics,
+)
+
+# forward of a block's class -> where such a block keeps its parts; resnet.py fills it.
+FORWARDS: dict[Callable[..., Tensor], Names] = {}
+
+_GLOBAL_HOOKS = [
+    getattr(nn_module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+
+
+def call_reason(x: Any) -> str | None:
+    """None when this call may take a fused path, else why it runs torchvision's."""
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing, and fuses by itself"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}, not a plain Tensor"
+    if x.device.type != "cpu":
+        return f"no block of {x.device.type} tensors is fused yet"
+    if x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
+        return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is tracing"
+    if ops.in_transform():
+        return "inside a torch.func transform or forward-mode AD"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active"
+    if any(_GLOBAL_HOOKS):
+        return "global module hooks are registered"
+    if not torch.backends.mkldnn.enabled:
+        return "oneDNN is switched off (torch.backends.mkldnn)"
+    if backends.forced() == "reference":
+        return "the reference backend is forced"
+    return None
+
+
+def _wants_grad(block: nn.Module, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(p.requires_grad for p in block.parameters())
+
+
+# --- inference ------------------------------------------------------------------------------------
+
+
+def _enter(x: Tensor, dtype: torch.dtype) -> Flow:
+    """x (N, C, H, W) of any layout and dtype, as fused blocks want it; x itself stays unowned."""
+    inner = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    return Flow(inner, None, inner.data_ptr() != x.data_ptr())
+
+
+def _leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """A fused block's output as stock would have given it for an x of this dtype and layout."""
+    return y.to(inference.output_dtype(dtype)).contiguous(memory_format=memory_format)
+
+
+def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
+    """A residual block's output (N, K, P, Q) by a fused path, or None: run torchvision's."""
+    if call_reason(x) is not None:
+        return None
+    if _wants_grad(block, x) or block.training:
+        return _run_units(block, names, x)
+    plan = inference.plan_for(block, names, x.dtype)
+    if isinstance(plan, str):
+        return _run_units(block, names, x)
+    if not plan.admits(x.shape):
+        return None
+    flow = plan.run(_enter(x, plan.dtype))
+    return None if flow is None else _leave(flow.x, x.dtype, layout.memory_format(x))
+
+
+class _Walk:
+    """One inference through a whole network: between fused blocks nothing is converted back."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._plain: Tensor | None = x  # the activation as stock would have it, or None
+        self._flow: Flow | None = None  # the same between fused blocks, or None
+        self._outside = (x.dtype, layout.memory_format(x))  # what was last seen as stock has it
+
+    def leave(self) -> Tensor:
+        """The activation as stock would have it here."""
+        if self._plain is None:
+            assert self._flow is not None
+            self._plain, self._flow = _leave(self._flow.x, *self._outside), None
+        return self._plain
+
+    def call(self, module: Callable[[Tensor], Tensor]) -> None:
+        """A module of any kind, on the activation as stock would have it."""
+        self._plain = module(self.leave())
+
+    def fused(self, module: nn.Module, names: Names) -> bool:
+        """`module` by its plan; False where it has none for this activation."""
+        flow = self._flow
+        if flow is None:
+            x = self.leave()
+            if call_reason(x) is not None:
+                return False
+            self._outside = (x.dtype, layout.memory_format(x))
+        plan = inference.plan_for(module, names, self._outside[0])
+        if isinstance(plan, str):
+            return False
+        if flow is None:
+            flow = _enter(x, plan.dtype)
+        after = plan.run(flow) if plan.admits(flow.x.shape) else None
+        if after is None:
+            return False
+        self._plain, self._flow = None, after
+        return True
+
+    def max_pool(self, pool: nn.Module) -> bool:
+        """`pool` by this package's kernel, where it is plain max pooling of a fused activation."""
+        if self._flow is None or type(pool) is not nn.MaxPool2d or patched(pool) is not None:
+            return False
+        if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
+            return False
+        sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+        H, W = self._flow.x.shape[2:]
+        fits = all(n + 2 * p >= k and 2 * p <= k for n, k, _, p in zip((H, W), *sizes, strict=True))
+        if not fits or native.load() is not None or backends.forced() == "vendor":
+            return False
+        y = torch.ops.fused_resnet_native.max_pool2d(self._flow.x, *sizes)
+        self._plain, self._flow = None, Flow(y, self._flow.bound, True)
+        return True
+
+    def block(self, block: nn.Module) -> None:
+        names = FORWARDS.get(type(block).forward)
+        plain = names is None or block.training or patched(block) is not None
+        if plain or names is None or not self.fused(block, names):
+            self.call(block)
+
+
+def _pair(v: Any) -> list[int]:
+    return [v, v] if isinstance(v, int) else list(v)
+
+
+def run_resnet(model: Any, x: Tensor) -> Tensor | None:
+    """A whole network's inference (N, classes), fused where it can be, or None: run torchvision's.
+
+    x: (N, C, H, W) of any layout. Only plans are used here; without one for the stem, each block
+    decides for itself as torchvision's path comes to it.
+    """
+    if call_reason(x) is not None or model.training or _wants_grad(model, x):
+        return None
+    walk = _Walk(x)
+    if not walk.fused(model, STEM):
+        return None
+    if not walk.max_pool(model.maxpool):
+        walk.call(model.maxpool)
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        if type(stage) is nn.Sequential and patched(stage) is None:
+            for block in stage:
+                walk.block(block)
+        else:
+            walk.call(stage)
+    walk.call(model.avgpool)
+    return model.fc(torch.flatten(walk.leave(), 1))
+
+
+# --- training, and running statistics with gradients ----------------------------------------------
+
+
+def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
+    """relu(bn1(conv1(x))) of a network by a fused path, or None: run torchvision's."""
+    if call_reason(x) is not None:
+        return None
+    parts = take_apart(model, STEM)
+    if isinstance(parts, str) or not _units_pay(parts, x):
+        return None
+    return _unit(*parts.pairs[0], x, None, True)
+
+
+def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
+    """The block unit by unit, differentiably; or None: run torchvision's."""
+    parts = take_apart(block, names)
+    if isinstance(parts, str) or not _units_pay(parts, x):
+        return None
+    y = x
+    for conv, bn in parts.main[:-1]:
+        y = _unit(conv, bn, y, None, True)
+    residual = _unit(*parts.pairs[-1], x, None, False) if parts.downsample else x
+    return _unit(*parts.main[-1], y, residual, True)
+
+
+def _units_pay(parts: Parts, x: Tensor) -> bool:
+    """Whether some unit of the block can be served by something faster than stock's operations."""
+    if any(conv.weight.device != x.device for conv, _ in parts.pairs):
+        return False
+    return any(
+        _serves(uses_batch_statistics(bn), inference.output_dtype(x.dtype)) for _, bn in parts.pairs
+    )
+
+
+def _serves(batch_statistics: bool, dtype: torch.dtype) -> bool:
+    if batch_statistics:
+        return backends.choose("bn_add_relu", "cpu") == "native"
+    vendor_serves = backends.choose("conv_bn_relu", "cpu") == "vendor"
+    return vendor_serves and vendor.compute_dtype(dtype) is not None
+
+
+def _unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu(bn(conv(x)) + residual), differentiably. x: (N, C, H, W), residual: (N, K, P, Q)."""
+    if uses_batch_statistics(bn):
+        y = conv(x)
+        if _serves(True, y.dtype) and _bn_fits(bn, y, residual):
+            return _train_bn(bn, y, residual, relu)
+        y = bn(y)
+    elif _serves(False, inference.output_dtype(x.dtype)) and _conv_fits(conv, bn, x, residual):
+        scale, shift = _scale_and_shift(conv, bn, accumulate_dtype(x.dtype))
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        return ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
+    else:
+        y = bn(conv(x))
+    if residual is not None:
+        y += residual
+    return torch.relu_(y) if relu else y
+
+
+def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
+    """Whether `bn_add_relu` takes what stock would take; where not, stock answers or raises."""
+    if type(bn) is not nn.BatchNorm2d or y.shape[1] != bn.num_features:
+        return False
+    if y.shape[0] * y.shape[2] * y.shape[3] < 2:
+        return False
+    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype):
+        return False
+    return all(
+        t is None or t.dtype in (y.dtype, torch.float32)
+        for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    )
+
+
+def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu(bn(x) + residual) with batch statistics; the running ones as BatchNorm2d keeps them."""
+    momentum = bn.momentum
+    tracking = bn.training and bn.track_running_stats
+    if tracking and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    if momentum is None:
+        momentum = 0.0
+    y, mean, var = ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)
+    if tracking:
+        count = x.numel() // x.shape[1]
+        with torch.no_grad():
+            for running, now in (
+                (bn.running_mean, mean),
+                (bn.running_var, var * (count / (count - 1))),
+            ):
+                if running is not None:
+                    running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
+    return y
+
+
+def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether `conv_bn_relu` takes what stock would take; where not, stock answers or raises."""
+    if bn.running_mean is None or bn.running_var is None:
+        return False
+    if not inference.weights_fit(x.dtype, conv.weight):
+        return False
+    out = vendor.conv_output_shape(
+        x.shape, conv.weight.shape, conv.padding, conv.stride, conv.dilation, conv.groups
+    )
+    return out is not None and (
+        residual is None
+        or (tuple(residual.shape) == out and residual.dtype == inference.output_dtype(x.dtype))
+    )
+
+
+# bn -> eps, dtype and stamp that its scale and shift were made from, and the two. Kept so
+# that a frozen convolution stays packed from call to call.
+_folded: WeakKeyDictionary[nn.Module, tuple[Any, Any, Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    tensors = [conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return inference.scale_and_shift(conv, bn, dtype)
+    now = vendor.stamp(tensors)
+    kept = _folded.get(bn)
+    if kept is not None and kept[0] == (bn.eps, dtype) and vendor.same_stamp(kept[1], now):
+        return kept[2], kept[3]
+    with torch.no_grad():
+        scale, shift = inference.scale_and_shift(conv, bn, dtype)
+    _folded[bn] = ((bn.eps, dtype), now, scale, shift)
+    return scale, shift
+
+
+# --- why ------------------------------------------------------------------------------------------
+
+
+class Explanation(NamedTuple):
+    """What one block would do now: `path` is "inference", "training" or "stock"."""
+
+    name: str
+    fused: bool
+    path: str
+    reason: str
+
+
+def explain(model: nn.Module) -> list[Explanation]:
+    """For each stem and residual block of `model`: fused or not, and the reason.
+
+    Asked for an input of the weights' own dtype, in the mode the model is in now, without
+    gradients in eval. Runs nothing and changes nothing.
+    """
+    found = []
+    for name, m in model.named_modules():
+        names = FORWARDS.get(type(m).forward)
+        if names is None and {"conv1", "bn1", "relu", "layer1"} <= m._modules.keys():
+            names, name = STEM, f"{name}.stem" if name else "stem"
+        if names is not None:
+            found.append(Explanation(name, *_explain_block(m, names)))
+    return found
+
+
+def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
+    parts = take_apart(block, names)
+    if isinstance(parts, str):
+        return False, "stock", parts
+    weight = parts.pairs[0][0].weight
+    reason = call_reason(weight.detach())
+    if reason is None and names is not STEM and "forward" in block.__dict__:
+        reason = "the block has its forward replaced"
+    if reason is not None:
+        return False, "stock", reason
+    if any(uses_batch_statistics(bn) for _, bn in parts.pairs):
+        why = backends.missing("bn_add_relu", "native", "cpu")
+        if why is None and backends.choose("bn_add_relu", "cpu") != "native":
+            why = "another backend is forced"
+        return (False, "stock", why) if why else (True, "training", "batch statistics")
+    why = inference.reason_against(parts, weight.dtype)
+    return (False, "stock", why) if why else (True, "inference", "")

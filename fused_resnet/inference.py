@@ -1,0 +1,181 @@
+"""A block made ready for inference: packed convolutions, each with BN, residual and ReLU inside.
+
+A `Plan` belongs to a block and a compute dtype and is used while its `Guard` holds. Plans live
+beside the modules, not in them: state_dict, deepcopy and pickle do not see them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, vendor
+from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
+
+
+def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale, shift: (K,) of `dtype`, with y = conv(x, weight) * scale + shift for conv, then bn.
+
+    scale = weight / sqrt(running_var + eps),   shift = bias + (conv.bias - running_mean) * scale
+    """
+    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(dtype)
+    mean = bn.running_mean.to(dtype)
+    shift = (mean.neg() if conv.bias is None else conv.bias.to(dtype) - mean) * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(dtype)
+    return scale, shift
+
+
+def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> vendor.PackedConv:
+    with torch.no_grad():
+        scale, shift = scale_and_shift(conv, bn, torch.float64)
+        return vendor.PackedConv(
+            conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+
+class Flow(NamedTuple):
+    """An activation on its way through fused blocks.
+
+    x: (N, C, H, W) channels_last in the compute dtype. bound: an upper bound for |x|, or None where
+    it must be measured. owned: nobody else can see x, so a block may write into it.
+    """
+
+    x: Tensor
+    bound: float | None
+    owned: bool
+
+
+class Plan:
+    """One block's folded, packed convolutions in one compute dtype."""
+
+    def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype) -> None:
+        self.guard = guard
+        self.dtype = dtype
+        convs = [_pack(conv, bn, dtype) for conv, bn in parts.pairs]
+        self.downsample = convs.pop() if parts.downsample else None
+        self.convs = convs
+        self.residual = len(convs) > 1
+        self.weight = parts.pairs[0][0].weight
+        self._admitted: torch.Size | None = None
+
+    def admits(self, shape: torch.Size) -> bool:
+        """Whether x of this shape goes through; where it does not, it is stock that raises."""
+        if shape == self._admitted:
+            return True
+        out: tuple[int, ...] | None = tuple(shape)
+        for conv in self.convs:
+            out = None if out is None else conv.output_shape(out)
+        if out is None:
+            return False
+        if self.residual:
+            branch = self.downsample.output_shape(shape) if self.downsample else tuple(shape)
+            if branch != out:
+                return False
+        self._admitted = shape
+        return True
+
+    def bound(self, x_bound: float | None) -> float | None:
+        """A bound for every number the block computes, or None where there is none (vendor.py)."""
+        if x_bound is None:
+            return None
+        bound = x_bound
+        for conv in self.convs:
+            bound = conv.bound(bound)
+            if not bound <= vendor.BOUND_LIMIT:  # written so that NaN fails
+                return None
+        if self.residual:
+            bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
+        return bound if bound <= vendor.BOUND_LIMIT else None
+
+    def run(self, flow: Flow) -> Flow | None:
+        """The block's output, or None where no bound rules out an overflow or a NaN."""
+        x, x_bound, owned = flow
+        bound = self.bound(x_bound)
+        if bound is None:
+            bound = self.bound(vendor.max_abs(x))
+            if bound is None:
+                return None
+        if not self.residual:
+            return Flow(self.convs[0].run(x, relu=True), bound, True)
+        y = x
+        for conv in self.convs[:-1]:
+            y = conv.run(y, relu=True)
+        if self.downsample is not None:
+            residual = self.downsample.run(x, relu=False)
+        else:
+            # Adding in place is faster than oneDNN's out-of-place sum even with the copy.
+            residual = x if owned else x.clone()
+        return Flow(self.convs[-1].run_add_(y, residual, relu=True), bound, True)
+
+
+def output_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which stock's convolution of a CPU tensor of `dtype` would answer now."""
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return dtype
+
+
+def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether stock's convolution would take an x of `dtype` with this weight now."""
+    if torch.is_autocast_enabled("cpu"):
+        return (dtype == torch.float64) == (weight.dtype == torch.float64)
+    return dtype == weight.dtype
+
+
+def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
+    """Why these parts cannot be folded and packed for an x of `dtype` now, or None."""
+    if vendor.compute_dtype(output_dtype(dtype)) is None:
+        return f"oneDNN does not serve {dtype}"
+    if backends.choose("conv_bn_relu", "cpu") != "vendor":
+        return backends.missing("conv_bn_relu", "vendor", "cpu") or "another backend is forced"
+    for conv, bn in parts.pairs:
+        if uses_batch_statistics(bn):
+            return "batch norm uses batch statistics"
+        if bn.running_mean is None or bn.running_var is None:
+            return "running statistics are absent"
+        if conv.weight.device.type != "cpu":
+            return "the parameters are not on the CPU"
+        if not weights_fit(dtype, conv.weight):
+            return f"x is {dtype} and a weight is {conv.weight.dtype}"
+    return None
+
+
+_plans: WeakKeyDictionary[nn.Module, dict[torch.dtype, Plan]] = WeakKeyDictionary()
+
+
+def forget(model: nn.Module) -> None:
+    """Drops what was precomputed for every block of `model`; the next call makes it anew."""
+    for m in model.modules():
+        _plans.pop(m, None)
+
+
+def plan_for(block: nn.Module, names: Names, dtype: torch.dtype) -> Plan | str:
+    """The block's plan for inference on an x of `dtype`, made now if need be; or why not."""
+    inner = vendor.compute_dtype(output_dtype(dtype))
+    plans = _plans.get(block, {})
+    plan = None if inner is None else plans.get(inner)
+    forced = backends.forced()
+    if plan is not None and forced in (None, "vendor") and weights_fit(dtype, plan.weight):
+        if plan.guard.holds():
+            return plan
+        _plans.pop(block, None)  # a stale copy is of no use to anybody
+    parts = take_apart(block, names)
+    if isinstance(parts, str):
+        return parts
+    reason = reason_against(parts, dtype)
+    if reason is not None or inner is None:
+        return reason or f"oneDNN does not serve {dtype}"
+    guard = Guard(parts)
+    if not guard.watchable:
+        return "weights made in inference mode carry no version counter to watch"
+    plan = Plan(parts, guard, inner)
+    # Another dtype's plan stays while it is good too: autocast on, autocast off.
+    others = {d: p for d, p in plans.items() if d != inner and p.guard.holds()}
+    _plans[block] = {**others, inner: plan}
+    return plan

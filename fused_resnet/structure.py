@@ -1,0 +1,194 @@
+"""Residual blocks as modules: taking one apart, and noticing any change to it.
+
+A block is fused only while its parts are exactly Conv2d, BatchNorm2d (or FrozenBatchNorm2d) and
+ReLU, unhooked and unpatched, so that surgery on a model and feature extraction keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+from operator import attrgetter, contains, getitem, is_
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_version = attrgetter("_version")
+
+
+class Names(NamedTuple):
+    """Where a block keeps its parts: (convolution, batch norm) in order, and the rest."""
+
+    pairs: tuple[tuple[str, str], ...]
+    relu: str = "relu"
+    downsample: str | None = "downsample"
+
+
+STEM = Names((("conv1", "bn1"),), downsample=None)
+BASIC = Names((("conv1", "bn1"), ("conv2", "bn2")))
+BOTTLENECK = Names((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
+
+
+class Place(NamedTuple):
+    """One part: `home[name] is part`, which must be of type `kind` exactly."""
+
+    home: dict[str, Any]
+    name: str
+    part: Any
+    kind: type
+
+
+class Parts(NamedTuple):
+    """A block taken apart. pairs: (conv, bn) in order, the downsample's last if there is one."""
+
+    pairs: list[tuple[Any, Any]]
+    downsample: bool
+    places: list[Place]
+
+    @property
+    def main(self) -> list[tuple[Any, Any]]:
+        """The pairs of the residual branch."""
+        return self.pairs[:-1] if self.downsample else self.pairs
+
+
+def take_apart(block: nn.Module, names: Names) -> Parts | str:
+    """The block's parts; or, in one line, why it cannot be fused."""
+    children = block._modules
+    places: list[Place] = []
+
+    def child(home: dict[str, Any], name: str, kind: type) -> Any:
+        places.append(Place(home, name, home.get(name), kind))
+        return places[-1].part
+
+    pairs = [
+        (child(children, c, nn.Conv2d), child(children, b, nn.BatchNorm2d)) for c, b in names.pairs
+    ]
+    child(children, names.relu, nn.ReLU)
+    downsample = False
+    if names.downsample is not None:
+        # A block without the branch keeps a plain None, which is no child module.
+        child(block.__dict__, names.downsample, type(None))
+        branch = children.get(names.downsample)
+        downsample = branch is not None
+        child(children, names.downsample, nn.Sequential if downsample else type(None))
+        if downsample:
+            if type(branch) is not nn.Sequential or len(branch) != 2:
+                return f"{names.downsample} is not a Sequential of a convolution and a norm"
+            inner = branch._modules
+            first, second = inner.keys()
+            pairs.append((child(inner, first, nn.Conv2d), child(inner, second, nn.BatchNorm2d)))
+    parts = Parts(pairs, downsample, places)
+    return _structure_reason(parts) or parts
+
+
+def has_hooks(m: nn.Module) -> bool:
+    return any(getattr(m, name) for name in _HOOKS)
+
+
+def patched(m: nn.Module) -> str | None:
+    """What makes calling m more than its class's forward, or None."""
+    if has_hooks(m):
+        return "has hooks"
+    if "forward" in m.__dict__:
+        return "has its forward replaced"
+    return None
+
+
+def is_frozen_bn(m: nn.Module) -> bool:
+    """torchvision.ops.FrozenBatchNorm2d, recognised without importing torchvision."""
+    return type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__ == "torchvision.ops.misc"
+
+
+def uses_batch_statistics(bn: Any) -> bool:
+    """Whether this norm would normalise by the batch now, as BatchNorm2d.forward decides it."""
+    if is_frozen_bn(bn):
+        return False
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def _structure_reason(parts: Parts) -> str | None:
+    for _, name, part, kind in parts.places:
+        frozen = kind is nn.BatchNorm2d and part is not None and is_frozen_bn(part)
+        if type(part) is not kind and not frozen:
+            return f"{name} is a {type(part).__name__}, not a {kind.__name__}"
+        why = None if part is None else patched(part)
+        if why is not None:
+            return f"{name} {why}"
+    for conv, bn in parts.pairs:
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return "a convolution pads by something other than a number of zeros"
+        for name, t in tensors_of(conv, bn):
+            if t is None:
+                continue
+            if type(t) not in (Tensor, nn.Parameter):
+                return f"{name} is a {type(t).__name__}"
+            if name != "conv.weight" and t.shape != (conv.out_channels,):
+                return f"{name} is of shape {tuple(t.shape)} for {conv.out_channels} channels"
+            if t.device != conv.weight.device:
+                return f"{name} is on {t.device}, conv.weight on {conv.weight.device}"
+    return None
+
+
+def tensors_of(conv: Any, bn: Any) -> Iterator[tuple[str, Tensor | None]]:
+    """Every tensor that the pair computes with, by name."""
+    yield "conv.weight", conv.weight
+    yield "conv.bias", conv.bias
+    for name in _BN_TENSORS:
+        yield f"bn.{name}", getattr(bn, name)
+
+
+class Guard:
+    """Everything a plan was made from; `holds` compares it with what is there now, at C speed.
+
+    It must not hold the block itself, beside which it is kept by a weak reference.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self._homes, self._names, self._parts, _ = (
+            list(v) for v in zip(*parts.places, strict=True)
+        )
+        modules = [m for m in self._parts if m is not None]
+        self._modules, self._types = modules, list(map(type, modules))
+        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._dicts = [m.__dict__ for m in modules]
+        self._lengths = [(m._modules, len(m._modules)) for m in modules]
+        self._convs = [conv for conv, _ in parts.pairs]
+        self._bns = [bn for _, bn in parts.pairs]
+        self._conv_states = list(map(_conv_state, self._convs))
+        self._bn_states = [(bn.eps, uses_batch_statistics(bn)) for bn in self._bns]
+        slots = [
+            (home, name)
+            for conv, bn in parts.pairs
+            for m, names in ((conv, ("weight", "bias")), (bn, _BN_TENSORS))
+            for name in names
+            for home in (m._parameters, m._buffers)
+            if name in home
+        ]
+        self._slots, self._keys = [h for h, _ in slots], [k for _, k in slots]
+        self._values = [h[k] for h, k in slots]
+        self._tensors = [t for t in self._values if t is not None]
+        # A tensor made in inference mode has no version counter to watch.
+        self.watchable = not any(t.is_inference() for t in self._tensors)
+        self._versions = list(map(_version, self._tensors)) if self.watchable else []
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+
+    def holds(self) -> bool:
+        """Nothing was replaced, hooked, patched, re-configured or written to."""
+        try:
+            return (
+                all(map(is_, map(getitem, self._slots, self._keys), self._values))
+                and list(map(_version, self._tensors)) == self._versions
+                and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+                and all(map(is_, map(dict.get, self._homes, self._names), self._parts))
+                and list(map(type, self._modules)) == self._types
+                and not any(self._hooks)
+                and not any(map(contains, self._dicts, repeat("forward")))
+                and list(map(_conv_state, self._convs)) == self._conv_states
+                and [(bn.eps, uses_batch_statistics(bn)) for bn in self._bns] == self._bn_states
+                and all(len(home) == count for home, count in self._lengths)
+            )
+        except (KeyError, AttributeError):  # a parameter or an attribute was taken away
+            return False
