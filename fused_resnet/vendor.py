@@ -110,7 +110,8 @@ class PackedConv:
     y = relu(conv(x, weight * scale[k]) + shift[k] + residual)
 
     weight: (K, C/groups, R, S); scale, shift: (K,) float32. `dtype` is what the folded weights are
-    rounded to (float32 or bfloat16); the bias stays float32. `gain` is G of the bound above, inf
+    rounded to (float32 or bfloat16); the bias stays float32, except where a residual is added, for
+    which oneDNN's binding asks for a bias of the same dtype. `gain` is G of the bound above, inf
     where folding gave no finite number, so that no bound ever admits such a convolution.
     """
 
@@ -127,6 +128,7 @@ class PackedConv:
     ) -> None:
         folded = weight.detach().float() * scale.detach().float().view(-1, 1, 1, 1)
         self.bias = shift.detach().float().contiguous()
+        self._add_bias = self.bias.to(dtype)
         gain = float(folded.abs().sum((1, 2, 3)).max()) * (1 + 2**-7)  # 2^-8: rounding to bfloat16
         bias_max = max_abs(self.bias)
         self.gain = gain if math.isfinite(gain) and math.isfinite(bias_max) else math.inf
@@ -184,7 +186,7 @@ class PackedConv:
         """As `run`, added to residual (N, K, P, Q), channels_last, in its memory."""
         padding, stride, dilation, groups = self.geometry
         return torch.ops.mkldnn._convolution_pointwise_.binary(
-            residual, x, self._weight(x.shape), self.bias, padding, stride, dilation, groups,
+            residual, x, self._weight(x.shape), self._add_bias, padding, stride, dilation, groups,
             "add", 1.0, "relu" if relu else None, [], None,
         )  # fmt: skip
 
