@@ -16,6 +16,7 @@ from torch import Tensor, nn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
+_bn_state = attrgetter("eps", "training")
 _version = attrgetter("_version")
 
 
@@ -154,11 +155,12 @@ class Guard:
         self._modules, self._types = modules, list(map(type, modules))
         self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
         self._dicts = [m.__dict__ for m in modules]
-        self._lengths = [(m._modules, len(m._modules)) for m in modules]
+        self._children = [m._modules for m in modules]
+        self._counts = list(map(len, self._children))
         self._convs = [conv for conv, _ in parts.pairs]
         self._bns = [bn for _, bn in parts.pairs]
         self._conv_states = list(map(_conv_state, self._convs))
-        self._bn_states = [(bn.eps, uses_batch_statistics(bn)) for bn in self._bns]
+        self._bn_states = list(map(_bn_state, self._bns))
         slots = [
             (home, name)
             for conv, bn in parts.pairs
@@ -187,8 +189,8 @@ class Guard:
                 and not any(self._hooks)
                 and not any(map(contains, self._dicts, repeat("forward")))
                 and list(map(_conv_state, self._convs)) == self._conv_states
-                and [(bn.eps, uses_batch_statistics(bn)) for bn in self._bns] == self._bn_states
-                and all(len(home) == count for home, count in self._lengths)
+                and list(map(_bn_state, self._bns)) == self._bn_states
+                and list(map(len, self._children)) == self._counts
             )
         except (KeyError, AttributeError):  # a parameter or an attribute was taken away
             return False
