@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, inference, layout, native, ops, vendor
+from . import backends, inference, layout, ops, vendor
 from .inference import Flow
 from .reference import accumulate_dtype
 from .structure import (
     STEM,
     Names,
     Parts,
-    patched,
     take_apart,
     uses_batch_statistics,
 )
@@ -67,7 +66,7 @@ def call_reason(x: Any) -> str | None:
     return None
 
 
-def _wants_grad(block: nn.Module, x: Tensor) -> bool:
+def wants_grad(block: nn.Module, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return x.requires_grad or any(p.requires_grad for p in block.parameters())
@@ -76,13 +75,13 @@ def _wants_grad(block: nn.Module, x: Tensor) -> bool:
 # --- inference ------------------------------------------------------------------------------------
 
 
-def _enter(x: Tensor, dtype: torch.dtype) -> Flow:
+def enter(x: Tensor, dtype: torch.dtype) -> Flow:
     """x (N, C, H, W) of any layout and dtype, as fused blocks want it; x itself stays unowned."""
     inner = x.to(dtype).contiguous(memory_format=torch.channels_last)
     return Flow(inner, None, inner.data_ptr() != x.data_ptr())
 
 
-def _leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """A fused block's output as stock would have given it for an x of this dtype and layout."""
     return y.to(inference.output_dtype(dtype)).contiguous(memory_format=memory_format)
 
@@ -91,102 +90,15 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """A residual block's output (N, K, P, Q) by a fused path, or None: run torchvision's."""
     if call_reason(x) is not None:
         return None
-    if _wants_grad(block, x) or block.training:
+    if wants_grad(block, x):
         return _run_units(block, names, x)
     plan = inference.plan_for(block, names, x.dtype)
     if isinstance(plan, str):
         return _run_units(block, names, x)
     if not plan.admits(x.shape):
         return None
-    flow = plan.run(_enter(x, plan.dtype))
-    return None if flow is None else _leave(flow.x, x.dtype, layout.memory_format(x))
-
-
-class _Walk:
-    """One inference through a whole network: between fused blocks nothing is converted back."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._plain: Tensor | None = x  # the activation as stock would have it, or None
-        self._flow: Flow | None = None  # the same between fused blocks, or None
-        self._outside = (x.dtype, layout.memory_format(x))  # what was last seen as stock has it
-
-    def leave(self) -> Tensor:
-        """The activation as stock would have it here."""
-        if self._plain is None:
-            assert self._flow is not None
-            self._plain, self._flow = _leave(self._flow.x, *self._outside), None
-        return self._plain
-
-    def call(self, module: Callable[[Tensor], Tensor]) -> None:
-        """A module of any kind, on the activation as stock would have it."""
-        self._plain = module(self.leave())
-
-    def fused(self, module: nn.Module, names: Names) -> bool:
-        """`module` by its plan; False where it has none for this activation."""
-        flow = self._flow
-        if flow is None:
-            x = self.leave()
-            if call_reason(x) is not None:
-                return False
-            self._outside = (x.dtype, layout.memory_format(x))
-        plan = inference.plan_for(module, names, self._outside[0])
-        if isinstance(plan, str):
-            return False
-        if flow is None:
-            flow = _enter(x, plan.dtype)
-        after = plan.run(flow) if plan.admits(flow.x.shape) else None
-        if after is None:
-            return False
-        self._plain, self._flow = None, after
-        return True
-
-    def max_pool(self, pool: nn.Module) -> bool:
-        """`pool` by this package's kernel, where it is plain max pooling of a fused activation."""
-        if self._flow is None or type(pool) is not nn.MaxPool2d or patched(pool) is not None:
-            return False
-        if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
-            return False
-        sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-        H, W = self._flow.x.shape[2:]
-        fits = all(n + 2 * p >= k and 2 * p <= k for n, k, _, p in zip((H, W), *sizes, strict=True))
-        if not fits or native.load() is not None or backends.forced() == "vendor":
-            return False
-        y = torch.ops.fused_resnet_native.max_pool2d(self._flow.x, *sizes)
-        self._plain, self._flow = None, Flow(y, self._flow.bound, True)
-        return True
-
-    def block(self, block: nn.Module) -> None:
-        names = FORWARDS.get(type(block).forward)
-        plain = names is None or block.training or patched(block) is not None
-        if plain or names is None or not self.fused(block, names):
-            self.call(block)
-
-
-def _pair(v: Any) -> list[int]:
-    return [v, v] if isinstance(v, int) else list(v)
-
-
-def run_resnet(model: Any, x: Tensor) -> Tensor | None:
-    """A whole network's inference (N, classes), fused where it can be, or None: run torchvision's.
-
-    x: (N, C, H, W) of any layout. Only plans are used here; without one for the stem, each block
-    decides for itself as torchvision's path comes to it.
-    """
-    if call_reason(x) is not None or model.training or _wants_grad(model, x):
-        return None
-    walk = _Walk(x)
-    if not walk.fused(model, STEM):
-        return None
-    if not walk.max_pool(model.maxpool):
-        walk.call(model.maxpool)
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        if type(stage) is nn.Sequential and patched(stage) is None:
-            for block in stage:
-                walk.block(block)
-        else:
-            walk.call(stage)
-    walk.call(model.avgpool)
-    return model.fc(torch.flatten(walk.leave(), 1))
+    flow = plan.run(enter(x, plan.dtype))
+    return None if flow is None else leave(flow.x, x.dtype, layout.memory_format(x))
 
 
 # --- training, and running statistics with gradients ----------------------------------------------

@@ -169,16 +169,25 @@ def _eager(case: Case, data: Data, layout: torch.memory_format) -> Step:
 
 
 def _compile(case: Case, data: Data) -> Step:
-    """torch.compile of the channels_last model: frozen in inference, plain in training."""
+    """torch.compile of the channels_last model: frozen in inference, plain in training.
+
+    Freezing is asked for through the configuration and compiled here: as an option of
+    torch.compile it comes too late for the tracing, and the weights are not packed.
+    """
+    import torch._inductor.config as inductor
+
     model = _placed(stock_model(case.model), case, data, torch.channels_last)
+    frozen = case.mode == "infer"
     options: dict[str, Any] | None = None
-    if case.mode == "infer":
-        options = {"freezing": True}
-        if torch.device(case.device).type == "cuda":
-            options |= {"max_autotune": True, "triton.cudagraphs": True}
+    if frozen and torch.device(case.device).type == "cuda":
+        options = {"max_autotune": True, "triton.cudagraphs": True}
     compiled = torch.compile(model, dynamic=False, options=options)
-    step = _step(case, data, model, _images(case, data, torch.channels_last), compiled)
-    return _on_stock_path(step)
+    images = _images(case, data, torch.channels_last)
+    step = _on_stock_path(_step(case, data, model, images, compiled))
+    if frozen:
+        with inductor.patch(freezing=True):
+            step()
+    return step
 
 
 def _fused(case: Case, data: Data) -> Step:

@@ -130,7 +130,7 @@ def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
 
 def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
     """Why these parts cannot be folded and packed for an x of `dtype` now, or None."""
-    if vendor.compute_dtype(output_dtype(dtype)) is None:
+    if compute_dtype(dtype) is None:
         return f"oneDNN does not serve {dtype}"
     if backends.choose("conv_bn_relu", "cpu") != "vendor":
         return backends.missing("conv_bn_relu", "vendor", "cpu") or "another backend is forced"
@@ -147,17 +147,30 @@ def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
 
 
 _plans: WeakKeyDictionary[nn.Module, dict[torch.dtype, Plan]] = WeakKeyDictionary()
+_generation = 0
 
 
 def forget(model: nn.Module) -> None:
     """Drops what was precomputed for every block of `model`; the next call makes it anew."""
+    global _generation
+    _generation += 1
     for m in model.modules():
         _plans.pop(m, None)
 
 
+def generation() -> int:
+    """Grows whenever a plan anywhere was dropped, so that who holds plans knows to ask again."""
+    return _generation
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What convolutions of CPU tensors of `dtype` are computed in now; None: not served."""
+    return vendor.compute_dtype(output_dtype(dtype))
+
+
 def plan_for(block: nn.Module, names: Names, dtype: torch.dtype) -> Plan | str:
     """The block's plan for inference on an x of `dtype`, made now if need be; or why not."""
-    inner = vendor.compute_dtype(output_dtype(dtype))
+    inner = compute_dtype(dtype)
     plans = _plans.get(block, {})
     plan = None if inner is None else plans.get(inner)
     forced = backends.forced()

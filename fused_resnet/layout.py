@@ -35,6 +35,12 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """An uninitialised tensor with exactly the strides of x, which is dense. torch.empty_like
+    rewrites those of dimensions of size one, but on fake and meta tensors only."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
 def empty(
     shape: Sequence[int | torch.SymInt],
     x: Tensor,

@@ -124,7 +124,7 @@ def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
 def _add_relu_fake(x: Tensor, residual: Tensor) -> Tensor:
     _add_relu_check(x, residual)
-    return torch.empty_like(layout.dense(x))
+    return layout.empty_like(layout.dense(x))
 
 
 def _add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
 
 
 def _add_relu_backward_fake(dy: Tensor, y: Tensor) -> Tensor:
-    return torch.empty_like(layout.dense(y))
+    return layout.empty_like(layout.dense(y))
 
 
 def _add_relu_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -238,7 +238,7 @@ def _bn_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _bn_check(x, weight, bias, residual)
     stat = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
-    return torch.empty_like(layout.dense(x)), stat, torch.empty_like(stat)
+    return layout.empty_like(layout.dense(x)), stat, torch.empty_like(stat)
 
 
 def _bn_backward_native(
@@ -274,12 +274,12 @@ def _bn_backward_fake(
     dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor,
     eps: float, relu: bool, need_dx: bool, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    full, none = torch.empty_like(layout.dense(x)), x.new_empty(0)
+    full, none = layout.empty_like(layout.dense(x)), x.new_empty(0)
     return (
         full if need_dx else none,
         torch.empty_like(mean),
         torch.empty_like(mean),
-        torch.empty_like(full) if need_dresidual else torch.empty_like(none),
+        layout.empty_like(full) if need_dresidual else torch.empty_like(none),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from . import blocks, inference
+from . import blocks, inference, network
 from .structure import BASIC, BOTTLENECK
 
 __all__ = [
@@ -301,7 +301,7 @@ class ResNet(nn.Module):
     def _forward_impl(self, x: Tensor) -> Tensor:
         stem: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it
         if not torch.jit.is_scripting():
-            y = blocks.run_resnet(self, x)
+            y = network.run_resnet(self, x)
             if y is not None:
                 return y
             stem = blocks.run_stem(self, x)

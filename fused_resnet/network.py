@@ -1,0 +1,223 @@
+"""A whole network's inference: activations stay in the fused blocks' own layout from stem to pool.
+
+Two ways. `Network` is for a network whose every block is fused: one guard over all of it, so that
+little Python runs between two convolutions. `_Walk` is for any other: block by block, converting
+to what stock would have wherever a module that is not fused must see the activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import backends, inference, layout, native
+from .blocks import FORWARDS, call_reason, enter, leave, wants_grad
+from .inference import Flow, Plan
+from .structure import STEM, Guard, Names, Parts, Place, patched, take_apart
+
+_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_pool_state = attrgetter(
+    "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"
+)
+
+
+def run_resnet(model: Any, x: Tensor) -> Tensor | None:
+    """A whole network's inference (N, classes), fused where it can be, or None: run torchvision's.
+
+    x: (N, C, H, W) of any layout. Only plans are used here; without one for the stem, each block
+    decides for itself as torchvision's path comes to it.
+    """
+    if model.training or call_reason(x) is not None or wants_grad(model, x):
+        return None
+    network = _network_for(model, x.dtype)
+    y = None if network is None else network.run(x)
+    if y is None:
+        walk = _Walk(x)
+        if not walk.fused(model, STEM):
+            return None
+        if not walk.max_pool(model.maxpool):
+            walk.call(model.maxpool)
+        for stage in (getattr(model, name) for name in _STAGES):
+            walk.stage(stage)
+        y = walk.leave()
+    return model.fc(torch.flatten(model.avgpool(y), 1))
+
+
+# --- every block fused ----------------------------------------------------------------------------
+
+
+class Network:
+    """The plans of stem and blocks in order, valid while nothing in the whole has changed."""
+
+    def __init__(self, guard: Guard, plans: list[Plan], pool: nn.MaxPool2d) -> None:
+        self.plans = plans
+        self._guard = guard
+        self._pool = pool
+        self._pool_state = _pool_state(pool)
+        self._generation = inference.generation()
+        self._admitted: torch.Size | None = None
+
+    def holds(self) -> bool:
+        return (
+            self._generation == inference.generation()
+            and _pool_state(self._pool) == self._pool_state
+            and self._guard.holds()
+        )
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The last block's output; None where x does not fit, or no bound rules out an overflow."""
+        stem, *blocks = self.plans
+        flow: Flow | None = enter(x, stem.dtype)
+        admitted = x.shape == self._admitted
+        if not admitted and not stem.admits(x.shape):
+            return None
+        flow = stem.run(flow) if flow is not None else None
+        flow = None if flow is None else max_pool(self._pool, flow)
+        for plan in blocks:
+            if flow is None or not (admitted or plan.admits(flow.x.shape)):
+                return None
+            flow = plan.run(flow)
+        if flow is None:
+            return None
+        self._admitted = x.shape
+        return leave(flow.x, x.dtype, layout.memory_format(x))
+
+
+_networks: WeakKeyDictionary[nn.Module, dict[torch.dtype, Network]] = WeakKeyDictionary()
+
+
+def _network_for(model: Any, dtype: torch.dtype) -> Network | None:
+    """The model as a `Network` for an x of `dtype`, made now if need be; None: walk."""
+    inner = inference.compute_dtype(dtype)
+    kept = _networks.get(model, {})
+    network = None if inner is None else kept.get(inner)
+    if network is not None and backends.forced() is None:
+        if network.holds() and inference.weights_fit(dtype, network.plans[0].weight):
+            return network
+        _networks.pop(model, None)
+    if inner is None or backends.forced() is not None or native.load() is not None:
+        return None
+    found = _whole(model)
+    if found is None:
+        return None
+    whole, members = found
+    plans: list[Plan] = []
+    for module, names in members:
+        plan = inference.plan_for(module, names, dtype)
+        if isinstance(plan, str):
+            return None
+        plans.append(plan)
+    network = Network(Guard(whole), plans, model.maxpool)
+    others = {d: n for d, n in kept.items() if d != inner and n.holds()}
+    _networks[model] = {**others, inner: network}
+    return network
+
+
+def _whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
+    """Stem, pool, stages and blocks as one set of parts, and what plans are made for."""
+    members: list[tuple[nn.Module, Names]] = [(model, STEM)]
+    places = [Place(model._modules, "maxpool", model.maxpool, nn.MaxPool2d)]
+    for name in _STAGES:
+        stage = model._modules.get(name)
+        places.append(Place(model._modules, name, stage, nn.Sequential))
+        if type(stage) is not nn.Sequential:
+            return None
+        for key, block in stage._modules.items():
+            names = FORWARDS.get(type(block).forward)
+            if names is None:
+                return None
+            places.append(Place(stage._modules, key, block, type(block)))
+            members.append((block, names))
+    if any(type(p.part) is not p.kind or patched(p.part) is not None for p in places):
+        return None
+    pairs = []
+    for module, names in members:
+        parts = take_apart(module, names)
+        if isinstance(parts, str):
+            return None
+        pairs += parts.pairs
+        places += parts.places
+    return Parts(pairs, False, places), members
+
+
+# --- block by block -------------------------------------------------------------------------------
+
+
+class _Walk:
+    """One inference, block by block: between fused blocks nothing is converted back."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._plain: Tensor | None = x  # the activation as stock would have it, or None
+        self._flow: Flow | None = None  # the same between fused blocks, or None
+        self._outside = (x.dtype, layout.memory_format(x))  # what was last seen as stock has it
+
+    def leave(self) -> Tensor:
+        """The activation as stock would have it here."""
+        if self._plain is None:
+            assert self._flow is not None
+            self._plain, self._flow = leave(self._flow.x, *self._outside), None
+        return self._plain
+
+    def call(self, module: Callable[[Tensor], Tensor]) -> None:
+        """A module of any kind, on the activation as stock would have it."""
+        self._plain = module(self.leave())
+
+    def fused(self, module: nn.Module, names: Names) -> bool:
+        """`module` by its plan; False where it has none for this activation."""
+        flow = self._flow
+        if flow is None:
+            x = self.leave()
+            if call_reason(x) is not None:
+                return False
+            self._outside = (x.dtype, layout.memory_format(x))
+        plan = inference.plan_for(module, names, self._outside[0])
+        if isinstance(plan, str):
+            return False
+        if flow is None:
+            flow = enter(x, plan.dtype)
+        after = plan.run(flow) if plan.admits(flow.x.shape) else None
+        if after is None:
+            return False
+        self._plain, self._flow = None, after
+        return True
+
+    def max_pool(self, pool: nn.Module) -> bool:
+        """`pool` by this package's kernel; False where it is something else."""
+        plain = type(pool) is nn.MaxPool2d and patched(pool) is None and native.load() is None
+        if self._flow is None or not plain or backends.forced() is not None:
+            return False
+        after = max_pool(pool, self._flow)
+        if after is not None:
+            self._flow = after
+        return after is not None
+
+    def stage(self, stage: nn.Module) -> None:
+        if type(stage) is not nn.Sequential or patched(stage) is not None:
+            self.call(stage)
+            return
+        for block in stage:
+            names = FORWARDS.get(type(block).forward)
+            plain = names is None or patched(block) is not None
+            if plain or names is None or not self.fused(block, names):
+                self.call(block)
+
+
+def max_pool(pool: Any, flow: Flow) -> Flow | None:
+    """`pool` on a fused activation; None where the kernel does not do what is asked."""
+    if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
+        return None
+    sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    shape = flow.x.shape[2:]
+    if not all(n + 2 * p >= k >= 2 * p for n, k, _, p in zip(shape, *sizes, strict=True)):
+        return None
+    y = torch.ops.fused_resnet_native.max_pool2d(flow.x, *sizes)
+    return Flow(y, flow.bound, True)
+
+
+def _pair(v: Any) -> list[int]:
+    return [v, v] if isinstance(v, int) else list(v)
