@@ -144,10 +144,10 @@ struct Float16 : Dtype<Float16, uint16_t, float, vf> {
   FR_INLINE void stream(uint16_t* p, vf v) { stream_any(p, float_to_half(v)); }
 };
 
-// max(v, 0) that lets NaN through, as torch's relu does.
+// max(v, 0) that lets NaN and -0.0 through, as torch's relu does.
 template <typename V>
 FR_INLINE V relu_of(V v) {
-  return v <= 0 ? V{} : v;
+  return v < 0 ? V{} : v;
 }
 
 // dy where the ReLU's output y lets it through; a NaN in y does, as in torch's threshold_backward.

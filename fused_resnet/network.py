@@ -133,7 +133,9 @@ def _whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
                 return None
             places.append(Place(stage._modules, key, block, type(block)))
             members.append((block, names))
-    if any(type(p.part) is not p.kind or patched(p.part) is not None for p in places):
+    if [type(p.part) for p in places] != [p.kind for p in places]:
+        return None
+    if any(patched(p.part) is not None for p in places):
         return None
     pairs = []
     for module, names in members:

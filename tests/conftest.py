@@ -1,0 +1,73 @@
+"""Fixtures every test file shares: device x backend, fixed seeds, poisoned memory.
+
+The tolerance rule is `fused_resnet.tolerance`, the same that `fused-resnet parity` uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fused_resnet as fr
+from fused_resnet import backends
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`backend` runs over every backend there is; a module that sets OP = "add_relu" (or another
+    op) leaves out those that have no implementation of it on any device."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    op = getattr(metafunc.module, "OP", None)
+    names = [
+        name
+        for name in backends.BACKENDS
+        if op is None or any(name in table[op] for table in backends._PREFERENCE.values())
+    ]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The device a test computes on."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return request.param
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
+    """The backend that serves the ops during the test; skipped, with the reason, if not there."""
+    op = getattr(request.module, "OP", None)
+    reason = None if op is None else backends.missing(op, request.param, device)
+    if reason is not None:
+        pytest.skip(reason)
+    try:
+        chosen = fr.use_backend(request.param)
+        with chosen:
+            yield request.param
+    except RuntimeError as error:
+        if "use_backend" not in str(error):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    """Every test starts from one seed and leaves the global switches as it found them."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def poison() -> None:
+    """Uninitialised memory comes filled with NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
