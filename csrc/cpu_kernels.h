@@ -50,8 +50,30 @@ struct BnBackward {
 struct MaxPool {
   const void* x;  // (N, H, W, C) in memory
   void* y;        // (N, P, Q, C) in memory
+  void* lines;    // W * C values and one vector more, each thread's own
   int64_t C, H, W, P, Q;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+struct MeanPool {
+  const void* x;  // (N, pixels, C) in memory
+  void* y;        // (N, C)
+  int64_t C, pixels;
+};
+
+struct ConvBnRelu {
+  const void* x;                 // (N, H, W, C) in memory
+  const void* weight;            // packed, see conv_bn_relu_kernels.h
+  const float* scale;            // (K,), zeros up to a multiple of 64
+  const float* shift;            // as scale
+  const int64_t* first_channel;  // grouped: where each 16 outputs' input channels start, else null
+  const void* residual;          // (N, P, Q, K) in memory, or null; may be y
+  void* y;                       // (N, P, Q, K) in memory
+  const void* zeros;             // C of them
+  int64_t N, C, H, W, K, P, Q, R, S;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t run;  // input channels that a tap reads
+  bool relu;
 };
 
 // One column per dtype, in the order of DtypeIndex: float32, bfloat16, float16, float64.
@@ -80,8 +102,15 @@ struct CpuKernels {
   void (*bn_backward_planes[4])(const BnBackward&, int64_t begin, int64_t end);
   // rows [begin, end) of the N*P rows of output pixels
   void (*max_pool2d[4])(const MaxPool&, int64_t begin, int64_t end);
+  // images [begin, end): the mean over each one's pixels
+  void (*mean_pool[4])(const MeanPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);
+  // y's channels [64 block, 64 block + 64) of pixels [7 begin, 7 end); null where not served
+  void (*conv_bn_relu[4])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
 };
+
+// Whether conv_bn_relu computes in this dtype (a column of the table) on this machine.
+bool conv_bn_relu_serves(int dtype);
 
 // The table for this machine, chosen on the first call.
 const CpuKernels& cpu_kernels();

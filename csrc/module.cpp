@@ -29,13 +29,18 @@ py::dict build_info() {
   info["cuda_archs"] = py::none();
 #endif
   info["cpu_isa"] = fused_resnet::cpu_kernels().isa;
+  py::list conv_dtypes;
+  const char* const dtypes[] = {"float32", "bfloat16", "float16", "float64"};
+  for (int i = 0; i < 4; ++i)
+    if (fused_resnet::conv_bn_relu_serves(i)) conv_dtypes.append(dtypes[i]);
+  info["conv_dtypes"] = conv_dtypes;
   return info;
 }
 
 py::list kernels() {
   py::list list;
   for (const char* name : {"add_relu", "add_relu_backward", "bn_add_relu", "bn_add_relu_backward",
-                           "max_pool2d", "abs_max"}) {
+                           "conv_bn_relu", "max_pool2d", "mean_pool", "pad_rows", "abs_max"}) {
     py::dict entry;
     entry["name"] = name;
     entry["device"] = "cpu";

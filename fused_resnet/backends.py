@@ -3,7 +3,7 @@
 `_PREFERENCE` lists, per device type and op, the implementations from best to last resort. The first
 one that is there serves the op, unless `use_backend` or FUSED_RESNET_BACKEND forces one.
 
-    native      this package's C++ (and CUDA) kernels
+    native      this package's C++ (and CUDA) kernels; a convolution they do not cover is vendor's
     vendor      fused ops that PyTorch carries: oneDNN on the CPU
     reference   the eager specification; as a forced choice it also makes every block of the ResNet
                 family run exactly torchvision's path
@@ -15,13 +15,14 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 
-from . import native, vendor
+from . import native, native_conv, vendor
+from .convolution import FusedConv
 
 OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
 BACKENDS = ("native", "vendor", "reference")
@@ -30,7 +31,7 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "add_relu": ("native", "reference"),
         "bn_add_relu": ("native", "reference"),
-        "conv_bn_relu": ("vendor", "reference"),
+        "conv_bn_relu": ("native", "vendor", "reference"),
     },
     "cuda": {
         "add_relu": ("native", "reference"),
@@ -58,6 +59,8 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
     name = f"fused_resnet_native::{op}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         return f"the native build has no {key} code: rebuild it where a CUDA toolkit is installed"
+    if op == "conv_bn_relu" and not native_conv.serves(torch.float32):
+        return "the native convolution needs a processor with AVX-512"
     return None
 
 
@@ -140,3 +143,40 @@ def table(device_type: str) -> list[dict[str, str | None]]:
         for op in OPS
         for backend in _PREFERENCE.get(device_type, {}).get(op, ("reference",))
     ]
+
+
+# --- convolutions -----------------------------------------------------------------------------
+
+
+@functools.cache
+def conv_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """What fused convolutions of CPU tensors of `dtype` are computed in; None: not served.
+
+    float16 is computed in float32, which is more accurate and, on processors without float16
+    instructions, far faster; so is bfloat16 where there are no bfloat16 instructions.
+    """
+    if dtype in (torch.float32, torch.float16):
+        return torch.float32
+    if dtype != torch.bfloat16:
+        return None
+    return dtype if native_conv.serves(dtype) or vendor.serves(dtype) else torch.float32
+
+
+def conv_kind(
+    weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
+) -> type[FusedConv] | None:
+    """Who computes such a convolution of CPU tensors in `dtype` (of `conv_dtype`); None: nobody."""
+    backend = choose("conv_bn_relu", "cpu")
+    if backend == "reference":
+        return None
+    native_can = (
+        backend == "native"
+        and native_conv.serves(dtype)
+        and native_conv.covers(weight_shape, dtype, dilation, groups)
+    )
+    vendor_can = vendor.unavailable() is None and vendor.serves(dtype)
+    # oneDNN multiplies bfloat16 by tiles where the processor can, which the native kernel does not.
+    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and forced() is None
+    if native_can and not (tiles and vendor_can):
+        return native_conv.NativeConv
+    return vendor.PackedConv if vendor_can else None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, inference, layout, ops, vendor
+from . import backends, convolution, inference, layout, ops
 from .inference import Flow
 from .reference import accumulate_dtype
 from .structure import (
@@ -75,9 +75,11 @@ def wants_grad(block: nn.Module, x: Tensor) -> bool:
 # --- inference ------------------------------------------------------------------------------------
 
 
-def enter(x: Tensor, dtype: torch.dtype) -> Flow:
-    """x (N, C, H, W) of any layout and dtype, as fused blocks want it; x itself stays unowned."""
-    inner = x.to(dtype).contiguous(memory_format=torch.channels_last)
+def enter(x: Tensor, plan: inference.Plan) -> Flow:
+    """x (N, C, H, W) of any layout and dtype, as `plan` wants it; x itself stays unowned."""
+    if plan.takes_any:
+        return Flow(x, None, False)
+    inner = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
     return Flow(inner, None, inner.data_ptr() != x.data_ptr())
 
 
@@ -97,7 +99,7 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
         return _run_units(block, names, x)
     if not plan.admits(x.shape):
         return None
-    flow = plan.run(enter(x, plan.dtype))
+    flow = plan.run(enter(x, plan))
     return None if flow is None else leave(flow.x, x.dtype, layout.memory_format(x))
 
 
@@ -138,8 +140,8 @@ def _units_pay(parts: Parts, x: Tensor) -> bool:
 def _serves(batch_statistics: bool, dtype: torch.dtype) -> bool:
     if batch_statistics:
         return backends.choose("bn_add_relu", "cpu") == "native"
-    vendor_serves = backends.choose("conv_bn_relu", "cpu") == "vendor"
-    return vendor_serves and vendor.compute_dtype(dtype) is not None
+    fused = backends.choose("conv_bn_relu", "cpu") != "reference"
+    return fused and backends.conv_dtype(dtype) is not None
 
 
 def _unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -203,8 +205,8 @@ def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> bool:
         return False
     if not inference.weights_fit(x.dtype, conv.weight):
         return False
-    out = vendor.conv_output_shape(
-        x.shape, conv.weight.shape, conv.padding, conv.stride, conv.dilation, conv.groups
+    out = convolution.output_shape(
+        x.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups
     )
     return out is not None and (
         residual is None
@@ -221,9 +223,9 @@ def _scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Te
     tensors = [conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return inference.scale_and_shift(conv, bn, dtype)
-    now = vendor.stamp(tensors)
+    now = convolution.stamp(tensors)
     kept = _folded.get(bn)
-    if kept is not None and kept[0] == (bn.eps, dtype) and vendor.same_stamp(kept[1], now):
+    if kept is not None and kept[0] == (bn.eps, dtype) and convolution.same_stamp(kept[1], now):
         return kept[2], kept[3]
     with torch.no_grad():
         scale, shift = inference.scale_and_shift(conv, bn, dtype)

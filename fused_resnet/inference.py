@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import backends, vendor
+from . import backends
+from .convolution import BOUND_LIMIT, FusedConv, max_abs
 from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
 
 
@@ -31,10 +32,12 @@ def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Ten
     return scale, shift
 
 
-def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> vendor.PackedConv:
+def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
+    kind = backends.conv_kind(conv.weight.shape, dtype, conv.dilation, conv.groups)
+    assert kind is not None  # reason_against has asked
     with torch.no_grad():
         scale, shift = scale_and_shift(conv, bn, torch.float64)
-        return vendor.PackedConv(
+        return kind(
             conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
         )
 
@@ -42,8 +45,9 @@ def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> vendor.PackedConv:
 class Flow(NamedTuple):
     """An activation on its way through fused blocks.
 
-    x: (N, C, H, W) channels_last in the compute dtype. bound: an upper bound for |x|, or None where
-    it must be measured. owned: nobody else can see x, so a block may write into it.
+    x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan that takes
+    any). bound: an upper bound for |x|, or None where none is known. owned: nobody else can see x,
+    so a block may write into it.
     """
 
     x: Tensor
@@ -61,6 +65,9 @@ class Plan:
         self.downsample = convs.pop() if parts.downsample else None
         self.convs = convs
         self.residual = len(convs) > 1
+        all_convs = [*convs, self.downsample] if self.downsample else convs
+        self._needs_bound = any(conv.needs_bound for conv in all_convs)
+        self.takes_any = not self.residual and convs[0].takes_any
         self.weight = parts.pairs[0][0].weight
         self._admitted: torch.Size | None = None
 
@@ -81,37 +88,35 @@ class Plan:
         return True
 
     def bound(self, x_bound: float | None) -> float | None:
-        """A bound for every number the block computes, or None where there is none (vendor.py)."""
-        if x_bound is None:
+        """A bound for every number the block computes, or None where there is none, or no need
+        of one (convolution.py)."""
+        if x_bound is None or not self._needs_bound:
             return None
         bound = x_bound
         for conv in self.convs:
             bound = conv.bound(bound)
-            if not bound <= vendor.BOUND_LIMIT:  # written so that NaN fails
+            if not bound <= BOUND_LIMIT:  # written so that NaN fails
                 return None
         if self.residual:
             bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
-        return bound if bound <= vendor.BOUND_LIMIT else None
+        return bound if bound <= BOUND_LIMIT else None
 
     def run(self, flow: Flow) -> Flow | None:
-        """The block's output, or None where no bound rules out an overflow or a NaN."""
-        x, x_bound, owned = flow
+        """The block's output, or None where a bound is needed and none rules out a NaN."""
+        residual, x_bound, owned = flow
         bound = self.bound(x_bound)
-        if bound is None:
-            bound = self.bound(vendor.max_abs(x))
+        if bound is None and self._needs_bound:
+            bound = self.bound(max_abs(flow.x))
             if bound is None:
                 return None
+        y = flow.x
         if not self.residual:
-            return Flow(self.convs[0].run(x, relu=True), bound, True)
-        y = x
+            return Flow(self.convs[0].run(y, None, True), bound, True)
         for conv in self.convs[:-1]:
-            y = conv.run(y, relu=True)
+            y = conv.run(y, None, True)
         if self.downsample is not None:
-            residual = self.downsample.run(x, relu=False)
-        else:
-            # Adding in place is faster than oneDNN's out-of-place sum even with the copy.
-            residual = x if owned else x.clone()
-        return Flow(self.convs[-1].run_add_(y, residual, relu=True), bound, True)
+            residual, owned = self.downsample.run(residual, None, False), True
+        return Flow(self.convs[-1].run(y, residual, True, overwrite=owned), bound, True)
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -130,9 +135,10 @@ def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
 
 def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
     """Why these parts cannot be folded and packed for an x of `dtype` now, or None."""
-    if compute_dtype(dtype) is None:
-        return f"oneDNN does not serve {dtype}"
-    if backends.choose("conv_bn_relu", "cpu") != "vendor":
+    inner = compute_dtype(dtype)
+    if inner is None:
+        return f"no fused convolution serves {dtype}"
+    if backends.choose("conv_bn_relu", "cpu") == "reference":
         return backends.missing("conv_bn_relu", "vendor", "cpu") or "another backend is forced"
     for conv, bn in parts.pairs:
         if uses_batch_statistics(bn):
@@ -143,10 +149,13 @@ def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
             return "the parameters are not on the CPU"
         if not weights_fit(dtype, conv.weight):
             return f"x is {dtype} and a weight is {conv.weight.dtype}"
+        if backends.conv_kind(conv.weight.shape, inner, conv.dilation, conv.groups) is None:
+            return f"no fused convolution takes a weight of shape {tuple(conv.weight.shape)}"
     return None
 
 
-_plans: WeakKeyDictionary[nn.Module, dict[torch.dtype, Plan]] = WeakKeyDictionary()
+# block -> (compute dtype, backend) -> plan
+_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 _generation = 0
 
 
@@ -165,16 +174,16 @@ def generation() -> int:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """What convolutions of CPU tensors of `dtype` are computed in now; None: not served."""
-    return vendor.compute_dtype(output_dtype(dtype))
+    return backends.conv_dtype(output_dtype(dtype))
 
 
 def plan_for(block: nn.Module, names: Names, dtype: torch.dtype) -> Plan | str:
     """The block's plan for inference on an x of `dtype`, made now if need be; or why not."""
     inner = compute_dtype(dtype)
+    key = (inner, backends.choose("conv_bn_relu", "cpu"))
     plans = _plans.get(block, {})
-    plan = None if inner is None else plans.get(inner)
-    forced = backends.forced()
-    if plan is not None and forced in (None, "vendor") and weights_fit(dtype, plan.weight):
+    plan = plans.get(key)
+    if plan is not None and weights_fit(dtype, plan.weight):
         if plan.guard.holds():
             return plan
         _plans.pop(block, None)  # a stale copy is of no use to anybody
@@ -183,12 +192,12 @@ def plan_for(block: nn.Module, names: Names, dtype: torch.dtype) -> Plan | str:
         return parts
     reason = reason_against(parts, dtype)
     if reason is not None or inner is None:
-        return reason or f"oneDNN does not serve {dtype}"
+        return reason or f"no fused convolution serves {dtype}"
     guard = Guard(parts)
     if not guard.watchable:
         return "weights made in inference mode carry no version counter to watch"
     plan = Plan(parts, guard, inner)
     # Another dtype's plan stays while it is good too: autocast on, autocast off.
-    others = {d: p for d, p in plans.items() if d != inner and p.guard.holds()}
-    _plans[block] = {**others, inner: plan}
+    others = {k: p for k, p in plans.items() if k != key and p.guard.holds()}
+    _plans[block] = {**others, key: plan}
     return plan

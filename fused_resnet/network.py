@@ -35,8 +35,8 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
     if model.training or call_reason(x) is not None or wants_grad(model, x):
         return None
     network = _network_for(model, x.dtype)
-    y = None if network is None else network.run(x)
-    if y is None:
+    pooled = None if network is None else network.run(model, x)
+    if pooled is None:
         walk = _Walk(x)
         if not walk.fused(model, STEM):
             return None
@@ -44,8 +44,8 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
             walk.call(model.maxpool)
         for stage in (getattr(model, name) for name in _STAGES):
             walk.stage(stage)
-        y = walk.leave()
-    return model.fc(torch.flatten(model.avgpool(y), 1))
+        pooled = model.avgpool(walk.leave())
+    return model.fc(torch.flatten(pooled, 1))
 
 
 # --- every block fused ----------------------------------------------------------------------------
@@ -54,11 +54,11 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
 class Network:
     """The plans of stem and blocks in order, valid while nothing in the whole has changed."""
 
-    def __init__(self, guard: Guard, plans: list[Plan], pool: nn.MaxPool2d) -> None:
+    def __init__(self, guard: Guard, plans: list[Plan], model: Any) -> None:
         self.plans = plans
         self._guard = guard
-        self._pool = pool
-        self._pool_state = _pool_state(pool)
+        self._pool = model.maxpool
+        self._pool_state = _pool_state(self._pool)
         self._generation = inference.generation()
         self._admitted: torch.Size | None = None
 
@@ -69,14 +69,14 @@ class Network:
             and self._guard.holds()
         )
 
-    def run(self, x: Tensor) -> Tensor | None:
-        """The last block's output; None where x does not fit, or no bound rules out an overflow."""
+    def run(self, model: Any, x: Tensor) -> Tensor | None:
+        """What `model.avgpool` gives; None where x does not fit, or a bound is needed and none
+        rules out a NaN."""
         stem, *blocks = self.plans
-        flow: Flow | None = enter(x, stem.dtype)
         admitted = x.shape == self._admitted
         if not admitted and not stem.admits(x.shape):
             return None
-        flow = stem.run(flow) if flow is not None else None
+        flow = stem.run(enter(x, stem))
         flow = None if flow is None else max_pool(self._pool, flow)
         for plan in blocks:
             if flow is None or not (admitted or plan.admits(flow.x.shape)):
@@ -85,7 +85,16 @@ class Network:
         if flow is None:
             return None
         self._admitted = x.shape
-        return leave(flow.x, x.dtype, layout.memory_format(x))
+        if averages_all(model.avgpool):
+            y = torch.ops.fused_resnet_native.mean_pool(flow.x)
+            return y.to(inference.output_dtype(x.dtype))
+        return model.avgpool(leave(flow.x, x.dtype, layout.memory_format(x)))
+
+
+def averages_all(pool: Any) -> bool:
+    """Whether this module is the mean over all pixels and nothing else."""
+    plain = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
+    return plain and patched(pool) is None
 
 
 _networks: WeakKeyDictionary[nn.Module, dict[torch.dtype, Network]] = WeakKeyDictionary()
@@ -112,7 +121,7 @@ def _network_for(model: Any, dtype: torch.dtype) -> Network | None:
         if isinstance(plan, str):
             return None
         plans.append(plan)
-    network = Network(Guard(whole), plans, model.maxpool)
+    network = Network(Guard(whole), plans, model)
     others = {d: n for d, n in kept.items() if d != inner and n.holds()}
     _networks[model] = {**others, inner: network}
     return network
@@ -181,7 +190,7 @@ class _Walk:
         if isinstance(plan, str):
             return False
         if flow is None:
-            flow = enter(x, plan.dtype)
+            flow = enter(x, plan)
         after = plan.run(flow) if plan.admits(flow.x.shape) else None
         if after is None:
             return False

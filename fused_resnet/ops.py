@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, layout, reference, vendor
+from . import backends, convolution, layout, reference
 from .reference import accumulate_dtype
 
 _LIB = torch.library.Library("fused_resnet", "DEF")
@@ -432,11 +432,7 @@ def _conv_shape(
     return shape
 
 
-def _conv_reference(*arguments: Any) -> Tensor:
-    return reference.conv_bn_relu(*arguments)
-
-
-def _conv_vendor(
+def _conv_fused(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -446,19 +442,23 @@ def _conv_vendor(
     *geometry: Any,
 ) -> Tensor:
     arguments = (x, weight, scale, shift, residual, relu, *geometry)
-    dtype = vendor.compute_dtype(x.dtype)
-    if dtype is None or x.numel() == 0:
+    dtype = backends.conv_dtype(x.dtype)
+    kind = None
+    if dtype is not None and x.numel() > 0:
+        kind = backends.conv_kind(weight.shape, dtype, geometry[2], geometry[3])
+    if kind is None or dtype is None:
         return reference.conv_bn_relu(*arguments)
-    conv = vendor.packed(weight, scale, shift, dtype, *geometry)
-    bound = conv.bound(vendor.max_abs(x)) + (0.0 if residual is None else vendor.max_abs(residual))
-    if not bound <= vendor.BOUND_LIMIT:
-        return reference.conv_bn_relu(*arguments)
+    conv = convolution.kept(kind, weight, scale, shift, dtype, *geometry)
+    if conv.needs_bound:
+        added = 0.0 if residual is None else convolution.max_abs(residual)
+        if not conv.bound(convolution.max_abs(x)) + added <= convolution.BOUND_LIMIT:
+            return reference.conv_bn_relu(*arguments)
     last = torch.channels_last
-    x = x.to(dtype).contiguous(memory_format=last)
-    if residual is None:
-        return conv.run(x, relu).to(weight.dtype)
-    residual = residual.to(dtype, memory_format=last, copy=True)
-    return conv.run_add_(x, residual, relu).to(weight.dtype)
+    if not conv.takes_any:
+        x = x.to(dtype).contiguous(memory_format=last)
+    if residual is not None:
+        residual = residual.to(dtype).contiguous(memory_format=last)
+    return conv.run(x, residual, relu).to(weight.dtype)
 
 
 def _conv_bn_relu(
@@ -471,7 +471,7 @@ def _conv_bn_relu(
     *geometry: Any,
 ) -> Tensor:
     shape = _conv_shape(x, weight, scale, shift, residual, *geometry)
-    table = {"vendor": _conv_vendor, "reference": _conv_reference}
+    table = {"native": _conv_fused, "vendor": _conv_fused, "reference": reference.conv_bn_relu}
     run = backends.implementation("conv_bn_relu", x.device.type, table)
     y = run(x, weight, scale, shift, residual, relu, *geometry)
     return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))

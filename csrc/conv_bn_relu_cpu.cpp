@@ -1,0 +1,205 @@
+// conv_bn_relu on the CPU: checks, allocation, splitting over threads. The kernel is in
+// conv_bn_relu_kernels.h; weights come packed from fused_resnet/native_conv.py.
+#include "common.h"
+#include "cpu_kernels.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr int64_t kTilePixels = 7, kBlockChannels = 64;
+constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
+
+// R, S, stride, padding, dilation, K and the input channels that a tap reads
+enum Geometry {
+  kR,
+  kS,
+  kStrideH,
+  kStrideW,
+  kPadH,
+  kPadW,
+  kDilationH,
+  kDilationW,
+  kK,
+  kRun,
+  kCount
+};
+
+// The kernel is AVX-512's; for bfloat16 it needs that extension's dot product too.
+bool serves(DtypeIndex dtype) {
+  if (cpu_kernels().conv_bn_relu[dtype] == nullptr) return false;
+#if defined(__x86_64__)
+  return dtype != kBFloat16 || __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
+  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
+  const auto kernel = cpu_kernels().conv_bn_relu[dtype];
+  const int64_t tiles = (conv.N * conv.P * conv.Q + kTilePixels - 1) / kTilePixels;
+  const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
+  // All blocks of channels pass over one superblock of pixels before the next begins. Its part of
+  // x should stay in the second-level cache, beside the weights where those fit as well.
+  const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
+  const int64_t tile_bytes = kTilePixels * conv.stride_h * conv.stride_w * conv.C * element_bytes;
+  const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
+  const int64_t super = std::clamp<int64_t>(room / tile_bytes, 1, tiles);
+  Split(tiles * blocks, 1, kSmallestTask).run([&](int64_t, int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t start = begin / (super * blocks) * super;
+      const int64_t length = std::min(super, tiles - start);
+      const int64_t place = begin - start * blocks;
+      const int64_t block = place / length, tile = place % length;
+      const int64_t count = std::min(length - tile, end - begin);
+      kernel(conv, block, start + tile, start + tile + count);
+      begin += count;
+    }
+  });
+}
+
+// One row of an image, pixel by pixel: W pixels of C values, `step_c` and `step_w` apart.
+template <typename T>
+void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_t step_w,
+              int64_t channels) {
+  if (C == 3 && step_w == 1) {  // planes: the usual photograph
+    for (int64_t w = 0; w < W; ++w)
+      for (int64_t c = 0; c < 3; ++c) to[w * channels + c] = from[c * step_c + w];
+    return;
+  }
+  for (int64_t w = 0; w < W; ++w)
+    for (int64_t c = 0; c < C; ++c) to[w * channels + c] = from[w * step_w + c * step_c];
+}
+
+// x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
+// packed by native_conv.py, flat. scale, shift: float32, (K,) and zeros up to a multiple of 64.
+// first_channel: int64, (K / 16,) up to a multiple of 4, where groups != 1. The result lies in the
+// residual's memory where `overwrite` says so.
+Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift,
+                    std::optional<Tensor> first_channel, std::optional<Tensor> residual,
+                    bool overwrite, bool relu, std::vector<int64_t> g) {
+  constexpr const char* op = "conv_bn_relu";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  check(serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
+  check(g.size() == kCount && g[kR] * g[kS] <= 128, op, ": geometry must hold ", int{kCount},
+        " numbers and at most 128 taps");
+  const Layout4d layout = layout_of(op, x);
+  const int64_t C = layout.C, H = x.size(2), W = x.size(3), K = g[kK];
+  check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
+        strides_of(x), " for shape ", shape_of(x));
+  const int64_t padded = (K + kBlockChannels - 1) / kBlockChannels * kBlockChannels;
+  check(weight.scalar_type() == x.scalar_type() && weight.dim() == 1 && is_dense(weight) &&
+            weight.numel() == g[kR] * g[kS] * g[kRun] * ((K + 15) / 16) * 16,
+        op, ": weight must be packed in x's dtype for ", K, " outputs, got ",
+        name_of(weight.scalar_type()), " of shape ", shape_of(weight));
+  check_channel_vector(op, "scale", scale, padded, ScalarType::Float, x);
+  check_channel_vector(op, "shift", shift, padded, ScalarType::Float, x);
+  if (first_channel)
+    check(first_channel->scalar_type() == ScalarType::Long && is_dense(*first_channel) &&
+              first_channel->numel() == padded / 16 && g[kRun] <= C,
+          op, ": first_channel must be int64, one per 16 outputs, got shape ",
+          shape_of(*first_channel));
+  else
+    check(g[kRun] == C * (g[kS] == 1 && g[kRun] > C ? g[kRun] / C : 1), op, ": x must have ",
+          g[kRun], " channels, got ", C);
+  const int64_t P = out_size(H, g[kR], g[kStrideH], g[kPadH], g[kDilationH]);
+  // A run longer than a pixel reaches over several: a row of taps in one.
+  const int64_t reach = first_channel ? 1 : g[kRun] / C;
+  const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
+  Tensor y =
+      overwrite && residual
+          ? *residual
+          : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt, x.device(),
+                                 std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  if (residual) {
+    const Layout4d other = layout_of(op, *residual);
+    check(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
+              other.C == K && residual->size(2) == P && residual->size(3) == Q &&
+              (other.channels_last || K == 1 || P * Q == 1),
+          op, ": residual must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", K,
+          ", ", P, ", ", Q, ") and channels_last, got ", name_of(residual->scalar_type()),
+          " of shape ", shape_of(*residual));
+  }
+  if (!(overwrite && residual))
+    advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
+  if (y.numel() == 0) return y;
+  const std::vector<char> zeros(static_cast<size_t>(C) * x.element_size(), 0);
+  ConvBnRelu conv{};
+  conv.x = x.const_data_ptr();
+  conv.weight = weight.const_data_ptr();
+  conv.scale = static_cast<const float*>(scale.const_data_ptr());
+  conv.shift = static_cast<const float*>(shift.const_data_ptr());
+  if (first_channel)
+    conv.first_channel = static_cast<const int64_t*>(first_channel->const_data_ptr());
+  if (residual) conv.residual = residual->const_data_ptr();
+  conv.y = y.mutable_data_ptr();
+  conv.zeros = zeros.data();
+  conv.N = x.size(0), conv.C = C, conv.H = H, conv.W = W, conv.K = K, conv.P = P, conv.Q = Q;
+  conv.R = g[kR], conv.S = g[kS], conv.run = g[kRun], conv.relu = relu;
+  conv.stride_h = g[kStrideH], conv.stride_w = g[kStrideW];
+  conv.pad_h = g[kPadH], conv.pad_w = g[kPadW];
+  conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
+  run_conv(conv, dtype, static_cast<int64_t>(x.element_size()));
+  return y;
+}
+
+// x (N, C, H, W), of any strides -> (N, channels, H + 2 padding, W + 2 padding), channels_last,
+// with zeros around the image and in the channels from C on
+Tensor pad_rows(Tensor x, int64_t channels, std::vector<int64_t> padding) {
+  constexpr const char* op = "pad_rows";
+  dtype_index(op, "x", x);
+  check(x.dim() == 4 && channels >= x.size(1) && padding.size() == 2, op,
+        ": x must have shape (N, C, H, W) with C at most ", channels, ", got ", shape_of(x));
+  const int64_t N = x.size(0), H = x.size(2) + 2 * padding[0], W = x.size(3) + 2 * padding[1];
+  Tensor y = torch::stable::empty({N, channels, H, W}, x.scalar_type(), std::nullopt, x.device(),
+                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const auto copy = [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    Split(N * H, 1, std::max<int64_t>(16384 / (W * channels), 1))
+        .run([&](int64_t, int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            T* out = to + row * W * channels;
+            const int64_t h = row % H - padding[0];
+            std::fill_n(out, W * channels, T{});
+            if (h < 0 || h >= x.size(2)) continue;
+            const T* image = from + row / H * x.stride(0) + h * x.stride(2);
+            copy_row(image, out + padding[1] * channels, x.size(1), x.size(3), x.stride(1),
+                     x.stride(3), channels);
+          }
+        });
+  };
+  switch (x.element_size()) {
+    case 2:
+      copy(uint16_t{});
+      break;
+    case 4:
+      copy(uint32_t{});
+      break;
+    default:
+      copy(uint64_t{});
+  }
+  return y;
+}
+
+}  // namespace
+
+bool conv_bn_relu_serves(int dtype) { return serves(static_cast<DtypeIndex>(dtype)); }
+
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
+  m.def(
+      "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? first_channel, "
+      "Tensor? residual, bool overwrite, bool relu, int[] geometry) -> Tensor");
+  m.def("pad_rows(Tensor x, int channels, int[] padding) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
+  m.impl("conv_bn_relu", TORCH_BOX(fused_resnet::conv_bn_relu));
+  m.impl("pad_rows", TORCH_BOX(fused_resnet::pad_rows));
+}

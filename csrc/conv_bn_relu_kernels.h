@@ -1,0 +1,233 @@
+// y = relu(conv(x, weight) * scale[k] + shift[k] + residual), an implicit GEMM over channels_last
+// tensors: x (N, H, W, C) in memory -> y (N, P, Q, K). relu(NaN) = NaN, -0.0 passes, one rounding.
+//
+// A tile is 7 pixels of y by up to 64 channels: 28 accumulators of 16 floats, which with 4 vectors
+// of weights fill the 32 registers. x enters as the broadcast operand of the multiply-add itself,
+// one load per instruction and no register. 7 divides the pixels of every ResNet layer at 224 x 224
+// (49, 196, 784, ...). A tile runs over all taps and input channels at once, so that a sum leaves
+// the registers only to be scaled, shifted, added to the residual and rounded. Taps in the padding
+// read from a row of zeros. The loop is assembly, since compilers spill the accumulators (0.7 of
+// the speed).
+// Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
+// channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped:
+// each vector of 16 outputs reads its own run of channels, which starts at `first_channel`, with
+// zero weights where a run is wider than a group.
+// Bytes: x and residual read once from memory, y written once; weights once per superblock of
+// pixels (conv_bn_relu_cpu.cpp). Measured: see benchmarks/results/conv_bn_relu-cpu-*.json. Tried
+// and rejected: 6 x 64 with broadcasts in registers (0.97 of the speed), 14 x 32 (0.85).
+#pragma once
+
+#include "cpu_vec.h"
+
+constexpr int kTilePixels = 7;
+constexpr int64_t kMostTaps = 128;  // R * S of a convolution served
+
+struct DotFloat32 {
+  typedef Float32 D;
+  static constexpr int pair = 1;
+};
+struct DotBFloat16 {
+  typedef BFloat16 D;
+  static constexpr int pair = 2;
+};
+
+// Stores of whole vectors. The processor's own rounding to bfloat16 is one instruction to the six
+// of BFloat16::store, of which it differs in flushing subnormal numbers to zero, as vdpbf16ps does.
+FR_INLINE void store_rounded(float* y, vf v) { store_any(y, v); }
+FR_INLINE void store_rounded(uint16_t* y, vf v) {
+  vh rounded;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+  store_any(y, rounded);
+}
+
+// One multiply-add: sums (zmm4 ... zmm31) += weights (zmm0 ... zmm3) * x, at `d` bytes from pointer
+// `p` (r8 ... r14). One step: the weights of `n` vectors, then every pixel with each of them.
+#define FR_FMA(op, d, p, w, sum) op " " d "(%%r" p ")%{1to16%}, %%zmm" w ", %%zmm" sum "\n\t"
+#define FR_WEIGHT(d, n, v) "vmovups ((" d "/4*" n "+" v ")*64)(%[weight]), %%zmm" v "\n\t"
+#define FR_PIXELS(op, d, w, s0, s1, s2, s3, s4, s5, s6)                           \
+  FR_FMA(op, d, "8", w, s0)                                                       \
+  FR_FMA(op, d, "9", w, s1) FR_FMA(op, d, "10", w, s2) FR_FMA(op, d, "11", w, s3) \
+      FR_FMA(op, d, "12", w, s4) FR_FMA(op, d, "13", w, s5) FR_FMA(op, d, "14", w, s6)
+#define FR_COLUMN_0(op, d) FR_PIXELS(op, d, "0", "4", "8", "12", "16", "20", "24", "28")
+#define FR_COLUMN_1(op, d) FR_PIXELS(op, d, "1", "5", "9", "13", "17", "21", "25", "29")
+#define FR_COLUMN_2(op, d) FR_PIXELS(op, d, "2", "6", "10", "14", "18", "22", "26", "30")
+#define FR_COLUMN_3(op, d) FR_PIXELS(op, d, "3", "7", "11", "15", "19", "23", "27", "31")
+#define FR_STEP_1(op, d) FR_WEIGHT(d, "1", "0") FR_COLUMN_0(op, d)
+#define FR_STEP_2(op, d) \
+  FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d)
+#define FR_STEP_3(op, d)                                                              \
+  FR_WEIGHT(d, "3", "0")                                                              \
+  FR_WEIGHT(d, "3", "1") FR_WEIGHT(d, "3", "2") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) \
+      FR_COLUMN_2(op, d)
+#define FR_STEP_4(op, d)                                                                  \
+  FR_WEIGHT(d, "4", "0")                                                                  \
+  FR_WEIGHT(d, "4", "1") FR_WEIGHT(d, "4", "2") FR_WEIGHT(d, "4", "3") FR_COLUMN_0(op, d) \
+      FR_COLUMN_1(op, d) FR_COLUMN_2(op, d) FR_COLUMN_3(op, d)
+
+#define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\taddq %[channel], %%r" p "\n\t"
+#define FR_ADVANCE(bytes)                                            \
+  "addq $" bytes ", %%r8\n\taddq $" bytes ", %%r9\n\taddq $" bytes   \
+  ", %%r10\n\t"                                                      \
+  "addq $" bytes ", %%r11\n\taddq $" bytes ", %%r12\n\taddq $" bytes \
+  ", %%r13\n\t"                                                      \
+  "addq $" bytes ", %%r14\n\t"
+#define FR_ZERO(z) "vpxord %%zmm" z ", %%zmm" z ", %%zmm" z "\n\t"
+#define FR_ZERO_4(a, b, c, d) FR_ZERO(a) FR_ZERO(b) FR_ZERO(c) FR_ZERO(d)
+#define FR_SAVE(i, z) "vmovaps %%zmm" z ", 64*" i "(%%rax)\n\t"
+#define FR_SAVE_4(i, j, k, l, a, b, c, d) FR_SAVE(i, a) FR_SAVE(j, b) FR_SAVE(k, c) FR_SAVE(l, d)
+
+// All taps of a tile, four steps at a time and then one at a time; the sums end in `out`.
+#define FR_TILE(op, step, n) \
+  asm volatile(                                                                                   \
+      FR_ZERO_4("4", "5", "6", "7") FR_ZERO_4("8", "9", "10", "11")                               \
+      FR_ZERO_4("12", "13", "14", "15") FR_ZERO_4("16", "17", "18", "19")                         \
+      FR_ZERO_4("20", "21", "22", "23") FR_ZERO_4("24", "25", "26", "27")                         \
+      FR_ZERO_4("28", "29", "30", "31")                                                           \
+      "1:\n\t"                                                                                    \
+      FR_POINTER("0", "8") FR_POINTER("1", "9") FR_POINTER("2", "10") FR_POINTER("3", "11")       \
+      FR_POINTER("4", "12") FR_POINTER("5", "13") FR_POINTER("6", "14")                           \
+      "addq $56, %[pixel]\n\t"                                                                    \
+      "movq %[quads], %%rax\n\t"                                                                  \
+      "testq %%rax, %%rax\n\tjz 3f\n\t"                                                           \
+      ".p2align 4\n\t"                                                                            \
+      "2:\n\t"                                                                                    \
+      step(op, "0") step(op, "4") step(op, "8") step(op, "12")                                    \
+      FR_ADVANCE("16") "addq $(256*" n "), %[weight]\n\t"                                         \
+      "decq %%rax\n\tjnz 2b\n\t"                                                                  \
+      "3:\n\t"                                                                                    \
+      "movq %[rest], %%rax\n\t"                                                                   \
+      "testq %%rax, %%rax\n\tjz 5f\n\t"                                                           \
+      "4:\n\t"                                                                                    \
+      step(op, "0")                                                                               \
+      FR_ADVANCE("4") "addq $(64*" n "), %[weight]\n\t"                                           \
+      "decq %%rax\n\tjnz 4b\n\t"                                                                  \
+      "5:\n\t"                                                                                    \
+      "decq %[taps]\n\tjnz 1b\n\t"                                                                \
+      "movq %[out], %%rax\n\t"                                                                    \
+      FR_SAVE_4("0", "1", "2", "3", "4", "5", "6", "7")                                           \
+      FR_SAVE_4("4", "5", "6", "7", "8", "9", "10", "11")                                         \
+      FR_SAVE_4("8", "9", "10", "11", "12", "13", "14", "15")                                     \
+      FR_SAVE_4("12", "13", "14", "15", "16", "17", "18", "19")                                   \
+      FR_SAVE_4("16", "17", "18", "19", "20", "21", "22", "23")                                   \
+      FR_SAVE_4("20", "21", "22", "23", "24", "25", "26", "27")                                   \
+      FR_SAVE_4("24", "25", "26", "27", "28", "29", "30", "31")                                   \
+      : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
+      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [out] "m"(out)              \
+      : "rax", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
+        "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
+        "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
+        "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31")
+
+// out[4 i + v] = sum over taps and steps of pixel i and vector v; pixel: 7 pointers per tap, to
+// which `channel` bytes are added
+template <typename Dot, int vectors>
+FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
+                        int64_t channel, vf* out) {
+  const int64_t quads = steps / 4, rest = steps % 4;
+  if constexpr (Dot::pair == 1) {
+    if constexpr (vectors == 1) FR_TILE("vfmadd231ps", FR_STEP_1, "1");
+    if constexpr (vectors == 2) FR_TILE("vfmadd231ps", FR_STEP_2, "2");
+    if constexpr (vectors == 3) FR_TILE("vfmadd231ps", FR_STEP_3, "3");
+    if constexpr (vectors == 4) FR_TILE("vfmadd231ps", FR_STEP_4, "4");
+  } else {
+    if constexpr (vectors == 1) FR_TILE("vdpbf16ps", FR_STEP_1, "1");
+    if constexpr (vectors == 2) FR_TILE("vdpbf16ps", FR_STEP_2, "2");
+    if constexpr (vectors == 3) FR_TILE("vdpbf16ps", FR_STEP_3, "3");
+    if constexpr (vectors == 4) FR_TILE("vdpbf16ps", FR_STEP_4, "4");
+  }
+}
+
+// Fills pixel[7 * tap + i]: where tap reads for output pixel first + i. Past the last of `pixels`,
+// the last again.
+template <typename T>
+FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel) {
+  const char* corner[kTilePixels];  // where tap (0, 0) reads, inside x or not
+  int64_t top[kTilePixels], left[kTilePixels];
+  int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
+  for (int i = 0; i < kTilePixels; ++i) {
+    top[i] = p * c.stride_h - c.pad_h;
+    left[i] = q * c.stride_w - c.pad_w;
+    corner[i] = static_cast<const char*>(c.x) +
+                ((n * c.H + top[i]) * c.W + left[i]) * c.C * static_cast<int64_t>(sizeof(T));
+    if (i + 1 < pixels && ++q == c.Q) {
+      q = 0;
+      if (++p == c.P) p = 0, ++n;
+    }
+  }
+  for (int64_t r = 0; r < c.R; ++r)
+    for (int64_t s = 0; s < c.S; ++s) {
+      const int64_t down = r * c.dilation_h, right = s * c.dilation_w;
+      const int64_t offset = (down * c.W + right) * c.C * static_cast<int64_t>(sizeof(T));
+      for (int i = 0; i < kTilePixels; ++i) {
+        const bool inside = static_cast<uint64_t>(top[i] + down) < static_cast<uint64_t>(c.H) &&
+                            static_cast<uint64_t>(left[i] + right) < static_cast<uint64_t>(c.W);
+        *pixel++ = inside ? corner[i] + offset : static_cast<const char*>(c.zeros);
+      }
+    }
+}
+
+// y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
+template <typename D, int vectors>
+FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, int64_t first,
+                      int64_t pixels) {
+  const bool whole = k + vectors * 16 <= c.K;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const int64_t at = (first + i) * c.K + k;
+    auto* y = static_cast<typename D::T*>(c.y) + at;
+    const auto* residual = static_cast<const typename D::T*>(c.residual) + at;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t j = v * 16;
+      vf value = sum[4 * i + v] * load_any<vf>(c.scale + k + j) + load_any<vf>(c.shift + k + j);
+      if (__builtin_expect(whole, 1)) {
+        if (c.residual) value += D::load(residual + j);
+        store_rounded(y + j, c.relu ? relu_of(value) : value);
+      } else if (k + j < c.K) {
+        const int64_t lanes = c.K - k - j < 16 ? c.K - k - j : 16;
+        if (c.residual) value += D::load_n(residual + j, lanes);
+        D::store_n(y + j, c.relu ? relu_of(value) : value, lanes);
+      }
+    }
+  }
+}
+
+template <typename Dot, int vectors>
+void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
+  typedef typename Dot::D D;
+  const int64_t pixels = c.N * c.P * c.Q, taps = c.R * c.S, steps = c.run / Dot::pair;
+  const char* weight = static_cast<const char*>(c.weight) + block * 4 * taps * steps * 64;
+  const char* pixel[kTilePixels * kMostTaps];
+  alignas(64) vf sum[4 * kTilePixels];
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kTilePixels, left = pixels - first;
+    const int64_t count = left < kTilePixels ? left : kTilePixels, k = block * 64;
+    locate<typename D::T>(c, first, count, pixel);
+    if (c.residual)
+      for (int64_t i = 0; i < count; ++i) {
+        const auto* row = static_cast<const typename D::T*>(c.residual) + (first + i) * c.K + k;
+        for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(*row)))
+          __builtin_prefetch(row + j);
+      }
+    if (c.first_channel) {
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t channel = c.first_channel[block * 4 + v];
+        sum_tile<Dot, 1>(weight + v * taps * steps * 64, pixel, taps, steps,
+                         channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
+        finish<D, 1>(c, sum, k + v * 16, first, count);
+      }
+    } else {
+      sum_tile<Dot, vectors>(weight, pixel, taps, steps, 0, sum);
+      finish<D, vectors>(c, sum, k, first, count);
+    }
+  }
+}
+
+template <typename Dot>
+void conv_bn_relu(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
+  const int64_t vectors = (c.K + 15) / 16 - block * 4;
+  const auto run = vectors >= 4   ? conv_tiles<Dot, 4>
+                   : vectors == 3 ? conv_tiles<Dot, 3>
+                   : vectors == 2 ? conv_tiles<Dot, 2>
+                                  : conv_tiles<Dot, 1>;
+  run(c, block, begin, end);
+}

@@ -1,0 +1,148 @@
+"""The fused convolution of csrc/conv_bn_relu_kernels.h: how weights are packed for it.
+
+An implicit GEMM over channels_last activations for processors with AVX-512; bfloat16 where they
+have its dot product. Weights are packed as they are: scale, shift, residual and ReLU are applied to
+the float32 sums, with one rounding at the end, and one packing serves every input size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import native
+from .convolution import FusedConv
+
+_LANES, _BLOCK_VECTORS, _MOST_TAPS = 16, 4, 128  # as in csrc/conv_bn_relu_kernels.h
+_FEW_CHANNELS = 16
+
+
+@functools.cache
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the kernel computes in `dtype` on this processor."""
+    return str(dtype)[6:] in native.build_info().get("conv_dtypes", ())  # type: ignore[operator]
+
+
+def covers(
+    weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
+) -> bool:
+    """Whether the kernel does such a convolution: for bfloat16, channels come in pairs."""
+    K, C_per_group, R, S = weight_shape
+    _, run = _runs(K, C_per_group, groups)
+    whole = _merges(weight_shape, dilation, groups) or dtype != torch.bfloat16
+    return R * S <= _MOST_TAPS and (whole or run % 2 == 0)
+
+
+def _merges(weight_shape: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+    """Whether a row of taps is read as one run: with few channels a tap alone is too short."""
+    return groups == 1 and weight_shape[1] < _FEW_CHANNELS and dilation[1] == 1
+
+
+def _runs(K: int, C_per_group: int, groups: int) -> tuple[list[int], int]:
+    """For each vector of 16 outputs, the first input channel it reads; and how many each reads."""
+    K_per_group, C = K // groups, C_per_group * groups
+    firsts = range(0, K, _LANES)
+    begins = [k // K_per_group * C_per_group for k in firsts]
+    ends = [(min(k + _LANES, K) - 1) // K_per_group * C_per_group + C_per_group for k in firsts]
+    run = max(end - begin for begin, end in zip(begins, ends, strict=True))
+    return [min(begin, C - run) for begin in begins], run
+
+
+def _pack(weight: Tensor, pair: int, vectors_per_block: int) -> Tensor:
+    """weight: (K, run, R, S), both padded as needed -> (blocks, R * S, run / pair, vectors, 16,
+    pair) in memory, flat; the last block holds the vectors that are left."""
+    _, run, R, S = weight.shape
+    blocks = weight.split(vectors_per_block * _LANES)
+    return torch.cat(
+        [
+            b.view(-1, _LANES, run // pair, pair, R, S).permute(4, 5, 2, 0, 1, 3).reshape(-1)
+            for b in blocks
+        ]
+    )
+
+
+def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
+    """t with zeros appended along `dim` up to a multiple."""
+    missing = -t.shape[dim] % multiple
+    if missing == 0:
+        return t
+    shape = list(t.shape)
+    shape[dim] = missing
+    return torch.cat([t, t.new_zeros(shape)], dim)
+
+
+class NativeConv(FusedConv):
+    """A convolution as the kernel takes it; `covers` must have said yes.
+
+    Grouped: 16 outputs read the channels of all their groups, with zero weights for those of other
+    groups, so an Inf or NaN would spread from group to group: `needs_bound` there.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        dtype: torch.dtype,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        super().__init__(weight, scale, shift, dtype, stride, padding, dilation, groups)
+        K, C_per_group, R, S = weight.shape
+        pair = 2 if dtype == torch.bfloat16 else 1
+        weight = _padded(weight.detach().to(dtype), 0, _LANES)
+        self._first_channel: Tensor | None = None
+        self.takes_any = _merges(self.weight_shape, dilation, groups)
+        self._channels = C_per_group
+        taps, pad, dilate = [R, S], self.padding, self.dilation
+        run = C_per_group
+        if self.takes_any:
+            # (K, C, R, S) -> (K, S * C, R, 1): x is padded beforehand, its rows read in one run.
+            weight = _padded(weight, 1, pair)
+            self._channels = weight.shape[1]
+            run = S * self._channels
+            weight = weight.permute(0, 3, 1, 2).reshape(-1, run, R, 1)
+            taps, pad, dilate = [R, 1], [0, 0], [dilation[0], 1]
+        elif groups > 1:
+            firsts, run = _runs(K, C_per_group, groups)
+            weight = _spread(weight, K, firsts, run, groups)
+            starts = torch.tensor(firsts, dtype=torch.int64)
+            self._first_channel = _padded(starts, 0, _BLOCK_VECTORS)
+            self.needs_bound = run > C_per_group
+        # A grouped block passes its vectors one by one, so each is packed on its own.
+        self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
+        block = _LANES * _BLOCK_VECTORS
+        self._scale = _padded(scale.detach().float(), 0, block).contiguous()
+        self._shift = _padded(shift.detach().float(), 0, block).contiguous()
+        self._geometry = [*taps, *self.stride, *pad, *dilate, K, run]
+
+    def run(
+        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+    ) -> Tensor:
+        if self.takes_any:
+            x = torch.ops.fused_resnet_native.pad_rows(
+                x.to(self.dtype), self._channels, self.padding
+            )
+        return torch.ops.fused_resnet_native.conv_bn_relu(
+            x, self._weight, self._scale, self._shift, self._first_channel, residual,
+            overwrite, relu, self._geometry,
+        )  # fmt: skip
+
+
+def _spread(weight: Tensor, K: int, firsts: list[int], run: int, groups: int) -> Tensor:
+    """A grouped weight (K padded, C/groups, R, S) over the runs of channels that are read:
+    (K padded, run, R, S), zeros where a run reaches into another group."""
+    C_per_group = weight.shape[1]
+    k = torch.arange(K)
+    starts = torch.tensor(firsts).repeat_interleave(_LANES)[:K]
+    offsets = k // (K // groups) * C_per_group - starts
+    wide: Any = weight.new_zeros(weight.shape[0], run, *weight.shape[2:])
+    for c in range(C_per_group):
+        wide[k, offsets + c] = weight[:K, c]
+    return wide
