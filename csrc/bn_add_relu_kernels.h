@@ -2,8 +2,8 @@
 // or planes (contiguous); Walk in cpu_kernels.h says how a tensor is cut.
 //
 // Statistics: sums of (x - near) and (x - near)^2 over blocks short enough for float32, `near`
-// being a value close to the mean (rows: the mean of the block before; planes: of the first few
-// values), so nothing cancels however large the mean; each block is then moved to the tensor's
+// being a value close to the mean (rows: the mean of the block before; planes: of a few values
+// spread over the piece), so nothing cancels however large the mean; each block is then moved to the tensor's
 // common centre and added up in double, where plain sums are safe:
 //   sum(x - c) = s1 + n d,  sum((x - c)^2) = s2 + 2 d s1 + n d^2,  d = near - c.
 // An outlier that gets into `near` costs digits only beside its own, larger, part of the variance.
@@ -82,8 +82,11 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
   for (int64_t item = begin; item < end; ++item) {
     const Segment segment = segment_of(walk, item);
     const auto* p = x + segment.offset;
+    // Spread over the segment, so that no one corner of it decides.
     const int64_t some = segment.length < L ? segment.length : L;
-    const auto near = static_cast<typename D::A>(sum_lanes<D>(D::load_n(p, some)) / some);
+    double sample = 0;
+    for (int64_t i = 0; i < some; ++i) sample += D::get(p + i * segment.length / some);
+    const auto near = static_cast<typename D::A>(sample / some);
     const V m = D::splat(near);
     V a1[4] = {}, a2[4] = {};
     int64_t i = 0;

@@ -164,7 +164,7 @@ def _unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) ->
 
 def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
     """Whether `bn_add_relu` takes what stock would take; where not, stock answers or raises."""
-    if type(bn) is not nn.BatchNorm2d or y.shape[1] != bn.num_features:
+    if type(bn) is not nn.BatchNorm2d or y.shape[1] != bn.num_features or not bn.eps > 0:
         return False
     if y.shape[0] * y.shape[2] * y.shape[3] < 2:
         return False

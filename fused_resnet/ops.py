@@ -191,17 +191,18 @@ def bn_add_relu(
     Returns y (N, C, H, W) in x's dtype and layout, mean (C,) and the *biased* variance (C,), both
     float32 (float64 for float64 x), not differentiable. Running statistics are the caller's:
     running_var takes var * M / (M - 1). Differentiable to any order in x, weight, bias, residual.
-    Raises ValueError where x is not 4-D or has one value per channel, RuntimeError otherwise.
+    Raises ValueError where x is not 4-D or has one value per channel or eps is not positive,
+    RuntimeError otherwise.
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1.
     """
     if in_transform():
-        _bn_check(x, weight, bias, residual)
+        _bn_check(x, weight, bias, residual, eps)
         y, mean, var = reference.bn_add_relu(x, weight, bias, residual, eps, relu)
         return y, mean.detach(), var.detach()
     return torch.ops.fused_resnet.bn_add_relu(x, weight, bias, residual, eps, relu)
 
 
-def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any) -> None:
+def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> None:
     op = "bn_add_relu"
     _check_x(op, x)
     _check_channel(op, "weight", weight, x, x.shape[1])
@@ -213,6 +214,7 @@ def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any) -> None:
         f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}",
         ValueError,
     )
+    _require(eps > 0, op, f"eps must be positive, got {eps}", ValueError)
 
 
 def _bn_native(
@@ -225,7 +227,7 @@ def _bn_native(
 def _bn_add_relu(
     x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _bn_check(x, weight, bias, residual)
+    _bn_check(x, weight, bias, residual, eps)
     x = layout.dense(x)
     table = {"native": _bn_native, "reference": reference.bn_add_relu}
     run = backends.implementation("bn_add_relu", x.device.type, table)
@@ -236,7 +238,7 @@ def _bn_add_relu(
 def _bn_fake(
     x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _bn_check(x, weight, bias, residual)
+    _bn_check(x, weight, bias, residual, eps)
     stat = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
     return layout.empty_like(layout.dense(x)), stat, torch.empty_like(stat)
 
