@@ -3,8 +3,8 @@
 //
 // Statistics: sums of (x - near) and (x - near)^2 over blocks short enough for float32, `near`
 // being a value close to the mean (rows: the mean of the block before; planes: of a few values
-// spread over the piece), so nothing cancels however large the mean; each block is then moved to the tensor's
-// common centre and added up in double, where plain sums are safe:
+// spread over the piece), so nothing cancels however large the mean; each block is then moved to
+// the tensor's common centre and added up in double, where plain sums are safe:
 //   sum(x - c) = s1 + n d,  sum((x - c)^2) = s2 + 2 d s1 + n d^2,  d = near - c.
 // An outlier that gets into `near` costs digits only beside its own, larger, part of the variance.
 // A constant channel comes out with a variance of exactly 0.

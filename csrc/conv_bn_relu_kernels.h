@@ -4,23 +4,23 @@
 // A tile is 7 pixels of y by up to 64 channels: 28 accumulators of 16 floats, which with 4 vectors
 // of weights fill the 32 registers. x enters as the broadcast operand of the multiply-add itself,
 // one load per instruction and no register. 7 divides the pixels of every ResNet layer at 224 x 224
-// (49, 196, 784, ...). A tile runs over all taps and input channels at once, so that a sum leaves
-// the registers only to be scaled, shifted, added to the residual and rounded. Taps in the padding
-// read from a row of zeros. The loop is assembly, since compilers spill the accumulators (0.7 of
-// the speed).
-// Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
-// channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped:
-// each vector of 16 outputs reads its own run of channels, which starts at `first_channel`, with
-// zero weights where a run is wider than a group.
-// Bytes: x and residual read once from memory, y written once; weights once per superblock of
-// pixels (conv_bn_relu_cpu.cpp). Measured: see benchmarks/results/conv_bn_relu-cpu-*.json. Tried
-// and rejected: 6 x 64 with broadcasts in registers (0.97 of the speed), 14 x 32 (0.85).
+// (49, 196, 784, ...). A tile runs over all taps and input channels, so that y is written once,
+// scaled, shifted, added to the residual and rounded. Taps in the padding read from a row of zeros.
+// The loop is assembly, since compilers spill the accumulators (0.7 of the speed). Weights: (blocks
+// of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input channels for
+// bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped: each vector
+// of 16 outputs reads its own run of channels, which starts at `first_channel`, with zero weights
+// where a run is wider than a group. Bytes: x and residual read once from memory, y written once;
+// weights once per superblock of pixels (conv_bn_relu_cpu.cpp). Measured: see
+// benchmarks/results/conv_bn_relu-cpu-*.json. Tried and rejected: 6 x 64 with broadcasts in
+// registers (0.97 of the speed), 14 x 32 (0.85).
 #pragma once
 
 #include "cpu_vec.h"
 
 constexpr int kTilePixels = 7;
 constexpr int64_t kMostTaps = 128;  // R * S of a convolution served
+constexpr int64_t kPiece = 256;     // steps in one chain of additions
 
 struct DotFloat32 {
   typedef Float32 D;
@@ -44,10 +44,11 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 // `p` (r8 ... r14). One step: the weights of `n` vectors, then every pixel with each of them.
 #define FR_FMA(op, d, p, w, sum) op " " d "(%%r" p ")%{1to16%}, %%zmm" w ", %%zmm" sum "\n\t"
 #define FR_WEIGHT(d, n, v) "vmovups ((" d "/4*" n "+" v ")*64)(%[weight]), %%zmm" v "\n\t"
-#define FR_PIXELS(op, d, w, s0, s1, s2, s3, s4, s5, s6)                           \
-  FR_FMA(op, d, "8", w, s0)                                                       \
-  FR_FMA(op, d, "9", w, s1) FR_FMA(op, d, "10", w, s2) FR_FMA(op, d, "11", w, s3) \
-      FR_FMA(op, d, "12", w, s4) FR_FMA(op, d, "13", w, s5) FR_FMA(op, d, "14", w, s6)
+#define FR_PIXELS(op, d, w, s0, s1, s2, s3, s4, s5, s6)                            \
+  FR_FMA(op, d, "8", w, s0)                                                        \
+  FR_FMA(op, d, "9", w, s1)                                                        \
+  FR_FMA(op, d, "10", w, s2) FR_FMA(op, d, "11", w, s3) FR_FMA(op, d, "12", w, s4) \
+      FR_FMA(op, d, "13", w, s5) FR_FMA(op, d, "14", w, s6)
 #define FR_COLUMN_0(op, d) FR_PIXELS(op, d, "0", "4", "8", "12", "16", "20", "24", "28")
 #define FR_COLUMN_1(op, d) FR_PIXELS(op, d, "1", "5", "9", "13", "17", "21", "25", "29")
 #define FR_COLUMN_2(op, d) FR_PIXELS(op, d, "2", "6", "10", "14", "18", "22", "26", "30")
@@ -55,14 +56,15 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 #define FR_STEP_1(op, d) FR_WEIGHT(d, "1", "0") FR_COLUMN_0(op, d)
 #define FR_STEP_2(op, d) \
   FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d)
-#define FR_STEP_3(op, d)                                                              \
-  FR_WEIGHT(d, "3", "0")                                                              \
-  FR_WEIGHT(d, "3", "1") FR_WEIGHT(d, "3", "2") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) \
-      FR_COLUMN_2(op, d)
-#define FR_STEP_4(op, d)                                                                  \
-  FR_WEIGHT(d, "4", "0")                                                                  \
-  FR_WEIGHT(d, "4", "1") FR_WEIGHT(d, "4", "2") FR_WEIGHT(d, "4", "3") FR_COLUMN_0(op, d) \
-      FR_COLUMN_1(op, d) FR_COLUMN_2(op, d) FR_COLUMN_3(op, d)
+#define FR_STEP_3(op, d) \
+  FR_WEIGHT(d, "3", "0") \
+  FR_WEIGHT(d, "3", "1") \
+  FR_WEIGHT(d, "3", "2") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) FR_COLUMN_2(op, d)
+#define FR_STEP_4(op, d)                                                              \
+  FR_WEIGHT(d, "4", "0")                                                              \
+  FR_WEIGHT(d, "4", "1")                                                              \
+  FR_WEIGHT(d, "4", "2") FR_WEIGHT(d, "4", "3") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) \
+      FR_COLUMN_2(op, d) FR_COLUMN_3(op, d)
 
 #define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\taddq %[channel], %%r" p "\n\t"
 #define FR_ADVANCE(bytes)                                            \
@@ -191,6 +193,29 @@ FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, int64_t fir
   }
 }
 
+// The sums of a tile over all taps, in pieces of at most kPiece steps that are added up one by one:
+// a single float32 chain over thousands of products would lose twice what stock's blocked sums do.
+template <typename Dot, int vectors>
+FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
+                          int64_t channel, vf* sum) {
+  vf piece[4 * kTilePixels];
+  const int64_t taps_at_once = steps < kPiece ? kPiece / steps : 1;
+  vf* out = sum;
+  for (int64_t tap = 0; tap < taps; tap += taps_at_once) {
+    const int64_t some = taps - tap < taps_at_once ? taps - tap : taps_at_once;
+    for (int64_t begin = 0; begin < steps; begin += kPiece) {
+      const int64_t count = steps - begin < kPiece ? steps - begin : kPiece;
+      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, channel + begin * 4,
+                             out);
+      weight += some * count * vectors * 64;
+      if (out == piece)
+        for (int i = 0; i < kTilePixels; ++i)
+          for (int v = 0; v < vectors; ++v) sum[4 * i + v] += piece[4 * i + v];
+      out = piece;
+    }
+  }
+}
+
 template <typename Dot, int vectors>
 void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
   typedef typename Dot::D D;
@@ -211,12 +236,12 @@ void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) 
     if (c.first_channel) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t channel = c.first_channel[block * 4 + v];
-        sum_tile<Dot, 1>(weight + v * taps * steps * 64, pixel, taps, steps,
-                         channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
+        sum_pieces<Dot, 1>(weight + v * taps * steps * 64, pixel, taps, steps,
+                           channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
         finish<D, 1>(c, sum, k + v * 16, first, count);
       }
     } else {
-      sum_tile<Dot, vectors>(weight, pixel, taps, steps, 0, sum);
+      sum_pieces<Dot, vectors>(weight, pixel, taps, steps, 0, sum);
       finish<D, vectors>(c, sum, k, first, count);
     }
   }
