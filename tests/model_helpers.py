@@ -1,0 +1,117 @@
+"""Small networks for the model tests, torchvision's and ours with the same real-looking state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_resnet as fr
+
+tv = pytest.importorskip("torchvision.models", reason="the comparison is with torchvision")
+
+KINDS = {
+    "basic": ("BasicBlock", [1, 2, 1, 1], {}),
+    "bottleneck": ("Bottleneck", [1, 2, 1, 1], {}),
+    "grouped": ("Bottleneck", [1, 1, 1, 1], {"groups": 32, "width_per_group": 4}),
+}
+
+
+def randomise(model: nn.Module, seed: int = 0) -> Any:
+    """Statistics and affine parameters that a trained network might have: fresh ones hide a wrong
+    eps, a missing mean and rounded statistics."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if not isinstance(m, nn.BatchNorm2d):
+                continue
+            shape = (m.num_features,)
+            if m.running_mean is not None and m.running_var is not None:
+                m.running_mean.copy_(torch.randn(shape, generator=g) * 0.2)
+                m.running_var.copy_(torch.rand(shape, generator=g) + 0.5)
+            if m.weight is not None:
+                sign = torch.where(torch.rand(shape, generator=g) < 0.1, -1.0, 1.0)
+                m.weight.copy_((torch.rand(shape, generator=g) + 0.5) * sign)
+                m.bias.copy_(torch.randn(shape, generator=g) * 0.3)
+    return model
+
+
+def pair(kind: str = "basic", **options: Any) -> tuple[Any, Any]:
+    """torchvision's network and ours, of the same state, in eval mode."""
+    block, layers, more = KINDS[kind]
+    options = {"num_classes": 10, **more, **options}
+    torch.manual_seed(0)
+    stock = tv.ResNet(getattr(tv.resnet, block), layers, **options)
+    mine = fr.ResNet(getattr(fr, block), layers, **options)
+    mine.load_state_dict(randomise(stock).state_dict())
+    return stock.eval(), mine.eval()
+
+
+def images(count: int = 2, size: int = 64, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def agree(got: Tensor, want: Tensor, tolerance: float = 2e-4) -> None:
+    """Equal up to float32 rounding through a few layers: 1e-5 of the largest value was measured."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    number = want.isfinite()
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got[~number & ~want.isnan()], want[~number & ~want.isnan()])
+    scale = want[number].abs().max().item() if number.any() else 1.0
+    assert (
+        (got[number] - want[number]).abs().max().item() <= tolerance * scale if number.any() else 1
+    )
+
+
+def same_outputs(stock: nn.Module, mine: nn.Module, x: Tensor) -> Tensor:
+    """Both, without gradients: equal up to rounding, and x as it was. Returns ours."""
+    before = x.clone()
+    with torch.no_grad():
+        want, got = stock(x), mine(x)
+    agree(got, want)
+    assert torch.equal(x, before), "the input was modified"
+    return got
+
+
+def same_step(stock: nn.Module, mine: nn.Module, x: Tensor) -> None:
+    """One forward and backward of both: outputs, gradients and buffers.
+
+    Where a ReLU's input is a rounding away from zero, one order of summation lets its gradient
+    through and another does not: stock's own two memory layouts differ by up to 0.05 of a
+    gradient's largest value for that reason. Most gradients see none of it.
+    """
+    outputs, errors = [], []
+    for model in (stock, mine):
+        model.zero_grad()
+        y = model(x)
+        outputs.append(y.detach())
+        if y.requires_grad:
+            (y * torch.arange(1.0, y.numel() + 1).view_as(y) / y.numel()).sum().backward()
+    agree(outputs[1], outputs[0])
+    for (name, p), (other, q) in zip(
+        stock.named_parameters(), mine.named_parameters(), strict=True
+    ):
+        assert name == other and (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            assert q.grad.dtype == p.grad.dtype
+            errors.append(((q.grad - p.grad).norm() / (p.grad.norm() + 1e-12)).item())
+            assert errors[-1] <= 0.05, f"gradient of {name}: off by {errors[-1]:.2g} of its norm"
+    assert not errors or sorted(errors)[len(errors) // 2] <= 5e-3
+    for (name, p), (other, q) in zip(stock.named_buffers(), mine.named_buffers(), strict=True):
+        assert name == other
+        agree(q, p, 1e-4) if p.is_floating_point() else torch.testing.assert_close(q, p)
+
+
+def fused(model: nn.Module) -> list[bool]:
+    return [e.fused for e in fr.explain(model)]
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {e.name: e.reason for e in fr.explain(model) if not e.fused}
+
+
+def clone(model: nn.Module) -> Any:
+    return copy.deepcopy(model)
