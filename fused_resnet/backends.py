@@ -174,9 +174,10 @@ def conv_kind(
         and native_conv.serves(dtype)
         and native_conv.covers(weight_shape, dtype, dilation, groups)
     )
-    vendor_can = vendor.unavailable() is None and vendor.serves(dtype)
     # oneDNN multiplies bfloat16 by tiles where the processor can, which the native kernel does not.
     tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and forced() is None
-    if native_can and not (tiles and vendor_can):
+    if native_can and not tiles:
         return native_conv.NativeConv
-    return vendor.PackedConv if vendor_can else None
+    if vendor.unavailable() is None and vendor.serves(dtype):
+        return vendor.PackedConv
+    return native_conv.NativeConv if native_can else None

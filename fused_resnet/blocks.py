@@ -170,10 +170,7 @@ def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
         return False
     if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype):
         return False
-    return all(
-        t is None or t.dtype in (y.dtype, torch.float32)
-        for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    )
+    return inference.norm_fits(bn, y.dtype)
 
 
 def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -203,14 +200,14 @@ def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> bool:
     """Whether `conv_bn_relu` takes what stock would take; where not, stock answers or raises."""
     if bn.running_mean is None or bn.running_var is None:
         return False
-    if not inference.weights_fit(x.dtype, conv.weight):
+    dtype = inference.output_dtype(x.dtype)
+    if not inference.weights_fit(x.dtype, conv.weight) or not inference.norm_fits(bn, dtype):
         return False
     out = convolution.output_shape(
         x.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups
     )
     return out is not None and (
-        residual is None
-        or (tuple(residual.shape) == out and residual.dtype == inference.output_dtype(x.dtype))
+        residual is None or (tuple(residual.shape) == out and residual.dtype == dtype)
     )
 
 

@@ -133,6 +133,12 @@ def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
     return dtype == weight.dtype
 
 
+def norm_fits(bn: Any, dtype: torch.dtype) -> bool:
+    """Whether stock's batch norm would take an input of `dtype` with this norm's tensors."""
+    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return all(t is None or t.dtype in (dtype, torch.float32) for t in tensors)
+
+
 def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
     """Why these parts cannot be folded and packed for an x of `dtype` now, or None."""
     inner = compute_dtype(dtype)
@@ -149,6 +155,8 @@ def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
             return "the parameters are not on the CPU"
         if not weights_fit(dtype, conv.weight):
             return f"x is {dtype} and a weight is {conv.weight.dtype}"
+        if not norm_fits(bn, output_dtype(dtype)):
+            return f"a norm's tensors are of another dtype than {output_dtype(dtype)}"
         if backends.conv_kind(conv.weight.shape, inner, conv.dilation, conv.groups) is None:
             return f"no fused convolution takes a weight of shape {tuple(conv.weight.shape)}"
     return None

@@ -198,7 +198,7 @@ def test_training_follows_torchvision_step_by_step():
     losses: list[list[float]] = []
     stock, mine = pair("bottleneck")
     for model in (stock, mine):
-        optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-2, momentum=0.9)
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4, momentum=0.9)
         losses.append([])
         for step in range(6):
             loss = torch.nn.functional.cross_entropy(model(images(8, 32, step)), torch.arange(8))
@@ -206,8 +206,8 @@ def test_training_follows_torchvision_step_by_step():
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    # 3e-3 was measured at the sixth step, between stock's own two memory layouts 2e-3.
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    # 4.3e-4 was measured, between stock's own two memory layouts 4.1e-4.
+    assert losses[1] == pytest.approx(losses[0], rel=4e-3)
 
 
 def test_subclasses_of_the_blocks_and_the_network():

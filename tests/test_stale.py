@@ -1,0 +1,239 @@
+"""Whatever changes a weight, a statistic or a setting, the next output is made from the new one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from model_helpers import agree, clone, fused, images, pair, randomise, same_outputs, same_step
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet import inference, network
+
+
+def _optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _fused_optimizer(model):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, foreach=True)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _no_grad(change):
+    def edit(model):
+        with torch.no_grad():
+            change(model)
+
+    return edit
+
+
+def _load(assign):
+    def edit(model):
+        other = randomise(clone(model), seed=9)
+        model.load_state_dict(other.state_dict(), assign=assign)
+
+    return edit
+
+
+def _exchange_data(model):
+    model.layer1[0].conv2.weight.data = model.layer1[0].conv2.weight.data * 1.5
+
+
+def _new_parameter(model):
+    conv = model.layer1[0].conv2
+    conv.weight = nn.Parameter(conv.weight.detach() * 1.5)
+
+
+def _new_buffer(model):
+    model.layer1[0].bn1.running_var = model.layer1[0].bn1.running_var * 4
+
+
+def _eps(model):
+    model.layer1[0].bn2.eps = 0.5
+
+
+def _stride(model):
+    model.layer1[0].conv1.stride = (2, 2)
+    model.layer1[0].downsample = nn.Sequential(nn.Conv2d(64, 64, 1, 2), nn.BatchNorm2d(64)).eval()
+    torch.nn.init.constant_(model.layer1[0].downsample[0].weight, 0.01)
+    torch.nn.init.constant_(model.layer1[0].downsample[0].bias, 0.5)
+
+
+def _pool_stride(model):
+    model.maxpool.stride = 1
+
+
+def _one_norm_trains(model):
+    model.layer1[0].bn1.train()
+
+
+def _tracking_off(model):
+    bn = model.layer1[0].bn1
+    bn.track_running_stats, bn.running_mean, bn.running_var = False, None, None
+
+
+def _shared_convolution(model):
+    model.layer1[0].conv2 = model.layer1[0].conv1
+
+
+def _through_training(model):
+    model.train()
+    for seed in (3, 4):
+        model(images(4, 64, seed))
+    model.eval()
+
+
+def _data_between_trips(model):
+    model.layer1[0].conv1.weight.data.mul_(2)
+    model.train().eval()
+
+
+def _to_and_back(model):
+    model.double()
+    model.float()
+
+
+def _swap_blocks(model):
+    model.layer2[0], model.layer2[1] = model.layer2[0], clone(model.layer2[1])
+    with torch.no_grad():
+        model.layer2[1].conv1.weight.neg_()
+
+
+EDITS = {
+    "an optimizer step": _optimizer,
+    "a multi-tensor optimizer step": _fused_optimizer,
+    "a weight in place": _no_grad(lambda m: m.layer1[0].conv1.weight.mul_(2)),
+    "a view of a weight in place": _no_grad(lambda m: m.layer1[0].conv1.weight[0].zero_()),
+    "a norm's weight in place": _no_grad(lambda m: m.layer1[0].bn1.weight.mul_(-2)),
+    "a norm's bias in place": _no_grad(lambda m: m.bn1.bias.add_(1)),
+    "a mean in place": _no_grad(lambda m: m.layer2[0].downsample[1].running_mean.add_(1)),
+    "a variance in place": _no_grad(lambda m: m.layer1[0].bn2.running_var.mul_(9)),
+    "load_state_dict": _load(False),
+    "load_state_dict(assign=True)": _load(True),
+    "another .data": _exchange_data,
+    "another parameter": _new_parameter,
+    "another buffer": _new_buffer,
+    "another eps": _eps,
+    "another stride": _stride,
+    "another stride of the pool": _pool_stride,
+    "one norm in training mode": _one_norm_trains,
+    "statistics taken away": _tracking_off,
+    "a convolution used twice": _shared_convolution,
+    "training and back": _through_training,
+    ".data in place, then training and back": _data_between_trips,
+    "float64 and back": _to_and_back,
+    "another block": _swap_blocks,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("kind", ["basic", "whole network broken up"])
+def test_no_stale_copy(name, kind):
+    stock, mine = pair("basic")
+    if kind != "basic":
+        for model in (stock, mine):
+            model.layer4[0].relu = nn.Softplus()  # blocks are fused one by one then
+    before = same_outputs(stock, mine, images())
+    same_outputs(stock, mine, images())
+    for model in (stock, mine):
+        torch.manual_seed(11)
+        EDITS[name](model)
+    for _ in range(2):
+        after = same_outputs(stock, mine, images())
+    if name != "float64 and back":
+        assert (after - before).abs().max() > 1e-4 * before.abs().max(), "the edit changes nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_dtype_and_back(dtype):
+    stock, mine = pair("bottleneck")
+    same_outputs(stock, mine, images())
+    stock.to(dtype), mine.to(dtype)
+    x = images().to(dtype)
+    with torch.no_grad():
+        want, got = stock(x), mine(x)
+    assert got.dtype == dtype and (got - want).abs().max() <= 0.1 * want.abs().max()
+    stock.float(), mine.float()
+    same_outputs(stock, mine, images())
+
+
+def test_requires_grad_is_left_alone_and_toggles():
+    stock, mine = pair("basic")
+    for flag in (False, True):
+        for model in (stock, mine):
+            model.requires_grad_(flag)
+        assert mine(images()).requires_grad == flag
+        same_outputs(stock, mine, images())
+        assert all(p.requires_grad == flag for p in mine.parameters())
+
+
+def test_optimizers_built_before_the_first_call_drive_the_model():
+    stock, mine = pair("basic")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (stock, mine)]
+    same_outputs(stock, mine, images())
+    same_step(stock.train(), mine.train(), images())
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        agree(mine.eval()(images()), stock.eval()(images()), 5e-3)
+
+
+def test_weights_made_in_inference_mode():
+    stock, mine = pair("basic")
+    state = {k: v.clone() for k, v in stock.state_dict().items()}
+    with torch.inference_mode():
+        made = fr.ResNet(fr.BasicBlock, [1, 2, 1, 1], num_classes=10).eval()
+        made.load_state_dict(state)
+    same_outputs(stock, made, images())
+    with torch.inference_mode():  # no version counter shows this edit
+        made.layer1[0].conv1.weight.mul_(3)
+    with torch.no_grad():
+        stock.layer1[0].conv1.weight.mul_(3)
+    same_outputs(stock, made, images())
+    with torch.inference_mode():
+        agree(mine(images()), pair("basic")[0](images()).clone())
+
+
+def test_plans_and_their_memory_go_with_the_model():
+    _, mine = pair("bottleneck")
+    with torch.no_grad():
+        mine(images())
+    gc.collect()
+    counts = len(inference._plans), len(network._networks)
+    assert counts[0] > 0
+    plan = next(iter(inference._plans[mine.layer1[0]].values()))
+    watched = [weakref.ref(plan), weakref.ref(mine)]
+    blocks = len(fused(mine))
+    del mine, plan
+    gc.collect()
+    assert [w() for w in watched] == [None, None]
+    assert len(inference._plans) == counts[0] - blocks
+
+
+def test_a_stale_plan_is_dropped_at_once():
+    _, mine = pair("basic")
+    with torch.no_grad():
+        mine(images())
+        old = weakref.ref(next(iter(inference._plans[mine.layer1[0]].values())))
+        mine.layer1[0].conv1.weight.mul_(2)
+        mine(images())
+    gc.collect()
+    assert old() is None
+
+
+def test_training_drops_what_inference_packed():
+    _, mine = pair("basic")
+    with torch.no_grad():
+        mine(images())
+    assert mine.layer1[0] in inference._plans
+    mine.train()
+    assert mine.layer1[0] not in inference._plans
