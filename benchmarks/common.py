@@ -32,6 +32,7 @@ class Case:
     copy: Callable[[], Any]
     moved_bytes: int  # what the fused kernels read and write, by their own description
     copied_bytes: int  # read and written by `copy`
+    operations: int | None = None  # floating-point, 2 per multiply-add, where they are the limit
 
 
 def copy_of(x: torch.Tensor) -> tuple[Callable[[], Any], int]:
@@ -55,7 +56,11 @@ def figures(case: Case, fused: list[float], eager: list[float], copy: list[float
         [case.moved_bytes / t for t in fused], [case.copied_bytes / t for t in copy]
     )
     ratio, spread = pair_ratio(fused, eager)
+    operations = {}
+    if case.operations is not None:
+        operations = {"GFLOP/s": case.operations / statistics.median(fused) / 1e9}
     return {
+        **operations,
         "GB/s": rate / 1e9,
         "copy GB/s": case.copied_bytes / statistics.median(copy) / 1e9,
         "share of copy": share,

@@ -5,15 +5,20 @@
 // of weights fill the 32 registers. x enters as the broadcast operand of the multiply-add itself,
 // one load per instruction and no register. 7 divides the pixels of every ResNet layer at 224 x 224
 // (49, 196, 784, ...). A tile runs over all taps and input channels, so that y is written once,
-// scaled, shifted, added to the residual and rounded. Taps in the padding read from a row of zeros.
-// The loop is assembly, since compilers spill the accumulators (0.7 of the speed). Weights: (blocks
-// of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input channels for
-// bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped: each vector
-// of 16 outputs reads its own run of channels, which starts at `first_channel`, with zero weights
-// where a run is wider than a group. Bytes: x and residual read once from memory, y written once;
-// weights once per superblock of pixels (conv_bn_relu_cpu.cpp). Measured: see
-// benchmarks/results/conv_bn_relu-cpu-*.json. Tried and rejected: 6 x 64 with broadcasts in
-// registers (0.97 of the speed), 14 x 32 (0.85).
+// scaled, shifted, added to the residual and rounded. Taps in the padding read from a row of zeros;
+// rows of taps that lie in it for a whole tile are left out. The loop is assembly, since compilers
+// spill the accumulators (0.7 of the speed).
+//
+// Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
+// channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped:
+// each vector of 16 outputs reads its own run of channels, which starts at `first_channel`, with
+// zero weights where a run is wider than a group.
+//
+// Bytes: x and residual read once from memory, y written once; weights once per superblock of
+// pixels (conv_bn_relu_cpu.cpp).
+//
+// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json. Tried and rejected: 6 x 64 with
+// broadcasts in registers (0.97 of the speed), 14 x 32 (0.85).
 #pragma once
 
 #include "cpu_vec.h"
@@ -40,6 +45,7 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
   store_any(y, rounded);
 }
 
+// clang-format off
 // One multiply-add: sums (zmm4 ... zmm31) += weights (zmm0 ... zmm3) * x, at `d` bytes from pointer
 // `p` (r8 ... r14). One step: the weights of `n` vectors, then every pixel with each of them.
 #define FR_FMA(op, d, p, w, sum) op " " d "(%%r" p ")%{1to16%}, %%zmm" w ", %%zmm" sum "\n\t"
@@ -47,8 +53,9 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 #define FR_PIXELS(op, d, w, s0, s1, s2, s3, s4, s5, s6)                            \
   FR_FMA(op, d, "8", w, s0)                                                        \
   FR_FMA(op, d, "9", w, s1)                                                        \
-  FR_FMA(op, d, "10", w, s2) FR_FMA(op, d, "11", w, s3) FR_FMA(op, d, "12", w, s4) \
-      FR_FMA(op, d, "13", w, s5) FR_FMA(op, d, "14", w, s6)
+  FR_FMA(op, d, "10", w, s2)                                                       \
+  FR_FMA(op, d, "11", w, s3) FR_FMA(op, d, "12", w, s4) FR_FMA(op, d, "13", w, s5) \
+      FR_FMA(op, d, "14", w, s6)
 #define FR_COLUMN_0(op, d) FR_PIXELS(op, d, "0", "4", "8", "12", "16", "20", "24", "28")
 #define FR_COLUMN_1(op, d) FR_PIXELS(op, d, "1", "5", "9", "13", "17", "21", "25", "29")
 #define FR_COLUMN_2(op, d) FR_PIXELS(op, d, "2", "6", "10", "14", "18", "22", "26", "30")
@@ -60,11 +67,12 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
   FR_WEIGHT(d, "3", "0") \
   FR_WEIGHT(d, "3", "1") \
   FR_WEIGHT(d, "3", "2") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) FR_COLUMN_2(op, d)
-#define FR_STEP_4(op, d)                                                              \
-  FR_WEIGHT(d, "4", "0")                                                              \
-  FR_WEIGHT(d, "4", "1")                                                              \
-  FR_WEIGHT(d, "4", "2") FR_WEIGHT(d, "4", "3") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) \
-      FR_COLUMN_2(op, d) FR_COLUMN_3(op, d)
+#define FR_STEP_4(op, d)                                                          \
+  FR_WEIGHT(d, "4", "0")                                                          \
+  FR_WEIGHT(d, "4", "1")                                                          \
+  FR_WEIGHT(d, "4", "2")                                                          \
+  FR_WEIGHT(d, "4", "3") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) FR_COLUMN_2(op, d) \
+      FR_COLUMN_3(op, d)
 
 #define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\taddq %[channel], %%r" p "\n\t"
 #define FR_ADVANCE(bytes)                                            \
@@ -120,6 +128,8 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
         "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
         "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31")
 
+// clang-format on
+
 // out[4 i + v] = sum over taps and steps of pixel i and vector v; pixel: 7 pointers per tap, to
 // which `channel` bytes are added
 template <typename Dot, int vectors>
@@ -139,10 +149,12 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
   }
 }
 
-// Fills pixel[7 * tap + i]: where tap reads for output pixel first + i. Past the last of `pixels`,
-// the last again.
+// Fills pixel[7 * tap + i], for taps of the rows [*begin, *end): where tap reads for output pixel
+// first + i. Rows of taps that lie in the padding for all pixels are left out. Past the last of
+// `pixels`, the last again.
 template <typename T>
-FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel) {
+FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
+                      int64_t* begin, int64_t* end) {
   const char* corner[kTilePixels];  // where tap (0, 0) reads, inside x or not
   int64_t top[kTilePixels], left[kTilePixels];
   int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
@@ -156,7 +168,15 @@ FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
       if (++p == c.P) p = 0, ++n;
     }
   }
-  for (int64_t r = 0; r < c.R; ++r)
+  int64_t highest = top[0], lowest = top[0];
+  for (int i = 1; i < kTilePixels; ++i) {
+    highest = top[i] < highest ? top[i] : highest;
+    lowest = top[i] > lowest ? top[i] : lowest;
+  }
+  *begin = 0, *end = c.R;
+  while (*end > 1 && highest + (*end - 1) * c.dilation_h >= c.H) --*end;
+  while (*begin + 1 < *end && lowest + *begin * c.dilation_h < 0) ++*begin;
+  for (int64_t r = *begin; r < *end; ++r)
     for (int64_t s = 0; s < c.S; ++s) {
       const int64_t down = r * c.dilation_h, right = s * c.dilation_w;
       const int64_t offset = (down * c.W + right) * c.C * static_cast<int64_t>(sizeof(T));
@@ -219,29 +239,34 @@ FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t 
 template <typename Dot, int vectors>
 void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
   typedef typename Dot::D D;
-  const int64_t pixels = c.N * c.P * c.Q, taps = c.R * c.S, steps = c.run / Dot::pair;
-  const char* weight = static_cast<const char*>(c.weight) + block * 4 * taps * steps * 64;
+  const int64_t pixels = c.N * c.P * c.Q, steps = c.run / Dot::pair;
+  const char* weight = static_cast<const char*>(c.weight) + block * 4 * c.R * c.S * steps * 64;
   const char* pixel[kTilePixels * kMostTaps];
   alignas(64) vf sum[4 * kTilePixels];
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTilePixels, left = pixels - first;
     const int64_t count = left < kTilePixels ? left : kTilePixels, k = block * 64;
-    locate<typename D::T>(c, first, count, pixel);
-    if (c.residual)
-      for (int64_t i = 0; i < count; ++i) {
-        const auto* row = static_cast<const typename D::T*>(c.residual) + (first + i) * c.K + k;
-        for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(*row)))
-          __builtin_prefetch(row + j);
+    int64_t row, row_end;
+    locate<typename D::T>(c, first, count, pixel, &row, &row_end);
+    const int64_t taps = (row_end - row) * c.S;
+    const char* here = weight + row * c.S * steps * (c.first_channel ? 1 : vectors) * 64;
+    // The lines that are written last are fetched first.
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = (first + i) * c.K + k;
+      for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T))) {
+        if (c.residual != c.y) __builtin_prefetch(static_cast<typename D::T*>(c.y) + at + j, 1);
+        if (c.residual) __builtin_prefetch(static_cast<const typename D::T*>(c.residual) + at + j);
       }
+    }
     if (c.first_channel) {
       for (int v = 0; v < vectors; ++v) {
         const int64_t channel = c.first_channel[block * 4 + v];
-        sum_pieces<Dot, 1>(weight + v * taps * steps * 64, pixel, taps, steps,
+        sum_pieces<Dot, 1>(here + v * c.R * c.S * steps * 64, pixel, taps, steps,
                            channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
         finish<D, 1>(c, sum, k + v * 16, first, count);
       }
     } else {
-      sum_pieces<Dot, vectors>(weight, pixel, taps, steps, 0, sum);
+      sum_pieces<Dot, vectors>(here, pixel, taps, steps, 0, sum);
       finish<D, vectors>(c, sum, k, first, count);
     }
   }
