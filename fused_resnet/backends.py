@@ -117,7 +117,8 @@ def _first_available(op: str, device_type: str) -> str:
     order = _PREFERENCE.get(device_type, {}).get(op, ("reference",))
     name = next(name for name in order if missing(op, name, device_type) is None)
     if name != order[0]:
-        _say_once(f"fused_resnet: {missing(op, order[0], device_type)}; using {name} instead")
+        reason = missing(op, order[0], device_type)
+        _say_once(f"fused_resnet: {reason}; PyTorch's own operations serve until then")
     return name
 
 

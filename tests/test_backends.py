@@ -1,0 +1,148 @@
+"""Who computes: preference, forcing, and what a missing backend says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+
+import fused_resnet as fr
+from fused_resnet import backends, native
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: all ran on the CPU alone"
+)
+def test_there_is_a_gpu():
+    assert fr.add_relu(torch.ones(1, 1, 1, 1, device="cuda"), torch.ones(1, 1, 1, 1, device="cuda"))
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True, text=True, env={**os.environ, **environment}, timeout=120,
+    )  # fmt: skip
+
+
+def test_forcing_nests_and_is_undone_after_errors():
+    assert backends.forced() is None
+    with fr.use_backend("reference"):
+        assert backends.choose("add_relu", "cpu") == "reference"
+        with pytest.raises(KeyError), fr.use_backend("reference"):
+            raise KeyError
+        assert backends.forced() == "reference"
+    assert backends.forced() is None
+
+
+def test_forcing_belongs_to_its_thread():
+    seen = []
+    with fr.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.forced()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
+
+
+def test_unknown_names_are_refused():
+    words = "one of native, vendor, reference, got 'cudnn'"
+    with pytest.raises(ValueError, match=words), fr.use_backend("cudnn"):
+        pass
+    run = python("import fused_resnet as fr; fr.info()", FUSED_RESNET_BACKEND="cudnn")
+    assert run.returncode != 0 and "cudnn" in run.stderr
+
+
+def test_the_environment_forces_a_backend():
+    code = (
+        "import torch, fused_resnet as fr\n"
+        "from fused_resnet import backends\n"
+        "x = torch.ones(1, 1, 1, 1)\n"
+        "print(backends.choose('add_relu', 'cpu'), fr.add_relu(x, x).item())"
+    )
+    run = python(code, FUSED_RESNET_BACKEND="reference")
+    assert run.stdout.split() == ["reference", "2.0"], run.stderr
+
+
+def test_every_op_has_one_server_on_every_device():
+    for device in ("cpu", "cuda", "mps"):
+        rows = backends.table(device)
+        for op in backends.OPS:
+            assert [r["serves"] for r in rows if r["op"] == op].count("yes") == 1
+        for row in rows:
+            assert row["serves"] == "no" or row["missing"] is None
+
+
+WITHOUT_EXTENSION = """
+import importlib.util, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fused_resnet._C":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "fused_resnet._C" else find(name, *a)
+import torch, fused_resnet as fr
+from fused_resnet import native, backends
+"""
+
+
+def test_without_the_extension_everything_is_right_and_one_line_says_why():
+    code = WITHOUT_EXTENSION + """
+assert "pip install --no-build-isolation" in native.load()
+x = torch.randn(2, 8, 6, 6)
+for _ in range(3):
+    torch.testing.assert_close(fr.add_relu(x, x), torch.relu(2 * x))
+    want = torch.nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(fr.bn_add_relu(x)[0], torch.relu(want))
+model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=4).eval()
+x = torch.randn(2, 3, 40, 40)
+with torch.no_grad():
+    got = model(x)
+    with fr.use_backend("reference"):
+        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
+    try:
+        with fr.use_backend("native"):
+            raise SystemExit("native was not there and nobody said so")
+    except RuntimeError as error:
+        assert "not available" in str(error) and "pip install" in str(error)
+model.train()(x).sum().backward()
+print(backends.choose("conv_bn_relu", "cpu"))
+"""  # fmt: skip
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stderr.splitlines() if "RuntimeWarning" in line]
+    assert len(lines) == 1 and "not built" in lines[0], run.stderr
+    assert run.stdout.strip() == "vendor"
+
+
+def test_import_is_light_and_leaves_cuda_alone():
+    code = (
+        "import sys, torch, fused_resnet\n"
+        "heavy = {'torchvision', 'rich', 'typer', 'matplotlib', 'PIL', 'skimage', 'triton'}\n"
+        "print(sorted(heavy & set(sys.modules)), torch.cuda.is_initialized())"
+    )
+    before = python("import sys, torch; print(sorted({'triton', 'PIL'} & set(sys.modules)))")
+    run = python(code)
+    already = before.stdout.strip()
+    assert run.stdout.strip() == f"{already} False", run.stdout + run.stderr
+
+
+def test_messages_are_said_once():
+    backends._say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            backends._say_once("fused_resnet: a message")
+    assert [str(w.message) for w in caught] == ["fused_resnet: a message"]
+
+
+def test_info_names_what_is_there():
+    info = fr.info()
+    text = str(info)
+    assert torch.__version__ in text
+    assert (native.load() is None) == bool(native.build_info())

@@ -1,0 +1,114 @@
+"""The commands as a user types them: tables, JSON, exit status, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("typer", reason="the command line needs typer and rich")
+pytest.importorskip("rich", reason="the command line needs typer and rich")
+
+
+def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    start = f"{code}\nfrom fused_resnet.cli import main\nmain()"
+    return subprocess.run(
+        [sys.executable, "-c", start, *arguments],
+        capture_output=True, text=True, timeout=300,
+        env={**os.environ, "COLUMNS": "160", **environment},
+    )  # fmt: skip
+
+
+def test_info():
+    result = run("info", "--json")
+    assert result.returncode == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert {"versions", "machine"} <= set(info)
+    table = run("info")
+    assert "conv_bn_relu" in table.stdout and "torch" in table.stdout
+
+
+def test_parity_holds_and_writes_json(tmp_path):
+    pytest.importorskip("torchvision")
+    out = tmp_path / "parity.json"
+    result = run(
+        "parity", "--model", "resnet18", "--dtype", "bfloat16", "--batch", "2", "--json", str(out)
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "parity holds" in result.stdout and "layer4.1" in result.stdout
+    content = json.loads(out.read_text())
+    assert "resnet18" in json.dumps(content) and "bfloat16" in json.dumps(content)
+
+
+def test_parity_in_training_mode():
+    pytest.importorskip("torchvision")
+    result = run("parity", "--model", "resnet18", "--mode", "train", "--batch", "4")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "gradient" in result.stdout
+
+
+def test_parity_fails_with_exit_status_1_when_the_code_is_wrong():
+    pytest.importorskip("torchvision")
+    broken = (
+        "from fused_resnet import inference\n"
+        "right = inference.scale_and_shift\n"
+        "inference.scale_and_shift = lambda c, b, d: (right(c, b, d)[0], right(c, b, d)[1] * 1.02)"
+    )
+    result = run("parity", "--model", "resnet18", "--batch", "2", code=broken)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "parity holds" not in result.stdout
+
+
+def test_bench_writes_json_and_a_plot(tmp_path):
+    result = run(
+        "bench", "--model=resnet18", "--batch=1", "--dtype=float32", "--contender=eager",
+        "--contender=fused", f"--json={tmp_path / 'b.json'}", f"--plot={tmp_path / 'b.png'}",
+        "--seconds=1",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    (case,) = json.loads((tmp_path / "b.json").read_text())["cases"]
+    fused = case["contenders"]["fused"]
+    assert fused["images_per_s"] > 0 and fused["ratio_to_eager"] > 0 and fused["share_of_limit"] > 0
+    assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("parity", "--model", "resnet19"), "resnet19"),
+        (("parity", "--dtype", "int8"), "int8"),
+        (("parity", "--batch", "0"), "batch"),
+        (("parity", "--images", "/no/such/folder"), "folder"),
+        (("parity", "--checkpoint", "/no/such/file.pt", "--model", "resnet18"), "file.pt"),
+        (("bench", "--contender", "tensorflow"), "tensorflow"),
+        (("bench", "--batch", "-3"), "-3"),
+        (("bench", "--mode", "serve"), "serve"),
+        (("parity", "--device", "cuda:77", "--model", "resnet18"), "cuda"),
+        (("dance",), "dance"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
+)
+def test_wrong_arguments_are_named_without_a_traceback(arguments, words):
+    result = run(*arguments)
+    said = result.stdout + result.stderr
+    assert result.returncode == 2, said
+    assert words in said and "Traceback" not in said
+
+
+def test_without_the_command_lines_libraries_one_line_says_what_to_install():
+    block = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('typer', 'rich'): raise ModuleNotFoundError(name)\n"
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda n, *a: None if n in ('typer', 'rich') else find(n, *a)\n"
+        "sys.meta_path.insert(0, Block())"
+    )
+    result = run("info", code=block)
+    said = (result.stdout + result.stderr).strip()
+    assert result.returncode != 0 and "pip install" in said and len(said.splitlines()) == 1, said

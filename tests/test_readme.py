@@ -1,0 +1,63 @@
+"""The README's snippets run, its commands exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fused_resnet as fr
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", [code for kind, code in BLOCKS if kind == "python"])
+def test_snippets_run(code):
+    run = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning", "-c", code],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+
+
+def test_commands_exist():
+    pytest.importorskip("typer")
+    commands = re.findall(
+        r"^(?:make|fused-resnet) .*$", "\n".join(c for k, c in BLOCKS if not k), re.M
+    )
+    assert len(commands) >= 5
+    from typer.testing import CliRunner
+
+    from fused_resnet import commands as cli
+
+    for command in commands:
+        words = command.split("#")[0].split()
+        if words[0] == "fused-resnet":
+            options = [w for w in words if w.startswith("--")]
+            text = CliRunner().invoke(cli.app, [words[1], "--help"], env={"COLUMNS": "200"}).output
+            assert all(option in text for option in options), command
+        elif (ROOT / "Makefile").exists():
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), command
+
+
+def test_public_names_are_documented():
+    for name in fr.__all__:
+        assert getattr(fr, name).__doc__, name
+    for name in ("add_relu", "bn_add_relu", "conv_bn_relu"):
+        assert name in TEXT and "Source:" in getattr(fr, name).__doc__
+
+
+@pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not in a checkout")
+def test_links_and_files_are_there():
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    for name in re.findall(r"^  ([\w*, ]+\.(?:py|h|cpp|cu))", TEXT, re.M):
+        for pattern in name.split(", "):
+            assert list(ROOT.glob(f"*/{pattern.strip()}")), pattern
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
