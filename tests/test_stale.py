@@ -68,6 +68,18 @@ def _stride(model):
     torch.nn.init.constant_(model.layer1[0].downsample[0].bias, 0.5)
 
 
+def _padding(model):
+    model.conv1.padding = (1, 1)
+
+
+def _class(model):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.layer1[0].conv1.__class__ = Doubled
+
+
 def _pool_stride(model):
     model.maxpool.stride = 1
 
@@ -124,6 +136,8 @@ EDITS = {
     "another buffer": _new_buffer,
     "another eps": _eps,
     "another stride": _stride,
+    "another padding": _padding,
+    "another class": _class,
     "another stride of the pool": _pool_stride,
     "one norm in training mode": _one_norm_trains,
     "statistics taken away": _tracking_off,

@@ -1,0 +1,203 @@
+"""Breaks the code on purpose, one line at a time, and expects the tests to notice.
+
+    python tests/mutations.py [-k NAME] [--native]
+
+Each mutation is made in a copy of the package in a temporary folder; the working tree is never
+touched. Exit status 1 when one survives. `--native` adds the C++ ones, each of which is a build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments to pytest
+
+
+STALE, BLOCKS = "tests/test_stale.py", "tests/test_blocks.py"
+FAULTS, CONV = "tests/test_model_faults.py", "tests/test_conv_bn_relu.py"
+BN, ADD, NATIVE = "tests/test_bn_add_relu.py", "tests/test_add_relu.py", "tests/test_native.py"
+INFERENCE, STRUCTURE = "fused_resnet/inference.py", "fused_resnet/structure.py"
+OPS, BLOCKS_PY = "fused_resnet/ops.py", "fused_resnet/blocks.py"
+
+PYTHON = [
+    Mutation("eps left out of the fold", INFERENCE, "bn.running_var.to(dtype) + bn.eps",
+             "bn.running_var.to(dtype)", f"{BLOCKS} -k eps"),
+    Mutation("mean left out of the fold", INFERENCE, "mean = bn.running_mean.to(dtype)",
+             "mean = bn.running_mean.to(dtype) * 0", f"{BLOCKS} -k every_convolution"),
+    Mutation("convolution's bias left out", INFERENCE, "conv.bias.to(dtype) - mean",
+             "-mean", f"{BLOCKS} -k bias"),
+    Mutation("residual dropped", INFERENCE, "run(y, residual, True, overwrite=owned)",
+             "run(y, None, True)", f"{BLOCKS} -k every_convolution"),
+    Mutation("downsample skipped", INFERENCE, "if self.downsample is not None:",
+             "if False:", f"{BLOCKS} -k every_convolution"),
+    Mutation("input overwritten", BLOCKS_PY, "inner.data_ptr() != x.data_ptr()",
+             "True", f"{FAULTS} -k edited"),
+    Mutation("output left in the compute dtype", BLOCKS_PY,
+             "y.to(inference.output_dtype(dtype)).contiguous", "y.contiguous",
+             f"{STALE} -k another_dtype tests/test_resnet.py -k autocast"),
+    Mutation("sizes not checked", INFERENCE, "if branch != out:", "if False:",
+             f"{FAULTS} {STALE}"),
+    Mutation("norms of any dtype taken", INFERENCE,
+             "t is None or t.dtype in (dtype, torch.float32)", "True", f"{FAULTS} -k float64_mean"),
+    Mutation("training does not drop plans", "fused_resnet/resnet.py", "inference.forget(self)",
+             "pass", STALE),
+    Mutation("versions not watched", STRUCTURE,
+             "and list(map(_version, self._tensors)) == self._versions", "", STALE),
+    Mutation("addresses not watched", STRUCTURE,
+             "and list(map(Tensor.data_ptr, self._tensors)) == self._addresses", "", STALE),
+    Mutation("parameters' identity not watched", STRUCTURE,
+             "all(map(is_, map(getitem, self._slots, self._keys), self._values))", "True", STALE),
+    Mutation("modules' identity not watched", STRUCTURE,
+             "and all(map(is_, map(dict.get, self._homes, self._names), self._parts))", "",
+             f"{STALE} {BLOCKS}"),
+    Mutation("classes not watched", STRUCTURE,
+             "and list(map(type, self._modules)) == self._types", "", STALE),
+    Mutation("hooks not watched", STRUCTURE, "and not any(self._hooks)", "", f"{BLOCKS} -k hooks"),
+    Mutation("replaced forwards not watched", STRUCTURE,
+             'and not any(map(contains, self._dicts, repeat("forward")))', "",
+             f"{BLOCKS} -k forward_of"),
+    Mutation("convolutions' settings not watched", STRUCTURE,
+             "and list(map(_conv_state, self._convs)) == self._conv_states", "", STALE),
+    Mutation("norms' settings not watched", STRUCTURE,
+             "and list(map(_bn_state, self._bns)) == self._bn_states", "", STALE),
+    Mutation("added modules not watched", STRUCTURE,
+             "and list(map(len, self._children)) == self._counts", "", f"{BLOCKS} -k extended"),
+    Mutation("the pool's settings not watched", "fused_resnet/network.py",
+             "and _pool_state(self._pool) == self._pool_state", "", STALE),
+    Mutation("global hooks ignored", BLOCKS_PY, "if any(_GLOBAL_HOOKS):", "if False:",
+             f"{BLOCKS} -k global"),
+    Mutation("transforms ignored", BLOCKS_PY, "if ops.in_transform():", "if False:",
+             "tests/test_model_transforms.py"),
+    Mutation("gradients not wanted", BLOCKS_PY, "if not torch.is_grad_enabled():", "if True:",
+             f"{BLOCKS} -k fine_tuning"),
+    Mutation("training mode ignored", STRUCTURE, "return bn.training or", "return", STALE),
+    Mutation("biased running variance", BLOCKS_PY, "var * (count / (count - 1))", "var",
+             f"{FAULTS} -k accumulation {BLOCKS} -k every_norm"),
+    Mutation("momentum the wrong way round", BLOCKS_PY,
+             "* (1 - momentum) + now * momentum", "* momentum + now * (1 - momentum)",
+             f"{BLOCKS} -k every_norm"),
+    Mutation("batches not counted", BLOCKS_PY, "bn.num_batches_tracked.add_(1)", "pass",
+             f"{BLOCKS} -k every_norm"),
+    Mutation("residual forgotten in training", BLOCKS_PY,
+             "ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)",
+             "ops.bn_add_relu(x, bn.weight, bn.bias, None, bn.eps, relu)",
+             f"{BLOCKS} -k every_norm"),
+    Mutation("NaN let into oneDNN's ReLU", OPS,
+             "if not conv.bound(convolution.max_abs(x)) + added <= convolution.BOUND_LIMIT:",
+             "if False:", f"{CONV} -k special_values"),
+    Mutation("packed weights kept too long", "fused_resnet/convolution.py",
+             "state = (weight._version, weight.data_ptr(), kind, dtype, geometry)",
+             "state = (kind, dtype, geometry)", f"{CONV} -k stale"),
+    Mutation("stride and padding exchanged", "fused_resnet/native_conv.py",
+             "[*taps, *self.stride, *pad, *dilate", "[*taps, *pad, *self.stride, *dilate",
+             f"{CONV} -k integers"),
+    Mutation("a group's channels off by one", "fused_resnet/native_conv.py",
+             "wide[k, offsets + c] = weight[:K, c]",
+             "wide[k, (offsets + c + 1) % run] = weight[:K, c]", f"{CONV} -k integers"),
+    Mutation("no mask in conv_bn_relu's backward", OPS,
+             "g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy\n    rest",
+             "g = dy\n    rest", f"{CONV} -k gradients"),
+    Mutation("scale left out of dweight", OPS, "dweight = (raw * gain)", "dweight = (raw)",
+             f"{CONV} -k gradients"),
+    Mutation("dshift of the unmasked gradient", OPS, "dshift = g.sum", "dshift = dy.sum",
+             f"{CONV} -k gradients"),
+    Mutation("no residual gradient without a ReLU", OPS,
+             "(dresidual if masked else dy) if need_residual", "(dresidual) if need_residual",
+             f"{BN} -k left_out"),
+    Mutation("second derivative without the mask", OPS,
+             "return torch.ops.fused_resnet.add_relu_backward(ddx, ctx.saved_tensors[0]), None",
+             "return ddx, None", f"{ADD} {BN} -k second"),
+]  # fmt: skip
+
+CPP = [
+    Mutation("ReLU kills NaN", "csrc/cpu_vec.h", "return v < 0 ? V{} : v;",
+             "return v > 0 ? v : V{};", f"{ADD} -k special"),
+    Mutation("no mask in the backward kernels", "csrc/cpu_vec.h", "return y <= 0 ? V{} : dy;",
+             "return dy;", f"{NATIVE} -k elementwise"),
+    Mutation("the convolution drops its residual", "csrc/conv_bn_relu_kernels.h",
+             "if (c.residual) value += D::load(residual + j);", "", f"{CONV} -k values"),
+    Mutation("a row of taps too many left out", "csrc/conv_bn_relu_kernels.h",
+             "lowest + *begin * c.dilation_h < 0", "lowest + *begin * c.dilation_h <= 0",
+             f"{CONV} -k integers"),
+    Mutation("one piece of a long sum lost", "csrc/conv_bn_relu_kernels.h",
+             "sum[4 * i + v] += piece[4 * i + v]", "sum[4 * i + v] += 0 * piece[4 * i + v]",
+             f"{CONV} -k integers"),
+    Mutation("max pooling loses NaN", "csrc/max_pool2d_kernels.h",
+             "return size > infinity ? size : ordered;", "return ordered;",
+             f"{NATIVE} -k max_pool2d"),
+]  # fmt: skip
+
+
+def survives(mutation: Mutation, native: bool) -> str | None:
+    """None when the tests notice; else why not."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("fused_resnet", "tests", *(("csrc",) if native else ())):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, copy)
+        target = copy / mutation.file
+        text = target.read_text()
+        if text.count(mutation.old) == 0:
+            return "its text is not there any more: mend the table"
+        target.write_text(text.replace(mutation.old, mutation.new, 1))
+        environment = {**os.environ, "PYTHONPATH": folder, "FUSED_RESNET_CUDA": "0"}
+        if native:
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+            built = subprocess.run(command, cwd=copy, capture_output=True, env=environment)
+            if built.returncode:
+                return "it does not compile"
+        # pytest takes one -k: several selections are several runs, any of which may notice.
+        words = mutation.tests.split()
+        runs: list[list[str]] = [[]]
+        for i, word in enumerate(words):
+            runs[-1].append(word)
+            if i and words[i - 1] == "-k":
+                runs.append([])
+        for run in filter(None, runs):
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *run]
+            result = subprocess.run(command, cwd=copy, capture_output=True, env=environment)
+            if result.returncode == 1:
+                return None
+            if result.returncode != 0:
+                return f"pytest gave {result.returncode} for {' '.join(run)}"
+    return "every test passed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Break the code; see the tests fail.")
+    parser.add_argument("-k", default="", help="only mutations whose name holds this")
+    parser.add_argument("--native", action="store_true", help="C++ mutations too: a build each")
+    args = parser.parse_args()
+    survivors = 0
+    table = [(m, False) for m in PYTHON] + [(m, True) for m in CPP if args.native]
+    for mutation, native in table:
+        if args.k not in mutation.name:
+            continue
+        begin = time.perf_counter()
+        reason = survives(mutation, native)
+        survivors += reason is not None
+        outcome = "noticed" if reason is None else f"SURVIVES: {reason}"
+        print(f"{mutation.name:45s} {time.perf_counter() - begin:5.0f} s  {outcome}", flush=True)
+    print(f"{survivors} survive" if survivors else "all noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
