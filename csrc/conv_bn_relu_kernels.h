@@ -5,14 +5,13 @@
 // of weights fill the 32 registers. x enters as the broadcast operand of the multiply-add itself,
 // one load per instruction and no register. 7 divides the pixels of every ResNet layer at 224 x 224
 // (49, 196, 784, ...). A tile runs over all taps and input channels, so that y is written once,
-// scaled, shifted, added to the residual and rounded. Taps in the padding read from a row of zeros;
-// rows of taps that lie in it for a whole tile are left out. The loop is assembly, since compilers
-// spill the accumulators (0.7 of the speed).
+// scaled, shifted, added to the residual and rounded. Of the taps in the padding, rows of them for
+// a whole tile and those of its first or last pixel are left out (0.9 of the time at 7 x 7); others
+// read zeros. The loop is assembly, since compilers spill the accumulators (0.7 of the speed).
 //
 // Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
 // channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped:
-// each vector of 16 outputs reads its own run of channels, which starts at `first_channel`, with
-// zero weights where a run is wider than a group.
+// each vector of 16 outputs reads the channels of its group, which start at `first_channel`.
 //
 // Bytes: x and residual read once from memory, y written once; weights once per superblock of
 // pixels (conv_bn_relu_cpu.cpp).
@@ -50,43 +49,74 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 // `p` (r8 ... r14). One step: the weights of `n` vectors, then every pixel with each of them.
 #define FR_FMA(op, d, p, w, sum) op " " d "(%%r" p ")%{1to16%}, %%zmm" w ", %%zmm" sum "\n\t"
 #define FR_WEIGHT(d, n, v) "vmovups ((" d "/4*" n "+" v ")*64)(%[weight]), %%zmm" v "\n\t"
-#define FR_PIXELS(op, d, w, s0, s1, s2, s3, s4, s5, s6)                            \
-  FR_FMA(op, d, "8", w, s0)                                                        \
-  FR_FMA(op, d, "9", w, s1)                                                        \
-  FR_FMA(op, d, "10", w, s2)                                                       \
-  FR_FMA(op, d, "11", w, s3) FR_FMA(op, d, "12", w, s4) FR_FMA(op, d, "13", w, s5) \
-      FR_FMA(op, d, "14", w, s6)
-#define FR_COLUMN_0(op, d) FR_PIXELS(op, d, "0", "4", "8", "12", "16", "20", "24", "28")
-#define FR_COLUMN_1(op, d) FR_PIXELS(op, d, "1", "5", "9", "13", "17", "21", "25", "29")
-#define FR_COLUMN_2(op, d) FR_PIXELS(op, d, "2", "6", "10", "14", "18", "22", "26", "30")
-#define FR_COLUMN_3(op, d) FR_PIXELS(op, d, "3", "7", "11", "15", "19", "23", "27", "31")
-#define FR_STEP_1(op, d) FR_WEIGHT(d, "1", "0") FR_COLUMN_0(op, d)
-#define FR_STEP_2(op, d) \
-  FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d)
-#define FR_STEP_3(op, d) \
-  FR_WEIGHT(d, "3", "0") \
-  FR_WEIGHT(d, "3", "1") \
-  FR_WEIGHT(d, "3", "2") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) FR_COLUMN_2(op, d)
-#define FR_STEP_4(op, d)                                                          \
-  FR_WEIGHT(d, "4", "0")                                                          \
-  FR_WEIGHT(d, "4", "1")                                                          \
-  FR_WEIGHT(d, "4", "2")                                                          \
-  FR_WEIGHT(d, "4", "3") FR_COLUMN_0(op, d) FR_COLUMN_1(op, d) FR_COLUMN_2(op, d) \
-      FR_COLUMN_3(op, d)
+#define FR_FIRST_0(op, d) FR_FMA(op, d, "8", "0", "4")
+#define FR_MIDDLE_0(op, d) \
+  FR_FMA(op, d, "9", "0", "8") FR_FMA(op, d, "10", "0", "12") \
+  FR_FMA(op, d, "11", "0", "16") FR_FMA(op, d, "12", "0", "20") \
+  FR_FMA(op, d, "13", "0", "24")
+#define FR_LAST_0(op, d) FR_FMA(op, d, "14", "0", "28")
+#define FR_FIRST_1(op, d) FR_FMA(op, d, "8", "1", "5")
+#define FR_MIDDLE_1(op, d) \
+  FR_FMA(op, d, "9", "1", "9") FR_FMA(op, d, "10", "1", "13") \
+  FR_FMA(op, d, "11", "1", "17") FR_FMA(op, d, "12", "1", "21") \
+  FR_FMA(op, d, "13", "1", "25")
+#define FR_LAST_1(op, d) FR_FMA(op, d, "14", "1", "29")
+#define FR_FIRST_2(op, d) FR_FMA(op, d, "8", "2", "6")
+#define FR_MIDDLE_2(op, d) \
+  FR_FMA(op, d, "9", "2", "10") FR_FMA(op, d, "10", "2", "14") \
+  FR_FMA(op, d, "11", "2", "18") FR_FMA(op, d, "12", "2", "22") \
+  FR_FMA(op, d, "13", "2", "26")
+#define FR_LAST_2(op, d) FR_FMA(op, d, "14", "2", "30")
+#define FR_FIRST_3(op, d) FR_FMA(op, d, "8", "3", "7")
+#define FR_MIDDLE_3(op, d) \
+  FR_FMA(op, d, "9", "3", "11") FR_FMA(op, d, "10", "3", "15") \
+  FR_FMA(op, d, "11", "3", "19") FR_FMA(op, d, "12", "3", "23") \
+  FR_FMA(op, d, "13", "3", "27")
+#define FR_LAST_3(op, d) FR_FMA(op, d, "14", "3", "31")
+// A column: the pixels that a tap reads for, times one vector of weights. ALL of them, or all but one
+// whose tap lies in the padding: the FIRST at the left edge of the image, the LAST at its right.
+#define FR_ALL(op, d, v) FR_FIRST_##v(op, d) FR_MIDDLE_##v(op, d) FR_LAST_##v(op, d)
+#define FR_BUT_FIRST(op, d, v) FR_MIDDLE_##v(op, d) FR_LAST_##v(op, d)
+#define FR_BUT_LAST(op, d, v) FR_FIRST_##v(op, d) FR_MIDDLE_##v(op, d)
+#define FR_STEP_1(op, d, column) FR_WEIGHT(d, "1", "0") column(op, d, 0)
+#define FR_STEP_2(op, d, column) \
+  FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1") column(op, d, 0) column(op, d, 1)
+#define FR_STEP_3(op, d, column) \
+  FR_WEIGHT(d, "3", "0") FR_WEIGHT(d, "3", "1") FR_WEIGHT(d, "3", "2") \
+  column(op, d, 0) column(op, d, 1) column(op, d, 2)
+#define FR_STEP_4(op, d, column) \
+  FR_WEIGHT(d, "4", "0") FR_WEIGHT(d, "4", "1") FR_WEIGHT(d, "4", "2") FR_WEIGHT(d, "4", "3") \
+  column(op, d, 0) column(op, d, 1) column(op, d, 2) column(op, d, 3)
 
-#define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\taddq %[channel], %%r" p "\n\t"
-#define FR_ADVANCE(bytes)                                            \
-  "addq $" bytes ", %%r8\n\taddq $" bytes ", %%r9\n\taddq $" bytes   \
-  ", %%r10\n\t"                                                      \
-  "addq $" bytes ", %%r11\n\taddq $" bytes ", %%r12\n\taddq $" bytes \
-  ", %%r13\n\t"                                                      \
-  "addq $" bytes ", %%r14\n\t"
+#define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\t"
+#define FR_CHANNEL(p) "addq %[channel], %%r" p "\n\t"
+#define FR_ADVANCE_BY(bytes, p) "addq $" bytes ", %%r" p "\n\t"
+#define FR_ADVANCE(bytes) \
+  FR_ADVANCE_BY(bytes, "8") FR_ADVANCE_BY(bytes, "9") FR_ADVANCE_BY(bytes, "10") \
+  FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13") \
+  FR_ADVANCE_BY(bytes, "14")
+// The steps of one tap, four at a time and then one at a time; label `i` and the two after it.
+#define FR_STEPS(i, op, step, n, column) \
+  "movq %[quads], %%rax\n\t" \
+  "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
+  ".p2align 4\n\t" \
+  i "0:\n\t" \
+  step(op, "0", column) step(op, "4", column) step(op, "8", column) step(op, "12", column) \
+  FR_ADVANCE("16") "addq $(256*" n "), %[weight]\n\t" \
+  "decq %%rax\n\tjnz " i "0b\n\t" \
+  i "1:\n\t" \
+  "movq %[rest], %%rax\n\t" \
+  "testq %%rax, %%rax\n\tjz 5f\n\t" \
+  i "2:\n\t" \
+  step(op, "0", column) \
+  FR_ADVANCE("4") "addq $(64*" n "), %[weight]\n\t" \
+  "decq %%rax\n\tjnz " i "2b\n\t"
 #define FR_ZERO(z) "vpxord %%zmm" z ", %%zmm" z ", %%zmm" z "\n\t"
 #define FR_ZERO_4(a, b, c, d) FR_ZERO(a) FR_ZERO(b) FR_ZERO(c) FR_ZERO(d)
 #define FR_SAVE(i, z) "vmovaps %%zmm" z ", 64*" i "(%%rax)\n\t"
 #define FR_SAVE_4(i, j, k, l, a, b, c, d) FR_SAVE(i, a) FR_SAVE(j, b) FR_SAVE(k, c) FR_SAVE(l, d)
 
-// All taps of a tile, four steps at a time and then one at a time; the sums end in `out`.
+// All taps of a tile; the sums end in `out`.
 #define FR_TILE(op, step, n) \
   asm volatile(                                                                                   \
       FR_ZERO_4("4", "5", "6", "7") FR_ZERO_4("8", "9", "10", "11")                               \
@@ -96,21 +126,17 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
       "1:\n\t"                                                                                    \
       FR_POINTER("0", "8") FR_POINTER("1", "9") FR_POINTER("2", "10") FR_POINTER("3", "11")       \
       FR_POINTER("4", "12") FR_POINTER("5", "13") FR_POINTER("6", "14")                           \
+      FR_CHANNEL("9") FR_CHANNEL("10") FR_CHANNEL("11") FR_CHANNEL("12") FR_CHANNEL("13")         \
       "addq $56, %[pixel]\n\t"                                                                    \
-      "movq %[quads], %%rax\n\t"                                                                  \
-      "testq %%rax, %%rax\n\tjz 3f\n\t"                                                           \
-      ".p2align 4\n\t"                                                                            \
-      "2:\n\t"                                                                                    \
-      step(op, "0") step(op, "4") step(op, "8") step(op, "12")                                    \
-      FR_ADVANCE("16") "addq $(256*" n "), %[weight]\n\t"                                         \
-      "decq %%rax\n\tjnz 2b\n\t"                                                                  \
+      "testq %%r8, %%r8\n\tjz 2f\n\t"                                                            \
+      FR_CHANNEL("8")                                                                             \
+      "testq %%r14, %%r14\n\tjz 3f\n\t"                                                          \
+      FR_CHANNEL("14")                                                                            \
+      FR_STEPS("6", op, step, n, FR_ALL) "jmp 5f\n\t"                                            \
+      "2:\n\t" FR_CHANNEL("14")                                                                   \
+      FR_STEPS("7", op, step, n, FR_BUT_FIRST) "jmp 5f\n\t"                                      \
       "3:\n\t"                                                                                    \
-      "movq %[rest], %%rax\n\t"                                                                   \
-      "testq %%rax, %%rax\n\tjz 5f\n\t"                                                           \
-      "4:\n\t"                                                                                    \
-      step(op, "0")                                                                               \
-      FR_ADVANCE("4") "addq $(64*" n "), %[weight]\n\t"                                           \
-      "decq %%rax\n\tjnz 4b\n\t"                                                                  \
+      FR_STEPS("8", op, step, n, FR_BUT_LAST)                                                     \
       "5:\n\t"                                                                                    \
       "decq %[taps]\n\tjnz 1b\n\t"                                                                \
       "movq %[out], %%rax\n\t"                                                                    \
@@ -131,7 +157,7 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 // clang-format on
 
 // out[4 i + v] = sum over taps and steps of pixel i and vector v; pixel: 7 pointers per tap, to
-// which `channel` bytes are added
+// which `channel` bytes are added. The first of the 7, or else the last, may be null: left out.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
                         int64_t channel, vf* out) {
@@ -183,8 +209,13 @@ FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
       for (int i = 0; i < kTilePixels; ++i) {
         const bool inside = static_cast<uint64_t>(top[i] + down) < static_cast<uint64_t>(c.H) &&
                             static_cast<uint64_t>(left[i] + right) < static_cast<uint64_t>(c.W);
-        *pixel++ = inside ? corner[i] + offset : static_cast<const char*>(c.zeros);
+        pixel[i] = inside ? corner[i] + offset : nullptr;
       }
+      // The kernel leaves out one pixel, the first or the last; any other reads zeros.
+      for (int i = 1; i < kTilePixels; ++i)
+        if (!pixel[i] && (i < kTilePixels - 1 || !pixel[0]))
+          pixel[i] = static_cast<const char*>(c.zeros);
+      pixel += kTilePixels;
     }
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,26 +29,17 @@ def serves(dtype: torch.dtype) -> bool:
 def covers(
     weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
 ) -> bool:
-    """Whether the kernel does such a convolution: for bfloat16, channels come in pairs."""
+    """Whether the kernel does such a convolution: in bfloat16 channels come in pairs, and a vector
+    of 16 outputs reads one group's channels."""
     K, C_per_group, R, S = weight_shape
-    _, run = _runs(K, C_per_group, groups)
-    whole = _merges(weight_shape, dilation, groups) or dtype != torch.bfloat16
-    return R * S <= _MOST_TAPS and (whole or run % 2 == 0)
+    paired = dtype != torch.bfloat16 or C_per_group % 2 == 0
+    whole = groups == 1 or K // groups % _LANES == 0
+    return R * S <= _MOST_TAPS and whole and (paired or _merges(weight_shape, dilation, groups))
 
 
 def _merges(weight_shape: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     """Whether a row of taps is read as one run: with few channels a tap alone is too short."""
     return groups == 1 and weight_shape[1] < _FEW_CHANNELS and dilation[1] == 1
-
-
-def _runs(K: int, C_per_group: int, groups: int) -> tuple[list[int], int]:
-    """For each vector of 16 outputs, the first input channel it reads; and how many each reads."""
-    K_per_group, C = K // groups, C_per_group * groups
-    firsts = range(0, K, _LANES)
-    begins = [k // K_per_group * C_per_group for k in firsts]
-    ends = [(min(k + _LANES, K) - 1) // K_per_group * C_per_group + C_per_group for k in firsts]
-    run = max(end - begin for begin, end in zip(begins, ends, strict=True))
-    return [min(begin, C - run) for begin in begins], run
 
 
 def _pack(weight: Tensor, pair: int, vectors_per_block: int) -> Tensor:
@@ -76,11 +66,7 @@ def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 class NativeConv(FusedConv):
-    """A convolution as the kernel takes it; `covers` must have said yes.
-
-    Grouped: 16 outputs read the channels of all their groups, with zero weights for those of other
-    groups, so an Inf or NaN would spread from group to group: `needs_bound` there.
-    """
+    """A convolution as the kernel takes it; `covers` must have said yes."""
 
     def __init__(
         self,
@@ -110,11 +96,8 @@ class NativeConv(FusedConv):
             weight = weight.permute(0, 3, 1, 2).reshape(-1, run, R, 1)
             taps, pad, dilate = [R, 1], [0, 0], [dilation[0], 1]
         elif groups > 1:
-            firsts, run = _runs(K, C_per_group, groups)
-            weight = _spread(weight, K, firsts, run, groups)
-            starts = torch.tensor(firsts, dtype=torch.int64)
-            self._first_channel = _padded(starts, 0, _BLOCK_VECTORS)
-            self.needs_bound = run > C_per_group
+            group = torch.arange(0, K, _LANES) // (K // groups)
+            self._first_channel = _padded(group * C_per_group, 0, _BLOCK_VECTORS)
         # A grouped block passes its vectors one by one, so each is packed on its own.
         self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
         block = _LANES * _BLOCK_VECTORS
@@ -133,16 +116,3 @@ class NativeConv(FusedConv):
             x, self._weight, self._scale, self._shift, self._first_channel, residual,
             overwrite, relu, self._geometry,
         )  # fmt: skip
-
-
-def _spread(weight: Tensor, K: int, firsts: list[int], run: int, groups: int) -> Tensor:
-    """A grouped weight (K padded, C/groups, R, S) over the runs of channels that are read:
-    (K padded, run, R, S), zeros where a run reaches into another group."""
-    C_per_group = weight.shape[1]
-    k = torch.arange(K)
-    starts = torch.tensor(firsts).repeat_interleave(_LANES)[:K]
-    offsets = k // (K // groups) * C_per_group - starts
-    wide: Any = weight.new_zeros(weight.shape[0], run, *weight.shape[2:])
-    for c in range(C_per_group):
-        wide[k, offsets + c] = weight[:K, c]
-    return wide

@@ -139,12 +139,12 @@ def test_overwriting_the_residual_gives_the_same():
     if not native_conv.serves(torch.float32):
         pytest.skip("the native convolution needs a processor with AVX-512")
     for dtype in filter(native_conv.serves, (torch.float32, torch.bfloat16)):
-        for groups in (1, 16):
+        for groups in (1, 5):
             conv = native_conv.NativeConv(
-                torch.randn(80, 64 // groups, 3, 3), torch.rand(80), torch.randn(80), dtype,
+                torch.randn(80, 60 // groups, 3, 3), torch.rand(80), torch.randn(80), dtype,
                 (1, 1), (1, 1), (1, 1), groups,
             )  # fmt: skip
-            x, residual = (channels_last((3, c, 5, 9), dtype) for c in (64, 80))
+            x, residual = (channels_last((3, c, 5, 9), dtype) for c in (60, 80))
             want = conv.run(x, residual, True)
             kept = residual.clone()
             assert torch.equal(conv.run(x, kept, True, overwrite=True), want)
