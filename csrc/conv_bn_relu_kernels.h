@@ -1,13 +1,13 @@
 // y = relu(conv(x, weight) * scale[k] + shift[k] + residual), an implicit GEMM over channels_last
 // tensors: x (N, H, W, C) in memory -> y (N, P, Q, K). relu(NaN) = NaN, -0.0 passes, one rounding.
 //
-// A tile is 7 pixels of y by up to 64 channels: 28 accumulators of 16 floats, which with 4 vectors
-// of weights fill the 32 registers. x enters as the broadcast operand of the multiply-add itself,
-// one load per instruction and no register. 7 divides the pixels of every ResNet layer at 224 x 224
-// (49, 196, 784, ...). A tile runs over all taps and input channels, so that y is written once,
-// scaled, shifted, added to the residual and rounded. Of the taps in the padding, rows of them for
-// a whole tile and those of its first or last pixel are left out (0.9 of the time at 7 x 7); others
-// read zeros. The loop is assembly, since compilers spill the accumulators (0.7 of the speed).
+// A tile is 7 pixels of y by up to 64 channels: 28 accumulators of 16 floats, which with 3 vectors
+// of weights and one of x fill the 32 registers; the 4th vector of weights stays in memory. 7
+// divides the pixels of every ResNet layer at 224 x 224 (49, 196, 784, ...). A tile runs over all
+// taps and input channels, so that y is written once, scaled, shifted, added to the residual and
+// rounded. Of the taps in the padding, rows of them for a whole tile and those of its first or last
+// pixel are left out (0.9 of the time at 7 x 7); others read zeros. The loop is assembly, since
+// compilers spill the accumulators (0.7 of the speed).
 //
 // Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
 // channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped:
@@ -16,8 +16,10 @@
 // Bytes: x and residual read once from memory, y written once; weights once per superblock of
 // pixels (conv_bn_relu_cpu.cpp).
 //
-// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json. Tried and rejected: 6 x 64 with
-// broadcasts in registers (0.97 of the speed), 14 x 32 (0.85).
+// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json. Tried and rejected: x as
+// each multiply-add's broadcast operand and 4 vectors of weights in registers (0.88 of the speed:
+// 32 loads for 28 multiply-adds, where the processor does two of either a cycle), 6 x 64 with
+// broadcasts in registers (0.97 of that one), 14 x 32 (0.85 of it).
 #pragma once
 
 #include "cpu_vec.h"
@@ -45,48 +47,38 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 }
 
 // clang-format off
-// One multiply-add: sums (zmm4 ... zmm31) += weights (zmm0 ... zmm3) * x, at `d` bytes from pointer
-// `p` (r8 ... r14). One step: the weights of `n` vectors, then every pixel with each of them.
-#define FR_FMA(op, d, p, w, sum) op " " d "(%%r" p ")%{1to16%}, %%zmm" w ", %%zmm" sum "\n\t"
-#define FR_WEIGHT(d, n, v) "vmovups ((" d "/4*" n "+" v ")*64)(%[weight]), %%zmm" v "\n\t"
-#define FR_FIRST_0(op, d) FR_FMA(op, d, "8", "0", "4")
-#define FR_MIDDLE_0(op, d) \
-  FR_FMA(op, d, "9", "0", "8") FR_FMA(op, d, "10", "0", "12") \
-  FR_FMA(op, d, "11", "0", "16") FR_FMA(op, d, "12", "0", "20") \
-  FR_FMA(op, d, "13", "0", "24")
-#define FR_LAST_0(op, d) FR_FMA(op, d, "14", "0", "28")
-#define FR_FIRST_1(op, d) FR_FMA(op, d, "8", "1", "5")
-#define FR_MIDDLE_1(op, d) \
-  FR_FMA(op, d, "9", "1", "9") FR_FMA(op, d, "10", "1", "13") \
-  FR_FMA(op, d, "11", "1", "17") FR_FMA(op, d, "12", "1", "21") \
-  FR_FMA(op, d, "13", "1", "25")
-#define FR_LAST_1(op, d) FR_FMA(op, d, "14", "1", "29")
-#define FR_FIRST_2(op, d) FR_FMA(op, d, "8", "2", "6")
-#define FR_MIDDLE_2(op, d) \
-  FR_FMA(op, d, "9", "2", "10") FR_FMA(op, d, "10", "2", "14") \
-  FR_FMA(op, d, "11", "2", "18") FR_FMA(op, d, "12", "2", "22") \
-  FR_FMA(op, d, "13", "2", "26")
-#define FR_LAST_2(op, d) FR_FMA(op, d, "14", "2", "30")
-#define FR_FIRST_3(op, d) FR_FMA(op, d, "8", "3", "7")
-#define FR_MIDDLE_3(op, d) \
-  FR_FMA(op, d, "9", "3", "11") FR_FMA(op, d, "10", "3", "15") \
-  FR_FMA(op, d, "11", "3", "19") FR_FMA(op, d, "12", "3", "23") \
-  FR_FMA(op, d, "13", "3", "27")
-#define FR_LAST_3(op, d) FR_FMA(op, d, "14", "3", "31")
-// A column: the pixels that a tap reads for, times one vector of weights. ALL of them, or all but one
-// whose tap lies in the padding: the FIRST at the left edge of the image, the LAST at its right.
-#define FR_ALL(op, d, v) FR_FIRST_##v(op, d) FR_MIDDLE_##v(op, d) FR_LAST_##v(op, d)
-#define FR_BUT_FIRST(op, d, v) FR_MIDDLE_##v(op, d) FR_LAST_##v(op, d)
-#define FR_BUT_LAST(op, d, v) FR_FIRST_##v(op, d) FR_MIDDLE_##v(op, d)
-#define FR_STEP_1(op, d, column) FR_WEIGHT(d, "1", "0") column(op, d, 0)
-#define FR_STEP_2(op, d, column) \
-  FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1") column(op, d, 0) column(op, d, 1)
-#define FR_STEP_3(op, d, column) \
-  FR_WEIGHT(d, "3", "0") FR_WEIGHT(d, "3", "1") FR_WEIGHT(d, "3", "2") \
-  column(op, d, 0) column(op, d, 1) column(op, d, 2)
-#define FR_STEP_4(op, d, column) \
-  FR_WEIGHT(d, "4", "0") FR_WEIGHT(d, "4", "1") FR_WEIGHT(d, "4", "2") FR_WEIGHT(d, "4", "3") \
-  column(op, d, 0) column(op, d, 1) column(op, d, 2) column(op, d, 3)
+// One multiply-add: sums (zmm4 ... zmm31) += weights * one pixel's x in all lanes (zmm3). Of four
+// vectors of weights three are registers and the fourth is read by each instruction: 3 + 7 + 7 loads
+// a step, where a broadcast by each would take 4 + 28, two a cycle beside 28 multiply-adds at two a
+// cycle.
+#define FR_FMA(op, weight, sum) op " " weight ", %%zmm3, %%zmm" sum "\n\t"
+#define FR_AT(d, n, v) "((" d "/4*" n "+" v ")*64)(%[weight])"
+#define FR_WEIGHT(d, n, v) "vmovups " FR_AT(d, n, v) ", %%zmm" v "\n\t"
+#define FR_X(d, p) "vbroadcastss " d "(%%r" p "), %%zmm3\n\t"
+// A pixel: its x at `d` bytes from pointer `p` (r8 ... r14), times the vectors of weights.
+#define FR_PIXEL_1(op, d, p, a, b, c, e) FR_X(d, p) FR_FMA(op, "%%zmm0", a)
+#define FR_PIXEL_2(op, d, p, a, b, c, e) FR_PIXEL_1(op, d, p, a, b, c, e) FR_FMA(op, "%%zmm1", b)
+#define FR_PIXEL_3(op, d, p, a, b, c, e) FR_PIXEL_2(op, d, p, a, b, c, e) FR_FMA(op, "%%zmm2", c)
+#define FR_PIXEL_4(op, d, p, a, b, c, e) \
+  FR_PIXEL_3(op, d, p, a, b, c, e) FR_FMA(op, FR_AT(d, "4", "3"), e)
+#define FR_WEIGHTS_1(d) FR_WEIGHT(d, "1", "0")
+#define FR_WEIGHTS_2(d) FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1")
+#define FR_WEIGHTS_3(d) FR_WEIGHT(d, "3", "0") FR_WEIGHT(d, "3", "1") FR_WEIGHT(d, "3", "2")
+#define FR_WEIGHTS_4(d) FR_WEIGHT(d, "4", "0") FR_WEIGHT(d, "4", "1") FR_WEIGHT(d, "4", "2")
+#define FR_FIRST(op, d, n) FR_PIXEL_##n(op, d, "8", "4", "5", "6", "7")
+#define FR_MIDDLE(op, d, n) \
+  FR_PIXEL_##n(op, d, "9", "8", "9", "10", "11") \
+  FR_PIXEL_##n(op, d, "10", "12", "13", "14", "15") \
+  FR_PIXEL_##n(op, d, "11", "16", "17", "18", "19") \
+  FR_PIXEL_##n(op, d, "12", "20", "21", "22", "23") \
+  FR_PIXEL_##n(op, d, "13", "24", "25", "26", "27")
+#define FR_LAST(op, d, n) FR_PIXEL_##n(op, d, "14", "28", "29", "30", "31")
+// A step: one input channel (or pair) of every pixel that the tap reads for, times its weights. ALL
+// pixels, or all but one whose tap lies in the padding: the FIRST at the left edge of the image, the
+// LAST at its right.
+#define FR_ALL(op, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, d, n) FR_MIDDLE(op, d, n) FR_LAST(op, d, n)
+#define FR_BUT_FIRST(op, d, n) FR_WEIGHTS_##n(d) FR_MIDDLE(op, d, n) FR_LAST(op, d, n)
+#define FR_BUT_LAST(op, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, d, n) FR_MIDDLE(op, d, n)
 
 #define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\t"
 #define FR_CHANNEL(p) "addq %[channel], %%r" p "\n\t"
@@ -96,20 +88,20 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
   FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13") \
   FR_ADVANCE_BY(bytes, "14")
 // The steps of one tap, four at a time and then one at a time; label `i` and the two after it.
-#define FR_STEPS(i, op, step, n, column) \
+#define FR_STEPS(i, op, n, step) \
   "movq %[quads], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
   ".p2align 4\n\t" \
   i "0:\n\t" \
-  step(op, "0", column) step(op, "4", column) step(op, "8", column) step(op, "12", column) \
-  FR_ADVANCE("16") "addq $(256*" n "), %[weight]\n\t" \
+  step(op, "0", n) step(op, "4", n) step(op, "8", n) step(op, "12", n) \
+  FR_ADVANCE("16") "addq $(256*" #n "), %[weight]\n\t" \
   "decq %%rax\n\tjnz " i "0b\n\t" \
   i "1:\n\t" \
   "movq %[rest], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz 5f\n\t" \
   i "2:\n\t" \
-  step(op, "0", column) \
-  FR_ADVANCE("4") "addq $(64*" n "), %[weight]\n\t" \
+  step(op, "0", n) \
+  FR_ADVANCE("4") "addq $(64*" #n "), %[weight]\n\t" \
   "decq %%rax\n\tjnz " i "2b\n\t"
 #define FR_ZERO(z) "vpxord %%zmm" z ", %%zmm" z ", %%zmm" z "\n\t"
 #define FR_ZERO_4(a, b, c, d) FR_ZERO(a) FR_ZERO(b) FR_ZERO(c) FR_ZERO(d)
@@ -117,7 +109,7 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 #define FR_SAVE_4(i, j, k, l, a, b, c, d) FR_SAVE(i, a) FR_SAVE(j, b) FR_SAVE(k, c) FR_SAVE(l, d)
 
 // All taps of a tile; the sums end in `out`.
-#define FR_TILE(op, step, n) \
+#define FR_TILE(op, n) \
   asm volatile(                                                                                   \
       FR_ZERO_4("4", "5", "6", "7") FR_ZERO_4("8", "9", "10", "11")                               \
       FR_ZERO_4("12", "13", "14", "15") FR_ZERO_4("16", "17", "18", "19")                         \
@@ -132,11 +124,11 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
       FR_CHANNEL("8")                                                                             \
       "testq %%r14, %%r14\n\tjz 3f\n\t"                                                          \
       FR_CHANNEL("14")                                                                            \
-      FR_STEPS("6", op, step, n, FR_ALL) "jmp 5f\n\t"                                            \
+      FR_STEPS("6", op, n, FR_ALL) "jmp 5f\n\t"                                            \
       "2:\n\t" FR_CHANNEL("14")                                                                   \
-      FR_STEPS("7", op, step, n, FR_BUT_FIRST) "jmp 5f\n\t"                                      \
+      FR_STEPS("7", op, n, FR_BUT_FIRST) "jmp 5f\n\t"                                      \
       "3:\n\t"                                                                                    \
-      FR_STEPS("8", op, step, n, FR_BUT_LAST)                                                     \
+      FR_STEPS("8", op, n, FR_BUT_LAST)                                                     \
       "5:\n\t"                                                                                    \
       "decq %[taps]\n\tjnz 1b\n\t"                                                                \
       "movq %[out], %%rax\n\t"                                                                    \
@@ -163,15 +155,15 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
                         int64_t channel, vf* out) {
   const int64_t quads = steps / 4, rest = steps % 4;
   if constexpr (Dot::pair == 1) {
-    if constexpr (vectors == 1) FR_TILE("vfmadd231ps", FR_STEP_1, "1");
-    if constexpr (vectors == 2) FR_TILE("vfmadd231ps", FR_STEP_2, "2");
-    if constexpr (vectors == 3) FR_TILE("vfmadd231ps", FR_STEP_3, "3");
-    if constexpr (vectors == 4) FR_TILE("vfmadd231ps", FR_STEP_4, "4");
+    if constexpr (vectors == 1) FR_TILE("vfmadd231ps", 1);
+    if constexpr (vectors == 2) FR_TILE("vfmadd231ps", 2);
+    if constexpr (vectors == 3) FR_TILE("vfmadd231ps", 3);
+    if constexpr (vectors == 4) FR_TILE("vfmadd231ps", 4);
   } else {
-    if constexpr (vectors == 1) FR_TILE("vdpbf16ps", FR_STEP_1, "1");
-    if constexpr (vectors == 2) FR_TILE("vdpbf16ps", FR_STEP_2, "2");
-    if constexpr (vectors == 3) FR_TILE("vdpbf16ps", FR_STEP_3, "3");
-    if constexpr (vectors == 4) FR_TILE("vdpbf16ps", FR_STEP_4, "4");
+    if constexpr (vectors == 1) FR_TILE("vdpbf16ps", 1);
+    if constexpr (vectors == 2) FR_TILE("vdpbf16ps", 2);
+    if constexpr (vectors == 3) FR_TILE("vdpbf16ps", 3);
+    if constexpr (vectors == 4) FR_TILE("vdpbf16ps", 4);
   }
 }
 
