@@ -97,7 +97,7 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     plan = inference.plan_for(block, names, x.dtype)
     if isinstance(plan, str):
         return _run_units(block, names, x)
-    if not plan.admits(x.shape):
+    if not plan.shapes(x.shape):
         return None
     flow = plan.run(enter(x, plan))
     return None if flow is None else leave(flow.x, x.dtype, layout.memory_format(x))

@@ -6,6 +6,7 @@ beside the modules, not in them: state_dict, deepcopy and pickle do not see them
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -69,23 +70,27 @@ class Plan:
         self._needs_bound = any(conv.needs_bound for conv in all_convs)
         self.takes_any = not self.residual and convs[0].takes_any
         self.weight = parts.pairs[0][0].weight
-        self._admitted: torch.Size | None = None
+        self._shapes: list[Sequence[int]] = []
 
-    def admits(self, shape: torch.Size) -> bool:
-        """Whether x of this shape goes through; where it does not, it is stock that raises."""
-        if shape == self._admitted:
-            return True
-        out: tuple[int, ...] | None = tuple(shape)
+    def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
+        """The activations that an x of this shape becomes: x, then every convolution's output, the
+        block's last. Empty where it does not go through: then it is stock that raises."""
+        if not self._shapes or self._shapes[0] != shape:
+            self._shapes = self._find_shapes(shape)
+        return self._shapes
+
+    def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
+        shapes = [shape]
         for conv in self.convs:
-            out = None if out is None else conv.output_shape(out)
-        if out is None:
-            return False
+            out = conv.output_shape(shapes[-1])
+            if out is None:
+                return []
+            shapes.append(out)
         if self.residual:
             branch = self.downsample.output_shape(shape) if self.downsample else tuple(shape)
-            if branch != out:
-                return False
-        self._admitted = shape
-        return True
+            if branch != shapes[-1]:
+                return []
+        return shapes
 
     def bound(self, x_bound: float | None) -> float | None:
         """A bound for every number the block computes, or None where there is none, or no need

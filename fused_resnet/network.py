@@ -7,9 +7,10 @@ to what stock would have wherever a module that is not fused must see the activa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,6 +22,9 @@ from .inference import Flow, Plan
 from .structure import STEM, Guard, Names, Parts, Place, patched, take_apart
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
+# Bytes of one activation. A convolution reads one or two and writes one, which a last-level cache
+# of 32 MiB should hold; and so much less memory is in use, and asked of the system, at a time.
+_AT_ONCE = 8 * 2**20
 _pool_state = attrgetter(
     "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"
 )
@@ -51,6 +55,13 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
 # --- every block fused ----------------------------------------------------------------------------
 
 
+class _Level(NamedTuple):
+    """Blocks in a row that at most `images` images go through together."""
+
+    plans: list[Plan]
+    images: int
+
+
 class Network:
     """The plans of stem and blocks in order, valid while nothing in the whole has changed."""
 
@@ -60,7 +71,7 @@ class Network:
         self._pool = model.maxpool
         self._pool_state = _pool_state(self._pool)
         self._generation = inference.generation()
-        self._admitted: torch.Size | None = None
+        self._levels: tuple[torch.Size, list[_Level]] | None = None
 
     def holds(self) -> bool:
         return (
@@ -72,23 +83,64 @@ class Network:
     def run(self, model: Any, x: Tensor) -> Tensor | None:
         """What `model.avgpool` gives; None where x does not fit, or a bound is needed and none
         rules out a NaN."""
-        stem, *blocks = self.plans
-        admitted = x.shape == self._admitted
-        if not admitted and not stem.admits(x.shape):
-            return None
-        flow = stem.run(enter(x, stem))
-        flow = None if flow is None else max_pool(self._pool, flow)
-        for plan in blocks:
-            if flow is None or not (admitted or plan.admits(flow.x.shape)):
-                return None
-            flow = plan.run(flow)
+        if self._levels is None or self._levels[0] != x.shape:
+            self._levels = (x.shape, self._find_levels(x.shape))
+        levels = self._levels[1]
+        flow = self._through(levels, x) if levels else None
         if flow is None:
             return None
-        self._admitted = x.shape
         if averages_all(model.avgpool):
             y = torch.ops.fused_resnet_native.mean_pool(flow.x)
             return y.to(inference.output_dtype(x.dtype))
         return model.avgpool(leave(flow.x, x.dtype, layout.memory_format(x)))
+
+    def _find_levels(self, shape: Sequence[int]) -> list[_Level]:
+        """For an x of this shape; empty where it does not go through."""
+        levels: list[_Level] = []
+        for plan in self.plans:
+            shapes = plan.shapes(shape)
+            if not shapes:
+                return []
+            N, *size = max(shapes[1:] if plan is self.plans[0] else shapes, key=math.prod)
+            most = _AT_ONCE // (math.prod(size) * plan.dtype.itemsize)
+            images = min(N, max(most, torch.get_num_threads()))
+            last = levels[-1].images if levels else 0
+            # A batch put together again is a copy: not for a few images more.
+            if not (last == images or last < images < min(2 * last, N)):
+                levels.append(_Level([], images))
+            levels[-1].plans.append(plan)
+            shape = shapes[-1]
+            if plan is self.plans[0]:
+                pooled = pool_shape(self._pool, shape)
+                if pooled is None:
+                    return []
+                shape = pooled
+        return levels
+
+    def _through(self, levels: Sequence[_Level], x: Tensor) -> Flow | None:
+        """x (N, C, H, W) through these levels: the last one takes its images, a part at a time,
+        from those before it."""
+        *before, level = levels
+        parts: list[Flow] = []
+        for images in x.split(_evenly(len(x), level.images)):
+            flow = self._through(before, images) if before else enter(images, self.plans[0])
+            for plan in level.plans:
+                flow = None if flow is None else plan.run(flow)
+                if flow is not None and plan is self.plans[0]:
+                    flow = max_pool(self._pool, flow)
+            if flow is None:
+                return None
+            parts.append(flow)
+        if len(parts) == 1:
+            return parts[0]
+        bounds = [part.bound for part in parts if part.bound is not None]
+        bound = max(bounds) if len(bounds) == len(parts) else None
+        return Flow(torch.cat([part.x for part in parts]), bound, True)
+
+
+def _evenly(total: int, most: int) -> int:
+    """The size of each of the fewest parts of at most `most`."""
+    return -(-total // -(-total // most))
 
 
 def averages_all(pool: Any) -> bool:
@@ -191,7 +243,7 @@ class _Walk:
             return False
         if flow is None:
             flow = enter(x, plan)
-        after = plan.run(flow) if plan.admits(flow.x.shape) else None
+        after = plan.run(flow) if plan.shapes(flow.x.shape) else None
         if after is None:
             return False
         self._plain, self._flow = None, after
@@ -220,14 +272,22 @@ class _Walk:
 
 def max_pool(pool: Any, flow: Flow) -> Flow | None:
     """`pool` on a fused activation; None where the kernel does not do what is asked."""
+    if pool_shape(pool, flow.x.shape) is None:
+        return None
+    sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    y = torch.ops.fused_resnet_native.max_pool2d(flow.x, *sizes)
+    return Flow(y, flow.bound, True)
+
+
+def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """(N, C, H, W) -> (N, C, P, Q) of `pool`; None where the kernel does not do what is asked."""
     if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
         return None
     sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-    shape = flow.x.shape[2:]
-    if not all(n + 2 * p >= k >= 2 * p for n, k, _, p in zip(shape, *sizes, strict=True)):
+    if not all(n + 2 * p >= k >= 2 * p for n, k, _, p in zip(shape[2:], *sizes, strict=True)):
         return None
-    y = torch.ops.fused_resnet_native.max_pool2d(flow.x, *sizes)
-    return Flow(y, flow.bound, True)
+    out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[2:], *sizes, strict=True))
+    return (*shape[:2], *out)
 
 
 def _pair(v: Any) -> list[int]:

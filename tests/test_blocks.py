@@ -22,7 +22,7 @@ from model_helpers import (
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import backends, blocks, convolution, inference
+from fused_resnet import backends, blocks, convolution, inference, network, vendor
 
 pytestmark = pytest.mark.skipif(
     backends.choose("conv_bn_relu", "cpu") == "reference", reason="nothing is fused here"
@@ -34,6 +34,9 @@ TRAINS = backends.choose("bn_add_relu", "cpu") == "native"
 def runs(monkeypatch):
     """How many fused convolutions ran since it was last cleared."""
     seen: list[str] = []
+    vendor.unavailable()  # its probes run some, once per process
+    for dtype in (torch.float32, torch.bfloat16):
+        vendor.serves(dtype)
     for kind in convolution.FusedConv.__subclasses__():
 
         def run(self, *args, _run=kind.run, **kwargs):
@@ -65,6 +68,29 @@ def test_every_convolution_of_an_eval_network_is_fused(kind, runs):
             runs.clear()
             assert torch.equal(mine(x), stock(x)) and not runs
             assert reasons(mine)["stem"] == "the reference backend is forced"
+
+
+@pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
+@pytest.mark.parametrize("dilate", [False, True], ids=["plain", "dilated"])
+def test_large_batches_go_through_in_parts(dilate, runs, monkeypatch):
+    """The same numbers, and where one image holds a NaN, in that image alone."""
+    torch.set_num_threads(2)
+    stock, mine = pair("bottleneck", replace_stride_with_dilation=[False, dilate, dilate])
+    x = images(7)
+    x[4, 1, 20, 20] = torch.nan
+    whole = same_outputs(stock, mine, x)
+    assert whole.isnan().all(1).tolist() == [i == 4 for i in range(7)]
+    convs = sum(isinstance(m, nn.Conv2d) for m in mine.modules())
+    assert len(runs) == convs
+    # Three images' 64 x 32 x 32 values after the stem. As many leave layer1, half as many layer2, a
+    # quarter layer3: the 9 convolutions up to layer2.0 run on 2 + 2 + 3 images, the next 7 on 4 + 3
+    # and layer4's 4 on all. Dilated, layer4 gives 2048 x 8 x 8 values: two images at a time, one per
+    # thread.
+    monkeypatch.setattr(network, "_AT_ONCE", 3 * 64 * 32 * 32 * 4)
+    runs.clear()
+    parts = same_outputs(stock, mine.eval(), x)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert len(runs) == (4 * convs if dilate else 3 * 9 + 2 * 7 + 4)
 
 
 @pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
