@@ -82,10 +82,10 @@ def test_large_batches_go_through_in_parts(dilate, runs, monkeypatch):
     assert whole.isnan().all(1).tolist() == [i == 4 for i in range(7)]
     convs = sum(isinstance(m, nn.Conv2d) for m in mine.modules())
     assert len(runs) == convs
-    # Three images' 64 x 32 x 32 values after the stem. As many leave layer1, half as many layer2, a
-    # quarter layer3: the 9 convolutions up to layer2.0 run on 2 + 2 + 3 images, the next 7 on 4 + 3
-    # and layer4's 4 on all. Dilated, layer4 gives 2048 x 8 x 8 values: two images at a time, one per
-    # thread.
+    # Three images' 64 x 32 x 32 values after the stem. As many leave layer1, half as many layer2,
+    # a quarter layer3: the 9 convolutions up to layer2.0 run on 2 + 2 + 3 images, the next 7 on
+    # 4 + 3 and layer4's 4 on all. Dilated, layer4 gives 2048 x 8 x 8 values: two images at a time,
+    # one per thread.
     monkeypatch.setattr(network, "_AT_ONCE", 3 * 64 * 32 * 32 * 4)
     runs.clear()
     parts = same_outputs(stock, mine.eval(), x)
