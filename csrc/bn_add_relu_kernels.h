@@ -50,7 +50,8 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
   A near[kTile], t1[kTile], t2[kTile];
   for (int64_t tile = 0; tile < C; tile += kTile) {
     const int64_t columns = C - tile < kTile ? C - tile : kTile;
-    for (int64_t j = 0; j < kTile; ++j) t1[j] = t2[j] = near[j] = 0;
+    // Whole vectors are read of the last, shorter one too.
+    for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = near[j] = 0;
     for (int64_t j = 0; j < columns; ++j) near[j] = static_cast<A>(centre[tile + j]);
     for (int64_t block = begin; block < end; block += kBlockRows) {
       const int64_t rows = end - block < kBlockRows ? end - block : kBlockRows;
@@ -194,7 +195,7 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
     for (int64_t tile = 0; tile < C; tile += kTile) {
       const int64_t columns = C - tile < kTile ? C - tile : kTile;
       const auto* mean = static_cast<const A*>(bn.mean) + tile;
-      for (int64_t j = 0; j < kTile; ++j) t1[j] = t2[j] = 0;
+      for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
         const int64_t base = row * C + tile;
         const T* dy = static_cast<const T*>(bn.dy) + base;
