@@ -59,11 +59,11 @@ struct AddReluBackward {
   }
 };
 
-// a, b, out (n,); the first `packs` packs of each are taken 16 bytes at a time
+// a, b, out (n,), out may be a or b: no __restrict__, and a thread's loads come before its stores.
+// The first `packs` packs of each are taken 16 bytes at a time
 template <typename Op, typename T>
 __global__ void __launch_bounds__(kThreads)
-    elementwise_kernel(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ out,
-                       int64_t packs, int64_t n) {
+    elementwise_kernel(const T* a, const T* b, T* out, int64_t packs, int64_t n) {
   using P = Pack<T>;
   const int64_t tile = int64_t{kThreads} * kUnroll;
   for (int64_t base = blockIdx.x * tile + threadIdx.x; base < packs; base += gridDim.x * tile) {
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t i = base + u * kThreads;
       if (i < packs) {
-        a_bits[u] = __ldg(reinterpret_cast<const uint4*>(a) + i);
-        b_bits[u] = __ldg(reinterpret_cast<const uint4*>(b) + i);
+        a_bits[u] = reinterpret_cast<const uint4*>(a)[i];
+        b_bits[u] = reinterpret_cast<const uint4*>(b)[i];
       }
     }
 #pragma unroll
@@ -118,16 +118,16 @@ void launch_elementwise(const Tensor& a, const Tensor& b, const Tensor& out) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// out = Op(a, b), element by element; a, b, out of one shape and memory order
+// out = Op(a, b), element by element; a, b, out of one shape and memory order. out may be a or b.
 template <typename Op>
-Tensor run_elementwise(const char* op, const char* a_name, const Tensor& a, const char* b_name,
-                       const Tensor& b) {
+void run_elementwise(const char* op, const char* a_name, const Tensor& a, const char* b_name,
+                     const Tensor& b, const Tensor& out) {
   const DtypeIndex dtype = dtype_index(op, a_name, a);
   check_dense(op, a_name, a);
   check_same_layout(op, b_name, b, a_name, a);
+  check_same_layout(op, "out", out, a_name, a);
+  if (a.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
-  Tensor out = torch::stable::empty_like(a);
-  if (a.numel() == 0) return out;
   switch (dtype) {
     case kFloat32:
       launch_elementwise<Op, float>(a, b, out);
@@ -142,17 +142,30 @@ Tensor run_elementwise(const char* op, const char* a_name, const Tensor& a, cons
       launch_elementwise<Op, double>(a, b, out);
       break;
   }
-  return out;
+}
+
+Tensor empty_output_on(const Tensor& like) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  return torch::stable::empty_like(like);
+}
+
+// x, residual (any shape, one for both) -> out, which may be x or residual
+void add_relu_out(Tensor x, Tensor residual, Tensor out) {
+  run_elementwise<AddRelu>("add_relu", "x", x, "residual", residual, out);
 }
 
 // x, residual (any shape, one for both) -> y
 Tensor add_relu(Tensor x, Tensor residual) {
-  return run_elementwise<AddRelu>("add_relu", "x", x, "residual", residual);
+  Tensor y = empty_output_on(x);
+  add_relu_out(x, residual, y);
+  return y;
 }
 
 // dy, y (any shape, one for both) -> dx, which is the residual's gradient too
 Tensor add_relu_backward(Tensor dy, Tensor y) {
-  return run_elementwise<AddReluBackward>("add_relu_backward", "dy", dy, "y", y);
+  Tensor dx = empty_output_on(dy);
+  run_elementwise<AddReluBackward>("add_relu_backward", "dy", dy, "y", y, dx);
+  return dx;
 }
 
 template <typename Op, typename T>
@@ -193,5 +206,6 @@ std::vector<CudaKernel> cuda_kernels() {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CUDA, m) {
   m.impl("add_relu", TORCH_BOX(fused_resnet::add_relu));
+  m.impl("add_relu_out", TORCH_BOX(fused_resnet::add_relu_out));
   m.impl("add_relu_backward", TORCH_BOX(fused_resnet::add_relu_backward));
 }

@@ -13,56 +13,10 @@ import torch
 from torch import Tensor
 
 from . import backends, convolution, layout, reference
+from .checks import check_channel, check_same, check_x, describe, pair, require
 from .reference import accumulate_dtype
 
 _LIB = torch.library.Library("fused_resnet", "DEF")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _name(t: Tensor | None) -> str:
-    return "None" if t is None else f"{str(t.dtype)[6:]} of shape {tuple(t.shape)} on {t.device}"
-
-
-def _require(condition: bool, op: str, what: str, error: type[Exception] = RuntimeError) -> None:
-    if not condition:
-        raise error(f"{op}: {what}")
-
-
-def _check_x(op: str, x: Tensor) -> None:
-    _require(
-        x.dim() == 4,
-        op,
-        f"x must be 4-D (N, C, H, W), got {x.dim()}-D of shape {tuple(x.shape)}",
-        ValueError,
-    )
-    _require(
-        x.dtype in _FLOATS,
-        op,
-        f"x must be float32, float16, bfloat16 or float64, got {str(x.dtype)[6:]}; convert it "
-        "first, for images with x.float().div(255) and the model's normalisation",
-    )
-
-
-def _check_same(op: str, name: str, t: Tensor | None, x: Tensor, shape: Sequence[Any]) -> None:
-    """t: None, or a tensor of x's dtype and device and of the given shape."""
-    if t is None:
-        return
-    _require(
-        tuple(t.shape) == tuple(shape) and t.dtype == x.dtype and t.device == x.device,
-        op,
-        f"{name} must be {str(x.dtype)[6:]} of shape {tuple(shape)} on {x.device}, got {_name(t)}",
-    )
-
-
-def _check_channel(op: str, name: str, t: Tensor | None, x: Tensor, count: Any) -> None:
-    """t: None, or a floating (count,) tensor on x's device."""
-    if t is None:
-        return
-    _require(
-        tuple(t.shape) == (count,) and t.is_floating_point() and t.device == x.device,
-        op,
-        f"{name} must be floating point of shape ({count},) on {x.device}, got {_name(t)}",
-    )
 
 
 def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -88,17 +42,30 @@ def in_transform() -> bool:
 # --- add_relu ---------------------------------------------------------------------------------
 
 _LIB.define("add_relu(Tensor x, Tensor residual) -> Tensor")
+_LIB.define("add_relu_out(Tensor x, Tensor residual, Tensor(a!) out) -> ()")
 _LIB.define("add_relu_backward(Tensor dy, Tensor y) -> Tensor")
 
 
-def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+def add_relu(x: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
     """y = max(x + residual, 0), with max(NaN, 0) = NaN; one rounding.
 
     x, residual: (N, C, H, W), of one dtype (float32, float16, bfloat16, float64) and device, in any
     layout. Returns (N, C, H, W) in x's layout. Differentiable to any order.
-    Raises RuntimeError where shape, dtype or device differ, ValueError where x is not 4-D.
+    out: (N, C, H, W) of x's dtype and device, in any layout, to be written and returned instead of
+    new memory; it may be x or residual. Not differentiable then, as in PyTorch.
+    Raises RuntimeError where shape, dtype or device differ, or out is given and a gradient would be
+    needed; ValueError where x is not 4-D.
     Source: He et al. 2015, "Deep Residual Learning for Image Recognition", equation 1.
     """
+    if out is not None:
+        needed = any(t.requires_grad for t in (x, residual, out))
+        require(
+            not (needed and torch.is_grad_enabled()),
+            "add_relu",
+            "out= does not support automatic differentiation, but an argument requires grad",
+        )
+        torch.ops.fused_resnet.add_relu_out(x, residual, out)
+        return out
     if in_transform():
         _add_relu_check(x, residual)
         return reference.add_relu(x, residual)
@@ -106,8 +73,8 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _add_relu_check(x: Tensor, residual: Tensor) -> None:
-    _check_x("add_relu", x)
-    _check_same("add_relu", "residual", residual, x, x.shape)
+    check_x("add_relu", x)
+    check_same("add_relu", "residual", residual, x, x.shape)
 
 
 def _add_relu_native(x: Tensor, residual: Tensor) -> Tensor:
@@ -122,14 +89,40 @@ def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return layout.like(y, x)
 
 
+def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
+    _add_relu_check(x, residual)
+    check_same("add_relu", "out", out, x, x.shape)
+    if not out.is_inference():
+        # Below autograd, where nobody else counts it: what was saved for a backward is now stale.
+        torch.autograd.graph.increment_version(out)
+    native = backends.choose("add_relu", x.device.type) == "native"
+    if native and _same_or_apart(out, x) and _same_or_apart(out, residual):
+        x = layout.dense(x)
+        if out.stride() == x.stride():
+            _native().add_relu_out(x, layout.like(residual, x), out)
+            return
+    out.copy_(_add_relu(x, residual))
+
+
+def _same_or_apart(out: Tensor, t: Tensor) -> bool:
+    """Whether out is exactly t, or shares no memory with it."""
+    same = out.data_ptr() == t.data_ptr() and out.stride() == t.stride()
+    return same or out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
+
+
+def _add_relu_out_fake(x: Tensor, residual: Tensor, out: Tensor) -> None:
+    _add_relu_check(x, residual)
+    check_same("add_relu", "out", out, x, x.shape)
+
+
 def _add_relu_fake(x: Tensor, residual: Tensor) -> Tensor:
     _add_relu_check(x, residual)
     return layout.empty_like(layout.dense(x))
 
 
 def _add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
-    _check_x("add_relu_backward", y)
-    _check_same("add_relu_backward", "dy", dy, y, y.shape)
+    check_x("add_relu_backward", y)
+    check_same("add_relu_backward", "dy", dy, y, y.shape)
     y = layout.dense(y)
     table = {
         "native": lambda dy, y: _native().add_relu_backward(layout.like(dy, y), y),
@@ -204,17 +197,17 @@ def bn_add_relu(
 
 def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> None:
     op = "bn_add_relu"
-    _check_x(op, x)
-    _check_channel(op, "weight", weight, x, x.shape[1])
-    _check_channel(op, "bias", bias, x, x.shape[1])
-    _check_same(op, "residual", residual, x, x.shape)
-    _require(
+    check_x(op, x)
+    check_channel(op, "weight", weight, x, x.shape[1])
+    check_channel(op, "bias", bias, x, x.shape[1])
+    check_same(op, "residual", residual, x, x.shape)
+    require(
         x.shape[0] * x.shape[2] * x.shape[3] != 1,
         op,
         f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}",
         ValueError,
     )
-    _require(eps > 0, op, f"eps must be positive, got {eps}", ValueError)
+    require(eps > 0, op, f"eps must be positive, got {eps}", ValueError)
 
 
 def _bn_native(
@@ -257,10 +250,10 @@ def _bn_backward(
     eps: float, relu: bool, need_dx: bool, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     op = "bn_add_relu_backward"
-    _check_x(op, x)
-    _check_same(op, "dy", dy, x, x.shape)
-    _check_same(op, "y", y, x, x.shape)
-    _require(y is not None or not relu, op, "y must be given where relu is True, got None")
+    check_x(op, x)
+    check_same(op, "dy", dy, x, x.shape)
+    check_same(op, "y", y, x, x.shape)
+    require(y is not None or not relu, op, "y must be given where relu is True, got None")
     x = layout.dense(x)
     table = {"native": _bn_backward_native, "reference": reference.bn_add_relu_backward}
     run = backends.implementation("bn_add_relu", x.device.type, table)
@@ -348,12 +341,6 @@ _LIB.define(
 )
 
 
-def _pair(op: str, name: str, v: int | Sequence[int]) -> list[int]:
-    pair = [v, v] if isinstance(v, (int, torch.SymInt)) else list(v)
-    _require(len(pair) == 2, op, f"{name} must be one or two integers, got {v!r}", ValueError)
-    return pair
-
-
 def conv_bn_relu(
     x: Tensor,
     weight: Tensor,
@@ -379,7 +366,7 @@ def conv_bn_relu(
     Source: Ioffe and Szegedy 2015, section 3.1; Jacob et al. 2018, section 3.2.
     """
     pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
-    geometry: Any = (*(_pair("conv_bn_relu", name, v) for name, v in pairs), groups)
+    geometry: Any = (*(pair("conv_bn_relu", name, v) for name, v in pairs), groups)
     if in_transform():
         _conv_shape(x, weight, scale, shift, residual, *geometry)
         return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
@@ -392,37 +379,37 @@ def _conv_shape(
 ) -> list[int]:  # fmt: skip
     """The output's shape (N, K, P, Q); raises where the arguments do not fit together."""
     op = "conv_bn_relu"
-    _check_x(op, x)
-    _require(
+    check_x(op, x)
+    require(
         weight.dim() == 4,
         op,
         f"weight must be 4-D (K, C/groups, R, S), got shape {tuple(weight.shape)}",
     )
-    _require(
+    require(
         weight.dtype == x.dtype and weight.device == x.device,
         op,
-        f"weight must be {str(x.dtype)[6:]} on {x.device} as x is, got {_name(weight)}",
+        f"weight must be {str(x.dtype)[6:]} on {x.device} as x is, got {describe(weight)}",
     )
     K, C_per_group, R, S = weight.shape
     N, C, H, W = x.shape
-    _require(
+    require(
         groups > 0 and C_per_group * groups == C and K % groups == 0,
         op,
         f"weight of shape {tuple(weight.shape)} with groups={groups} takes "
         f"{C_per_group * groups} input channels, but x has {C} (shape {tuple(x.shape)})",
     )
-    _check_channel(op, "scale", scale, x, K)
-    _check_channel(op, "shift", shift, x, K)
+    check_channel(op, "scale", scale, x, K)
+    check_channel(op, "shift", shift, x, K)
     for name, values, least in (
         ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
     ):  # fmt: skip
-        _require(min(values) >= least, op, f"{name} must be at least {least}, got {tuple(values)}")
+        require(min(values) >= least, op, f"{name} must be at least {least}, got {tuple(values)}")
     sizes = []
     for axis, size, kernel, s, p, d in zip(
         "HW", (H, W), (R, S), stride, padding, dilation, strict=True
     ):
         extent = d * (kernel - 1) + 1
-        _require(
+        require(
             size + 2 * p >= extent and size > 0,
             op,
             f"{axis} of x must be positive and, padded, at least the kernel's extent: got "
@@ -430,7 +417,7 @@ def _conv_shape(
         )
         sizes.append((size + 2 * p - extent) // s + 1)
     shape = [N, K, *sizes]
-    _check_same(op, "residual", residual, x, shape)
+    check_same(op, "residual", residual, x, shape)
     return shape
 
 
@@ -577,6 +564,7 @@ def _register(
 
 
 _register("add_relu", _add_relu, _add_relu_fake, _add_relu_save, _add_relu_grad)
+_register("add_relu_out", _add_relu_out, _add_relu_out_fake)
 _register(
     "add_relu_backward",
     _add_relu_backward,

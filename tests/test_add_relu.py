@@ -115,6 +115,45 @@ def test_residual_is_x_itself(device, backend):
     check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("out_layout", [name for name in LAYOUTS if name != "expanded"])
+@pytest.mark.parametrize("x_layout", DENSE)
+def test_out(device, backend, poison, x_layout, out_layout, dtype):
+    x, residual = (LAYOUTS[x_layout](integers(ODD, dtype, device)) for _ in range(2))
+    want = stock(x, residual)
+    check = unchanged(x, residual)
+    out = LAYOUTS[out_layout](torch.zeros(ODD, dtype=dtype, device=device))
+    strides, address = out.stride(), out.data_ptr()
+    assert fr.add_relu(x, residual, out=out) is out
+    assert (out.stride(), out.data_ptr()) == (strides, address)
+    same(out, want)
+    check()
+    version = x._version
+    assert fr.add_relu(x, residual, out=x) is x and x._version > version
+    same(x, want)
+    want = stock(x, residual)
+    same(fr.add_relu(x, residual, out=residual), want)
+
+
+def test_out_overlaps_its_inputs(device, backend):
+    memory = integers((4, *ODD[1:]), torch.float32, device)
+    want = stock(memory[:3], memory[1:])
+    same(fr.add_relu(memory[:3], memory[1:], out=memory[1:]), want)
+
+
+def test_out_is_checked(device, backend):
+    x = torch.zeros(2, 5, 4, 4, device=device)
+    for out in (x.half(), x[:1].clone(), torch.empty(0, device=device)):
+        with pytest.raises(RuntimeError, match="add_relu: out must be float32 of shape"):
+            fr.add_relu(x, x, out=out)
+    with pytest.raises(RuntimeError, match=r"expanded|single memory location"):
+        fr.add_relu(x, x, out=torch.zeros(2, 1, 4, 4, device=device).expand_as(x))
+    with pytest.raises(RuntimeError, match="out= does not support automatic differentiation"):
+        fr.add_relu(x.clone().requires_grad_(), x, out=x)
+    with torch.no_grad():
+        same(fr.add_relu(x.clone().requires_grad_(), x + 1, out=x), x * 0 + 1)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)], ids=str)
 def test_empty(device, backend, shape):
     x = torch.zeros(shape, device=device, requires_grad=True)
@@ -167,6 +206,10 @@ def test_opcheck(device, backend):
         residual = randn(ODD, torch.float32, device).requires_grad_()
         torch.library.opcheck(torch.ops.fused_resnet.add_relu, (x, residual))
         torch.library.opcheck(torch.ops.fused_resnet.add_relu_backward, (x, residual.detach()))
+        out = torch.empty_like(residual.detach())
+        torch.library.opcheck(
+            torch.ops.fused_resnet.add_relu_out, (x.detach(), residual.detach(), out)
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -197,6 +240,14 @@ def test_compiles_and_exports_as_one_graph(device, backend):
     same(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, want)))
     with torch.no_grad():
         same(torch.export.export(Block(), (x, residual)).module()(x, residual), want)
+        out = torch.zeros_like(residual)
+        in_place = torch.compile(
+            lambda x, residual, out: fr.add_relu(x, residual, out=out) * 2,
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        same(in_place(x.detach(), residual, out), 2 * stock(x, residual))
+        same(out, stock(x, residual))
 
 
 def test_autocast_leaves_it_alone(device, backend):
