@@ -1,7 +1,8 @@
 # make demo    the main job on photographs: parity, images/s, plot (IMAGES=DIR for your own)
 # make test    build, then run the tests (PYTEST_ARGS="-n 2 -k parity")
 # make lint    ruff, clang-format, mypy
-# make bench   op benchmarks and the whole family into benchmarks/results, then tables and plots
+# make bench   ops, peers, training and the whole family into benchmarks/results, then the tables
+# make tables  the tables of README.md and benchmarks/RESULTS.md, and plots, from the results
 # make build   .venv with the pinned requirements and the package in it, editable
 # make clean   remove what was built (.venv stays; remove it by hand to start afresh)
 
@@ -16,7 +17,7 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench clean
+.PHONY: help build demo test lint bench tables clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -50,8 +51,16 @@ lint: $(VENV)/requirements.stamp
 	$(PY) -m mypy
 
 bench: build
-	$(PY) -m pytest benchmarks --override-ini 'python_files=bench_*.py' $(PYTEST_ARGS)
+	for op in add_relu bn_add_relu conv_bn_relu; do \
+	  $(PY) benchmarks/bench_$$op.py --out $(RESULTS) || exit 1; done
+	$(PY) benchmarks/bench_resnet.py --model resnet18 resnet50 --memory --name peers \
+	  --contender eager eager-channels_last compile onnxruntime openvino fused --out $(RESULTS)
+	$(PY) benchmarks/bench_resnet.py --model resnet18 resnet50 --batch 8 --mode train --name train \
+	  --contender eager eager-channels_last compile fused --out $(RESULTS)
 	$(PY) benchmarks/bench_resnet.py --out $(RESULTS)
+	$(MAKE) tables
+
+tables: build
 	$(PY) benchmarks/plot.py
 
 clean:

@@ -1,6 +1,6 @@
 """add_relu against `relu_(x + residual)`: pytest-benchmark file and script.
 
-    python benchmarks/bench_add_relu.py --json OUT
+    python benchmarks/bench_add_relu.py --out DIR
     pytest benchmarks/bench_add_relu.py
 
 The fused kernel reads two tensors and writes one; the eager pair reads three and writes two. The

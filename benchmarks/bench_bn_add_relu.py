@@ -1,6 +1,6 @@
 """bn_add_relu, forward and backward, against the eager chain: pytest-benchmark file and script.
 
-    python benchmarks/bench_bn_add_relu.py --json OUT
+    python benchmarks/bench_bn_add_relu.py --out DIR
     pytest benchmarks/bench_bn_add_relu.py
 
 The eager chain is what torchvision's blocks run: `F.batch_norm(training=True)`, an in-place add

@@ -1,6 +1,6 @@
 """conv_bn_relu at ResNet's layers against the eager chain: pytest-benchmark file and script.
 
-    python benchmarks/bench_conv_bn_relu.py --json OUT
+    python benchmarks/bench_conv_bn_relu.py --out DIR
     pytest benchmarks/bench_conv_bn_relu.py
 
 The fused convolution is the one that models of the family would use here, its weights packed once;

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fused_resnet.bench import pair_ratio, write_json
+from fused_resnet.bench import pair_ratio, save
 from fused_resnet.machine import provenance
 
 WARM_UP = 3
@@ -101,9 +101,9 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def main(bench: str, cases: Callable[[], Iterator[Case]]) -> None:
-    """Command line: prints a table, and with --json writes a file that plot.py reads."""
+    """Command line: prints a table, and with --out writes a file that plot.py reads."""
     parser = argparse.ArgumentParser(description=f"Benchmark of {bench}.")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--out", type=Path, help="write <bench>-<device>-torch<version>.json here")
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, help="CPU threads")
     args = parser.parse_args()
@@ -118,7 +118,7 @@ def main(bench: str, cases: Callable[[], Iterator[Case]]) -> None:
             print(f"{'case':44s} {'ms':>9s} " + " ".join(f"{key:>13s}" for key in extra))
         values = " ".join(f"{value:13.3f}" for value in extra.values())
         print(f"{entry['name']:44s} {entry['stats']['median'] * 1e3:9.3f} {values}", flush=True)
-    if args.json:
+    if args.out:
         head = provenance(bench, "cpu")
         head["machine_info"] = {"cpu": {"brand_raw": head["machine"]["cpu"]}}
-        print(write_json({**head, "benchmarks": results}, args.json))
+        print(save({**head, "benchmarks": results}, args.out))

@@ -1,9 +1,10 @@
-"""Makes the README's tables, and a plot beside every results file, from benchmarks/results/*.json.
+"""Makes the tables of README.md and benchmarks/RESULTS.md, and a plot beside every whole-model
+results file, from benchmarks/results/*.json.
 
     python benchmarks/plot.py            write them
-    python benchmarks/plot.py --check    exit 1 where the README's tables are not up to date
+    python benchmarks/plot.py --check    exit 1 where a table is not up to date
 
-A table stands in the README between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is the first
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is the first
 part of a results file's name, <bench>-<device>; of several torch versions the latest date is shown.
 Nothing in such a table is ever typed in: a cell without a measurement says "not yet measured".
 """
@@ -18,15 +19,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
 
+from fused_resnet.bench import pair_ratio
+from fused_resnet.contenders import CONTENDERS
+from fused_resnet.report import plot_bench
+from fused_resnet.resnet import get_model
+
 HERE = Path(__file__).resolve().parent
+PAGES = [HERE.parent / "README.md", HERE / "RESULTS.md"]
 MISSING = "not yet measured"
-MARKED = re.compile(r"(<!-- table:(?P<name>[\w.-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- table:(?P<name>[\w.-]+)(?P<what>:memory)? -->\n).*?(<!-- /table -->)", re.DOTALL
+)
 
 # The cells a whole-model table has, measured or not: models and contenders for each bench.
 EXPECTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "demo": (("resnet18", "resnet50"), ("eager", "eager-channels_last", "compile", "fused")),
+    "peers": (("resnet18", "resnet50"), CONTENDERS),
     "resnet": (MODELS, FAMILY_CONTENDERS),
 }
 
@@ -57,6 +68,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
     """The markdown of table NAME from its results, or with every cell missing."""
     if content is not None and "benchmarks" in content:
         return op_table(content)
+    if content is not None and "cases" not in content:
+        return parity_table(content)
     bench = name.rsplit("-", 1)[0]
     if content is None and bench not in EXPECTED:
         return f"{MISSING}\n"
@@ -78,6 +91,65 @@ def model_table(bench: str, content: dict[str, Any] | None) -> str:
         header.append("fused over compile")
     rows = [model_row(key, found.get(key), names, "compile" in measured) for key in keys]
     return f"{markdown(header, rows)}\n\n{caption(content)}\n"
+
+
+def memory_table(name: str, content: dict[str, Any] | None) -> str:
+    """Peak memory of every contender in MiB, one row per model, batch and dtype."""
+    if content is None:
+        return f"{MISSING}\n"
+    names = list(dict.fromkeys(n for case in content["cases"] for n in case["contenders"]))
+    rows = []
+    for case in content["cases"]:
+        dtype = getattr(torch, case["dtype"])
+        with torch.device("meta"):
+            weights = sum(p.numel() for p in get_model(case["model"]).parameters())
+        peaks = [case["contenders"].get(n, {}).get("peak_bytes") for n in names]
+        rows.append(
+            [
+                f"{case['model']}, batch {case['batch']}, {case['dtype']}",
+                f"{weights * dtype.itemsize / 2**20:.0f}",
+                *(
+                    missing(case, n) if p is None else f"{p / 2**20:.0f}"
+                    for n, p in zip(names, peaks, strict=True)
+                ),
+            ]
+        )
+    return f"{markdown(['MiB', 'the weights', *names], rows)}\n"
+
+
+def parity_table(content: dict[str, Any]) -> str:
+    """One row per report of `fused-resnet parity --json`: the output, and the worst tensor."""
+    header = [
+        "relative rms error against float64",
+        "output, stock",
+        "output, fused",
+        "same top-1 as stock",
+        "worst tensor, fused over stock",
+        "within the rule",
+    ]
+    rows = []
+    for report in content["parity"]:
+        output = next(row for row in report["rows"] if row["kind"] == "output")
+        worst = max(report["rows"], key=lambda row: row["ratio"])
+        kept = sum(row["ok"] for row in report["rows"])
+        rows.append(
+            [
+                f"{report['model']}, {report['dtype']}"
+                + (", training" if report["training"] else ""),
+                f"{output['stock']['rms']:.2e}",
+                f"{output['fused']['rms']:.2e}",
+                f"{report['agreement']['fused with stock']['top1']:.0%}",
+                f"{worst['ratio']:.2f} ({worst['name']})",
+                f"{kept} of {len(report['rows'])}",
+            ]
+        )
+    where = content["machine"].get("gpu") or content["machine"]["cpu"]
+    images = content["parity"][0]["input_shape"][0]
+    return (
+        f"{markdown(header, rows)}\n\n{where}, torch {content['torch']}, {images} photographs, "
+        f"commit {content['commit'] or 'unknown'}, {content['date'][:10]}. "
+        f"From `{content['path'].name}`.\n"
+    )
 
 
 def model_row(
@@ -108,8 +180,6 @@ def missing(case: dict[str, Any] | None, name: str) -> str:
 
 def speedup(contenders: dict[str, Any], name: str, other: str | None) -> str:
     """Median over the rounds of other's time / name's time, with half its interquartile range."""
-    from fused_resnet.bench import pair_ratio
-
     if name not in contenders or other not in contenders:
         return MISSING
     ratio, spread = pair_ratio(contenders[other]["times_ms"], contenders[name]["times_ms"])
@@ -159,36 +229,37 @@ def number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def fill_readme(text: str, results: dict[str, dict[str, Any]]) -> str:
+def fill_page(text: str, results: dict[str, dict[str, Any]]) -> str:
     """`text` with every marked table made anew."""
 
     def table(match: re.Match[str]) -> str:
         name = match["name"]
-        return f"{match[1]}{make_table(name, results.get(name))}{match[3]}"
+        make = memory_table if match["what"] else make_table
+        return f"{match[1]}{make(name, results.get(name))}{match[4]}"
 
     return MARKED.sub(table, text)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="README tables and plots from results files.")
+    parser = argparse.ArgumentParser(description="Tables and plots from results files.")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if outdated")
     args = parser.parse_args()
     results = read_results(args.results)
-    before = args.readme.read_text()
-    after = fill_readme(before, results)
-    if args.check:
+    outdated = []
+    for page in args.pages:
+        before = page.read_text()
+        after = fill_page(before, results)
+        print(f"{page}: {len(MARKED.findall(after))} tables")
         if before != after:
-            sys.exit(f"{args.readme} is not up to date: run python benchmarks/plot.py")
-        return
-    if before != after:
-        args.readme.write_text(after)
-    print(f"{args.readme}: {len(MARKED.findall(after))} tables")
+            outdated.append(str(page))
+            if not args.check:
+                page.write_text(after)
+    if args.check:
+        sys.exit(f"not up to date: {', '.join(outdated)}; run make tables" if outdated else 0)
     for content in results.values():
         if "cases" in content:
-            from fused_resnet.report import plot_bench
-
             print(plot_bench(content, content["path"].with_suffix(".png")))
 
 

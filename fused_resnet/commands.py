@@ -142,7 +142,7 @@ def parity(
     """
     import torch
 
-    from .machine import check_device
+    from .machine import check_device, provenance
     from .report import parity_table, verdict
     from .resnet import list_models
 
@@ -160,14 +160,19 @@ def parity(
         check_device(device)
         inputs = load_inputs(images, batch, console)
         for name in models:
-            for found in _parity_of(name, dtypes, mode, inputs, device, checkpoint, seed, images):
-                reports.append((name, found))
-                title = f"{name}, {found.dtype}, {mode}, {len(inputs)} images, {found.device}"
-                console.print(parity_table(found, f"{title}: relative rms error against float64"))
-                style = None if found.ok else "bold red"
-                console.print(verdict(found), style=style, soft_wrap=True)
+            for report in _parity_of(name, dtypes, mode, inputs, device, checkpoint, seed, images):
+                reports.append((name, report))
+                title = f"{name}, {report.dtype}, {mode}, {len(inputs)} images, {report.device}"
+                console.print(parity_table(report, f"{title}: relative rms error against float64"))
+                style = None if report.ok else "bold red"
+                console.print(verdict(report), style=style, soft_wrap=True)
                 console.print()
-    _emit([{"model": n, "mode": mode, **r.to_dict()} for n, r in reports], json_target, console)
+    if json_target is not None:
+        found = {
+            **provenance("parity", device),
+            "parity": [{"model": n, "mode": mode, **r.to_dict()} for n, r in reports],
+        }
+        _emit(found, json_target, console)
     if not all(report.ok for _, report in reports):
         raise typer.Exit(1)
 
