@@ -6,7 +6,7 @@
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kTilePixels = 7, kBlockChannels = 64;
+constexpr int64_t kBlockChannels = 64;
 constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
 
 // R, S, stride, padding, dilation, K and the input channels that a tap reads
@@ -61,6 +61,36 @@ void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
   });
 }
 
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Whether Winograd's form multiplies less: 16 products per tile, and a fifth more for the
+// transforms, to 9 per pixel; both go by sevens.
+bool winograd_pays(const ConvBnRelu& c) {
+  const int64_t tiles = c.N * ((c.P + 1) / 2) * ((c.Q + 1) / 2);
+  return 16 * 6 * round_up(tiles, kTilePixels) < 9 * 5 * round_up(c.N * c.P * c.Q, kTilePixels);
+}
+
+void run_winograd(const ConvBnRelu& conv) {
+  const auto kernel = cpu_kernels().conv_bn_relu_winograd;
+  const int64_t tiles = conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
+  const int64_t groups = (tiles + kTilePixels - 1) / kTilePixels;
+  const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
+  const int64_t threads = torch::stable::get_num_threads();
+  // Groups, or where they are too few to be shared out evenly, blocks; x is then transformed by
+  // every thread.
+  const bool by_blocks = groups < 8 * threads && blocks % threads == 0;
+  Split(by_blocks ? blocks : groups, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+    thread_local std::vector<char> memory;
+    memory.resize(static_cast<size_t>(winograd_scratch_bytes(conv.C) + kLineBytes));
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
+    if (by_blocks)
+      kernel(conv, scratch, begin, end, 0, groups);
+    else
+      kernel(conv, scratch, 0, blocks, begin, end);
+  });
+}
+
 // One row of an image, pixel by pixel: W pixels of C values, `step_c` and `step_w` apart.
 template <typename T>
 void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_t step_w,
@@ -75,12 +105,13 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
 }
 
 // x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
-// packed by native_conv.py, flat. scale, shift: float32, (K,) and zeros up to a multiple of 64.
-// first_channel: int64, (K / 16,) up to a multiple of 4, where groups != 1. The result lies in the
-// residual's memory where `overwrite` says so.
-Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift,
-                    std::optional<Tensor> first_channel, std::optional<Tensor> residual,
-                    bool overwrite, bool relu, std::vector<int64_t> g) {
+// and winograd, where there is one: packed by native_conv.py, flat. scale, shift: float32, (K,) and
+// zeros up to a multiple of 64. first_channel: int64, (K / 16,) up to a multiple of 4, where groups
+// != 1. The result lies in the residual's memory where `overwrite` says so.
+Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
+                    Tensor shift, std::optional<Tensor> first_channel,
+                    std::optional<Tensor> residual, bool overwrite, bool relu,
+                    std::vector<int64_t> g) {
   constexpr const char* op = "conv_bn_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
@@ -95,6 +126,15 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift,
             weight.numel() == g[kR] * g[kS] * g[kRun] * ((K + 15) / 16) * 16,
         op, ": weight must be packed in x's dtype for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));
+  if (winograd)
+    check(dtype == kFloat32 && winograd->scalar_type() == ScalarType::Float &&
+              winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
+              g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
+              g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0 && winograd->numel() == 16 * C * K,
+          op,
+          ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with channels "
+          "and outputs in sixteens, got ",
+          name_of(winograd->scalar_type()), " of shape ", shape_of(*winograd));
   check_channel_vector(op, "scale", scale, padded, ScalarType::Float, x);
   check_channel_vector(op, "shift", shift, padded, ScalarType::Float, x);
   if (first_channel)
@@ -130,6 +170,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift,
   ConvBnRelu conv{};
   conv.x = x.const_data_ptr();
   conv.weight = weight.const_data_ptr();
+  if (winograd) conv.winograd = winograd->const_data_ptr();
   conv.scale = static_cast<const float*>(scale.const_data_ptr());
   conv.shift = static_cast<const float*>(shift.const_data_ptr());
   if (first_channel)
@@ -142,7 +183,10 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift,
   conv.stride_h = g[kStrideH], conv.stride_w = g[kStrideW];
   conv.pad_h = g[kPadH], conv.pad_w = g[kPadW];
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
-  run_conv(conv, dtype, static_cast<int64_t>(x.element_size()));
+  if (winograd && winograd_pays(conv))
+    run_winograd(conv);
+  else
+    run_conv(conv, dtype, static_cast<int64_t>(x.element_size()));
   return y;
 }
 
@@ -194,8 +238,9 @@ bool conv_bn_relu_serves(int dtype) { return serves(static_cast<DtypeIndex>(dtyp
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
-      "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? first_channel, "
-      "Tensor? residual, bool overwrite, bool relu, int[] geometry) -> Tensor");
+      "conv_bn_relu(Tensor x, Tensor weight, Tensor? winograd, Tensor scale, Tensor shift, "
+      "Tensor? first_channel, Tensor? residual, bool overwrite, bool relu, int[] geometry) -> "
+      "Tensor");
   m.def("pad_rows(Tensor x, int channels, int[] padding) -> Tensor");
 }
 

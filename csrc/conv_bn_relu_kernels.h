@@ -24,7 +24,6 @@
 
 #include "cpu_vec.h"
 
-constexpr int kTilePixels = 7;
 constexpr int64_t kMostTaps = 128;  // R * S of a convolution served
 constexpr int64_t kPiece = 256;     // steps in one chain of additions
 
@@ -259,39 +258,45 @@ FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t 
   }
 }
 
+// A block of channels of pixels [first, first + count), count at most 7.
 template <typename Dot, int vectors>
-void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
+FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count) {
   typedef typename Dot::D D;
-  const int64_t pixels = c.N * c.P * c.Q, steps = c.run / Dot::pair;
+  const int64_t steps = c.run / Dot::pair, k = block * 64;
   const char* weight = static_cast<const char*>(c.weight) + block * 4 * c.R * c.S * steps * 64;
   const char* pixel[kTilePixels * kMostTaps];
   alignas(64) vf sum[4 * kTilePixels];
+  int64_t row, row_end;
+  locate<typename D::T>(c, first, count, pixel, &row, &row_end);
+  const int64_t taps = (row_end - row) * c.S;
+  const char* here = weight + row * c.S * steps * (c.first_channel ? 1 : vectors) * 64;
+  // The lines that are written last are fetched first.
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (first + i) * c.K + k;
+    for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T))) {
+      if (c.residual != c.y) __builtin_prefetch(static_cast<typename D::T*>(c.y) + at + j, 1);
+      if (c.residual) __builtin_prefetch(static_cast<const typename D::T*>(c.residual) + at + j);
+    }
+  }
+  if (c.first_channel) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t channel = c.first_channel[block * 4 + v];
+      sum_pieces<Dot, 1>(here + v * c.R * c.S * steps * 64, pixel, taps, steps,
+                         channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
+      finish<D, 1>(c, sum, k + v * 16, first, count);
+    }
+  } else {
+    sum_pieces<Dot, vectors>(here, pixel, taps, steps, 0, sum);
+    finish<D, vectors>(c, sum, k, first, count);
+  }
+}
+
+template <typename Dot, int vectors>
+void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
+  const int64_t pixels = c.N * c.P * c.Q;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTilePixels, left = pixels - first;
-    const int64_t count = left < kTilePixels ? left : kTilePixels, k = block * 64;
-    int64_t row, row_end;
-    locate<typename D::T>(c, first, count, pixel, &row, &row_end);
-    const int64_t taps = (row_end - row) * c.S;
-    const char* here = weight + row * c.S * steps * (c.first_channel ? 1 : vectors) * 64;
-    // The lines that are written last are fetched first.
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = (first + i) * c.K + k;
-      for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T))) {
-        if (c.residual != c.y) __builtin_prefetch(static_cast<typename D::T*>(c.y) + at + j, 1);
-        if (c.residual) __builtin_prefetch(static_cast<const typename D::T*>(c.residual) + at + j);
-      }
-    }
-    if (c.first_channel) {
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t channel = c.first_channel[block * 4 + v];
-        sum_pieces<Dot, 1>(here + v * c.R * c.S * steps * 64, pixel, taps, steps,
-                           channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
-        finish<D, 1>(c, sum, k + v * 16, first, count);
-      }
-    } else {
-      sum_pieces<Dot, vectors>(here, pixel, taps, steps, 0, sum);
-      finish<D, vectors>(c, sum, k, first, count);
-    }
+    conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels);
   }
 }
 

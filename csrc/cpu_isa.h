@@ -28,6 +28,7 @@ namespace {
 #include "max_pool2d_kernels.h"
 #if FR_VECTOR_BYTES == 64
 #include "conv_bn_relu_kernels.h"
+#include "conv_bn_relu_winograd.h"
 #endif
 
 }  // namespace
@@ -54,8 +55,10 @@ const CpuKernels kernels = {
     {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
 #if FR_VECTOR_BYTES == 64
     {conv_bn_relu<DotFloat32>, conv_bn_relu<DotBFloat16>, nullptr, nullptr},
+    conv_bn_relu_winograd,
 #else
     {},
+    nullptr,
 #endif
 };
 

@@ -61,9 +61,12 @@ struct MeanPool {
   int64_t C, pixels;
 };
 
+constexpr int kTilePixels = 7;  // of a convolution's tile; in Winograd's form, tiles of a group
+
 struct ConvBnRelu {
   const void* x;                 // (N, H, W, C) in memory
   const void* weight;            // packed, see conv_bn_relu_kernels.h
+  const void* winograd;          // packed, see conv_bn_relu_winograd.h, or null
   const float* scale;            // (K,), zeros up to a multiple of 64
   const float* shift;            // as scale
   const int64_t* first_channel;  // grouped: where each 16 outputs' input channels start, else null
@@ -75,6 +78,16 @@ struct ConvBnRelu {
   int64_t run;  // input channels that a tap reads
   bool relu;
 };
+
+// Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
+// sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
+constexpr int64_t winograd_group_bytes(int64_t C) { return kTilePixels * 16 * 4 * (C + 64); }
+constexpr int64_t winograd_groups(int64_t C) {
+  return winograd_group_bytes(C) < 768 * 1024 ? 768 * 1024 / winograd_group_bytes(C) : 1;
+}
+constexpr int64_t winograd_scratch_bytes(int64_t C) {
+  return winograd_groups(C) * winograd_group_bytes(C);
+}
 
 // One column per dtype, in the order of DtypeIndex: float32, bfloat16, float16, float64.
 struct CpuKernels {
@@ -107,6 +120,10 @@ struct CpuKernels {
   double (*abs_max[4])(const void* x, int64_t n);
   // y's channels [64 block, 64 block + 64) of pixels [7 begin, 7 end); null where not served
   void (*conv_bn_relu[4])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
+  // 3x3, stride 1, float32: y's channels of blocks [block_begin, block_end) in groups [begin, end)
+  // of 7 tiles of 2x2 pixels; null where not served
+  void (*conv_bn_relu_winograd)(const ConvBnRelu&, void* scratch, int64_t block_begin,
+                                int64_t block_end, int64_t begin, int64_t end);
 };
 
 // Whether conv_bn_relu computes in this dtype (a column of the table) on this machine.

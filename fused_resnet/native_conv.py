@@ -2,7 +2,9 @@
 
 An implicit GEMM over channels_last activations for processors with AVX-512; bfloat16 where they
 have its dot product. Weights are packed as they are: scale, shift, residual and ReLU are applied to
-the float32 sums, with one rounding at the end, and one packing serves every input size.
+the float32 sums, with one rounding at the end, and one packing serves every input size. 3x3
+convolutions of stride 1 in float32 have a second one, transformed for Winograd's minimal filtering;
+csrc/conv_bn_relu_cpu.cpp chooses by the size of the input.
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from .convolution import FusedConv
 
 _LANES, _BLOCK_VECTORS, _MOST_TAPS = 16, 4, 128  # as in csrc/conv_bn_relu_kernels.h
 _FEW_CHANNELS = 16
+# C * K up to which 3x3 weights are packed for Winograd's form too, 16/9 of their size: what is read
+# of them per image must be little beside the products saved.
+_WINOGRAD_WEIGHTS = 256 * 256
+# G of csrc/conv_bn_relu_winograd.h
+_WINOGRAD_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 @functools.cache
@@ -40,6 +47,30 @@ def covers(
 def _merges(weight_shape: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
     """Whether a row of taps is read as one run: with few channels a tap alone is too short."""
     return groups == 1 and weight_shape[1] < _FEW_CHANNELS and dilation[1] == 1
+
+
+def winograd_fits(
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether such a convolution has a form with 16 multiplications for 36."""
+    K, C, R, S = weight_shape
+    return (
+        dtype == torch.float32
+        and (R, S, groups) == (3, 3, 1)
+        and (*stride, *dilation) == (1, 1, 1, 1)
+        and C % _LANES == K % _LANES == 0
+        and C * K <= _WINOGRAD_WEIGHTS
+    )
+
+
+def _winograd(weight: Tensor) -> Tensor:
+    """weight: (K, C, 3, 3) -> G weight G^T, (K, C, 4, 4), by way of float64."""
+    g = torch.tensor(_WINOGRAD_G, dtype=torch.float64)
+    return (g @ weight.double() @ g.T).float()
 
 
 def _pack(weight: Tensor, pair: int, vectors_per_block: int) -> Tensor:
@@ -100,6 +131,9 @@ class NativeConv(FusedConv):
             self._first_channel = _padded(group * C_per_group, 0, _BLOCK_VECTORS)
         # A grouped block passes its vectors one by one, so each is packed on its own.
         self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
+        self._winograd: Tensor | None = None
+        if winograd_fits(self.weight_shape, dtype, self.stride, self.dilation, groups):
+            self._winograd = _pack(_winograd(weight), 1, _BLOCK_VECTORS)
         block = _LANES * _BLOCK_VECTORS
         self._scale = _padded(scale.detach().float(), 0, block).contiguous()
         self._shift = _padded(shift.detach().float(), 0, block).contiguous()
@@ -113,6 +147,6 @@ class NativeConv(FusedConv):
                 x.to(self.dtype), self._channels, self.padding
             )
         return torch.ops.fused_resnet_native.conv_bn_relu(
-            x, self._weight, self._scale, self._shift, self._first_channel, residual,
-            overwrite, relu, self._geometry,
+            x, self._weight, self._winograd, self._scale, self._shift, self._first_channel,
+            residual, overwrite, relu, self._geometry,
         )  # fmt: skip

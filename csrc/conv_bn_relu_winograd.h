@@ -1,0 +1,169 @@
+// The 3x3, stride 1 convolutions of conv_bn_relu_kernels.h in float32 by Winograd's minimal
+// filtering, F(2x2, 3x3): 16 multiplications for the 36 of a 2x2 tile of outputs.
+//
+//   Y = A^T [(G g G^T) * (B^T d B)] A     d: 4x4 of x, g: 3x3 of the weights, Y: 2x2
+//
+//   B^T = 1  0 -1  0    G =  1    0    0     A^T = 1  1  1  0
+//         0  1  1  0        1/2  1/2  1/2          0  1 -1 -1
+//         0 -1  1  0        1/2 -1/2  1/2
+//         0  1  0 -1         0    0    1
+//
+// Layout: x (N, H, W, C) in memory, the transformed weights (blocks of K, 16, C, vectors, 16) as
+// native_conv.py packs them. For some groups of 7 tiles at a time: the transformed x, (16, tiles,
+// C), then per block of 64 outputs 16 matrix products by the same assembly as the direct
+// convolution, their sums (groups, 16, 7, 4 vectors), and the transform back with scale, shift,
+// residual, ReLU. Both buffers and one product's weights stay in the second-level cache.
+//
+// Error: chains of C instead of 9 C products and at most four-term sums around them; against
+// float64 0.4 to 0.7 of stock's channels_last convolution on random data. An Inf or NaN in d would
+// spread over its tile, and intermediate sums may overflow where stock's do not: a tile with a sum
+// that is no finite number is computed again, directly.
+//
+// Bytes: x once or twice from cache, y written once; 16/9 of the direct weights.
+// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.
+// Source: Lavin and Gray 2015, "Fast Algorithms for Convolutional Neural Networks" (1509.09308).
+#pragma once
+
+#include "conv_bn_relu_kernels.h"
+
+FR_INLINE int64_t winograd_tiles_w(const ConvBnRelu& c) { return (c.Q + 1) / 2; }
+FR_INLINE int64_t winograd_tiles_h(const ConvBnRelu& c) { return (c.P + 1) / 2; }
+
+// B^T d B of one tile; the 16 results of every channel go to v, `pitch` floats apart.
+FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, float* v, int64_t pitch) {
+  const int64_t tiles_w = winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
+  const int64_t n = tile / (tiles_h * tiles_w);
+  const int64_t top = tile / tiles_w % tiles_h * 2 - c.pad_h, left = tile % tiles_w * 2 - c.pad_w;
+  const auto* x = static_cast<const float*>(c.x) + n * c.H * c.W * c.C;
+  const float* d_ptr[4][4];
+  for (int64_t i = 0; i < 4; ++i)
+    for (int64_t j = 0; j < 4; ++j) {
+      const int64_t h = top + i, w = left + j;
+      const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(c.H) &&
+                          static_cast<uint64_t>(w) < static_cast<uint64_t>(c.W);
+      d_ptr[i][j] = inside ? x + (h * c.W + w) * c.C : static_cast<const float*>(c.zeros);
+    }
+  for (int64_t channel = 0; channel < c.C; channel += 16) {
+    vf t[4][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf d0 = load_any<vf>(d_ptr[0][j] + channel), d1 = load_any<vf>(d_ptr[1][j] + channel);
+      const vf d2 = load_any<vf>(d_ptr[2][j] + channel), d3 = load_any<vf>(d_ptr[3][j] + channel);
+      t[0][j] = d0 - d2, t[1][j] = d1 + d2, t[2][j] = d2 - d1, t[3][j] = d1 - d3;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      float* out = v + 4 * i * pitch + channel;
+      store_any(out, t[i][0] - t[i][2]);
+      store_any(out + pitch, t[i][1] + t[i][2]);
+      store_any(out + 2 * pitch, t[i][2] - t[i][1]);
+      store_any(out + 3 * pitch, t[i][1] - t[i][3]);
+    }
+  }
+}
+
+// Y = A^T M A of one tile and up to 64 outputs; m: its sums, the 16 of them 4 * kTilePixels vectors
+// apart. False where one is no finite number: then nothing was written.
+template <int vectors>
+FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, const vf* m) {
+  vf y[4][4], finite = {};
+#pragma GCC unroll 4
+  for (int v = 0; v < vectors; ++v) {
+    const auto at = [&](int i) FR_LAMBDA { return m[i * 4 * kTilePixels + v]; };
+    vf s[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf m1 = at(4 + j), m2 = at(8 + j);
+      s[0][j] = at(j) + m1 + m2, s[1][j] = m1 - m2 - at(12 + j);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      y[2 * i][v] = s[i][0] + s[i][1] + s[i][2];
+      y[2 * i + 1][v] = s[i][1] - s[i][2] - s[i][3];
+      finite += y[2 * i][v] * 0 + y[2 * i + 1][v] * 0;  // 0, or NaN
+    }
+  }
+  const vi unlike = finite != finite;
+  int32_t any = 0;
+  for (int lane = 0; lane < 16; ++lane) any |= unlike[lane];
+  if (any) return false;
+  const int64_t tiles_w = winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
+  const int64_t n = tile / (tiles_h * tiles_w);
+  const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
+  for (int i = 0; i < 4; ++i) {
+    if (p + i / 2 >= c.P || q + i % 2 >= c.Q) continue;
+    const int64_t pixel = (n * c.P + p + i / 2) * c.Q + q + i % 2;
+    float* out = static_cast<float*>(c.y) + pixel * c.K + k;
+    const float* residual = static_cast<const float*>(c.residual) + pixel * c.K + k;
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t j = v * 16;
+      vf value = y[i][v] * load_any<vf>(c.scale + k + j) + load_any<vf>(c.shift + k + j);
+      if (c.residual) value += load_any<vf>(residual + j);
+      store_any(out + j, c.relu ? relu_of(value) : value);
+    }
+  }
+  return true;
+}
+
+// The two rows of a tile, directly.
+template <int vectors>
+FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t tile) {
+  const int64_t tiles_w = winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
+  const int64_t n = tile / (tiles_h * tiles_w);
+  const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
+  for (int64_t i = 0; i < 2 && p + i < c.P; ++i)
+    conv_pixels<DotFloat32, vectors>(c, block, (n * c.P + p + i) * c.Q + q,
+                                     c.Q - q < 2 ? c.Q - q : 2);
+}
+
+// One block of outputs for tiles [first, first + count): v as winograd_input left it, `room` tiles
+// apart; m: room for the sums.
+template <int vectors>
+FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
+                              const float* v, int64_t room, vf* m) {
+  const int64_t groups = (count + kTilePixels - 1) / kTilePixels;
+  const auto* weight = static_cast<const char*>(c.winograd) + block * 4 * 16 * c.C * 64;
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t group = 0; group < groups; ++group) {
+      const char* pixel[kTilePixels];
+      for (int64_t t = 0; t < kTilePixels; ++t) {
+        const int64_t tile = group * kTilePixels + t;
+        pixel[t] =
+            reinterpret_cast<const char*>(v + (i * room + (tile < count ? tile : count - 1)) * c.C);
+      }
+      sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0,
+                                      m + (group * 16 + i) * 4 * kTilePixels);
+    }
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const vf* sums = m + tile / kTilePixels * 16 * 4 * kTilePixels + tile % kTilePixels * 4;
+    if (!winograd_output<vectors>(c, first + tile, block * 64, sums))
+      winograd_directly<vectors>(c, block, first + tile);
+  }
+}
+
+// y's channels of blocks [block_begin, block_end) in tiles [7 begin, 7 end); scratch: as
+// winograd_scratch_bytes says, aligned to 64 bytes.
+void conv_bn_relu_winograd(const ConvBnRelu& c, void* scratch, int64_t block_begin,
+                           int64_t block_end, int64_t begin, int64_t end) {
+  const int64_t tiles = c.N * winograd_tiles_h(c) * winograd_tiles_w(c);
+  const int64_t at_once = winograd_groups(c.C), room = at_once * kTilePixels;
+  auto* v = static_cast<float*>(scratch);
+  auto* m = reinterpret_cast<vf*>(v + 16 * room * c.C);
+  for (int64_t group = begin; group < end; group += at_once) {
+    const int64_t first = group * kTilePixels;
+    const int64_t groups = end - group < at_once ? end - group : at_once;
+    const int64_t left = tiles - first;
+    const int64_t count = groups * kTilePixels < left ? groups * kTilePixels : left;
+    for (int64_t tile = 0; tile < count; ++tile)
+      winograd_input(c, first + tile, v + tile * c.C, room * c.C);
+    for (int64_t block = block_begin; block < block_end; ++block) {
+      const int64_t vectors = c.K / 16 - block * 4;
+      const auto run = vectors >= 4   ? winograd_block<4>
+                       : vectors == 3 ? winograd_block<3>
+                       : vectors == 2 ? winograd_block<2>
+                                      : winograd_block<1>;
+      run(c, block, first, count, v, room, m);
+    }
+  }
+}
