@@ -183,6 +183,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   conv.stride_h = g[kStrideH], conv.stride_w = g[kStrideW];
   conv.pad_h = g[kPadH], conv.pad_w = g[kPadW];
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
+  conv.pointwise = conv.R * conv.S * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
+                   conv.pad_w == 0 && conv.run <= C;
   if (winograd && winograd_pays(conv))
     run_winograd(conv);
   else

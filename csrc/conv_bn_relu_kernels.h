@@ -172,6 +172,13 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
 template <typename T>
 FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
                       int64_t* begin, int64_t* end) {
+  if (c.pointwise) {
+    const auto* x = static_cast<const char*>(c.x) + first * c.C * static_cast<int64_t>(sizeof(T));
+    for (int64_t i = 0; i < kTilePixels; ++i)
+      pixel[i] = x + (i < pixels ? i : pixels - 1) * c.C * static_cast<int64_t>(sizeof(T));
+    *begin = 0, *end = 1;
+    return;
+  }
   const char* corner[kTilePixels];  // where tap (0, 0) reads, inside x or not
   int64_t top[kTilePixels], left[kTilePixels];
   int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;

@@ -14,10 +14,11 @@
 // convolution, their sums (groups, 16, 7, 4 vectors), and the transform back with scale, shift,
 // residual, ReLU. Both buffers and one product's weights stay in the second-level cache.
 //
-// Error: chains of C instead of 9 C products and at most four-term sums around them; against
-// float64 0.4 to 0.7 of stock's channels_last convolution on random data. An Inf or NaN in d would
-// spread over its tile, and intermediate sums may overflow where stock's do not: a tile with a sum
-// that is no finite number is computed again, directly.
+// Error: sums of C instead of 9 C products and four-term sums around them: on layers of ResNets
+// nearer to float64 than stock's (the parity table of README.md). It is relative to the largest
+// product in a tile, be it one with a weight of zero. An Inf or NaN in d would spread over its tile,
+// and intermediate sums may overflow where stock's do not: a tile with a sum that is no finite
+// number is computed again, directly.
 //
 // Bytes: x once or twice from cache, y written once; 16/9 of the direct weights.
 // Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.

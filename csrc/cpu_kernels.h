@@ -77,6 +77,7 @@ struct ConvBnRelu {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t run;  // input channels that a tap reads
   bool relu;
+  bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
 };
 
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its

@@ -27,6 +27,12 @@ CASES = {
     "3x3": ((2, 16, 9, 10), 24, (3, 3), 1, 1, 1, 1),
     "3x3, stride 2": ((1, 24, 11, 8), 70, (3, 3), 2, 1, 1, 1),
     "stem": ((2, 3, 31, 29), 64, (7, 7), 2, 3, 1, 1),
+    # Channels and outputs in sixteens: by Winograd's form in float32.
+    "3x3 in sixteens": ((2, 32, 9, 11), 80, (3, 3), 1, 1, 1, 1),
+    "3x3 in sixteens, no padding": ((3, 16, 10, 8), 16, (3, 3), 1, 0, 1, 1),
+    "3x3 in sixteens, wide padding": ((1, 48, 7, 30), 64, (3, 3), 1, (2, 0), 1, 1),
+    "3x3 in sixteens, many tiles": ((2, 128, 34, 33), 32, (3, 3), 1, 1, 1, 1),
+    "3x3 in sixteens, one pixel": ((2, 64, 1, 1), 64, (3, 3), 1, 1, 1, 1),
     "one channel": ((2, 1, 12, 9), 5, (5, 5), 1, 2, 1, 1),
     "one pixel": ((3, 20, 1, 1), 16, (1, 1), 1, 0, 1, 1),
     "odd channels": ((2, 65, 6, 5), 33, (3, 3), 1, 1, 1, 1),
@@ -113,7 +119,7 @@ def test_small_integers_are_exact(device, backend, poison, case, dtype):
     same(y, want.to(dtype))
 
 
-@pytest.mark.parametrize("case", ["3x3", "groups of 4", "stem"])
+@pytest.mark.parametrize("case", ["3x3", "3x3 in sixteens", "groups of 4", "stem"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(device, backend, poison, layout, case):
     (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, device)
@@ -124,7 +130,9 @@ def test_any_layout(device, backend, poison, layout, case):
     check()
 
 
-@pytest.mark.parametrize("case", ["pointwise", "3x3, stride 2", "groups of 4", "stem"])
+@pytest.mark.parametrize(
+    "case", ["pointwise", "3x3, stride 2", "3x3 in sixteens", "groups of 4", "stem"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -0.0])
 def test_special_values_go_where_stock_sends_them(device, backend, case, value):
     (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, device)

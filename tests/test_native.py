@@ -133,6 +133,37 @@ def test_convolution_refuses_what_does_not_fit():
             conv.run(bad, None, True)
     with pytest.raises(RuntimeError, match="residual must be float32 of shape"):
         conv.run(x, x, True)
+    strided = native_conv.NativeConv(
+        torch.randn(64, 32, 3, 3), torch.ones(64), torch.zeros(64), torch.float32,
+        (2, 2), (1, 1), (1, 1), 1,
+    )  # fmt: skip
+    assert strided._winograd is None
+    strided._winograd = torch.zeros(16 * 32 * 64)
+    with pytest.raises(RuntimeError, match="winograd must be packed in float32 for a 3x3"):
+        strided.run(x, None, True)
+
+
+def test_tiles_that_overflow_are_computed_directly():
+    """Winograd's sums overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
+    if not native_conv.serves(torch.float32):
+        pytest.skip("the native convolution needs a processor with AVX-512")
+    weight = torch.zeros(48, 32, 3, 3)
+    weight[:, :, 1, 1] = torch.eye(48, 32)
+    conv = native_conv.NativeConv(
+        weight, torch.ones(48), torch.zeros(48), torch.float32, (1, 1), (1, 1), (1, 1), 1
+    )
+    assert conv._winograd is not None
+    x = channels_last((2, 32, 12, 12), torch.float32)
+    x[1, 3, 4, 4], x[1, 3, 4, 6] = 3e38, -3e38
+    residual = channels_last((2, 48, 12, 12), torch.float32)
+    want = x + residual[:, :32]
+    got = conv.run(x, residual, False, overwrite=True)
+    assert torch.isfinite(got).all() and torch.equal(got, residual)
+    # Tiles that read one of the two, and whose sums are finite, are exact beside 3e38 only.
+    one_of_them = torch.zeros(2, 32, 12, 12, dtype=torch.bool)
+    one_of_them[1, 3, 3:7, 2:4] = one_of_them[1, 3, 3:7, 6:8] = True
+    one_of_them[1, 3, 4, 6] = False
+    torch.testing.assert_close(got[:, :32][~one_of_them], want[~one_of_them], rtol=1e-6, atol=1e-5)
 
 
 def test_overwriting_the_residual_gives_the_same():
