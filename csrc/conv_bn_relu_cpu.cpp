@@ -34,6 +34,8 @@ bool serves(DtypeIndex dtype) {
 #endif
 }
 
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
@@ -60,8 +62,6 @@ void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
     }
   });
 }
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Whether Winograd's form multiplies less: 16 products per tile, and a fifth more for the
 // transforms, to 9 per pixel; both go by sevens.
@@ -95,6 +95,10 @@ void run_winograd(const ConvBnRelu& conv) {
 template <typename T>
 void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_t step_w,
               int64_t channels) {
+  if (step_c == 1 && step_w == C && channels == C) {
+    std::copy_n(from, W * C, to);
+    return;
+  }
   if (C == 3 && step_w == 1) {  // planes: the usual photograph
     for (int64_t w = 0; w < W; ++w)
       for (int64_t c = 0; c < 3; ++c) to[w * channels + c] = from[c * step_c + w];
@@ -121,9 +125,9 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   const int64_t C = layout.C, H = x.size(2), W = x.size(3), K = g[kK];
   check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
         strides_of(x), " for shape ", shape_of(x));
-  const int64_t padded = (K + kBlockChannels - 1) / kBlockChannels * kBlockChannels;
+  const int64_t padded = round_up(K, kBlockChannels), pair = dtype == kBFloat16 ? 2 : 1;
   check(weight.scalar_type() == x.scalar_type() && weight.dim() == 1 && is_dense(weight) &&
-            weight.numel() == g[kR] * g[kS] * g[kRun] * ((K + 15) / 16) * 16,
+            weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
         op, ": weight must be packed in x's dtype for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));
   if (winograd)

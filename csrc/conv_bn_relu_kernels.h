@@ -10,8 +10,10 @@
 // compilers spill the accumulators (0.7 of the speed).
 //
 // Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
-// channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. Grouped:
-// each vector of 16 outputs reads the channels of its group, which start at `first_channel`.
+// channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. The last
+// of an odd run is paired with itself and half its weight, exact for Inf and NaN as for numbers.
+// Grouped: each vector of 16 outputs reads the channels of its group, which start at
+// `first_channel`.
 //
 // Bytes: x and residual read once from memory, y written once; weights once per superblock of
 // pixels (conv_bn_relu_cpu.cpp).
@@ -53,31 +55,31 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 #define FR_FMA(op, weight, sum) op " " weight ", %%zmm3, %%zmm" sum "\n\t"
 #define FR_AT(d, n, v) "((" d "/4*" n "+" v ")*64)(%[weight])"
 #define FR_WEIGHT(d, n, v) "vmovups " FR_AT(d, n, v) ", %%zmm" v "\n\t"
-#define FR_X(d, p) "vbroadcastss " d "(%%r" p "), %%zmm3\n\t"
+#define FR_X(load, d, p) load " " d "(%%r" p "), %%zmm3\n\t"
 // A pixel: its x at `d` bytes from pointer `p` (r8 ... r14), times the vectors of weights.
-#define FR_PIXEL_1(op, d, p, a, b, c, e) FR_X(d, p) FR_FMA(op, "%%zmm0", a)
-#define FR_PIXEL_2(op, d, p, a, b, c, e) FR_PIXEL_1(op, d, p, a, b, c, e) FR_FMA(op, "%%zmm1", b)
-#define FR_PIXEL_3(op, d, p, a, b, c, e) FR_PIXEL_2(op, d, p, a, b, c, e) FR_FMA(op, "%%zmm2", c)
-#define FR_PIXEL_4(op, d, p, a, b, c, e) \
-  FR_PIXEL_3(op, d, p, a, b, c, e) FR_FMA(op, FR_AT(d, "4", "3"), e)
+#define FR_PIXEL_1(op, load, d, p, a, b, c, e) FR_X(load, d, p) FR_FMA(op, "%%zmm0", a)
+#define FR_PIXEL_2(op, load, d, p, a, b, c, e) FR_PIXEL_1(op, load, d, p, a, b, c, e) FR_FMA(op, "%%zmm1", b)
+#define FR_PIXEL_3(op, load, d, p, a, b, c, e) FR_PIXEL_2(op, load, d, p, a, b, c, e) FR_FMA(op, "%%zmm2", c)
+#define FR_PIXEL_4(op, load, d, p, a, b, c, e) \
+  FR_PIXEL_3(op, load, d, p, a, b, c, e) FR_FMA(op, FR_AT(d, "4", "3"), e)
 #define FR_WEIGHTS_1(d) FR_WEIGHT(d, "1", "0")
 #define FR_WEIGHTS_2(d) FR_WEIGHT(d, "2", "0") FR_WEIGHT(d, "2", "1")
 #define FR_WEIGHTS_3(d) FR_WEIGHT(d, "3", "0") FR_WEIGHT(d, "3", "1") FR_WEIGHT(d, "3", "2")
 #define FR_WEIGHTS_4(d) FR_WEIGHT(d, "4", "0") FR_WEIGHT(d, "4", "1") FR_WEIGHT(d, "4", "2")
-#define FR_FIRST(op, d, n) FR_PIXEL_##n(op, d, "8", "4", "5", "6", "7")
-#define FR_MIDDLE(op, d, n) \
-  FR_PIXEL_##n(op, d, "9", "8", "9", "10", "11") \
-  FR_PIXEL_##n(op, d, "10", "12", "13", "14", "15") \
-  FR_PIXEL_##n(op, d, "11", "16", "17", "18", "19") \
-  FR_PIXEL_##n(op, d, "12", "20", "21", "22", "23") \
-  FR_PIXEL_##n(op, d, "13", "24", "25", "26", "27")
-#define FR_LAST(op, d, n) FR_PIXEL_##n(op, d, "14", "28", "29", "30", "31")
+#define FR_FIRST(op, load, d, n) FR_PIXEL_##n(op, load, d, "8", "4", "5", "6", "7")
+#define FR_MIDDLE(op, load, d, n) \
+  FR_PIXEL_##n(op, load, d, "9", "8", "9", "10", "11") \
+  FR_PIXEL_##n(op, load, d, "10", "12", "13", "14", "15") \
+  FR_PIXEL_##n(op, load, d, "11", "16", "17", "18", "19") \
+  FR_PIXEL_##n(op, load, d, "12", "20", "21", "22", "23") \
+  FR_PIXEL_##n(op, load, d, "13", "24", "25", "26", "27")
+#define FR_LAST(op, load, d, n) FR_PIXEL_##n(op, load, d, "14", "28", "29", "30", "31")
 // A step: one input channel (or pair) of every pixel that the tap reads for, times its weights. ALL
 // pixels, or all but one whose tap lies in the padding: the FIRST at the left edge of the image, the
 // LAST at its right.
-#define FR_ALL(op, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, d, n) FR_MIDDLE(op, d, n) FR_LAST(op, d, n)
-#define FR_BUT_FIRST(op, d, n) FR_WEIGHTS_##n(d) FR_MIDDLE(op, d, n) FR_LAST(op, d, n)
-#define FR_BUT_LAST(op, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, d, n) FR_MIDDLE(op, d, n)
+#define FR_ALL(op, load, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, load, d, n) FR_MIDDLE(op, load, d, n) FR_LAST(op, load, d, n)
+#define FR_BUT_FIRST(op, load, d, n) FR_WEIGHTS_##n(d) FR_MIDDLE(op, load, d, n) FR_LAST(op, load, d, n)
+#define FR_BUT_LAST(op, load, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, load, d, n) FR_MIDDLE(op, load, d, n)
 
 #define FR_POINTER(i, p) "movq 8*" i "(%[pixel]), %%r" p "\n\t"
 #define FR_CHANNEL(p) "addq %[channel], %%r" p "\n\t"
@@ -86,22 +88,28 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
   FR_ADVANCE_BY(bytes, "8") FR_ADVANCE_BY(bytes, "9") FR_ADVANCE_BY(bytes, "10") \
   FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13") \
   FR_ADVANCE_BY(bytes, "14")
-// The steps of one tap, four at a time and then one at a time; label `i` and the two after it.
+// The steps of one tap, four at a time and then one at a time; then, of a run with an odd number of
+// 16-bit values, the last one twice, its weight having been halved. Label `i` and the three after it.
 #define FR_STEPS(i, op, n, step) \
   "movq %[quads], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
   ".p2align 4\n\t" \
   i "0:\n\t" \
-  step(op, "0", n) step(op, "4", n) step(op, "8", n) step(op, "12", n) \
+  step(op, "vbroadcastss", "0", n) step(op, "vbroadcastss", "4", n) \
+  step(op, "vbroadcastss", "8", n) step(op, "vbroadcastss", "12", n) \
   FR_ADVANCE("16") "addq $(256*" #n "), %[weight]\n\t" \
   "decq %%rax\n\tjnz " i "0b\n\t" \
   i "1:\n\t" \
   "movq %[rest], %%rax\n\t" \
-  "testq %%rax, %%rax\n\tjz 5f\n\t" \
+  "testq %%rax, %%rax\n\tjz " i "3f\n\t" \
   i "2:\n\t" \
-  step(op, "0", n) \
+  step(op, "vbroadcastss", "0", n) \
   FR_ADVANCE("4") "addq $(64*" #n "), %[weight]\n\t" \
-  "decq %%rax\n\tjnz " i "2b\n\t"
+  "decq %%rax\n\tjnz " i "2b\n\t" \
+  i "3:\n\t" \
+  "cmpq $0, %[single]\n\tje 5f\n\t" \
+  step(op, "vpbroadcastw", "0", n) \
+  "addq $(64*" #n "), %[weight]\n\t"
 #define FR_ZERO(z) "vpxord %%zmm" z ", %%zmm" z ", %%zmm" z "\n\t"
 #define FR_ZERO_4(a, b, c, d) FR_ZERO(a) FR_ZERO(b) FR_ZERO(c) FR_ZERO(d)
 #define FR_SAVE(i, z) "vmovaps %%zmm" z ", 64*" i "(%%rax)\n\t"
@@ -139,7 +147,7 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
       FR_SAVE_4("20", "21", "22", "23", "24", "25", "26", "27")                                   \
       FR_SAVE_4("24", "25", "26", "27", "28", "29", "30", "31")                                   \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
-      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [out] "m"(out)              \
+      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out)              \
       : "rax", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
@@ -151,7 +159,7 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 // which `channel` bytes are added. The first of the 7, or else the last, may be null: left out.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                        int64_t channel, vf* out) {
+                        int64_t single, int64_t channel, vf* out) {
   const int64_t quads = steps / 4, rest = steps % 4;
   if constexpr (Dot::pair == 1) {
     if constexpr (vectors == 1) FR_TILE("vfmadd231ps", 1);
@@ -172,13 +180,6 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
 template <typename T>
 FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
                       int64_t* begin, int64_t* end) {
-  if (c.pointwise) {
-    const auto* x = static_cast<const char*>(c.x) + first * c.C * static_cast<int64_t>(sizeof(T));
-    for (int64_t i = 0; i < kTilePixels; ++i)
-      pixel[i] = x + (i < pixels ? i : pixels - 1) * c.C * static_cast<int64_t>(sizeof(T));
-    *begin = 0, *end = 1;
-    return;
-  }
   const char* corner[kTilePixels];  // where tap (0, 0) reads, inside x or not
   int64_t top[kTilePixels], left[kTilePixels];
   int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
@@ -217,6 +218,14 @@ FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
     }
 }
 
+// The same for a pointwise convolution's one tap.
+template <typename T>
+FR_INLINE void follow(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel) {
+  const int64_t bytes = c.C * static_cast<int64_t>(sizeof(T));
+  const auto* x = static_cast<const char*>(c.x) + first * bytes;
+  for (int64_t i = 0; i < kTilePixels; ++i) pixel[i] = x + (i < pixels ? i : pixels - 1) * bytes;
+}
+
 // y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
 template <typename D, int vectors>
 FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, int64_t first,
@@ -246,7 +255,7 @@ FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, int64_t fir
 // a single float32 chain over thousands of products would lose twice what stock's blocked sums do.
 template <typename Dot, int vectors>
 FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                          int64_t channel, vf* sum) {
+                          int64_t single, int64_t channel, vf* sum) {
   vf piece[4 * kTilePixels];
   const int64_t taps_at_once = steps < kPiece ? kPiece / steps : 1;
   vf* out = sum;
@@ -254,9 +263,10 @@ FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t 
     const int64_t some = taps - tap < taps_at_once ? taps - tap : taps_at_once;
     for (int64_t begin = 0; begin < steps; begin += kPiece) {
       const int64_t count = steps - begin < kPiece ? steps - begin : kPiece;
-      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, channel + begin * 4,
-                             out);
-      weight += some * count * vectors * 64;
+      const int64_t last = begin + count == steps ? single : 0;
+      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, last,
+                             channel + begin * 4, out);
+      weight += some * (count + last) * vectors * 64;
       if (out == piece)
         for (int i = 0; i < kTilePixels; ++i)
           for (int v = 0; v < vectors; ++v) sum[4 * i + v] += piece[4 * i + v];
@@ -269,14 +279,18 @@ FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t 
 template <typename Dot, int vectors>
 FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count) {
   typedef typename Dot::D D;
-  const int64_t steps = c.run / Dot::pair, k = block * 64;
-  const char* weight = static_cast<const char*>(c.weight) + block * 4 * c.R * c.S * steps * 64;
+  const int64_t steps = c.run / Dot::pair, single = c.run % Dot::pair, k = block * 64;
+  const int64_t vector_bytes = c.R * c.S * (steps + single) * 64;  // of one vector of outputs
+  const char* weight = static_cast<const char*>(c.weight) + block * 4 * vector_bytes;
   const char* pixel[kTilePixels * kMostTaps];
   alignas(64) vf sum[4 * kTilePixels];
-  int64_t row, row_end;
-  locate<typename D::T>(c, first, count, pixel, &row, &row_end);
+  int64_t row = 0, row_end = 1;
+  if (c.pointwise)
+    follow<typename D::T>(c, first, count, pixel);
+  else
+    locate<typename D::T>(c, first, count, pixel, &row, &row_end);
   const int64_t taps = (row_end - row) * c.S;
-  const char* here = weight + row * c.S * steps * (c.first_channel ? 1 : vectors) * 64;
+  const int64_t skipped = row * c.S * (steps + single) * 64;
   // The lines that are written last are fetched first.
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = (first + i) * c.K + k;
@@ -288,12 +302,12 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
   if (c.first_channel) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t channel = c.first_channel[block * 4 + v];
-      sum_pieces<Dot, 1>(here + v * c.R * c.S * steps * 64, pixel, taps, steps,
+      sum_pieces<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
                          channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
       finish<D, 1>(c, sum, k + v * 16, first, count);
     }
   } else {
-    sum_pieces<Dot, vectors>(here, pixel, taps, steps, 0, sum);
+    sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, sum);
     finish<D, vectors>(c, sum, k, first, count);
   }
 }

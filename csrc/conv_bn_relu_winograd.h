@@ -16,9 +16,9 @@
 //
 // Error: sums of C instead of 9 C products and four-term sums around them: on layers of ResNets
 // nearer to float64 than stock's (the parity table of README.md). It is relative to the largest
-// product in a tile, be it one with a weight of zero. An Inf or NaN in d would spread over its tile,
-// and intermediate sums may overflow where stock's do not: a tile with a sum that is no finite
-// number is computed again, directly.
+// product in a tile, be it one with a weight of zero. An Inf or NaN in d would spread over its
+// tile, and intermediate sums may overflow where stock's do not: a tile with a sum that is no
+// finite number is computed again, directly.
 //
 // Bytes: x once or twice from cache, y written once; 16/9 of the direct weights.
 // Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.
@@ -133,7 +133,7 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
         pixel[t] =
             reinterpret_cast<const char*>(v + (i * room + (tile < count ? tile : count - 1)) * c.C);
       }
-      sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0,
+      sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0,
                                       m + (group * 16 + i) * 4 * kTilePixels);
     }
   for (int64_t tile = 0; tile < count; ++tile) {

@@ -18,7 +18,8 @@ from torch import Tensor
 from . import native
 from .convolution import FusedConv
 
-_LANES, _BLOCK_VECTORS, _MOST_TAPS = 16, 4, 128  # as in csrc/conv_bn_relu_kernels.h
+# As in csrc/conv_bn_relu_kernels.h.
+_LANES, _BLOCK_VECTORS, _MOST_TAPS, _PIECE = 16, 4, 128, 256
 _FEW_CHANNELS = 16
 # C * K up to which 3x3 weights are packed for Winograd's form too, 16/9 of their size: what is read
 # of them per image must be little beside the products saved.
@@ -121,10 +122,13 @@ class NativeConv(FusedConv):
         run = C_per_group
         if self.takes_any:
             # (K, C, R, S) -> (K, S * C, R, 1): x is padded beforehand, its rows read in one run.
-            weight = _padded(weight, 1, pair)
+            if S * C_per_group >= pair * _PIECE:
+                weight = _padded(weight, 1, pair)
             self._channels = weight.shape[1]
             run = S * self._channels
             weight = weight.permute(0, 3, 1, 2).reshape(-1, run, R, 1)
+            if run % pair:  # the last value meets half its weight twice
+                weight = torch.cat([weight[:, :-1], weight[:, -1:] / 2, weight[:, -1:] / 2], 1)
             taps, pad, dilate = [R, 1], [0, 0], [dilation[0], 1]
         elif groups > 1:
             group = torch.arange(0, K, _LANES) // (K // groups)

@@ -134,18 +134,24 @@ def test_any_layout(device, backend, poison, layout, case):
     "case", ["pointwise", "3x3, stride 2", "3x3 in sixteens", "groups of 4", "stem"]
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -0.0])
-def test_special_values_go_where_stock_sends_them(device, backend, case, value):
-    (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, device)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_special_values_go_where_stock_sends_them(device, backend, dtype, case, value):
+    (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
+    # Stock's bfloat16 stem makes NaN of Inf, multiplying it by zeros that it pads channels with:
+    # the measure is stock in float32. In bfloat16 0.013 was measured, weights and scale folded.
+    close_to = 1e-4 if dtype == torch.float32 else 0.03
     for target, at in ((x, (0, 0, 2, 3)), (residual, (0, 3, 1, 1))):
         kept = target[at].item()
         target[at] = value
         for rest in ((residual, True), (residual, False), (None, True)):
             arguments = (x, weight, scale, shift, *rest, *geometry)
-            got, want = fr.conv_bn_relu(*arguments), stock(*arguments)
+            got = fr.conv_bn_relu(*arguments)
+            wide = [t if t is None else t.float() for t in (*arguments[:4], rest[0])]
+            want = stock(*wide, rest[1], *geometry).to(dtype)
             assert torch.equal(got.isnan(), want.isnan())
             finite = want.isfinite()
             assert torch.equal(got[~finite & ~want.isnan()], want[~finite & ~want.isnan()])
-            torch.testing.assert_close(got[finite], want[finite], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got[finite], want[finite], rtol=close_to, atol=close_to)
         target[at] = kept
 
 
