@@ -254,6 +254,8 @@ def _bn_backward(
     check_same(op, "dy", dy, x, x.shape)
     check_same(op, "y", y, x, x.shape)
     require(y is not None or not relu, op, "y must be given where relu is True, got None")
+    for name, vector in (("weight", weight), ("mean", mean), ("var", var)):
+        check_channel(op, name, vector, x, x.shape[1])
     x = layout.dense(x)
     table = {"native": _bn_backward_native, "reference": reference.bn_add_relu_backward}
     run = backends.implementation("bn_add_relu", x.device.type, table)
