@@ -6,6 +6,7 @@ formulas are `reference`'s. All tensors are (N, C, H, W); the output's layout fo
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,8 +25,13 @@ def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.to(accumulate_dtype(x.dtype)).contiguous()
 
 
-def _native() -> Any:
-    return torch.ops.fused_resnet_native
+def _kernels(backend: str) -> Any:
+    """Where a backend's kernels are, under the ops' names; None for the reference."""
+    if backend == "native":
+        return torch.ops.fused_resnet_native
+    if backend == "triton":
+        return importlib.import_module("fused_resnet.triton_kernels.launchers")
+    return None
 
 
 def in_transform() -> bool:
@@ -77,16 +83,13 @@ def _add_relu_check(x: Tensor, residual: Tensor) -> None:
     check_same("add_relu", "residual", residual, x, x.shape)
 
 
-def _add_relu_native(x: Tensor, residual: Tensor) -> Tensor:
-    return _native().add_relu(x, layout.like(residual, x))
-
-
 def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
     _add_relu_check(x, residual)
     x = layout.dense(x)
-    table = {"native": _add_relu_native, "reference": reference.add_relu}
-    y = backends.implementation("add_relu", x.device.type, table)(x, residual)
-    return layout.like(y, x)
+    kernels = _kernels(backends.choose("add_relu", x.device.type))
+    if kernels is not None:
+        return kernels.add_relu(x, layout.like(residual, x))
+    return layout.like(reference.add_relu(x, residual), x)
 
 
 def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
@@ -95,11 +98,11 @@ def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
     if not out.is_inference():
         # Below autograd, where nobody else counts it: what was saved for a backward is now stale.
         torch.autograd.graph.increment_version(out)
-    native = backends.choose("add_relu", x.device.type) == "native"
-    if native and _same_or_apart(out, x) and _same_or_apart(out, residual):
+    kernels = _kernels(backends.choose("add_relu", x.device.type))
+    if kernels is not None and _same_or_apart(out, x) and _same_or_apart(out, residual):
         x = layout.dense(x)
         if out.stride() == x.stride():
-            _native().add_relu_out(x, layout.like(residual, x), out)
+            kernels.add_relu_out(x, layout.like(residual, x), out)
             return
     out.copy_(_add_relu(x, residual))
 
@@ -124,11 +127,10 @@ def _add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
     check_x("add_relu_backward", y)
     check_same("add_relu_backward", "dy", dy, y, y.shape)
     y = layout.dense(y)
-    table = {
-        "native": lambda dy, y: _native().add_relu_backward(layout.like(dy, y), y),
-        "reference": reference.add_relu_backward,
-    }
-    return layout.like(backends.implementation("add_relu", y.device.type, table)(dy, y), y)
+    kernels = _kernels(backends.choose("add_relu", y.device.type))
+    if kernels is not None:
+        return kernels.add_relu_backward(layout.like(dy, y), y)
+    return layout.like(reference.add_relu_backward(dy, y), y)
 
 
 def _add_relu_backward_fake(dy: Tensor, y: Tensor) -> Tensor:
@@ -210,21 +212,16 @@ def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> N
     require(eps > 0, op, f"eps must be positive, got {eps}", ValueError)
 
 
-def _bn_native(
-    x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual = None if residual is None else layout.like(residual, x)
-    return _native().bn_add_relu(x, _vector(weight, x), _vector(bias, x), residual, eps, relu)
-
-
 def _bn_add_relu(
     x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _bn_check(x, weight, bias, residual, eps)
     x = layout.dense(x)
-    table = {"native": _bn_native, "reference": reference.bn_add_relu}
-    run = backends.implementation("bn_add_relu", x.device.type, table)
-    y, mean, var = run(x, weight, bias, residual, eps, relu)
+    kernels = _kernels(backends.choose("bn_add_relu", x.device.type))
+    if kernels is not None:
+        residual = None if residual is None else layout.like(residual, x)
+        return kernels.bn_add_relu(x, _vector(weight, x), _vector(bias, x), residual, eps, relu)
+    y, mean, var = reference.bn_add_relu(x, weight, bias, residual, eps, relu)
     return layout.like(y, x), mean, var
 
 
@@ -234,15 +231,6 @@ def _bn_fake(
     _bn_check(x, weight, bias, residual, eps)
     stat = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
     return layout.empty_like(layout.dense(x)), stat, torch.empty_like(stat)
-
-
-def _bn_backward_native(
-    dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor, *flags: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = None if y is None else layout.like(y, x)
-    return _native().bn_add_relu_backward(
-        layout.like(dy, x), x, y, _vector(weight, x), mean, var, *flags
-    )
 
 
 def _bn_backward(
@@ -255,11 +243,12 @@ def _bn_backward(
     check_same(op, "y", y, x, x.shape)
     require(y is not None or not relu, op, "y must be given where relu is True, got None")
     x = layout.dense(x)
-    table = {"native": _bn_backward_native, "reference": reference.bn_add_relu_backward}
-    run = backends.implementation("bn_add_relu", x.device.type, table)
-    dx, dweight, dbias, dresidual = run(
-        dy, x, y, weight, mean, var, eps, relu, need_dx, need_dresidual
-    )
+    flags = (mean, var, eps, relu, need_dx, need_dresidual)
+    kernels = _kernels(backends.choose("bn_add_relu", x.device.type))
+    if kernels is not None:
+        y = None if y is None else layout.like(y, x)
+        return kernels.bn_add_relu_backward(layout.like(dy, x), x, y, _vector(weight, x), *flags)
+    dx, dweight, dbias, dresidual = reference.bn_add_relu_backward(dy, x, y, weight, *flags)
     dx = layout.like(dx, x) if need_dx else dx
     dresidual = layout.like(dresidual, x) if need_dresidual else dresidual
     return dx, dweight, dbias, dresidual
@@ -450,6 +439,21 @@ def _conv_fused(
     return conv.run(x, residual, relu).to(weight.dtype)
 
 
+def _conv_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+    vectors = _vector(scale, x), _vector(shift, x)
+    return _kernels("triton").conv_bn_relu(x, weight, *vectors, residual, relu, *geometry)
+
+
 def _conv_bn_relu(
     x: Tensor,
     weight: Tensor,
@@ -460,8 +464,13 @@ def _conv_bn_relu(
     *geometry: Any,
 ) -> Tensor:
     shape = _conv_shape(x, weight, scale, shift, residual, *geometry)
-    table = {"native": _conv_fused, "vendor": _conv_fused, "reference": reference.conv_bn_relu}
-    run = backends.implementation("conv_bn_relu", x.device.type, table)
+    table = {
+        "native": _conv_fused,
+        "vendor": _conv_fused,
+        "triton": _conv_triton,
+        "reference": reference.conv_bn_relu,
+    }
+    run = table[backends.choose("conv_bn_relu", x.device.type)]
     y = run(x, weight, scale, shift, residual, relu, *geometry)
     return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
 
@@ -481,6 +490,8 @@ def _conv_fake(
 
 def _conv_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, shift, _residual, ctx.relu, *ctx.geometry = inputs
+    # Asked here: a backward may run on another thread, where nothing is forced.
+    ctx.triton = backends.forced() == "triton" and x.dtype != torch.float64
     ctx.save_for_backward(x, weight, scale, shift, output if ctx.relu else None)
 
 
@@ -504,25 +515,48 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
             again = reference.conv_bn_relu(x, weight, scale, shift, None, False, *ctx.geometry)
             grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
         return (*(next(grads) if n else None for n in needs), g if need_residual else None, *rest)
-    stride, padding, dilation, groups = ctx.geometry
     dx = dweight = dscale = dshift = None
-
-    def convolution_backward(w: Tensor, mask: list[bool]) -> tuple[Any, ...]:
-        return torch.ops.aten.convolution_backward(
-            g, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
-        )
-
     acc = accumulate_dtype(x.dtype)
     gain = scale.to(acc).view(-1, 1, 1, 1)
     if need_x:
-        dx = convolution_backward((weight.to(acc) * gain).to(weight.dtype), [True, False, False])[0]
+        dx = _conv_dx(g, x, (weight.to(acc) * gain).to(weight.dtype), ctx.geometry, ctx.triton)
     if need_weight or need_scale:
-        raw = convolution_backward(weight, [False, True, False])[1].to(acc)
+        raw = _conv_dweight(g, x, weight, ctx.geometry, ctx.triton).to(acc)
         dweight = (raw * gain).to(weight.dtype) if need_weight else None
         dscale = (raw * weight.to(acc)).sum((1, 2, 3)).to(scale.dtype) if need_scale else None
     if need_shift:
         dshift = g.sum((0, 2, 3), dtype=acc).to(shift.dtype)
     return dx, dweight, dscale, dshift, g if need_residual else None, *rest
+
+
+def _conv_dx(g: Tensor, x: Tensor, weight: Tensor, geometry: Any, own: bool) -> Tensor:
+    """The convolution's gradient by x: PyTorch's own, or this package's in Triton."""
+    if own and _launchable(g):
+        dx = _kernels("triton").convolution_dx(g, weight, x.shape, *geometry)
+        if dx is not None:
+            return layout.like(dx, layout.dense(x))
+    return _vendor_backward(g, x, weight, geometry, [True, False, False])[0]
+
+
+def _conv_dweight(g: Tensor, x: Tensor, weight: Tensor, geometry: Any, own: bool) -> Tensor:
+    """The convolution's gradient by the weight, (K, C/groups, R, S), float32 or g's dtype."""
+    if own and _launchable(g):
+        return _kernels("triton").convolution_dweight(g, x, weight.shape, *geometry)
+    return _vendor_backward(g, x, weight, geometry, [False, True, False])[1]
+
+
+def _launchable(t: Tensor) -> bool:
+    """Real, non-empty memory: a compiler traces the backward with tensors that have none."""
+    return type(t) is Tensor and t.numel() > 0
+
+
+def _vendor_backward(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: list[bool]
+) -> tuple[Any, ...]:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
 
 
 def _conv_autocast(device_type: str) -> Callable[..., Tensor]:

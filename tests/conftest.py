@@ -5,10 +5,15 @@ The tolerance rule is `fused_resnet.tolerance`, the same that `fused-resnet pari
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_resnet as fr
 from fused_resnet import backends
