@@ -51,10 +51,10 @@ PYTHON = [
     Mutation("output left in the compute dtype", BLOCKS_PY,
              "y.to(inference.output_dtype(dtype)).contiguous", "y.contiguous",
              f"{STALE} -k another_dtype tests/test_resnet.py -k autocast"),
-    Mutation("sizes not checked", INFERENCE, "if branch != out:", "if False:",
+    Mutation("sizes not checked", INFERENCE, "if branch != shapes[-1]:", "if False:",
              f"{FAULTS} {STALE}"),
     Mutation("norms of any dtype taken", INFERENCE,
-             "t is None or t.dtype in (dtype, torch.float32)", "True", f"{FAULTS} -k float64_mean"),
+             "t is None or t.dtype in (dtype, torch.float32)", "True", f"{FAULTS} -k float64"),
     Mutation("training does not drop plans", "fused_resnet/resnet.py", "inference.forget(self)",
              "pass", STALE),
     Mutation("versions not watched", STRUCTURE,
@@ -71,15 +71,13 @@ PYTHON = [
     Mutation("hooks not watched", STRUCTURE, "and not any(self._hooks)", "", f"{BLOCKS} -k hooks"),
     Mutation("replaced forwards not watched", STRUCTURE,
              'and not any(map(contains, self._dicts, repeat("forward")))', "",
-             f"{BLOCKS} -k forward_of"),
+             f"{BLOCKS} -k replaced"),
     Mutation("convolutions' settings not watched", STRUCTURE,
              "and list(map(_conv_state, self._convs)) == self._conv_states", "", STALE),
     Mutation("norms' settings not watched", STRUCTURE,
              "and list(map(_bn_state, self._bns)) == self._bn_states", "", STALE),
     Mutation("added modules not watched", STRUCTURE,
              "and list(map(len, self._children)) == self._counts", "", f"{BLOCKS} -k extended"),
-    Mutation("the pool's settings not watched", "fused_resnet/network.py",
-             "and _pool_state(self._pool) == self._pool_state", "", STALE),
     Mutation("global hooks ignored", BLOCKS_PY, "if any(_GLOBAL_HOOKS):", "if False:",
              f"{BLOCKS} -k global"),
     Mutation("transforms ignored", BLOCKS_PY, "if ops.in_transform():", "if False:",
@@ -185,7 +183,7 @@ def survives(mutation: Mutation, native: bool) -> str | None:
         for run in filter(None, runs):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *run]
             result = subprocess.run(command, cwd=copy, capture_output=True, env=environment)
-            if result.returncode == 1:
+            if result.returncode == 1 or result.returncode < 0:  # a test failed, or all crashed
                 return None
             if result.returncode != 0:
                 return f"pytest gave {result.returncode} for {' '.join(run)}"

@@ -175,7 +175,8 @@ def test_another_dtype_and_back(dtype):
     x = images().to(dtype)
     with torch.no_grad():
         want, got = stock(x), mine(x)
-    assert got.dtype == dtype and (got - want).abs().max() <= 0.1 * want.abs().max()
+        y = mine.layer1[0](torch.randn(2, 64, 9, 9).to(dtype))
+    assert got.dtype == y.dtype == dtype and (got - want).abs().max() <= 0.1 * want.abs().max()
     stock.float(), mine.float()
     same_outputs(stock, mine, images())
 
@@ -251,3 +252,9 @@ def test_training_drops_what_inference_packed():
     assert mine.layer1[0] in inference._plans
     mine.train()
     assert mine.layer1[0] not in inference._plans
+    block = mine.eval().layer1[0]
+    with torch.no_grad():
+        mine(images())
+    assert block in inference._plans
+    block.train()
+    assert block not in inference._plans
