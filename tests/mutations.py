@@ -52,7 +52,7 @@ PYTHON = [
              "y.to(inference.output_dtype(dtype)).contiguous", "y.contiguous",
              f"{STALE} -k another_dtype tests/test_resnet.py -k autocast"),
     Mutation("sizes not checked", INFERENCE, "if branch != shapes[-1]:", "if False:",
-             f"{FAULTS} {STALE}"),
+             f"{BLOCKS} -k broadcasts"),
     Mutation("norms of any dtype taken", INFERENCE,
              "t is None or t.dtype in (dtype, torch.float32)", "True", f"{FAULTS} -k float64"),
     Mutation("training does not drop plans", "fused_resnet/resnet.py", "inference.forget(self)",

@@ -246,6 +246,18 @@ def test_surgery_is_honoured(name):
     same_outputs(stock.eval(), mine.eval(), images())
 
 
+def test_a_residual_that_broadcasts_does_so():
+    """One pixel in, nine out of the branch: stock adds the one to each of them."""
+    stock, mine = pair("basic")
+    for model in (stock, mine):
+        model.layer1[0].conv1.padding = (2, 2)
+    x = torch.randn(2, 64, 1, 1)
+    with torch.no_grad():
+        want, got = stock.layer1[0](x), mine.layer1[0](x)
+    assert got.shape == (2, 64, 3, 3)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_sync_batch_norm_takes_stocks_path():
     stock, mine = pair()
     stock, mine = map(nn.SyncBatchNorm.convert_sync_batchnorm, (stock, mine))
