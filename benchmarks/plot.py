@@ -145,10 +145,11 @@ def parity_table(content: dict[str, Any]) -> str:
         )
     where = content["machine"].get("gpu") or content["machine"]["cpu"]
     images = content["parity"][0]["input_shape"][0]
+    command = "fused-resnet parity --model resnet18,resnet50 --dtype float32,bfloat16,float16"
     return (
         f"{markdown(header, rows)}\n\n{where}, torch {content['torch']}, {images} photographs, "
         f"commit {content['commit'] or 'unknown'}, {content['date'][:10]}. "
-        f"From `{content['path'].name}`.\n"
+        f"From `{content['path'].name}`, made by `{command} --json FILE`.\n"
     )
 
 

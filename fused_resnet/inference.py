@@ -75,9 +75,10 @@ class Plan:
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The activations that an x of this shape becomes: x, then every convolution's output, the
         block's last. Empty where it does not go through: then it is stock that raises."""
-        if not self._shapes or self._shapes[0] != shape:
-            self._shapes = self._find_shapes(shape)
-        return self._shapes
+        kept = self._shapes  # read once: another thread may come with another size
+        if not kept or kept[0] != shape:
+            kept = self._shapes = self._find_shapes(shape)
+        return kept
 
     def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         shapes = [shape]

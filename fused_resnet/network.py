@@ -83,9 +83,10 @@ class Network:
     def run(self, model: Any, x: Tensor) -> Tensor | None:
         """What `model.avgpool` gives; None where x does not fit, or a bound is needed and none
         rules out a NaN."""
-        if self._levels is None or self._levels[0] != x.shape:
-            self._levels = (x.shape, self._find_levels(x.shape))
-        levels = self._levels[1]
+        kept = self._levels  # read once: another thread may come with another size
+        if kept is None or kept[0] != x.shape:
+            kept = self._levels = (x.shape, self._find_levels(x.shape))
+        levels = kept[1]
         flow = self._through(levels, x) if levels else None
         if flow is None:
             return None
