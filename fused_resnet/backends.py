@@ -4,6 +4,8 @@
 one that is there serves the op, unless `use_backend` or FUSED_RESNET_BACKEND forces one.
 
     native      this package's C++ (and CUDA) kernels; a convolution they do not cover is vendor's
+    triton      this package's Triton kernels: on GPUs; on the CPU, in Triton's interpreter, only
+                where they are forced
     vendor      fused ops that PyTorch carries: oneDNN on the CPU
     reference   the eager specification; as a forced choice it also makes every block of the ResNet
                 family run exactly torchvision's path
@@ -13,11 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 
@@ -25,18 +27,18 @@ from . import native, native_conv, vendor
 from .convolution import FusedConv
 
 OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
-BACKENDS = ("native", "vendor", "reference")
+BACKENDS = ("native", "triton", "vendor", "reference")
 
 _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
-        "add_relu": ("native", "reference"),
-        "bn_add_relu": ("native", "reference"),
-        "conv_bn_relu": ("native", "vendor", "reference"),
+        "add_relu": ("native", "reference", "triton"),
+        "bn_add_relu": ("native", "reference", "triton"),
+        "conv_bn_relu": ("native", "vendor", "reference", "triton"),
     },
     "cuda": {
-        "add_relu": ("native", "reference"),
-        "bn_add_relu": ("reference",),
-        "conv_bn_relu": ("reference",),
+        "add_relu": ("native", "triton", "reference"),
+        "bn_add_relu": ("triton", "reference"),
+        "conv_bn_relu": ("triton", "reference"),
     },
 }
 
@@ -52,6 +54,10 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
         return f"{backend} has no {op} for {device_type}"
     if backend == "vendor":
         return vendor.unavailable()
+    if backend == "triton":
+        # Asked for here and not above: importing fused_resnet imports no Triton.
+        support = importlib.import_module("fused_resnet.triton_kernels.support")
+        return support.unavailable(device_type)
     reason = native.load()
     if reason is not None:
         return reason
@@ -93,9 +99,9 @@ def forced() -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Within it, `name` serves every op that has it; other ops keep their own order.
 
-    name: "native", "vendor" or "reference". With "reference", models of the family run exactly
-    torchvision's path. Raises ValueError for an unknown name and RuntimeError for a backend that is
-    not there, saying how to get it. The choice belongs to the current thread (or task).
+    name: "native", "triton", "vendor" or "reference". With "reference", models of the family run
+    exactly torchvision's path. Raises ValueError for an unknown name and RuntimeError for a backend
+    that is not there, saying how to get it. The choice belongs to the current thread (or task).
     """
     token = _forced.set(_validate(name))
     try:
@@ -118,18 +124,14 @@ def _first_available(op: str, device_type: str) -> str:
     name = next(name for name in order if missing(op, name, device_type) is None)
     if name != order[0]:
         reason = missing(op, order[0], device_type)
-        _say_once(f"fused_resnet: {reason}; PyTorch's own operations serve until then")
+        # One message whatever serves instead, so that one cause is said once.
+        _say_once(f"fused_resnet: {reason}; PyTorch's or other kernels serve until then")
     return name
 
 
 @functools.cache
 def _say_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def implementation(op: str, device_type: str, table: dict[str, Callable[..., Any]]) -> Any:
-    """The entry of `table` (backend name -> function) that `choose` names."""
-    return table[choose(op, device_type)]
 
 
 def table(device_type: str) -> list[dict[str, str | None]]:
@@ -168,7 +170,7 @@ def conv_kind(
 ) -> type[FusedConv] | None:
     """Who computes such a convolution of CPU tensors in `dtype` (of `conv_dtype`); None: nobody."""
     backend = choose("conv_bn_relu", "cpu")
-    if backend == "reference":
+    if backend not in ("native", "vendor"):
         return None
     native_can = (
         backend == "native"

@@ -1,8 +1,9 @@
-"""The subcommands of `fused-resnet`: info, parity, bench, demo."""
+"""The subcommands of `fused-resnet`: info, parity, bench, tune, demo."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -272,6 +273,69 @@ def _positive(option: str, value: str) -> int:
     if not value.isdigit() or int(value) < 1:
         raise ValueError(f"{option} must be positive integers, got {value!r}")
     return int(value)
+
+
+@app.command()
+def tune(
+    model: Models = ["resnet50"],  # noqa: B006
+    batch: Annotated[list[str], typer.Option("--batch", help="Batch sizes.", metavar="N")] = [  # noqa: B006
+        "256"
+    ],
+    dtype: Annotated[
+        list[str], typer.Option("--dtype", help="float32, bfloat16, float16.", metavar="DTYPE")
+    ] = ["bfloat16"],  # noqa: B006
+    device: Device = "cuda",
+) -> None:
+    """Measure the Triton convolution's tiles for a model's layers; later runs use the winners.
+
+    Kept in $XDG_CACHE_HOME/fused_resnet (~/.cache/fused_resnet) by GPU, driver and Triton version.
+    """
+    import torch
+
+    from . import backends
+    from .machine import check_device
+    from .resnet import list_models
+
+    console = _console()
+    with _clear_errors():
+        models, dtypes = _split(model), _split(dtype)
+        batches = [_positive("--batch", value) for value in _split(batch)]
+        for name in models:
+            _check("--model", name, list_models())
+        for name in dtypes:
+            _check("--dtype", name, ["float32", "bfloat16", "float16"])
+        check_device(device)
+        missing = backends.missing("conv_bn_relu", "triton", torch.device(device).type)
+        if missing or torch.device(device).type != "cuda":
+            raise ValueError(f"tune: {missing or 'tiles are measured on a GPU'}")
+    from .report import tuned_table
+    from .triton_kernels import tuning
+
+    where = torch.device(device)
+    for name, size, kind in itertools.product(models, batches, dtypes):
+        as_dtype = getattr(torch, kind)
+        layers = tuning.layers_of(name, size, as_dtype)
+        found, not_kept = _tune(layers, where, as_dtype, console)
+        console.print(tuned_table(found, f"{name}, batch {size}, {kind}"))
+        if not_kept:
+            console.print(f"kept for this process only: {not_kept}", soft_wrap=True)
+
+
+def _tune(layers: Any, device: Any, dtype: Any, console: Console) -> tuple[Any, str | None]:
+    from rich.progress import Progress
+
+    from .triton_kernels import tuning
+
+    capability = tuning._capability(device)
+    total = sum(len(tuning.candidates(problem, capability)) for problem in layers)
+    with Progress(console=console) as progress:
+        task = progress.add_task("tiles", total=total)
+        return tuning.tune(
+            layers,
+            device,
+            tuning.measure_on(layers, device, dtype),
+            lambda problem, config, time_s: progress.advance(task),
+        )
 
 
 def with_progress(events: Any, console: Console) -> dict[str, Any]:

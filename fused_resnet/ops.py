@@ -6,6 +6,7 @@ formulas are `reference`'s. All tensors are (N, C, H, W); the output's layout fo
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, convolution, layout, reference
-from .checks import check_channel, check_same, check_x, describe, pair, require
+from .checks import check_channel, check_same, check_x, conv_shape, pair, require
 from .reference import accumulate_dtype
 
 _LIB = torch.library.Library("fused_resnet", "DEF")
@@ -24,8 +25,13 @@ def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.to(accumulate_dtype(x.dtype)).contiguous()
 
 
-def _native() -> Any:
-    return torch.ops.fused_resnet_native
+def _kernels(backend: str) -> Any:
+    """Where a backend's kernels are, under the ops' names; None for the reference."""
+    if backend == "native":
+        return torch.ops.fused_resnet_native
+    if backend == "triton":
+        return importlib.import_module("fused_resnet.triton_kernels.launchers")
+    return None
 
 
 def in_transform() -> bool:
@@ -77,16 +83,13 @@ def _add_relu_check(x: Tensor, residual: Tensor) -> None:
     check_same("add_relu", "residual", residual, x, x.shape)
 
 
-def _add_relu_native(x: Tensor, residual: Tensor) -> Tensor:
-    return _native().add_relu(x, layout.like(residual, x))
-
-
 def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
     _add_relu_check(x, residual)
     x = layout.dense(x)
-    table = {"native": _add_relu_native, "reference": reference.add_relu}
-    y = backends.implementation("add_relu", x.device.type, table)(x, residual)
-    return layout.like(y, x)
+    kernels = _kernels(backends.choose("add_relu", x.device.type))
+    if kernels is not None:
+        return kernels.add_relu(x, layout.like(residual, x))
+    return layout.like(reference.add_relu(x, residual), x)
 
 
 def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
@@ -95,11 +98,11 @@ def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
     if not out.is_inference():
         # Below autograd, where nobody else counts it: what was saved for a backward is now stale.
         torch.autograd.graph.increment_version(out)
-    native = backends.choose("add_relu", x.device.type) == "native"
-    if native and _same_or_apart(out, x) and _same_or_apart(out, residual):
+    kernels = _kernels(backends.choose("add_relu", x.device.type))
+    if kernels is not None and _same_or_apart(out, x) and _same_or_apart(out, residual):
         x = layout.dense(x)
         if out.stride() == x.stride():
-            _native().add_relu_out(x, layout.like(residual, x), out)
+            kernels.add_relu_out(x, layout.like(residual, x), out)
             return
     out.copy_(_add_relu(x, residual))
 
@@ -124,11 +127,10 @@ def _add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
     check_x("add_relu_backward", y)
     check_same("add_relu_backward", "dy", dy, y, y.shape)
     y = layout.dense(y)
-    table = {
-        "native": lambda dy, y: _native().add_relu_backward(layout.like(dy, y), y),
-        "reference": reference.add_relu_backward,
-    }
-    return layout.like(backends.implementation("add_relu", y.device.type, table)(dy, y), y)
+    kernels = _kernels(backends.choose("add_relu", y.device.type))
+    if kernels is not None:
+        return kernels.add_relu_backward(layout.like(dy, y), y)
+    return layout.like(reference.add_relu_backward(dy, y), y)
 
 
 def _add_relu_backward_fake(dy: Tensor, y: Tensor) -> Tensor:
@@ -210,21 +212,16 @@ def _bn_check(x: Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> N
     require(eps > 0, op, f"eps must be positive, got {eps}", ValueError)
 
 
-def _bn_native(
-    x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual = None if residual is None else layout.like(residual, x)
-    return _native().bn_add_relu(x, _vector(weight, x), _vector(bias, x), residual, eps, relu)
-
-
 def _bn_add_relu(
     x: Tensor, weight: Any, bias: Any, residual: Any, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     _bn_check(x, weight, bias, residual, eps)
     x = layout.dense(x)
-    table = {"native": _bn_native, "reference": reference.bn_add_relu}
-    run = backends.implementation("bn_add_relu", x.device.type, table)
-    y, mean, var = run(x, weight, bias, residual, eps, relu)
+    kernels = _kernels(backends.choose("bn_add_relu", x.device.type))
+    if kernels is not None:
+        residual = None if residual is None else layout.like(residual, x)
+        return kernels.bn_add_relu(x, _vector(weight, x), _vector(bias, x), residual, eps, relu)
+    y, mean, var = reference.bn_add_relu(x, weight, bias, residual, eps, relu)
     return layout.like(y, x), mean, var
 
 
@@ -234,15 +231,6 @@ def _bn_fake(
     _bn_check(x, weight, bias, residual, eps)
     stat = x.new_empty(x.shape[1], dtype=accumulate_dtype(x.dtype))
     return layout.empty_like(layout.dense(x)), stat, torch.empty_like(stat)
-
-
-def _bn_backward_native(
-    dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor, *flags: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = None if y is None else layout.like(y, x)
-    return _native().bn_add_relu_backward(
-        layout.like(dy, x), x, y, _vector(weight, x), mean, var, *flags
-    )
 
 
 def _bn_backward(
@@ -257,11 +245,12 @@ def _bn_backward(
     for name, vector in (("weight", weight), ("mean", mean), ("var", var)):
         check_channel(op, name, vector, x, x.shape[1])
     x = layout.dense(x)
-    table = {"native": _bn_backward_native, "reference": reference.bn_add_relu_backward}
-    run = backends.implementation("bn_add_relu", x.device.type, table)
-    dx, dweight, dbias, dresidual = run(
-        dy, x, y, weight, mean, var, eps, relu, need_dx, need_dresidual
-    )
+    flags = (mean, var, eps, relu, need_dx, need_dresidual)
+    kernels = _kernels(backends.choose("bn_add_relu", x.device.type))
+    if kernels is not None:
+        y = None if y is None else layout.like(y, x)
+        return kernels.bn_add_relu_backward(layout.like(dy, x), x, y, _vector(weight, x), *flags)
+    dx, dweight, dbias, dresidual = reference.bn_add_relu_backward(dy, x, y, weight, *flags)
     dx = layout.like(dx, x) if need_dx else dx
     dresidual = layout.like(dresidual, x) if need_dresidual else dresidual
     return dx, dweight, dbias, dresidual
@@ -370,57 +359,9 @@ def conv_bn_relu(
     pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
     geometry: Any = (*(pair("conv_bn_relu", name, v) for name, v in pairs), groups)
     if in_transform():
-        _conv_shape(x, weight, scale, shift, residual, *geometry)
+        conv_shape(x, weight, scale, shift, residual, *geometry)
         return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
     return torch.ops.fused_resnet.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
-
-
-def _conv_shape(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-) -> list[int]:  # fmt: skip
-    """The output's shape (N, K, P, Q); raises where the arguments do not fit together."""
-    op = "conv_bn_relu"
-    check_x(op, x)
-    require(
-        weight.dim() == 4,
-        op,
-        f"weight must be 4-D (K, C/groups, R, S), got shape {tuple(weight.shape)}",
-    )
-    require(
-        weight.dtype == x.dtype and weight.device == x.device,
-        op,
-        f"weight must be {str(x.dtype)[6:]} on {x.device} as x is, got {describe(weight)}",
-    )
-    K, C_per_group, R, S = weight.shape
-    N, C, H, W = x.shape
-    require(
-        groups > 0 and C_per_group * groups == C and K % groups == 0,
-        op,
-        f"weight of shape {tuple(weight.shape)} with groups={groups} takes "
-        f"{C_per_group * groups} input channels, but x has {C} (shape {tuple(x.shape)})",
-    )
-    check_channel(op, "scale", scale, x, K)
-    check_channel(op, "shift", shift, x, K)
-    for name, values, least in (
-        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
-    ):  # fmt: skip
-        require(min(values) >= least, op, f"{name} must be at least {least}, got {tuple(values)}")
-    sizes = []
-    for axis, size, kernel, s, p, d in zip(
-        "HW", (H, W), (R, S), stride, padding, dilation, strict=True
-    ):
-        extent = d * (kernel - 1) + 1
-        require(
-            size + 2 * p >= extent and size > 0,
-            op,
-            f"{axis} of x must be positive and, padded, at least the kernel's extent: got "
-            f"{size} + 2*{p} for an extent of {extent}",
-        )
-        sizes.append((size + 2 * p - extent) // s + 1)
-    shape = [N, K, *sizes]
-    check_same(op, "residual", residual, x, shape)
-    return shape
 
 
 def _conv_fused(
@@ -452,6 +393,21 @@ def _conv_fused(
     return conv.run(x, residual, relu).to(weight.dtype)
 
 
+def _conv_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    if x.dtype == torch.float64 or x.numel() == 0:
+        return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+    vectors = _vector(scale, x), _vector(shift, x)
+    return _kernels("triton").conv_bn_relu(x, weight, *vectors, residual, relu, *geometry)
+
+
 def _conv_bn_relu(
     x: Tensor,
     weight: Tensor,
@@ -461,9 +417,14 @@ def _conv_bn_relu(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    shape = _conv_shape(x, weight, scale, shift, residual, *geometry)
-    table = {"native": _conv_fused, "vendor": _conv_fused, "reference": reference.conv_bn_relu}
-    run = backends.implementation("conv_bn_relu", x.device.type, table)
+    shape = conv_shape(x, weight, scale, shift, residual, *geometry)
+    table = {
+        "native": _conv_fused,
+        "vendor": _conv_fused,
+        "triton": _conv_triton,
+        "reference": reference.conv_bn_relu,
+    }
+    run = table[backends.choose("conv_bn_relu", x.device.type)]
     y = run(x, weight, scale, shift, residual, relu, *geometry)
     return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
 
@@ -477,12 +438,14 @@ def _conv_fake(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    shape = _conv_shape(x, weight, scale, shift, residual, *geometry)
+    shape = conv_shape(x, weight, scale, shift, residual, *geometry)
     return layout.empty(shape, x, layout.memory_format(x))
 
 
 def _conv_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, shift, _residual, ctx.relu, *ctx.geometry = inputs
+    # Asked here: a backward may run on another thread, where nothing is forced.
+    ctx.triton = backends.forced() == "triton" and x.dtype != torch.float64
     ctx.save_for_backward(x, weight, scale, shift, output if ctx.relu else None)
 
 
@@ -506,18 +469,22 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
             again = reference.conv_bn_relu(x, weight, scale, shift, None, False, *ctx.geometry)
             grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
         return (*(next(grads) if n else None for n in needs), g if need_residual else None, *rest)
-    stride, padding, dilation, groups = ctx.geometry
     dx = dweight = dscale = dshift = None
+    acc = accumulate_dtype(x.dtype)
+    gain = scale.to(acc).view(-1, 1, 1, 1)
 
     def convolution_backward(w: Tensor, mask: list[bool]) -> tuple[Any, ...]:
+        if ctx.triton:
+            ops = torch.ops.fused_resnet
+            return ops.convolution_backward_triton(g, x, w, *ctx.geometry, mask)
+        stride, padding, dilation, groups = ctx.geometry
         return torch.ops.aten.convolution_backward(
             g, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
         )
 
-    acc = accumulate_dtype(x.dtype)
-    gain = scale.to(acc).view(-1, 1, 1, 1)
     if need_x:
-        dx = convolution_backward((weight.to(acc) * gain).to(weight.dtype), [True, False, False])[0]
+        scaled = (weight.to(acc) * gain).to(weight.dtype)
+        dx = convolution_backward(scaled, [True, False, False])[0]
     if need_weight or need_scale:
         raw = convolution_backward(weight, [False, True, False])[1].to(acc)
         dweight = (raw * gain).to(weight.dtype) if need_weight else None
@@ -525,6 +492,51 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if need_shift:
         dshift = g.sum((0, 2, 3), dtype=acc).to(shift.dtype)
     return dx, dweight, dscale, dshift, g if need_residual else None, *rest
+
+
+# The convolution's gradients by this package's own kernels: behind an op of their own, so that a
+# compiler finds in its graph what would run without it. mask: whether dx, dweight (and, as in
+# aten's, a bias) are wanted; what is not is empty.
+_LIB.define(
+    "convolution_backward_triton(Tensor g, Tensor x, Tensor weight, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] mask) -> (Tensor, Tensor)"
+)
+
+
+def _conv_backward_triton(
+    g: Tensor, x: Tensor, weight: Tensor, *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    *sizes, mask = geometry
+    dx, dweight = _conv_backward_fake(g, x, weight, *geometry)
+    if g.numel() == 0:
+        return dx.zero_(), dweight.zero_()
+    kernels = _kernels("triton")
+    if mask[0]:
+        found = kernels.convolution_dx(g, weight, x.shape, *sizes)
+        if found is None:
+            stride, padding, dilation, groups = sizes
+            found = torch.ops.aten.convolution_backward(
+                g, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+                [True, False, False],
+            )[0]  # fmt: skip
+        dx = layout.like(found, dx)
+    if mask[1]:
+        dweight = kernels.convolution_dweight(g, x, weight.shape, *sizes)
+    return dx, dweight
+
+
+def _conv_backward_fake(
+    g: Tensor, x: Tensor, weight: Tensor, *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    mask = geometry[-1]
+    _, C, R, S = weight.shape
+    strides = (R * S * C, 1, S * C, C)
+    return (
+        layout.empty_like(layout.dense(x)) if mask[0] else x.new_empty(0),
+        weight.new_empty_strided(weight.shape, strides, dtype=torch.float32)
+        if mask[1]
+        else weight.new_empty(0),
+    )
 
 
 def _conv_autocast(device_type: str) -> Callable[..., Tensor]:
@@ -579,5 +591,6 @@ _register(
     "bn_add_relu_backward", _bn_backward, _bn_backward_fake, _bn_backward_save, _bn_backward_grad
 )
 _register("conv_bn_relu", _conv_bn_relu, _conv_fake, _conv_save, _conv_grad)
+_register("convolution_backward_triton", _conv_backward_triton, _conv_backward_fake)
 for _device in ("cpu", "cuda"):
     _LIB.impl("conv_bn_relu", _conv_autocast(_device), f"Autocast{_device.upper()}")

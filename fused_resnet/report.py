@@ -160,6 +160,21 @@ def _memory(row: dict[str, Any]) -> str:
     return f"{size / 2**20:.0f}" if size else ""
 
 
+def tuned_table(winners: dict[Any, Any], title: str) -> Table:
+    """One line per convolution: its size as a matrix product, and the tile that was fastest."""
+    table = _table(
+        title, ("M", "K", "C", "taps", "groups", "tile", "warps", "stages", "how"), left=0
+    )
+    for p, c in winners.items():
+        how = [f"{c.splits} splits"] if c.splits > 1 else []
+        how += ["persistent"] if c.persistent else []
+        how += [f"{c.groups_per_tile} groups"] if c.groups_per_tile > 1 else []
+        tile = f"{c.block_m}x{c.block_n}x{c.block_k}"
+        row = (p.M, p.K, p.C, f"{p.R}x{p.S}", p.groups, tile, c.warps, c.stages, ", ".join(how))
+        table.add_row(*map(str, row))
+    return table
+
+
 def info_tables(info: dict[str, Any]) -> Iterator[Table]:
     """One table per section of `fused_resnet.info()`, whatever sections there are."""
     plain = {k: v for k, v in info.items() if not isinstance(v, (dict, list))}

@@ -5,10 +5,17 @@ The tolerance rule is `fused_resnet.tolerance`, the same that `fused-resnet pari
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_resnet as fr
 from fused_resnet import backends
@@ -44,6 +51,8 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     reason = None if op is None else backends.missing(op, request.param, device)
     if reason is not None:
         pytest.skip(reason)
+    if request.param == "triton" and device == "cpu":
+        request.getfixturevalue("quick_interpreter")
     try:
         chosen = fr.use_backend(request.param)
         with chosen:
@@ -52,6 +61,15 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
         if "use_backend" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter without its check of every integer for overflow, which takes half of the
+    time; test_triton.py leaves it on."""
+    builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+    quick = dataclasses.replace(builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(builder, "options", quick)
 
 
 @pytest.fixture(autouse=True)

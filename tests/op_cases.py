@@ -80,56 +80,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 DENSE = ("contiguous", "channels_last")
 
 
-def _guarded(x: Tensor, bigger: Sequence[int], window: Sequence[slice]) -> Tensor:
-    """x's values in a window of a larger tensor that holds NaN everywhere else."""
-    big = torch.full(list(bigger), float("nan"), dtype=x.dtype, device=x.device)
-    big[tuple(window)] = x
-    return big[tuple(window)]
-
-
-def _sliced(x: Tensor) -> Tensor:
-    N, C, H, W = x.shape
-    window = (slice(0, N), slice(1, C + 1), slice(1, H + 1), slice(1, 2 * W + 1, 2))
-    return _guarded(x, (N, C + 2, H + 2, 2 * W + 2), window)
-
-
-def _sliced_channels_last(x: Tensor) -> Tensor:
-    N, C, H, W = x.shape
-    window = (slice(0, N), slice(0, H), slice(0, W), slice(1, C + 1))
-    return _guarded(x.permute(0, 2, 3, 1), (N, H, W, C + 3), window).permute(0, 3, 1, 2)
-
-
-def _at_odd_offset(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Dense, starting one element past an aligned address, with NaN before and after."""
-    dense = x.contiguous(memory_format=memory_format)
-    memory = torch.full((x.numel() + 33,), float("nan"), dtype=x.dtype, device=x.device)
-    return memory.as_strided(x.shape, dense.stride(), 1).copy_(x)
-
-
-def _odd_strides_of_one(x: Tensor) -> Tensor:
-    """Dimensions of size one with strides nobody would choose; they carry no meaning."""
-    x = x.contiguous()
-    strides = [s if n > 1 else 7 for n, s in zip(x.shape, x.stride(), strict=True)]
-    return x.as_strided(x.shape, strides)
-
-
-# name -> a view with the values of x (N, C, H, W); "expanded" repeats x's first image.
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "sliced": _sliced,
-    "sliced channels_last": _sliced_channels_last,
-    "H and W exchanged": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "dimensions in reverse": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-    "expanded": lambda x: x[:1].expand(x.shape),
-    "without the first image": lambda x: torch.cat([x[:1] * float("nan"), x])[1:],
-    "odd offset": lambda x: _at_odd_offset(x, torch.contiguous_format),
-    "odd offset, channels_last": lambda x: _at_odd_offset(x, torch.channels_last),
-    "strides of one": _odd_strides_of_one,
-}
-DENSE = ("contiguous", "channels_last")
-
-
 def randn(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device=device, dtype=dtype)
 
@@ -203,3 +153,17 @@ def need_memory(gigabytes: float) -> None:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     if free < gigabytes:
         pytest.skip(f"needs {gigabytes} GB of free memory, {free:.1f} GB are")
+
+
+def interpreted(backend: str, device: str) -> bool:
+    """Whether kernels run in Triton's interpreter: right, and a million times slower."""
+    return backend == "triton" and device == "cpu"
+
+
+def skip_if_too_large(backend: str, device: str) -> None:
+    """For tests with more than 2^31 elements."""
+    if backend == "reference":
+        pytest.skip("PyTorch's own operations, which would widen this to 26 GB of float32")
+    if interpreted(backend, device):
+        pytest.skip("Triton's interpreter would take hours; test_triton.py checks the index type")
+    need_memory(12)

@@ -16,10 +16,11 @@ from op_cases import (
     close,
     expected_strides,
     integers,
+    interpreted,
     lifted,
-    need_memory,
     randn,
     same,
+    skip_if_too_large,
     unchanged,
 )
 from torch import Tensor
@@ -73,7 +74,7 @@ def names_of(weight, bias, residual) -> list[str]:
     return [name for name in NAMES if name not in absent]
 
 
-def compare(x, weight, bias, residual, relu=True) -> list[Tensor]:
+def compare(x, weight, bias, residual, relu=True, roundings_of_var=0) -> list[Tensor]:
     """Outputs and gradients within the tolerance rule; returns them."""
     dy = safe_dy(x, weight, bias, residual, x.dtype)
     check = unchanged(x, weight, bias, residual, dy)
@@ -83,6 +84,8 @@ def compare(x, weight, bias, residual, relu=True) -> list[Tensor]:
     exact = with_gradients(stock, *map(lifted, (x, weight, bias, residual)), lifted(dy), relu)
     names = names_of(weight, bias, residual)
     terms = terms_of(*map(lifted, (x, weight, bias, residual)), lifted(dy), relu)
+    if roundings_of_var:
+        terms["var"] = roundings_of_var * exact[2].max().item()
     close(names, mine, theirs, exact, x.dtype, terms)
     return mine
 
@@ -180,7 +183,7 @@ def test_statistics_of_integers_are_exact(device, backend, dtype):
         _, mean, var = fr.bn_add_relu(x)
         exact = lifted(x).transpose(0, 1).flatten(1)
         # What PyTorch's own chain cannot promise: its sums are of rounded differences.
-        allowed = 0 if backend == "native" else 2**-22
+        allowed = 2**-22 if backend == "reference" else 0
         torch.testing.assert_close(lifted(mean), exact.mean(1), rtol=0, atol=0)
         torch.testing.assert_close(
             lifted(var), exact.var(1, correction=0), rtol=max(allowed, 2**-24), atol=0
@@ -196,8 +199,8 @@ def test_large_mean_small_deviation(device, backend, layout):
     error = measure_error(mine[0], exact[0])
     theirs = measure_error(stock(x, None, None, None, relu=False)[0], exact[0])
     # The reference is PyTorch's operations, which round the mean: 1.1e-3 here, stock's own 0.9e-3.
-    assert error.max_abs <= (2e-5 if backend == "native" else 2 * theirs.max_abs)
-    if backend == "native":
+    assert error.max_abs <= (2 * theirs.max_abs if backend == "reference" else 2e-5)
+    if backend != "reference":
         compare(x, None, None, None)
 
 
@@ -208,7 +211,11 @@ def test_first_values_far_from_the_mean(device, backend, layout):
     x[0, 0, 0, :16], x[0, 1, 0, 0], x[0, 2] = 1e3, -1e6, 50.0
     x[7, 3] = 1e4
     x[:, 4] = torch.linspace(0, 1e3, 8).view(8, 1, 1) + torch.randn(8, 40, 40) * 1e-2
-    compare(LAYOUTS[layout](x).to(device), torch.rand(6).to(device), None, None)
+    # Stock adds in float64 on the CPU. Triton's sums are of float32, where what is small beside the
+    # square of -1e6 is lost: 7 roundings were measured.
+    roundings = 8 if backend == "triton" else 0
+    x = LAYOUTS[layout](x).to(device)
+    compare(x, torch.rand(6).to(device), None, None, roundings_of_var=roundings)
 
 
 @pytest.mark.parametrize("layout", DENSE)
@@ -306,7 +313,8 @@ def test_one_value_per_channel(device, backend, shape):
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 def test_first_and_second_derivatives(device, backend, relu, layout):
-    inputs = [t.requires_grad_() for t in operands((2, 3, 3, 2), torch.float64, device, layout)]
+    shape = (2, 2, 3, 1) if interpreted(backend, device) else (2, 3, 3, 2)
+    inputs = [t.requires_grad_() for t in operands(shape, torch.float64, device, layout)]
 
     def y_of(x, weight, bias, residual):
         return fr.bn_add_relu(x, weight, bias, residual, EPS, relu)[0]
@@ -368,7 +376,7 @@ def test_bitwise_repeatable(device, backend):
     arguments = operands((4, 48, 20, 20), torch.float32, device)
     dy = randn((4, 48, 20, 20), torch.float32, device)
     first = with_gradients(fr.bn_add_relu, *arguments, dy)
-    for _ in range(250):
+    for _ in range(5 if interpreted(backend, device) else 250):
         again = with_gradients(fr.bn_add_relu, *arguments, dy)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
@@ -507,9 +515,7 @@ def test_backward_checks_its_arguments():
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_more_than_two_to_the_31_elements(device, backend, layout):
-    if backend == "reference":
-        pytest.skip("PyTorch's own operations, which would widen this to 26 GB of float32")
-    need_memory(12)
+    skip_if_too_large(backend, device)
     W = 2**15
     shape = (1, 2, 2**15 + 1, W)
     x = torch.zeros(2**31 + 2 * W, dtype=torch.bfloat16, device=device)
