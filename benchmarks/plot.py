@@ -68,6 +68,10 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
     """The markdown of table NAME from its results, or with every cell missing."""
     if content is not None and "benchmarks" in content:
         return op_table(content)
+    if content is not None and "kernels" in content:
+        return resources_table(content)
+    if content is not None and "layers" in content:
+        return cost_table(content)
     if content is not None and "cases" not in content:
         return parity_table(content)
     bench = name.rsplit("-", 1)[0]
@@ -148,9 +152,60 @@ def parity_table(content: dict[str, Any]) -> str:
     command = "fused-resnet parity --model resnet18,resnet50 --dtype float32,bfloat16,float16"
     return (
         f"{markdown(header, rows)}\n\n{where}, torch {content['torch']}, {images} photographs, "
-        f"commit {content['commit'] or 'unknown'}, {content['date'][:10]}. "
+        f"{commit(content)}. "
         f"From `{content['path'].name}`, made by `{command} --json FILE`.\n"
     )
+
+
+def resources_table(content: dict[str, Any]) -> str:
+    """One row per Triton kernel, dtype and architecture: the largest, or least, of its variants."""
+    header = [
+        "kernel, dtype", "sm", "compiled", "registers", "spilled bytes", "shared KiB, of",
+        "tensor core instructions", "16-byte loads, stores",
+    ]  # fmt: skip
+    groups: dict[tuple[str, str, int], list[dict[str, int]]] = {}
+    for row in content["kernels"]:
+        key = (row["kernel"].removesuffix("_kernel"), row["dtype"], row["arch"])
+        groups.setdefault(key, []).append(row["found"])
+    rows = []
+    for (kernel, dtype, arch), found in sorted(groups.items()):
+        most = {key: max(f[key] for f in found) for key in found[0]}
+        least = {key: min(f[key] for f in found) for key in found[0]}
+        room = content["shared_bytes"][str(arch)] // 1024
+        cells = (
+            str(arch),
+            str(len(found)),
+            span(least["registers"], most["registers"]),
+            str(most["stack_bytes"]),
+            f"{-(-most['shared_bytes'] // 1024)}, {room}",
+            span(least["tensor"], most["tensor"]),
+            f"{span(least['loads16'], most['loads16'])}, "
+            f"{span(least['stores16'], most['stores16'])}",
+        )
+        rows.append([f"{kernel}, {dtype}", *cells])
+    text = f"Triton {content['triton']}, {commit(content)}. From `{content['path'].name}`."
+    return f"{markdown(header, rows)}\n\n{text}\n"
+
+
+def span(least: int, most: int) -> str:
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def commit(content: dict[str, Any]) -> str:
+    return f"commit {content['commit'] or 'unknown'}, {content['date'][:10]}"
+
+
+def cost_table(content: dict[str, Any]) -> str:
+    """The predicted cost of each layer; nothing in it is a measurement."""
+    layers = content["layers"]
+    rows = [[str(row["layer"]), *(number(v) for v in list(row.values())[1:])] for row in layers]
+    gpu = content["gpu"]
+    text = (
+        f"Predicted, not measured: for {gpu['flops'] / 1e12:.0f} TFLOP/s, "
+        f"{gpu['bytes_per_s'] / 1e12:.1f} TB/s and {gpu['multiprocessors']} multiprocessors, "
+        f"{commit(content)}. From `{content['path'].name}`."
+    )
+    return f"{markdown(list(layers[0]), rows)}\n\n{text}\n"
 
 
 def model_row(
@@ -197,9 +252,9 @@ def caption(content: dict[str, Any] | None) -> str:
     )
     rounds = [case["rounds"] for case in content["cases"]]
     return (
-        f"{where}, torch {content['torch']}, commit {content['commit'] or 'unknown'}, "
-        f"{content['date'][:10]}: medians of {min(rounds)} to {max(rounds)} rounds in which the "
-        f"contenders take turns, speed-ups pair by pair with half their interquartile range. "
+        f"{where}, torch {content['torch']}, {commit(content)}: "
+        f"medians of {min(rounds)} to {max(rounds)} rounds in which the contenders "
+        f"take turns, speed-ups pair by pair with half their interquartile range. "
         f"Best matrix product in the same run: {limits}; "
         f"copy {content['limits']['copy_bytes_per_s'] / 1e9:.0f} GB/s. "
         f"From `{content['path'].name}`."

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that need not be there, and reads what came out.
 
     python benchmarks/triton_resources.py                       print the table
-    python benchmarks/triton_resources.py --out DIR             and write triton_resources.json
+    python benchmarks/triton_resources.py --out DIR             and write a results file
     python benchmarks/triton_resources.py --arch 90 --kernel conv
 
 For each kernel, tile configuration, dtype and architecture: registers per thread, spilled bytes,
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import os
 import re
 import subprocess
@@ -33,6 +32,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_resnet.bench import save
+from fused_resnet.machine import provenance
 from fused_resnet.triton_kernels import (
     backward,
     batch_norm,
@@ -294,7 +295,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=list(POINTERS), choices=list(POINTERS))
     parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, help="write triton_resources.json into this folder")
+    parser.add_argument("--out", type=Path, help="write a results file into this folder")
     args = parser.parse_args()
     header = (
         "kernel",
@@ -327,8 +328,8 @@ def main() -> int:
     if args.out:
         kept = ("kernel", "variant", "dtype", "arch", "warps", "stages", "found")
         table = [{k: v for k, v in asdict(job).items() if k in kept} for job in done]
-        text = json.dumps({"triton": triton.__version__, "kernels": table}, indent=1, default=str)
-        (args.out / "triton_resources.json").write_text(text + "\n")
+        head = {**provenance("triton_resources", "cpu"), "triton": triton.__version__}
+        print(save({**head, "shared_bytes": SHARED_BYTES, "kernels": table}, args.out))
     return 1 if broken else 0
 
 

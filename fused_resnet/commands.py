@@ -314,7 +314,7 @@ def tune(
     where = torch.device(device)
     for name, size, kind in itertools.product(models, batches, dtypes):
         as_dtype = getattr(torch, kind)
-        layers = tuning.layers_of(name, size, as_dtype)
+        layers = {tuning.problem_of(x, as_dtype): x for x in tuning.layers_of(name, size)}
         found, not_kept = _tune(layers, where, as_dtype, console)
         console.print(tuned_table(found, f"{name}, batch {size}, {kind}"))
         if not_kept:

@@ -108,39 +108,46 @@ def _chosen(problem: Problem, device: torch.device) -> Config:
 
 
 class Layer(NamedTuple):
-    """A convolution of a model: x's and the weight's shape, and how they meet."""
+    """A convolution of a model: x's, the weight's and y's shape, and how they meet."""
 
     x_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
     geometry: Any
     groups: int
 
 
-def layers_of(model: str, batch: int, dtype: torch.dtype) -> dict[Problem, Layer]:
-    """The distinct convolutions of a model of the family at 224 x 224, as the kernel sees them."""
+def layers_of(model: str, batch: int, size: int = 224) -> list[Layer]:
+    """Every convolution of a model of the family, in order, for `batch` images of size x size."""
     from ..resnet import get_model
     from . import convolution
 
-    found: dict[Problem, Layer] = {}
-    operands = convolution.operands_of(dtype)
+    found: list[Layer] = []
 
     def see(conv: Any, inputs: Any, output: Tensor) -> None:
         geometry = convolution.Geometry(conv.stride, conv.padding, conv.dilation)
-        layer = Layer(tuple(inputs[0].shape), tuple(conv.weight.shape), geometry, conv.groups)
-        K, C, R, S = layer.weight_shape
-        if convolution.takes_runs(C, S, conv.dilation[1], conv.groups):
-            C, S = convolution.run_length(C, S), 1
-        M = output.numel() // K
-        key = Problem(M, K, C, R, S, conv.groups, conv.stride[1], operands)
-        found.setdefault(key, layer)
+        x_shape, y_shape = tuple(inputs[0].shape), tuple(output.shape)
+        found.append(Layer(x_shape, tuple(conv.weight.shape), y_shape, geometry, conv.groups))
 
     with torch.device("meta"), torch.no_grad():
         net = get_model(model).eval()
         for m in net.modules():
             if isinstance(m, torch.nn.Conv2d):
                 m.register_forward_hook(see)
-        net(torch.empty(batch, 3, 224, 224))
+        net(torch.empty(batch, 3, size, size))
     return found
+
+
+def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
+    """The matrix product that the kernel makes of a layer."""
+    from . import convolution
+
+    K, C, R, S = layer.weight_shape
+    if convolution.takes_runs(C, S, layer.geometry.dilation[1], layer.groups):
+        C, S = convolution.run_length(C, S), 1
+    N, _, P, Q = layer.y_shape
+    operands = convolution.operands_of(dtype)
+    return Problem(N * P * Q, K, C, R, S, layer.groups, layer.geometry.stride[1], operands)
 
 
 def measure_on(
