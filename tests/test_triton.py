@@ -28,7 +28,15 @@ if REASON:
 
 import triton.language as tl  # noqa: E402
 
-from fused_resnet.triton_kernels import configs, convolution, support, tuning  # noqa: E402
+from fused_resnet.triton_kernels import (  # noqa: E402
+    backward,
+    batch_norm,
+    configs,
+    convolution,
+    elementwise,
+    support,
+    tuning,
+)
 from fused_resnet.triton_kernels.configs import Config, Problem  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +93,34 @@ def test_every_listed_tile(listed):
 def test_groups_of_every_width(groups, C, outputs):
     got, want = conv(SMALL, (2, groups * C, 6, 5), groups * outputs, (3, 3), groups, padding=1)
     assert torch.equal(got, want)
+
+
+# x's (N, C, H, W), K, kernel, stride, padding, dilation, groups
+BACKWARD = {
+    "many parts": ((2, 16, 20, 20), 24, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "many parts, 3x3": ((3, 8, 19, 17), 16, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "stride 2": ((1, 8, 9, 8), 16, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "pixels that no tap reaches": ((1, 8, 9, 8), 16, (1, 1), (3, 2), (0, 0), (1, 1), 1),
+    "asymmetric": ((2, 6, 9, 12), 10, (2, 5), (2, 1), (0, 2), (1, 1), 2),
+    "dilated": ((1, 6, 11, 9), 8, (3, 2), (1, 1), (2, 0), (2, 3), 1),
+    "padding beyond the kernel": ((1, 4, 5, 4), 4, (2, 2), (1, 1), (3, 2), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARD)
+def test_gradients_of_integers_are_exact(case):
+    shape, K, kernel, *sizes, groups = BACKWARD[case]
+    geometry = convolution.Geometry(*sizes)
+    x = torch.randint(-2, 3, shape).float().to(DEVICE)
+    weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel)).float().to(DEVICE)
+    y = torch.nn.functional.conv2d(x, weight, None, *geometry, groups)
+    g = torch.randint(-2, 3, y.shape).float().to(DEVICE)
+    want_dx, want_dweight, _ = torch.ops.aten.convolution_backward(
+        g, x, weight, None, *geometry, False, [0, 0], groups, [True, True, False]
+    )
+    assert torch.equal(backward.convolution_dx(g, weight, x.shape, geometry, groups), want_dx)
+    dweight = backward.convolution_dweight(g, x, weight.shape, geometry, groups)
+    assert torch.equal(dweight, want_dweight)
 
 
 def test_nan_stays_in_its_group():
@@ -267,6 +303,30 @@ def test_without_triton_the_other_backends_serve():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, timeout=120)
     assert run.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "memory_format", (torch.contiguous_format, torch.channels_last), ids=("contiguous", "last")
+)
+def test_grids_of_large_batches_fit(monkeypatch, memory_format):
+    """All dimensions of a grid but the first end at 65535."""
+    grids = {}
+    for module in (elementwise, batch_norm, convolution, backward):
+        monkeypatch.setattr(module, "launch", lambda k, grid, *a, **c: grids.update({k: grid}))
+    x = torch.empty(
+        1024, 64, 112, 112, dtype=torch.bfloat16, device="meta"
+    ).contiguous(memory_format=memory_format)  # fmt: skip
+    weight, vector = x.new_empty(64, 64, 3, 3), x.new_empty(64, dtype=torch.float32)
+    geometry = convolution.Geometry((1, 1), (1, 1), (1, 1))
+    elementwise.add_relu(x, x)
+    batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
+    flags = (1e-5, True, True, True)
+    batch_norm.bn_add_relu_backward(x, x, x, None, vector, vector, *flags)
+    convolution.conv_bn_relu(x, weight, vector, vector, x, True, geometry, 1)
+    backward.convolution_dx(x, weight, x.shape, geometry, 1)
+    backward.convolution_dweight(x, x, weight.shape, geometry, 1)
+    assert len(grids) >= 9 and max(grid[0] for grid in grids.values()) > 65535
+    assert all(max((0, *grid[1:])) <= 65535 for grid in grids.values()), grids
 
 
 def test_offsets_are_64_bit_where_32_do_not_reach():

@@ -105,6 +105,17 @@ def _channel(ptr, c, C, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _place(C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """The pixels and channels of an elementwise program's tile: one after another over the
+    channels. The grid has one dimension, for a second one ends at 65535."""
+    tile = tl.program_id(0)
+    over_channels = tl.cdiv(C, BLOCK_C)
+    m = (tile // over_channels).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = (tile % over_channels).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return m, c
+
+
+@triton.jit
 def bn_stats_kernel(
     x_ptr,  # (N, C, H, W)
     parts_ptr,  # (parts, 3, C): centre, mean - centre, sum of squares about the mean
@@ -219,8 +230,7 @@ def bn_apply_kernel(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    c = tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = tl.program_id(1).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m, c = _place(C, BLOCK_M, BLOCK_C, INDEX)
     inside = _inside(m, c, M, C, CHANNELS_LAST)
     at = _offsets(m, c, C, HW, CHANNELS_LAST)
     y = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
@@ -336,8 +346,7 @@ def bn_backward_kernel(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    c = tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m = tl.program_id(1).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m, c = _place(C, BLOCK_M, BLOCK_C, INDEX)
     inside = _inside(m, c, M, C, CHANNELS_LAST)
     at = _offsets(m, c, C, HW, CHANNELS_LAST)
     g = widened(tl.load(g_ptr + at, mask=inside, other=0), ACC)
@@ -371,9 +380,10 @@ class Shape(NamedTuple):
     def over_channels(self) -> int:
         return triton.cdiv(self.C, self.block_c)
 
-    def tiles(self) -> tuple[int, int]:
-        """The grid of an elementwise pass."""
-        return self.over_channels, triton.cdiv(self.M, self.block_m)
+    @property
+    def tiles(self) -> int:
+        """Programs of an elementwise pass."""
+        return self.over_channels * triton.cdiv(self.M, self.block_m)
 
 
 def shape_of(x: Tensor) -> Shape:
@@ -452,7 +462,7 @@ def bn_add_relu(
             **merging,
         )  # fmt: skip
         launch(
-            bn_apply_kernel, shape.tiles(), x, residual, y, folded, bias, M, C, HW, RELU=relu,
+            bn_apply_kernel, (shape.tiles,), x, residual, y, folded, bias, M, C, HW, RELU=relu,
             **tiling,
         )  # fmt: skip
     return y, mean, var
@@ -495,6 +505,6 @@ def bn_add_relu_backward(
         if need_dx:
             g, mask = (dresidual, None) if need_dresidual else (dy, mask)
             launch(
-                bn_backward_kernel, shape.tiles(), g, x, mask, dx, mean, folded, M, C, HW, **tiling
+                bn_backward_kernel, (shape.tiles,), g, x, mask, dx, mean, folded, M, C, HW, **tiling
             )
     return dx, dweight, dbias, dresidual
