@@ -158,37 +158,39 @@ def parity_table(content: dict[str, Any]) -> str:
 
 
 def resources_table(content: dict[str, Any]) -> str:
-    """One row per Triton kernel, dtype and architecture: the largest, or least, of its variants."""
+    """One row per Triton kernel and architecture: least and most over its tiles and dtypes."""
     header = [
-        "kernel, dtype", "sm", "compiled", "registers", "spilled bytes", "shared KiB, of",
-        "tensor core instructions", "16-byte loads, stores",
+        "kernel", "sm", "compiled", "registers", "spilled bytes", "shared KiB, of",
+        "tensor core instructions, 16-bit", "16-byte loads", "16-byte stores",
     ]  # fmt: skip
-    groups: dict[tuple[str, str, int], list[dict[str, int]]] = {}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in content["kernels"]:
-        key = (row["kernel"].removesuffix("_kernel"), row["dtype"], row["arch"])
-        groups.setdefault(key, []).append(row["found"])
+        groups.setdefault((row["kernel"].removesuffix("_kernel"), row["arch"]), []).append(row)
     rows = []
-    for (kernel, dtype, arch), found in sorted(groups.items()):
-        most = {key: max(f[key] for f in found) for key in found[0]}
-        least = {key: min(f[key] for f in found) for key in found[0]}
-        room = content["shared_bytes"][str(arch)] // 1024
+    for (kernel, arch), variants in sorted(groups.items()):
+        found = [row["found"] for row in variants]
+        narrow = [row["found"] for row in variants if row["dtype"] != "float32"]
+        most = max(f["shared_bytes"] for f in found)
         cells = (
             str(arch),
             str(len(found)),
-            span(least["registers"], most["registers"]),
-            str(most["stack_bytes"]),
-            f"{-(-most['shared_bytes'] // 1024)}, {room}",
-            span(least["tensor"], most["tensor"]),
-            f"{span(least['loads16'], most['loads16'])}, "
-            f"{span(least['stores16'], most['stores16'])}",
+            span(found, "registers"),
+            span(found, "stack_bytes"),
+            f"{-(-most // 1024)}, {content['shared_bytes'][str(arch)] // 1024}",
+            span(narrow, "tensor"),
+            span(found, "loads16"),
+            span(found, "stores16"),
         )
-        rows.append([f"{kernel}, {dtype}", *cells])
+        rows.append([kernel, *cells])
     text = f"Triton {content['triton']}, {commit(content)}. From `{content['path'].name}`."
     return f"{markdown(header, rows)}\n\n{text}\n"
 
 
-def span(least: int, most: int) -> str:
-    return str(most) if least == most else f"{least} to {most}"
+def span(found: Sequence[dict[str, int]], key: str) -> str:
+    values = [f[key] for f in found]
+    if not values:
+        return "-"
+    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
 
 
 def commit(content: dict[str, Any]) -> str:

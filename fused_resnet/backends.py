@@ -112,21 +112,30 @@ def use_backend(name: str) -> Iterator[None]:
 
 def choose(op: str, device_type: str) -> str:
     """The name of the backend that serves `op` on `device_type` now."""
+    return _forced_for(op, device_type) or _preferred_and_said(op, device_type)
+
+
+def _forced_for(op: str, device_type: str) -> str | None:
     name = forced()
-    if name is not None and missing(op, name, device_type) is None:
-        return name
-    return _first_available(op, device_type)
+    return name if name is not None and missing(op, name, device_type) is None else None
 
 
 @functools.cache
-def _first_available(op: str, device_type: str) -> str:
+def _preferred(op: str, device_type: str) -> str:
+    """The first in the table that is there."""
     order = _PREFERENCE.get(device_type, {}).get(op, ("reference",))
-    name = next(name for name in order if missing(op, name, device_type) is None)
-    if name != order[0]:
-        reason = missing(op, order[0], device_type)
+    return next(name for name in order if missing(op, name, device_type) is None)
+
+
+@functools.cache
+def _preferred_and_said(op: str, device_type: str) -> str:
+    """The same; a line says so where it is not the first choice."""
+    first = _PREFERENCE.get(device_type, {}).get(op, ("reference",))[0]
+    reason = missing(op, first, device_type)
+    if reason is not None:
         # One message whatever serves instead, so that one cause is said once.
         _say_once(f"fused_resnet: {reason}; PyTorch's or other kernels serve until then")
-    return name
+    return _preferred(op, device_type)
 
 
 @functools.cache
@@ -136,11 +145,12 @@ def _say_once(message: str) -> None:
 
 def table(device_type: str) -> list[dict[str, str | None]]:
     """One row per op and backend: who serves it on `device_type`, and why another does not."""
+    serving = {op: _forced_for(op, device_type) or _preferred(op, device_type) for op in OPS}
     return [
         {
             "op": op,
             "backend": backend,
-            "serves": "yes" if backend == choose(op, device_type) else "no",
+            "serves": "yes" if backend == serving[op] else "no",
             "missing": missing(op, backend, device_type),
         }
         for op in OPS

@@ -68,6 +68,7 @@ def test_the_environment_forces_a_backend():
     assert run.stdout.split() == ["reference", "2.0"], run.stderr
 
 
+@pytest.mark.filterwarnings("error")  # a table says what is missing in its cells
 def test_every_op_has_one_server_on_every_device():
     for device in ("cpu", "cuda", "mps"):
         rows = backends.table(device)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import backends, reference
+from fused_resnet import backends, machine, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -336,6 +336,48 @@ def test_offsets_are_64_bit_where_32_do_not_reach():
     assert support.index_type(small, large) == tl.int64
     # A masked tile may reach past the end: the last offset counts, not the last element.
     assert support.index_type(torch.empty(2**31 - 2**19, device="meta")) == tl.int64
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
+    """`fused-resnet tune` with a GPU's name and a clock that likes large tiles, and its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(backends, "missing", lambda *which: None)
+    monkeypatch.setattr(machine, "check_device", lambda name: None)
+    monkeypatch.setattr(tuning, "_winners", {})
+    monkeypatch.setattr(tuning, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
+    monkeypatch.setattr(
+        tuning, "measure_on", lambda *problem: lambda p, c: 1 / (c.block_m * c.block_n * c.splits)
+    )
+    return tmp_path / "fused_resnet"
+
+
+def test_the_tune_command(as_if_on_a_gpu):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from fused_resnet.commands import app
+
+    def tune(*words: str):
+        return CliRunner().invoke(app, ["tune", "--model", "resnet18", *words])
+
+    run = tune("--batch", "1,32", "--dtype", "bfloat16")
+    assert run.exit_code == 0, run.output
+    assert "100%" in run.output and "resnet18, batch 32, bfloat16" in run.output
+    kept = tuning.read(as_if_on_a_gpu / "a_gpu.json")
+    layers = {tuning.problem_of(x, torch.bfloat16) for x in tuning.layers_of("resnet18", 32)}
+    assert layers < kept.keys() and len(layers) == 11
+    assert {c.block_m * c.block_n for c in kept.values() if c.splits == 1} == {128 * 256}
+
+    as_if_on_a_gpu.joinpath("a_gpu.json").unlink()
+    as_if_on_a_gpu.rmdir()
+    as_if_on_a_gpu.write_text("in the way")
+    run = tune("--batch", "1")
+    assert run.exit_code == 0 and "kept for this process only" in run.output, run.output
+
+    run = tune("--batch", "none")
+    assert run.exit_code == 2 and "--batch" in run.output
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")

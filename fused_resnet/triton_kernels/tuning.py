@@ -52,7 +52,7 @@ def read(path: Path) -> dict[Problem, Config]:
     try:
         rows = json.loads(path.read_text())["winners"]
         return {Problem(**row["problem"]): Config(**row["config"]) for row in rows}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except Exception as error:  # unreadable, cut short, of another version: measured again some day
         warnings.warn(
