@@ -123,6 +123,25 @@ def test_gradients_of_integers_are_exact(case):
     assert torch.equal(dweight, want_dweight)
 
 
+def test_the_backward_op():
+    """Its schema and fake; what it leaves to PyTorch (stride with dilation), and an empty batch."""
+    op = torch.ops.fused_resnet.convolution_backward_triton
+    x, weight = torch.randn(2, 6, 9, 8, device=DEVICE), torch.randn(4, 3, 3, 3, device=DEVICE)
+    for stride, dilation in (([1, 1], [1, 1]), ([2, 1], [1, 2])):
+        geometry = (stride, [1, 1], dilation)
+        g = torch.nn.functional.conv2d(x, weight, None, *geometry, 2)
+        for mask in ([True, True, False], [True, False, False], [False, True, False]):
+            utils = ("test_schema", "test_faketensor")
+            torch.library.opcheck(op, (g, x, weight, *geometry, 2, mask), test_utils=utils)
+        want = torch.ops.aten.convolution_backward(
+            g, x, weight, None, *geometry, False, [0, 0], 2, [True, True, False]
+        )
+        mine = op(g, x, weight, *geometry, 2, [True, True, False])
+        torch.testing.assert_close(mine, want[:2], rtol=1e-4, atol=1e-4)
+        dx, dweight = op(g[:0], x[:0], weight, *geometry, 2, [True, True, False])
+        assert dx.shape == (0, 6, 9, 8) and dweight.count_nonzero() == 0
+
+
 def test_nan_stays_in_its_group():
     """A tile of several groups multiplies by zeros between them, which NaN and Inf would pass."""
     x = torch.ones(1, 32, 5, 5, device=DEVICE)
