@@ -160,7 +160,7 @@ def parity_table(content: dict[str, Any]) -> str:
 def resources_table(content: dict[str, Any]) -> str:
     """One row per Triton kernel and architecture: least and most over its tiles and dtypes."""
     header = [
-        "kernel", "sm", "compiled", "registers", "spilled bytes", "shared KiB, of",
+        "kernel", "sm", "compiled", "registers", "spill instructions", "shared KiB, of",
         "tensor core instructions, 16-bit", "16-byte loads", "16-byte stores",
     ]  # fmt: skip
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -175,7 +175,7 @@ def resources_table(content: dict[str, Any]) -> str:
             str(arch),
             str(len(found)),
             span(found, "registers"),
-            span(found, "stack_bytes"),
+            span(found, "spills"),
             f"{-(-most // 1024)}, {content['shared_bytes'][str(arch)] // 1024}",
             span(narrow, "tensor"),
             span(found, "loads16"),

@@ -7,7 +7,7 @@
 For each kernel, tile configuration, dtype and architecture: registers per thread, spilled bytes,
 shared memory and the instructions that matter (tensor cores, 16-byte global accesses). Exit status
 1 where a kernel spills, does not fit into shared memory, or a 16-bit convolution shows no tensor
-core instructions.
+core instructions or reads its operands element by element.
 """
 
 from __future__ import annotations
@@ -129,26 +129,33 @@ def batch_norm_jobs(dtype: str, arch: int) -> Iterator[Job]:
     yield Job("bn_reduce_merge_kernel", "", dtype, arch, {**dict.fromkeys(vectors, f), **merge}, 4)
 
 
-# variant -> R and S, whether it is a plain matrix product, outputs of a group
-SHAPES = {"1x1": (1, True, 256), "3x3": (3, False, 256), "groups of 4": (3, False, 4)}
+# variant -> R, S, whether it is a plain matrix product, outputs of a group, what divides C and the
+# strides of x
+SHAPES = {
+    "1x1": (1, 1, True, 256, 16),
+    "3x3": (3, 3, False, 256, 16),
+    "groups of 4": (3, 3, False, 4, 4),
+    "stem": (7, 1, False, 64, 4),
+}
 
 
 def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
     p, f = POINTERS[dtype], "*fp32"
-    sizes = ("M", "K", "H", "W", "P", "Q", "C", "x_n", "x_h", "x_w", "y_n", "y_p", "y_q",
-             "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
-             "tiles_m", "tiles_n", "tiles_per_group")  # fmt: skip
+    sizes = ("M", "K", "H", "W", "P", "Q", "units_of_c", "units_of_x_n", "units_of_x_h",
+             "units_of_x_w", "y_n", "y_p", "y_q", "stride_h", "stride_w", "pad_h", "pad_w",
+             "dilation_h", "dilation_w", "tiles_m", "tiles_n", "tiles_per_group")  # fmt: skip
     operands = ("tf32", "float32") if dtype == "float32" else (dtype,)
     listed = [(o, c) for o in operands for c in configs.configs(o, (arch // 10, arch % 10))]
     for kind, config in listed:
-        for name, (taps, pointwise, outputs) in SHAPES.items():
-            problem = configs.Problem(0, outputs, 4, taps, taps, 1, 1, kind)
+        for name, (R, S, pointwise, outputs, unit) in SHAPES.items():
             groups = 1
-            if outputs < 256:
+            if name == "groups of 4":
                 if config.block_n != 32:
                     continue  # narrow groups take the narrow tiles
-                problem = problem._replace(K=32 * outputs, groups=32)
+                problem = configs.Problem(0, 32 * outputs, 4, R, S, 32, 1, kind)
                 groups = configs.groups_per_tile(problem, config.block_n, config.block_k)
+            if name == "stem" and config.block_k != 32:
+                continue
             for splits in (1, 4):
                 if splits > 1 and (groups > 1 or config.block_m > configs.TALLEST_SPLIT):
                     continue
@@ -156,7 +163,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
                     "x_ptr": p, "weight_ptr": p, "scale_ptr": f, "shift_ptr": f,
                     "residual_ptr": p, "y_ptr": p, "sums_ptr": f if splits > 1 else None,
                     **dict.fromkeys(sizes, "i32"),
-                    "R": taps, "S": taps, "POINTWISE": pointwise, "GROUPS": groups,
+                    "R": R, "S": S, "UNIT": unit, "POINTWISE": pointwise, "GROUPS": groups,
                     "OUTPUTS": outputs, "RELU": True, "SPLITS": splits,
                     "GROUP_M": config.group_m, "BLOCK_M": config.block_m,
                     "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
@@ -259,7 +266,8 @@ def compiled(job: Job) -> Job:
         "tensor": TENSOR_CORES[job.arch],
         "loads16": r"LDG\S*\.128|LDGSTS\S*\.128|UTMALDG\S*",
         "stores16": r"STG\S*\.128|UTMASTG\S*",
-        "spills": r"STL\S*",
+        "spills": r"(?:STL|LDL)\S*",
+        "narrow": r"LDG\S*\.[US]\d+\b",
     }
     counts = {
         key: sum(n for name, n in opcodes.items() if re.match(f"(?:{pattern})", name))
@@ -280,12 +288,14 @@ def faults(job: Job) -> list[str]:
     if "error" in found:
         return [found["error"]]
     said = []
-    if found["stack_bytes"] or found["spills"]:
-        said.append(f"spills {found['stack_bytes']} bytes")
+    if found["spills"]:  # a stack frame alone, which ptxas at times leaves unused, costs nothing
+        said.append(f"spills {found['stack_bytes']} bytes in {found['spills']} instructions")
     if found["shared_bytes"] > SHARED_BYTES[job.arch]:
         said.append(f"needs {found['shared_bytes']} bytes of shared memory")
     if job.tensor_cores and not found["tensor"]:
         said.append("shows no tensor core instructions")
+    if job.tensor_cores and found["narrow"]:
+        said.append(f"loads element by element ({found['narrow']} instructions)")
     return said
 
 
@@ -303,7 +313,7 @@ def main() -> int:
         "dtype",
         "sm",
         "regs",
-        "stack",
+        "spill",
         "shared",
         "tensor",
         "ld16",
@@ -315,7 +325,7 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs) as pool:
         for job in pool.map(compiled, jobs(args.arch, args.dtype, args.kernel)):
             f, wrong = job.found, faults(job)
-            keys = ("registers", "stack_bytes", "shared_bytes", "tensor", "loads16", "stores16")
+            keys = ("registers", "spills", "shared_bytes", "tensor", "loads16", "stores16")
             cells = [str(f.get(key, "-")) for key in keys]
             print(
                 line.format(job.kernel, job.variant, job.dtype, str(job.arch), *cells)

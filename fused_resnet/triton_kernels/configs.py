@@ -60,7 +60,8 @@ _MMA_SYNC = (  # sm_80 to sm_89 and sm_120: sums and operands in registers, 164 
     Config(64, 128, 64, 4, 4),  # 72: few pixels, many outputs: layer4 at small batch
     Config(64, 64, 64, 4, 4),  # 48: small grids
     Config(32, 64, 64, 4, 4),  # 36: 7x7 pixels of one image
-    Config(128, 32, 32, 4, 4),  # 30: narrow groups, the stem's runs of 28
+    Config(128, 64, 32, 4, 4),  # 36: the stem's runs of 28
+    Config(128, 32, 32, 8, 4, resident=1),  # 30: narrow groups
     Config(64, 32, 32, 4, 4),  # 18: the same on small grids
 )
 _WARPGROUP = (  # sm_90 (wgmma) and sm_100 (tcgen05): rows in 64s at least, 228 KiB
@@ -69,7 +70,8 @@ _WARPGROUP = (  # sm_90 (wgmma) and sm_100 (tcgen05): rows in 64s at least, 228 
     Config(128, 64, 64, 4, 4),  # 96: layer1 and the narrow 1x1, K = 64
     Config(64, 128, 64, 4, 4),  # 96: few pixels, many outputs: layer4 at small batch
     Config(64, 64, 64, 4, 4, resident=3),  # 64: small grids
-    Config(128, 32, 32, 4, 4),  # 40: narrow groups, the stem's runs of 28
+    Config(128, 64, 32, 4, 4),  # 48: the stem's runs of 28
+    Config(128, 32, 32, 8, 4, resident=1),  # 40: narrow groups
     Config(64, 32, 32, 4, 4),  # 24: the same on small grids
 )
 # float32 operands on the tensor cores: half the elements in the same bytes.
@@ -90,7 +92,7 @@ _WARPGROUP_TF32 = (
 # in registers, so steps are short.
 _FLOAT32 = (
     Config(64, 64, 16, 8, 3),
-    Config(64, 32, 16, 4, 3),  # narrow groups, small grids
+    Config(64, 32, 16, 8, 3, resident=1),  # narrow groups, small grids
 )
 SMALL_SHARED_BYTES = 99 * 1024  # what a program may have on sm_86, sm_89 and sm_120
 
