@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,9 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
                     "x_ptr": p, "weight_ptr": p, "scale_ptr": f, "shift_ptr": f,
                     "residual_ptr": p, "y_ptr": p, "sums_ptr": f if splits > 1 else None,
                     **dict.fromkeys(sizes, "i32"),
+                    # A size of one is a constant to Triton.
+                    **({} if name == "stem" else dict.fromkeys(("stride_h", "stride_w"), 1)),
+                    "dilation_h": 1, "dilation_w": 1,
                     "R": R, "S": S, "UNIT": unit, "POINTWISE": pointwise, "GROUPS": groups,
                     "OUTPUTS": outputs, "RELU": True, "SPLITS": splits,
                     "GROUP_M": config.group_m, "BLOCK_M": config.block_m,
@@ -198,15 +201,22 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
         )  # fmt: skip
 
 
+def sizes_of_one(job: Job) -> Job:
+    """The same kernel where every size is one."""
+    args = {k: 1 if v in ("i32", "i64") else v for k, v in job.args.items()}
+    return replace(job, variant="sizes of one", args=args, tensor_cores=False, found={})
+
+
 def jobs(archs: list[int], dtypes: list[str], only: str) -> list[Job]:
-    found = [
-        job
-        for arch in archs
-        for dtype in dtypes
-        for make in (elementwise_jobs, batch_norm_jobs, convolution_jobs)
-        for job in make(dtype, arch)
-    ]
-    return [job for job in found if only in job.kernel]
+    found = []
+    for arch in archs:
+        for dtype in dtypes:
+            makers = (elementwise_jobs, batch_norm_jobs, convolution_jobs)
+            made = [job for make in makers for job in make(dtype, arch) if only in job.kernel]
+            first = {job.kernel: job for job in reversed(made)}
+            found += made
+            found += [sizes_of_one(job) for job in first.values() if dtype != "float16"]
+    return found
 
 
 # Divisible by 16 for every convolution of a ResNet but the stem; strides of the taps are not.

@@ -423,6 +423,7 @@ def test_compiled_for_hopper_it_uses_the_tensor_cores_and_spills_nothing(tmp_pat
     (file,) = tmp_path.glob("triton_resources-*.json")
     table = json.loads(file.read_text())["kernels"]
     products = [row for row in table if row["kernel"] == "conv_bn_relu_kernel"]
+    products = [row for row in products if row["variant"] != "sizes of one"]
     assert all(row["found"]["tensor"] > 0 for row in products)
     tiles = {row["variant"].split(",")[0] for row in products}
     assert len(tiles) == len(configs.configs("bfloat16", (9, 0)))
