@@ -2,8 +2,9 @@
 
     python benchmarks/bench_gpu_ops.py --out DIR [--batch 256] [--dtype bfloat16] [--backend triton]
 
-add_relu, bn_add_relu (forward, and with backward) and conv_bn_relu for every distinct layer. The
-peer is cuDNN's convolution, eager batch norm, addition and ReLU, channels_last. The limit is what
+add_relu, bn_add_relu (forward, and with backward), conv_bn_relu and the convolution's gradients for
+every distinct layer. The peer is cuDNN's convolution, eager batch norm, addition and ReLU,
+channels_last. The limit is what
 this machine reaches in the same run: a large copy for bytes, a large matrix product for operations;
 `share of the limit` is max(operations / product rate, bytes / copy rate) over the time taken.
 Contenders take turns; times are of CUDA events, caches flushed before each; medians.
@@ -126,6 +127,27 @@ def conv_case(layer: Layer, like: Tensor) -> Case:
     )
 
 
+def conv_backward_case(layer: Layer, like: Tensor) -> Case:
+    """Both gradients of the convolution: this package's Triton kernels, and the vendor's."""
+    K, C, R, S = layer.weight_shape
+    x, g = randn(layer.x_shape, like), randn(layer.y_shape, like)
+    weight = randn(layer.weight_shape, like)
+    geometry, mask = (*map(list, layer.geometry), layer.groups), [True, True, False]
+    ops = torch.ops
+
+    def stock() -> None:
+        *sizes, groups = geometry
+        ops.aten.convolution_backward(g, x, weight, None, *sizes, False, [0, 0], groups, mask)
+
+    return Case(
+        f"conv_backward {layer.x_shape} -> {K}, {R}x{S}/{layer.geometry.stride[0]}",
+        lambda: ops.fused_resnet.convolution_backward_triton(g, x, weight, *geometry, mask),
+        stock,
+        2 * (x.numel() + weight.numel() + g.numel()) * x.element_size(),
+        4 * g.numel() * C * R * S,
+    )
+
+
 def cases(model: str, batch: int, size: int, like: Tensor) -> Iterator[Case]:
     layers = list(dict.fromkeys(layers_of(model, batch, size)))
     shapes = list(dict.fromkeys(layer.y_shape for layer in layers if layer.weight_shape[2] == 1))
@@ -137,6 +159,8 @@ def cases(model: str, batch: int, size: int, like: Tensor) -> Iterator[Case]:
         yield bn_case(shape, like, backward=True)
     for layer in layers:
         yield conv_case(layer, like)
+    for layer in layers:
+        yield conv_backward_case(layer, like)
 
 
 def limits(clock: Clock, like: Tensor) -> tuple[float, float]:
@@ -202,7 +226,7 @@ def main() -> None:
             print(
                 f"{entry['name']}: {entry['stats']['median'] * 1e3:.4f} ms, {figures}", flush=True
             )
-    for op in ("add_relu", "bn_add_relu", "conv_bn_relu"):
+    for op in ("add_relu", "bn_add_relu", "conv_bn_relu", "conv_backward"):
         shares = [
             r["extra_info"]["share of the limit"] for r in results if r["name"].startswith(op)
         ]

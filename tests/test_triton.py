@@ -408,7 +408,8 @@ def test_the_benchmark_for_a_gpu_runs(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     (file,) = tmp_path.glob(f"gpu_ops_triton-{DEVICE}-*.json")
     found = json.loads(file.read_text())["benchmarks"]
-    assert {row["name"].split()[0] for row in found} == {"bn_add_relu", "conv_bn_relu"}
+    ops = {"bn_add_relu", "conv_bn_relu", "conv_backward"}
+    assert {row["name"].split()[0] for row in found} == ops
     assert all(row["extra_info"]["share of the limit"] > 0 for row in found)
 
 

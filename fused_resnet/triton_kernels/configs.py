@@ -74,24 +74,24 @@ _WARPGROUP = (  # sm_90 (wgmma) and sm_100 (tcgen05): rows in 64s at least, 228 
     Config(128, 32, 32, 8, 4, resident=1),  # 40: narrow groups
     Config(64, 32, 32, 4, 4),  # 24: the same on small grids
 )
-# float32 operands on the tensor cores: half the elements in the same bytes.
+# float32 operands on the tensor cores: for the same reasons, half the elements in the same bytes.
 _MMA_SYNC_TF32 = (
-    Config(128, 128, 32, 8, 3, resident=1),
-    Config(128, 64, 32, 4, 3),
-    Config(64, 64, 32, 4, 3),
-    Config(32, 64, 32, 4, 3),
+    Config(128, 128, 32, 8, 3, resident=1),  # the usual one
+    Config(128, 64, 32, 4, 3),  # K = 64, the stem
+    Config(64, 64, 32, 4, 3),  # small grids
+    Config(32, 64, 32, 4, 3),  # 7x7 pixels of one image
     Config(64, 32, 32, 4, 3),  # narrow groups
 )
 _WARPGROUP_TF32 = (
-    Config(128, 128, 32, 8, 3),
-    Config(128, 64, 32, 4, 3),
-    Config(64, 64, 32, 4, 3),
+    Config(128, 128, 32, 8, 3),  # the usual one
+    Config(128, 64, 32, 4, 3),  # K = 64, the stem
+    Config(64, 64, 32, 4, 3),  # small grids
     Config(64, 32, 32, 4, 3),  # narrow groups
 )
 # float32 as it is, multiplied outside the tensor cores: a thread holds its operands of a whole step
 # in registers, so steps are short.
 _FLOAT32 = (
-    Config(64, 64, 16, 8, 3),
+    Config(64, 64, 16, 8, 3),  # larger ones spill
     Config(64, 32, 16, 8, 3, resident=1),  # narrow groups, small grids
 )
 SMALL_SHARED_BYTES = 99 * 1024  # what a program may have on sm_86, sm_89 and sm_120
