@@ -128,7 +128,8 @@ def test_values_and_gradients(device, backend, poison, shape, dtype):
         x, weight, bias, residual = operands(SHAPES[shape], dtype, device, layout)
         mine = compare(x, weight, bias, residual)
         assert mine[0].stride() == x.stride()
-        compare(x, weight, bias, None, relu=False)
+        if not interpreted(backend, device):  # test_what_may_be_left_out has it
+            compare(x, weight, bias, None, relu=False)
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])

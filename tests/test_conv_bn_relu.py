@@ -99,6 +99,8 @@ def exact(x, weight, scale, shift, residual, relu, *geometry) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_values(device, backend, poison, case, dtype):
+    if interpreted(backend, device) and "many tiles" in case and dtype != torch.float32:
+        pytest.skip("slow in Triton's interpreter; float32 is tested, and fewer tiles are")
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
     for layout in DENSE:
         x, added = LAYOUTS[layout](x), LAYOUTS[layout](residual)
@@ -155,7 +157,8 @@ def test_special_values_go_where_stock_sends_them(device, backend, dtype, case, 
     for target, at in ((x, (0, -1, 2, 3)), (residual, (0, 3, 1, 1))):
         kept = target[at].item()
         target[at] = value
-        for rest in ((residual, True), (residual, False), (None, True)):
+        variants = ((residual, True), (residual, False), (None, True))
+        for rest in variants[:1] if interpreted(backend, device) else variants:
             arguments = (x, weight, scale, shift, *rest, *geometry)
             got = fr.conv_bn_relu(*arguments)
             wide = [t if t is None else t.float() for t in (*arguments[:4], rest[0])]
