@@ -236,7 +236,7 @@ def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monk
     )
 
 
-# FAULTS: what goes wrong around Triton. Each in a process of its own, compiling for a GPU that is
+# What goes wrong around Triton. Each in a process of its own, compiling for a GPU that is
 # not here, since the interpreter compiles nothing.
 COMPILE = """
 import triton
