@@ -227,7 +227,11 @@ def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monk
             raise RuntimeError("out of resources")
         return 1.0 if config == best else 2.0
 
-    found, problem_with_file = tuning.tune([problem], device, measure)
+    seen = []
+    found, problem_with_file = tuning.tune(
+        [problem], device, measure, lambda p, c, t: seen.append(c)
+    )
+    assert broken in seen, "a progress bar would not reach its end"
     assert found == {problem: best} and problem_with_file is None
     assert tuning.config_for(problem, device) == best
     assert tuning.read(tmp_path / "fused_resnet" / "here.json") == found
@@ -385,6 +389,8 @@ def test_the_tune_command(as_if_on_a_gpu):
     assert run.exit_code == 0, run.output
     assert "100%" in run.output and "resnet18, batch 32, bfloat16" in run.output
     kept = tuning.read(as_if_on_a_gpu / "a_gpu.json")
+    for name in ("cuda", "cuda:0"):  # what a tensor's device says, and what the command was given
+        assert tuning.winners(torch.device(name)) == kept
     layers = {tuning.problem_of(x, torch.bfloat16) for x in tuning.layers_of("resnet18", 32)}
     assert layers < kept.keys() and len(layers) == 11
     assert {c.block_m * c.block_n for c in kept.values() if c.splits == 1} == {128 * 256}

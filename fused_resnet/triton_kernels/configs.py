@@ -151,8 +151,7 @@ def steps(config: Config, problem: Problem) -> int:
 def work(config: Config, problem: Problem, processors: int) -> float:
     """An estimate of time to compare configurations by, in products per multiprocessor: waves of
     tiles, each step's products or, where a step loads more than it multiplies, its loads."""
-    shared_by = max(config.splits, 1)
-    waves = math.ceil(tiles(config, problem) * shared_by / processors)
+    waves = math.ceil(tiles(config, problem) * config.splits / processors)
     per_step = (
         max(
             config.block_m * config.block_n,
@@ -163,7 +162,7 @@ def work(config: Config, problem: Problem, processors: int) -> float:
         * config.block_k
     )
     # Filling the pipeline and finishing a tile take about as long as four steps.
-    return waves * (math.ceil(steps(config, problem) / shared_by) + 4) * per_step
+    return waves * (math.ceil(steps(config, problem) / config.splits) + 4) * per_step
 
 
 MOST_SPLITS = 8

@@ -77,19 +77,20 @@ def write(path: Path, winners: dict[Problem, Config]) -> str | None:
     return None
 
 
-_winners: dict[torch.device, dict[Problem, Config]] = {}
+_winners: dict[str, dict[Problem, Config]] = {}
 
 
 def winners(device: torch.device) -> dict[Problem, Config]:
-    """Every measured winner for this device, read once per process."""
-    if device not in _winners:
+    """Every measured winner for such devices, read once per process: "cuda" and "cuda:0" share
+    them, as do two GPUs of one make."""
+    name = file_name(device) if device.type == "cuda" else device.type
+    if name not in _winners:
         found: dict[Problem, Config] = {}
         if device.type == "cuda":
-            name = file_name(device)
             for folder in (SHIPPED, cache_folder()):
                 found |= read(folder / name)
-        _winners[device] = found
-    return _winners[device]
+        _winners[name] = found
+    return _winners[name]
 
 
 def config_for(problem: Problem, device: torch.device) -> Config:
@@ -187,7 +188,7 @@ def tune(
             try:
                 time_s = measure(problem, config)
             except Exception:  # too much shared memory, too many registers: not for this device
-                continue
+                time_s = float("inf")
             if time_s < best:
                 best, found[problem] = time_s, config
             if on_progress is not None:
