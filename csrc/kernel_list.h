@@ -16,4 +16,7 @@ struct CudaKernel {
 std::string cuda_toolkit_version();  // e.g. "13.0"
 std::vector<CudaKernel> cuda_kernels();
 
+// One for each CUDA file with kernels; gpu: whether there is one to ask.
+void list_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
+
 }  // namespace fused_resnet

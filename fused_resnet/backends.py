@@ -18,8 +18,9 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -40,6 +41,12 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
         "bn_add_relu": ("triton", "reference"),
         "conv_bn_relu": ("triton", "reference"),
     },
+}
+
+# Where a backend's kernels are, under the ops' names. Triton is imported where it is used.
+KERNELS: dict[str, Callable[[], Any]] = {
+    "native": lambda: torch.ops.fused_resnet_native,
+    "triton": lambda: importlib.import_module("fused_resnet.triton_kernels.launchers"),
 }
 
 _forced: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)

@@ -6,7 +6,6 @@ formulas are `reference`'s. All tensors are (N, C, H, W); the output's layout fo
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,11 +26,7 @@ def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _kernels(backend: str) -> Any:
     """Where a backend's kernels are, under the ops' names; None for the reference."""
-    if backend == "native":
-        return torch.ops.fused_resnet_native
-    if backend == "triton":
-        return importlib.import_module("fused_resnet.triton_kernels.launchers")
-    return None
+    return backends.KERNELS[backend]() if backend in backends.KERNELS else None
 
 
 def in_transform() -> bool:

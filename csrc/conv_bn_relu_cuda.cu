@@ -1,0 +1,111 @@
+// conv_bn_relu on CUDA devices: checks, and the kernel that the tile belongs to.
+#include <limits>
+
+#include "implicit_gemm.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr const char* kOp = "implicit_gemm";
+
+void check_matrix(const char* name, const Tensor& t, const Tensor& x,
+                  std::initializer_list<int64_t> shape) {
+  check(t.scalar_type() == x.scalar_type(), kOp, ": ", name, " must have x's dtype ",
+        name_of(x.scalar_type()), ", got ", name_of(t.scalar_type()));
+  check(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), kOp, ": ", name,
+        " must be on x's device");
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape.begin()[d];
+  check(same, kOp, ": ", name, " has a wrong shape ", shape_of(t));
+  check(aligned16(t.const_data_ptr()), kOp, ": ", name, " must be aligned to 16 bytes");
+}
+
+// x (N, C, H, W) channels_last, weight (K, R, S, C / groups) contiguous, scale, shift (K,) float32,
+// residual, y (N, K, P, Q) channels_last -> y is written. tile: a row of kGemmTiles.
+void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
+                   std::optional<Tensor> residual, Tensor y, bool relu, std::vector<int64_t> stride,
+                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                   int64_t tile, int64_t splits) {
+  const DtypeIndex dtype = dtype_index(kOp, "x", x);
+  check(dtype != kFloat64, kOp, ": x must be float32, bfloat16 or float16, got float64");
+  check(tile >= 0 && tile < kGemmTileCount, kOp, ": tile must be below ", kGemmTileCount, ", got ",
+        tile);
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kOp,
+        ": stride, padding and dilation must be pairs");
+  check(x.dim() == 4 && y.dim() == 4 && weight.dim() == 4, kOp,
+        ": x, weight and y must be 4-D, got ", shape_of(x), ", ", shape_of(weight), " and ",
+        shape_of(y));
+  const int64_t N = x.size(0), C = x.size(1), K = weight.size(0);
+  check(groups > 0 && C % groups == 0 && K % groups == 0, kOp, ": groups must divide C and K, got ",
+        groups, " for ", C, " and ", K);
+  const int64_t elements = 16 / static_cast<int64_t>(x.element_size());
+  check(C / groups % elements == 0 && K / groups % elements == 0, kOp,
+        ": channels and outputs of a group must be multiples of ", elements, ", got ", C / groups,
+        " and ", K / groups);
+  const auto in_int = [](int64_t v) { return static_cast<int>(v); };
+  const ConvProblem problem{N,
+                            in_int(x.size(2)),
+                            in_int(x.size(3)),
+                            in_int(C / groups),
+                            in_int(K / groups),
+                            in_int(weight.size(1)),
+                            in_int(weight.size(2)),
+                            in_int(y.size(2)),
+                            in_int(y.size(3)),
+                            in_int(stride[0]),
+                            in_int(stride[1]),
+                            in_int(padding[0]),
+                            in_int(padding[1]),
+                            in_int(dilation[0]),
+                            in_int(dilation[1]),
+                            in_int(groups)};
+  const auto pixels = [](int64_t size, int64_t pad, int64_t kernel, int64_t step, int64_t gap) {
+    return (size + 2 * pad - gap * (kernel - 1) - 1) / step + 1;
+  };
+  check(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 &&
+            problem.P == pixels(problem.H, padding[0], problem.R, stride[0], dilation[0]) &&
+            problem.Q == pixels(problem.W, padding[1], problem.S, stride[1], dilation[1]),
+        kOp, ": y has a wrong shape ", shape_of(y), " for x ", shape_of(x));
+  check_matrix("weight", weight, x, {K, problem.R, problem.S, problem.C});
+  check_matrix("y", y, x, {N, K, problem.P, problem.Q});
+  if (residual) check_matrix("residual", *residual, x, {N, K, problem.P, problem.Q});
+  check_channel_vector(kOp, "scale", scale, K, ScalarType::Float, x);
+  check_channel_vector(kOp, "shift", shift, K, ScalarType::Float, x);
+  check(problem.M() < std::numeric_limits<int>::max(), kOp, ": y has ", problem.M(),
+        " pixels, more than 2^31 - 1");
+  check(aligned16(x.const_data_ptr()), kOp, ": x must be aligned to 16 bytes");
+  const auto check_rows = [](const char* name, const Tensor& t) {
+    check(layout_of(kOp, t).channels_last, kOp, ": ", name, " must be channels_last, got strides ",
+          strides_of(t), " for shape ", shape_of(t));
+  };
+  check_rows("x", x);
+  check_rows("y", y);
+  if (residual) check_rows("residual", *residual);
+  if (y.numel() == 0) return;
+  const ConvOperands operands{dtype,
+                              x.const_data_ptr(),
+                              weight.const_data_ptr(),
+                              static_cast<const float*>(scale.const_data_ptr()),
+                              static_cast<const float*>(shift.const_data_ptr()),
+                              residual ? residual->const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(),
+                              relu};
+  const DeviceScope scope(x);
+  const GemmTile& chosen = kGemmTiles[tile];
+  if (chosen.architecture == 90) {
+    check(splits == 1, kOp, ": splits must be 1 for Hopper's kernel, got ", splits);
+    launch_implicit_gemm_sm90(scope, problem, operands, chosen);
+    return;
+  }
+  check(splits >= 1, kOp, ": splits must be positive, got ", splits);
+  std::optional<Tensor> partial;
+  if (splits > 1)
+    partial = torch::stable::new_empty(scale, {splits, problem.M(), K}, ScalarType::Float);
+  launch_implicit_gemm_sm80(scope, problem, operands, chosen, static_cast<int>(splits),
+                            partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+FUSED_RESNET_CUDA_OPS(m) { m.impl("implicit_gemm", TORCH_BOX(fused_resnet::implicit_gemm)); }

@@ -1,0 +1,51 @@
+// conv_bn_relu as a matrix product on GPUs: what the op hands to a kernel's launcher.
+//
+//   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
+//                  + shift[k] + residual[m, k]),   m = (n, p, q)
+//
+// pixel of m at (r, s): h = p * stride_h - pad_h + r * dilation_h, w likewise; zero outside x.
+// Group g reads channels [g * C, (g + 1) * C) of x and makes outputs [g * K, (g + 1) * K) of y.
+#pragma once
+
+#include "cuda_launch.h"
+#include "implicit_gemm_tiles.h"
+
+namespace fused_resnet {
+
+struct ConvProblem {
+  int64_t N;
+  int H, W, C;  // C: channels per group, a multiple of 16 bytes
+  int K;        // outputs per group, a multiple of 16 bytes
+  int R, S, P, Q;
+  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int groups;
+
+  int64_t M() const { return N * P * Q; }
+  // x, read as it lies, is the matrix (M, groups * C).
+  bool pointwise() const {
+    return R == 1 && S == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0;
+  }
+};
+
+// All dense, channels last, of one dtype, aligned to 16 bytes.
+struct ConvOperands {
+  DtypeIndex dtype;      // kFloat16, kBFloat16, or kFloat32 (multiplied as TF32)
+  const void* x;         // (N, H, W, groups * C)
+  const void* weight;    // (groups * K, R, S, C)
+  const float* scale;    // (groups * K,)
+  const float* shift;    // (groups * K,)
+  const void* residual;  // (N, P, Q, groups * K) or null
+  void* y;               // (N, P, Q, groups * K)
+  bool relu;
+};
+
+// splits > 1: so many blocks share a tile's steps; `partial` has room for splits * M * groups * K
+// float32 sums, which a second kernel adds in order.
+void launch_implicit_gemm_sm80(const DeviceScope& scope, const ConvProblem& problem,
+                               const ConvOperands& operands, const GemmTile& tile, int splits,
+                               float* partial);
+// 16-bit operands only.
+void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& problem,
+                               const ConvOperands& operands, const GemmTile& tile);
+
+}  // namespace fused_resnet

@@ -1,0 +1,617 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <set>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#if !defined(__x86_64__)
+#error "the emulator switches stacks by x86-64 instructions"
+#endif
+
+// Saves the registers that a call keeps (System V ABI), exchanges the stacks, restores them.
+// rdi: where to keep the old stack pointer, rsi: the new one.
+asm(R"(
+.text
+.globl fused_resnet_switch_stack
+.hidden fused_resnet_switch_stack
+.type fused_resnet_switch_stack, @function
+fused_resnet_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size fused_resnet_switch_stack, .-fused_resnet_switch_stack
+)");
+extern "C" void fused_resnet_switch_stack(void** old_sp, void* new_sp);
+
+namespace emulated {
+namespace {
+
+constexpr size_t kStackBytes = 128 * 1024;  // AddressSanitizer's frames are large
+constexpr unsigned kWarp = 32;
+
+struct Operation {
+  std::function<void()> run;
+  bool commit = false;  // not an operation: the end of a group
+};
+
+using OperationQueue = std::deque<Operation>;
+
+struct Block;
+
+struct Thread {
+  uint8_t* stack = nullptr;
+  void* sp = nullptr;
+  void* fake_stack = nullptr;
+  Index index;
+  Block* block = nullptr;
+  bool done = false;
+  const char* waits_for = "";
+  OperationQueue copies, stores;
+  std::array<std::vector<std::pair<uintptr_t, unsigned>>, static_cast<int>(Access::kinds)> accesses;
+};
+
+// Threads that have come to one place, until all have.
+struct Meeting {
+  const char* name = nullptr;
+  std::vector<void*> arguments;
+  std::vector<Thread*> waiting;
+  unsigned arrived = 0;
+};
+
+struct Block {
+  Index index;
+  uint8_t* memory = nullptr;  // the allocation
+  uint8_t* shared = nullptr;
+  size_t shared_bytes = 0;
+  std::vector<Thread*> threads;
+  unsigned alive = 0;
+  Meeting all;
+  std::map<unsigned, Meeting> barriers;
+  std::vector<Meeting> warps, warpgroups;
+  std::map<unsigned, OperationQueue> products;  // by warpgroup
+  std::vector<OperationQueue> alone;
+  std::map<uint64_t*, std::vector<Thread*>> mbarrier_waiters;
+};
+
+struct Machine {
+  Device device;
+  uint64_t random = 1;
+  bool recording = false;
+  Wavefronts wavefronts[static_cast<int>(Access::kinds)];
+  Index grid, block_size;
+  const std::function<void()>* body = nullptr;
+  std::vector<std::unique_ptr<Thread>> pool;
+  std::vector<Thread*> ready;
+  std::vector<Block*> running;
+  Meeting grid_meeting;
+  Thread* current = nullptr;
+  void* host_sp = nullptr;
+  void* host_fake_stack = nullptr;
+  const void* host_bottom = nullptr;
+  size_t host_size = 0;
+  std::exception_ptr error;
+
+  unsigned below(size_t n) {  // splitmix64
+    uint64_t z = (random += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return static_cast<unsigned>((z ^ (z >> 31)) % n);
+  }
+  ~Machine() {
+    for (auto& thread : pool) munmap(thread->stack, kStackBytes);
+  }
+};
+
+thread_local Machine machine;
+
+Thread& self() {
+  if (machine.current == nullptr) throw std::logic_error("emulator: not inside a kernel");
+  return *machine.current;
+}
+
+// --- switching -----------------------------------------------------------------------------------
+
+void arrived_on([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_host) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake_stack, from_host ? &machine.host_bottom : nullptr,
+                                  from_host ? &machine.host_size : nullptr);
+#endif
+}
+
+void to_host([[maybe_unused]] bool for_ever) {
+  Thread& thread = self();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &thread.fake_stack, machine.host_bottom,
+                                 machine.host_size);
+#endif
+  fused_resnet_switch_stack(&thread.sp, machine.host_sp);
+  arrived_on(thread.fake_stack, true);
+}
+
+void thread_main() {
+  arrived_on(nullptr, true);
+  try {
+    (*machine.body)();
+  } catch (...) {
+    machine.error = std::current_exception();
+  }
+  self().done = true;
+  to_host(true);
+  std::abort();
+}
+
+void to_thread(Thread& thread) {
+  machine.current = &thread;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&machine.host_fake_stack, thread.stack, kStackBytes);
+#endif
+  fused_resnet_switch_stack(&machine.host_sp, thread.sp);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(machine.host_fake_stack, nullptr, nullptr);
+#endif
+  machine.current = nullptr;
+}
+
+void wait(const char* what) {
+  self().waits_for = what;
+  to_host(false);
+}
+
+void wake(std::vector<Thread*>& waiting) {
+  machine.ready.insert(machine.ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
+}
+
+Thread* new_thread(size_t number) {
+  while (machine.pool.size() <= number) {
+    auto thread = std::make_unique<Thread>();
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) throw std::bad_alloc();
+    thread->stack = static_cast<uint8_t*>(stack);
+    machine.pool.push_back(std::move(thread));
+  }
+  Thread* thread = machine.pool[number].get();
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(thread->stack, kStackBytes);  // of frames that never returned
+#endif
+  // Six registers and the address to return to, such that the stack is aligned as after a call.
+  auto** top = reinterpret_cast<void**>(thread->stack + kStackBytes - 56);
+  top[0] = nullptr;
+  top[-1] = reinterpret_cast<void*>(&thread_main);
+  for (int i = 2; i <= 7; ++i) top[-i] = nullptr;
+  thread->sp = top - 7;
+  thread->fake_stack = nullptr;
+  thread->done = false;
+  thread->waits_for = "";
+  thread->copies.clear();
+  thread->stores.clear();
+  for (auto& list : thread->accesses) list.clear();
+  return thread;
+}
+
+// --- asynchronous operations ---------------------------------------------------------------------
+
+OperationQueue::iterator first_operation(OperationQueue& queue) {
+  return std::find_if(queue.begin(), queue.end(), [](const Operation& o) { return !o.commit; });
+}
+
+void run(OperationQueue& queue, OperationQueue::iterator which) {
+  const Operation operation = std::move(*which);
+  queue.erase(which);
+  if (!operation.commit) operation.run();
+}
+
+// Some operation in flight happens now. Returns false where there is none.
+bool run_some_operation() {
+  std::vector<OperationQueue*> found;
+  for (Block* block : machine.running) {
+    for (auto& [group, queue] : block->products) found.push_back(&queue);
+    for (auto& queue : block->alone) found.push_back(&queue);
+    for (Thread* thread : block->threads) {
+      if (!thread->copies.empty()) found.push_back(&thread->copies);
+      if (!thread->stores.empty()) found.push_back(&thread->stores);
+    }
+  }
+  std::erase_if(found, [](OperationQueue* q) { return first_operation(*q) == q->end(); });
+  if (found.empty()) return false;
+  OperationQueue& queue = *found[machine.below(found.size())];
+  run(queue, first_operation(queue));
+  for (Block* block : machine.running)
+    std::erase_if(block->alone, [](const OperationQueue& q) { return q.empty(); });
+  return true;
+}
+
+OperationQueue& queue_of(Queue queue) {
+  Thread& thread = self();
+  switch (queue) {
+    case Queue::copies:
+      return thread.copies;
+    case Queue::stores:
+      return thread.stores;
+    default:
+      return thread.block->products[thread.index.x / 128];
+  }
+}
+
+// --- bank conflicts ------------------------------------------------------------------------------
+
+void count_wavefronts(const Block& block) {
+  for (int kind = 0; kind < static_cast<int>(Access::kinds); ++kind)
+    for (size_t first = 0; first < block.threads.size(); first += kWarp) {
+      const size_t last = std::min(first + kWarp, block.threads.size());
+      size_t longest = 0;
+      for (size_t t = first; t < last; ++t)
+        longest = std::max(longest, block.threads[t]->accesses[kind].size());
+      for (size_t i = 0; i < longest; ++i) {
+        unsigned bytes = 4;
+        for (size_t t = first; t < last; ++t)
+          if (i < block.threads[t]->accesses[kind].size())
+            bytes = block.threads[t]->accesses[kind][i].second;
+        const size_t lanes = 128 / bytes;  // that the banks serve at once
+        for (size_t begin = first; begin < last; begin += lanes) {
+          std::map<unsigned, std::set<uintptr_t>> words;  // by bank
+          for (size_t t = begin; t < std::min(begin + lanes, last); ++t)
+            if (i < block.threads[t]->accesses[kind].size()) {
+              const uintptr_t at = block.threads[t]->accesses[kind][i].first;
+              for (unsigned b = 0; b < bytes; b += 4) words[(at + b) / 4 % 32].insert((at + b) / 4);
+            }
+          size_t needed = 0;
+          for (const auto& [bank, set] : words) needed = std::max(needed, set.size());
+          machine.wavefronts[kind].needed += static_cast<int64_t>(needed);
+          machine.wavefronts[kind].ideal += needed > 0;
+        }
+      }
+    }
+}
+
+// --- running -------------------------------------------------------------------------------------
+
+void open(Block& block, unsigned number, unsigned threads, size_t shared_bytes, size_t first) {
+  block.index = {number, 0, 0};
+  // Aligned as the hardware promises for dynamic shared memory, and no better.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, 128 + shared_bytes) != 0) throw std::bad_alloc();
+  block.memory = static_cast<uint8_t*>(memory);
+  block.shared = block.memory + 128;
+  block.shared_bytes = shared_bytes;
+  std::memset(block.shared, 0xff, shared_bytes);
+  block.alive = threads;
+  block.warps.resize((threads + 31) / 32);
+  block.warpgroups.resize((threads + 127) / 128);
+  for (unsigned t = 0; t < threads; ++t) {
+    Thread* thread = new_thread(first + t);
+    thread->index = {t, 0, 0};
+    thread->block = &block;
+    block.threads.push_back(thread);
+    machine.ready.push_back(thread);
+  }
+}
+
+[[noreturn]] void hang() {
+  std::map<std::string, int> reasons;
+  for (Block* block : machine.running)
+    for (Thread* thread : block->threads)
+      if (!thread->done) ++reasons[thread->waits_for];
+  std::string what = "the kernel hangs:";
+  for (const auto& [reason, count] : reasons)
+    what += " " + std::to_string(count) + " threads wait at " + reason + ";";
+  throw Fault(what);
+}
+
+void sync_if_all_here(Block& block) {
+  if (block.alive > 0 && block.all.arrived == block.alive) {
+    block.all.arrived = 0;
+    wake(block.all.waiting);
+  }
+}
+
+void run_running() {
+  const size_t one_in = 8;  // steps between operations in flight that happen by themselves
+  for (;;) {
+    if (machine.below(one_in) == 0) run_some_operation();
+    if (machine.ready.empty()) {
+      if (run_some_operation()) continue;
+      const bool all_done = std::all_of(machine.running.begin(), machine.running.end(),
+                                        [](Block* b) { return b->alive == 0; });
+      if (all_done) return;
+      hang();
+    }
+    const size_t pick = machine.below(machine.ready.size());
+    Thread* thread = machine.ready[pick];
+    machine.ready[pick] = machine.ready.back();
+    machine.ready.pop_back();
+    to_thread(*thread);
+    if (machine.error) std::rethrow_exception(machine.error);
+    if (thread->done) {
+      --thread->block->alive;
+      sync_if_all_here(*thread->block);
+    }
+  }
+}
+
+void run_blocks(const std::vector<unsigned>& numbers, unsigned threads, size_t shared_bytes) {
+  std::vector<Block> blocks(numbers.size());
+  size_t first = 0;
+  for (size_t i = 0; i < numbers.size(); ++i, first += threads) {
+    open(blocks[i], numbers[i], threads, shared_bytes, first);
+    machine.running.push_back(&blocks[i]);
+  }
+  const auto close = [&] {
+    for (Block& block : blocks) std::free(block.memory);
+    machine.running.clear();
+    machine.ready.clear();
+    machine.grid_meeting = {};
+    machine.current = nullptr;
+    machine.error = nullptr;
+  };
+  try {
+    run_running();
+  } catch (...) {
+    const auto error = std::current_exception();
+    close();
+    std::rethrow_exception(error);
+  }
+  for (const Block& block : blocks) count_wavefronts(block);
+  close();
+}
+
+void check_launch(unsigned blocks, unsigned threads, size_t shared_bytes) {
+  if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("launch: no such grid");
+  if (shared_bytes > static_cast<size_t>(machine.device.shared_bytes))
+    throw Fault("launch: " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (machine.current != nullptr) throw Fault("launch inside a kernel");
+}
+
+void start_grid(unsigned blocks, unsigned threads, const std::function<void()>& body) {
+  machine.grid = {blocks, 1, 1};
+  machine.block_size = {threads, 1, 1};
+  machine.body = &body;
+}
+
+}  // namespace
+
+void fault(const std::string& what) { throw Fault(what); }
+
+Device& device() { return machine.device; }
+void set_seed(uint64_t seed) { machine.random = seed; }
+void set_recording(bool on) { machine.recording = on; }
+
+void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
+              const std::function<void()>& body) {
+  check_launch(blocks, threads, shared_bytes);
+  start_grid(blocks, threads, body);
+  // Blocks come in any order.
+  const unsigned offset = machine.below(blocks);
+  for (unsigned b = 0; b < blocks; ++b) run_blocks({(b + offset) % blocks}, threads, shared_bytes);
+}
+
+void run_grid_together(unsigned blocks, unsigned threads, size_t shared_bytes,
+                       const std::function<void()>& body) {
+  check_launch(blocks, threads, shared_bytes);
+  start_grid(blocks, threads, body);
+  std::vector<unsigned> numbers(blocks);
+  for (unsigned b = 0; b < blocks; ++b) numbers[b] = b;
+  run_blocks(numbers, threads, shared_bytes);
+}
+
+const Index& thread_index() { return self().index; }
+const Index& block_index() { return self().block->index; }
+const Index& block_size() { return machine.block_size; }
+const Index& grid_size() { return machine.grid; }
+uint8_t* shared_memory() { return self().block->shared; }
+uint8_t* shared_at(unsigned offset) { return self().block->shared + offset; }
+
+unsigned shared_offset(const void* p) {
+  const Block& block = *self().block;
+  const auto* at = static_cast<const uint8_t*>(p);
+  if (at < block.shared || at >= block.shared + block.shared_bytes)
+    fault("an address outside shared memory");
+  return static_cast<unsigned>(at - block.shared);
+}
+
+void collective(const char* name, unsigned size, void* argument,
+                const std::function<void(void**)>& action) {
+  Thread& thread = self();
+  auto& meetings = size == kWarp ? thread.block->warps : thread.block->warpgroups;
+  Meeting& meeting = meetings[thread.index.x / size];
+  if (meeting.arrived == 0) {
+    meeting.name = name;
+    meeting.arguments.assign(size, nullptr);
+  }
+  if (std::strcmp(meeting.name, name) != 0)
+    fault(std::string("lanes of one group are at ") + meeting.name + " and at " + name);
+  meeting.arguments[thread.index.x % size] = argument;
+  if (++meeting.arrived < size) {
+    meeting.waiting.push_back(&thread);
+    wait(name);
+    return;
+  }
+  action(meeting.arguments.data());
+  meeting.arrived = 0;
+  wake(meeting.waiting);
+}
+
+void sync_threads() {
+  Thread& thread = self();
+  Meeting& meeting = thread.block->all;
+  ++meeting.arrived;
+  meeting.waiting.push_back(&thread);
+  sync_if_all_here(*thread.block);
+  wait("__syncthreads");
+}
+
+void barrier_arrive(unsigned id, unsigned threads) {
+  Meeting& meeting = self().block->barriers[id];
+  if (++meeting.arrived == threads) {
+    meeting.arrived = 0;
+    wake(meeting.waiting);
+  }
+}
+
+void barrier(unsigned id, unsigned threads) {
+  self().block->barriers[id].waiting.push_back(&self());
+  barrier_arrive(id, threads);
+  wait("a named barrier");
+}
+
+void grid_sync() {
+  Meeting& meeting = machine.grid_meeting;
+  meeting.waiting.push_back(&self());
+  if (++meeting.arrived == machine.running.size() * machine.block_size.x) {
+    if (machine.running.size() != machine.grid.x) fault("grid_sync: blocks are not all resident");
+    meeting.arrived = 0;
+    wake(meeting.waiting);
+  }
+  wait("grid_sync");
+}
+
+void start(Queue queue, std::function<void()> operation) {
+  queue_of(queue).push_back({std::move(operation), false});
+}
+
+void commit(Queue queue) { queue_of(queue).push_back({nullptr, true}); }
+
+void finish(Queue queue, unsigned groups_left) {
+  OperationQueue& operations = queue_of(queue);
+  auto groups = static_cast<unsigned>(std::count_if(operations.begin(), operations.end(),
+                                                    [](const Operation& o) { return o.commit; }));
+  while (groups > groups_left) {
+    groups -= operations.front().commit;
+    run(operations, operations.begin());
+  }
+}
+
+void start_alone(std::function<void()> operation) {
+  self().block->alone.push_back({Operation{std::move(operation), false}});
+}
+
+// --- mbarriers -----------------------------------------------------------------------------------
+
+namespace {
+struct Barrier {  // in the 8 bytes
+  uint16_t count, pending;
+  int32_t bytes_and_phase;  // 2 * bytes still awaited + phase
+};
+static_assert(sizeof(Barrier) == sizeof(uint64_t));
+
+Barrier load(uint64_t* bar) {
+  shared_offset(bar);
+  if (reinterpret_cast<uintptr_t>(bar) % 8) fault("mbarrier: not aligned to 8 bytes");
+  Barrier b;
+  std::memcpy(&b, bar, sizeof b);
+  return b;
+}
+
+void store(uint64_t* bar, Barrier b, Block& block) {
+  if (b.pending == 0 && b.bytes_and_phase >> 1 == 0) {
+    b.pending = b.count;
+    b.bytes_and_phase ^= 1;
+    wake(block.mbarrier_waiters[bar]);
+  }
+  std::memcpy(bar, &b, sizeof b);
+}
+}  // namespace
+
+void mbarrier_init(uint64_t* bar, unsigned count) {
+  const auto n = static_cast<uint16_t>(count);
+  load(bar);
+  const Barrier b{n, n, 0};
+  std::memcpy(bar, &b, sizeof b);
+}
+
+void mbarrier_arrive(uint64_t* bar) {
+  Barrier b = load(bar);
+  if (b.pending == 0) fault("mbarrier: more arrivals than it was made for");
+  --b.pending;
+  store(bar, b, *self().block);
+}
+
+void mbarrier_expect(uint64_t* bar, unsigned bytes) {
+  Barrier b = load(bar);
+  b.bytes_and_phase += 2 * static_cast<int32_t>(bytes);
+  std::memcpy(bar, &b, sizeof b);
+}
+
+void mbarrier_complete(uint64_t* bar, unsigned bytes) {
+  // By the copy engine, outside any thread: find the block by the address.
+  for (Block* block : machine.running) {
+    const auto* at = reinterpret_cast<const uint8_t*>(bar);
+    if (at < block->shared || at >= block->shared + block->shared_bytes) continue;
+    Barrier b;
+    std::memcpy(&b, bar, sizeof b);
+    b.bytes_and_phase -= 2 * static_cast<int32_t>(bytes);
+    store(bar, b, *block);
+  }
+}
+
+void mbarrier_wait(uint64_t* bar, unsigned parity) {
+  for (;;) {
+    const Barrier b = load(bar);
+    if (static_cast<unsigned>(b.bytes_and_phase & 1) != parity) return;
+    self().block->mbarrier_waiters[bar].push_back(&self());
+    wait("an mbarrier");
+  }
+}
+
+// --- bank conflicts ------------------------------------------------------------------------------
+
+void record(Access kind, const void* p, unsigned bytes) {
+  if (reinterpret_cast<uintptr_t>(p) % bytes) fault("shared memory: a misaligned access");
+  shared_offset(p);
+  if (!machine.recording) return;
+  self().accesses[static_cast<int>(kind)].push_back({reinterpret_cast<uintptr_t>(p), bytes});
+}
+
+Wavefronts& wavefronts(Access kind) { return machine.wavefronts[static_cast<int>(kind)]; }
+
+}  // namespace emulated
+
+extern "C" {
+__attribute__((visibility("default"))) void emulated_device(int multiprocessors, int architecture) {
+  emulated::device().multiprocessors = multiprocessors;
+  emulated::device().architecture = architecture;
+  emulated::device().shared_bytes = (architecture == 90   ? 227
+                                     : architecture == 80 ? 163
+                                                          : 99) *
+                                    1024;
+}
+__attribute__((visibility("default"))) void emulated_seed(uint64_t seed) {
+  emulated::set_seed(seed);
+}
+__attribute__((visibility("default"))) void emulated_record(int on) { emulated::set_recording(on); }
+// Wavefronts needed (and, with ideal, the least possible) since the last time this was asked.
+__attribute__((visibility("default"))) int64_t emulated_wavefronts(int kind, int ideal) {
+  emulated::Wavefronts& found = emulated::wavefronts(static_cast<emulated::Access>(kind));
+  int64_t& value = ideal ? found.ideal : found.needed;
+  const int64_t result = value;
+  value = 0;
+  return result;
+}
+}

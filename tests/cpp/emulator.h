@@ -1,0 +1,91 @@
+// Runs CUDA kernels on the host, block by block, thread by thread. Every thread of a block is a
+// stack of its own; one OS thread switches between them where they wait for one another. Which
+// thread goes on, and when an asynchronous copy or product happens, is drawn by a seeded generator:
+// a missing wait or barrier shows as a wrong number sooner or later, and always for the same seed.
+//
+// Shared memory is a heap allocation of exactly the size asked for, filled with NaN before each
+// block; global memory is the tensors' own. AddressSanitizer sees every access to either.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace emulated {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// What the kernel did wrong: a hang, lanes that part ways, a misaligned address.
+struct Fault : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+[[noreturn]] void fault(const std::string& what);
+
+// --- the machine ---------------------------------------------------------------------------------
+
+struct Device {
+  int multiprocessors = 3;
+  int architecture = 90;  // 10 * major + minor
+  int shared_bytes = 227 * 1024;
+};
+Device& device();
+void set_seed(uint64_t seed);
+void set_recording(bool on);  // of bank conflicts
+
+void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
+              const std::function<void()>& body);
+void run_grid_together(unsigned blocks, unsigned threads, size_t shared_bytes,
+                       const std::function<void()>& body);  // all blocks at once: grid_sync works
+
+const Index& thread_index();
+const Index& block_index();
+const Index& block_size();
+const Index& grid_size();
+uint8_t* shared_memory();
+unsigned shared_offset(const void* p);  // from the start of shared memory; a fault outside it
+uint8_t* shared_at(unsigned offset);
+
+// --- waiting for one another ---------------------------------------------------------------------
+
+// All threads of a group of `size` neighbours (32: a warp, 128: a warpgroup) come here with an
+// argument; the last one runs action(arguments), by place in the group; then all go on.
+void collective(const char* name, unsigned size, void* argument,
+                const std::function<void(void**)>& action);
+void sync_threads();                                 // those of the block that have not returned
+void barrier(unsigned id, unsigned threads);         // bar.sync
+void barrier_arrive(unsigned id, unsigned threads);  // bar.arrive: counted, not waiting
+void grid_sync();
+
+// --- asynchronous operations ---------------------------------------------------------------------
+
+// An operation that happens at some moment from now on; those of one queue happen in order.
+// Queues: a thread's own copies, a warpgroup's products, a thread's stores by the copy engine.
+enum class Queue { copies, products, stores };
+void start(Queue queue, std::function<void()> operation);
+void commit(Queue queue);                           // closes a group of those started
+void finish(Queue queue, unsigned groups_left);     // waits until only so many groups are open
+void start_alone(std::function<void()> operation);  // of the copy engine: in no order at all
+
+// mbarriers: 8 bytes of shared memory, as this emulator keeps them.
+void mbarrier_init(uint64_t* bar, unsigned count);
+void mbarrier_arrive(uint64_t* bar);
+void mbarrier_expect(uint64_t* bar, unsigned bytes);    // raises the bytes awaited; no arrival
+void mbarrier_complete(uint64_t* bar, unsigned bytes);  // by the copy engine
+void mbarrier_wait(uint64_t* bar, unsigned parity);
+
+// --- bank conflicts ------------------------------------------------------------------------------
+
+// A lane's access to shared memory. The i-th access of a kind by each lane of a warp is taken as
+// one warp access; `wavefronts` counts what the banks need for it, `ideal` what its bytes need.
+enum class Access { load, store, async_store, ldmatrix, stmatrix, kinds };
+void record(Access kind, const void* p, unsigned bytes);
+struct Wavefronts {
+  int64_t needed = 0, ideal = 0;
+};
+Wavefronts& wavefronts(Access kind);
+
+}  // namespace emulated

@@ -1,0 +1,163 @@
+"""The CUDA kernels on CPU tensors: csrc/*.cu compiled for the host against tests/cpp/emulator.h.
+
+`load()` builds the library where it is not built, loads it, and makes "emulated" a backend of the
+CPU's ops. With FUSED_RESNET_EMULATION=asan the library is built for AddressSanitizer, which the
+process must have been started with: `asan_environment()`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fused_resnet import backends, native
+
+ROOT = Path(__file__).parent.parent
+SANITIZER = os.environ.get("FUSED_RESNET_EMULATION", "")
+ACCESSES = ("load", "store", "async_store", "ldmatrix", "stmatrix")
+
+
+def asan_environment() -> dict[str, str]:
+    """Environment for a process whose emulated kernels AddressSanitizer watches."""
+    compiler = os.environ.get("CXX", "g++")
+    library = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return {
+        **os.environ,
+        "FUSED_RESNET_EMULATION": "asan",
+        "LD_PRELOAD": os.path.realpath(library),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+
+
+def _build() -> Path:
+    """The library, compiled where its sources have changed; one process builds, others wait."""
+    torch_include = Path(torch.__file__).parent / "include"
+    flags = [
+        *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+        *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"),
+        *("-DFUSED_RESNET_EMULATED", f"-I{ROOT}/tests/cpp", f"-I{ROOT}/csrc"),
+        *("-isystem", str(torch_include)),
+    ]
+    if SANITIZER:
+        flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
+    compiler = os.environ.get("CXX", "g++")
+    sources = sorted([*(ROOT / "tests/cpp").glob("*.cpp"), *(ROOT / "csrc").glob("*_cuda*.cu")])
+    headers = sorted([*(ROOT / "tests/cpp").glob("*.h"), *(ROOT / "csrc").glob("*.*h")])
+    shared = hashlib.sha256(" ".join([compiler, torch.__version__, *flags]).encode())
+    for header in headers:
+        shared.update(header.read_bytes())
+    folder = ROOT / "build" / ("emulated-" + (SANITIZER or "plain"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def compiled(source: Path) -> tuple[Path, bool]:
+            digest = shared.copy()
+            digest.update(source.read_bytes())
+            target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+            if target.exists():
+                return target, False
+            for old in folder.glob(f"{source.stem}-*.o"):
+                old.unlink()
+            command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", f"{target}.part"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"emulation: compiling {source.name} failed\n{done.stderr}")
+            os.replace(f"{target}.part", target)
+            return target, True
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, sources))
+        library = folder / "libemulated.so"
+        if not library.exists() or any(new for _, new in objects):
+            torch_lib = Path(torch.__file__).parent / "lib"
+            command = [compiler, "-shared", *flags[1:3], *(str(o) for o, _ in objects)]
+            command += [
+                "-o",
+                f"{library}.part",
+                f"-L{torch_lib}",
+                "-ltorch",
+                "-ltorch_cpu",
+                "-lc10",
+            ]
+            if SANITIZER:
+                command.append("-fsanitize=address")
+            subprocess.run(command, check=True)
+            os.replace(f"{library}.part", library)
+    return library
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None when the emulated kernels can be built and loaded here, else why not."""
+    if native.load() is not None:
+        return native.load()
+    if os.uname().machine != "x86_64":
+        return "the emulator of the CUDA kernels needs an x86-64 processor"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "the emulator of the CUDA kernels needs a C++ compiler"
+    return None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library; "emulated" is a backend afterwards."""
+    library = _build()
+    native.load()  # it declares the ops
+    schemas = torch.library.Library("fused_resnet_emulated", "DEF")
+    globals()["_schemas"] = schemas  # lives as long as the process
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("fused_resnet_native::"):
+            packet = getattr(torch.ops.fused_resnet_native, name.split("::")[1])
+            schemas.define(str(packet.default._schema).split("::")[1])
+    torch.ops.load_library(str(library))
+    backends.BACKENDS += ("emulated",)
+    backends.KERNELS["emulated"] = lambda: torch.ops.fused_resnet_emulated
+    for op, order in backends._PREFERENCE["cpu"].items():
+        backends._PREFERENCE["cpu"][op] = (*order, "emulated")
+    backends.missing.cache_clear()
+    return ctypes.CDLL(str(library))
+
+
+def seed(number: int) -> None:
+    """The order in which threads and asynchronous operations go on from here."""
+    load().emulated_seed(ctypes.c_uint64(number))
+
+
+@contextmanager
+def device(multiprocessors: int = 3, architecture: int = 90) -> Iterator[None]:
+    """The GPU that host code sees: its size, and its architecture (80, 86, 90)."""
+    load().emulated_device(multiprocessors, architecture)
+    try:
+        yield
+    finally:
+        load().emulated_device(3, 90)
+
+
+@contextmanager
+def wavefronts() -> Iterator[dict[str, tuple[int, int]]]:
+    """Filled at its end: per kind of access to shared memory, the wavefronts needed and ideal."""
+    library, found = load(), {}
+    library.emulated_wavefronts.restype = ctypes.c_int64
+    for kind in range(len(ACCESSES)):
+        library.emulated_wavefronts(kind, 0), library.emulated_wavefronts(kind, 1)
+    library.emulated_record(1)
+    try:
+        yield found
+    finally:
+        library.emulated_record(0)
+        for kind, name in enumerate(ACCESSES):
+            found[name] = tuple(library.emulated_wavefronts(kind, ideal) for ideal in (0, 1))
