@@ -34,6 +34,14 @@ __device__ __forceinline__ T narrow_16(float v) {
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 
+// threadIdx.x, asked anew: what follows from it is not kept in registers from one phase of a kernel
+// to another, across a main loop that needs them all.
+__device__ __forceinline__ int thread_now() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes.
 __device__ __forceinline__ uint8_t* shared_memory() {
   extern __shared__ __align__(16) uint8_t dynamic_shared_memory[];
@@ -140,6 +148,12 @@ __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&
 
 __device__ __forceinline__ float widen(float v) { return v; }
 __device__ __forceinline__ double widen(double v) { return v; }
+
+__device__ __forceinline__ float as_float(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
 
 // One rounding, to nearest even.
 template <typename T, typename A>

@@ -6,4 +6,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
       "Tensor(a!) y, bool relu, int[] stride, int[] padding, int[] dilation, int groups, int tile, "
       "int splits) -> ()");
+  m.def("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) -> Tensor");
 }

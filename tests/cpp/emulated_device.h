@@ -102,6 +102,8 @@ T narrow_16(float v) {
 inline float add_rn(float a, float b) { return a + b; }
 inline float mul_rn(float a, float b) { return a * b; }
 
+inline int thread_now() { return static_cast<int>(threadIdx.x); }
+
 inline uint8_t* shared_memory() { return ::emulated::shared_memory(); }
 
 // --- memory --------------------------------------------------------------------------------------
