@@ -27,8 +27,8 @@ from torch import Tensor
 
 import fused_resnet as fr
 from fused_resnet.bench import pair_ratio, save
+from fused_resnet.gemm import Layer, layers_of
 from fused_resnet.machine import provenance
-from fused_resnet.triton_kernels.tuning import Layer, layers_of
 
 FLUSH_BYTES = 256 * 2**20  # more than any last-level cache
 

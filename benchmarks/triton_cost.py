@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
+from fused_resnet import gemm
 from fused_resnet.bench import save
 from fused_resnet.machine import provenance
-from fused_resnet.triton_kernels import configs, tuning
+from fused_resnet.triton_kernels import configs, convolution
 
 # One H200, measured: dense bfloat16 products and copies; multiprocessors.
 GPU = {"flops": 790e12, "bytes_per_s": 4.3e12, "multiprocessors": 132}
@@ -30,7 +31,7 @@ CAPABILITY = (9, 0)
 SIZE = 2  # bytes of bfloat16
 
 
-def floor_s(layer: tuning.Layer, flops: float, bytes_per_s: float) -> tuple[float, str, int, int]:
+def floor_s(layer: gemm.Layer, flops: float, bytes_per_s: float) -> tuple[float, str, int, int]:
     """The time that a layer cannot go below and what sets it; its operations and bytes."""
     K, C, R, S = layer.weight_shape
     N, _, P, Q = layer.y_shape
@@ -41,15 +42,15 @@ def floor_s(layer: tuning.Layer, flops: float, bytes_per_s: float) -> tuple[floa
     return max(by_compute, by_memory), limit, operations, moved
 
 
-def title(layer: tuning.Layer) -> str:
+def title(layer: gemm.Layer) -> str:
     K, _, R, S = layer.weight_shape
     _, C, H, W = layer.x_shape
     groups = f", {layer.groups} groups" if layer.groups > 1 else ""
     return f"{C}x{H}x{W} -> {K}, {R}x{S}/{layer.geometry.stride[0]}{groups}"
 
 
-def estimate(layer: tuning.Layer) -> dict[str, Any]:
-    problem = tuning.problem_of(layer, torch.bfloat16)
+def estimate(layer: gemm.Layer) -> dict[str, Any]:
+    problem = convolution.seen(gemm.problem_of(layer, torch.bfloat16))
     processors = GPU["multiprocessors"]
     config = configs.choose(problem, CAPABILITY, processors)
     tiles = configs.tiles(config, problem) * config.splits
@@ -81,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for batch in args.batch:
-        for layer, times in Counter(tuning.layers_of("resnet50", batch)).items():
+        for layer, times in Counter(gemm.layers_of("resnet50", batch)).items():
             rows.append({**estimate(layer), "times": times})
     print(" | ".join(rows[0]))
     for row in rows:

@@ -32,6 +32,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_resnet import gemm
 from fused_resnet.bench import save
 from fused_resnet.machine import provenance
 from fused_resnet.triton_kernels import (
@@ -152,7 +153,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
             if name == "groups of 4":
                 if config.block_n != 32:
                     continue  # narrow groups take the narrow tiles
-                problem = configs.Problem(0, 32 * outputs, 4, R, S, 32, 1, kind)
+                problem = gemm.Problem(0, 32 * outputs, 4, R, S, 32, 1, kind)
                 groups = configs.groups_per_tile(problem, config.block_n, config.block_k)
             if name == "stem" and config.block_k != 32:
                 continue

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu_kernels.h"
+#include "implicit_gemm_tiles.h"
 #include "kernel_list.h"
 
 namespace py = pybind11;
@@ -66,11 +67,27 @@ py::list kernels() {
   return list;
 }
 
+py::list gemm_tiles() {
+  py::list list;
+  for (const fused_resnet::GemmTile& tile : fused_resnet::kGemmTiles) {
+    py::dict entry;
+    entry["architecture"] = tile.architecture;
+    entry["block_m"] = tile.block_m;
+    entry["block_n"] = tile.block_n;
+    entry["warps"] = tile.warps;
+    entry["stages"] = tile.stages;
+    list.append(entry);
+  }
+  return list;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What the native build of fused_resnet contains; importing it registers the ops.";
   m.def("build_info", &build_info, "Compiler, flags, versions and the CPU instruction set in use.");
+  m.def("gemm_tiles", &gemm_tiles,
+        "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages.");
   m.def("kernels", &kernels,
         "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
         "this asks the CUDA runtime, which initialises it.");

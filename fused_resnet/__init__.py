@@ -2,6 +2,7 @@
 
 from .backends import use_backend
 from .blocks import Explanation, explain
+from .inference import Inference, inference
 from .machine import info
 from .ops import add_relu, bn_add_relu, conv_bn_relu
 from .resnet import (
@@ -28,12 +29,14 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "Explanation",
+    "Inference",
     "ResNet",
     "add_relu",
     "bn_add_relu",
     "conv_bn_relu",
     "explain",
     "get_model",
+    "inference",
     "info",
     "list_models",
     "resnet18",

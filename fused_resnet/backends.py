@@ -6,7 +6,7 @@ one that is there serves the op, unless `use_backend` or FUSED_RESNET_BACKEND fo
     native      this package's C++ (and CUDA) kernels; a convolution they do not cover is vendor's
     triton      this package's Triton kernels: on GPUs; on the CPU, in Triton's interpreter, only
                 where they are forced
-    vendor      fused ops that PyTorch carries: oneDNN on the CPU
+    vendor      fused ops that PyTorch carries: oneDNN's on the CPU, cuDNN's on GPUs
     reference   the eager specification; as a forced choice it also makes every block of the ResNet
                 family run exactly torchvision's path
 """
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import native, native_conv, vendor
-from .convolution import FusedConv
+from .convolution import Kind
 
 OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
 BACKENDS = ("native", "triton", "vendor", "reference")
@@ -38,8 +38,9 @@ _PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "cuda": {
         "add_relu": ("native", "triton", "reference"),
-        "bn_add_relu": ("triton", "reference"),
-        "conv_bn_relu": ("triton", "reference"),
+        "bn_add_relu": ("native", "triton", "reference"),
+        # The order for shapes that nobody has measured; `tuning` knows the fastest of the others.
+        "conv_bn_relu": ("triton", "native", "vendor", "reference"),
     },
 }
 
@@ -60,6 +61,8 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
     if backend not in _PREFERENCE.get(device_type, {}).get(op, ()):
         return f"{backend} has no {op} for {device_type}"
     if backend == "vendor":
+        if device_type == "cuda":
+            return importlib.import_module("fused_resnet.cudnn_conv").unavailable()
         return vendor.unavailable()
     if backend == "triton":
         # Asked for here and not above: importing fused_resnet imports no Triton.
@@ -69,10 +72,11 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
     if reason is not None:
         return reason
     key = "CUDA" if device_type == "cuda" else "CPU"
-    name = f"fused_resnet_native::{op}"
+    gemm = op == "conv_bn_relu" and device_type == "cuda"
+    name = f"fused_resnet_native::{'implicit_gemm' if gemm else op}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         return f"the native build has no {key} code: rebuild it where a CUDA toolkit is installed"
-    if op == "conv_bn_relu" and not native_conv.serves(torch.float32):
+    if op == "conv_bn_relu" and not gemm and not native_conv.serves(torch.float32):
         return "the native convolution needs a processor with AVX-512"
     return None
 
@@ -168,13 +172,40 @@ def table(device_type: str) -> list[dict[str, str | None]]:
 # --- convolutions -----------------------------------------------------------------------------
 
 
-@functools.cache
-def conv_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """What fused convolutions of CPU tensors of `dtype` are computed in; None: not served.
+def gpu_kernels(device_type: str) -> bool:
+    """Whether such tensors are for kernels of GPUs: on the CPU, in an interpreter or emulator."""
+    return device_type == "cuda" or forced() in ("triton", "emulated")
 
-    float16 is computed in float32, which is more accurate and, on processors without float16
-    instructions, far faster; so is bfloat16 where there are no bfloat16 instructions.
+
+def conv_contenders() -> tuple[str, ...]:
+    """The backends that may compute a convolution on a GPU now, the preferred one first."""
+    name = forced()
+    if name is None:
+        return _conv_contenders()
+    # The emulated kernels are the native ones.
+    return () if name == "reference" else ("native" if name == "emulated" else name,)
+
+
+@functools.cache
+def _conv_contenders() -> tuple[str, ...]:
+    op, device = "conv_bn_relu", "cuda"
+    found = (b for b in _PREFERENCE[device][op] if missing(op, b, device) is None)
+    return tuple(b for b in found if b != "reference")
+
+
+def conv_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
+    """What fused convolutions of such tensors of `dtype` are computed in; None: not served.
+
+    On the CPU, float16 is computed in float32, which is more accurate and, on processors without
+    float16 instructions, far faster; so is bfloat16 where there are no bfloat16 instructions.
     """
+    if gpu_kernels(device_type):
+        return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else None
+    return _conv_dtype_on_cpu(dtype)
+
+
+@functools.cache
+def _conv_dtype_on_cpu(dtype: torch.dtype) -> torch.dtype | None:
     if dtype in (torch.float32, torch.float16):
         return torch.float32
     if dtype != torch.bfloat16:
@@ -183,10 +214,16 @@ def conv_dtype(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def conv_kind(
-    weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
-) -> type[FusedConv] | None:
-    """Who computes such a convolution of CPU tensors in `dtype` (of `conv_dtype`); None: nobody."""
-    backend = choose("conv_bn_relu", "cpu")
+    weight_shape: Sequence[int],
+    dtype: torch.dtype,
+    dilation: Sequence[int],
+    groups: int,
+    device_type: str,
+) -> Kind | None:
+    """Who computes such a convolution in `dtype` (of `conv_dtype`); None: nobody."""
+    backend = choose("conv_bn_relu", device_type)
+    if backend != "reference" and gpu_kernels(device_type):
+        return importlib.import_module("fused_resnet.gpu_conv").GpuConv
     if backend not in ("native", "vendor"):
         return None
     native_can = (

@@ -5,7 +5,7 @@ module runs exactly torchvision's path. Decided per call, from three things:
 
     the call     `call_reason`: tracing, transforms, forced backend, device, kind of tensor
     the modules  structure.py: exact types, no hooks, nothing patched
-    the tensors  inference.py: a plan is used only while nothing it was made from has changed
+    the tensors  plans.py: a plan is used only while nothing it was made from has changed
 
 Three fused paths: inference (packed convolutions with BN, residual and ReLU inside), training (the
 convolution as it is, then `bn_add_relu`), and running statistics with gradients (`conv_bn_relu`).
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, convolution, inference, layout, ops
-from .inference import Flow
+from . import backends, convolution, layout, ops, plans
+from .plans import Flow
 from .reference import accumulate_dtype
 from .structure import (
     STEM,
@@ -47,8 +47,8 @@ def call_reason(x: Any) -> str | None:
         return "torch.compile or torch.export is tracing, and fuses by itself"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}, not a plain Tensor"
-    if x.device.type != "cpu":
-        return f"no block of {x.device.type} tensors is fused yet"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"no block of {x.device.type} tensors is fused"
     if x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
         return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
     if torch.jit.is_tracing():
@@ -59,7 +59,7 @@ def call_reason(x: Any) -> str | None:
         return "a TorchDispatchMode is active"
     if any(_GLOBAL_HOOKS):
         return "global module hooks are registered"
-    if not torch.backends.mkldnn.enabled:
+    if x.device.type == "cpu" and not torch.backends.mkldnn.enabled:
         return "oneDNN is switched off (torch.backends.mkldnn)"
     if backends.forced() == "reference":
         return "the reference backend is forced"
@@ -75,7 +75,7 @@ def wants_grad(block: nn.Module, x: Tensor) -> bool:
 # --- inference ------------------------------------------------------------------------------------
 
 
-def enter(x: Tensor, plan: inference.Plan) -> Flow:
+def enter(x: Tensor, plan: plans.Plan) -> Flow:
     """x (N, C, H, W) of any layout and dtype, as `plan` wants it; x itself stays unowned."""
     if plan.takes_any:
         return Flow(x, None, False)
@@ -85,7 +85,8 @@ def enter(x: Tensor, plan: inference.Plan) -> Flow:
 
 def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """A fused block's output as stock would have given it for an x of this dtype and layout."""
-    return y.to(inference.output_dtype(dtype)).contiguous(memory_format=memory_format)
+    outer = plans.output_dtype(dtype, y.device.type)
+    return y.to(outer).contiguous(memory_format=memory_format)
 
 
 def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
@@ -94,7 +95,7 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
         return None
     if wants_grad(block, x):
         return _run_units(block, names, x)
-    plan = inference.plan_for(block, names, x.dtype)
+    plan = plans.plan_for(block, names, x.dtype, x.device)
     if isinstance(plan, str):
         return _run_units(block, names, x)
     if not plan.shapes(x.shape):
@@ -132,26 +133,28 @@ def _units_pay(parts: Parts, x: Tensor) -> bool:
     """Whether some unit of the block can be served by something faster than stock's operations."""
     if any(conv.weight.device != x.device for conv, _ in parts.pairs):
         return False
-    return any(
-        _serves(uses_batch_statistics(bn), inference.output_dtype(x.dtype)) for _, bn in parts.pairs
-    )
+    return any(_serves(uses_batch_statistics(bn), x) for _, bn in parts.pairs)
 
 
-def _serves(batch_statistics: bool, dtype: torch.dtype) -> bool:
-    if batch_statistics:
-        return backends.choose("bn_add_relu", "cpu") == "native"
-    fused = backends.choose("conv_bn_relu", "cpu") != "reference"
-    return fused and backends.conv_dtype(dtype) is not None
+def _serves(batch_statistics: bool, x: Tensor) -> bool:
+    """Whether kernels of ours serve a unit whose input is x."""
+    device = x.device.type
+    op = "bn_add_relu" if batch_statistics else "conv_bn_relu"
+    backend = backends.choose(op, device)
+    if backend == "reference" or (backend == "triton" and device == "cpu"):
+        return False
+    dtype = plans.output_dtype(x.dtype, device)
+    return batch_statistics or backends.conv_dtype(dtype, device) is not None
 
 
 def _unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """relu(bn(conv(x)) + residual), differentiably. x: (N, C, H, W), residual: (N, K, P, Q)."""
     if uses_batch_statistics(bn):
         y = conv(x)
-        if _serves(True, y.dtype) and _bn_fits(bn, y, residual):
+        if _serves(True, y) and _bn_fits(bn, y, residual):
             return _train_bn(bn, y, residual, relu)
         y = bn(y)
-    elif _serves(False, inference.output_dtype(x.dtype)) and _conv_fits(conv, bn, x, residual):
+    elif _serves(False, x) and _conv_fits(conv, bn, x, residual):
         scale, shift = _scale_and_shift(conv, bn, accumulate_dtype(x.dtype))
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         return ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
@@ -170,7 +173,7 @@ def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
         return False
     if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype):
         return False
-    return inference.norm_fits(bn, y.dtype)
+    return plans.norm_fits(bn, y.dtype)
 
 
 def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -200,8 +203,8 @@ def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> bool:
     """Whether `conv_bn_relu` takes what stock would take; where not, stock answers or raises."""
     if bn.running_mean is None or bn.running_var is None:
         return False
-    dtype = inference.output_dtype(x.dtype)
-    if not inference.weights_fit(x.dtype, conv.weight) or not inference.norm_fits(bn, dtype):
+    dtype = plans.output_dtype(x.dtype, x.device.type)
+    if not plans.weights_fit(x.dtype, conv.weight) or not plans.norm_fits(bn, dtype):
         return False
     out = convolution.output_shape(
         x.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups
@@ -219,13 +222,13 @@ _folded: WeakKeyDictionary[nn.Module, tuple[Any, Any, Tensor, Tensor]] = WeakKey
 def _scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     tensors = [conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return inference.scale_and_shift(conv, bn, dtype)
+        return plans.scale_and_shift(conv, bn, dtype)
     now = convolution.stamp(tensors)
     kept = _folded.get(bn)
     if kept is not None and kept[0] == (bn.eps, dtype) and convolution.same_stamp(kept[1], now):
         return kept[2], kept[3]
     with torch.no_grad():
-        scale, shift = inference.scale_and_shift(conv, bn, dtype)
+        scale, shift = plans.scale_and_shift(conv, bn, dtype)
     _folded[bn] = ((bn.eps, dtype), now, scale, shift)
     return scale, shift
 
@@ -269,9 +272,10 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
     if reason is not None:
         return False, "stock", reason
     if any(uses_batch_statistics(bn) for _, bn in parts.pairs):
-        why = backends.missing("bn_add_relu", "native", "cpu")
-        if why is None and backends.choose("bn_add_relu", "cpu") != "native":
-            why = "another backend is forced"
+        why = None
+        if not _serves(True, weight):
+            why = backends.missing("bn_add_relu", "native", weight.device.type)
+            why = why or "another backend is forced"
         return (False, "stock", why) if why else (True, "training", "batch statistics")
-    why = inference.reason_against(parts, weight.dtype)
+    why = plans.reason_against(parts, weight.dtype, weight.device)
     return (False, "stock", why) if why else (True, "inference", "")

@@ -286,13 +286,14 @@ def tune(
     ] = ["bfloat16"],  # noqa: B006
     device: Device = "cuda",
 ) -> None:
-    """Measure the Triton convolution's tiles for a model's layers; later runs use the winners.
+    """Measure who computes a model's convolutions fastest on a GPU; later runs use the winners.
 
-    Kept in $XDG_CACHE_HOME/fused_resnet (~/.cache/fused_resnet) by GPU, driver and Triton version.
+    CUDA, Triton and cuDNN contend, each with every tile worth a try. Kept in
+    $XDG_CACHE_HOME/fused_resnet (~/.cache/fused_resnet) by GPU, driver, PyTorch and Triton version.
     """
     import torch
 
-    from . import backends
+    from . import backends, gemm
     from .machine import check_device
     from .resnet import list_models
 
@@ -305,36 +306,39 @@ def tune(
         for name in dtypes:
             _check("--dtype", name, ["float32", "bfloat16", "float16"])
         check_device(device)
-        missing = backends.missing("conv_bn_relu", "triton", torch.device(device).type)
-        if missing or torch.device(device).type != "cuda":
-            raise ValueError(f"tune: {missing or 'tiles are measured on a GPU'}")
+        if torch.device(device).type != "cuda":
+            raise ValueError("tune: tiles are measured on a GPU")
+        contenders = backends.conv_contenders()
+        if not contenders:
+            raise ValueError(f"tune: {backends.missing('conv_bn_relu', 'triton', 'cuda')}")
     from .report import tuned_table
-    from .triton_kernels import tuning
 
     where = torch.device(device)
     for name, size, kind in itertools.product(models, batches, dtypes):
         as_dtype = getattr(torch, kind)
-        layers = {tuning.problem_of(x, as_dtype): x for x in tuning.layers_of(name, size)}
-        found, not_kept = _tune(layers, where, as_dtype, console)
+        layers = {gemm.problem_of(x, as_dtype): x for x in gemm.layers_of(name, size)}
+        found, not_kept = _tune(layers, where, contenders, as_dtype, console)
         console.print(tuned_table(found, f"{name}, batch {size}, {kind}"))
         if not_kept:
             console.print(f"kept for this process only: {not_kept}", soft_wrap=True)
 
 
-def _tune(layers: Any, device: Any, dtype: Any, console: Console) -> tuple[Any, str | None]:
+def _tune(
+    layers: Any, device: Any, contenders: tuple[str, ...], dtype: Any, console: Console
+) -> tuple[Any, str | None]:
     from rich.progress import Progress
 
-    from .triton_kernels import tuning
+    from . import tuning
 
-    capability = tuning._capability(device)
-    total = sum(len(tuning.candidates(problem, capability)) for problem in layers)
+    total = sum(len(tuning.candidates(problem, device, contenders)) for problem in layers)
     with Progress(console=console) as progress:
         task = progress.add_task("tiles", total=total)
         return tuning.tune(
             layers,
             device,
+            contenders,
             tuning.measure_on(layers, device, dtype),
-            lambda problem, config, time_s: progress.advance(task),
+            lambda problem, backend, config, time_s: progress.advance(task),
         )
 
 

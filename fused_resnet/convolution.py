@@ -2,7 +2,8 @@
 
     y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
 
-`FusedConv` is what `native_conv` (this package's kernel) and `vendor` (oneDNN's) have in common;
+`FusedConv` is what `native_conv` (this package's kernel), `vendor` (oneDNN's) and `gpu_conv` (all
+of a GPU's) have in common;
 `kept` holds on to packed weights while the tensors they were made from stay as they were.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -68,11 +69,11 @@ class FusedConv:
     # Whether `run` takes x of any layout and floating dtype, rather than channels_last of `dtype`.
     takes_any = False
 
+    gain, shift_max = math.inf, math.inf
+
     def __init__(
         self,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
+        weight_shape: Sequence[int],
         dtype: torch.dtype,
         stride: Sequence[int],
         padding: Sequence[int],
@@ -82,12 +83,16 @@ class FusedConv:
         self.dtype = dtype
         self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
         self.groups = groups
-        self.weight_shape = tuple(weight.shape)
+        self.weight_shape = tuple(weight_shape)
+
+    def measure_gain(self, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """weight (K, C/groups, R, S), scale, shift (K,) -> gain and shift_max."""
         sums = weight.detach().float().abs().sum((1, 2, 3)) * scale.detach().float().abs()
         gain = float(sums.max()) * (1 + 2**-7)  # 2^-8: rounding to bfloat16
         shift_max = max_abs(shift.detach().float().contiguous())
         finite = math.isfinite(gain) and math.isfinite(shift_max)
-        self.gain, self.shift_max = (gain, shift_max) if finite else (math.inf, math.inf)
+        if finite:
+            self.gain, self.shift_max = gain, shift_max
 
     def bound(self, x_bound: float) -> float:
         """An upper bound for every |output| and partial sum, given one for |x|; NaN stays NaN."""
@@ -105,6 +110,11 @@ class FusedConv:
         """x: (N, C, H, W), residual: None or (N, K, P, Q), both channels_last of `dtype` ->
         (N, K, P, Q) channels_last; in the residual's memory where `overwrite` allows that."""
         raise NotImplementedError
+
+
+def capturing(t: Tensor) -> bool:
+    """Whether work on t's device goes into a CUDA graph now, instead of being done."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:
@@ -129,12 +139,15 @@ def same_stamp(old: Any, new: Any) -> bool:
     )
 
 
+# A class of `FusedConv`, made of weight, scale, shift, dtype, stride, padding, dilation, groups.
+Kind = Callable[..., FusedConv]
+
 # id(weight) -> its weak reference, stamp of the operands, kind and geometry, and the convolution.
 _kept: dict[int, tuple[weakref.ref[Tensor], Any, Any, FusedConv | None]] = {}
 
 
 def kept(
-    kind: type[FusedConv],
+    kind: Kind,
     weight: Tensor,
     scale: Tensor,
     shift: Tensor,
@@ -163,7 +176,7 @@ def kept(
     if again and entry is not None and entry[3] is not None:
         return entry[3]
     conv = kind(weight, scale, shift, dtype, *geometry)
-    if now is not None and state is not None:
+    if now is not None and state is not None and not capturing(weight):
         alive = weakref.ref(weight, lambda _: _kept.pop(key, None))
         _kept[key] = (alive, now, state, conv if again else None)
     return conv

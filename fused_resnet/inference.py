@@ -1,217 +1,184 @@
-"""A block made ready for inference: packed convolutions, each with BN, residual and ReLU inside.
+"""`inference`: a model's forward as a callable that does as little as possible per call.
 
-A `Plan` belongs to a block and a compute dtype and is used while its `Guard` holds. Plans live
-beside the modules, not in them: state_dict, deepcopy and pickle do not see them.
+On a GPU a forward of a ResNet is some sixty kernels of 5 to 50 us each, and launching them one by
+one takes the CPU longer than that at small batch. A CUDA graph launches all of them at once: it is
+recorded once per shape of input, from and into memory that stays where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from . import backends
-from .convolution import BOUND_LIMIT, FusedConv, max_abs
-from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
+
+_MOST_GRAPHS = 8  # shapes of input whose graphs, and memory, are kept
+_WARM_UPS = 3  # before recording: kernels are compiled, weights packed, cuDNN's plans chosen
 
 
-def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """scale, shift: (K,) of `dtype`, with y = conv(x, weight) * scale + shift for conv, then bn.
+def inference(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    cuda_graph: bool | None = None,
+) -> Inference:
+    """`model` made ready for inference on inputs like `example`.
 
-    scale = weight / sqrt(running_var + eps),   shift = bias + (conv.bias - running_mean) * scale
+    y = model(x), without gradients; where dtype is given, under autocast to it.
+
+    model: any module in eval mode, on `example`'s device; those of this family run fused.
+    example: (N, C, H, W), floating; its values do not matter.
+    dtype: what convolutions and products are computed in, float16 or bfloat16; None: as the model
+    is. The output is of this dtype. Weights are laid out for it once, from the model's own.
+    cuda_graph: replay a CUDA graph per shape of input (the last 8 are kept); None: on GPUs.
+
+    The callable takes x (N, C, H, W) of any batch, size, layout and floating dtype on the model's
+    device, and returns new memory. A shape's first call records its graph; the example's is
+    recorded here. Calls from several threads and streams take turns. When a parameter or buffer has
+    changed (in place, by load_state_dict, or replaced), the next call lays the weights out and
+    records anew. A model with hooks runs without a graph, so that they do. What modules hold
+    besides tensors (eps, stride, a replaced forward) is read when a graph is recorded: make the
+    model ready anew after changing that.
+    Raises ValueError for a model in training mode, a dtype that autocast does not have, or a graph
+    asked for where there is no GPU; RuntimeError that names both devices where they differ.
+    Source: CUDA programming guide, "CUDA graphs".
     """
-    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)
-    mean = bn.running_mean.to(dtype)
-    shift = (mean.neg() if conv.bias is None else conv.bias.to(dtype) - mean) * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
-    return scale, shift
+    return Inference(model, example, dtype, cuda_graph)
 
 
-def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
-    kind = backends.conv_kind(conv.weight.shape, dtype, conv.dilation, conv.groups)
-    assert kind is not None  # reason_against has asked
-    with torch.no_grad():
-        scale, shift = scale_and_shift(conv, bn, torch.float64)
-        return kind(
-            conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+class Inference:
+    """What `inference` returns."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        dtype: torch.dtype | None,
+        cuda_graph: bool | None,
+    ) -> None:
+        if dtype not in (None, torch.float16, torch.bfloat16):
+            raise ValueError(f"inference: dtype must be float16, bfloat16 or None, got {dtype}")
+        if cuda_graph and example.device.type != "cuda":
+            raise ValueError(f"inference: cuda_graph needs a GPU, example is on {example.device}")
+        self.model = model
+        self.device = example.device
+        self.dtype = dtype
+        self.cuda_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
+        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._watch = _Watch(model)
+        self._turn = threading.Lock()
+        self(example)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W) on the model's device -> model(x)."""
+        if self.model.training:
+            raise ValueError("inference: model must be in eval mode: call model.eval()")
+        if x.device != self.device:
+            raise RuntimeError(
+                f"inference: x is on {x.device}, the model was made ready on {self.device}"
+            )
+        with torch.no_grad(), self._turn:
+            if not self._watch.holds():
+                self._graphs.clear()
+                self._watch = _Watch(self.model)
+            if not self.cuda_graph or x.numel() == 0 or self._watch.hooked():
+                return self._run(x)
+            return self._replay(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.dtype is None:
+            return self.model(x)
+        # The cache of autocast's casts must not outlive a recording.
+        with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
+            return self.model(x)
+
+    def _replay(self, x: Tensor) -> Tensor:
+        key = (x.shape, x.dtype, backends.forced())
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            graph = record(self._run, x)
+            while len(self._graphs) >= _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+        self._graphs[key] = graph  # the newest
+        with graph.turn():
+            graph.x.copy_(x)
+            graph.replay()
+            return graph.y.clone()
 
 
-class Flow(NamedTuple):
-    """An activation on its way through fused blocks.
-
-    x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan that takes
-    any). bound: an upper bound for |x|, or None where none is known. owned: nobody else can see x,
-    so a block may write into it.
-    """
+class _Graph(NamedTuple):
+    """A recorded forward: from x, by replay, into y. turn: waits for the last user on whichever
+    stream that was, and lets the next one wait for this."""
 
     x: Tensor
-    bound: float | None
-    owned: bool
+    y: Tensor
+    replay: Callable[[], None]
+    turn: Callable[[], contextlib.AbstractContextManager[None]]
 
 
-class Plan:
-    """One block's folded, packed convolutions in one compute dtype."""
+def record(run: Callable[[Tensor], Tensor], example: Tensor) -> _Graph:
+    """Records run(x) for an x of example's shape and dtype, on its device."""
+    with torch.cuda.device(example.device):
+        x = example.detach().clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                run(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = run(x)
+        done = torch.cuda.Event()
 
-    def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype) -> None:
-        self.guard = guard
-        self.dtype = dtype
-        convs = [_pack(conv, bn, dtype) for conv, bn in parts.pairs]
-        self.downsample = convs.pop() if parts.downsample else None
-        self.convs = convs
-        self.residual = len(convs) > 1
-        all_convs = [*convs, self.downsample] if self.downsample else convs
-        self._needs_bound = any(conv.needs_bound for conv in all_convs)
-        self.takes_any = not self.residual and convs[0].takes_any
-        self.weight = parts.pairs[0][0].weight
-        self._shapes: list[Sequence[int]] = []
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(done)
+            yield
+            done.record(stream)
 
-    def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
-        """The activations that an x of this shape becomes: x, then every convolution's output, the
-        block's last. Empty where it does not go through: then it is stock that raises."""
-        kept = self._shapes  # read once: another thread may come with another size
-        if not kept or kept[0] != shape:
-            kept = self._shapes = self._find_shapes(shape)
-        return kept
-
-    def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
-        shapes = [shape]
-        for conv in self.convs:
-            out = conv.output_shape(shapes[-1])
-            if out is None:
-                return []
-            shapes.append(out)
-        if self.residual:
-            branch = self.downsample.output_shape(shape) if self.downsample else tuple(shape)
-            if branch != shapes[-1]:
-                return []
-        return shapes
-
-    def bound(self, x_bound: float | None) -> float | None:
-        """A bound for every number the block computes, or None where there is none, or no need
-        of one (convolution.py)."""
-        if x_bound is None or not self._needs_bound:
-            return None
-        bound = x_bound
-        for conv in self.convs:
-            bound = conv.bound(bound)
-            if not bound <= BOUND_LIMIT:  # written so that NaN fails
-                return None
-        if self.residual:
-            bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
-        return bound if bound <= BOUND_LIMIT else None
-
-    def run(self, flow: Flow) -> Flow | None:
-        """The block's output, or None where a bound is needed and none rules out a NaN."""
-        residual, x_bound, owned = flow
-        bound = self.bound(x_bound)
-        if bound is None and self._needs_bound:
-            bound = self.bound(max_abs(flow.x))
-            if bound is None:
-                return None
-        y = flow.x
-        if not self.residual:
-            return Flow(self.convs[0].run(y, None, True), bound, True)
-        for conv in self.convs[:-1]:
-            y = conv.run(y, None, True)
-        if self.downsample is not None:
-            residual, owned = self.downsample.run(residual, None, False), True
-        return Flow(self.convs[-1].run(y, residual, True, overwrite=owned), bound, True)
+    return _Graph(x, y, graph.replay, turn)
 
 
-def output_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which stock's convolution of a CPU tensor of `dtype` would answer now."""
-    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
-    return dtype
+class _Watch:
+    """Whether a model's modules, parameters and buffers are the same, unchanged, as they were."""
 
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._homes = [
+            home for m in modules for home in (m._parameters, m._buffers, m._modules)
+        ]  # fmt: skip
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]  # fmt: skip
+        self._members = self._now()
+        self._tensors = [t for t in self._members if isinstance(t, Tensor)]
+        self._state = self._state_now()
 
-def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether stock's convolution would take an x of `dtype` with this weight now."""
-    if torch.is_autocast_enabled("cpu"):
-        return (dtype == torch.float64) == (weight.dtype == torch.float64)
-    return dtype == weight.dtype
+    def _now(self) -> list[object]:
+        return list(chain.from_iterable(home.values() for home in self._homes))
 
+    def _state_now(self) -> list[tuple[int, int]]:
+        # What was made in inference mode has no version counter: its address is all there is.
+        return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]
 
-def norm_fits(bn: Any, dtype: torch.dtype) -> bool:
-    """Whether stock's batch norm would take an input of `dtype` with this norm's tensors."""
-    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return all(t is None or t.dtype in (dtype, torch.float32) for t in tensors)
+    def holds(self) -> bool:
+        now = self._now()
+        same = len(now) == len(self._members) and all(map(is_, now, self._members))
+        return same and self._state_now() == self._state
 
-
-def reason_against(parts: Parts, dtype: torch.dtype) -> str | None:
-    """Why these parts cannot be folded and packed for an x of `dtype` now, or None."""
-    inner = compute_dtype(dtype)
-    if inner is None:
-        return f"no fused convolution serves {dtype}"
-    if backends.choose("conv_bn_relu", "cpu") == "reference":
-        return backends.missing("conv_bn_relu", "vendor", "cpu") or "another backend is forced"
-    for conv, bn in parts.pairs:
-        if uses_batch_statistics(bn):
-            return "batch norm uses batch statistics"
-        if bn.running_mean is None or bn.running_var is None:
-            return "running statistics are absent"
-        if conv.weight.device.type != "cpu":
-            return "the parameters are not on the CPU"
-        if not weights_fit(dtype, conv.weight):
-            return f"x is {dtype} and a weight is {conv.weight.dtype}"
-        if not norm_fits(bn, output_dtype(dtype)):
-            return f"a norm's tensors are of another dtype than {output_dtype(dtype)}"
-        if backends.conv_kind(conv.weight.shape, inner, conv.dilation, conv.groups) is None:
-            return f"no fused convolution takes a weight of shape {tuple(conv.weight.shape)}"
-    return None
-
-
-# block -> (compute dtype, backend) -> plan
-_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
-_generation = 0
-
-
-def forget(model: nn.Module) -> None:
-    """Drops what was precomputed for every block of `model`; the next call makes it anew."""
-    global _generation
-    _generation += 1
-    for m in model.modules():
-        _plans.pop(m, None)
-
-
-def generation() -> int:
-    """Grows whenever a plan anywhere was dropped, so that who holds plans knows to ask again."""
-    return _generation
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """What convolutions of CPU tensors of `dtype` are computed in now; None: not served."""
-    return backends.conv_dtype(output_dtype(dtype))
-
-
-def plan_for(block: nn.Module, names: Names, dtype: torch.dtype) -> Plan | str:
-    """The block's plan for inference on an x of `dtype`, made now if need be; or why not."""
-    inner = compute_dtype(dtype)
-    key = (inner, backends.choose("conv_bn_relu", "cpu"))
-    plans = _plans.get(block, {})
-    plan = plans.get(key)
-    if plan is not None and weights_fit(dtype, plan.weight):
-        if plan.guard.holds():
-            return plan
-        _plans.pop(block, None)  # a stale copy is of no use to anybody
-    parts = take_apart(block, names)
-    if isinstance(parts, str):
-        return parts
-    reason = reason_against(parts, dtype)
-    if reason is not None or inner is None:
-        return reason or f"no fused convolution serves {dtype}"
-    guard = Guard(parts)
-    if not guard.watchable:
-        return "weights made in inference mode carry no version counter to watch"
-    plan = Plan(parts, guard, inner)
-    # Another dtype's plan stays while it is good too: autocast on, autocast off.
-    others = {k: p for k, p in plans.items() if k != key and p.guard.holds()}
-    _plans[block] = {**others, key: plan}
-    return plan
+    def hooked(self) -> bool:
+        return any(self._hooks)

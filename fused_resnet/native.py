@@ -43,6 +43,13 @@ def build_info() -> dict[str, object]:
     return dict(module.build_info()) if module is not None else {}
 
 
+def gemm_tiles() -> list[dict[str, int]]:
+    """The tiles that the CUDA convolutions were built for, in the order of their numbers:
+    architecture, block_m, block_n, warps, stages. Empty when the extension is missing."""
+    module = _import_extension()[0]
+    return list(module.gemm_tiles()) if module is not None else []
+
+
 def kernels() -> list[dict[str, object]]:
     """One entry per kernel: name, device, architecture; for CUDA kernels, on a machine with a
     GPU, registers and shared memory too (asking for those initialises CUDA)."""

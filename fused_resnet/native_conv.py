@@ -111,7 +111,8 @@ class NativeConv(FusedConv):
         dilation: Sequence[int],
         groups: int,
     ) -> None:
-        super().__init__(weight, scale, shift, dtype, stride, padding, dilation, groups)
+        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
+        self.measure_gain(weight, scale, shift)
         K, C_per_group, R, S = weight.shape
         pair = 2 if dtype == torch.bfloat16 else 1
         weight = _padded(weight.detach().to(dtype), 0, _LANES)

@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import backends, inference, layout, native
+from . import backends, convolution, layout, native, plans
 from .blocks import FORWARDS, call_reason, enter, leave, wants_grad
-from .inference import Flow, Plan
+from .gpu_conv import GpuConv
+from .plans import Flow, Plan
 from .structure import STEM, Guard, Names, Parts, Place, patched, take_apart
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -38,7 +39,7 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
     """
     if model.training or call_reason(x) is not None or wants_grad(model, x):
         return None
-    network = _network_for(model, x.dtype)
+    network = _network_for(model, x.dtype, x.device)
     pooled = None if network is None else network.run(model, x)
     if pooled is None:
         walk = _Walk(x)
@@ -65,17 +66,17 @@ class _Level(NamedTuple):
 class Network:
     """The plans of stem and blocks in order, valid while nothing in the whole has changed."""
 
-    def __init__(self, guard: Guard, plans: list[Plan], model: Any) -> None:
-        self.plans = plans
+    def __init__(self, guard: Guard, members: list[Plan], model: Any) -> None:
+        self.plans = members
         self._guard = guard
         self._pool = model.maxpool
         self._pool_state = _pool_state(self._pool)
-        self._generation = inference.generation()
+        self._generation = plans.generation()
         self._levels: tuple[torch.Size, list[_Level]] | None = None
 
     def holds(self) -> bool:
         return (
-            self._generation == inference.generation()
+            self._generation == plans.generation()
             and _pool_state(self._pool) == self._pool_state
             and self._guard.holds()
         )
@@ -90,9 +91,9 @@ class Network:
         flow = self._through(levels, x) if levels else None
         if flow is None:
             return None
-        if averages_all(model.avgpool):
+        if x.device.type == "cpu" and averages_all(model.avgpool) and native.load() is None:
             y = torch.ops.fused_resnet_native.mean_pool(flow.x)
-            return y.to(inference.output_dtype(x.dtype))
+            return y.to(plans.output_dtype(x.dtype, "cpu"))
         return model.avgpool(leave(flow.x, x.dtype, layout.memory_format(x)))
 
     def _find_levels(self, shape: Sequence[int]) -> list[_Level]:
@@ -103,8 +104,10 @@ class Network:
             if not shapes:
                 return []
             N, *size = max(shapes[1:] if plan is self.plans[0] else shapes, key=math.prod)
-            most = _AT_ONCE // (math.prod(size) * plan.dtype.itemsize)
-            images = min(N, max(most, torch.get_num_threads()))
+            images = N
+            if plan.weight.device.type == "cpu":
+                most = _AT_ONCE // (math.prod(size) * plan.dtype.itemsize)
+                images = min(N, max(most, torch.get_num_threads()))
             last = levels[-1].images if levels else 0
             # A batch put together again is a copy: not for a few images more.
             if not (last == images or last < images < min(2 * last, N)):
@@ -126,9 +129,10 @@ class Network:
         for images in x.split(_evenly(len(x), level.images)):
             flow = self._through(before, images) if before else enter(images, self.plans[0])
             for plan in level.plans:
-                flow = None if flow is None else plan.run(flow)
-                if flow is not None and plan is self.plans[0]:
-                    flow = max_pool(self._pool, flow)
+                if plan is self.plans[0]:
+                    flow = None if flow is None else run_stem(plan, self._pool, flow)
+                else:
+                    flow = None if flow is None else plan.run(flow)
             if flow is None:
                 return None
             parts.append(flow)
@@ -150,33 +154,39 @@ def averages_all(pool: Any) -> bool:
     return plain and patched(pool) is None
 
 
-_networks: WeakKeyDictionary[nn.Module, dict[torch.dtype, Network]] = WeakKeyDictionary()
+# model -> (compute dtype, device, backend forced) -> network
+_networks: WeakKeyDictionary[nn.Module, dict[Any, Network]] = WeakKeyDictionary()
 
 
-def _network_for(model: Any, dtype: torch.dtype) -> Network | None:
-    """The model as a `Network` for an x of `dtype`, made now if need be; None: walk."""
-    inner = inference.compute_dtype(dtype)
+def _network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Network | None:
+    """The model as a `Network` for an x of `dtype` on `device`, made now if need be; None: walk."""
+    inner = plans.compute_dtype(dtype, device.type)
     kept = _networks.get(model, {})
-    network = None if inner is None else kept.get(inner)
-    if network is not None and backends.forced() is None:
-        if network.holds() and inference.weights_fit(dtype, network.plans[0].weight):
+    key = (inner, device, backends.forced())
+    network = None if inner is None else kept.get(key)
+    if network is not None:
+        if network.holds() and plans.weights_fit(dtype, network.plans[0].weight):
             return network
         _networks.pop(model, None)
-    if inner is None or backends.forced() is not None or native.load() is not None:
+    if inner is None:
         return None
+    if not backends.gpu_kernels(device.type) and (backends.forced() or native.load()):
+        return None  # the pooling between the blocks is native's
     found = _whole(model)
     if found is None:
         return None
     whole, members = found
-    plans: list[Plan] = []
+    made: list[Plan] = []
     for module, names in members:
-        plan = inference.plan_for(module, names, dtype)
+        plan = plans.plan_for(module, names, dtype, device)
         if isinstance(plan, str):
             return None
-        plans.append(plan)
-    network = Network(Guard(whole), plans, model)
-    others = {d: n for d, n in kept.items() if d != inner and n.holds()}
-    _networks[model] = {**others, inner: network}
+        made.append(plan)
+    network = Network(Guard(whole), made, model)
+    if convolution.capturing(made[0].weight):  # what it was made from is the graph's
+        return network
+    others = {k: n for k, n in kept.items() if k != key and n.holds()}
+    _networks[model] = {**others, key: network}
     return network
 
 
@@ -239,7 +249,8 @@ class _Walk:
             if call_reason(x) is not None:
                 return False
             self._outside = (x.dtype, layout.memory_format(x))
-        plan = inference.plan_for(module, names, self._outside[0])
+        device = flow.x.device if flow is not None else self.leave().device
+        plan = plans.plan_for(module, names, self._outside[0], device)
         if isinstance(plan, str):
             return False
         if flow is None:
@@ -252,8 +263,11 @@ class _Walk:
 
     def max_pool(self, pool: nn.Module) -> bool:
         """`pool` by this package's kernel; False where it is something else."""
-        plain = type(pool) is nn.MaxPool2d and patched(pool) is None and native.load() is None
-        if self._flow is None or not plain or backends.forced() is not None:
+        plain = type(pool) is nn.MaxPool2d and patched(pool) is None
+        if self._flow is None or not plain:
+            return False
+        gpu = backends.gpu_kernels(self._flow.x.device.type)
+        if not gpu and (native.load() is not None or backends.forced() is not None):
             return False
         after = max_pool(pool, self._flow)
         if after is not None:
@@ -275,9 +289,22 @@ def max_pool(pool: Any, flow: Flow) -> Flow | None:
     """`pool` on a fused activation; None where the kernel does not do what is asked."""
     if pool_shape(pool, flow.x.shape) is None:
         return None
-    sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-    y = torch.ops.fused_resnet_native.max_pool2d(flow.x, *sizes)
+    kernel, stride, padding = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding))
+    gpu = backends.gpu_kernels(flow.x.device.type)
+    run = torch.max_pool2d if gpu else torch.ops.fused_resnet_native.max_pool2d
+    y = run(flow.x, kernel, stride, padding)
     return Flow(y, flow.bound, True)
+
+
+def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
+    """The stem and the pooling behind it: by one kernel where there is one."""
+    (conv,) = plan.convs
+    sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    plain = sizes == [[3, 3], [2, 2], [1, 1]] and pool_shape(pool, plan.shapes(flow.x.shape)[-1])
+    if plain and isinstance(conv, GpuConv) and conv.pools(flow.x):
+        return Flow(conv.run_pooled(flow.x), None, True)
+    after = plan.run(flow)
+    return None if after is None else max_pool(pool, after)
 
 
 def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:

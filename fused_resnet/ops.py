@@ -369,10 +369,11 @@ def _conv_fused(
     *geometry: Any,
 ) -> Tensor:
     arguments = (x, weight, scale, shift, residual, relu, *geometry)
-    dtype = backends.conv_dtype(x.dtype)
+    device = x.device.type
+    dtype = backends.conv_dtype(x.dtype, device)
     kind = None
     if dtype is not None and x.numel() > 0:
-        kind = backends.conv_kind(weight.shape, dtype, geometry[2], geometry[3])
+        kind = backends.conv_kind(weight.shape, dtype, geometry[2], geometry[3], device)
     if kind is None or dtype is None:
         return reference.conv_bn_relu(*arguments)
     conv = convolution.kept(kind, weight, scale, shift, dtype, *geometry)
@@ -388,21 +389,6 @@ def _conv_fused(
     return conv.run(x, residual, relu).to(weight.dtype)
 
 
-def _conv_triton(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    residual: Any,
-    relu: bool,
-    *geometry: Any,
-) -> Tensor:
-    if x.dtype == torch.float64 or x.numel() == 0:
-        return reference.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
-    vectors = _vector(scale, x), _vector(shift, x)
-    return _kernels("triton").conv_bn_relu(x, weight, *vectors, residual, relu, *geometry)
-
-
 def _conv_bn_relu(
     x: Tensor,
     weight: Tensor,
@@ -413,13 +399,8 @@ def _conv_bn_relu(
     *geometry: Any,
 ) -> Tensor:
     shape = conv_shape(x, weight, scale, shift, residual, *geometry)
-    table = {
-        "native": _conv_fused,
-        "vendor": _conv_fused,
-        "triton": _conv_triton,
-        "reference": reference.conv_bn_relu,
-    }
-    run = table[backends.choose("conv_bn_relu", x.device.type)]
+    backend = backends.choose("conv_bn_relu", x.device.type)
+    run = reference.conv_bn_relu if backend == "reference" else _conv_fused
     y = run(x, weight, scale, shift, residual, relu, *geometry)
     return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
 

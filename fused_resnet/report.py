@@ -161,17 +161,23 @@ def _memory(row: dict[str, Any]) -> str:
 
 
 def tuned_table(winners: dict[Any, Any], title: str) -> Table:
-    """One line per convolution: its size as a matrix product, and the tile that was fastest."""
-    table = _table(
-        title, ("M", "K", "C", "taps", "groups", "tile", "warps", "stages", "how"), left=0
-    )
-    for p, c in winners.items():
-        how = [f"{c.splits} splits"] if c.splits > 1 else []
-        how += ["persistent"] if c.persistent else []
-        how += [f"{c.groups_per_tile} groups"] if c.groups_per_tile > 1 else []
-        tile = f"{c.block_m}x{c.block_n}x{c.block_k}"
-        row = (p.M, p.K, p.C, f"{p.R}x{p.S}", p.groups, tile, c.warps, c.stages, ", ".join(how))
-        table.add_row(*map(str, row))
+    """One line per convolution: its size as a matrix product, the backend and configuration that
+    were fastest, their time, and how many times as long each other backend took at its best."""
+    table = _table(title, ("M", "K", "C", "taps", "groups", "fastest", "us", "others"), left=0)
+    for p, by_backend in winners.items():
+        ranked = sorted(by_backend.values(), key=lambda choice: choice.time_s)
+        size = (p.M, p.K, p.C, f"{p.R}x{p.S}", p.groups)
+        if not ranked:
+            table.add_row(*map(str, size), "none runs", "", "")
+            continue
+        best, *rest = ranked
+        others = ", ".join(f"{c.backend} {c.time_s / best.time_s:.2f}" for c in rest)
+        table.add_row(
+            *map(str, size),
+            f"{best.backend} {best.config.label()}",
+            f"{best.time_s * 1e6:.1f}",
+            others,
+        )
     return table
 
 

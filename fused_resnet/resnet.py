@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from . import blocks, inference, network
+from . import blocks, network, plans
 from .structure import BASIC, BOTTLENECK
 
 __all__ = [
@@ -63,7 +63,7 @@ class _Block(nn.Module):
     """What both blocks share: a switch of mode drops what was precomputed for the other one."""
 
     def train(self, mode: bool = True) -> Any:
-        inference.forget(self)
+        plans.forget(self)
         return super().train(mode)
 
 
@@ -295,7 +295,7 @@ class ResNet(nn.Module):
         return nn.Sequential(*stage)
 
     def train(self, mode: bool = True) -> ResNet:
-        inference.forget(self)
+        plans.forget(self)
         return super().train(mode)
 
     def _forward_impl(self, x: Tensor) -> Tensor:

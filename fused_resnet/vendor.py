@@ -80,7 +80,8 @@ class PackedConv(FusedConv):
         dilation: Sequence[int],
         groups: int,
     ) -> None:
-        super().__init__(weight, scale, shift, dtype, stride, padding, dilation, groups)
+        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
+        self.measure_gain(weight, scale, shift)
         folded = weight.detach().float() * scale.detach().float().view(-1, 1, 1, 1)
         self._bias = shift.detach().float().contiguous()
         self._add_bias = self._bias.to(dtype)

@@ -32,30 +32,30 @@ class Mutation(NamedTuple):
 STALE, BLOCKS = "tests/test_stale.py", "tests/test_blocks.py"
 FAULTS, CONV = "tests/test_model_faults.py", "tests/test_conv_bn_relu.py"
 BN, ADD, NATIVE = "tests/test_bn_add_relu.py", "tests/test_add_relu.py", "tests/test_native.py"
-INFERENCE, STRUCTURE = "fused_resnet/inference.py", "fused_resnet/structure.py"
+PLANS, STRUCTURE = "fused_resnet/plans.py", "fused_resnet/structure.py"
 OPS, BLOCKS_PY = "fused_resnet/ops.py", "fused_resnet/blocks.py"
 
 PYTHON = [
-    Mutation("eps left out of the fold", INFERENCE, "bn.running_var.to(dtype) + bn.eps",
+    Mutation("eps left out of the fold", PLANS, "bn.running_var.to(dtype) + bn.eps",
              "bn.running_var.to(dtype)", f"{BLOCKS} -k eps"),
-    Mutation("mean left out of the fold", INFERENCE, "mean = bn.running_mean.to(dtype)",
+    Mutation("mean left out of the fold", PLANS, "mean = bn.running_mean.to(dtype)",
              "mean = bn.running_mean.to(dtype) * 0", f"{BLOCKS} -k every_convolution"),
-    Mutation("convolution's bias left out", INFERENCE, "conv.bias.to(dtype) - mean",
+    Mutation("convolution's bias left out", PLANS, "conv.bias.to(dtype) - mean",
              "-mean", f"{BLOCKS} -k bias"),
-    Mutation("residual dropped", INFERENCE, "run(y, residual, True, overwrite=owned)",
+    Mutation("residual dropped", PLANS, "run(y, residual, True, overwrite=owned)",
              "run(y, None, True)", f"{BLOCKS} -k every_convolution"),
-    Mutation("downsample skipped", INFERENCE, "if self.downsample is not None:",
+    Mutation("downsample skipped", PLANS, "if self.downsample is not None:",
              "if False:", f"{BLOCKS} -k every_convolution"),
     Mutation("input overwritten", BLOCKS_PY, "inner.data_ptr() != x.data_ptr()",
              "True", f"{FAULTS} -k edited"),
     Mutation("output left in the compute dtype", BLOCKS_PY,
-             "y.to(inference.output_dtype(dtype)).contiguous", "y.contiguous",
+             "y.to(outer).contiguous", "y.contiguous",
              f"{STALE} -k another_dtype tests/test_resnet.py -k autocast"),
-    Mutation("sizes not checked", INFERENCE, "if branch != shapes[-1]:", "if False:",
+    Mutation("sizes not checked", PLANS, "if branch != shapes[-1]:", "if False:",
              f"{BLOCKS} -k broadcasts"),
-    Mutation("norms of any dtype taken", INFERENCE,
+    Mutation("norms of any dtype taken", PLANS,
              "t is None or t.dtype in (dtype, torch.float32)", "True", f"{FAULTS} -k float64"),
-    Mutation("training does not drop plans", "fused_resnet/resnet.py", "inference.forget(self)",
+    Mutation("training does not drop plans", "fused_resnet/resnet.py", "plans.forget(self)",
              "pass", STALE),
     Mutation("versions not watched", STRUCTURE,
              "and list(map(_version, self._tensors)) == self._versions", "", STALE),

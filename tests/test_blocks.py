@@ -22,7 +22,7 @@ from model_helpers import (
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import backends, blocks, convolution, inference, network, vendor
+from fused_resnet import backends, blocks, convolution, network, plans, vendor
 
 pytestmark = pytest.mark.skipif(
     backends.choose("conv_bn_relu", "cpu") == "reference", reason="nothing is fused here"
@@ -385,6 +385,6 @@ def test_explain_names_every_block_and_changes_nothing():
         "layer3.0",
         "layer4.0",
     ]
-    assert not inference._plans.get(mine.layer1[0])
+    assert not plans._plans.get(mine.layer1[0])
     outer = nn.Sequential(mine, tv.resnet18())
     assert [e.name for e in fr.explain(outer)][:2] == ["0.stem", "0.layer1.0"]

@@ -11,7 +11,7 @@ from model_helpers import agree, clone, fused, images, pair, randomise, same_out
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import inference, network
+from fused_resnet import network, plans
 
 
 def _optimizer(model):
@@ -223,22 +223,22 @@ def test_plans_and_their_memory_go_with_the_model():
     with torch.no_grad():
         mine(images())
     gc.collect()
-    counts = len(inference._plans), len(network._networks)
+    counts = len(plans._plans), len(network._networks)
     assert counts[0] > 0
-    plan = next(iter(inference._plans[mine.layer1[0]].values()))
+    plan = next(iter(plans._plans[mine.layer1[0]].values()))
     watched = [weakref.ref(plan), weakref.ref(mine)]
     blocks = len(fused(mine))
     del mine, plan
     gc.collect()
     assert [w() for w in watched] == [None, None]
-    assert len(inference._plans) == counts[0] - blocks
+    assert len(plans._plans) == counts[0] - blocks
 
 
 def test_a_stale_plan_is_dropped_at_once():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
-        old = weakref.ref(next(iter(inference._plans[mine.layer1[0]].values())))
+        old = weakref.ref(next(iter(plans._plans[mine.layer1[0]].values())))
         mine.layer1[0].conv1.weight.mul_(2)
         mine(images())
     gc.collect()
@@ -249,12 +249,12 @@ def test_training_drops_what_inference_packed():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
-    assert mine.layer1[0] in inference._plans
+    assert mine.layer1[0] in plans._plans
     mine.train()
-    assert mine.layer1[0] not in inference._plans
+    assert mine.layer1[0] not in plans._plans
     block = mine.eval().layer1[0]
     with torch.no_grad():
         mine(images())
-    assert block in inference._plans
+    assert block in plans._plans
     block.train()
-    assert block not in inference._plans
+    assert block not in plans._plans

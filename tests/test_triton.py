@@ -13,12 +13,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import backends, machine, reference
+from fused_resnet import backends, cuda_conv, gemm, machine, reference, tuning
+from fused_resnet.gemm import Problem
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,9 +37,8 @@ from fused_resnet.triton_kernels import (  # noqa: E402
     convolution,
     elementwise,
     support,
-    tuning,
 )
-from fused_resnet.triton_kernels.configs import Config, Problem  # noqa: E402
+from fused_resnet.triton_kernels.configs import Config  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SMALL = Config(32, 32, 16, 4, 2)
@@ -46,7 +47,7 @@ SMALL = Config(32, 32, 16, 4, 2)
 def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = None, **where):
     """What `config` gives, and the reference, of integers: every product and sum is exact."""
     sizes = {"stride": 1, "padding": 0, "dilation": 1, **where}
-    geometry = convolution.Geometry(*((v, v) for v in sizes.values()))
+    geometry = gemm.Geometry(*((v, v) for v in sizes.values()))
     g = torch.Generator().manual_seed(0)
     if x is None:
         x = torch.randint(-2, 3, shape, generator=g).float().to(DEVICE)
@@ -54,8 +55,8 @@ def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = N
     scale = torch.randint(1, 3, (K,), generator=g).float().to(DEVICE)
     shift = torch.randint(-5, 6, (K,), generator=g).float().to(DEVICE)
     want = reference.conv_bn_relu(x, weight, scale, shift, None, True, *geometry, groups)
-    y = convolution.channels_last_empty(want.shape, x).fill_(torch.nan)
-    x, weight = convolution.channels_last(x), convolution.channels_last(weight)
+    y = gemm.channels_last_empty(want.shape, x).fill_(torch.nan)
+    x, weight = gemm.channels_last(x), gemm.channels_last(weight)
     problem = Problem(
         y.numel() // K, K, shape[1] // groups, *kernel, groups, sizes["stride"], "float32"
     )
@@ -110,7 +111,7 @@ BACKWARD = {
 @pytest.mark.parametrize("case", BACKWARD)
 def test_gradients_of_integers_are_exact(case):
     shape, K, kernel, *sizes, groups = BACKWARD[case]
-    geometry = convolution.Geometry(*sizes)
+    geometry = gemm.Geometry(*sizes)
     x = torch.randint(-2, 3, shape).float().to(DEVICE)
     weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel)).float().to(DEVICE)
     y = torch.nn.functional.conv2d(x, weight, None, *geometry, groups)
@@ -190,7 +191,13 @@ def test_the_heuristic_fits_the_device(capability):
         assert tiles >= 66 or config.splits >= min(most, configs.MOST_SPLITS) / 2, (problem, config)
 
 
-WINNERS = {RESNET50[0]: SMALL, RESNET50[3]: replace(SMALL, splits=2, persistent=True)}
+WINNERS = {
+    RESNET50[0]: {"triton": tuning.Choice("triton", SMALL, 1e-5)},
+    RESNET50[3]: {
+        "native": tuning.Choice("native", cuda_conv.CudaConfig(2, 4), 3e-5),
+        "triton": tuning.Choice("triton", replace(SMALL, splits=2, persistent=True), 2e-5),
+    },
+}
 
 
 def test_winners_survive_the_disk(tmp_path):
@@ -219,25 +226,34 @@ def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "file_name", lambda device: "here.json")
     monkeypatch.setattr(tuning, "_winners", {})
-    device, problem = torch.device(DEVICE), RESNET50[2]
-    best, broken = configs.candidates(problem, tuning._capability(device))[3:5]
+    device, problem, nobody = torch.device("cpu"), RESNET50[2], RESNET50[5]
+    both = ("triton", "native")
+    listed = tuning.candidates(problem, device, both)
+    assert {backend for backend, _ in listed} == set(both)
+    best, broken = listed[-1], listed[3]
 
-    def measure(problem: Problem, config: Config) -> float:
-        if config == broken:
+    def measure(problem: Problem, backend: str, config: Any) -> float:
+        if (backend, config) == broken or problem == nobody:
             raise RuntimeError("out of resources")
-        return 1.0 if config == best else 2.0
+        return 1.0 if (backend, config) == best else 2.0
 
     seen = []
     found, problem_with_file = tuning.tune(
-        [problem], device, measure, lambda p, c, t: seen.append(c)
+        [problem, nobody], device, both, measure, lambda p, b, c, t: seen.append((b, c))
     )
     assert broken in seen, "a progress bar would not reach its end"
-    assert found == {problem: best} and problem_with_file is None
-    assert tuning.config_for(problem, device) == best
-    assert tuning.read(tmp_path / "fused_resnet" / "here.json") == found
-    assert tuning.config_for(RESNET50[4], device) == configs.choose(
-        RESNET50[4], tuning._capability(device), support.multiprocessors(device)
-    )
+    assert problem_with_file is None and found[nobody] == {}
+    assert found[problem] == {
+        "triton": tuning.Choice("triton", listed[0][1], 2.0),
+        best[0]: tuning.Choice(*best, 1.0),
+    }
+    assert tuning.choice(problem, device, both) == tuning.Choice(*best, 1.0)
+    assert tuning.choice(problem, device, ("triton",)).backend == "triton"  # one that is forced
+    assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {problem: found[problem]}
+    # Nobody has measured it, or nobody could: the first backend's heuristic.
+    for other in (RESNET50[4], nobody):
+        config = configs.choose(other, (9, 0), gemm.multiprocessors(device))
+        assert tuning.choice(other, device, both) == tuning.Choice("triton", config)
 
 
 # What goes wrong around Triton. Each in a process of its own, compiling for a GPU that is
@@ -340,12 +356,12 @@ def test_grids_of_large_batches_fit(monkeypatch, memory_format):
         1024, 64, 112, 112, dtype=torch.bfloat16, device="meta"
     ).contiguous(memory_format=memory_format)  # fmt: skip
     weight, vector = x.new_empty(64, 64, 3, 3), x.new_empty(64, dtype=torch.float32)
-    geometry = convolution.Geometry((1, 1), (1, 1), (1, 1))
+    geometry = gemm.Geometry((1, 1), (1, 1), (1, 1))
     elementwise.add_relu(x, x)
     batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
     flags = (1e-5, True, True, True)
     batch_norm.bn_add_relu_backward(x, x, x, None, vector, vector, *flags)
-    convolution.conv_bn_relu(x, weight, vector, vector, x, True, geometry, 1)
+    convolution.run(x, gemm.channels_last(weight), vector, vector, x, x, True, geometry, 1)
     backward.convolution_dx(x, weight, x.shape, geometry, 1)
     backward.convolution_dweight(x, x, weight.shape, geometry, 1)
     assert len(grids) >= 9 and max(grid[0] for grid in grids.values()) > 65535
@@ -365,15 +381,20 @@ def test_offsets_are_64_bit_where_32_do_not_reach():
 def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
     """`fused-resnet tune` with a GPU's name and a clock that likes large tiles, and its folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(backends, "missing", lambda *which: None)
+    monkeypatch.setattr(backends, "conv_contenders", lambda: ("triton", "native"))
     monkeypatch.setattr(machine, "check_device", lambda name: None)
     monkeypatch.setattr(tuning, "_winners", {})
-    monkeypatch.setattr(tuning, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
-    monkeypatch.setattr(
-        tuning, "measure_on", lambda *problem: lambda p, c: 1 / (c.block_m * c.block_n * c.splits)
-    )
-    return tmp_path / "fused_resnet"
+
+    def time_s(problem: Problem, backend: str, config: Any) -> float:
+        if backend == "native":
+            return 1.0 if config.splits == 1 else 2.0
+        return 2**14 / (config.block_m * config.block_n * config.splits)
+
+    monkeypatch.setattr(tuning, "measure_on", lambda *which: time_s)
+    yield tmp_path / "fused_resnet"
+    tuning.choice.cache_clear()
 
 
 def test_the_tune_command(as_if_on_a_gpu):
@@ -388,12 +409,14 @@ def test_the_tune_command(as_if_on_a_gpu):
     run = tune("--batch", "1,32", "--dtype", "bfloat16")
     assert run.exit_code == 0, run.output
     assert "100%" in run.output and "resnet18, batch 32, bfloat16" in run.output
+    assert "triton 128x256x64, 8 warps" in run.output and "native 2.00" in run.output
     kept = tuning.read(as_if_on_a_gpu / "a_gpu.json")
     for name in ("cuda", "cuda:0"):  # what a tensor's device says, and what the command was given
         assert tuning.winners(torch.device(name)) == kept
-    layers = {tuning.problem_of(x, torch.bfloat16) for x in tuning.layers_of("resnet18", 32)}
+    layers = {gemm.problem_of(x, torch.bfloat16) for x in gemm.layers_of("resnet18", 32)}
     assert layers < kept.keys() and len(layers) == 11
-    assert {c.block_m * c.block_n for c in kept.values() if c.splits == 1} == {128 * 256}
+    triton_configs = [by_backend["triton"].config for by_backend in kept.values()]
+    assert {c.block_m * c.block_n for c in triton_configs if c.splits == 1} == {128 * 256}
 
     as_if_on_a_gpu.joinpath("a_gpu.json").unlink()
     as_if_on_a_gpu.rmdir()

@@ -22,15 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .convolution import (
-    Geometry,
-    channels_last,
-    channels_last_empty,
-    operands_of,
-    precision_of,
-    run,
-)
-from .support import BY_HAND, at_most, index_type, launch, launch_on, multiprocessors, widened
+from ..gemm import Geometry, channels_last, channels_last_empty, multiprocessors, operands_of
+from .convolution import precision_of, run
+from .support import BY_HAND, at_most, index_type, launch, launch_on, widened
 
 BLOCK_K, BLOCK_C = 64, 64
 REGISTERS = 255

@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gemm import multiprocessors
 from ..reference import accumulate_dtype
 from .support import (
     BY_HAND,
@@ -41,7 +42,6 @@ from .support import (
     index_type,
     launch,
     launch_on,
-    multiprocessors,
     rounded,
     widened,
 )

@@ -10,22 +10,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-
-class Problem(NamedTuple):
-    """One convolution as a matrix product: M = N * P * Q pixels, K outputs, groups times C * R * S
-    products each; stride over the width, which decides what a row of a tile reads; and what the
-    operands are."""
-
-    M: int
-    K: int
-    C: int  # per group
-    R: int
-    S: int
-    groups: int
-    stride: int
-    operands: str  # "bfloat16", "float16", "tf32" or "float32"
+from ..gemm import Problem
 
 
 @dataclass(frozen=True)
@@ -42,6 +28,12 @@ class Config:
     splits: int = 1
     persistent: bool = False
     groups_per_tile: int = 1
+
+    def label(self) -> str:
+        how = [f"{self.block_m}x{self.block_n}x{self.block_k}", f"{self.warps} warps"]
+        how += [f"{self.splits} splits"] if self.splits > 1 else []
+        how += ["persistent"] if self.persistent else []
+        return ", ".join(how)
 
     @property
     def registers(self) -> int:

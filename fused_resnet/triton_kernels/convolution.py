@@ -22,26 +22,33 @@ L2 holds what tiles share, y written once. Speed: not yet measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, Problem
+from .. import tuning
+from ..gemm import (
+    Geometry,
+    Problem,
+    channels_last,
+    multiprocessors,
+    operands_of,
+)
+from . import configs
+from .configs import Config
 from .support import (
     BY_HAND,
     at_most,
     index_type,
     launch,
     launch_on,
-    multiprocessors,
     rounded,
     widened,
 )
-from .tuning import config_for
 
 FINISH_BITS = tl.constexpr(512)  # of one row of a tile, finished at once: two sectors
 
@@ -324,21 +331,6 @@ def conv_merge_kernel(
 MERGE_M, MERGE_N = 32, 64  # the merging kernel's tile
 
 
-class Geometry(NamedTuple):
-    """stride, padding and dilation in pixels, over height and width."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-
-def operands_of(dtype: torch.dtype) -> str:
-    """What is multiplied (see `Problem`): TF32 only where PyTorch's own switch allows it."""
-    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
-
-
 def precision_of(dtype: torch.dtype) -> str:
     """The same in tl.dot's words."""
     return "tf32" if operands_of(dtype) == "tf32" else "ieee"
@@ -363,7 +355,10 @@ def run(
     H, W = x.shape[2:]
     C, R, S = weight.shape[1:]
     problem = Problem(N * P * Q, K, C, R, S, groups, geometry.stride[1], operands_of(x.dtype))
-    config = config or config_for(problem, x.device)
+    if config is None:
+        found = tuning.choice(problem, x.device, ("triton",))
+        assert found is not None  # it covers everything
+        config = found.config
     M, outputs = problem.M, K // groups
     # Padding shapes how far to look, not what the matrix is.
     pointwise = (
@@ -428,94 +423,62 @@ def run_length(C: int, S: int) -> int:
     return S * (C + -C % PADDED_CHANNELS)
 
 
-def conv_bn_relu(
+# --- as a contender (tuning.py) -------------------------------------------------------------------
+
+CONFIG = Config
+
+
+def covers(problem: Problem, capability: tuple[int, int]) -> bool:
+    return True
+
+
+def seen(problem: Problem) -> Problem:
+    """The matrix product that the kernel makes of a problem."""
+    C, S = problem.C, problem.S
+    if not takes_runs(C, S, 1, problem.groups):
+        return problem
+    return problem._replace(C=run_length(C, S), S=1)
+
+
+def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
+    return configs.candidates(seen(problem), capability)
+
+
+def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Config:
+    return configs.choose(seen(problem), capability, processors)
+
+
+def run_conv(
+    conv: Any,
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
     residual: Tensor | None,
     relu: bool,
-    geometry: Geometry,
-    groups: int,
-) -> Tensor:
-    """x: (N, C, H, W), weight: (K, C / groups, R, S), residual: (N, K, P, Q), of any strides;
-    scale, shift: (K,) float32 -> y (N, K, P, Q), channels_last."""
-    y = _output(x, weight, geometry)
-    if y.numel() == 0:
-        return y
-    if residual is not None and residual.stride() != y.stride():
-        residual = torch.empty_like(y).copy_(residual)
-    x, weight, geometry = _operands(x, weight, geometry, groups)
-    return run(x, weight, scale, shift, residual, y, relu, geometry, groups)
-
-
-def prepared(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    geometry: Geometry,
-    groups: int,
+    y: Tensor,
     config: Config,
-) -> Callable[[], Tensor]:
-    """`conv_bn_relu` with `config`, its operands laid out beforehand, to be timed."""
-    y = _output(x, weight, geometry)
-    x, weight, geometry = _operands(x, weight, geometry, groups)
-    return lambda: run(x, weight, scale, shift, None, y, True, geometry, groups, config)
+) -> None:
+    """x, residual, y channels_last -> y of a `gpu_conv.GpuConv`."""
+    geometry, weight = conv.geometry, conv.weight
+    if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], conv.groups):
+        weight = conv.kept("triton", lambda: taps_in_runs(weight))
+        x, geometry = in_runs(x, conv.weight.shape, geometry)
+    run(x, weight, conv.scale, conv.shift, residual, y, relu, geometry, conv.groups, config)
 
 
-def _output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """An uninitialised y (N, K, P, Q), channels_last."""
-    N, _, *size = x.shape
-    K, _, *kernel = weight.shape
-    out = (
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, *geometry, strict=True)
-    )
-    return channels_last_empty((N, K, *out), x)
-
-
-def _operands(
-    x: Tensor, weight: Tensor, geometry: Geometry, groups: int
-) -> tuple[Tensor, Tensor, Geometry]:
-    """x and weight as the kernel reads them."""
-    C, S = weight.shape[1], weight.shape[3]
-    if takes_runs(C, S, geometry.dilation[1], groups):
-        return in_runs(x, weight, geometry)
-    return channels_last(x), channels_last(weight), geometry
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    _, C, H, W = shape
-    return H * W * C, 1, W * C, C
-
-
-def channels_last_empty(shape: Sequence[int], x: Tensor) -> Tensor:
-    """An uninitialised channels_last tensor of x's dtype on its device."""
-    return torch.empty_strided(shape, _strides(shape), dtype=x.dtype, device=x.device)
-
-
-def channels_last(t: Tensor) -> Tensor:
-    """t, or a copy of it, in channels_last: with those very strides. PyTorch leaves the strides of
-    dimensions of size one as they come, and the kernel reads them all."""
-    t = t.contiguous(memory_format=torch.channels_last)
-    return t if t.stride() == _strides(t.shape) else t.as_strided(t.shape, _strides(t.shape))
-
-
-def in_runs(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, Geometry]:
-    """The same convolution with a row of taps as one run of channels.
-
-    x (N, C, H, W) padded to (N, Cp, H + 2 pad, W + 2 pad) and seen as (N, S * Cp, ., W'), pixels
-    that overlap in memory; weight (K, C, R, S) -> (K, S * Cp, R, 1).
-    """
-    K, C, R, S = weight.shape
+def in_runs(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
+    """The same convolution with a row of taps as one run of channels: x (N, C, H, W) padded to
+    (N, Cp, H + 2 pad, W + 2 pad) and seen as (N, S * Cp, ., W'), pixels that overlap in memory."""
+    S = weight_shape[3]
     pad_h, pad_w = geometry.padding
-    more = -C % PADDED_CHANNELS
+    more = -x.shape[1] % PADDED_CHANNELS
     padded = torch.nn.functional.pad(x, (pad_w, pad_w, pad_h, pad_h, 0, more))
     padded = channels_last(padded)
     N, Cp, Hp, Wp = padded.shape
     runs = padded.as_strided((N, S * Cp, Hp, Wp - S + 1), padded.stride())
-    taps = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, more))  # (K, Cp, R, S)
-    taps = taps.permute(0, 2, 3, 1).reshape(K, R, 1, S * Cp).permute(0, 3, 1, 2)
-    dilation = (geometry.dilation[0], 1)
-    return runs, taps, Geometry(geometry.stride, (0, 0), dilation)
+    return runs, Geometry(geometry.stride, (0, 0), (geometry.dilation[0], 1))
+
+
+def taps_in_runs(weight: Tensor) -> Tensor:
+    """weight (K, C, R, S) -> (K, S * Cp, R, 1)."""
+    K, C, R, _ = weight.shape
+    taps = torch.nn.functional.pad(weight, (0, 0, 0, 0, 0, -C % PADDED_CHANNELS))  # (K, Cp, R, S)
+    return taps.permute(0, 2, 3, 1).reshape(K, R, 1, -1).permute(0, 3, 1, 2)

@@ -159,11 +159,3 @@ def index_type(*tensors: Tensor | None) -> Any:
 def launch_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device and its current stream: make that x's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; a small number where there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 4

@@ -1,0 +1,186 @@
+"""The convolutions of csrc/implicit_gemm_sm80.cuh, implicit_gemm_sm90.cuh and stem_cuda.cu as a
+contender (tuning.py): which problems they cover, tiles worth measuring, and a heuristic.
+
+Channels and outputs of a group come in 16 bytes; an x with fewer channels is padded, outputs are
+not. 16-bit operands, and float32 where PyTorch allows TF32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, native
+from .gemm import Problem
+
+STEM = -1
+_STEP_BYTES = 128  # of channels that a step takes (implicit_gemm_tiles.h)
+_MOST_SPLITS = 8
+_TALLEST_SPLIT = 64  # rows of a tile: where there are too few tiles, smaller ones come first
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """One way to run it: a row of `tiles()`, or STEM, the stem's own kernel; and how many blocks
+    share a tile's steps."""
+
+    tile: int
+    splits: int = 1
+
+    def label(self) -> str:
+        if self.tile == STEM:
+            return "stem"
+        tile = tiles()[self.tile]
+        how = f"sm_{tile['architecture']} {tile['block_m']}x{tile['block_n']}"
+        return how + (f", {self.splits} splits" if self.splits > 1 else "")
+
+
+CONFIG = CudaConfig
+
+
+@functools.cache
+def tiles() -> list[dict[str, int]]:
+    """The tiles that were built: architecture, block_m, block_n, warps, stages."""
+    return native.gemm_tiles()
+
+
+def _itemsize(operands: str) -> int:
+    return 4 if operands in ("tf32", "float32") else 2
+
+
+def is_stem(problem: Problem) -> bool:
+    """Whether this is 7x7 of stride 2 on three channels, 64 outputs, in 16 bits. (Padding and
+    dilation, which a problem does not know, are asked by `gpu_conv.GpuConv`.)"""
+    shape = (problem.K, problem.C, problem.R, problem.S, problem.groups, problem.stride)
+    return shape == (64, 3, 7, 7, 1, 2) and problem.operands in ("bfloat16", "float16")
+
+
+def covers(problem: Problem, capability: tuple[int, int]) -> bool:
+    elements = 16 // _itemsize(problem.operands)
+    aligned = problem.groups == 1 or problem.C % elements == 0
+    return (
+        problem.operands != "float32"
+        and capability >= (8, 0)
+        and aligned
+        and problem.K // problem.groups % elements == 0
+        and problem.M < 2**31
+        and bool(tiles())
+    )
+
+
+def _on(tile: dict[str, int], problem: Problem, capability: tuple[int, int]) -> bool:
+    """Whether a tile's kernel runs this problem on such a GPU."""
+    if tile["architecture"] == 80:
+        return True
+    # What a tensor map's im2col mode reaches; one that reaches further is left to sm_80's kernel.
+    near = max(problem.R, problem.S) <= 16 and problem.stride <= 8
+    return capability == (9, 0) and near and _itemsize(problem.operands) == 2
+
+
+def _steps(problem: Problem) -> int:
+    elements = 16 // _itemsize(problem.operands)
+    channels = math.ceil(problem.C / elements) * 16
+    return math.ceil(problem.R * problem.S * channels / _STEP_BYTES)
+
+
+def _tiles_of(tile: dict[str, int], problem: Problem) -> int:
+    over_n = math.ceil(problem.K // problem.groups / tile["block_n"])
+    return math.ceil(problem.M / tile["block_m"]) * over_n * problem.groups
+
+
+def candidates(problem: Problem, capability: tuple[int, int]) -> list[CudaConfig]:
+    found = [CudaConfig(STEM)] if is_stem(problem) else []
+    for number, tile in enumerate(tiles()):
+        if not _on(tile, problem, capability):
+            continue
+        found.append(CudaConfig(number))
+        splits = 2
+        while (
+            tile["architecture"] == 80
+            and tile["block_m"] <= _TALLEST_SPLIT
+            and splits <= _MOST_SPLITS
+            and _steps(problem) >= 4 * splits
+        ):
+            found.append(CudaConfig(number, splits))
+            splits *= 2
+    return found
+
+
+def choose(problem: Problem, capability: tuple[int, int], processors: int) -> CudaConfig:
+    """For a problem that nobody has measured: the stem's kernel for the stem, else a tile."""
+    return CudaConfig(STEM) if is_stem(problem) else choose_tile(problem, capability, processors)
+
+
+def choose_tile(problem: Problem, capability: tuple[int, int], processors: int) -> CudaConfig:
+    """The tile of the least estimated time, in products per multiprocessor.
+
+    A wave of tiles takes at each step the time of its products or, where it loads more than it
+    multiplies, of its loads: 64 products in the time of one operand from L2 (1024 dense 16-bit
+    products and 16 loaded elements a cycle). wgmma multiplies about 1.6 times as fast as mma.sync
+    on the same chip. Filling the pipeline and finishing a tile take about as long as four steps; on
+    Hopper the next tile's steps hide that.
+    """
+
+    def cost(config: CudaConfig) -> float:
+        tile = tiles()[config.tile]
+        m, n = tile["block_m"], tile["block_n"]
+        hopper = tile["architecture"] == 90
+        waves = math.ceil(_tiles_of(tile, problem) * config.splits / processors)
+        rate = 1.6 if capability == (9, 0) and hopper else 1.0
+        per_step = max(m * n / rate, 64 * (m + n))
+        steps = math.ceil(_steps(problem) / config.splits)
+        extra = 4 + waves * steps if hopper else waves * (steps + 4)
+        # Partial sums are written and read once more.
+        return extra * per_step * (1.0 if config.splits == 1 else 1.1)
+
+    return min((c for c in candidates(problem, capability) if c.tile != STEM), key=cost)
+
+
+def pack_stem(weight: Tensor) -> Tensor:
+    """weight (64, 3, 7, 7) -> (64, 7, 8, 4): the eighth tap and the fourth channel are zeros."""
+    return F.pad(weight, (0, 1, 0, 0, 0, 1)).permute(0, 2, 3, 1).contiguous()
+
+
+def run_stem(conv: Any, x: Tensor, pool: bool) -> Tensor:
+    """x (N, 3, H, W) of any layout -> y (N, 64, P, Q), with the pooling behind it if `pool`."""
+    if x.dtype not in (torch.float32, conv.dtype):
+        x = x.to(conv.dtype)
+    weight = conv.kept("stem", lambda: pack_stem(conv.weight))
+    return _ops().stem(x, weight, conv.scale, conv.shift, pool)
+
+
+def run_conv(
+    conv: Any, x: Tensor, residual: Tensor | None, relu: bool, y: Tensor, config: CudaConfig
+) -> None:
+    """x, residual, y channels_last -> y of a `gpu_conv.GpuConv`."""
+    elements = 16 // x.element_size()
+    weight = conv.weight  # (K, C / groups, R, S), (K, R, S, C / groups) in memory
+    more = -weight.shape[1] % elements
+    if more:
+        x = F.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
+        weight = conv.kept("native", lambda: F.pad(conv.weight, (0, 0, 0, 0, 0, more)))
+    x, weight = _aligned(x), _aligned(weight.contiguous(memory_format=torch.channels_last))
+    K, C, R, S = weight.shape
+    rows = weight.as_strided((K, R, S, C), (R * S * C, S * C, C, 1))
+    if residual is not None:
+        residual = _aligned(residual)
+    _ops().implicit_gemm(
+        x, rows, conv.scale, conv.shift, residual, y, relu,
+        *conv.geometry, conv.groups, config.tile, config.splits,
+    )  # fmt: skip
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy of it, that starts at a multiple of 16 bytes."""
+    return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
+
+
+def _ops() -> Any:
+    """The kernels: emulated ones where a test forces those."""
+    return backends.KERNELS["emulated" if backends.forced() == "emulated" else "native"]()

@@ -1,0 +1,229 @@
+"""A block made ready for inference: packed convolutions, each with BN, residual and ReLU inside.
+
+A `Plan` belongs to a block and a compute dtype and is used while its `Guard` holds. Plans live
+beside the modules, not in them: state_dict, deepcopy and pickle do not see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .convolution import BOUND_LIMIT, FusedConv, capturing, max_abs
+from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
+
+
+def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale, shift: (K,) of `dtype`, with y = conv(x, weight) * scale + shift for conv, then bn.
+
+    scale = weight / sqrt(running_var + eps),   shift = bias + (conv.bias - running_mean) * scale
+    """
+    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight.to(dtype)
+    mean = bn.running_mean.to(dtype)
+    shift = (mean.neg() if conv.bias is None else conv.bias.to(dtype) - mean) * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias.to(dtype)
+    return scale, shift
+
+
+def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
+    shape, device = conv.weight.shape, conv.weight.device.type
+    kind = backends.conv_kind(shape, dtype, conv.dilation, conv.groups, device)
+    assert kind is not None  # reason_against has asked
+    with torch.no_grad():
+        scale, shift = scale_and_shift(conv, bn, torch.float64)
+        return kind(
+            conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+
+
+class Flow(NamedTuple):
+    """An activation on its way through fused blocks.
+
+    x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan that takes
+    any). bound: an upper bound for |x|, or None where none is known. owned: nobody else can see x,
+    so a block may write into it.
+    """
+
+    x: Tensor
+    bound: float | None
+    owned: bool
+
+
+class Plan:
+    """One block's folded, packed convolutions in one compute dtype."""
+
+    def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype) -> None:
+        self.guard = guard
+        self.dtype = dtype
+        convs = [_pack(conv, bn, dtype) for conv, bn in parts.pairs]
+        self.downsample = convs.pop() if parts.downsample else None
+        self.convs = convs
+        self.residual = len(convs) > 1
+        all_convs = [*convs, self.downsample] if self.downsample else convs
+        self._needs_bound = any(conv.needs_bound for conv in all_convs)
+        self.takes_any = not self.residual and convs[0].takes_any
+        self.weight = parts.pairs[0][0].weight
+        self._shapes: list[Sequence[int]] = []
+
+    def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
+        """The activations that an x of this shape becomes: x, then every convolution's output, the
+        block's last. Empty where it does not go through: then it is stock that raises."""
+        kept = self._shapes  # read once: another thread may come with another size
+        if not kept or kept[0] != shape:
+            kept = self._shapes = self._find_shapes(shape)
+        return kept
+
+    def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
+        shapes = [shape]
+        for conv in self.convs:
+            out = conv.output_shape(shapes[-1])
+            if out is None:
+                return []
+            shapes.append(out)
+        if self.residual:
+            branch = self.downsample.output_shape(shape) if self.downsample else tuple(shape)
+            if branch != shapes[-1]:
+                return []
+        return shapes
+
+    def bound(self, x_bound: float | None) -> float | None:
+        """A bound for every number the block computes, or None where there is none, or no need
+        of one (convolution.py)."""
+        if x_bound is None or not self._needs_bound:
+            return None
+        bound = x_bound
+        for conv in self.convs:
+            bound = conv.bound(bound)
+            if not bound <= BOUND_LIMIT:  # written so that NaN fails
+                return None
+        if self.residual:
+            bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
+        return bound if bound <= BOUND_LIMIT else None
+
+    def run(self, flow: Flow) -> Flow | None:
+        """The block's output, or None where a bound is needed and none rules out a NaN."""
+        residual, x_bound, owned = flow
+        bound = self.bound(x_bound)
+        if bound is None and self._needs_bound:
+            bound = self.bound(max_abs(flow.x))
+            if bound is None:
+                return None
+        y = flow.x
+        if not self.residual:
+            return Flow(self.convs[0].run(y, None, True), bound, True)
+        for conv in self.convs[:-1]:
+            y = conv.run(y, None, True)
+        if self.downsample is not None:
+            residual, owned = self.downsample.run(residual, None, False), True
+        return Flow(self.convs[-1].run(y, residual, True, overwrite=owned), bound, True)
+
+
+def output_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype in which stock's convolution of such a tensor of `dtype` would answer now."""
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
+
+
+def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether stock's convolution would take an x of `dtype` with this weight now."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return (dtype == torch.float64) == (weight.dtype == torch.float64)
+    return dtype == weight.dtype
+
+
+def norm_fits(bn: Any, dtype: torch.dtype) -> bool:
+    """Whether stock's batch norm would take an input of `dtype` with this norm's tensors."""
+    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    return all(t is None or t.dtype in (dtype, torch.float32) for t in tensors)
+
+
+def reason_against(parts: Parts, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why these parts cannot be folded and packed for an x of `dtype` on `device` now, or None."""
+    inner = compute_dtype(dtype, device.type)
+    if inner is None:
+        return f"no fused convolution serves {dtype}"
+    backend = backends.choose("conv_bn_relu", device.type)
+    if backend == "reference":
+        missing = backends.missing("conv_bn_relu", "vendor", device.type)
+        return missing or "another backend is forced"
+    if backend == "triton" and device.type == "cpu":
+        return "Triton's interpreter is for its kernels alone"
+    for conv, bn in parts.pairs:
+        if uses_batch_statistics(bn):
+            return "batch norm uses batch statistics"
+        if bn.running_mean is None or bn.running_var is None:
+            return "running statistics are absent"
+        if conv.weight.device != device:
+            return f"x is on {device}, a weight on {conv.weight.device}"
+        if not weights_fit(dtype, conv.weight):
+            return f"x is {dtype} and a weight is {conv.weight.dtype}"
+        outer = output_dtype(dtype, device.type)
+        if not norm_fits(bn, outer):
+            return f"a norm's tensors are of another dtype than {outer}"
+        shape = conv.weight.shape
+        if backends.conv_kind(shape, inner, conv.dilation, conv.groups, device.type) is None:
+            return f"no fused convolution takes a weight of shape {tuple(shape)}"
+    return None
+
+
+# block -> (compute dtype, backend) -> plan
+_plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
+_generation = 0
+
+
+def forget(model: nn.Module) -> None:
+    """Drops what was precomputed for every block of `model`; the next call makes it anew."""
+    global _generation
+    _generation += 1
+    for m in model.modules():
+        _plans.pop(m, None)
+
+
+def generation() -> int:
+    """Grows whenever a plan anywhere was dropped, so that who holds plans knows to ask again."""
+    return _generation
+
+
+def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
+    """What convolutions of such tensors of `dtype` are computed in now; None: not served."""
+    return backends.conv_dtype(output_dtype(dtype, device_type), device_type)
+
+
+def plan_for(
+    block: nn.Module, names: Names, dtype: torch.dtype, device: torch.device
+) -> Plan | str:
+    """The block's plan for inference on an x of `dtype` on `device`, made now if need be; or why
+    not."""
+    inner = compute_dtype(dtype, device.type)
+    key = (inner, device, backends.choose("conv_bn_relu", device.type))
+    plans = _plans.get(block, {})
+    plan = plans.get(key)
+    if plan is not None and weights_fit(dtype, plan.weight):
+        if plan.guard.holds():
+            return plan
+        _plans.pop(block, None)  # a stale copy is of no use to anybody
+    parts = take_apart(block, names)
+    if isinstance(parts, str):
+        return parts
+    reason = reason_against(parts, dtype, device)
+    if reason is not None or inner is None:
+        return reason or f"no fused convolution serves {dtype}"
+    guard = Guard(parts)
+    if not guard.watchable:
+        return "weights made in inference mode carry no version counter to watch"
+    plan = Plan(parts, guard, inner)
+    if capturing(plan.weight):  # its memory is the graph's: good for this call alone
+        return plan
+    # Another dtype's plan stays while it is good too: autocast on, autocast off.
+    others = {k: p for k, p in plans.items() if k != key and p.guard.holds()}
+    _plans[block] = {**others, key: plan}
+    return plan
