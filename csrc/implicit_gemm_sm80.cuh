@@ -179,13 +179,14 @@ __device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
 #pragma unroll
   for (int i = 0; i < Pack<T>::size; ++i) {
     float v = sums[i] * scale[i] + shift[i];
-    if (add) v += widen(added.values[i]);
+    v = add ? v + widen(added.values[i]) : v;
     y.values[i] = narrow<T>(relu && v <= 0 ? 0.0f : v);
   }
   return packed(y);
 }
 
-// The block's sums, in shared memory -> y, or the split's part of `partial`.
+// The block's sums, in shared memory -> y, or the split's part of `partial`. What it reads from
+// memory is on its way from its making on, while the sums are put into shared memory.
 // first_m: the tile's first pixel; first_n: its first output within the group.
 template <typename T, class Shape>
 struct Finish {
@@ -200,7 +201,8 @@ struct Finish {
   int column, row, rows;  // the thread's first value; rows of the tile that are in y
   int k;                  // output in y's rows
   int64_t first, step;    // values of y: the thread's first one, and what is between two of its
-  uint4 residual[kAhead];
+  uint4 residual[kAhead] = {};
+  float scale[kSize], shift[kSize];
 
   __device__ __forceinline__ Finish(const GemmArguments& arguments, int first_m, int group,
                                     int first_n)
@@ -214,6 +216,11 @@ struct Finish {
     step = kRows * outputs;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) load_residual(i);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      scale[j] = rows > 0 ? a.scale[k + j] : 0.0f;
+      shift[j] = rows > 0 ? a.shift[k + j] : 0.0f;
+    }
   }
   __device__ __forceinline__ bool inside(int i) const { return row + i * kRows < rows; }
   __device__ __forceinline__ void load_residual(int i) {
@@ -234,29 +241,25 @@ struct Finish {
     float* part = a.partial + split * (int64_t{a.M} * a.groups * a.K);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      if (!inside(i)) continue;
       float sums[kSize];
       load_sums(shared, i, sums);
 #pragma unroll
       for (int j = 0; j < kSize; j += 4)
-        store_global<uint4>(part + first + i * step + j,
-                            packed(Pack<float>{sums[j], sums[j + 1], sums[j + 2], sums[j + 3]}));
+        if (inside(i))
+          store_global<uint4>(part + first + i * step + j,
+                              packed(Pack<float>{sums[j], sums[j + 1], sums[j + 2], sums[j + 3]}));
     }
   }
   __device__ __forceinline__ void write(const uint8_t* shared) {
     if (rows <= 0) return;
-    float scale[kSize], shift[kSize];
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) scale[j] = a.scale[k + j], shift[j] = a.shift[k + j];
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      if (!inside(i)) continue;
       float sums[kSize];
       load_sums(shared, i, sums);
       const uint4 y =
           finished<T>(sums, scale, shift, a.residual != nullptr, residual[i % kAhead], a.relu);
       if (i + kAhead < kPacks) load_residual(i + kAhead);
-      store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
+      if (inside(i)) store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
     }
   }
 };

@@ -63,7 +63,7 @@ def test_values(case, dtype):
     (*tensors, residual), geometry = random(case, dtype)
     variants = ((residual, True), (None, True), (residual, False), (None, False))
     many = "many tiles" in case or CASES[case][-1] > 8  # slow here
-    for i, rest in enumerate(variants[::3] if many else variants):
+    for i, rest in enumerate(variants[:1] if many else variants):
         arguments = (*tensors, *rest, *geometry)
         tile = SMALLEST if many else TILES[(number + i) % len(TILES)]
         check_close(arguments, run(*arguments, tile=tile))
@@ -109,7 +109,7 @@ def test_the_order_of_threads_and_copies_changes_nothing(tile):
     for case, dtype in (("3x3, stride 2", torch.bfloat16), ("many channels", torch.float16)):
         tensors, geometry = random(case, dtype)
         first = run(*tensors, True, *geometry, tile=tile)
-        for seed in range(2, 5):
+        for seed in (2, 3):
             emulation.seed(seed)
             assert torch.equal(run(*tensors, True, *geometry, tile=tile), first)
 
@@ -189,10 +189,9 @@ def test_no_bank_conflicts(tile, dtype):
 
 def test_address_sanitizer_finds_nothing():
     here = Path(__file__)
-    chosen = "(test_every_tile or test_splits) and (32x64 or 3x3) and (bfloat16 or float32)"
+    chosen = "test_every_tile and 32x64"  # one split, two and three
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here),
-         "-k", chosen],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here), "-k", chosen],
         env=emulation.asan_environment(), cwd=here.parent.parent, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -256,9 +255,7 @@ def test_sums_have_places_of_their_own(tile):
     assert emulation.load().wrong_sum_offsets(tile.block_m, tile.block_n) == 0
 
 
-def test_kernels_of_another_tile_are_refused():
+def test_no_split_at_all_is_refused():
     arguments, _ = small_integers("pointwise", torch.float16)
     with pytest.raises(RuntimeError, match="splits must be positive"):
         run(*arguments, tile=SMALLEST, splits=0)
-
-
