@@ -141,6 +141,14 @@ __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+__device__ __forceinline__ uint32_t float_bits(float v) { return __float_as_uint(v); }
+// cvt.rna.tf32 (PTX ISA, "cvt"): a float32's bits rounded to TF32, to nearest, ties away from zero.
+// What is not rounded before a product is cut off by it, an error twice as large and of one sign.
+__device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+  return rounded;
+}
 
 #endif  // !FUSED_RESNET_EMULATED
 

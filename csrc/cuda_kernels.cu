@@ -16,6 +16,7 @@ std::vector<CudaKernel> cuda_kernels() {
   std::vector<CudaKernel> list;
   list_add_relu_kernels(list, gpu);
   list_stem_kernels(list, gpu);
+  list_implicit_gemm_kernels(list, gpu);
   return list;
 }
 

@@ -200,6 +200,11 @@ float emulated_half_of(uint32_t pair, int which) {
 }
 // What the tensor cores read of a float32: sign, exponent and 10 bits of mantissa.
 inline float emulated_tf32(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); }
+inline uint32_t float_bits(float v) { return std::bit_cast<uint32_t>(v); }
+// PTX ISA, cvt.rna.tf32.f32: to nearest, ties away from zero; a NaN stays one.
+inline uint32_t round_to_tf32(uint32_t bits) {
+  return std::isnan(std::bit_cast<float>(bits)) ? 0x7fffffffu : (bits + 0x1000u) & 0xffffe000u;
+}
 
 // PTX ISA, mma.m16n8k16 (.f16, .bf16): with g = lane / 4, t = lane % 4,
 //   A: registers 0 to 3 hold rows g, g + 8, g, g + 8 and columns 2t, 2t, 2t + 8, 2t + 8 (and + 1)

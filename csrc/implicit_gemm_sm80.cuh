@@ -1,0 +1,495 @@
+// The convolution as a matrix product by mma.sync, on any GPU from sm_80 on.
+//   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
+//                  + shift[k] + residual[m, k])
+// Layout: x (N, H, W, groups * C), weight (groups * K, R, S, C), y (N, P, Q, groups * K).
+// Products of 16 bits (m16n8k16) or TF32 (m16n8k8; x and weight are rounded to it, to nearest, in
+// registers), sums in float32, one rounding at the end.
+// A block owns a tile of block_m pixels by block_n outputs of one group, and all of the sum or one
+// of `splits` parts of it. A step takes 128 bytes of every row. cp.async brings steps into a ring
+// of `stages`, 16 bytes at a time, zeros for the padding and past every end; a thread keeps one
+// column of 16 bytes of the step, of so many rows of either operand. A warp owns 64x64, 64x32 or
+// 32x32 of the tile, by ldmatrix; the fragments of a quarter of a step are loaded while those of
+// the one before are multiplied. The sums then pass through shared memory in float32, so that
+// residual and y are read and written 16 bytes at a time.
+// Bytes from memory: x and weight once, where L2 holds what tiles share, residual once, y once.
+// Splits write float32 sums and a second kernel adds them in order: the same bits every time.
+// Constraints: C and K multiples of 16 bytes, operands aligned to 16 bytes, M < 2^31.
+//
+// Predicted balance. A multiprocessor with 1024 multiply-adds of 16 bits a cycle (sm_80) takes
+// block_m * block_n / 16 cycles for a step; its shared memory, at 128 bytes a cycle, one for each
+// row of a step written and four for each ldmatrix. TF32 has half the products in a step, at half
+// the rate.
+//   tile                  128x128/8  128x128/4  128x64/4  64x128/4  64x64/4  128x32/4  32x64/2
+//   a warp's tile           64x32      64x64     64x32     64x32     32x32    32x32     32x32
+//   ldmatrix per mma        0.375      0.25      0.375     0.375     0.5      0.5       0.5
+//   cycles of mma           1024       1024      512       512       256      256       128
+//   of shared memory        1024       768       576       576       384      416       224
+//   bytes per multiply-add  0.125      0.094     0.141     0.141     0.188    0.203     0.219
+// Speed: not yet measured.
+// Rejected before measuring: rows padded instead of swizzled (a ninth more shared memory, a stage
+// less); dividing for (r, s, c) at every step (digits added with carry need no division); 16-bit
+// sums in shared memory at the end (a rounding before the residual is added).
+#pragma once
+
+#include <limits>
+
+#include "implicit_gemm.h"
+#include "implicit_gemm_index.h"
+
+namespace fused_resnet {
+
+// What a kernel is told, by value.
+struct GemmArguments {
+  const uint8_t* x;         // (N, H, W, groups * C)
+  const uint8_t* weight;    // (groups * K, R, S, C)
+  const float* scale;       // (groups * K,)
+  const float* shift;       // (groups * K,)
+  const uint8_t* residual;  // (M, groups * K) or null
+  uint8_t* y;               // (M, groups * K)
+  float* partial;           // (splits, M, groups * K) or null
+  Window window;
+  int M, K, groups;
+  uint32_t chunks, pixel_chunks;  // 16 bytes of: a filter, the whole sum; a pixel of x
+  int steps, splits;
+  int tiles_m, tiles_n, tiles_per_group;
+  bool relu;
+};
+
+template <int kTile>
+struct TileShape {
+  static constexpr int kBlockM = kGemmTiles[kTile].block_m, kBlockN = kGemmTiles[kTile].block_n;
+  static constexpr int kWarps = kGemmTiles[kTile].warps, kStages = kGemmTiles[kTile].stages;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kWarpN = kBlockM * kBlockN / kWarps >= 64 * 64 ? 64 : 32;
+  static constexpr int kWarpM = kBlockM * kBlockN / kWarps / kWarpN;
+  static constexpr int kWarpsM = kBlockM / kWarpM;
+  static constexpr int kABytes = kBlockM * kStepBytes;
+  static constexpr int kStageBytes = kABytes + kBlockN * kStepBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // On a multiprocessor of Hopper's; the registers are shared out among so many.
+  static constexpr int kBlocksPerSm = 227 * 1024 / (kSharedBytes + 1024);
+  static constexpr int kCopyRows = kThreads / kStepChunks;  // that the threads copy at once
+
+  static_assert(kWarpsM * kWarpM == kBlockM && kBlockN % kWarpN == 0);
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
+  static_assert(kCopyRows % 8 == 0, "a thread's rows are alike modulo 8: one swizzle for all");
+  static_assert(kBlockM % kCopyRows == 0 && kBlockN % kCopyRows == 0);
+  static_assert(kBlockM * kBlockN * 4 <= kSharedBytes, "the sums pass through the ring's memory");
+};
+
+__device__ __forceinline__ const uint8_t* chunk_at(const uint8_t* tensor, uint32_t number) {
+  return tensor + uint64_t{number} * kChunkBytes;
+}
+
+// One column of 16 bytes of a matrix's steps, of kRows rows kCopyRows apart.
+template <int kRows, int kCopyRows>
+struct MatrixReader {
+  uint32_t at, row_chunks;     // this thread's chunk, from the tensor's first; what rows are apart
+  int rows_left, chunks_left;  // in the matrix, from here on
+
+  __device__ __forceinline__ void copy(const GemmArguments&, const uint8_t* tensor,
+                                       uint8_t* shared) const {
+    const int rows = chunks_left > 0 ? rows_left : 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      copy_async<kChunkBytes>(shared + i * kCopyRows * kStepBytes,
+                              chunk_at(tensor, at + i * kCopyRows * row_chunks),
+                              i * kCopyRows < rows ? kChunkBytes : 0);
+  }
+  __device__ __forceinline__ void advance(const GemmArguments&) {
+    at += kStepChunks;
+    chunks_left -= kStepChunks;
+  }
+};
+
+// The same of x, whose rows are the windows of pixels of y.
+template <int kRows, int kCopyRows>
+struct WindowReader {
+  WindowStart start[kRows];  // the group's first channel included
+  WindowPlace place;
+
+  __device__ __forceinline__ WindowReader(const GemmArguments& a, int group, int row, int chunk)
+      : place(WindowPlace::of(a.window, chunk)) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int m = row + i * kCopyRows;
+      start[i] = window_start(a.window, m < a.M ? m : a.M - 1);
+      start[i].at += group * a.window.chunks.divisor;
+      if (m >= a.M) start[i].h = kOutside;
+    }
+  }
+  __device__ __forceinline__ void copy(const GemmArguments& a, const uint8_t* tensor,
+                                       uint8_t* shared) const {
+    const int h = place.past_end(a.window) ? kOutside : place.h;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const bool inside =
+          static_cast<unsigned>(start[i].h + h) < static_cast<unsigned>(a.window.H) &&
+          static_cast<unsigned>(start[i].w + place.w) < static_cast<unsigned>(a.window.W);
+      copy_async<kChunkBytes>(shared + i * kCopyRows * kStepBytes,
+                              chunk_at(tensor, start[i].at + place.at), inside ? kChunkBytes : 0);
+    }
+  }
+  __device__ __forceinline__ void advance(const GemmArguments& a) { place.advance(a.window); }
+};
+
+// The fragments of a quarter of a step, 32 bytes of every row.
+template <class Shape>
+struct Fragments {
+  uint32_t a[Shape::kWarpM / 16][4];
+  uint32_t b[Shape::kWarpN / 8][2];
+
+  // a_row, b_row: this lane's row and chunk of the warp's first 16 rows; chunks two to a quarter.
+  template <typename T>
+  __device__ __forceinline__ void load(const uint8_t* stage, int a_offset, int b_offset,
+                                       int quarter) {
+    const int turn = quarter * 2 * kChunkBytes;  // chunk ^ 2 * quarter, the rows' swizzle included
+#pragma unroll
+    for (int i = 0; i < Shape::kWarpM / 16; ++i)
+      load_matrix_x4(a[i], stage + (a_offset ^ turn) + i * 16 * kStepBytes);
+#pragma unroll
+    for (int j = 0; j < Shape::kWarpN / 16; ++j) {
+      uint32_t pair[4];
+      load_matrix_x4(pair, stage + Shape::kABytes + (b_offset ^ turn) + j * 16 * kStepBytes);
+      b[2 * j][0] = pair[0], b[2 * j][1] = pair[1];
+      b[2 * j + 1][0] = pair[2], b[2 * j + 1][1] = pair[3];
+    }
+    if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+      for (auto& fragment : a)
+#pragma unroll
+        for (uint32_t& bits : fragment) bits = round_to_tf32(bits);
+#pragma unroll
+      for (auto& fragment : b)
+#pragma unroll
+        for (uint32_t& bits : fragment) bits = round_to_tf32(bits);
+    }
+  }
+};
+
+// 16 bytes of y of one row. sums: their sums; residual: the same 16 bytes of it, where there is
+// one.
+template <typename T>
+__device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
+                                          const float (&scale)[Pack<T>::size],
+                                          const float (&shift)[Pack<T>::size], bool add,
+                                          uint4 residual, bool relu) {
+  const Pack<T> added = unpack<T>(residual);
+  Pack<T> y;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::size; ++i) {
+    float v = sums[i] * scale[i] + shift[i];
+    v = add ? v + widen(added.values[i]) : v;
+    y.values[i] = narrow<T>(relu && v <= 0 ? 0.0f : v);
+  }
+  return packed(y);
+}
+
+// The block's sums, in shared memory -> y, or the split's part of `partial`. What it reads from
+// memory is on its way from its making on, while the sums are put into shared memory.
+// first_m: the tile's first pixel; first_n: its first output within the group.
+template <typename T, class Shape>
+struct Finish {
+  static constexpr int kSize = Pack<T>::size;
+  static constexpr int kRowPacks = Shape::kBlockN / kSize;
+  static constexpr int kRows = Shape::kThreads / kRowPacks;  // that the threads do at once
+  static constexpr int kPacks = Shape::kBlockM / kRows;      // of a thread, in one column
+  static constexpr int kAhead = kPacks < 4 ? kPacks : 4;     // loads of the residual in flight
+  static_assert(Shape::kThreads % kRowPacks == 0 && Shape::kBlockM % kRows == 0);
+
+  const GemmArguments& a;
+  int column, row, rows;  // the thread's first value; rows of the tile that are in y
+  int k;                  // output in y's rows
+  int64_t first, step;    // values of y: the thread's first one, and what is between two of its
+  uint4 residual[kAhead] = {};
+  float scale[kSize], shift[kSize];
+
+  __device__ __forceinline__ Finish(const GemmArguments& arguments, int first_m, int group,
+                                    int first_n)
+      : a(arguments),
+        column(static_cast<int>(threadIdx.x) % kRowPacks * kSize),
+        row(static_cast<int>(threadIdx.x) / kRowPacks),
+        rows(first_n + column < a.K ? a.M - first_m : 0),
+        k(group * a.K + first_n + column) {
+    const int64_t outputs = int64_t{a.groups} * a.K;
+    first = (int64_t{first_m} + row) * outputs + k;
+    step = kRows * outputs;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) load_residual(i);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      scale[j] = rows > 0 ? a.scale[k + j] : 0.0f;
+      shift[j] = rows > 0 ? a.shift[k + j] : 0.0f;
+    }
+  }
+  __device__ __forceinline__ bool inside(int i) const { return row + i * kRows < rows; }
+  __device__ __forceinline__ void load_residual(int i) {
+    if (a.residual != nullptr && inside(i))
+      residual[i % kAhead] = load_global_once<uint4>(a.residual + (first + i * step) * sizeof(T));
+  }
+  __device__ __forceinline__ void load_sums(const uint8_t* shared, int i,
+                                            float (&sums)[kSize]) const {
+#pragma unroll
+    for (int part = 0; part < kSize / 4; ++part) {
+      const int offset = sum_offset(row + i * kRows, column + part * 4, Shape::kBlockN);
+      const auto four = unpack<float>(load_shared<uint4>(shared + offset));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[part * 4 + j] = four.values[j];
+    }
+  }
+  __device__ __forceinline__ void write_partial(const uint8_t* shared, int split) const {
+    float* part = a.partial + split * (int64_t{a.M} * a.groups * a.K);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float sums[kSize];
+      load_sums(shared, i, sums);
+#pragma unroll
+      for (int j = 0; j < kSize; j += 4)
+        if (inside(i))
+          store_global<uint4>(part + first + i * step + j,
+                              packed(Pack<float>{sums[j], sums[j + 1], sums[j + 2], sums[j + 3]}));
+    }
+  }
+  __device__ __forceinline__ void write(const uint8_t* shared) {
+    if (rows <= 0) return;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float sums[kSize];
+      load_sums(shared, i, sums);
+      const uint4 y =
+          finished<T>(sums, scale, shift, a.residual != nullptr, residual[i % kAhead], a.relu);
+      if (i + kAhead < kPacks) load_residual(i + kAhead);
+      if (inside(i)) store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
+    }
+  }
+};
+
+template <typename T, int kTile, bool kPointwise>
+__global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::kBlocksPerSm)
+    implicit_gemm_sm80_kernel(const GemmArguments a) {
+  using Shape = TileShape<kTile>;
+  using Pixels = MatrixReader<Shape::kBlockM / Shape::kCopyRows, Shape::kCopyRows>;
+  using Windows = WindowReader<Shape::kBlockM / Shape::kCopyRows, Shape::kCopyRows>;
+  using Weights = MatrixReader<Shape::kBlockN / Shape::kCopyRows, Shape::kCopyRows>;
+  constexpr int kProducts = Shape::kWarpN / 8;  // in a row of a warp's
+
+  uint8_t* const shared = shared_memory();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const TilePlace tile =
+      tile_place(blockIdx.x, static_cast<unsigned>(a.tiles_m), static_cast<unsigned>(a.tiles_n));
+  const int group = tile.column / a.tiles_per_group;
+  const int first_m = tile.row * Shape::kBlockM;
+  const int first_n = (tile.column - group * a.tiles_per_group) * Shape::kBlockN;
+  const StepRange steps = split_steps(a.steps, a.splits, tile.split);
+
+  // What this thread copies.
+  const int copy_row = thread / kStepChunks;
+  const int copy_offset = operand_offset(copy_row, thread % kStepChunks);
+  const int chunk = steps.first * kStepChunks + thread % kStepChunks;
+  auto pixels = [&] {
+    if constexpr (kPointwise)
+      return Pixels{(first_m + copy_row) * a.pixel_chunks + group * a.chunks + chunk,
+                    a.pixel_chunks, a.M - first_m - copy_row, static_cast<int>(a.chunks) - chunk};
+    else
+      return Windows(a, group, first_m + copy_row, chunk);
+  }();
+  Weights weights{(group * a.K + first_n + copy_row) * a.chunks + chunk, a.chunks,
+                  a.K - first_n - copy_row, static_cast<int>(a.chunks) - chunk};
+  const auto copy_step = [&](int slot) {
+    uint8_t* stage = shared + slot * Shape::kStageBytes + copy_offset;
+    pixels.copy(a, a.x, stage);
+    weights.copy(a, a.weight, stage + Shape::kABytes);
+    pixels.advance(a);
+    weights.advance(a);
+  };
+
+  // What it multiplies. ldmatrix: matrices 0 and 1 are rows 0 to 7 and 8 to 15 of A, or the first
+  // and second chunk of B's rows 0 to 7; 2 and 3 the second chunk of A, or rows 8 to 15 of B.
+  const int warp_m = warp % Shape::kWarpsM * Shape::kWarpM;
+  const int warp_n = warp / Shape::kWarpsM * Shape::kWarpN;
+  const int a_offset = operand_offset(warp_m + lane % 16, lane / 16);
+  const int b_offset = operand_offset(warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  float sums[Shape::kWarpM / 16][kProducts][4] = {};
+  Fragments<Shape> fragments[2];
+
+#pragma unroll
+  for (int i = 0; i < Shape::kStages - 1; ++i) {
+    if (steps.first + i < steps.last) copy_step(i);
+    copy_async_commit();
+  }
+  int read_slot = 0, write_slot = Shape::kStages - 1;
+  for (int step = steps.first; step < steps.last; ++step) {
+    // This step has come, for every thread; and every thread has read the one before, whose slot
+    // is written next.
+    copy_async_wait<Shape::kStages - 2>();
+    __syncthreads();
+    const uint8_t* stage = shared + read_slot * Shape::kStageBytes;
+    fragments[0].template load<T>(stage, a_offset, b_offset, 0);
+    if (step + Shape::kStages - 1 < steps.last) copy_step(write_slot);
+    copy_async_commit();
+#pragma unroll
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      if (quarter < 3)
+        fragments[(quarter + 1) % 2].template load<T>(stage, a_offset, b_offset, quarter + 1);
+      const Fragments<Shape>& now = fragments[quarter % 2];
+#pragma unroll
+      for (int i = 0; i < Shape::kWarpM / 16; ++i)
+#pragma unroll
+        for (int j = 0; j < kProducts; ++j) matrix_multiply<T>(sums[i][j], now.a[i], now.b[j]);
+    }
+    read_slot = read_slot + 1 < Shape::kStages ? read_slot + 1 : 0;
+    write_slot = write_slot + 1 < Shape::kStages ? write_slot + 1 : 0;
+  }
+
+  Finish<T, Shape> finish(a, first_m, group, first_n);
+  copy_async_wait<0>();
+  __syncthreads();  // the ring has been read, its memory is free
+#pragma unroll
+  for (int i = 0; i < Shape::kWarpM / 16; ++i)
+#pragma unroll
+    for (int j = 0; j < kProducts; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_m + i * 16 + half * 8 + lane / 4;
+        const int column = warp_n + j * 8 + lane % 4 * 2;
+        const float* pair = &sums[i][j][2 * half];
+        store_shared<uint2>(shared + sum_offset(row, column, Shape::kBlockN),
+                            {float_bits(pair[0]), float_bits(pair[1])});
+      }
+  __syncthreads();
+  if (a.partial != nullptr)
+    finish.write_partial(shared, tile.split);
+  else
+    finish.write(shared);
+}
+
+constexpr int kMergeThreads = 256;
+
+// partial (splits, M, groups * K) -> y: a thread adds 16 bytes of y of every split, in order.
+template <typename T>
+__global__ void __launch_bounds__(kMergeThreads)
+    implicit_gemm_merge_kernel(const GemmArguments a, FastDivision row_packs, int packs) {
+  constexpr int size = Pack<T>::size;
+  const int64_t pack = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x;
+  if (pack >= packs) return;
+  const int m = row_packs.quotient(static_cast<int>(pack));
+  const int k = row_packs.remainder(static_cast<int>(pack), m) * size;
+  uint4 residual{};
+  if (a.residual != nullptr) residual = load_global_once<uint4>(a.residual + pack * 16);
+  float sums[size] = {}, scale[size], shift[size];
+  for (int split = 0; split < a.splits; ++split) {
+    const float* part = a.partial + (int64_t{split} * packs + pack) * size;
+#pragma unroll
+    for (int j = 0; j < size; j += 4) {
+      const auto four = unpack<float>(load_global_once<uint4>(part + j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j + i] += four.values[i];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < size; ++j) scale[j] = a.scale[k + j], shift[j] = a.shift[k + j];
+  store_global<uint4>(a.y + pack * 16,
+                      finished<T>(sums, scale, shift, a.residual != nullptr, residual, a.relu));
+}
+
+// --- host ----------------------------------------------------------------------------------------
+
+template <typename T, int kTile>
+void launch_tile(const DeviceScope& scope, bool pointwise, const GemmArguments& arguments) {
+  using Shape = TileShape<kTile>;
+  const int64_t blocks = int64_t{arguments.tiles_m} * arguments.tiles_n * arguments.splits;
+  check(blocks <= std::numeric_limits<int>::max(), "implicit_gemm: ", blocks, " blocks");
+  const Grid grid{blocks, Shape::kThreads, Shape::kSharedBytes};
+  scope.launch(grid,
+               pointwise ? implicit_gemm_sm80_kernel<T, kTile, true>
+                         : implicit_gemm_sm80_kernel<T, kTile, false>,
+               arguments);
+}
+
+// The tile's row of the table is a constant in its kernels: the first one that is alike.
+template <typename T, int kTile = 0>
+void launch_tile_alike(const DeviceScope& scope, const GemmTile& tile, bool pointwise,
+                       const GemmArguments& arguments) {
+  if constexpr (kTile == kGemmTileCount) {
+    check(false, "implicit_gemm: no such tile");
+  } else {
+    constexpr GemmTile mine = kGemmTiles[kTile];
+    if constexpr (mine.architecture == 80)
+      if (mine.block_m == tile.block_m && mine.block_n == tile.block_n &&
+          mine.warps == tile.warps && mine.stages == tile.stages)
+        return launch_tile<T, kTile>(scope, pointwise, arguments);
+    launch_tile_alike<T, kTile + 1>(scope, tile, pointwise, arguments);
+  }
+}
+
+template <typename T>
+void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& problem,
+                                  const ConvOperands& operands, const GemmTile& tile, int splits,
+                                  float* partial) {
+  // Coordinates are ints, a window's end and a step beyond it included.
+  const auto reach = [](int64_t size, int64_t pad, int64_t kernel, int64_t dilation) {
+    return size + 2 * pad + (kernel + kStepChunks) * (kernel > 1 ? dilation : 1);
+  };
+  check(reach(problem.H, problem.pad_h, problem.R, problem.dilation_h) < -kOutside &&
+            reach(problem.W, problem.pad_w, problem.S, problem.dilation_w) < -kOutside,
+        "implicit_gemm: the padded image must be smaller than 2^30 pixels each way");
+  const int64_t pixel_chunks = int64_t{problem.groups} * problem.C * sizeof(T) / kChunkBytes;
+  const int64_t chunks = pixel_chunks / problem.groups * problem.R * problem.S;
+  check(problem.N * problem.H * problem.W * pixel_chunks <= uint32_t(-1) &&
+            problem.groups * problem.K * chunks <= uint32_t(-1) && chunks < -kOutside,
+        "implicit_gemm: x and weight must be smaller than 64 GiB, one filter than 16 GiB");
+  GemmArguments arguments{};
+  arguments.x = static_cast<const uint8_t*>(operands.x);
+  arguments.weight = static_cast<const uint8_t*>(operands.weight);
+  arguments.scale = operands.scale;
+  arguments.shift = operands.shift;
+  arguments.residual = static_cast<const uint8_t*>(operands.residual);
+  arguments.y = static_cast<uint8_t*>(operands.y);
+  arguments.partial = splits > 1 ? partial : nullptr;
+  arguments.window = Window::of(problem, sizeof(T));
+  arguments.M = static_cast<int>(problem.M());
+  arguments.K = problem.K;
+  arguments.groups = problem.groups;
+  arguments.chunks = static_cast<uint32_t>(chunks);
+  arguments.pixel_chunks = static_cast<uint32_t>(pixel_chunks);
+  arguments.steps = static_cast<int>(ceil_div(chunks, kStepChunks));
+  arguments.splits = splits;
+  arguments.tiles_m = static_cast<int>(ceil_div(problem.M(), tile.block_m));
+  arguments.tiles_per_group = static_cast<int>(ceil_div(problem.K, tile.block_n));
+  arguments.tiles_n = problem.groups * arguments.tiles_per_group;
+  arguments.relu = operands.relu;
+  launch_tile_alike<T>(scope, tile, problem.pointwise(), arguments);
+  if (splits == 1) return;
+  const int64_t row_packs = int64_t{problem.groups} * problem.K / Pack<T>::size;
+  const int64_t packs = problem.M() * row_packs;
+  check(packs <= std::numeric_limits<int>::max(), "implicit_gemm: too many outputs to split");
+  scope.launch({ceil_div(packs, kMergeThreads), kMergeThreads}, implicit_gemm_merge_kernel<T>,
+               arguments, FastDivision::by(static_cast<int>(row_packs)), static_cast<int>(packs));
+}
+
+// type: the dtype's name.
+template <typename T, int kTile = 0>
+void list_implicit_gemm_sm80_of(std::vector<CudaKernel>& list, const char* type, bool gpu) {
+  if constexpr (kTile == kGemmTileCount) {
+    describe_kernel(list, std::string("implicit_gemm_merge_") + type, implicit_gemm_merge_kernel<T>,
+                    gpu);
+  } else {
+    constexpr GemmTile tile = kGemmTiles[kTile];
+    if constexpr (tile.architecture == 80) {
+      const std::string name = "implicit_gemm_sm80_" + std::to_string(tile.block_m) + "x" +
+                               std::to_string(tile.block_n) + "_" + std::to_string(tile.warps) +
+                               "_warps_" + type;
+      describe_kernel(list, name, implicit_gemm_sm80_kernel<T, kTile, false>, gpu);
+      describe_kernel(list, name + "_pointwise", implicit_gemm_sm80_kernel<T, kTile, true>, gpu);
+    }
+    list_implicit_gemm_sm80_of<T, kTile + 1>(list, type, gpu);
+  }
+}
+
+// Each in a file of its own, for the time it takes to compile.
+#define FUSED_RESNET_IMPLICIT_GEMM_SM80(keyword, T)                                               \
+  keyword template void launch_implicit_gemm_sm80_of<T>(                                          \
+      const DeviceScope&, const ConvProblem&, const ConvOperands&, const GemmTile&, int, float*); \
+  keyword template void list_implicit_gemm_sm80_of<T>(std::vector<CudaKernel>&, const char*, bool);
+
+}  // namespace fused_resnet

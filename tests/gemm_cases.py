@@ -1,0 +1,113 @@
+"""What the tests of the implicit-GEMM kernels share: tiles, packed operands, a guarded call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import emulation
+import torch
+import torch.nn.functional as F
+from op_cases import close, lifted
+from test_conv_bn_relu import exact, stock
+from torch import Tensor
+
+GUARD = 64  # elements on either side, NaN before and after
+
+
+class Tile(NamedTuple):
+    """A row of kGemmTiles in csrc/implicit_gemm_tiles.h, and its number."""
+
+    number: int
+    architecture: int
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n} by {self.warps} warps"
+
+
+def tiles(architecture: int) -> list[Tile]:
+    library, row = emulation.load(), (ctypes.c_int * 5)()
+    count = library.gemm_tile(0, row)
+    found = []
+    for number in range(count):
+        library.gemm_tile(number, row)
+        found.append(Tile(number, *row))
+    return [tile for tile in found if tile.architecture == architecture]
+
+
+def to_tf32(t: Tensor) -> Tensor:
+    """Rounded to the 10 bits of mantissa that the tensor cores read of a float32."""
+    return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def pairs(geometry: Sequence) -> tuple[list[int], list[int], list[int], int]:
+    """stride, padding, dilation (int or pair), groups -> pairs of the first three, groups."""
+    stride, padding, dilation, groups = geometry
+    both = [[v, v] if isinstance(v, int) else list(v) for v in (stride, padding, dilation)]
+    return both[0], both[1], both[2], groups
+
+
+def padded(t: Tensor, dim: int, groups: int, multiple: int) -> Tensor:
+    """Zeros after every group's part of a dimension, to a multiple."""
+    t = t.movedim(dim, 0)
+    t = t.reshape(groups, -1, *t.shape[1:])
+    more = -t.shape[1] % multiple
+    t = torch.cat([t, t.new_zeros(groups, more, *t.shape[2:])], 1)
+    return t.flatten(0, 1).movedim(0, dim)
+
+
+def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
+    """t (N, C, H, W), channels_last between two bands of NaN, and all of that memory."""
+    memory = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype)
+    N, C, H, W = t.shape
+    inside = memory[GUARD : GUARD + t.numel()].view(N, H, W, C).permute(0, 3, 1, 2)
+    return inside.copy_(t), memory
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    *geometry,
+    tile: Tile,
+    splits: int = 1,
+) -> Tensor:
+    """The raw op on padded copies: x (N, C, H, W), weight (K, C / groups, R, S), scale, shift (K,),
+    residual (N, K, P, Q) -> y (N, K, P, Q). What lies around x and y is NaN, and stays so."""
+    stride, padding, dilation, groups = pairs(geometry)
+    size, K = 16 // x.element_size(), weight.shape[0]
+    out = F.conv2d(x[:, :groups].float(), torch.empty(groups, 1, *weight.shape[2:]), None,
+                   stride, padding, dilation, groups).shape  # fmt: skip
+    x, _ = guarded(padded(x, 1, groups, size))
+    weight = padded(padded(weight, 1, 1, size), 0, groups, size)
+    weight = weight.permute(0, 2, 3, 1).contiguous()  # (K, R, S, C / groups)
+    scale, shift = padded(scale, 0, groups, size), padded(shift, 0, groups, size)
+    if residual is not None:
+        residual, _ = guarded(padded(residual, 1, groups, size))
+    wide = weight.shape[0]
+    y, memory = guarded(x.new_full((out[0], wide, *out[2:]), float("nan")))
+    torch.ops.fused_resnet_emulated.implicit_gemm(
+        x, weight, scale, shift, residual, y, relu, stride, padding, dilation, groups,
+        tile.number, splits,
+    )  # fmt: skip
+    assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all(), "written outside y"
+    y = y.reshape(out[0], groups, wide // groups, *out[2:])
+    return y[:, :, : K // groups].flatten(1, 2)
+
+
+def check_close(arguments: Sequence, y: Tensor) -> None:
+    """The tolerance rule, with float32's floor as in test_conv_bn_relu.test_values. float32
+    operands must be TF32 already: their products are exact in float32 too."""
+    x, weight, scale, shift, residual, _, *geometry = arguments
+    sizes = (t if t is None else t.abs() for t in (x, weight, scale, shift, residual))
+    terms = {"y": exact(*sizes, False, *geometry).max().item()}
+    wanted = [stock(*arguments)], [exact(*map(lifted, arguments[:5]), *arguments[5:])], x.dtype
+    close(("y",), [y], *wanted, terms if x.dtype == torch.float32 else None)
