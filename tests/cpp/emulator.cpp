@@ -73,6 +73,8 @@ struct Thread {
   bool done = false;
   const char* waits_for = "";
   OperationQueue copies, stores;
+  std::set<uintptr_t> unfenced;  // writes to shared memory, by their 16 bytes
+  bool products_fenced = false;
   std::array<std::vector<std::pair<uintptr_t, unsigned>>, static_cast<int>(Access::kinds)> accesses;
 };
 
@@ -212,6 +214,8 @@ Thread* new_thread(size_t number) {
   thread->waits_for = "";
   thread->copies.clear();
   thread->stores.clear();
+  thread->unfenced.clear();
+  thread->products_fenced = false;
   for (auto& list : thread->accesses) list.clear();
   return thread;
 }
@@ -499,6 +503,7 @@ void start(Queue queue, std::function<void()> operation) {
 void commit(Queue queue) { queue_of(queue).push_back({nullptr, true}); }
 
 void finish(Queue queue, unsigned groups_left) {
+  if (queue == Queue::products) self().products_fenced = false;
   OperationQueue& operations = queue_of(queue);
   auto groups = static_cast<unsigned>(std::count_if(operations.begin(), operations.end(),
                                                     [](const Operation& o) { return o.commit; }));
@@ -510,6 +515,23 @@ void finish(Queue queue, unsigned groups_left) {
 
 void start_alone(std::function<void()> operation) {
   self().block->alone.push_back({Operation{std::move(operation), false}});
+}
+
+void proxy_fence() { self().unfenced.clear(); }
+
+void check_fenced(const void* p, unsigned bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  for (const Thread* thread : self().block->threads) {
+    const auto written = thread->unfenced.lower_bound(at / 16 * 16);
+    if (written != thread->unfenced.end() && *written < at + bytes)
+      fault("the copy engine reads what a thread wrote without a proxy fence");
+  }
+}
+
+void products_fence() { self().products_fenced = true; }
+
+void check_products_fenced() {
+  if (!self().products_fenced) fault("wgmma: no wgmma.fence since the last wait");
 }
 
 // --- mbarriers -----------------------------------------------------------------------------------
@@ -585,6 +607,8 @@ void mbarrier_wait(uint64_t* bar, unsigned parity) {
 void record(Access kind, const void* p, unsigned bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fault("shared memory: a misaligned access");
   shared_offset(p);
+  if (kind == Access::store || kind == Access::stmatrix)
+    self().unfenced.insert(reinterpret_cast<uintptr_t>(p) / 16 * 16);
   if (!machine.recording) return;
   self().accesses[static_cast<int>(kind)].push_back({reinterpret_cast<uintptr_t>(p), bytes});
 }

@@ -70,6 +70,14 @@ void commit(Queue queue);                           // closes a group of those s
 void finish(Queue queue, unsigned groups_left);     // waits until only so many groups are open
 void start_alone(std::function<void()> operation);  // of the copy engine: in no order at all
 
+// Discipline that real hardware needs and this machine would not miss. A thread's own writes to
+// shared memory (`record`ed) need its proxy_fence before the copy engine reads them; a warpgroup's
+// products need its threads' products_fence after they were last waited for.
+void proxy_fence();
+void check_fenced(const void* p, unsigned bytes);  // a fault if any thread's writes there are not
+void products_fence();
+void check_products_fenced();
+
 // mbarriers: 8 bytes of shared memory, as this emulator keeps them.
 void mbarrier_init(uint64_t* bar, unsigned count);
 void mbarrier_arrive(uint64_t* bar);
