@@ -39,7 +39,7 @@ struct Sm90Shape {
   static constexpr int stage_bytes = x_bytes + block_n * kSwizzleRowBytes;
   static constexpr int chunk_bytes = rows * kSwizzleRowBytes;  // 64 outputs of all rows
   static constexpr int output_bytes = block_n / 64 * chunk_bytes;
-  static constexpr int barriers = 2 * stages + 2;
+  static constexpr int barriers = 2 * stages + 4;
   static constexpr int shared_bytes = (kSwizzleAtomBytes - 16) + stages * stage_bytes +
                                       2 * output_bytes + barriers * int{sizeof(uint64_t)};
   static_assert(tile.architecture == 90 && (tile.warps == 4 || tile.warps == 8));
@@ -58,13 +58,15 @@ struct Sm90Block {
   uint64_t* full;          // a stage's copies have come
   uint64_t* empty;         // its products are done
   uint64_t* output_ready;  // a warpgroup's buffer may be written, and holds the residual
+  uint64_t* turn;          // all copies of the other warpgroup's tile have come
 
   __device__ static Sm90Block make() {
     uint8_t* base = shared_memory();
     base += (kSwizzleAtomBytes - shared_address(base) % kSwizzleAtomBytes) % kSwizzleAtomBytes;
     uint8_t* outputs = base + Shape::stages * Shape::stage_bytes;
     auto* full = reinterpret_cast<uint64_t*>(outputs + 2 * Shape::output_bytes);
-    return {base, outputs, full, full + Shape::stages, full + 2 * Shape::stages};
+    uint64_t* output_ready = full + 2 * Shape::stages;
+    return {base, outputs, full, full + Shape::stages, output_ready, output_ready + 2};
   }
   __device__ uint8_t* stage(int number) const { return stages + number * Shape::stage_bytes; }
 };
@@ -106,11 +108,14 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
   }
 }
 
-// A warpgroup: sums (rows, block_n) of one tile. Returns with all its stages given back.
+// A warpgroup: sums (rows, block_n) of one tile. Returns with all its stages given back. Wakes the
+// other warpgroup, if `next_turn` is not null, once its own copies have all come: by a barrier's
+// parity a step could not be told from the one two turns before.
 template <typename T, int kTile>
 __device__ __forceinline__ void multiply_tile(
     const Sm90Block<kTile>& block, StageRing<Sm90Shape<kTile>::stages>& ring, int first_row,
-    int steps, float (&sums)[Sm90Shape<kTile>::row_blocks][Sm90Shape<kTile>::block_n / 2]) {
+    int steps, uint64_t* next_turn,
+    float (&sums)[Sm90Shape<kTile>::row_blocks][Sm90Shape<kTile>::block_n / 2]) {
   using Shape = Sm90Shape<kTile>;
   const bool first_lane = threadIdx.x % 32 == 0;
   int previous = 0;
@@ -133,6 +138,8 @@ __device__ __forceinline__ void multiply_tile(
     previous = ring.stage;
     ring.advance(1);
   }
+  if (next_turn != nullptr && threadIdx.x % 128 == 0) mbarrier_arrive(next_turn);
+  __syncwarp();
   products_wait<0>();
 #pragma unroll
   for (int i = 0; i < Shape::row_blocks; ++i) products_arrived(sums[i]);
@@ -192,7 +199,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
   const int first_row = Shape::halves ? warpgroup * Shape::rows : 0;
   uint8_t* output = block.outputs + warpgroup * Shape::output_bytes;
   uint64_t* output_ready = block.output_ready + warpgroup;
-  uint32_t output_parity = 0;
+  uint32_t output_parity = 0, turn_parity = warpgroup == 0;  // warpgroup 0 begins
   StageRing<Shape::stages> ring;
   const auto blocks = static_cast<int>(gridDim.x);
   int tile = static_cast<int>(blockIdx.x);
@@ -214,8 +221,14 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     }
     __syncwarp();
     float sums[Shape::row_blocks][Shape::block_n / 2];
-    multiply_tile<T, kTile>(block, ring, first_row, steps, sums);
-    if (!Shape::halves) ring.advance(steps);  // the other warpgroup's
+    if constexpr (Shape::halves) {
+      multiply_tile<T, kTile>(block, ring, first_row, steps, nullptr, sums);
+    } else {
+      mbarrier_wait(block.turn + warpgroup, turn_parity);
+      turn_parity ^= 1;
+      multiply_tile<T, kTile>(block, ring, first_row, steps, block.turn + (1 - warpgroup), sums);
+      ring.advance(steps);  // the other's
+    }
     if (!gemm.residual && leader) {
       store_wait_read();
       mbarrier_arrive(output_ready);
@@ -258,7 +271,10 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
       mbarrier_init(block.full + i, 1);
       mbarrier_init(block.empty + i, Shape::halves ? 8 : 4);  // warps that read a stage
     }
-    for (int i = 0; i < 2; ++i) mbarrier_init(block.output_ready + i, 1);
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(block.output_ready + i, 1);
+      mbarrier_init(block.turn + i, 1);
+    }
     fence_mbarrier_init();
   }
   __syncthreads();
@@ -289,14 +305,17 @@ void for_each_sm90_tile(const F& f) {
 template <typename T, int kBlockN>
 void Sm90Kernels<T, kBlockN>::launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
                                      const GemmSm90& gemm) {
+  bool found = false;
   for_each_sm90_tile<kBlockN>([&](auto number) {
     constexpr int kTile = decltype(number)::value;
     if (kTile != tile) return;
+    found = true;
     const int64_t blocks = std::min(gemm.tiles, scope.multiprocessors());
     scope.launch({blocks, kSm90Threads, Sm90Shape<kTile>::shared_bytes},
                  implicit_gemm_sm90_kernel<T, kTile>, maps.x, maps.weight, maps.residual, maps.y,
                  gemm);
   });
+  check(found, "implicit_gemm: no Hopper kernel for tile ", tile);
 }
 
 template <typename T, int kBlockN>

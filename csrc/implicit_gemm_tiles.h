@@ -16,7 +16,8 @@ struct GemmTile {
 
 constexpr int kStepBytes = 128;
 
-constexpr GemmTile kGemmTiles[] = {
+// One object in the whole program: a row is known by its address.
+inline constexpr GemmTile kGemmTiles[] = {
     {80, 128, 128, 8, 3},  // 96 KiB of shared memory: the usual one
     {80, 128, 64, 4, 3},   // 72: layer1 and the narrow 1x1, K = 64
     {80, 64, 128, 4, 3},   // 72: few pixels, many outputs: layer4 at small batch
