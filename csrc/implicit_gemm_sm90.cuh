@@ -291,22 +291,20 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 #endif
 }
 
-// Calls f(std::integral_constant<int, i>) for every tile i of kGemmTiles that this file's kernels
-// are for.
-template <int kBlockN, int kTile = 0, typename F>
+// Calls f(std::integral_constant<int, i>) for every tile i of kGemmTiles that is for sm_90.
+template <int kTile = 0, typename F>
 void for_each_sm90_tile(const F& f) {
   if constexpr (kTile < kGemmTileCount) {
-    if constexpr (kGemmTiles[kTile].architecture == 90 && kGemmTiles[kTile].block_n == kBlockN)
-      f(std::integral_constant<int, kTile>{});
-    for_each_sm90_tile<kBlockN, kTile + 1>(f);
+    if constexpr (kGemmTiles[kTile].architecture == 90) f(std::integral_constant<int, kTile>{});
+    for_each_sm90_tile<kTile + 1>(f);
   }
 }
 
-template <typename T, int kBlockN>
-void Sm90Kernels<T, kBlockN>::launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
-                                     const GemmSm90& gemm) {
+template <typename T>
+void Sm90Kernels<T>::launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
+                            const GemmSm90& gemm) {
   bool found = false;
-  for_each_sm90_tile<kBlockN>([&](auto number) {
+  for_each_sm90_tile([&](auto number) {
     constexpr int kTile = decltype(number)::value;
     if (kTile != tile) return;
     found = true;
@@ -318,9 +316,9 @@ void Sm90Kernels<T, kBlockN>::launch(const DeviceScope& scope, int tile, const S
   check(found, "implicit_gemm: no Hopper kernel for tile ", tile);
 }
 
-template <typename T, int kBlockN>
-void Sm90Kernels<T, kBlockN>::list(std::vector<CudaKernel>& list, bool gpu) {
-  for_each_sm90_tile<kBlockN>([&](auto number) {
+template <typename T>
+void Sm90Kernels<T>::list(std::vector<CudaKernel>& list, bool gpu) {
+  for_each_sm90_tile([&](auto number) {
     constexpr int kTile = decltype(number)::value;
     const GemmTile& tile = kGemmTiles[kTile];
     const std::string name = std::string("implicit_gemm_sm90_") +

@@ -74,9 +74,8 @@ struct Sm90Maps {
   TensorMap x, weight, residual, y;
 };
 
-// For every tile of kGemmTiles with this block_n; defined in implicit_gemm_sm90.cuh, instantiated
-// in implicit_gemm_sm90_*_cuda.cu.
-template <typename T, int kBlockN>
+// By dtype; defined in implicit_gemm_sm90.cuh, instantiated in implicit_gemm_sm90_*_cuda.cu.
+template <typename T>
 struct Sm90Kernels {
   static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
                      const GemmSm90& gemm);

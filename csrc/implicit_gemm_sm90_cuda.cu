@@ -125,29 +125,13 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
       output_map(p, operands.dtype, gemm.residual ? operands.residual : operands.y, rows),
       output_map(p, operands.dtype, operands.y, rows)};
   const auto number = static_cast<int>(&tile - kGemmTiles);
-  const bool half = operands.dtype == kFloat16;
-  switch (tile.block_n) {
-    case 64:
-      return (half ? Sm90Kernels<half_t, 64>::launch : Sm90Kernels<bfloat16_t, 64>::launch)(
-          scope, number, maps, gemm);
-    case 128:
-      return (half ? Sm90Kernels<half_t, 128>::launch : Sm90Kernels<bfloat16_t, 128>::launch)(
-          scope, number, maps, gemm);
-    case 256:
-      return (half ? Sm90Kernels<half_t, 256>::launch : Sm90Kernels<bfloat16_t, 256>::launch)(
-          scope, number, maps, gemm);
-    default:
-      check(false, "implicit_gemm: no Hopper kernel for tiles of ", tile.block_n, " outputs");
-  }
+  (operands.dtype == kFloat16 ? Sm90Kernels<half_t>::launch : Sm90Kernels<bfloat16_t>::launch)(
+      scope, number, maps, gemm);
 }
 
 void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu) {
-  Sm90Kernels<half_t, 64>::list(list, gpu);
-  Sm90Kernels<half_t, 128>::list(list, gpu);
-  Sm90Kernels<half_t, 256>::list(list, gpu);
-  Sm90Kernels<bfloat16_t, 64>::list(list, gpu);
-  Sm90Kernels<bfloat16_t, 128>::list(list, gpu);
-  Sm90Kernels<bfloat16_t, 256>::list(list, gpu);
+  Sm90Kernels<half_t>::list(list, gpu);
+  Sm90Kernels<bfloat16_t>::list(list, gpu);
 }
 
 }  // namespace fused_resnet

@@ -1,6 +1,0 @@
-// Hopper's convolution: bfloat16, tiles of 128 outputs.
-#include "implicit_gemm_sm90.cuh"
-
-namespace fused_resnet {
-template struct Sm90Kernels<bfloat16_t, 128>;
-}  // namespace fused_resnet
