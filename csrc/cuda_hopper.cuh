@@ -32,14 +32,13 @@ __host__ __device__ __forceinline__ int swizzled_offset(int row, int chunk) {
 
 // The descriptor of such a tile as an operand of wgmma, its rows along K (PTX ISA, "Matrix
 // Descriptor Format"): bits 0-13 address / 16, 32-45 bytes from 8 rows to the next 8 / 16, 62-63
-// the swizzle, 1 = 128 bytes. Bits 16-29 say nothing for a swizzled tile along K.
-__host__ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address) {
-  return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{kSwizzleAtomBytes >> 4} << 32 |
-         uint64_t{1} << 62;
-}
-// What a descriptor grows by for an address that is `bytes` further.
-__host__ __device__ __forceinline__ constexpr uint64_t descriptor_step(int bytes) {
-  return static_cast<uint64_t>(bytes >> 4);
+// the swizzle, 1 = 128 bytes. Bits 16-29 say nothing for a swizzled tile along K. `further`: bytes
+// from the address to where the operand begins, below 2^18 in all; a constant is added to the lower
+// word alone.
+__host__ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, int further) {
+  constexpr uint32_t high = kSwizzleAtomBytes >> 4 | 1u << 30;
+  const uint32_t low = ((address & 0x3ffff) >> 4) + (static_cast<uint32_t>(further) >> 4);
+  return uint64_t{high} << 32 | low;
 }
 
 #if !defined(FUSED_RESNET_EMULATED)
@@ -150,6 +149,19 @@ __device__ __forceinline__ void store_wait_read() {
 // PTX ISA, "barrier": id 1 to 15 (0 is __syncthreads).
 __device__ __forceinline__ void barrier_sync(uint32_t id, uint32_t threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// True for one lane of a whole warp, always the same (PTX ISA, "elect.sync"): the compiler then
+// knows that one thread alone orders a copy.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
 }
 // PTX ISA, "setmaxnreg": by every warp of a warpgroup.
 template <int kRegisters>

@@ -98,7 +98,7 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
           load_im2col(x_tile, x_map, full, c, from.w, from.h, from.n, start.group, offset_w,
                       offset_h);
         load_box(x_tile + Shape::x_bytes, weight_map, full, c, tap, start.group * gemm.K + start.k);
-        ring.advance(1);
+        ring.next();
       }
       if (++s == gemm.S) {
         s = 0;
@@ -121,22 +121,21 @@ __device__ __forceinline__ void multiply_tile(
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
     mbarrier_wait(block.full + ring.stage, ring.parity);
-    const uint32_t x_tile = shared_address(block.stage(ring.stage));
-    const uint64_t x = tile_descriptor(x_tile + first_row * kSwizzleRowBytes);
-    const uint64_t weight = tile_descriptor(x_tile + Shape::x_bytes);
+    const uint32_t stage = shared_address(block.stage(ring.stage));
+    const uint32_t x_tile = stage + first_row * kSwizzleRowBytes;
     products_fence();
 #pragma unroll
     for (int k = 0; k < kStepBytes; k += 32)  // 16 channels
 #pragma unroll
       for (int i = 0; i < Shape::row_blocks; ++i)
-        warpgroup_multiply<T, Shape::block_n>(sums[i],
-                                              x + descriptor_step(i * 64 * kSwizzleRowBytes + k),
-                                              weight + descriptor_step(k), step > 0 || k > 0);
+        warpgroup_multiply<T, Shape::block_n>(
+            sums[i], tile_descriptor(x_tile, i * 64 * kSwizzleRowBytes + k),
+            tile_descriptor(stage, Shape::x_bytes + k), step > 0 || k > 0);
     products_commit();
     products_wait<1>();  // the previous step's are done
     if (step > 0 && first_lane) mbarrier_arrive(block.empty + previous);
     previous = ring.stage;
-    ring.advance(1);
+    ring.next();
   }
   if (next_turn != nullptr && threadIdx.x % 128 == 0) mbarrier_arrive(next_turn);
   __syncwarp();
@@ -194,7 +193,8 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
                                                const TensorMap& y_map, const GemmSm90& gemm,
                                                int warpgroup) {
   using Shape = Sm90Shape<kTile>;
-  const bool leader = threadIdx.x % 128 == 0;  // orders the copies of the output buffer
+  const bool leader =
+      threadIdx.x % 128 < 32 && elect_lane();  // orders the copies of the output buffer
   const int steps = gemm.steps();
   const int first_row = Shape::halves ? warpgroup * Shape::rows : 0;
   uint8_t* output = block.outputs + warpgroup * Shape::output_bytes;
@@ -280,11 +280,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     give_registers<kSm90CopyRegisters>();
-    if (threadIdx.x == 0) copy_tiles<kTile>(block, x_map, weight_map, gemm);
+    if (threadIdx.x < 32 && elect_lane()) copy_tiles<kTile>(block, x_map, weight_map, gemm);
   } else {
     take_registers<kSm90MultiplyRegisters>();
-    multiply_tiles<T, kTile>(block, residual_map, y_map, gemm,
-                             static_cast<int>(threadIdx.x / 128) - 1);
+    // From lane 0, so that the compiler knows it for the same in the whole warp.
+    const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128) - 1, 0);
+    multiply_tiles<T, kTile>(block, residual_map, y_map, gemm, warpgroup);
   }
 #else
   __trap();

@@ -62,6 +62,12 @@ template <int kStages>
 struct StageRing {
   int stage = 0;
   uint32_t parity = 0;
+  __host__ __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
   __host__ __device__ void advance(int steps) {
     stage += steps;
     parity ^= static_cast<uint32_t>(stage / kStages) & 1;

@@ -96,22 +96,23 @@ def operands(case, dtype, make=randn) -> tuple[list[Tensor], tuple]:
 
 
 def conv(x, weight, scale, shift, residual, relu, geometry, tile) -> Tensor:
+    row = row_of(tile)
     stride, padding, dilation, groups = geometry
     out = F.conv2d(x.float(), weight.float(), None, *geometry).shape
     y = guarded(torch.empty(out, dtype=x.dtype), fill=False)
     torch.ops.fused_resnet_emulated.implicit_gemm(
         x, weight.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, y, relu,
-        pair(stride), pair(padding), pair(dilation), groups, row_of(tile), 1,
+        pair(stride), pair(padding), pair(dilation), groups, row, 1,
     )  # fmt: skip
     assert untouched_around(y)
     return y
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", CASES)
-def test_small_integers_are_exact(case, tile, dtype):
+def test_small_integers_are_exact(case, tile):
     """Every product and sum is exact: one wrong index shows as a difference."""
+    dtype = DTYPES[(list(CASES).index(case) + TILES.index(tile)) % 2]
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, integers)
     emulation.seed(len(case))
     for added, relu in ((residual, True), (None, False)):

@@ -223,6 +223,11 @@ inline void store_wait_read() { ::emulated::finish(::emulated::Queue::stores, 0)
 // --- warpgroups ----------------------------------------------------------------------------------
 
 inline void barrier_sync(uint32_t id, uint32_t threads) { ::emulated::barrier(id, threads); }
+// Any lane, the same each time: here the 23rd.
+inline bool elect_lane() {
+  ::emulated::collective("elect.sync", 32, nullptr, [](void**) {});
+  return threadIdx.x % 32 == 23;
+}
 template <int kRegisters>
 void give_registers() {
   ::emulated::collective("setmaxnreg", 128, nullptr, [](void**) {});

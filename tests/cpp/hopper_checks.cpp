@@ -81,8 +81,8 @@ FR_TEST int hopper_emulated_offset(int offset) {
   alignas(1024) static uint8_t tile[2048];
   return static_cast<int>(emulated_swizzled(tile + offset) - tile);
 }
-FR_TEST uint64_t hopper_descriptor(uint32_t address, int step) {
-  return tile_descriptor(address) + descriptor_step(step);
+FR_TEST uint64_t hopper_descriptor(uint32_t address, int further) {
+  return tile_descriptor(address, further);
 }
 // R, S, stride, padding, dilation (h, w each), groups, C
 FR_TEST int hopper_covers(const int* v) {
