@@ -263,6 +263,12 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[kN / 2], uint64_t 
 #undef FR_WGMMA_128
 #undef FR_WGMMA_256
 
+// The greater; NaN if either is (PTX ISA, "max": .NaN).
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float greater;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(a), "f"(b));
+  return greater;
+}
 // Two values of T in a register, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {

@@ -145,6 +145,25 @@ __device__ __forceinline__ void multiply_tile(
   if (first_lane) mbarrier_arrive(block.empty + previous);
 }
 
+// Scale and shift of a thread's outputs among 16: two of the first eight, two of the second.
+struct ChannelPairs {
+  float2 scale[2], shift[2];
+
+  // k: the first of the 16 in its group. Outputs come in eights (covers_sm90): those past the
+  // group's last get another's values, and are not stored.
+  __device__ __forceinline__ static ChannelPairs load(const GemmSm90& gemm, int group, int k) {
+    const int lane = static_cast<int>(threadIdx.x % 4) * 2;
+    ChannelPairs pairs;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = group * gemm.K + (k + 8 * half < gemm.K ? k + 8 * half : 0) + lane;
+      pairs.scale[half] = load_global<float2>(gemm.scale + at);
+      pairs.shift[half] = load_global<float2>(gemm.shift + at);
+    }
+    return pairs;
+  }
+};
+
 // A warpgroup: sums to outputs in its buffer, in the residual's place.
 template <typename T, int kTile>
 __device__ __forceinline__ void finish_tile(
@@ -153,19 +172,13 @@ __device__ __forceinline__ void finish_tile(
   using Shape = Sm90Shape<kTile>;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32 % 4);
-  const int first = start.group * gemm.K + start.k + lane % 4 * 2;
   const float floor = gemm.relu ? 0.0f : -INFINITY;
+  ChannelPairs next = ChannelPairs::load(gemm, start.group, start.k);
 #pragma unroll
   for (int column = 0; column < Shape::block_n; column += 16) {
-    // Outputs come in eights (covers_sm90): the same for all lanes. What is left as it was in the
-    // buffer lies outside y.
-    if (start.k + column >= gemm.K) continue;
-    float2 scale[2], shift[2];
-    scale[0] = load_global<float2>(gemm.scale + first + column);
-    shift[0] = load_global<float2>(gemm.shift + first + column);
-    const int second = start.k + column + 8 < gemm.K ? 8 : 0;
-    scale[1] = load_global<float2>(gemm.scale + first + column + second);
-    shift[1] = load_global<float2>(gemm.shift + first + column + second);
+    const ChannelPairs pairs = next;  // loaded while the last 16 were finished
+    if (column + 16 < Shape::block_n)
+      next = ChannelPairs::load(gemm, start.group, start.k + column + 16);
 #pragma unroll
     for (int i = 0; i < Shape::row_blocks; ++i) {
       // Lanes 0 to 15: rows of the first eight columns; 16 to 31: of the second.
@@ -175,11 +188,11 @@ __device__ __forceinline__ void finish_tile(
       if (gemm.residual) load_matrix_x4(added, place);
 #pragma unroll
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const float2 a = scale[matrix / 2], b = shift[matrix / 2];
+        const float2 a = pairs.scale[matrix / 2], b = pairs.shift[matrix / 2];
         const float2 r = widen_pair<T>(added[matrix]);
         const float low = sums[i][column / 2 + 2 * matrix] * a.x + b.x + r.x;
         const float high = sums[i][column / 2 + 2 * matrix + 1] * a.y + b.y + r.y;
-        out[matrix] = narrow_pair<T>(low <= floor ? floor : low, high <= floor ? floor : high);
+        out[matrix] = narrow_pair<T>(max_nan(low, floor), max_nan(high, floor));
       }
       store_matrix_x4(place, out);
     }

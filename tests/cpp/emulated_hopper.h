@@ -328,6 +328,10 @@ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor, uint64_t b_de
 
 // --- values --------------------------------------------------------------------------------------
 
+inline float max_nan(float a, float b) {
+  if (std::isnan(a) || std::isnan(b)) return std::nanf("");
+  return a > b || (a == b && !std::signbit(a)) ? a : b;  // +0 is greater than -0
+}
 template <typename T>
 uint32_t narrow_pair(float low, float high) {
   const T values[2] = {narrow_16<T>(low), narrow_16<T>(high)};

@@ -62,6 +62,10 @@ struct Operation {
 
 using OperationQueue = std::deque<Operation>;
 
+// Some kinds, drawn for each grid, happen only when they are waited for or nothing else can: most
+// missing waits would hardly ever show otherwise.
+enum class Kind : unsigned { copies, products, stores, alone, count };
+
 struct Block;
 
 struct Thread {
@@ -105,6 +109,7 @@ struct Machine {
   Device device;
   uint64_t random = 1;
   bool recording = false;
+  unsigned late_kinds = 0;  // a bit each
   Wavefronts wavefronts[static_cast<int>(Access::kinds)];
   Index grid, block_size;
   const std::function<void()>* body = nullptr;
@@ -232,15 +237,21 @@ void run(OperationQueue& queue, OperationQueue::iterator which) {
   if (!operation.commit) operation.run();
 }
 
-// Some operation in flight happens now. Returns false where there is none.
-bool run_some_operation() {
+// Some operation in flight happens now: of a kind that is late in this grid only if `late`. Returns
+// false where there is none.
+bool run_some_operation(bool late) {
   std::vector<OperationQueue*> found;
+  const auto happens = [&](Kind kind) {
+    return late == ((machine.late_kinds >> static_cast<unsigned>(kind) & 1) != 0);
+  };
   for (Block* block : machine.running) {
-    for (auto& [group, queue] : block->products) found.push_back(&queue);
-    for (auto& queue : block->alone) found.push_back(&queue);
+    if (happens(Kind::products))
+      for (auto& [group, queue] : block->products) found.push_back(&queue);
+    if (happens(Kind::alone))
+      for (auto& queue : block->alone) found.push_back(&queue);
     for (Thread* thread : block->threads) {
-      if (!thread->copies.empty()) found.push_back(&thread->copies);
-      if (!thread->stores.empty()) found.push_back(&thread->stores);
+      if (!thread->copies.empty() && happens(Kind::copies)) found.push_back(&thread->copies);
+      if (!thread->stores.empty() && happens(Kind::stores)) found.push_back(&thread->stores);
     }
   }
   std::erase_if(found, [](OperationQueue* q) { return first_operation(*q) == q->end(); });
@@ -339,9 +350,9 @@ void sync_if_all_here(Block& block) {
 void run_running() {
   const size_t one_in = 8;  // steps between operations in flight that happen by themselves
   for (;;) {
-    if (machine.below(one_in) == 0) run_some_operation();
+    if (machine.below(one_in) == 0) run_some_operation(false);
     if (machine.ready.empty()) {
-      if (run_some_operation()) continue;
+      if (run_some_operation(false) || run_some_operation(true)) continue;
       const bool all_done = std::all_of(machine.running.begin(), machine.running.end(),
                                         [](Block* b) { return b->alive == 0; });
       if (all_done) return;
@@ -397,6 +408,7 @@ void start_grid(unsigned blocks, unsigned threads, const std::function<void()>& 
   machine.grid = {blocks, 1, 1};
   machine.block_size = {threads, 1, 1};
   machine.body = &body;
+  machine.late_kinds = machine.below(1u << static_cast<unsigned>(Kind::count));
 }
 
 }  // namespace

@@ -62,7 +62,8 @@ void grid_sync();
 
 // --- asynchronous operations ---------------------------------------------------------------------
 
-// An operation that happens at some moment from now on; those of one queue happen in order.
+// An operation that happens at some moment from now on, or at the last that it may; those of one
+// queue happen in order.
 // Queues: a thread's own copies, a warpgroup's products, a thread's stores by the copy engine.
 enum class Queue { copies, products, stores };
 void start(Queue queue, std::function<void()> operation);
