@@ -17,6 +17,7 @@ std::vector<CudaKernel> cuda_kernels() {
   list_add_relu_kernels(list, gpu);
   list_stem_kernels(list, gpu);
   list_implicit_gemm_kernels(list, gpu);
+  list_implicit_gemm_sm90_kernels(list, gpu);
   return list;
 }
 

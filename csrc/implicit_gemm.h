@@ -44,7 +44,8 @@ struct ConvOperands {
 void launch_implicit_gemm_sm80(const DeviceScope& scope, const ConvProblem& problem,
                                const ConvOperands& operands, const GemmTile& tile, int splits,
                                float* partial);
-// 16-bit operands only.
+// What the bulk copy engine can address. 16-bit operands only.
+bool covers_sm90(const ConvProblem& problem);
 void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& problem,
                                const ConvOperands& operands, const GemmTile& tile);
 

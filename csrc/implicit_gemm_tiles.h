@@ -10,13 +10,14 @@ namespace fused_resnet {
 struct GemmTile {
   int architecture;  // 80: mma.sync, any GPU from sm_80 on; 90: TMA and wgmma, Hopper alone
   int block_m, block_n;
-  int warps;   // that multiply
+  int warps;   // that multiply a tile; sm_90's blocks have 8, 4 to a tile: two take turns
   int stages;  // steps in flight
 };
 
 constexpr int kStepBytes = 128;
 
-constexpr GemmTile kGemmTiles[] = {
+// One object in the whole program: a row is known by its address.
+inline constexpr GemmTile kGemmTiles[] = {
     {80, 128, 128, 8, 3},  // 96 KiB of shared memory: the usual one
     {80, 128, 128, 4, 3},  // 96: a quarter less shared memory traffic, half the warps
     {80, 128, 64, 4, 3},   // 72: layer1 and the narrow 1x1, K = 64
@@ -24,10 +25,11 @@ constexpr GemmTile kGemmTiles[] = {
     {80, 64, 64, 4, 4},    // 64: small grids
     {80, 128, 32, 4, 3},   // 60: narrow groups
     {80, 32, 64, 2, 4},    // 48: 7x7 pixels of one image
-    {90, 128, 256, 8, 3},  // fewest loads per product, K >= 256
-    {90, 128, 128, 8, 4},  // the usual one
-    {90, 128, 64, 8, 4},   // layer1 and the narrow 1x1, K = 64
-    {90, 64, 64, 8, 6},    // small grids
+    {90, 128, 256, 8, 3},  // 209 KiB; fewest loads per product: long sums, K >= 256
+    {90, 128, 128, 4, 5},  // 225: the usual one
+    {90, 64, 256, 4, 4},   // 225: short sums, many outputs: the 1x1 that widens
+    {90, 128, 64, 4, 6},   // 177: layer1 and the narrow 1x1, K = 64
+    {90, 64, 64, 4, 8},    // 145: small grids
 };
 constexpr int kGemmTileCount = sizeof(kGemmTiles) / sizeof(kGemmTiles[0]);
 

@@ -20,5 +20,6 @@ std::vector<CudaKernel> cuda_kernels();
 void list_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_stem_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_implicit_gemm_kernels(std::vector<CudaKernel>& list, bool gpu);
+void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu);
 
 }  // namespace fused_resnet

@@ -31,6 +31,9 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint32_t x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 
 inline void __syncthreads() { ::emulated::sync_threads(); }
 inline void __syncwarp() {

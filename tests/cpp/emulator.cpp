@@ -62,6 +62,10 @@ struct Operation {
 
 using OperationQueue = std::deque<Operation>;
 
+// Some kinds, drawn for each grid, happen only when they are waited for or nothing else can: most
+// missing waits would hardly ever show otherwise.
+enum class Kind : unsigned { copies, products, stores, alone, count };
+
 struct Block;
 
 struct Thread {
@@ -73,6 +77,8 @@ struct Thread {
   bool done = false;
   const char* waits_for = "";
   OperationQueue copies, stores;
+  std::set<uintptr_t> unfenced;  // writes to shared memory, by their 16 bytes
+  bool products_fenced = false;
   std::array<std::vector<std::pair<uintptr_t, unsigned>>, static_cast<int>(Access::kinds)> accesses;
 };
 
@@ -103,6 +109,7 @@ struct Machine {
   Device device;
   uint64_t random = 1;
   bool recording = false;
+  unsigned late_kinds = 0;  // a bit each
   Wavefronts wavefronts[static_cast<int>(Access::kinds)];
   Index grid, block_size;
   const std::function<void()>* body = nullptr;
@@ -212,6 +219,8 @@ Thread* new_thread(size_t number) {
   thread->waits_for = "";
   thread->copies.clear();
   thread->stores.clear();
+  thread->unfenced.clear();
+  thread->products_fenced = false;
   for (auto& list : thread->accesses) list.clear();
   return thread;
 }
@@ -228,15 +237,21 @@ void run(OperationQueue& queue, OperationQueue::iterator which) {
   if (!operation.commit) operation.run();
 }
 
-// Some operation in flight happens now. Returns false where there is none.
-bool run_some_operation() {
+// Some operation in flight happens now: of a kind that is late in this grid only if `late`. Returns
+// false where there is none.
+bool run_some_operation(bool late) {
   std::vector<OperationQueue*> found;
+  const auto happens = [&](Kind kind) {
+    return late == ((machine.late_kinds >> static_cast<unsigned>(kind) & 1) != 0);
+  };
   for (Block* block : machine.running) {
-    for (auto& [group, queue] : block->products) found.push_back(&queue);
-    for (auto& queue : block->alone) found.push_back(&queue);
+    if (happens(Kind::products))
+      for (auto& [group, queue] : block->products) found.push_back(&queue);
+    if (happens(Kind::alone))
+      for (auto& queue : block->alone) found.push_back(&queue);
     for (Thread* thread : block->threads) {
-      if (!thread->copies.empty()) found.push_back(&thread->copies);
-      if (!thread->stores.empty()) found.push_back(&thread->stores);
+      if (!thread->copies.empty() && happens(Kind::copies)) found.push_back(&thread->copies);
+      if (!thread->stores.empty() && happens(Kind::stores)) found.push_back(&thread->stores);
     }
   }
   std::erase_if(found, [](OperationQueue* q) { return first_operation(*q) == q->end(); });
@@ -335,9 +350,9 @@ void sync_if_all_here(Block& block) {
 void run_running() {
   const size_t one_in = 8;  // steps between operations in flight that happen by themselves
   for (;;) {
-    if (machine.below(one_in) == 0) run_some_operation();
+    if (machine.below(one_in) == 0) run_some_operation(false);
     if (machine.ready.empty()) {
-      if (run_some_operation()) continue;
+      if (run_some_operation(false) || run_some_operation(true)) continue;
       const bool all_done = std::all_of(machine.running.begin(), machine.running.end(),
                                         [](Block* b) { return b->alive == 0; });
       if (all_done) return;
@@ -393,6 +408,7 @@ void start_grid(unsigned blocks, unsigned threads, const std::function<void()>& 
   machine.grid = {blocks, 1, 1};
   machine.block_size = {threads, 1, 1};
   machine.body = &body;
+  machine.late_kinds = machine.below(1u << static_cast<unsigned>(Kind::count));
 }
 
 }  // namespace
@@ -499,6 +515,7 @@ void start(Queue queue, std::function<void()> operation) {
 void commit(Queue queue) { queue_of(queue).push_back({nullptr, true}); }
 
 void finish(Queue queue, unsigned groups_left) {
+  if (queue == Queue::products) self().products_fenced = false;
   OperationQueue& operations = queue_of(queue);
   auto groups = static_cast<unsigned>(std::count_if(operations.begin(), operations.end(),
                                                     [](const Operation& o) { return o.commit; }));
@@ -510,6 +527,23 @@ void finish(Queue queue, unsigned groups_left) {
 
 void start_alone(std::function<void()> operation) {
   self().block->alone.push_back({Operation{std::move(operation), false}});
+}
+
+void proxy_fence() { self().unfenced.clear(); }
+
+void check_fenced(const void* p, unsigned bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  for (const Thread* thread : self().block->threads) {
+    const auto written = thread->unfenced.lower_bound(at / 16 * 16);
+    if (written != thread->unfenced.end() && *written < at + bytes)
+      fault("the copy engine reads what a thread wrote without a proxy fence");
+  }
+}
+
+void products_fence() { self().products_fenced = true; }
+
+void check_products_fenced() {
+  if (!self().products_fenced) fault("wgmma: no wgmma.fence since the last wait");
 }
 
 // --- mbarriers -----------------------------------------------------------------------------------
@@ -585,6 +619,8 @@ void mbarrier_wait(uint64_t* bar, unsigned parity) {
 void record(Access kind, const void* p, unsigned bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes) fault("shared memory: a misaligned access");
   shared_offset(p);
+  if (kind == Access::store || kind == Access::stmatrix)
+    self().unfenced.insert(reinterpret_cast<uintptr_t>(p) / 16 * 16);
   if (!machine.recording) return;
   self().accesses[static_cast<int>(kind)].push_back({reinterpret_cast<uintptr_t>(p), bytes});
 }

@@ -62,13 +62,22 @@ void grid_sync();
 
 // --- asynchronous operations ---------------------------------------------------------------------
 
-// An operation that happens at some moment from now on; those of one queue happen in order.
+// An operation that happens at some moment from now on, or at the last that it may; those of one
+// queue happen in order.
 // Queues: a thread's own copies, a warpgroup's products, a thread's stores by the copy engine.
 enum class Queue { copies, products, stores };
 void start(Queue queue, std::function<void()> operation);
 void commit(Queue queue);                           // closes a group of those started
 void finish(Queue queue, unsigned groups_left);     // waits until only so many groups are open
 void start_alone(std::function<void()> operation);  // of the copy engine: in no order at all
+
+// Discipline that real hardware needs and this machine would not miss. A thread's own writes to
+// shared memory (`record`ed) need its proxy_fence before the copy engine reads them; a warpgroup's
+// products need its threads' products_fence after they were last waited for.
+void proxy_fence();
+void check_fenced(const void* p, unsigned bytes);  // a fault if any thread's writes there are not
+void products_fence();
+void check_products_fenced();
 
 // mbarriers: 8 bytes of shared memory, as this emulator keeps them.
 void mbarrier_init(uint64_t* bar, unsigned count);
