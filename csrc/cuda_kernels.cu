@@ -15,6 +15,7 @@ std::vector<CudaKernel> cuda_kernels() {
   if (!gpu) (void)cudaGetLastError();  // leaves no error for the next caller to find
   std::vector<CudaKernel> list;
   list_add_relu_kernels(list, gpu);
+  list_bn_add_relu_kernels(list, gpu);
   return list;
 }
 

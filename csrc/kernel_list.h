@@ -18,5 +18,6 @@ std::vector<CudaKernel> cuda_kernels();
 
 // One for each CUDA file with kernels; gpu: whether there is one to ask.
 void list_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
+void list_bn_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
 
 }  // namespace fused_resnet

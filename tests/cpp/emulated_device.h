@@ -103,6 +103,7 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float mul_rn(float a, float b) { return a * b; }
 
 inline uint8_t* shared_memory() { return ::emulated::shared_memory(); }
+inline void sync_grid() { ::emulated::grid_sync(); }
 
 // --- memory --------------------------------------------------------------------------------------
 
