@@ -52,6 +52,13 @@ __device__ __forceinline__ Values<T, kPacket> widened(const Bits<T, kPacket>& bi
   return out;
 }
 template <typename T, int kPacket>
+__device__ __forceinline__ Accumulate<T> value_of(const Bits<T, kPacket>& bits, int k) {
+  if constexpr (kPacket == 1)
+    return widen(bits);
+  else
+    return widen(unpack<T>(bits).values[k]);
+}
+template <typename T, int kPacket>
 __device__ __forceinline__ Bits<T, kPacket> narrowed(const Values<T, kPacket>& values) {
   if constexpr (kPacket == 1) {
     return narrow<T>(values.v[0]);
@@ -132,42 +139,45 @@ __device__ __forceinline__ void for_rows(const Cut& cut, const Share<kChannelsLa
   }
 }
 
-// The block's sums over the threads of one key, key = thread % width (a power of two): of kCount
-// values each, to result[key * kCount + k]. scratch: warps * min(width, 32) * kCount.
-template <int kCount, typename A>
-__device__ void sum_over_block(A (&values)[kCount], int width, A* scratch, A* result) {
+// The block's sums over the threads of one key, key = thread % width (a power of two): kSums sums
+// of kCount values each, values[sum * kCount + k], to result[(sum * width + key) * kCount + k].
+// scratch: warps * min(width, 32) * kSums * kCount.
+template <int kSums, int kCount, typename A>
+__device__ void sum_over_block(A (&values)[kSums * kCount], int width, A* scratch, A* result) {
+  constexpr int each = kSums * kCount;
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const int lane = thread % 32, warp = thread / 32, keys = width < 32 ? width : 32;
   for (int delta = 16; delta >= width; delta /= 2) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k)
-      values[k] += __shfl_down_sync(0xffffffffu, values[k], static_cast<unsigned>(delta));
+    for (int i = 0; i < each; ++i)
+      values[i] += __shfl_down_sync(0xffffffffu, values[i], static_cast<unsigned>(delta));
   }
   if (lane < keys) {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) scratch[(warp * keys + lane) * kCount + k] = values[k];
+    for (int i = 0; i < each; ++i) scratch[(warp * keys + lane) * each + i] = values[i];
   }
   __syncthreads();
-  for (int j = thread; j < width * kCount; j += threads) {
-    const int key = j / kCount;
+  for (int j = thread; j < width * each; j += threads) {
+    const int key = j / kCount % width, i = j / kCount / width * kCount + j % kCount;
     A sum = 0;
     for (int w = key / 32; w < threads / 32; w += width < 32 ? 1 : width / 32)
-      sum += scratch[(w * keys + key % 32) * kCount + j % kCount];
+      sum += scratch[(w * keys + key % 32) * each + i];
     result[j] = sum;
   }
   __syncthreads();
 }
 
-// sum over parts of term(part), for each channel of the slab: to result[channel].
-template <typename A, typename Term>
+// kSums sums over the parts, term(sums, part, channel) adding a part's, for each channel of the
+// slab: to result[sum * channels + channel].
+template <int kSums, typename A, typename Term>
 __device__ void sum_over_parts(const Cut& cut, A* scratch, A* result, const Term& term) {
   const int channels = cut.channels(), thread = static_cast<int>(threadIdx.x);
   const int stride = cut.threads / channels;
-  A sum[1] = {0};
+  A sums[kSums] = {};
   if (thread / channels < stride)
     for (int64_t part = thread / channels; part < cut.parts; part += stride)
-      sum[0] += term(part, thread % channels);
-  sum_over_block<1>(sum, channels, scratch, result);
+      term(sums, part, thread % channels);
+  sum_over_block<kSums, 1>(sums, channels, scratch, result);
 }
 
 template <typename A>
@@ -180,16 +190,24 @@ __device__ __forceinline__ bool is_finite(A v) {
 // Per channel of a slab, in shared memory.
 template <typename A>
 struct ForwardScratch {
-  A *centre, *total, *squares, *mean, *scale, *shift, *sums;
+  A *centre, *guess, *squares, *total, *mean, *scale, *shift, *sums;
   __device__ ForwardScratch(A* p, int channels)
       : centre(p),
-        total(centre + channels),
-        squares(total + channels),
-        mean(squares + channels),
+        guess(centre + channels),
+        squares(guess + channels),
+        total(squares + channels),
+        mean(total + channels),
         scale(mean + channels),
         shift(scale + channels),
         sums(shift + channels) {}
 };
+
+// A centre as near to the mean as one number can be: from here on only small numbers are added up.
+template <typename A>
+__device__ __forceinline__ A nearer(A centre, A distance) {
+  const A moved = centre + distance;
+  return is_finite(moved) ? moved : centre;
+}
 
 // The part's centre, sum of x - centre, and sum of squares about its mean, into scratch.
 template <typename T, bool kChannelsLast, int kPacket, bool kKeep>
@@ -222,16 +240,24 @@ __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
             if (!is_finite(centre[k])) centre[k] = 0;
         }
         seen += rows;
+    // A batch by itself first: fewer roundings at the size of the whole sum.
+#pragma unroll
+        for (int k = 0; k < kPacket; ++k) {
+          A t1 = 0, t2 = 0;
+#pragma unroll
+          for (int u = 0; u < unroll; ++u) {
+            if (u < rows) {
+              const A d = value_of<T, kPacket>(loaded[u], k) - centre[k % channels];
+              t1 += d;
+              t2 += d * d;
+            }
+          }
+          s1[k] += t1;
+          s2[k] += t2;
+        }
       },
       [&](const Row& loaded, int64_t, int64_t row) {
         if constexpr (kKeep) store_shared<Row>(kept + share.kept_at(bn.cut, row), loaded);
-        const auto x = widened<T, kPacket>(loaded);
-#pragma unroll
-        for (int k = 0; k < kPacket; ++k) {
-          const A d = x.v[k] - centre[k % channels];
-          s1[k] += d;
-          s2[k] += d * d;
-        }
       });
 #pragma unroll
   for (int k = channels; k < kPacket; ++k) {
@@ -246,23 +272,26 @@ __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
   __syncthreads();
   const A n = static_cast<A>(bn.cut.values(seen));
   const A one_nth = n > 0 ? 1 / n : 0;
-  A sums[channels];
+  A sums[channels], both[2 * channels];
 #pragma unroll
-  for (int k = 0; k < channels; ++k) {
-    centre[k] -= scratch.centre[column + k];
-    sums[k] = s1[k] + n * centre[k];
-  }
-  sum_over_block<channels>(sums, bn.cut.columns, scratch.sums, scratch.total);
+  for (int k = 0; k < channels; ++k) sums[k] = s1[k] + n * (centre[k] - scratch.centre[column + k]);
+  sum_over_block<1, channels>(sums, bn.cut.columns, scratch.sums, scratch.guess);
   const A block_nth = 1 / static_cast<A>(bn.cut.values(bn.cut.end(share.part) - share.begin));
 #pragma unroll
   for (int k = 0; k < channels; ++k) {
-    const A apart = s1[k] * one_nth + centre[k] - scratch.total[column + k] * block_nth;
+    const int j = column + k;
+    const A apart = centre[k] - nearer(scratch.centre[j], scratch.guess[j] * block_nth);
+    const A from_mean = apart + s1[k] * one_nth;
     // An infinite sum of squares stays infinite instead of Inf - Inf.
     A within = is_finite(s2[k]) ? s2[k] - s1[k] * (s1[k] * one_nth) : s2[k];
     within = within < 0 ? A{0} : within;
-    sums[k] = within + n * (apart * apart);
+    both[k] = within + n * (from_mean * from_mean);
+    both[channels + k] = s1[k] + n * apart;
   }
-  sum_over_block<channels>(sums, bn.cut.columns, scratch.sums, scratch.squares);
+  sum_over_block<2, channels>(both, bn.cut.columns, scratch.sums, scratch.squares);
+  for (int j = threadIdx.x; j < bn.cut.channels(); j += bn.cut.threads)
+    scratch.centre[j] = nearer(scratch.centre[j], scratch.guess[j] * block_nth);
+  __syncthreads();
 }
 
 // The same three numbers of the whole slab, from those of its parts.
@@ -278,18 +307,19 @@ __device__ __forceinline__ void merge_forward(const BnForward<T>& bn, int64_t sl
   const auto count = [&](int64_t part) {
     return static_cast<A>(cut.values(cut.end(part) - cut.begin(part)));
   };
-  sum_over_parts(cut, scratch.sums, scratch.total, [&](int64_t part, int j) {
-    return partial(part, 1, j) + count(part) * (partial(part, 0, j) - partial(0, 0, j));
+  sum_over_parts<1>(cut, scratch.sums, scratch.guess, [&](A(&sums)[1], int64_t part, int j) {
+    sums[0] += partial(part, 1, j) + count(part) * (partial(part, 0, j) - partial(0, 0, j));
   });
   const A one_mth = 1 / static_cast<A>(cut.values(cut.rows));
-  sum_over_parts(cut, scratch.sums, scratch.squares, [&](int64_t part, int j) {
-    const A n = count(part), centre = partial(part, 0, j) - partial(0, 0, j);
-    const A apart = partial(part, 1, j) / n + centre - scratch.total[j] * one_mth;
-    return partial(part, 2, j) + n * (apart * apart);
-  });
   for (int j = threadIdx.x; j < cut.channels(); j += cut.threads)
-    scratch.centre[j] = partial(0, 0, j);
+    scratch.centre[j] = nearer(partial(0, 0, j), scratch.guess[j] * one_mth);
   __syncthreads();
+  sum_over_parts<2>(cut, scratch.sums, scratch.squares, [&](A(&sums)[2], int64_t part, int j) {
+    const A n = count(part), apart = partial(part, 0, j) - scratch.centre[j];
+    const A from_mean = apart + partial(part, 1, j) / n;
+    sums[0] += partial(part, 2, j) + n * (from_mean * from_mean);
+    sums[1] += partial(part, 1, j) + n * apart;
+  });
 }
 
 // y = (x - mean) * scale + shift. The mean is one rounded number, near which x - mean is exact;
@@ -482,32 +512,27 @@ __device__ __forceinline__ void sum_backward(const BnBackward<T>& bn,
           sum_gx[k] += g.v[k] * (x.v[k] - mean[k % channels]);
         }
       });
-  A sums_g[channels], sums_gx[channels];
+  A both[2 * channels] = {};
 #pragma unroll
-  for (int k = 0; k < channels; ++k) {
-    sums_g[k] = sum_g[k];
-    sums_gx[k] = sum_gx[k];
+  for (int k = 0; k < kPacket; ++k) {
+    both[k % channels] += sum_g[k];
+    both[channels + k % channels] += sum_gx[k];
   }
-#pragma unroll
-  for (int k = channels; k < kPacket; ++k) {
-    sums_g[0] += sum_g[k];
-    sums_gx[0] += sum_gx[k];
-  }
-  sum_over_block<channels>(sums_g, bn.cut.columns, scratch.sums, scratch.sum_g);
-  sum_over_block<channels>(sums_gx, bn.cut.columns, scratch.sums, scratch.sum_gx);
+  sum_over_block<2, channels>(both, bn.cut.columns, scratch.sums, scratch.sum_g);
 }
 
 template <typename T>
 __device__ __forceinline__ void merge_backward(const BnBackward<T>& bn, int64_t slab_channel,
                                                const BackwardScratch<Accumulate<T>>& scratch) {
+  using A = Accumulate<T>;
   const auto partial = [&](int64_t part, int which, int j) {
     const int64_t c = slab_channel + j;
-    return c < bn.cut.C ? bn.partial[(part * 2 + which) * bn.cut.C + c] : Accumulate<T>{0};
+    return c < bn.cut.C ? bn.partial[(part * 2 + which) * bn.cut.C + c] : A{0};
   };
-  sum_over_parts(bn.cut, scratch.sums, scratch.sum_g,
-                 [&](int64_t part, int j) { return partial(part, 0, j); });
-  sum_over_parts(bn.cut, scratch.sums, scratch.sum_gx,
-                 [&](int64_t part, int j) { return partial(part, 1, j); });
+  sum_over_parts<2>(bn.cut, scratch.sums, scratch.sum_g, [&](A(&sums)[2], int64_t part, int j) {
+    sums[0] += partial(part, 0, j);
+    sums[1] += partial(part, 1, j);
+  });
 }
 
 template <typename T>

@@ -43,8 +43,8 @@ struct Cut {
     return channels_last ? rows : rows * packet;
   }
   __host__ __device__ int64_t packets_per_part() const { return rows_per_part * columns; }
-  // Shared memory besides the part itself, in sums: of every warp, and six of a block.
-  __host__ __device__ int scratch_sums() const { return (threads / 32 + 6) * channels(); }
+  // Shared memory besides the part itself, in sums: two of every warp, and seven of a block.
+  __host__ __device__ int scratch_sums() const { return (threads / 32 * 2 + 7) * channels(); }
 };
 
 // A row's place in the tensor, and how far apart two rows are. Contiguous planes: `inner` counts
