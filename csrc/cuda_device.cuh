@@ -9,6 +9,7 @@
 #if defined(FUSED_RESNET_EMULATED)
 #include "emulated_device.h"
 #else
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -51,9 +52,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// All blocks of a grid that was launched together: what any of them wrote before, all see after.
+__device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
+
 // --- memory --------------------------------------------------------------------------------------
 
-// V: uint32_t, uint2 or uint4; p is a multiple of its size.
+// V: an element, uint32_t, uint2 or uint4; p is a multiple of its size.
 template <typename V>
 __device__ __forceinline__ V load_global(const void* p) {
   return *static_cast<const V*>(p);

@@ -17,13 +17,19 @@ if not torch.cuda.is_available():
     # Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulation
+
 import fused_resnet as fr
 from fused_resnet import backends
+
+# The ops whose CUDA kernels run on CPU tensors too, in tests/cpp/emulator.h's machine.
+EMULATED_OPS = ("add_relu", "bn_add_relu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` runs over every backend there is; a module that sets OP = "add_relu" (or another
-    op) leaves out those that have no implementation of it on any device."""
+    op) leaves out those that have no implementation of it on any device. "emulated" is added for
+    modules whose OP it has."""
     if "backend" not in metafunc.fixturenames:
         return
     op = getattr(metafunc.module, "OP", None)
@@ -32,6 +38,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for name in backends.BACKENDS
         if op is None or any(name in table[op] for table in backends._PREFERENCE.values())
     ]
+    names += ["emulated"] if op in EMULATED_OPS and "emulated" not in names else []
     metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -48,6 +55,8 @@ def device(request: pytest.FixtureRequest) -> str:
 def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     """The backend that serves the ops during the test; skipped, with the reason, if not there."""
     op = getattr(request.module, "OP", None)
+    if request.param == "emulated":
+        request.getfixturevalue("emulator")
     reason = None if op is None else backends.missing(op, request.param, device)
     if reason is not None:
         pytest.skip(reason)
@@ -61,6 +70,16 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
         if "use_backend" not in str(error):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def emulator(device: str) -> None:
+    """The emulated CUDA kernels, built and loaded, always in the same order of threads."""
+    if device != "cpu":
+        pytest.skip("the emulator runs CUDA kernels on CPU tensors")
+    if emulation.unavailable() is not None:
+        pytest.skip(str(emulation.unavailable()))
+    emulation.seed(0)
 
 
 @pytest.fixture

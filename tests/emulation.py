@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -145,6 +146,27 @@ def device(multiprocessors: int = 3, architecture: int = 90) -> Iterator[None]:
         yield
     finally:
         load().emulated_device(3, 90)
+
+
+class Launch(NamedTuple):
+    blocks: int
+    threads: int
+    shared_bytes: int
+    together: bool
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """Filled at its end: the launches of this thread, in order."""
+    room, found = 64, []
+    numbers = (ctypes.c_int64 * (4 * room))()
+    load().emulated_launches(numbers, 0)
+    try:
+        yield found
+    finally:
+        count = load().emulated_launches(numbers, room)
+        rows = (numbers[4 * i : 4 * i + 4] for i in range(min(count, room)))
+        found += [Launch(*row[:3], bool(row[3])) for row in rows]
 
 
 @contextmanager

@@ -156,8 +156,9 @@ def need_memory(gigabytes: float) -> None:
 
 
 def interpreted(backend: str, device: str) -> bool:
-    """Whether kernels run in Triton's interpreter: right, and a million times slower."""
-    return backend == "triton" and device == "cpu"
+    """Whether kernels run in Triton's interpreter or in the emulator of a GPU: right, and a million
+    times slower."""
+    return backend in ("triton", "emulated") and device == "cpu"
 
 
 def skip_if_too_large(backend: str, device: str) -> None:
@@ -165,5 +166,5 @@ def skip_if_too_large(backend: str, device: str) -> None:
     if backend == "reference":
         pytest.skip("PyTorch's own operations, which would widen this to 26 GB of float32")
     if interpreted(backend, device):
-        pytest.skip("Triton's interpreter would take hours; test_triton.py checks the index type")
+        pytest.skip("interpreted, it would take hours; test_triton.py checks the index type")
     need_memory(12)

@@ -108,6 +108,7 @@ inline float mul_rn(float a, float b) { return a * b; }
 inline int thread_now() { return static_cast<int>(threadIdx.x); }
 
 inline uint8_t* shared_memory() { return ::emulated::shared_memory(); }
+inline void sync_grid() { ::emulated::grid_sync(); }
 
 // --- memory --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <set>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -107,6 +108,7 @@ struct Block {
 
 struct Machine {
   Device device;
+  std::vector<Launch> launches;
   uint64_t random = 1;
   bool recording = false;
   unsigned late_kinds = 0;  // a bit each
@@ -418,10 +420,12 @@ void fault(const std::string& what) { throw Fault(what); }
 Device& device() { return machine.device; }
 void set_seed(uint64_t seed) { machine.random = seed; }
 void set_recording(bool on) { machine.recording = on; }
+std::vector<Launch> take_launches() { return std::exchange(machine.launches, {}); }
 
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
               const std::function<void()>& body) {
   check_launch(blocks, threads, shared_bytes);
+  machine.launches.push_back({blocks, threads, static_cast<int64_t>(shared_bytes), 0});
   start_grid(blocks, threads, body);
   // Blocks come in any order.
   const unsigned offset = machine.below(blocks);
@@ -431,6 +435,9 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
 void run_grid_together(unsigned blocks, unsigned threads, size_t shared_bytes,
                        const std::function<void()>& body) {
   check_launch(blocks, threads, shared_bytes);
+  if (blocks > 2048u / threads * static_cast<unsigned>(machine.device.multiprocessors))
+    throw Fault("launch: a grid too large to be resident at once");
+  machine.launches.push_back({blocks, threads, static_cast<int64_t>(shared_bytes), 1});
   start_grid(blocks, threads, body);
   std::vector<unsigned> numbers(blocks);
   for (unsigned b = 0; b < blocks; ++b) numbers[b] = b;
@@ -640,6 +647,14 @@ __attribute__((visibility("default"))) void emulated_device(int multiprocessors,
 }
 __attribute__((visibility("default"))) void emulated_seed(uint64_t seed) {
   emulated::set_seed(seed);
+}
+// The launches since the last time this was asked, oldest first: at most `room` of four numbers
+// each (blocks, threads, bytes of shared memory, together). Returns how many there were.
+__attribute__((visibility("default"))) int emulated_launches(int64_t* out, int room) {
+  const auto launches = emulated::take_launches();
+  for (size_t i = 0; i < std::min(launches.size(), static_cast<size_t>(room)); ++i)
+    std::memcpy(out + 4 * i, &launches[i], sizeof launches[i]);
+  return static_cast<int>(launches.size());
 }
 __attribute__((visibility("default"))) void emulated_record(int on) { emulated::set_recording(on); }
 // Wavefronts needed (and, with ideal, the least possible) since the last time this was asked.

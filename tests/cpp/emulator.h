@@ -12,6 +12,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace emulated {
 
@@ -35,6 +36,10 @@ struct Device {
 Device& device();
 void set_seed(uint64_t seed);
 void set_recording(bool on);  // of bank conflicts
+struct Launch {
+  int64_t blocks, threads, shared_bytes, together;
+};
+std::vector<Launch> take_launches();  // since the last time
 
 void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
               const std::function<void()>& body);

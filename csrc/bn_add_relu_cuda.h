@@ -1,0 +1,52 @@
+// What the ops bn_add_relu and bn_add_relu_backward hand to the CUDA kernels' launchers, one
+// translation unit per dtype T. Sums and per-channel numbers are of A: float, double for double.
+#pragma once
+
+#include "bn_add_relu_cut.h"
+#include "cuda_launch.h"
+
+namespace fused_resnet {
+
+template <typename T>
+struct BnForward {
+  using A = Accumulate<T>;
+  Cut cut;
+  const T* x;         // (N, C, H, W)
+  const T* residual;  // as x, or null
+  T* y;               // as x
+  const A* weight;    // (C,) or null
+  const A* bias;      // (C,) or null
+  A* mean;            // (C,)
+  A* var;             // (C,)
+  A* partial;         // (parts, 3, C): centre, sum of x - centre, squares about the part's mean
+  A eps;
+  bool relu;
+};
+
+template <typename T>
+struct BnBackward {
+  using A = Accumulate<T>;
+  Cut cut;
+  const T* dy;      // (N, C, H, W)
+  const T* x;       // as dy
+  const T* y;       // as dy, or null: no mask
+  T* dx;            // as dy, or null
+  T* dresidual;     // as dy, or null
+  const A* weight;  // (C,) or null
+  const A* mean;    // (C,)
+  const A* var;     // (C,)
+  A* dweight;       // (C,)
+  A* dbias;         // (C,)
+  A* partial;       // (parts, 2, C): sum of g, sum of g * (x - mean)
+  A eps;
+};
+
+// shared_bytes: shared_bytes_of(bn.cut, ...).
+template <typename T>
+void launch_bn_forward(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes);
+template <typename T>
+void launch_bn_backward(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes);
+template <typename T>
+void list_bn_kernels(std::vector<CudaKernel>& list, const std::string& dtype, bool gpu);
+
+}  // namespace fused_resnet
