@@ -86,8 +86,9 @@ py::list gemm_tiles() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What the native build of fused_resnet contains; importing it registers the ops.";
   m.def("build_info", &build_info, "Compiler, flags, versions and the CPU instruction set in use.");
-  m.def("gemm_tiles", &gemm_tiles,
-        "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages.");
+  m.def(
+      "gemm_tiles", &gemm_tiles,
+      "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages.");
   m.def("kernels", &kernels,
         "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
         "this asks the CUDA runtime, which initialises it.");
