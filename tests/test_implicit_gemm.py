@@ -189,7 +189,8 @@ def test_no_bank_conflicts(tile, dtype):
 def test_address_sanitizer_finds_nothing():
     here = Path(__file__)
     chosen = "test_every_tile and 32x64"  # one split, two and three
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(here)]
+    # -s: pytest would keep the sanitizer's report to itself, which ends the process.
+    command = [sys.executable, "-m", "pytest", "-qxs", "-p", "no:cacheprovider", str(here)]
     done = subprocess.run(
         [*command, "-k", chosen],
         env=emulation.asan_environment(),
