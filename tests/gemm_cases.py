@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from op_cases import close, lifted
 from test_conv_bn_relu import exact, stock
 from torch import Tensor
 
+TABLE = emulation.ROOT / "csrc/implicit_gemm_tiles.h"
 GUARD = 64  # elements on either side, NaN before and after
 
 
@@ -31,12 +32,10 @@ class Tile(NamedTuple):
 
 
 def tiles(architecture: int) -> list[Tile]:
-    library, row = emulation.load(), (ctypes.c_int * 5)()
-    count = library.gemm_tile(0, row)
-    found = []
-    for number in range(count):
-        library.gemm_tile(number, row)
-        found.append(Tile(number, *row))
+    """Read, not asked of the library: collecting the tests neither builds nor loads it."""
+    rows = re.findall(r"^ +\{(\d+), (\d+), (\d+), (\d+), (\d+)\},", TABLE.read_text(), re.M)
+    found = [Tile(number, *map(int, row)) for number, row in enumerate(rows)]
+    assert found, f"no tiles in {TABLE}"
     return [tile for tile in found if tile.architecture == architecture]
 
 

@@ -351,6 +351,9 @@ void sync_if_all_here(Block& block) {
 
 void run_running() {
   const size_t one_in = 8;  // steps between operations in flight that happen by themselves
+  // All warps drawn alike go on in step. One that is held back, or none, shows what others may do
+  // to the memory that it still reads.
+  const unsigned slow_warp = machine.below((machine.block_size.x + kWarp - 1) / kWarp + 1);
   for (;;) {
     if (machine.below(one_in) == 0) run_some_operation(false);
     if (machine.ready.empty()) {
@@ -360,7 +363,9 @@ void run_running() {
       if (all_done) return;
       hang();
     }
-    const size_t pick = machine.below(machine.ready.size());
+    size_t pick = machine.below(machine.ready.size());
+    for (int again = 0; again < 4 && machine.ready[pick]->index.x / kWarp == slow_warp; ++again)
+      pick = machine.below(machine.ready.size());
     Thread* thread = machine.ready[pick];
     machine.ready[pick] = machine.ready.back();
     machine.ready.pop_back();

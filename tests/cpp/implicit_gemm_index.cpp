@@ -21,14 +21,6 @@ bool divides(const fused_resnet::FastDivision& by, int64_t n) {
 
 }  // namespace
 
-// row: {architecture, block_m, block_n, warps, stages}. Returns how many tiles there are.
-EXPORTED int gemm_tile(int number, int* row) {
-  const fused_resnet::GemmTile& tile = fused_resnet::kGemmTiles[number];
-  row[0] = tile.architecture, row[1] = tile.block_m, row[2] = tile.block_n;
-  row[3] = tile.warps, row[4] = tile.stages;
-  return fused_resnet::kGemmTileCount;
-}
-
 // Dividends n that come out wrong: the first `first` ones, those about every multiple of d near
 // either end of the range, the last one, and `random` others.
 EXPORTED int64_t wrong_quotients(int d, int64_t first, int64_t random, uint64_t seed) {
