@@ -180,8 +180,9 @@ def test_groups_do_not_see_one_another(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_go_where_stock_sends_them(dtype):
     (x, weight, scale, shift, residual), geometry = operands("3x3", dtype)
-    scale[3], shift[5] = float("nan"), -float("inf")
-    x[0, 2, 3, 3], residual[1, 7, 2, 2], residual[0, 8, 1, 1] = float("inf"), float("nan"), -0.0
+    # Of a pair of outputs in one register, both.
+    scale[2:4], shift[5] = float("nan"), -float("inf")
+    x[0, 2, 3, 3], residual[1, 6:8, 2, 2], residual[0, 8, 1, 1] = float("inf"), float("nan"), -0.0
     for added, relu in ((residual, True), (residual, False), (None, True)):
         y = conv(x, weight, scale, shift, added, relu, geometry, "64x64")
         want = exact(x, weight, scale, shift, added, relu, *geometry).to(dtype)
