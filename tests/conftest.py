@@ -23,7 +23,7 @@ import fused_resnet as fr
 from fused_resnet import backends
 
 # The ops whose CUDA kernels run on CPU tensors too, in tests/cpp/emulator.h's machine.
-EMULATED_OPS = ("add_relu", "bn_add_relu")
+EMULATED_OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,13 +73,16 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def emulator(device: str) -> None:
-    """The emulated CUDA kernels, built and loaded, always in the same order of threads."""
+def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulated CUDA kernels, built and loaded, always in the same order of threads. float32 is
+    not multiplied as TF32 then, since stock on the CPU does not either."""
     if device != "cpu":
         pytest.skip("the emulator runs CUDA kernels on CPU tensors")
     if emulation.unavailable() is not None:
         pytest.skip(str(emulation.unavailable()))
+    emulation.load()
     emulation.seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
