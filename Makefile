@@ -47,7 +47,7 @@ test: build
 lint: $(VENV)/requirements.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/cpp/*)
 	$(PY) -m mypy
 
 bench: build

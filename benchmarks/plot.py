@@ -69,7 +69,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
     if content is not None and "benchmarks" in content:
         return op_table(content)
     if content is not None and "kernels" in content:
-        return resources_table(content)
+        cuda = "files" in content
+        return cuda_resources_table(content) if cuda else resources_table(content)
     if content is not None and "layers" in content:
         return cost_table(content)
     if content is not None and "cases" not in content:
@@ -187,6 +188,30 @@ def resources_table(content: dict[str, Any]) -> str:
         )
         rows.append([kernel, *cells])
     text = f"Triton {content['triton']}, {commit(content)}. From `{content['path'].name}`."
+    return f"{markdown(header, rows)}\n\n{text}\n"
+
+
+def cuda_resources_table(content: dict[str, Any]) -> str:
+    """One row per CUDA kernel and architecture: least and most over its tiles and dtypes."""
+    header = [
+        "kernel", "sm", "instances", "registers", "stack bytes", "tensor core instructions",
+        "ldmatrix", "asynchronous copies", "16-byte loads", "16-byte stores",
+    ]  # fmt: skip
+    keys = ("registers", "stack_bytes", "tensor", "ldmatrix", "async", "ld16", "st16")
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["kernels"]:
+        groups.setdefault((row["name"].split("<")[0], row["arch"]), []).append(row)
+    rows = []
+    for (kernel, arch), found in sorted(groups.items()):
+        if max(row["instructions"] for row in found) > 32:  # else it is a trap
+            cells = (span(found, key) for key in keys)
+            rows.append([kernel.removesuffix("_kernel"), arch, str(len(found)), *cells])
+    slowest = max(content["files"], key=lambda f: f["compile_s"])
+    text = (
+        f"nvcc {content['nvcc']}, {commit(content)}; {len(content['files'])} compilations by "
+        f"{content['jobs']} jobs in {content['total_s']:.0f} s, the longest {slowest['file']} in "
+        f"{slowest['compile_s']:.0f} s. From `{content['path'].name}`."
+    )
     return f"{markdown(header, rows)}\n\n{text}\n"
 
 

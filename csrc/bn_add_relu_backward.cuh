@@ -24,6 +24,7 @@ struct BackwardScratch {
 template <typename T, int kPacket>
 struct BackwardRow {
   Bits<T, kPacket> dy, x, y;
+  uint8_t bits;  // of the mask
 };
 
 template <typename T, int kPacket>
@@ -34,6 +35,7 @@ __device__ __forceinline__ BackwardRow<T, kPacket> load_backward(const BnBackwar
   rows.dy = load_global<Row>(bn.dy + offset);
   rows.x = load_global<Row>(bn.x + offset);
   if (bn.y) rows.y = load_global<Row>(bn.y + offset);
+  if (bn.mask) rows.bits = bn.mask[offset / kPacket];
   return rows;
 }
 
@@ -46,7 +48,21 @@ __device__ __forceinline__ Values<T, kPacket> masked(const BnBackward<T>& bn,
 #pragma unroll
     for (int k = 0; k < kPacket; ++k) g.v[k] = y.v[k] <= 0 ? Accumulate<T>{0} : g.v[k];
   }
+  if (bn.mask) {
+#pragma unroll
+    for (int k = 0; k < kPacket; ++k) g.v[k] = rows.bits >> k & 1 ? g.v[k] : Accumulate<T>{0};
+  }
   return g;
+}
+
+// Which of the values the ReLU let through, a bit each.
+template <typename T, int kPacket>
+__device__ __forceinline__ uint8_t bits_of(const BackwardRow<T, kPacket>& rows) {
+  const auto y = widened<T, kPacket>(rows.y);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int k = 0; k < kPacket; ++k) bits |= (y.v[k] <= 0 ? 0u : 1u) << k;
+  return static_cast<uint8_t>(bits);
 }
 
 // The part's sums of g and of g * (x - mean), into scratch; kept: g and x.
@@ -67,13 +83,17 @@ __device__ __forceinline__ void sum_backward(const BnBackward<T>& bn,
   for_rows<kChannelsLast, kPacket, unroll, false>(
       bn.cut, share, [&](int64_t offset, int64_t) { return load_backward<T, kPacket>(bn, offset); },
       [](const Rows(&)[unroll], int) {},
-      [&](const Rows& rows, int64_t, int64_t row) {
+      [&](const Rows& rows, int64_t offset, int64_t row) {
         const auto g = masked<T, kPacket>(bn, rows);
         const auto x = widened<T, kPacket>(rows.x);
         if constexpr (kKeep) {
           const int at = share.kept_at(bn.cut, row);
           store_shared<Row>(kept_g + at, narrowed<T, kPacket>(g));
           store_shared<Row>(kept_x + at, rows.x);
+        } else if (bn.dresidual) {
+          store_global<Row>(bn.dresidual + offset, narrowed<T, kPacket>(g));
+        } else if (bn.new_mask) {
+          bn.new_mask[offset / kPacket] = bits_of<T, kPacket>(rows);
         }
 #pragma unroll
         for (int k = 0; k < kPacket; ++k) {

@@ -86,6 +86,10 @@ void backward(const Layout4d& layout, const Tensor& dy, const Tensor& x,
   const CutFor how = how_to_cut(scope, x, 2, {bn.dy, bn.x, bn.y, bn.dx, bn.dresidual});
   bn.cut = cut_for(layout, how);
   const Tensor partial = partial_sums(bn.cut, dweight, 2);
+  const bool twice = !bn.cut.kept && bn.dx && !bn.dresidual && bn.y && bn.cut.packet > 1;
+  const Tensor mask =
+      torch::stable::new_empty(x, {twice ? x.numel() / bn.cut.packet : 0}, ScalarType::Byte);
+  bn.new_mask = twice ? written<uint8_t>(mask) : nullptr;
   bn.weight = data_of<A>(weight);
   bn.mean = data_of<A>(mean);
   bn.var = data_of<A>(var);

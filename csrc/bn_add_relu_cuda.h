@@ -27,11 +27,15 @@ template <typename T>
 struct BnBackward {
   using A = Accumulate<T>;
   Cut cut;
-  const T* dy;      // (N, C, H, W)
-  const T* x;       // as dy
-  const T* y;       // as dy, or null: no mask
-  T* dx;            // as dy, or null
-  T* dresidual;     // as dy, or null
+  const T* dy;   // (N, C, H, W)
+  const T* x;    // as dy
+  const T* y;    // as dy, or null: no mask
+  T* dx;         // as dy, or null
+  T* dresidual;  // as dy, or null
+  // A byte for each packet, a bit for each element: !(y <= 0). Read where it is not null; new_mask,
+  // where it is not null, is written by a launch that makes the sums and nothing else.
+  const uint8_t* mask;
+  uint8_t* new_mask;
   const A* weight;  // (C,) or null
   const A* mean;    // (C,)
   const A* var;     // (C,)
