@@ -1,8 +1,12 @@
 """The CUDA kernels on CPU tensors: csrc/*.cu compiled for the host against tests/cpp/emulator.h.
 
 `load()` builds the library where it is not built, loads it, and makes "emulated" a backend of the
-CPU's ops. With FUSED_RESNET_EMULATION=asan the library is built for AddressSanitizer, which the
-process must have been started with: `asan_environment()`.
+CPU's ops.
+
+    python tests/emulation.py pytest -k emulated tests
+
+runs a command (a module of Python's) under AddressSanitizer, which then watches every access of the
+kernels to shared and global memory.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -183,3 +188,8 @@ def wavefronts() -> Iterator[dict[str, tuple[int, int]]]:
         library.emulated_record(0)
         for kind, name in enumerate(ACCESSES):
             found[name] = tuple(library.emulated_wavefronts(kind, ideal) for ideal in (0, 1))
+
+
+if __name__ == "__main__":
+    command = [sys.executable, "-m", *sys.argv[1:]]
+    sys.exit(subprocess.run(command, env=asan_environment(), check=False).returncode)

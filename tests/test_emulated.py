@@ -212,26 +212,7 @@ def test_bn_add_relu_indices_beyond_two_to_the_31(channels_last):
 # --- AddressSanitizer -------------------------------------------------------------------------
 
 
-def sanitized(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=emulation.ROOT,
-        env=emulation.asan_environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-@pytest.mark.skipif(bool(emulation.SANITIZER), reason="this is the run under AddressSanitizer")
-def test_address_sanitizer_finds_nothing():
-    chosen = "emulated and (takes_the_intended or what_is_asked or odd and channels)"
-    files = ("tests/test_bn_add_relu.py", "tests/test_add_relu.py", "tests/test_emulated.py")
-    done = sanitized("-m", "pytest", "-q", "-x", *files, "-k", chosen)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.mark.skipif(bool(emulation.SANITIZER), reason="this is the run under AddressSanitizer")
+@pytest.mark.skipif(not emulation.SANITIZER, reason="for `python tests/emulation.py pytest ...`")
 def test_address_sanitizer_notices():
     """A write past the end of an output, which is made too small behind the op's back."""
     program = """
@@ -243,6 +224,9 @@ x, out = torch.ones(1, 8, 4, 4), torch.empty(1, 8, 4, 4)
 out.untyped_storage().resize_(4 * 100)
 torch.ops.fused_resnet_emulated.add_relu_out(x, x, out)
 """
-    done = sanitized("-c", program)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=emulation.ROOT, capture_output=True, text=True, timeout=600
+    )  # fmt: skip
     assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr, done.stderr[-3000:]
     assert "elementwise_kernel" in done.stderr
