@@ -110,7 +110,9 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
 
 // A warpgroup: sums (rows, block_n) of one tile. Returns with all its stages given back. Wakes the
 // other warpgroup, if `next_turn` is not null, once its own copies have all come: by a barrier's
-// parity a step could not be told from the one two turns before.
+// parity a step could not be told from the one two turns before. Every warp has to say so: with one
+// step to a tile, the others could go on to the next turn while a late warp still waits for this
+// one, whose parity it would never see again.
 template <typename T, int kTile>
 __device__ __forceinline__ void multiply_tile(
     const Sm90Block<kTile>& block, StageRing<Sm90Shape<kTile>::stages>& ring, int first_row,
@@ -137,7 +139,7 @@ __device__ __forceinline__ void multiply_tile(
     previous = ring.stage;
     ring.next();
   }
-  if (next_turn != nullptr && threadIdx.x % 128 == 0) mbarrier_arrive(next_turn);
+  if (next_turn != nullptr && first_lane) mbarrier_arrive(next_turn);
   __syncwarp();
   products_wait<0>();
 #pragma unroll
@@ -286,7 +288,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(block.output_ready + i, 1);
-      mbarrier_init(block.turn + i, 1);
+      mbarrier_init(block.turn + i, 4);  // warps of the other warpgroup
     }
     fence_mbarrier_init();
   }
