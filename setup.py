@@ -112,7 +112,7 @@ def native_build():
         flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall"]
     flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
     native = extension(
-        "fused_resnet._C", sources, extra_compile_args=flags, depends=sorted(glob.glob("csrc/*.h*"))
+        "fused_resnet._C", sources, extra_compile_args=flags, depends=sorted(glob.glob("csrc/*.*h"))
     )
     # The stable ABI needs none of libtorch_python, whose symbols change from release to release.
     native.libraries = [name for name in native.libraries if name != "torch_python"]
