@@ -16,7 +16,9 @@
 // Speed: not yet measured.
 // Rejected: scale and shift staged in shared memory: a pipeline stage fewer for what L1 holds.
 // Rejected: weights as (groups * K, R * S * C): a step past a tap's last channel reads the next
-// tap.
+// tap. Groups as a fifth dimension of x, for im2col on groups that end within a step: their stride
+// would be less than a pixel's, where the driver's manual has each stride contain the one before;
+// and narrow groups fill little of a tile of 64 outputs or more.
 #pragma once
 
 #include "implicit_gemm_sm90.h"
@@ -91,12 +93,9 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
         mbarrier_arrive_expect(full, Shape::stage_bytes);
         if (gemm.input == Sm90Input::kMatrix)
           load_box(x_tile, x_map, full, c, start.group, start.m);
-        else if (gemm.input == Sm90Input::kIm2col)
+        else
           load_im2col(x_tile, x_map, full, start.group * gemm.C + c, from.w, from.h, from.n,
                       offset_w, offset_h);
-        else
-          load_im2col(x_tile, x_map, full, c, from.w, from.h, from.n, start.group, offset_w,
-                      offset_h);
         load_box(x_tile + Shape::x_bytes, weight_map, full, c, tap, start.group * gemm.K + start.k);
         ring.next();
       }
