@@ -45,6 +45,14 @@ TensorMap output_map(const ConvProblem& p, DtypeIndex dtype, const void* data, i
                       {64, 1, u32(rows)});
 }
 
+// Built for sm_90 or PTX alone, the kernels are nothing but a trap, which the whole process would
+// have to be restarted after.
+#if defined(FUSED_RESNET_EMULATED) || defined(FUSED_RESNET_SM_90A)
+constexpr bool kBuiltForHopper = true;
+#else
+constexpr bool kBuiltForHopper = false;
+#endif
+
 }  // namespace
 
 // CUDA driver API, cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col; PTX ISA, "Im2col mode".
@@ -69,6 +77,8 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
                                const ConvOperands& operands, const GemmTile& tile) {
   check(scope.architecture() == 90, "implicit_gemm: this tile is for Hopper, sm_90, not for sm_",
         scope.architecture());
+  check(kBuiltForHopper,
+        "implicit_gemm: this tile needs a build for sm_90a: 9.0a in TORCH_CUDA_ARCH_LIST");
   check(operands.dtype == kFloat16 || operands.dtype == kBFloat16,
         "implicit_gemm: Hopper's kernel takes float16 or bfloat16");
   check(covers_sm90(p), "implicit_gemm: Hopper's kernel does not cover a ", p.R, "x", p.S,
