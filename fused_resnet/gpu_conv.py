@@ -51,9 +51,9 @@ class GpuConv(FusedConv):
         self._kept: dict[str, Tensor] = {}
         # The stem's kernel converts x by itself.
         self.stem = (
-            self.geometry == ((2, 2), (3, 3), (1, 1))
-            and cuda_conv.is_stem(self.problem((1, 3, 224, 224)))
+            self.geometry == ((2, 2), (3, 3), (1, 1)) and cuda_conv.is_stem(self._problem(1))
         )  # fmt: skip
+        self._reached = cuda_conv.reaches(self._problem(1), self.geometry)
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Another form of the weights, made once."""
@@ -68,9 +68,12 @@ class GpuConv(FusedConv):
         """The matrix product for an x of this shape (N, C, H, W)."""
         out = self.output_shape(shape)
         assert out is not None, shape
+        return self._problem(out[0] * out[2] * out[3])
+
+    def _problem(self, pixels: int) -> Problem:
         K, C, R, S = self.weight_shape
-        pixels, stride = out[0] * out[2] * out[3], self.stride[1]
-        return Problem(pixels, K, C, R, S, self.groups, stride, operands_of(self.dtype))
+        stride, operands = self.stride[1], operands_of(self.dtype)
+        return Problem(pixels, K, C, R, S, self.groups, stride, operands)
 
     def choice(self, x: Tensor, relu: bool) -> tuning.Choice | None:
         """Who computes it for this x, by `tuning.choice`; None: the reference."""
@@ -112,12 +115,12 @@ class GpuConv(FusedConv):
         overwrite: bool = False,
     ) -> Tensor:
         """`run` by this backend with this configuration of it."""
-        if config == cuda_conv.CudaConfig(cuda_conv.STEM):
-            if self.stem and residual is None and relu:
+        if backend == "native":
+            stem = config.tile == cuda_conv.STEM
+            if stem and self.stem and residual is None and relu:
                 return cuda_conv.run_stem(self, x, False)
-            config = cuda_conv.choose_tile(
-                self.problem(x.shape), capability(x.device), multiprocessors(x.device)
-            )
+            device = capability(x.device), multiprocessors(x.device)
+            config = cuda_conv.fitting(config, self.problem(x.shape), *device, self._reached)
         x = channels_last(x.to(self.dtype))
         y = residual if overwrite and residual is not None else None
         if y is None:

@@ -17,6 +17,8 @@ from op_cases import close, integers, randn, same
 from test_conv_bn_relu import exact, stock
 from torch import Tensor
 
+from fused_resnet import backends, cuda_conv, gemm, gpu_conv, native
+
 pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
 )
@@ -352,7 +354,55 @@ COVERS = {
 
 @pytest.mark.parametrize("values", COVERS)
 def test_covers(values):
+    """In C++, and as the chooser has it."""
     assert emulation.load().hopper_covers((ctypes.c_int * 10)(*values)) == COVERS[values]
+    R, S, *sizes, groups, C = values
+    geometry = gemm.geometry_of(sizes[:2], sizes[2:4], sizes[4:])
+    problem = gemm.Problem(64, 64, C, R, S, groups, sizes[1], "float16")
+    assert cuda_conv.reaches(problem, geometry) == COVERS[values]
+
+
+def chosen(monkeypatch, *arguments) -> list[int]:
+    """The architectures of the tiles that a convolution is run with, over every measured winner."""
+    x, weight, scale, shift, geometry = arguments
+    found = []
+    with backends.use_backend("emulated"):
+        net = gpu_conv.GpuConv(weight, scale, shift, x.dtype, *map(pair, geometry[:3]), geometry[3])
+        for config in (net.choice(x, True).config, *map(cuda_conv.CudaConfig, map(row_of, TILES))):
+            monkeypatch.setattr(cuda_conv, "run_conv", lambda *a: found.append(a[-1].tile))
+            net.run_by("native", config, x, None, True)
+    return [cuda_conv.tiles()[tile]["architecture"] for tile in found]
+
+
+FALLS = {
+    "far": ((1, 64, 300, 9), 128, (3, 3), 1, (129, 1), 1, 1),
+    "wide": ((1, 64, 290, 9), 128, (3, 3), 1, (128, 1), (128, 1), 1),
+    "narrow groups": ((1, 64, 9, 9), 128, (3, 3), 1, 1, 1, 2),
+    "stride": ((1, 64, 30, 30), 128, (3, 3), (9, 1), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", FALLS)
+def test_what_hopper_cannot_address_gets_a_tile_of_sm_80(case, monkeypatch):
+    shape, K, kernel, *geometry = FALLS[case]
+    x = torch.zeros(shape, dtype=HALF)
+    weight = torch.zeros(K, shape[1] // geometry[3], *kernel, dtype=HALF)
+    operands = (x, weight, torch.ones(K), torch.zeros(K))
+    assert set(chosen(monkeypatch, *operands, geometry)) == {80}
+    weight, geometry = weight[:, :, :1, :1].contiguous(), (1, 0, 1, geometry[3])
+    assert set(chosen(monkeypatch, x, weight, *operands[2:], geometry)) == {90}
+
+
+def test_a_build_without_sm_90a_never_gets_hopper_tiles(monkeypatch):
+    problem = gemm.Problem(3136, 256, 64, 1, 1, 1, 1, "float16")
+    hopper = cuda_conv.CudaConfig(row_of("128x128"))
+    for archs, there in (("8.0+PTX;9.0a", True), ("8.0 9.0", False), (None, False)):
+        native.built_for.cache_clear()
+        monkeypatch.setattr(native, "build_info", lambda archs=archs: {"cuda_archs": archs})
+        found = cuda_conv.candidates(problem, (9, 0))
+        assert (hopper in found) == there
+        assert (cuda_conv.fitting(hopper, problem, (9, 0), 132, True) == hopper) == there
+    native.built_for.cache_clear()
 
 
 ONE_OF_EACH = """
