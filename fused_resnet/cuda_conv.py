@@ -215,18 +215,18 @@ def run_conv(
     if more:
         x = F.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
         weight = conv.kept("native", lambda: F.pad(conv.weight, (0, 0, 0, 0, 0, more)))
-    x, weight = _aligned(x), _aligned(weight.contiguous(memory_format=torch.channels_last))
+    x, weight = aligned(x), aligned(weight.contiguous(memory_format=torch.channels_last))
     K, C, R, S = weight.shape
     rows = weight.as_strided((K, R, S, C), (R * S * C, S * C, C, 1))
     if residual is not None:
-        residual = _aligned(residual)
+        residual = aligned(residual)
     _ops().implicit_gemm(
         x, rows, conv.scale, conv.shift, residual, y, relu,
         *conv.geometry, conv.groups, config.tile, config.splits,
     )  # fmt: skip
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """t, or a copy of it, that starts at a multiple of 16 bytes."""
     return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
 

@@ -46,8 +46,9 @@ class GpuConv(FusedConv):
         super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
         self.geometry = geometry_of(stride, padding, dilation)
         self.weight = channels_last(weight.detach().to(dtype))
-        self.scale = scale.detach().float().contiguous()
-        self.shift = shift.detach().float().contiguous()
+        # Read in pairs; a row of somebody's table may start anywhere.
+        self.scale = cuda_conv.aligned(scale.detach().float().contiguous())
+        self.shift = cuda_conv.aligned(shift.detach().float().contiguous())
         self._kept: dict[str, Tensor] = {}
         # The stem's kernel converts x by itself.
         self.stem = (

@@ -243,6 +243,18 @@ def test_float32_and_misaligned_scale_are_refused():
         conv(x, weight, scale, shift, None, True, geometry, "64x64")
 
 
+def test_scale_and_shift_of_a_module_may_start_anywhere():
+    tensors, geometry = operands("3x3", HALF, integers)
+    x, weight, scale, shift, residual = tensors
+    table = torch.stack([scale, shift]).flatten()
+    scale, shift = torch.cat([table[:1], table])[1:].split(len(scale))
+    with backends.use_backend("emulated"):
+        net = gpu_conv.GpuConv(weight, scale, shift, HALF, *map(pair, geometry[:3]), geometry[3])
+        config = cuda_conv.CudaConfig(row_of("64x64"))
+        y = net.run_by("native", config, x, residual, True)
+    same(y, exact(*tensors, True, *geometry).to(HALF))
+
+
 # --- index arithmetic by itself ------------------------------------------------------------------
 
 
