@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cuda_conv, reference, tuning
-from .convolution import FusedConv, capturing
+from .convolution import FusedConv, capturing, note
 from .gemm import (
     Problem,
     capability,
@@ -90,11 +90,13 @@ class GpuConv(FusedConv):
 
     def run_pooled(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any layout -> relu, then max pooling 3x3 of stride 2 and padding 1."""
+        note(self)
         return cuda_conv.run_stem(self, x, True)
 
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
+        note(self)
         found = self.choice(x, relu)
         if found is None:
             geometry = (*self.geometry, self.groups)

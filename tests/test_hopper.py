@@ -17,7 +17,7 @@ from op_cases import close, integers, randn, same
 from test_conv_bn_relu import exact, stock
 from torch import Tensor
 
-from fused_resnet import backends, cuda_conv, gemm, gpu_conv, native
+from fused_resnet import backends, convolution, cuda_conv, gemm, gpu_conv, native
 
 pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
@@ -251,7 +251,10 @@ def test_scale_and_shift_of_a_module_may_start_anywhere():
     with backends.use_backend("emulated"):
         net = gpu_conv.GpuConv(weight, scale, shift, HALF, *map(pair, geometry[:3]), geometry[3])
         config = cuda_conv.CudaConfig(row_of("64x64"))
-        y = net.run_by("native", config, x, residual, True)
+        with convolution.noting() as used:
+            y = net.run_by("native", config, x, residual, True)
+            net.run(x, None, True)
+        assert used == [net]
     same(y, exact(*tensors, True, *geometry).to(HALF))
 
 
