@@ -83,12 +83,14 @@ struct DeviceScope {
   }
 
  private:
+  // All that there is, always: the limit is the kernel's and not the launch's, and another thread
+  // that launches the same kernel with less would lower it in between.
   template <typename Kernel>
-  static void allow_shared(Kernel* kernel, int shared_bytes) {
+  void allow_shared(Kernel* kernel, int shared_bytes) const {
     constexpr int without_asking = 48 * 1024;
     if (shared_bytes > without_asking)
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          max_shared_bytes()));
   }
 };
 
