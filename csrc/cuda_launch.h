@@ -41,6 +41,9 @@ struct DeviceScope {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
+    // A thread's first call may be this one. The guard does nothing where the device is the current
+    // one already, and the driver's own functions (tensor_map.h) want a context made current.
+    STD_CUDA_CHECK(cudaSetDevice(device));
   }
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
