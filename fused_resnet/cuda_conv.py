@@ -70,7 +70,7 @@ def covers(problem: Problem, capability: tuple[int, int]) -> bool:
         and capability >= (8, 0)
         and aligned
         and problem.K // problem.groups % elements == 0
-        and problem.M < 2**31
+        and problem.M < 2**31 - 1025  # an int holds the end of the last tile too
         and bool(tiles())
     )
 
