@@ -110,6 +110,8 @@ def native_build():
         facts["CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"]
         flags["cxx"].append("-DFUSED_RESNET_WITH_CUDA")
         flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall"]
+        if "9.0a" in re.split("[; ]", facts["CUDA_ARCHS"]):
+            flags["nvcc"].append("-DFUSED_RESNET_SM_90A")
     flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
     native = extension(
         "fused_resnet._C", sources, extra_compile_args=flags, depends=sorted(glob.glob("csrc/*.*h"))

@@ -42,7 +42,11 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
   check(C / groups % elements == 0 && K / groups % elements == 0, kOp,
         ": channels and outputs of a group must be multiples of ", elements, ", got ", C / groups,
         " and ", K / groups);
-  const auto in_int = [](int64_t v) { return static_cast<int>(v); };
+  const auto in_int = [](int64_t v) {
+    check(v >= 0 && v < int64_t{1} << 30, kOp,
+          ": sizes, stride, padding and dilation must be from 0 to 2^30 - 1, got ", v);
+    return static_cast<int>(v);
+  };
   const ConvProblem problem{N,
                             in_int(x.size(2)),
                             in_int(x.size(3)),
@@ -67,12 +71,17 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
             problem.Q == pixels(problem.W, padding[1], problem.S, stride[1], dilation[1]),
         kOp, ": y has a wrong shape ", shape_of(y), " for x ", shape_of(x));
   check_matrix("weight", weight, x, {K, problem.R, problem.S, problem.C});
+  int64_t row = 1;
+  for (int64_t d = 3; d >= 0; row *= weight.size(d--))
+    check(weight.size(d) <= 1 || weight.stride(d) == row, kOp,
+          ": weight must be contiguous, got strides ", strides_of(weight));
   check_matrix("y", y, x, {N, K, problem.P, problem.Q});
   if (residual) check_matrix("residual", *residual, x, {N, K, problem.P, problem.Q});
   check_channel_vector(kOp, "scale", scale, K, ScalarType::Float, x);
   check_channel_vector(kOp, "shift", shift, K, ScalarType::Float, x);
-  check(problem.M() < std::numeric_limits<int>::max(), kOp, ": y has ", problem.M(),
-        " pixels, more than 2^31 - 1");
+  // The last tile may end some pixels later, in an int too.
+  check(problem.M() < std::numeric_limits<int>::max() - 1024, kOp, ": y has ", problem.M(),
+        " pixels, too many for an int");
   check(aligned16(x.const_data_ptr()), kOp, ": x must be aligned to 16 bytes");
   const auto check_rows = [](const char* name, const Tensor& t) {
     check(layout_of(kOp, t).channels_last, kOp, ": ", name, " must be channels_last, got strides ",

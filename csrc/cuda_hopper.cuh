@@ -115,17 +115,6 @@ __device__ __forceinline__ void load_im2col(void* shared, const TensorMap& map, 
       "r"(n), "h"(offset_w), "h"(offset_h)
       : "memory");
 }
-// The same with one more dimension of pixels, d, between h and n, whose offset is 0.
-__device__ __forceinline__ void load_im2col(void* shared, const TensorMap& map, uint64_t* bar,
-                                            int c, int w, int h, int d, int n, uint16_t offset_w,
-                                            uint16_t offset_h) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], {%8, %9, %10};" ::"r"(shared_address(shared)),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(bar)), "r"(c), "r"(w), "r"(h),
-      "r"(d), "r"(n), "h"(offset_w), "h"(offset_h), "h"(uint16_t{0})
-      : "memory");
-}
 // From shared memory to the map's box at (c0, c1, c2); nothing outside the tensor is written.
 __device__ __forceinline__ void store_box(const TensorMap& map, const void* shared, int c0, int c1,
                                           int c2) {

@@ -41,6 +41,9 @@ struct DeviceScope {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
+    // A thread's first call may be this one. The guard does nothing where the device is the current
+    // one already, and the driver's own functions (tensor_map.h) want a context made current.
+    STD_CUDA_CHECK(cudaSetDevice(device));
   }
   int attribute(cudaDeviceAttr which) const {
     int value = 0;
@@ -83,12 +86,14 @@ struct DeviceScope {
   }
 
  private:
+  // All that there is, always: the limit is the kernel's and not the launch's, and another thread
+  // that launches the same kernel with less would lower it in between.
   template <typename Kernel>
-  static void allow_shared(Kernel* kernel, int shared_bytes) {
+  void allow_shared(Kernel* kernel, int shared_bytes) const {
     constexpr int without_asking = 48 * 1024;
     if (shared_bytes > without_asking)
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          max_shared_bytes()));
   }
 };
 

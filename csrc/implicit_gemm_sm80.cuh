@@ -458,8 +458,10 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.tiles_per_group = static_cast<int>(ceil_div(problem.K, tile.block_n));
   arguments.tiles_n = problem.groups * arguments.tiles_per_group;
   arguments.relu = operands.relu;
-  launch_tile_alike<T>(scope, tile, problem.pointwise(), arguments);
-  if (splits == 1) return;
+  if (splits == 1) return launch_tile_alike<T>(scope, tile, problem.pointwise(), arguments);
+  GemmArguments parts = arguments;
+  parts.residual = nullptr;  // which the merging kernel adds: not read here too
+  launch_tile_alike<T>(scope, tile, problem.pointwise(), parts);
   const int64_t row_packs = int64_t{problem.groups} * problem.K / Pack<T>::size;
   const int64_t packs = problem.M() * row_packs;
   check(packs <= std::numeric_limits<int>::max(), "implicit_gemm: too many outputs to split");

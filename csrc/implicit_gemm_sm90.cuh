@@ -16,7 +16,9 @@
 // Speed: not yet measured.
 // Rejected: scale and shift staged in shared memory: a pipeline stage fewer for what L1 holds.
 // Rejected: weights as (groups * K, R * S * C): a step past a tap's last channel reads the next
-// tap.
+// tap. Groups as a fifth dimension of x, for im2col on groups that end within a step: their stride
+// would be less than a pixel's, where the driver's manual has each stride contain the one before;
+// and narrow groups fill little of a tile of 64 outputs or more.
 #pragma once
 
 #include "implicit_gemm_sm90.h"
@@ -91,12 +93,9 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
         mbarrier_arrive_expect(full, Shape::stage_bytes);
         if (gemm.input == Sm90Input::kMatrix)
           load_box(x_tile, x_map, full, c, start.group, start.m);
-        else if (gemm.input == Sm90Input::kIm2col)
+        else
           load_im2col(x_tile, x_map, full, start.group * gemm.C + c, from.w, from.h, from.n,
                       offset_w, offset_h);
-        else
-          load_im2col(x_tile, x_map, full, c, from.w, from.h, from.n, start.group, offset_w,
-                      offset_h);
         load_box(x_tile + Shape::x_bytes, weight_map, full, c, tap, start.group * gemm.K + start.k);
         ring.next();
       }
@@ -110,7 +109,9 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
 
 // A warpgroup: sums (rows, block_n) of one tile. Returns with all its stages given back. Wakes the
 // other warpgroup, if `next_turn` is not null, once its own copies have all come: by a barrier's
-// parity a step could not be told from the one two turns before.
+// parity a step could not be told from the one two turns before. Every warp has to say so: with one
+// step to a tile, the others could go on to the next turn while a late warp still waits for this
+// one, whose parity it would never see again.
 template <typename T, int kTile>
 __device__ __forceinline__ void multiply_tile(
     const Sm90Block<kTile>& block, StageRing<Sm90Shape<kTile>::stages>& ring, int first_row,
@@ -137,7 +138,7 @@ __device__ __forceinline__ void multiply_tile(
     previous = ring.stage;
     ring.next();
   }
-  if (next_turn != nullptr && threadIdx.x % 128 == 0) mbarrier_arrive(next_turn);
+  if (next_turn != nullptr && first_lane) mbarrier_arrive(next_turn);
   __syncwarp();
   products_wait<0>();
 #pragma unroll
@@ -286,7 +287,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     }
     for (int i = 0; i < 2; ++i) {
       mbarrier_init(block.output_ready + i, 1);
-      mbarrier_init(block.turn + i, 1);
+      mbarrier_init(block.turn + i, 4);  // warps of the other warpgroup
     }
     fence_mbarrier_init();
   }

@@ -7,12 +7,11 @@
 
 namespace fused_resnet {
 
-// How x is read. im2col reads 64 channels from a group's c on, whoever's they are; where a group
-// does not end with a step, x is mapped with its groups as a dimension, so that they end in zeros.
+// How x is read. im2col reads 64 channels from a group's c on, whoever's they are: a group must end
+// with a step (covers_sm90).
 enum class Sm90Input : int {
-  kMatrix,        // (C, groups, M): pointwise
-  kIm2col,        // (groups * C, W, H, N)
-  kGroupedIm2col  // (C, W, H, N, groups)
+  kMatrix,  // (C, groups, M): pointwise
+  kIm2col   // (groups * C, W, H, N)
 };
 
 // A kernel's parameter: the problem, and what of it is counted in tiles and steps.

@@ -8,9 +8,7 @@ namespace fused_resnet {
 namespace {
 
 Sm90Input input_of(const ConvProblem& p) {
-  if (p.pointwise()) return Sm90Input::kMatrix;
-  if (p.groups == 1 || p.C % kStepChannels == 0) return Sm90Input::kIm2col;
-  return Sm90Input::kGroupedIm2col;
+  return p.pointwise() ? Sm90Input::kMatrix : Sm90Input::kIm2col;
 }
 
 uint64_t bytes(int64_t elements) { return static_cast<uint64_t>(elements) * 2; }
@@ -30,22 +28,12 @@ TensorMap input_map(const ConvProblem& p, const ConvOperands& operands, int bloc
   const std::array<int, 2> lower{-p.pad_w, -p.pad_h};
   const std::array<int, 2> upper{p.pad_w - (p.S - 1) * p.dilation_w,
                                  p.pad_h - (p.R - 1) * p.dilation_h};
-  const uint32_t step_w = u32(p.stride_w), step_h = u32(p.stride_h);
-  if (input_of(p) == Sm90Input::kIm2col)
-    return im2col_map<4>({operands.dtype,
-                          operands.x,
-                          {static_cast<uint64_t>(channels), u32(p.W), u32(p.H), N},
-                          {pixel, row, image}},
-                         {lower, upper, {step_w, step_h}, kStepChannels, u32(block_m)});
-  return im2col_map<5>({operands.dtype,
-                        operands.x,
-                        {u32(p.C), u32(p.W), u32(p.H), N, u32(p.groups)},
-                        {pixel, row, image, bytes(p.C)}},
-                       {{lower[0], lower[1], 0},
-                        {upper[0], upper[1], 0},
-                        {step_w, step_h, 1},
-                        kStepChannels,
-                        u32(block_m)});
+  return im2col_map<4>(
+      {operands.dtype,
+       operands.x,
+       {static_cast<uint64_t>(channels), u32(p.W), u32(p.H), N},
+       {pixel, row, image}},
+      {lower, upper, {u32(p.stride_w), u32(p.stride_h)}, kStepChannels, u32(block_m)});
 }
 
 // residual or y (N, P, Q, groups * K) as (M, groups, K)
@@ -57,17 +45,25 @@ TensorMap output_map(const ConvProblem& p, DtypeIndex dtype, const void* data, i
                       {64, 1, u32(rows)});
 }
 
+// Built for sm_90 or PTX alone, the kernels are nothing but a trap, which the whole process would
+// have to be restarted after.
+#if defined(FUSED_RESNET_EMULATED) || defined(FUSED_RESNET_SM_90A)
+constexpr bool kBuiltForHopper = true;
+#else
+constexpr bool kBuiltForHopper = false;
+#endif
+
 }  // namespace
 
 // CUDA driver API, cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col; PTX ISA, "Im2col mode".
+// Restated for the chooser in cuda_conv.py, reaches().
 bool covers_sm90(const ConvProblem& p) {
   constexpr int64_t stride_limit = int64_t{1} << 40;
   const int64_t widest = std::max(int64_t{p.groups} * p.C * p.H * p.W, int64_t{p.R} * p.S * p.C);
   if (widest * 2 >= stride_limit) return false;
-  const Sm90Input input = input_of(p);
-  if (input == Sm90Input::kMatrix) return true;
-  // Rank 4 has corners of 8 bits, rank 5 of 5.
-  const int corner = input == Sm90Input::kIm2col ? 128 : 16;
+  if (input_of(p) == Sm90Input::kMatrix) return true;
+  if (p.groups > 1 && p.C % kStepChannels != 0) return false;
+  constexpr int corner = 128;  // 8 bits, at rank 4
   const auto fits = [&](int pad, int kernel, int dilation, int stride) {
     const int64_t reach = int64_t{kernel - 1} * dilation;
     return pad <= corner && pad - reach >= -corner && pad - reach < corner && reach < 2 * corner &&
@@ -81,6 +77,8 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
                                const ConvOperands& operands, const GemmTile& tile) {
   check(scope.architecture() == 90, "implicit_gemm: this tile is for Hopper, sm_90, not for sm_",
         scope.architecture());
+  check(kBuiltForHopper,
+        "implicit_gemm: this tile needs a build for sm_90a: 9.0a in TORCH_CUDA_ARCH_LIST");
   check(operands.dtype == kFloat16 || operands.dtype == kBFloat16,
         "implicit_gemm: Hopper's kernel takes float16 or bfloat16");
   check(covers_sm90(p), "implicit_gemm: Hopper's kernel does not cover a ", p.R, "x", p.S,

@@ -81,8 +81,8 @@ template <int kRank>
 TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) {
   static const auto encode =
       driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
-  // Corners go innermost dimension first too: so CUTLASS gives them, though the driver's manual
-  // lists them as {D, H, W}.
+  // Corners go innermost dimension first too: so CUTLASS and Triton give them, though the driver's
+  // manual lists them as {D, H, W}.
   std::array<uint32_t, kRank> steps;
   steps.fill(1);
   std::copy(box.steps.begin(), box.steps.end(), steps.begin() + 1);

@@ -9,9 +9,11 @@ of a GPU's) have in common;
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -110,6 +112,27 @@ class FusedConv:
         """x: (N, C, H, W), residual: None or (N, K, P, Q), both channels_last of `dtype` ->
         (N, K, P, Q) channels_last; in the residual's memory where `overwrite` allows that."""
         raise NotImplementedError
+
+
+_noted: ContextVar[list[FusedConv] | None] = ContextVar("fused_resnet_noted", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[FusedConv]]:
+    """Collects the convolutions that run on a GPU in this thread: a CUDA graph keeps addresses of
+    their weights, not the weights."""
+    used: list[FusedConv] = []
+    token = _noted.set(used)
+    try:
+        yield used
+    finally:
+        _noted.reset(token)
+
+
+def note(conv: FusedConv) -> None:
+    used = _noted.get()
+    if used is not None:
+        used.append(conv)
 
 
 def capturing(t: Tensor) -> bool:

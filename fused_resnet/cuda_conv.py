@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, native
-from .gemm import Problem
+from .gemm import Geometry, Problem
 
 STEM = -1
 _STEP_BYTES = 128  # of channels that a step takes (implicit_gemm_tiles.h)
 _MOST_SPLITS = 8
+_FARTHEST = 128  # pixels, of a corner of the bulk copy engine's box
 _TALLEST_SPLIT = 64  # rows of a tile: where there are too few tiles, smaller ones come first
 
 
@@ -69,18 +70,40 @@ def covers(problem: Problem, capability: tuple[int, int]) -> bool:
         and capability >= (8, 0)
         and aligned
         and problem.K // problem.groups % elements == 0
-        and problem.M < 2**31
+        and problem.M < 2**31 - 1025  # an int holds the end of the last tile too
         and bool(tiles())
     )
 
 
-def _on(tile: dict[str, int], problem: Problem, capability: tuple[int, int]) -> bool:
-    """Whether a tile's kernel runs this problem on such a GPU."""
-    if tile["architecture"] == 80:
+def reaches(problem: Problem, geometry: Geometry) -> bool:
+    """Whether the bulk copy engine can address this convolution, as Hopper's kernel does it:
+    covers_sm90 in csrc/implicit_gemm_sm90_cuda.cu."""
+    kernel = problem.R, problem.S
+    if (kernel, geometry.stride, geometry.padding) == ((1, 1), (1, 1), (0, 0)):
         return True
-    # What a tensor map's im2col mode reaches; one that reaches further is left to sm_80's kernel.
-    near = max(problem.R, problem.S) <= 16 and problem.stride <= 8
-    return capability == (9, 0) and near and _itemsize(problem.operands) == 2
+    if problem.groups > 1 and problem.C % (_STEP_BYTES // 2) != 0:
+        return False
+
+    def fits(size: int, stride: int, padding: int, dilation: int) -> bool:
+        reach = (size - 1) * dilation
+        corners = padding <= _FARTHEST and -_FARTHEST <= padding - reach < _FARTHEST
+        return corners and reach < 2 * _FARTHEST and stride <= 8
+
+    return all(map(fits, kernel, *geometry))
+
+
+def _hopper(problem: Problem, capability: tuple[int, int]) -> bool:
+    """Whether Hopper's tiles are for this problem, padding and dilation aside (`reaches`)."""
+    size, stride, groups = max(problem.R, problem.S), problem.stride, problem.groups
+    return (
+        capability == (9, 0)
+        # Code for sm_90 alone has nothing but a trap where those kernels should be.
+        and (backends.forced() == "emulated" or native.built_for("9.0a"))
+        and _itemsize(problem.operands) == 2
+        and (groups == 1 or problem.C % (_STEP_BYTES // 2) == 0 or size == stride == 1)
+        and size <= _FARTHEST
+        and stride <= 8
+    )
 
 
 def _steps(problem: Problem) -> int:
@@ -95,9 +118,14 @@ def _tiles_of(tile: dict[str, int], problem: Problem) -> int:
 
 
 def candidates(problem: Problem, capability: tuple[int, int]) -> list[CudaConfig]:
-    found = [CudaConfig(STEM)] if is_stem(problem) else []
+    stem = [CudaConfig(STEM)] if is_stem(problem) else []
+    return stem + _tile_configs(problem, _hopper(problem, capability))
+
+
+def _tile_configs(problem: Problem, hopper: bool) -> list[CudaConfig]:
+    found = []
     for number, tile in enumerate(tiles()):
-        if not _on(tile, problem, capability):
+        if tile["architecture"] == 90 and not hopper:
             continue
         found.append(CudaConfig(number))
         splits = 2
@@ -117,7 +145,30 @@ def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Cu
     return CudaConfig(STEM) if is_stem(problem) else choose_tile(problem, capability, processors)
 
 
-def choose_tile(problem: Problem, capability: tuple[int, int], processors: int) -> CudaConfig:
+def choose_tile(
+    problem: Problem, capability: tuple[int, int], processors: int, reached: bool = True
+) -> CudaConfig:
+    """The tile of the least estimated time; one of sm_80's where `reaches` says no."""
+    return _cheapest(problem, processors, reached and _hopper(problem, capability))
+
+
+def fitting(
+    config: CudaConfig,
+    problem: Problem,
+    capability: tuple[int, int],
+    processors: int,
+    reached: bool,
+) -> CudaConfig:
+    """config where its kernel runs here, else a tile that does. Winners are kept by `Problem`,
+    which knows no padding and no dilation, and by GPU, whatever was built for it."""
+    hopper = config.tile != STEM and tiles()[config.tile]["architecture"] == 90
+    if config.tile == STEM or (hopper and not (reached and _hopper(problem, capability))):
+        return choose_tile(problem, capability, processors, reached)
+    return config
+
+
+@functools.lru_cache(maxsize=4096)
+def _cheapest(problem: Problem, processors: int, hopper: bool) -> CudaConfig:
     """The tile of the least estimated time, in products per multiprocessor.
 
     A wave of tiles takes at each step the time of its products or, where it loads more than it
@@ -130,16 +181,15 @@ def choose_tile(problem: Problem, capability: tuple[int, int], processors: int) 
     def cost(config: CudaConfig) -> float:
         tile = tiles()[config.tile]
         m, n = tile["block_m"], tile["block_n"]
-        hopper = tile["architecture"] == 90
+        bulk = tile["architecture"] == 90
         waves = math.ceil(_tiles_of(tile, problem) * config.splits / processors)
-        rate = 1.6 if capability == (9, 0) and hopper else 1.0
-        per_step = max(m * n / rate, 64 * (m + n))
+        per_step = max(m * n / (1.6 if bulk else 1.0), 64 * (m + n))
         steps = math.ceil(_steps(problem) / config.splits)
-        extra = 4 + waves * steps if hopper else waves * (steps + 4)
+        extra = 4 + waves * steps if bulk else waves * (steps + 4)
         # Partial sums are written and read once more.
         return extra * per_step * (1.0 if config.splits == 1 else 1.1)
 
-    return min((c for c in candidates(problem, capability) if c.tile != STEM), key=cost)
+    return min(_tile_configs(problem, hopper), key=cost)
 
 
 def pack_stem(weight: Tensor) -> Tensor:
@@ -165,18 +215,18 @@ def run_conv(
     if more:
         x = F.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
         weight = conv.kept("native", lambda: F.pad(conv.weight, (0, 0, 0, 0, 0, more)))
-    x, weight = _aligned(x), _aligned(weight.contiguous(memory_format=torch.channels_last))
+    x, weight = aligned(x), aligned(weight.contiguous(memory_format=torch.channels_last))
     K, C, R, S = weight.shape
     rows = weight.as_strided((K, R, S, C), (R * S * C, S * C, C, 1))
     if residual is not None:
-        residual = _aligned(residual)
+        residual = aligned(residual)
     _ops().implicit_gemm(
         x, rows, conv.scale, conv.shift, residual, y, relu,
         *conv.geometry, conv.groups, config.tile, config.splits,
     )  # fmt: skip
 
 
-def _aligned(t: Tensor) -> Tensor:
+def aligned(t: Tensor) -> Tensor:
     """t, or a copy of it, that starts at a multiple of 16 bytes."""
     return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
 

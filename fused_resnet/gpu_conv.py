@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cuda_conv, reference, tuning
-from .convolution import FusedConv, capturing
+from .convolution import FusedConv, capturing, note
 from .gemm import (
     Problem,
     capability,
@@ -46,14 +46,15 @@ class GpuConv(FusedConv):
         super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
         self.geometry = geometry_of(stride, padding, dilation)
         self.weight = channels_last(weight.detach().to(dtype))
-        self.scale = scale.detach().float().contiguous()
-        self.shift = shift.detach().float().contiguous()
+        # Read in pairs; a row of somebody's table may start anywhere.
+        self.scale = cuda_conv.aligned(scale.detach().float().contiguous())
+        self.shift = cuda_conv.aligned(shift.detach().float().contiguous())
         self._kept: dict[str, Tensor] = {}
         # The stem's kernel converts x by itself.
         self.stem = (
-            self.geometry == ((2, 2), (3, 3), (1, 1))
-            and cuda_conv.is_stem(self.problem((1, 3, 224, 224)))
+            self.geometry == ((2, 2), (3, 3), (1, 1)) and cuda_conv.is_stem(self._problem(1))
         )  # fmt: skip
+        self._reached = cuda_conv.reaches(self._problem(1), self.geometry)
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Another form of the weights, made once."""
@@ -68,9 +69,12 @@ class GpuConv(FusedConv):
         """The matrix product for an x of this shape (N, C, H, W)."""
         out = self.output_shape(shape)
         assert out is not None, shape
+        return self._problem(out[0] * out[2] * out[3])
+
+    def _problem(self, pixels: int) -> Problem:
         K, C, R, S = self.weight_shape
-        pixels, stride = out[0] * out[2] * out[3], self.stride[1]
-        return Problem(pixels, K, C, R, S, self.groups, stride, operands_of(self.dtype))
+        stride, operands = self.stride[1], operands_of(self.dtype)
+        return Problem(pixels, K, C, R, S, self.groups, stride, operands)
 
     def choice(self, x: Tensor, relu: bool) -> tuning.Choice | None:
         """Who computes it for this x, by `tuning.choice`; None: the reference."""
@@ -86,11 +90,13 @@ class GpuConv(FusedConv):
 
     def run_pooled(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any layout -> relu, then max pooling 3x3 of stride 2 and padding 1."""
+        note(self)
         return cuda_conv.run_stem(self, x, True)
 
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
+        note(self)
         found = self.choice(x, relu)
         if found is None:
             geometry = (*self.geometry, self.groups)
@@ -112,12 +118,12 @@ class GpuConv(FusedConv):
         overwrite: bool = False,
     ) -> Tensor:
         """`run` by this backend with this configuration of it."""
-        if config == cuda_conv.CudaConfig(cuda_conv.STEM):
-            if self.stem and residual is None and relu:
+        if backend == "native":
+            stem = config.tile == cuda_conv.STEM
+            if stem and self.stem and residual is None and relu:
                 return cuda_conv.run_stem(self, x, False)
-            config = cuda_conv.choose_tile(
-                self.problem(x.shape), capability(x.device), multiprocessors(x.device)
-            )
+            device = capability(x.device), multiprocessors(x.device)
+            config = cuda_conv.fitting(config, self.problem(x.shape), *device, self._reached)
         x = channels_last(x.to(self.dtype))
         y = residual if overwrite and residual is not None else None
         if y is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple
@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from . import backends, convolution
 
 _MOST_GRAPHS = 8  # shapes of input whose graphs, and memory, are kept
+_recording = threading.Lock()  # PyTorch records one graph at a time in a process
 _WARM_UPS = 3  # before recording: kernels are compiled, weights packed, cuDNN's plans chosen
 
 
@@ -117,17 +118,21 @@ class Inference:
 
 class _Graph(NamedTuple):
     """A recorded forward: from x, by replay, into y. turn: waits for the last user on whichever
-    stream that was, and lets the next one wait for this."""
+    stream that was, and lets the next one wait for this. used: what it reads besides the model's
+    own tensors, whose memory must stay though nobody else may want it any more."""
 
     x: Tensor
     y: Tensor
     replay: Callable[[], None]
     turn: Callable[[], contextlib.AbstractContextManager[None]]
+    used: Sequence[object] = ()
 
 
 def record(run: Callable[[Tensor], Tensor], example: Tensor) -> _Graph:
     """Records run(x) for an x of example's shape and dtype, on its device."""
-    with torch.cuda.device(example.device):
+    # Under inference mode x would be a tensor that no call outside of it could copy into.
+    device = example.device
+    with _recording, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
         x = example.detach().clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -136,7 +141,12 @@ def record(run: Callable[[Tensor], Tensor], example: Tensor) -> _Graph:
                 run(x)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On a stream of this device: PyTorch's own for recording is of whichever came first. And
+        # other threads may go on allocating.
+        with (
+            convolution.noting() as used,
+            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
+        ):
             y = run(x)
         done = torch.cuda.Event()
 
@@ -148,7 +158,7 @@ def record(run: Callable[[Tensor], Tensor], example: Tensor) -> _Graph:
             yield
             done.record(stream)
 
-    return _Graph(x, y, graph.replay, turn)
+    return _Graph(x, y, graph.replay, turn, used)
 
 
 class _Watch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from types import ModuleType
 
 _HOW_TO_BUILD = (
@@ -48,6 +49,12 @@ def gemm_tiles() -> list[dict[str, int]]:
     architecture, block_m, block_n, warps, stages. Empty when the extension is missing."""
     module = _import_extension()[0]
     return list(module.gemm_tiles()) if module is not None else []
+
+
+@functools.cache
+def built_for(architecture: str) -> bool:
+    """Whether the CUDA kernels were built for this architecture, as in TORCH_CUDA_ARCH_LIST."""
+    return architecture in re.split("[; ]", str(build_info().get("cuda_archs")))
 
 
 def kernels() -> list[dict[str, object]]:

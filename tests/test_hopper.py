@@ -14,6 +14,8 @@ from op_cases import close, integers, randn, same
 from test_conv_bn_relu import exact, stock
 from torch import Tensor
 
+from fused_resnet import backends, convolution, cuda_conv, gemm, gpu_conv, native
+
 pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
 )
@@ -39,12 +41,11 @@ CASES = {
     "no padding": ((3, 8, 6, 7), 8, (2, 3), 1, 0, 1, 1),
     "one pixel": ((1, 16, 1, 1), 8, (1, 1), 1, 0, 1, 1),
     "one pixel, 3x3": ((3, 16, 1, 1), 24, (3, 3), 1, 1, 1, 1),
-    "groups of 32": ((2, 64, 6, 7), 64, (3, 3), 1, 1, 1, 2),
-    "groups of 32, stride 2": ((2, 96, 7, 5), 120, (3, 3), 2, 1, 1, 3),
+    "pointwise, groups of 8": ((1, 32, 6, 6), 32, (1, 1), 1, 0, 1, 4),
     "groups of 64": ((1, 128, 6, 7), 48, (3, 3), 1, 1, 1, 2),
-    "groups of 8": ((1, 32, 6, 6), 32, (3, 3), 1, 1, 1, 4),
+    "groups of 64, stride 2": ((2, 192, 7, 5), 120, (3, 3), 2, 1, 1, 3),
     "many tiles": ((3, 72, 20, 11), 264, (1, 3), 1, (0, 1), 1, 1),
-    "groups of 72": ((1, 144, 5, 6), 144, (1, 3), 1, (0, 1), 1, 2),
+    "groups of 128": ((1, 256, 5, 6), 144, (1, 3), 1, (0, 1), 1, 2),
 }
 
 
@@ -119,7 +120,7 @@ def test_small_integers_are_exact(case, tile):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("case", ["pointwise, long sums", "3x3, stride 2", "groups of 32"])
+@pytest.mark.parametrize("case", ["pointwise, long sums", "3x3, stride 2", "groups of 64"])
 def test_values(case, tile, dtype):
     tensors, geometry = operands(case, dtype)
     for added, relu in ((tensors[4], True), (None, True), (tensors[4], False), (None, False)):
@@ -141,7 +142,7 @@ def test_blocks_stay_for_many_tiles(tile, multiprocessors):
 
 
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("case", ["3x3", "pointwise", "groups of 32"])
+@pytest.mark.parametrize("case", ["3x3", "pointwise", "groups of 64"])
 def test_the_order_of_threads_and_copies_does_not_show(case, tile):
     tensors, geometry = operands(case, BFLOAT)
     with emulation.device(multiprocessors=1):
@@ -153,9 +154,9 @@ def test_the_order_of_threads_and_copies_does_not_show(case, tile):
         assert torch.equal(y, results[0])
 
 
-@pytest.mark.parametrize("case", ["pointwise, groups", "groups of 32", "groups of 72"])
+@pytest.mark.parametrize("case", ["pointwise, groups", "pointwise, groups of 8", "groups of 128"])
 def test_groups_do_not_see_one_another(case):
-    """Not even each other's NaN, though a step of 64 channels reaches beyond a group of 32."""
+    """Not even each other's NaN, though a step of 64 channels reaches beyond a group of 40."""
     (x, weight, scale, shift, _), geometry = operands(case, HALF)
     groups = geometry[3]
     C, K = x.shape[1] // groups, weight.shape[0] // groups
@@ -237,6 +238,21 @@ def test_float32_and_misaligned_scale_are_refused():
     scale = torch.cat([scale[:1], scale])[1:]
     with pytest.raises(RuntimeError, match="must be aligned to 8 bytes"):
         conv(x, weight, scale, shift, None, True, geometry, "64x64")
+
+
+def test_scale_and_shift_of_a_module_may_start_anywhere():
+    tensors, geometry = operands("3x3", HALF, integers)
+    x, weight, scale, shift, residual = tensors
+    table = torch.stack([scale, shift]).flatten()
+    scale, shift = torch.cat([table[:1], table])[1:].split(len(scale))
+    with backends.use_backend("emulated"):
+        net = gpu_conv.GpuConv(weight, scale, shift, HALF, *map(pair, geometry[:3]), geometry[3])
+        config = cuda_conv.CudaConfig(row_of("64x64"))
+        with convolution.noting() as used:
+            y = net.run_by("native", config, x, residual, True)
+            net.run(x, None, True)
+        assert used == [net]
+    same(y, exact(*tensors, True, *geometry).to(HALF))
 
 
 # --- index arithmetic by itself ------------------------------------------------------------------
@@ -342,14 +358,60 @@ COVERS = {
     (3, 3, 1, 1, 128, 1, 128, 1, 1, 64): False,  # an offset of 256
     (1, 3, 1, 1, 0, 0, 1, 64, 1, 64): True,
     (1, 3, 1, 1, 0, 0, 1, 65, 1, 64): False,  # a corner at -130
-    (3, 3, 1, 1, 8, 8, 8, 8, 2, 32): True,  # rank 5
-    (3, 3, 1, 1, 17, 1, 1, 1, 2, 32): False,
-    (3, 3, 1, 1, 17, 1, 1, 1, 2, 64): True,  # rank 4
-    (3, 3, 1, 1, 0, 0, 9, 1, 2, 32): False,  # a corner at -18
-    (3, 3, 1, 1, 16, 1, 16, 1, 2, 32): False,  # an offset of 32
+    (3, 3, 1, 1, 1, 1, 1, 1, 2, 32): False,  # a step reads two groups
+    (3, 3, 1, 1, 1, 1, 1, 1, 2, 64): True,
+    (1, 1, 2, 2, 0, 0, 1, 1, 2, 32): False,
 }
 
 
 @pytest.mark.parametrize("values", COVERS)
 def test_covers(values):
+    """In C++, and as the chooser has it."""
     assert emulation.load().hopper_covers((ctypes.c_int * 10)(*values)) == COVERS[values]
+    R, S, *sizes, groups, C = values
+    geometry = gemm.geometry_of(sizes[:2], sizes[2:4], sizes[4:])
+    problem = gemm.Problem(64, 64, C, R, S, groups, sizes[1], "float16")
+    assert cuda_conv.reaches(problem, geometry) == COVERS[values]
+
+
+def chosen(monkeypatch, *arguments) -> list[int]:
+    """The architectures of the tiles that a convolution is run with, over every measured winner."""
+    x, weight, scale, shift, geometry = arguments
+    found = []
+    with backends.use_backend("emulated"):
+        net = gpu_conv.GpuConv(weight, scale, shift, x.dtype, *map(pair, geometry[:3]), geometry[3])
+        for config in (net.choice(x, True).config, *map(cuda_conv.CudaConfig, map(row_of, TILES))):
+            monkeypatch.setattr(cuda_conv, "run_conv", lambda *a: found.append(a[-1].tile))
+            net.run_by("native", config, x, None, True)
+    return [cuda_conv.tiles()[tile]["architecture"] for tile in found]
+
+
+FALLS = {
+    "far": ((1, 64, 300, 9), 128, (3, 3), 1, (129, 1), 1, 1),
+    "wide": ((1, 64, 290, 9), 128, (3, 3), 1, (128, 1), (128, 1), 1),
+    "narrow groups": ((1, 64, 9, 9), 128, (3, 3), 1, 1, 1, 2),
+    "stride": ((1, 64, 30, 30), 128, (3, 3), (9, 1), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", FALLS)
+def test_what_hopper_cannot_address_gets_a_tile_of_sm_80(case, monkeypatch):
+    shape, K, kernel, *geometry = FALLS[case]
+    x = torch.zeros(shape, dtype=HALF)
+    weight = torch.zeros(K, shape[1] // geometry[3], *kernel, dtype=HALF)
+    operands = (x, weight, torch.ones(K), torch.zeros(K))
+    assert set(chosen(monkeypatch, *operands, geometry)) == {80}
+    weight, geometry = weight[:, :, :1, :1].contiguous(), (1, 0, 1, geometry[3])
+    assert set(chosen(monkeypatch, x, weight, *operands[2:], geometry)) == {90}
+
+
+def test_a_build_without_sm_90a_never_gets_hopper_tiles(monkeypatch):
+    problem = gemm.Problem(3136, 256, 64, 1, 1, 1, 1, "float16")
+    hopper = cuda_conv.CudaConfig(row_of("128x128"))
+    for archs, there in (("8.0+PTX;9.0a", True), ("8.0 9.0", False), (None, False)):
+        native.built_for.cache_clear()
+        monkeypatch.setattr(native, "build_info", lambda archs=archs: {"cuda_archs": archs})
+        found = cuda_conv.candidates(problem, (9, 0))
+        assert (hopper in found) == there
+        assert (cuda_conv.fitting(hopper, problem, (9, 0), 132, True) == hopper) == there
+    native.built_for.cache_clear()

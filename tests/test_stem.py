@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from op_cases import LAYOUTS, close, integers, lifted, randn, same
 
+from fused_resnet import backends, gpu_conv
+
 pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
 )
@@ -123,3 +125,18 @@ def test_errors_name_the_argument(change, message):
     arguments = change([x, packed(weight), scale, shift])
     with pytest.raises(RuntimeError, match=f"stem: .*{message}"):
         torch.ops.fused_resnet_emulated.stem(*arguments, True)
+
+
+@pytest.mark.parametrize("C", [1, 3, 4])
+def test_a_stem_of_any_number_of_channels(C):
+    """Of three channels it has a kernel of its own, of others it is a convolution like any."""
+    emulation.load()
+    weight, x = integers((64, C, 7, 7), torch.bfloat16), integers((1, C, 30, 30), torch.bfloat16)
+    with backends.use_backend("emulated"):
+        conv = gpu_conv.GpuConv(
+            weight, torch.ones(64), torch.zeros(64), torch.bfloat16, (2, 2), (3, 3), (1, 1), 1
+        )
+        assert conv.stem == (C == 3)
+        y = conv.run(x, None, True)
+    want = F.conv2d(x.float(), weight.float(), None, 2, 3).relu().bfloat16()
+    assert torch.equal(y, want)

@@ -50,6 +50,7 @@ inline TensorMap emulated_map(int rank, const void* data, const uint64_t* sizes,
     if (d == 0) continue;
     emulated_require(strides[d - 1] % 16 == 0 && strides[d - 1] < uint64_t{1} << 40, "stride");
     map.strides[d] = static_cast<int64_t>(strides[d - 1]);
+    emulated_require(map.strides[d] % map.strides[d - 1] == 0, "a stride between those before it");
   }
   return map;
 }
@@ -195,14 +196,6 @@ inline void load_im2col(void* shared, const TensorMap& map, uint64_t* bar, int c
   if (offset_w > 255 || offset_h > 255) ::emulated::fault("load_im2col: an offset above 255");
   emulated_load(shared, map, bar, [=](const auto& visit) {
     emulated_visit_column(map, {c, w, h, n}, {offset_w, offset_h}, visit);
-  });
-}
-inline void load_im2col(void* shared, const TensorMap& map, uint64_t* bar, int c, int w, int h,
-                        int d, int n, uint16_t offset_w, uint16_t offset_h) {
-  if (!map.im2col || map.rank != 5) ::emulated::fault("load_im2col: not an im2col map of rank 5");
-  if (offset_w > 31 || offset_h > 31) ::emulated::fault("load_im2col: an offset above 31");
-  emulated_load(shared, map, bar, [=](const auto& visit) {
-    emulated_visit_column(map, {c, w, h, d, n}, {offset_w, offset_h, 0}, visit);
   });
 }
 inline void store_box(const TensorMap& map, const void* shared, int c0, int c1, int c2) {
