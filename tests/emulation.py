@@ -16,6 +16,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,23 +49,33 @@ def asan_environment() -> dict[str, str]:
     }
 
 
+def _headers(source: Path, seen: set[Path] | None = None) -> set[Path]:
+    """What a source includes of this repository, and what that includes."""
+    seen = set() if seen is None else seen
+    for name in re.findall(r'^ *# *include "(.+)"', source.read_text(), re.M):
+        for header in (ROOT / "csrc" / name, ROOT / "tests/cpp" / name):
+            if header.exists() and header not in seen:
+                seen.add(header)
+                _headers(header, seen)
+    return seen
+
+
 def _build() -> Path:
     """The library, compiled where its sources have changed; one process builds, others wait."""
     torch_include = Path(torch.__file__).parent / "include"
+    # No path of this checkout: another one may take over what was compiled here.
     flags = [
         *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
-        *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"),
-        *("-DFUSED_RESNET_EMULATED", f"-I{ROOT}/tests/cpp", f"-I{ROOT}/csrc"),
-        *("-isystem", str(torch_include)),
+        "-fno-strict-aliasing",  # packs of values pass for uint4, and back
+        *("-Wall", "-Wextra", "-Werror"),
+        *("-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"),
+        *("-DFUSED_RESNET_EMULATED", "-Itests/cpp", "-Icsrc", "-isystem", str(torch_include)),
     ]
     if SANITIZER:
         flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
     compiler = os.environ.get("CXX", "g++")
     sources = sorted([*(ROOT / "tests/cpp").glob("*.cpp"), *(ROOT / "csrc").glob("*_cuda*.cu")])
-    headers = sorted([*(ROOT / "tests/cpp").glob("*.h"), *(ROOT / "csrc").glob("*.*h")])
     shared = hashlib.sha256(" ".join([compiler, torch.__version__, *flags]).encode())
-    for header in headers:
-        shared.update(header.read_bytes())
     folder = ROOT / "build" / ("emulated-" + (SANITIZER or "plain"))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
@@ -72,14 +83,16 @@ def _build() -> Path:
 
         def compiled(source: Path) -> tuple[Path, bool]:
             digest = shared.copy()
-            digest.update(source.read_bytes())
+            for file in (source, *sorted(_headers(source))):
+                digest.update(file.read_bytes())
             target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
             if target.exists():
                 return target, False
             for old in folder.glob(f"{source.stem}-*.o"):
                 old.unlink()
-            command = [compiler, *flags, "-x", "c++", "-c", str(source), "-o", f"{target}.part"]
-            done = subprocess.run(command, capture_output=True, text=True)
+            command = [compiler, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT))]
+            command += ["-o", f"{target}.part"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode != 0:
                 raise RuntimeError(f"emulation: compiling {source.name} failed\n{done.stderr}")
             os.replace(f"{target}.part", target)

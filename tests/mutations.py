@@ -1,15 +1,17 @@
 """Breaks the code on purpose, one line at a time, and expects the tests to notice.
 
-    python tests/mutations.py [-k NAME] [--native]
+    python tests/mutations.py [-k NAME] [--native] [--cuda]
 
 Each mutation is made in a copy of the package in a temporary folder; the working tree is never
-touched. Exit status 1 when one survives. `--native` adds the C++ ones, each of which is a build.
+touched. Exit status 1 when one survives. `--native` adds the C++ ones, each of which is a build;
+`--cuda` those of the CUDA kernels, which run in the emulator: their own sources are compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from cuda_mutations import CUDA
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,6 +197,91 @@ PYTHON += [
              "* (1.0 if config.splits == 1 else 1.1)", "* -1", f"{TRITON} -k heuristic"),
 ]  # fmt: skip
 
+# What stands between the kernels of GPUs and their callers.
+INFERENCE_PY, INFERENCE = "fused_resnet/inference.py", "tests/test_inference.py"
+GPU, CUDA_PY = "fused_resnet/gpu_conv.py", "fused_resnet/cuda_conv.py"
+TUNING = "fused_resnet/tuning.py"
+PYTHON += [
+    Mutation("inference: stale graphs replayed", INFERENCE_PY,
+             "                self._graphs.clear()\n", "", f"{INFERENCE} -k weights_that_change"),
+    Mutation("inference: the graph's output given away", INFERENCE_PY, "return graph.y.clone()",
+             "return graph.y", f"{INFERENCE} -k new_memory"),
+    Mutation("inference: x not copied for the graph", INFERENCE_PY, "graph.x.copy_(x)", "pass",
+             f"{INFERENCE} -k gives"),
+    Mutation("inference: versions not watched", INFERENCE_PY,
+             "(0 if t.is_inference() else t._version, t.data_ptr())", "(0, t.data_ptr())",
+             f"{INFERENCE} -k weights_that_change"),
+    Mutation("inference: addresses not watched", INFERENCE_PY,
+             "else t._version, t.data_ptr())", "else t._version, 0)",
+             f"{INFERENCE} -k weights_that_change"),
+    Mutation("inference: identity not watched", INFERENCE_PY,
+             "all(map(is_, now, self._members))", "True", f"{INFERENCE} -k weights_that_change"),
+    Mutation("inference: hooks ignored", INFERENCE_PY, " or self._watch.hooked()", "",
+             f"{INFERENCE} -k hooks"),
+    Mutation("inference: hooks before a forward ignored", INFERENCE_PY,
+             "in (m._forward_hooks, m._forward_pre_hooks)", "in (m._forward_hooks,)",
+             f"{INFERENCE} -k hooks"),
+    Mutation("inference: graphs never dropped", INFERENCE_PY,
+             "while len(self._graphs) >= _MOST_GRAPHS:", "while False:", f"{INFERENCE} -k few"),
+    Mutation("inference: the newest graph dropped", INFERENCE_PY, "popitem(last=False)",
+             "popitem()", f"{INFERENCE} -k few"),
+    Mutation("inference: another backend's graph replayed", INFERENCE_PY, "backends.forced())",
+             "None)", f"{INFERENCE} -k forced"),
+    Mutation("inference: a graph of nothing", INFERENCE_PY, " or x.numel() == 0", "",
+             f"{INFERENCE} -k empty"),
+    Mutation("inference: dtype ignored", INFERENCE_PY, "if self.dtype is None:", "if True:",
+             f"{INFERENCE} -k 16_bits"),
+    Mutation("inference: gradients kept", INFERENCE_PY, "with torch.no_grad(), self._turn:",
+             "with self._turn:", f"{INFERENCE} -k gives"),
+    Mutation("inference: training mode taken", INFERENCE_PY, "if self.model.training:",
+             "if False:", f"{INFERENCE} -k training"),
+    Mutation("gpu: residual's layout not matched", GPU, "residual.stride() != y.stride()", "False",
+             f"{CONV} -k 'emulated and values'"),
+    Mutation("gpu: x of any layout taken", GPU, "x = channels_last(x.to(self.dtype))",
+             "x = x.to(self.dtype)", f"{CONV} -k 'emulated and values'"),
+    Mutation("gpu: the residual always overwritten", GPU,
+             "y = residual if overwrite and residual is not None else None", "y = residual",
+             f"{CONV} -k 'emulated and values'"),
+    Mutation("gpu: the stem's kernel with a residual", GPU,
+             "if self.stem and residual is None and relu:", "if self.stem:",
+             f"{CONV} -k 'emulated and values and stem'"),
+    Mutation("gpu: the stem's kernel with any padding", GPU,
+             "self.geometry == ((2, 2), (3, 3), (1, 1))", "True",
+             f"{CONV} -k 'emulated and values and stem'"),
+    Mutation("cuda: channels not padded", CUDA_PY, "more = -weight.shape[1] % elements",
+             "more = 0", f"{CONV} -k 'emulated and small_integers'"),
+    Mutation("cuda: unaligned data not copied", CUDA_PY, "t if t.data_ptr() % 16 == 0 else",
+             "t if True else", f"{CONV} -k 'emulated and any_layout'"),
+    Mutation("cuda: the stem's fourth channel first", CUDA_PY,
+             "F.pad(weight, (0, 1, 0, 0, 0, 1))", "F.pad(weight, (0, 1, 0, 0, 1, 0))",
+             f"{CONV} -k 'emulated and values and stem'"),
+    Mutation("cuda: float32 taken for TF32", CUDA_PY, 'problem.operands != "float32"', "True",
+             f"{CONV} -k 'emulated and values'"),
+    Mutation("cuda: groups of any width", CUDA_PY,
+             "problem.groups == 1 or problem.C % elements == 0", "True",
+             f"{CONV} -k 'emulated and small_integers and groups'"),
+    Mutation("cuda: any number of outputs", CUDA_PY,
+             "        and problem.K // problem.groups % elements == 0\n", "",
+             f"{CONV} -k 'emulated and small_integers'"),
+    Mutation("tuning: the slowest winner chosen", TUNING, "return min(known", "return max(known",
+             f"{TRITON} -k tune"),
+    Mutation("tuning: the slowest kept", TUNING,
+             "if time_s < (best[backend].time_s if backend in best else math.inf):",
+             "if time_s > (best[backend].time_s if backend in best else 0):", f"{TRITON} -k tune"),
+    Mutation("tuning: ends where something does not run", TUNING,
+             "except Exception:  # too much", "except KeyError:  # too much", f"{TRITON} -k tune"),
+    Mutation("tuning: choices outlive it", TUNING, "    choice.cache_clear()\n", "",
+             f"{TRITON} -k tune"),
+    Mutation("tuning: the file's other winners lost", TUNING,
+             "write(path, merged(read(path), found))", "write(path, found)", f"{TRITON} -k tune"),
+    Mutation("tuning: shipped winners before the user's", TUNING,
+             "found = merged(found, read(folder / name))",
+             "found = merged(read(folder / name), found)", f"{TRITON} -k winners"),
+    Mutation("tuning: whoever does not cover it chosen", TUNING,
+             "if module.covers(problem, capability(device)):", "if True:",
+             f"{CONV} -k 'emulated and small_integers and groups'"),
+]  # fmt: skip
+
 CPP = [
     Mutation("ReLU kills NaN", "csrc/cpu_vec.h", "return v < 0 ? V{} : v;",
              "return v > 0 ? v : V{};", f"{ADD} -k special"),
@@ -218,11 +307,22 @@ CPP = [
 ]  # fmt: skip
 
 
-def survives(mutation: Mutation, native: bool) -> str | None:
-    """None when the tests notice; else why not."""
+# Where emulated kernels cannot run, the tests that want them are skipped.
+EMULATE = """
+import sys
+sys.path.insert(0, "tests")
+import emulation
+emulation.unavailable() or emulation.load()
+"""
+
+
+def survives(mutation: Mutation, build: list[str]) -> str | None:
+    """None when the tests notice; else why not. build: arguments to python, none for Python."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("fused_resnet", "tests", *(("csrc",) if native else ())):
+        # What the emulator's build made is good in the copy too, but for the mutated sources.
+        emulated = [str(path.relative_to(ROOT)) for path in ROOT.glob("build/emulated-*")]
+        for name in ("fused_resnet", "tests", "csrc", *emulated):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, copy)
@@ -232,13 +332,13 @@ def survives(mutation: Mutation, native: bool) -> str | None:
             return "its text is not there any more: mend the table"
         target.write_text(text.replace(mutation.old, mutation.new, 1))
         environment = {**os.environ, "PYTHONPATH": folder, "FUSED_RESNET_CUDA": "0"}
-        if native:
-            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+        if build:
+            command = [sys.executable, *build]
             built = subprocess.run(command, cwd=copy, capture_output=True, env=environment)
             if built.returncode:
                 return "it does not compile"
         # pytest takes one -k: several selections are several runs, any of which may notice.
-        words = mutation.tests.split()
+        words = shlex.split(mutation.tests)
         runs: list[list[str]] = [[]]
         for i, word in enumerate(words):
             runs[-1].append(word)
@@ -258,14 +358,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Break the code; see the tests fail.")
     parser.add_argument("-k", default="", help="only mutations whose name holds this")
     parser.add_argument("--native", action="store_true", help="C++ mutations too: a build each")
+    parser.add_argument("--cuda", action="store_true", help="mutations of the CUDA kernels too")
     args = parser.parse_args()
+    subprocess.run([sys.executable, "-c", EMULATE], cwd=ROOT, check=True)
     survivors = 0
-    table = [(m, False) for m in PYTHON] + [(m, True) for m in CPP if args.native]
-    for mutation, native in table:
+    native = ["setup.py", "-q", "build_ext", "--inplace", "--force"]
+    table: list[tuple[Mutation, list[str]]] = [(m, []) for m in PYTHON]
+    table += [(m, native) for m in CPP if args.native]
+    table += [(Mutation(*row), ["-c", EMULATE]) for row in CUDA if args.cuda]
+    for mutation, build in table:
         if args.k not in mutation.name:
             continue
         begin = time.perf_counter()
-        reason = survives(mutation, native)
+        reason = survives(mutation, build)
         survivors += reason is not None
         outcome = "noticed" if reason is None else f"SURVIVES: {reason}"
         print(f"{mutation.name:45s} {time.perf_counter() - begin:5.0f} s  {outcome}", flush=True)

@@ -58,6 +58,7 @@ CASES = {
     "uneven groups": ((2, 12, 6, 5), 42, (3, 3), 1, 1, 1, 3),
     "depthwise": ((2, 40, 7, 7), 40, (3, 3), 1, 1, 1, 40),
     "more taps than are served": ((1, 4, 14, 14), 8, (12, 12), 1, 0, 1, 1),
+    "stem of another padding": ((1, 3, 17, 20), 64, (7, 7), 2, 2, 1, 1),
 }
 
 

@@ -103,6 +103,7 @@ CHANGES = {
         {k: v * 1.25 if v.is_floating_point() else v for k, v in m.state_dict().items()},
         assign=True,
     ),
+    "moved": lambda m: setattr(m.fc.weight, "data", m.fc.weight.data * 2),
     "replaced": lambda m: setattr(m.fc, "weight", nn.Parameter(m.fc.weight.detach() * 2)),
     "surgery": lambda m: setattr(m, "fc", nn.Linear(512, 10).to(DEVICE)),
     "a module more": lambda m: m.relu.add_module("more", nn.Linear(1, 1)),
@@ -135,9 +136,10 @@ def test_training_and_back(model, graphs):
         same(call(x), model(x))
 
 
-def test_hooks_run(model, graphs):
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_run(model, graphs, kind):
     call, x, seen = ready(model, images()), images(), []
-    handle = model.layer2.register_forward_hook(lambda *which: seen.append(1))
+    handle = getattr(model.layer2, f"register_{kind}_hook")(lambda *which: seen.append(1))
     for _ in range(2):
         call(x)
     assert len(seen) == 2
@@ -161,6 +163,19 @@ def test_few_graphs_are_kept(model, graphs):
 
 def test_an_empty_batch(model, graphs):
     assert ready(model, images())(images(0)).shape == (0, 10)
+    assert (0, 3, 64, 64) not in graphs, "there is nothing to record"
+
+
+def test_a_forced_backend_has_a_graph_of_its_own(model, graphs):
+    call, x = ready(model, images()), images()
+    call(x)
+    for recorded in (1, 0):
+        before = len(graphs)
+        with fr.use_backend("reference"):
+            call(x)
+        assert len(graphs) == before + recorded
+        call(x)
+        assert len(graphs) == before + recorded
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

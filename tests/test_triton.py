@@ -7,6 +7,7 @@ in Triton's interpreter where there is no GPU.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -231,6 +232,7 @@ def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monk
     listed = tuning.candidates(problem, device, both)
     assert {backend for backend, _ in listed} == set(both)
     best, broken = listed[-1], listed[3]
+    assert math.isinf(tuning.choice(problem, device, both).time_s)  # and forgotten by tuning
 
     def measure(problem: Problem, backend: str, config: Any) -> float:
         if (backend, config) == broken or problem == nobody:
@@ -254,6 +256,20 @@ def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monk
     for other in (RESNET50[4], nobody):
         config = configs.choose(other, (9, 0), gemm.multiprocessors(device))
         assert tuning.choice(other, device, both) == tuning.Choice("triton", config)
+    # What was measured before stays.
+    tuning.tune([RESNET50[4]], device, both, measure)
+    assert set(tuning.read(tmp_path / "fused_resnet" / "cpu")) == {problem, RESNET50[4]}
+
+
+def test_winners_of_the_user_come_before_those_shipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
+    monkeypatch.setattr(tuning, "_winners", {})
+    mine = {RESNET50[0]: {"triton": tuning.Choice("triton", SMALL, 9e-5)}}
+    for folder, winners in ((tuning.SHIPPED, WINNERS), (tuning.cache_folder(), mine)):
+        assert tuning.write(folder / "a_gpu.json", winners) is None
+    assert tuning.winners(torch.device("cuda")) == WINNERS | mine
 
 
 # What goes wrong around Triton. Each in a process of its own, compiling for a GPU that is
