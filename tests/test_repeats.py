@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import emulation
-import gemm_cases
 import machines
 import pytest
 import torch
@@ -13,10 +12,12 @@ import torch.nn.functional as F
 from op_cases import randn
 from torch import Tensor
 
-pytestmark = [
-    pytest.mark.skipif(emulation.unavailable() is not None, reason=str(emulation.unavailable())),
-    pytest.mark.usefixtures("kernels"),
-]
+if emulation.unavailable() is not None:
+    pytest.skip(emulation.unavailable(), allow_module_level=True)
+
+import gemm_cases
+
+pytestmark = pytest.mark.usefixtures("kernels")
 
 REPEATS = 250  # on a GPU; the emulator changes the order of threads from one to the next
 TILES = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
