@@ -29,6 +29,7 @@ NAMES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "fused": "fused_resnet",
+    "fused-graph": "fused_resnet, CUDA graph",
 }
 COLOURS = {
     "eager": "#bdbdbd",
@@ -37,6 +38,7 @@ COLOURS = {
     "onnxruntime": "#009e73",
     "openvino": "#cc79a7",
     "fused": "#0072b2",
+    "fused-graph": "#56b4e9",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, FAINT = "#222222", "#e3e3e3"

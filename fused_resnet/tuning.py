@@ -205,12 +205,14 @@ def tune(
     on_progress: Callable[[Problem, str, Any, float], None] | None = None,
 ) -> tuple[Winners, str | None]:
     """The fastest configuration of every problem on every backend by `measure`, seconds; kept in
-    the cache folder.
+    the cache folder, each as soon as it is known, so that a run cut short has not been in vain.
 
     Returns the winners found now, and why they could not be written, or None. A configuration that
     does not run on this device is passed over; a problem of which none runs has no winners.
     """
     found: Winners = {}
+    name = file_name(device) if device.type == "cuda" else device.type
+    path, not_kept = cache_folder() / name, None
     for problem in problems:
         best = found.setdefault(problem, {})
         for backend, config in candidates(problem, device, backends):
@@ -222,8 +224,7 @@ def tune(
                 best[backend] = Choice(backend, config, time_s)
             if on_progress is not None:
                 on_progress(problem, backend, config, time_s)
-    name = file_name(device) if device.type == "cuda" else device.type
+        not_kept = write(path, merged(read(path), {problem: best}))
     _winners[name] = merged(winners(device), found)
     choice.cache_clear()
-    path = cache_folder() / name
-    return found, write(path, merged(read(path), found))
+    return found, not_kept

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import emulation
+import machines
 
 import fused_resnet as fr
 from fused_resnet import backends
@@ -83,6 +84,19 @@ def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emulation.load()
     emulation.seed(0)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(params=["emulated", *_GPUS])
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The raw CUDA kernels by machines.py, in the emulator and on a GPU where there is one."""
+    if request.param == "cuda":
+        reason = backends.missing("conv_bn_relu", "native", "cuda")
+    else:
+        reason = emulation.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    with machines.running_on("cuda" if request.param == "cuda" else "cpu"):
+        yield
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import emulation
+import machines
+import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import close, lifted
@@ -61,8 +63,9 @@ def padded(t: Tensor, dim: int, groups: int, multiple: int) -> Tensor:
 
 
 def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
-    """t (N, C, H, W), channels_last between two bands of NaN, and all of that memory."""
-    memory = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype)
+    """t (N, C, H, W), channels_last between two bands of NaN, and all of that memory, on the
+    device of the kernels."""
+    memory = machines.here(torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype))
     N, C, H, W = t.shape
     inside = memory[GUARD : GUARD + t.numel()].view(N, H, W, C).permute(0, 3, 1, 2)
     return inside.copy_(t), memory
@@ -81,6 +84,8 @@ def run(
 ) -> Tensor:
     """The raw op on padded copies: x (N, C, H, W), weight (K, C / groups, R, S), scale, shift (K,),
     residual (N, K, P, Q) -> y (N, K, P, Q). What lies around x and y is NaN, and stays so."""
+    if (reason := machines.skip_reason(tile.architecture)) is not None:
+        pytest.skip(reason)
     stride, padding, dilation, groups = pairs(geometry)
     size, K = 16 // x.element_size(), weight.shape[0]
     out = F.conv2d(x[:, :groups].float(), torch.empty(groups, 1, *weight.shape[2:]), None,
@@ -93,12 +98,13 @@ def run(
         residual, _ = guarded(padded(residual, 1, groups, size))
     wide = weight.shape[0]
     y, memory = guarded(x.new_full((out[0], wide, *out[2:]), float("nan")))
-    torch.ops.fused_resnet_emulated.implicit_gemm(
+    weight, scale, shift = map(machines.here, (weight, scale, shift))
+    machines.ops().implicit_gemm(
         x, weight, scale, shift, residual, y, relu, stride, padding, dilation, groups,
         tile.number, splits,
     )  # fmt: skip
     assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all(), "written outside y"
-    y = y.reshape(out[0], groups, wide // groups, *out[2:])
+    y = y.cpu().reshape(out[0], groups, wide // groups, *out[2:])
     return y[:, :, : K // groups].flatten(1, 2)
 
 
@@ -108,5 +114,9 @@ def check_close(arguments: Sequence, y: Tensor) -> None:
     x, weight, scale, shift, residual, _, *geometry = arguments
     sizes = (t if t is None else t.abs() for t in (x, weight, scale, shift, residual))
     terms = {"y": exact(*sizes, False, *geometry).max().item()}
-    wanted = [stock(*arguments)], [exact(*map(lifted, arguments[:5]), *arguments[5:])], x.dtype
+    wanted = (
+        [machines.stock(stock, *arguments)],
+        [exact(*map(lifted, arguments[:5]), *arguments[5:])],
+        x.dtype,
+    )
     close(("y",), [y], *wanted, terms if x.dtype == torch.float32 else None)

@@ -65,13 +65,15 @@ def test_parity_fails_with_exit_status_1_when_the_code_is_wrong():
 def test_bench_writes_json_and_a_plot(tmp_path):
     result = run(
         "bench", "--model=resnet18", "--batch=1", "--dtype=float32", "--contender=eager",
-        "--contender=fused", f"--json={tmp_path / 'b.json'}", f"--plot={tmp_path / 'b.png'}",
-        "--seconds=1",
+        "--contender=fused,fused-graph", f"--json={tmp_path / 'b.json'}",
+        f"--plot={tmp_path / 'b.png'}", "--seconds=1",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     (case,) = json.loads((tmp_path / "b.json").read_text())["cases"]
     fused = case["contenders"]["fused"]
     assert fused["images_per_s"] > 0 and fused["ratio_to_eager"] > 0 and fused["share_of_limit"] > 0
+    assert case["skipped"] == {"fused-graph": "fused-graph: CUDA graphs need a GPU"}
+    assert "fused_resnet, CUDA graph left out: CUDA graphs need a GPU" in result.stdout
     assert (tmp_path / "b.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -1,5 +1,6 @@
-"""Hopper's convolution (csrc/implicit_gemm_sm90.cuh), its source run on the host by the emulator:
-values, every geometry, the order of threads and copies; and its index arithmetic by itself."""
+"""Hopper's convolution (csrc/implicit_gemm_sm90.cuh), its source run on the host by the emulator,
+and on a GPU where there is a Hopper: values, every geometry, the order of threads and copies; and
+its index arithmetic by itself."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import ctypes
 import itertools
 
 import emulation
+import machines
 import pytest
 import torch
 import torch.nn.functional as F
+from gemm_cases import tiles
 from op_cases import close, integers, randn, same
 from test_conv_bn_relu import exact, stock
 from torch import Tensor
@@ -51,12 +54,12 @@ CASES = {
 
 def row_of(tile: str) -> int:
     """The row of kGemmTiles that is `tile` for sm_90."""
-    library, row = emulation.load(), (ctypes.c_int * 5)()
-    for i in range(library.hopper_tile(0, row)):
-        library.hopper_tile(i, row)
-        if row[0] == 90 and f"{row[1]}x{row[2]}" == tile:
-            return i
-    raise AssertionError(f"no sm_90 tile {tile}")
+    (found,) = (t.number for t in tiles(90) if f"{t.block_m}x{t.block_n}" == tile)
+    return found
+
+
+# Without it a test is about the emulator, or about code that runs on the host.
+on_a_gpu_too = pytest.mark.usefixtures("kernels")
 
 
 def pair(v) -> tuple[int, int]:
@@ -66,13 +69,13 @@ def pair(v) -> tuple[int, int]:
 def guarded(t: Tensor, fill: bool = True) -> Tensor:
     """t's values (or NaN) channels_last, in memory that holds NaN before and after."""
     t = t.contiguous(memory_format=torch.channels_last)
-    memory = torch.full((t.numel() + 1024,), float("nan"), dtype=t.dtype)
+    memory = torch.full((t.numel() + 1024,), float("nan"), dtype=t.dtype, device=t.device)
     inside = memory.as_strided(t.shape, t.stride(), 512)
     return inside.copy_(t) if fill else inside
 
 
 def untouched_around(t: Tensor) -> bool:
-    memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    memory = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
     return bool(memory[:512].isnan().all() and memory[-512:].isnan().all())
 
 
@@ -94,30 +97,34 @@ def operands(case, dtype, make=randn) -> tuple[list[Tensor], tuple]:
 
 
 def conv(x, weight, scale, shift, residual, relu, geometry, tile) -> Tensor:
-    row = row_of(tile)
+    if (reason := machines.skip_reason(90)) is not None:
+        pytest.skip(reason)
     stride, padding, dilation, groups = geometry
     out = F.conv2d(x.float(), weight.float(), None, *geometry).shape
-    y = guarded(torch.empty(out, dtype=x.dtype), fill=False)
-    torch.ops.fused_resnet_emulated.implicit_gemm(
-        x, weight.permute(0, 2, 3, 1).contiguous(), scale, shift, residual, y, relu,
-        pair(stride), pair(padding), pair(dilation), groups, row, 1,
-    )  # fmt: skip
+    y = machines.here(guarded(torch.empty(out, dtype=x.dtype), fill=False))
+    weight = weight.permute(0, 2, 3, 1).contiguous()
+    moved = map(machines.here, (x, weight, scale, shift, residual))
+    machines.ops().implicit_gemm(
+        *moved, y, relu, pair(stride), pair(padding), pair(dilation), groups, row_of(tile), 1
+    )
     assert untouched_around(y)
-    return y
+    return y.cpu()
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", CASES)
 def test_small_integers_are_exact(case, tile):
     """Every product and sum is exact: one wrong index shows as a difference."""
     dtype = DTYPES[(list(CASES).index(case) + TILES.index(tile)) % 2]
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, integers)
-    emulation.seed(len(case))
+    machines.seed(len(case))
     for added, relu in ((residual, True), (None, False)):
         arguments = (x, weight, scale, shift, added, relu)
         same(conv(*arguments, geometry, tile), exact(*arguments, *geometry).to(dtype))
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", ["pointwise, long sums", "3x3, stride 2", "groups of 64"])
@@ -126,7 +133,8 @@ def test_values(case, tile, dtype):
     for added, relu in ((tensors[4], True), (None, True), (tensors[4], False), (None, False)):
         arguments = (*tensors[:4], added, relu)
         y = conv(*arguments, geometry, tile)
-        results = [stock(*arguments, *geometry)], [exact(*arguments, *geometry)]
+        theirs = machines.stock(stock, *arguments, *geometry)
+        results = [theirs], [exact(*arguments, *geometry)]
         close(("y",), [y], *results, dtype)
 
 
@@ -154,6 +162,7 @@ def test_the_order_of_threads_and_copies_does_not_show(case, tile):
         assert torch.equal(y, results[0])
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("case", ["pointwise, groups", "pointwise, groups of 8", "groups of 128"])
 def test_groups_do_not_see_one_another(case):
     """Not even each other's NaN, though a step of 64 channels reaches beyond a group of 40."""
@@ -175,6 +184,7 @@ def test_groups_do_not_see_one_another(case):
             assert not y[:, ~others].isfinite().all()
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values_go_where_stock_sends_them(dtype):
     (x, weight, scale, shift, residual), geometry = operands("3x3", dtype)
@@ -191,16 +201,19 @@ def test_special_values_go_where_stock_sends_them(dtype):
         torch.testing.assert_close(y[finite], want[finite], rtol=2e-2, atol=2e-2)
 
 
+@on_a_gpu_too
 def test_output_may_be_the_residual():
     """Each tile of the residual is read before the tile of y that replaces it is written."""
     tensors, geometry = operands("3x3", HALF, integers)
     want = exact(*tensors, True, *geometry).to(HALF)
-    x, weight, scale, shift, y = tensors
-    torch.ops.fused_resnet_emulated.implicit_gemm(
-        x, weight.permute(0, 2, 3, 1).contiguous(), scale, shift, y, y, True,
-        *map(pair, geometry[:3]), geometry[3], row_of("128x64"), 1,
-    )  # fmt: skip
-    same(y, want)
+    if (reason := machines.skip_reason(90)) is not None:
+        pytest.skip(reason)
+    tensors[1] = tensors[1].permute(0, 2, 3, 1).contiguous()
+    *moved, y = map(machines.here, tensors)
+    machines.ops().implicit_gemm(
+        *moved, y, y, True, *map(pair, geometry[:3]), geometry[3], row_of("128x64"), 1
+    )
+    same(y.cpu(), want)
 
 
 @pytest.mark.parametrize("tile", TILES)
@@ -231,6 +244,7 @@ def test_errors(case):
     assert words in str(error.value)
 
 
+@on_a_gpu_too
 def test_float32_and_misaligned_scale_are_refused():
     (x, weight, scale, shift, _), geometry = operands("3x3", HALF)
     with pytest.raises(RuntimeError, match="takes float16 or bfloat16"):

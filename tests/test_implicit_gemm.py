@@ -1,4 +1,5 @@
-"""implicit_gemm on sm_80: its kernels run on the host, and their index arithmetic by itself."""
+"""implicit_gemm on sm_80: its kernels run on the host, and on a GPU where there is one; their index
+arithmetic by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import ctypes
 import itertools
 
 import emulation
+import machines
 import pytest
 import torch
 from op_cases import close, integers, randn, same
@@ -28,9 +30,15 @@ BEYOND_ONE_TILE = {
 }
 
 
+# Without it a test is about the emulator, or about code that runs on the host.
+on_a_gpu_too = pytest.mark.usefixtures("kernels")
+
+
 @pytest.fixture(autouse=True)
-def same_seed():
-    emulation.seed(1)
+def same_seed(request):
+    if "kernels" in request.fixturenames:
+        request.getfixturevalue("kernels")
+    machines.seed(1)
 
 
 def small_integers(case, dtype):
@@ -52,6 +60,7 @@ def random(case, dtype):
 # --- values --------------------------------------------------------------------------------------
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_values(case, dtype):
@@ -66,6 +75,7 @@ def test_values(case, dtype):
         check_close(arguments, run(*arguments, tile=tile))
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_small_integers_are_exact(case, dtype):
@@ -77,6 +87,7 @@ def test_small_integers_are_exact(case, dtype):
     same(run(*arguments, tile=tile), want)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", BEYOND_ONE_TILE)
@@ -87,6 +98,7 @@ def test_every_tile(monkeypatch, name, tile, dtype):
     same(run(*arguments, tile=tile, splits=splits), want)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("case", ["3x3", "pointwise", "groups of 24, 48 outputs"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,7 +109,7 @@ def test_splits(dtype, case, splits):
         arguments = (*tensors, *rest, *geometry)
         y = run(*arguments, tile=SMALLEST, splits=splits)
         check_close(arguments, y)
-        emulation.seed(2)
+        machines.seed(2)
         assert torch.equal(run(*arguments, tile=SMALLEST, splits=splits), y)
 
 
@@ -111,6 +123,7 @@ def test_the_order_of_threads_and_copies_changes_nothing(tile):
             assert torch.equal(run(*tensors, True, *geometry, tile=tile), first)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -130,6 +143,7 @@ def test_special_values_go_where_stock_sends_them(dtype, value, splits):
         target[at] = kept
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("splits", [1, 2])
 def test_parameters_stay_in_their_channel(splits):
     tensors, geometry = random("3x3", torch.bfloat16)
@@ -140,6 +154,7 @@ def test_parameters_stay_in_their_channel(splits):
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
+@on_a_gpu_too
 def test_one_rounding_and_in_float32():
     """2049 is a number of float32 alone: in 16 bits the 1 is lost before -2048 is added."""
     for dtype in (torch.float16, torch.bfloat16):
@@ -153,13 +168,15 @@ def test_one_rounding_and_in_float32():
             same(y, torch.ones_like(y))
 
 
+@on_a_gpu_too
 def test_tf32_is_rounded_to_nearest():
     """Of operands that float32 holds and TF32 does not."""
     x, weight = (randn(shape, torch.float32) for shape in ((2, 64, 5, 5), (16, 64, 3, 3)))
     rest = (torch.ones(16), torch.zeros(16), None, False, 1, 1, 1, 1)
     want = exact(to_tf32(x), to_tf32(weight), *rest)
     y = run(x, weight, *rest, tile=SMALLEST)
-    close(("y",), [y], [want.float()], [want], torch.float32, {"y": 64 * 9.0})
+    theirs = machines.stock(stock, to_tf32(x), to_tf32(weight), *rest)
+    close(("y",), [y], [theirs], [want], torch.float32, {"y": 64 * 9.0})
     assert not torch.equal(to_tf32(x), x)
     x[0, 0, 0, 0] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).item()
     x[1, 0, 0, 0] = torch.finfo(torch.float32).max
@@ -240,6 +257,7 @@ def test_sums_have_places_of_their_own(tile):
     assert emulation.load().wrong_sum_offsets(tile.block_m, tile.block_n) == 0
 
 
+@on_a_gpu_too
 def test_no_split_at_all_is_refused():
     arguments, _ = small_integers("pointwise", torch.float16)
     with pytest.raises(RuntimeError, match="splits must be positive"):

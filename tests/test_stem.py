@@ -1,8 +1,10 @@
-"""The stem of a ResNet on a GPU (csrc/stem_cuda.cu), in the emulator where there is none."""
+"""The stem of a ResNet on a GPU (csrc/stem_cuda.cu): in the emulator, and on a GPU where there is
+one."""
 
 from __future__ import annotations
 
 import emulation
+import machines
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,9 @@ from fused_resnet import backends, gpu_conv
 pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
 )
+
+# Without it a test is about the emulator.
+on_a_gpu_too = pytest.mark.usefixtures("kernels")
 
 SIZES = {
     "one patch": (1, 3, 32, 32),
@@ -47,23 +52,24 @@ def exact(*arguments):
 
 
 def stem(x, weight, scale, shift, pool):
-    emulation.load()
-    ops = torch.ops.fused_resnet_emulated
-    return ops.stem(x, packed(weight), scale, shift, pool)
+    moved = map(machines.here, (x, packed(weight), scale, shift))
+    return machines.ops().stem(*moved, pool).cpu()
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("pool", [True, False], ids=["pooled", "not pooled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_values(poison, size, dtype, pool):
     arguments = (*operands(SIZES[size], dtype), pool)
     y = stem(*arguments)
-    close(("y",), [y], [stock(*arguments)], [exact(*arguments)], dtype)
+    close(("y",), [y], [machines.stock(stock, *arguments)], [exact(*arguments)], dtype)
     assert y.is_contiguous(memory_format=torch.channels_last)
     wide = stem(arguments[0].float(), *arguments[1:])
     same(wide, y)
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(poison, layout):
     x, *rest = operands((2, 3, 21, 34), torch.bfloat16)
@@ -71,12 +77,14 @@ def test_any_layout(poison, layout):
     same(stem(x, *rest, True), stem(x.contiguous(), *rest, True))
 
 
+@on_a_gpu_too
 def test_small_integers_are_exact(poison):
     x, weight, scale, shift = operands((2, 3, 70, 37), torch.bfloat16, integers)
     arguments = (x.clamp(-1, 1), weight.clamp(-1, 1), scale.round(), shift.round(), True)
     same(stem(*arguments), exact(*arguments).to(torch.bfloat16))
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("at", [(0, 0), (13, 17), (44, 38)], ids=str)
 def test_what_is_not_finite_spreads_as_in_stock(poison, value, at):
@@ -108,6 +116,7 @@ def test_no_bank_conflicts(poison):
     assert needed <= 1.1 * ideal  # patches are written as x comes
 
 
+@on_a_gpu_too
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -120,11 +129,10 @@ def test_no_bank_conflicts(poison):
     ids=["channels", "dtype", "weight's dtype", "outputs", "scale"],
 )
 def test_errors_name_the_argument(change, message):
-    emulation.load()
     x, weight, scale, shift = operands((1, 3, 9, 9), torch.bfloat16)
-    arguments = change([x, packed(weight), scale, shift])
+    arguments = map(machines.here, change([x, packed(weight), scale, shift]))
     with pytest.raises(RuntimeError, match=f"stem: .*{message}"):
-        torch.ops.fused_resnet_emulated.stem(*arguments, True)
+        machines.ops().stem(*arguments, True)
 
 
 @pytest.mark.parametrize("C", [1, 3, 4])

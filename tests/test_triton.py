@@ -445,20 +445,6 @@ def test_the_tune_command(as_if_on_a_gpu):
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")
-def test_the_benchmark_for_a_gpu_runs(tmp_path):
-    script = ROOT / "benchmarks" / "bench_gpu_ops.py"
-    command = [sys.executable, str(script), "--device", DEVICE, "--out", str(tmp_path)]
-    command += ["--batch", "1", "--size", "64", "--rounds", "2", "--only", "(1, 64, 16, 16)"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
-    (file,) = tmp_path.glob(f"gpu_ops_triton-{DEVICE}-*.json")
-    found = json.loads(file.read_text())["benchmarks"]
-    ops = {"bn_add_relu", "conv_bn_relu", "conv_backward"}
-    assert {row["name"].split()[0] for row in found} == ops
-    assert all(row["extra_info"]["share of the limit"] > 0 for row in found)
-
-
-@pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")
 def test_compiled_for_hopper_it_uses_the_tensor_cores_and_spills_nothing(tmp_path):
     """All kernels, configurations and architectures: benchmarks/triton_resources.py, run by CI."""
     command = [sys.executable, str(ROOT / "benchmarks" / "triton_resources.py"), "--arch", "90"]

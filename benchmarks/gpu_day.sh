@@ -1,0 +1,318 @@
+#!/usr/bin/env bash
+# Everything to be known on a machine with an NVIDIA GPU, the most important first:
+#
+#     bash benchmarks/gpu_day.sh [--dry-run] [--seconds N] OUT [SECTION...]
+#     bash benchmarks/gpu_day.sh --list
+#
+# Builds for the GPU that is there, checks the kernels on it, measures. Each section has a time limit
+# and its own folder OUT/SECTION with a log and results; OUT/summary.txt has one line for each, its
+# exit status (124: out of time) and seconds. A section that fails stops no other. Run again, it
+# passes over what has passed before; sections that are named are run in any case. --seconds: stop
+# after so many in all. Needs no network; PYTHON is the interpreter to use.
+# Exit status: 0 when all passed, 1 when one did not, 2 where nothing can be run.
+set -uo pipefail
+
+# name, seconds at most, what it is
+SECTIONS="
+build         540  build for this GPU alone, and what is there
+device-tests  300  the CUDA kernels' tests on this GPU: ops, every tile, the stem, 250 repeats
+ops           300  ops of ResNet-50, bfloat16, batch 256, against their peers and the limits
+resnet50      280  ResNet-50 in eager and by this package, with and without a CUDA graph
+parity        240  ResNet-50 and 18 against float64, layer by layer
+tune          580  the fastest tile of every convolution of ResNet-50, bfloat16, batch 256
+ops-tuned     480  the ops again, with every tile and torch.compile
+resnet50-peers 580 ResNet-50 beside torch.compile (max-autotune, CUDA graphs), batch 256
+peers         580  the same for ResNet-18, and for batch 1
+tests         580  the whole test suite
+sanitizer     580  compute-sanitizer's four tools over every kernel
+batches       580  other batches and dtypes
+train         580  training: steps of ResNet-50 and 18, gradients of the convolutions
+ncu           400  Nsight Compute's counters of the heaviest kernels
+"
+
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0"; }
+names() { awk 'NF { print $1 }' <<<"$SECTIONS"; }
+limit_of() { awk -v name="$1" '$1 == name { print $2 }' <<<"$SECTIONS"; }
+
+DRY=${GPU_DAY_DRY:-}
+TOTAL=""
+INSIDE=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --list) awk 'NF { name = $1; limit = $2; $1 = $2 = ""; sub(/^ +/, "")
+                     printf "%-15s %4d s  %s\n", name, limit, $0 }' <<<"$SECTIONS"
+            exit 0 ;;
+    --dry-run) DRY=1; shift ;;
+    --seconds) TOTAL=${2:?--seconds needs a number}; shift 2 ;;
+    --inside) INSIDE=1; shift ;; # one section, under its time limit
+    -h | --help) usage; exit 0 ;;
+    -*) echo "gpu_day.sh: unknown option $1" >&2; exit 2 ;;
+    *) break ;;
+  esac
+done
+if [ $# -eq 0 ]; then usage >&2; exit 2; fi
+mkdir -p "$1" || exit 2
+OUT=$(cd "$1" && pwd) || exit 2
+shift
+ROOT=$(cd "$(dirname "$0")/.." && pwd) || exit 2
+HERE=$ROOT/benchmarks/gpu_day.sh
+cd "$ROOT" || exit 2
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Where `tune` keeps its winners and what follows finds them, whatever OUT is; copied to OUT/tuned.
+export XDG_CACHE_HOME="$ROOT/build/gpu_day-cache"
+CPUS=$(nproc 2>/dev/null || echo 4)
+
+failed=0
+# Says a command and runs it; a failure is remembered and the section goes on.
+run() {
+  printf '+'
+  printf ' %q' "$@"
+  printf '\n'
+  [ -n "$DRY" ] && return 0
+  "$@" || { local rc=$?; echo "exit status $rc"; failed=1; return $rc; }
+}
+
+# The GPU's compute capability, 9.0 for Hopper; empty where there is no GPU.
+capability() {
+  local found
+  found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d ' ')
+  case $found in
+    [0-9]*.[0-9]*) echo "$found" ;;
+    *) "$PYTHON" -c 'import torch
+if torch.cuda.is_available(): print("{}.{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null ;;
+  esac
+}
+
+# Test files, each in a process of its own: one that breaks the GPU's context breaks no other.
+# tests_of PROCESSES SECONDS FOLDER FILE... -- PYTEST_ARGUMENT...
+tests_of() {
+  local processes=$1 seconds=$2 folder=$3 files=()
+  shift 3
+  while [ "$1" != -- ]; do files+=("$1"); shift; done
+  shift
+  # shellcheck disable=SC2016 # $0 and $1 are the inner shell's
+  local one='name=$(basename "$1" .py); file=$1; folder=$2; seconds=$3; shift 3
+    timeout -k 10 "$seconds" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider \
+      --junitxml="$folder/$name.xml" "$file" "$@" >"$folder/$name.log" 2>&1
+    rc=$?; [ $rc -eq 5 ] && rc=0 # no test chosen
+    echo "$rc $name: $(tail -1 "$folder/$name.log")"
+    tail -c 60000 "$folder/$name.log" >"$folder/$name.part" && mv "$folder/$name.part" "$folder/$name.log"
+    [ $rc -eq 0 ]'
+  if [ -n "$DRY" ]; then
+    printf '+ %s at a time, %s s each: %q -m pytest -q' "$processes" "$seconds" "$PYTHON"
+    printf ' %q' "${files[@]}" "$@"
+    printf '\n'
+    return 0
+  fi
+  printf '%s\0' "${files[@]}" |
+    OMP_NUM_THREADS=$(((CPUS + processes - 1) / processes)) xargs -0 -P "$processes" -I{} bash -c "$one" one {} "$folder" "$seconds" "$@" || failed=1
+  "$PYTHON" benchmarks/junit_summary.py "$folder" || failed=1
+}
+
+ops() { run "$PYTHON" benchmarks/bench_gpu_ops.py "$@"; }
+whole() { run "$PYTHON" benchmarks/bench_resnet.py --device cuda "$@"; }
+cli() { run "$PYTHON" -m fused_resnet.cli "$@"; }
+
+# --- sections: $1 is the folder for their results -------------------------------------------------
+
+section_build() {
+  local arch
+  arch=$(capability)
+  [ "$arch" = 9.0 ] && arch=9.0a # wgmma and TMA are in the architecture-specific set
+  [ -n "$arch" ] || arch=unknown
+  run env TORCH_CUDA_ARCH_LIST="$arch" MAX_JOBS="$CPUS" FUSED_RESNET_CUDA=1 FUSED_RESNET_NATIVE=1 \
+    "$PYTHON" setup.py build_ext --inplace || return 1
+  run nvidia-smi
+  run "$PYTHON" -c 'import fused_resnet as fr, json, sys
+from fused_resnet import backends, native
+json.dump({**fr.info(), "kernels": native.kernels()}, open(sys.argv[1], "w"), indent=1, default=str)
+print(native.build_info())
+missing = [backends.missing(op, "native", "cuda") for op in backends.OPS]
+sys.exit("\n".join(filter(None, missing)) or None)' "$1/info.json"
+  cli info
+}
+
+section_device-tests() {
+  tests_of 7 280 "$1" tests/test_{add_relu,bn_add_relu,conv_bn_relu,implicit_gemm,hopper,stem,repeats}.py \
+    -- -m gpu -k "not triton"
+}
+
+section_ops() {
+  # First those that compile nothing.
+  ops --op conv_bn_relu bn_add_relu add_relu --contender native cudnn unfused \
+    --rounds 15 --out "$1" --name gpu_ops
+  ops --op conv_bn_relu bn_add_relu add_relu --contender fused native triton unfused \
+    --rounds 15 --out "$1" --name gpu_ops_triton
+}
+
+section_resnet50() {
+  local all=(--model resnet50 --batch 256 --dtype bfloat16 --seconds 10 --out "$1"
+    --contender eager-channels_last fused fused-graph)
+  run env FUSED_RESNET_BACKEND=native "$PYTHON" benchmarks/bench_resnet.py --device cuda \
+    "${all[@]}" --name resnet50_native
+  whole "${all[@]}" --name resnet50_b256
+}
+
+section_parity() {
+  local model
+  for model in resnet50 resnet18; do
+    cli parity --device cuda --model "$model" --dtype bfloat16,float16,float32 --json "$1/$model.json"
+  done
+}
+
+section_tune() { cli tune --model resnet50 --batch 256 --dtype bfloat16; }
+
+section_ops-tuned() {
+  ops --out "$1" --op conv_bn_relu bn_add_relu add_relu
+  ops --out "$1" --op conv_bn_relu --contender fused native --tiles --rounds 9 --name gpu_ops_tiles
+}
+
+section_resnet50-peers() {
+  whole --model resnet50 --batch 256 --dtype bfloat16 --out "$1" --name resnet50_b256 \
+    --contender eager eager-channels_last compile fused fused-graph
+}
+
+section_peers() {
+  local model batch
+  while read -r model batch; do
+    whole --model "$model" --batch "$batch" --dtype bfloat16 --out "$1" \
+      --name "${model}_b$batch" --contender eager-channels_last compile fused fused-graph
+  done <<<"resnet50 1
+resnet18 256
+resnet18 1"
+}
+
+section_tests() {
+  tests_of "$(((CPUS + 1) / 2))" 560 "$1" tests/test_*.py --
+}
+
+section_sanitizer() {
+  local tool
+  if ! command -v compute-sanitizer >/dev/null && [ -z "$DRY" ]; then
+    echo "skipped: there is no compute-sanitizer here"
+    return 0
+  fi
+  for tool in memcheck racecheck synccheck initcheck; do
+    # Every tensor in memory of its own, so that an access beyond it shows.
+    run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 140 \
+      compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
+      "$PYTHON" tests/sanitizer_list.py --device cuda
+  done
+}
+
+section_batches() {
+  local batch dtype
+  whole --model resnet50 resnet18 --batch 1 8 32 128 --dtype bfloat16 --seconds 4 --out "$1" \
+    --name batches --contender eager-channels_last fused fused-graph
+  whole --model resnet50 --batch 256 --dtype float16 float32 --seconds 6 --out "$1" \
+    --name dtypes --contender eager-channels_last fused fused-graph
+  while read -r batch dtype; do
+    ops --batch "$batch" --dtype "$dtype" --rounds 15 --out "$1" --name "gpu_ops_b${batch}_$dtype" \
+      --op conv_bn_relu bn_add_relu add_relu --contender fused native cudnn unfused
+  done <<<"32 bfloat16
+1 bfloat16
+256 float16
+256 float32"
+}
+
+section_train() {
+  whole --model resnet50 --batch 256 --dtype bfloat16 --mode train --seconds 10 --out "$1" \
+    --name train --contender eager-channels_last fused
+  ops --op conv_backward --contender triton unfused --rounds 9 --out "$1" --name gpu_ops_backward
+  whole --model resnet50 resnet18 --batch 128 --dtype bfloat16 --mode train --out "$1" \
+    --name train_compile --contender eager-channels_last compile fused
+}
+
+section_ncu() {
+  if [ -z "$DRY" ]; then
+    if ! command -v ncu >/dev/null; then
+      echo "skipped: there is no ncu here"
+      return 0
+    fi
+    if ncu --metrics gpu__time_duration.sum -c 1 "$PYTHON" -c 'import torch
+torch.ones(9, device="cuda")' 2>&1 | grep ERR_NVGPUCTRPERM; then
+      echo "skipped: the GPU's counters are not permitted here"
+      return 0
+    fi
+  fi
+  local op
+  for op in conv_bn_relu bn_add_relu add_relu; do
+    run ncu --kernel-name 'regex:^(implicit_gemm|stem|bn_|elementwise_kernel)' --launch-count 50 \
+      --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats \
+      --section Occupancy --section LaunchStats --csv --page raw --log-file "$1/$op.csv" \
+      "$PYTHON" benchmarks/bench_gpu_ops.py --op "$op" --contender native --once
+  done
+}
+
+# --- running them ---------------------------------------------------------------------------------
+
+if [ -n "$INSIDE" ]; then
+  mkdir -p "$OUT/$1"
+  "section_$1" "$OUT/$1" || failed=1
+  exit "$failed"
+fi
+
+# One line per section in OUT/summary.txt, the latest.
+note() {
+  local line
+  line=$(printf '%-15s %3d %5d' "$1" "$2" "$3")
+  { grep -v "^$1 " "$OUT/summary.txt" 2>/dev/null; echo "$line"; } >"$OUT/.summary"
+  mv "$OUT/.summary" "$OUT/summary.txt"
+}
+
+chosen=("$@")
+for name in "${chosen[@]+"${chosen[@]}"}"; do
+  names | grep -qx -e "$name" || { echo "gpu_day.sh: no section $name; see --list" >&2; exit 2; }
+done
+again=1
+if [ ${#chosen[@]} -eq 0 ]; then
+  again=""
+  mapfile -t chosen < <(names)
+fi
+if [ -z "$DRY" ] && [ -z "$(capability)" ]; then
+  echo "gpu_day.sh: neither nvidia-smi nor torch finds a GPU here" >&2
+  exit 2
+fi
+
+any_failed=0
+for name in "${chosen[@]}"; do
+  limit=$(limit_of "$name")
+  if [ -n "$DRY" ]; then
+    echo "== $name, $limit s"
+    GPU_DAY_DRY=1 bash "$HERE" --inside "$OUT" "$name"
+    continue
+  fi
+  # The build is checked every time: it takes seconds where nothing has changed.
+  if [ -z "$again" ] && [ "$name" != build ] &&
+    grep -Eq "^$name +0 " "$OUT/summary.txt" 2>/dev/null; then
+    echo "== $name: passed before"
+    continue
+  fi
+  if [ -n "$TOTAL" ]; then
+    left=$((TOTAL - SECONDS))
+    if [ "$left" -lt 20 ]; then
+      echo "== $name: no time left"
+      any_failed=1
+      continue
+    fi
+    [ "$left" -lt "$limit" ] && limit=$left
+  fi
+  echo "== $name, at most $limit s"
+  mkdir -p "$OUT/$name"
+  begin=$SECONDS
+  timeout -k 10 "$limit" bash "$HERE" --inside "$OUT" "$name" >"$OUT/$name/log.txt" 2>&1
+  rc=$?
+  [ "$rc" -eq 0 ] || any_failed=1
+  tail -c 900000 "$OUT/$name/log.txt" >"$OUT/$name/.log" && mv "$OUT/$name/.log" "$OUT/$name/log.txt"
+  if [ -d "$XDG_CACHE_HOME/fused_resnet" ]; then
+    mkdir -p "$OUT/tuned" && cp "$XDG_CACHE_HOME/fused_resnet/"*.json "$OUT/tuned/"
+  fi
+  note "$name" "$rc" "$((SECONDS - begin))"
+  tail -n 12 "$OUT/$name/log.txt"
+done
+[ -z "$DRY" ] && cat "$OUT/summary.txt"
+exit "$any_failed"
