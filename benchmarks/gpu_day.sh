@@ -10,6 +10,8 @@
 # passes over what has passed before; sections that are named are run in any case. --seconds: stop
 # after so many in all. Needs no network; PYTHON is the interpreter to use.
 # Exit status: 0 when all passed, 1 when one did not, 2 where nothing can be run.
+
+# shellcheck disable=SC2329 # sections are called by their names
 set -uo pipefail
 
 # name, seconds at most, what it is
@@ -55,7 +57,7 @@ mkdir -p "$1" || exit 2
 OUT=$(cd "$1" && pwd) || exit 2
 shift
 ROOT=$(cd "$(dirname "$0")/.." && pwd) || exit 2
-HERE=$ROOT/benchmarks/gpu_day.sh
+HERE=$ROOT/benchmarks/$(basename "$0")
 cd "$ROOT" || exit 2
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
@@ -73,7 +75,7 @@ run() {
   printf ' %q' "$@"
   printf '\n'
   [ -n "$DRY" ] && return 0
-  "$@" || { local rc=$?; echo "exit status $rc"; failed=1; return $rc; }
+  "$@" </dev/null || { local rc=$?; echo "exit status $rc"; failed=1; return "$rc"; }
 }
 
 # The GPU's compute capability, 9.0 for Hopper; empty where there is no GPU.
@@ -88,15 +90,16 @@ if torch.cuda.is_available(): print("{}.{}".format(*torch.cuda.get_device_capabi
 }
 
 # Test files, each in a process of its own: one that breaks the GPU's context breaks no other.
+# (--foreground keeps them in the section's process group, which its time limit ends.)
 # tests_of PROCESSES SECONDS FOLDER FILE... -- PYTEST_ARGUMENT...
 tests_of() {
   local processes=$1 seconds=$2 folder=$3 files=()
   shift 3
   while [ "$1" != -- ]; do files+=("$1"); shift; done
   shift
-  # shellcheck disable=SC2016 # $0 and $1 are the inner shell's
+  # shellcheck disable=SC2016 # $1 and the rest are the inner shell's
   local one='name=$(basename "$1" .py); file=$1; folder=$2; seconds=$3; shift 3
-    timeout -k 10 "$seconds" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider \
+    timeout --foreground -k 10 "$seconds" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider \
       --junitxml="$folder/$name.xml" "$file" "$@" >"$folder/$name.log" 2>&1
     rc=$?; [ $rc -eq 5 ] && rc=0 # no test chosen
     echo "$rc $name: $(tail -1 "$folder/$name.log")"
@@ -109,7 +112,8 @@ tests_of() {
     return 0
   fi
   printf '%s\0' "${files[@]}" |
-    OMP_NUM_THREADS=$(((CPUS + processes - 1) / processes)) xargs -0 -P "$processes" -I{} bash -c "$one" one {} "$folder" "$seconds" "$@" || failed=1
+    OMP_NUM_THREADS=$(((CPUS + processes - 1) / processes)) xargs -0 -P "$processes" -I{} \
+      bash -c "$one" one {} "$folder" "$seconds" "$@" || failed=1
   "$PYTHON" benchmarks/junit_summary.py "$folder" || failed=1
 }
 
@@ -198,7 +202,7 @@ section_sanitizer() {
   fi
   for tool in memcheck racecheck synccheck initcheck; do
     # Every tensor in memory of its own, so that an access beyond it shows.
-    run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 140 \
+    run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --foreground -k 10 140 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
       "$PYTHON" tests/sanitizer_list.py --device cuda
   done

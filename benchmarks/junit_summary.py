@@ -3,7 +3,8 @@
     python benchmarks/junit_summary.py FOLDER
 
 Counts for each file, the reasons of skips, and the first lines of every failure. A file that is
-missing or cut short is one whose process did not come to its end; its log says where.
+missing or cut short is one whose process did not come to its end; its log says where. Exit status
+1 for any failure, and where no test has passed at all.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def main() -> int:
             found[log.stem] = {"error": 1, "did not come to its end": str(error)}
     write_json(found, folder / "tests.json")
     bad = [name for name, each in found.items() if each.get("failure") or each.get("error")]
-    print(f"{len(found)} files, with failures: {', '.join(bad) or 'none'}")
-    return int(bool(bad) or not found)
+    passed = sum(each.get("passed", 0) for each in found.values())
+    print(f"{len(found)} files, {passed} tests passed; with failures: {', '.join(bad) or 'none'}")
+    return int(bool(bad) or not passed)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def skip_reason(architecture: int) -> str | None:
 
 
 def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Bit by bit, where both are: NaN equals NaN."""
-    as_bytes = [[t.contiguous().view(torch.uint8) for t in group] for group in (a, b)]
-    return all(torch.equal(x, y) for x, y in zip(*as_bytes, strict=True))
+    """Bit by bit: NaN equals NaN."""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    as_bits = [[t.view(bits[t.element_size()]) for t in group] for group in (a, b)]
+    return all(torch.equal(x, y) for x, y in zip(*as_bits, strict=True))

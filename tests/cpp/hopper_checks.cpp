@@ -8,14 +8,6 @@
 
 using namespace fused_resnet;
 
-// kGemmTiles[row] into out (5,); returns the number of rows.
-FR_TEST int hopper_tile(int row, int* out) {
-  const GemmTile& tile = kGemmTiles[row];
-  const int values[5] = {tile.architecture, tile.block_m, tile.block_n, tile.warps, tile.stages};
-  std::memcpy(out, values, sizeof values);
-  return kGemmTileCount;
-}
-
 // Every tile's (m, group, k) into out (tiles, 3).
 FR_TEST void hopper_schedule(int tiles, int n_tiles, int groups, int block_m, int block_n,
                              int* out) {
