@@ -68,6 +68,17 @@ def cuda_root_for(torch):
     return None if missing else root
 
 
+def cuda_archs():
+    """TORCH_CUDA_ARCH_LIST without what the kernels cannot be compiled for; Hopper by its full
+    name, without which it has no wgmma."""
+    asked = re.split("[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    served = [arch for arch in asked if not re.match(r"[1-7]\.", arch)]
+    if served != asked:
+        say(f"GPUs older than sm_80 are left out of TORCH_CUDA_ARCH_LIST ({';'.join(asked)})")
+    served = [re.sub(r"^9\.0(?=\+PTX$|$)", "9.0a", arch) for arch in served if arch]
+    return ";".join(served) or DEFAULT_CUDA_ARCHS
+
+
 def native_build():
     """Keyword arguments for setup() that build the extension, {} where it cannot be built."""
     if NATIVE == "0":
@@ -81,7 +92,7 @@ def native_build():
     if cuda_root:
         # Must be set before cpp_extension is imported, which otherwise guesses from PATH.
         os.environ["CUDA_HOME"] = cuda_root
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()

@@ -76,6 +76,11 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
     name = f"fused_resnet_native::{'implicit_gemm' if gemm else op}"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, key):
         return f"the native build has no {key} code: rebuild it where a CUDA toolkit is installed"
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if not native.runs_on(capability):
+            archs = native.build_info()["cuda_archs"]
+            return f"the native build ({archs}) has no code for sm_{capability[0]}{capability[1]}"
     if op == "conv_bn_relu" and not gemm and not native_conv.serves(torch.float32):
         return "the native convolution needs a processor with AVX-512"
     return None

@@ -38,7 +38,9 @@ class CudaConfig:
         if self.tile == STEM:
             return "stem"
         tile = tiles()[self.tile]
-        how = f"sm_{tile['architecture']} {tile['block_m']}x{tile['block_n']}"
+        how = (
+            f"sm_{tile['architecture']} {tile['block_m']}x{tile['block_n']}, {tile['warps']} warps"
+        )
         return how + (f", {self.splits} splits" if self.splits > 1 else "")
 
 

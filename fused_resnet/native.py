@@ -57,6 +57,22 @@ def built_for(architecture: str) -> bool:
     return architecture in re.split("[; ]", str(build_info().get("cuda_archs")))
 
 
+def runs_on(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this compute capability finds code in the build: its own machine code, that
+    of an older minor version, or PTX of any older one."""
+    for name in re.split("[; ]", str(build_info().get("cuda_archs"))):
+        found = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)
+        if found is None:
+            continue
+        built = int(found[1]), int(found[2])
+        same = built[0] == capability[0] and built <= capability
+        if built == capability or (same and not found[3]):
+            return True
+        if found[4] and not found[3] and built <= capability:
+            return True
+    return False
+
+
 def kernels() -> list[dict[str, object]]:
     """One entry per kernel: name, device, architecture; for CUDA kernels, on a machine with a
     GPU, registers and shared memory too (asking for those initialises CUDA)."""

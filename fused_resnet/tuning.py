@@ -85,6 +85,8 @@ def read(path: Path) -> Winners:
         for row in json.loads(path.read_text())["winners"]:
             backend = row["backend"]
             config = contender(backend).CONFIG(**row["config"])
+            if config.label() != row["label"]:
+                continue  # tiles were numbered otherwise then
             choice = Choice(backend, config, float(row["time_s"]))
             found.setdefault(Problem(**row["problem"]), {})[backend] = choice
         return found
@@ -107,6 +109,7 @@ def write(path: Path, winners: Winners) -> str | None:
             "problem": problem._asdict(),
             "backend": choice.backend,
             "config": asdict(choice.config),
+            "label": choice.config.label(),
             "time_s": choice.time_s,
         }
         for problem, by_backend in sorted(winners.items())

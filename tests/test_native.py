@@ -230,3 +230,23 @@ def test_build_info_and_kernels():
     names = {k["name"] for k in native.kernels() if k["device"] == "cpu"}
     schemas = {s.name for s in torch._C._jit_get_all_schemas()}
     assert names and {f"fused_resnet_native::{n}" for n in names} <= schemas
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0+PTX;9.0a", (8, 0), True),
+        ("8.0+PTX;9.0a", (8, 6), True),  # machine code of an older minor version
+        ("8.0+PTX;9.0a", (9, 0), True),
+        ("8.0+PTX;9.0a", (12, 0), True),  # PTX
+        ("9.0a", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("9.0a+PTX", (10, 0), False),  # PTX of sm_90a is for sm_90a
+        ("8.6", (8, 0), False),
+        (None, (9, 0), False),
+    ],
+)
+def test_which_gpus_find_code_in_the_build(monkeypatch, archs, capability, runs):
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": archs})
+    assert native.runs_on(capability) == runs

@@ -223,11 +223,11 @@ inline bool elect_lane() {
 }
 template <int kRegisters>
 void give_registers() {
-  ::emulated::collective("setmaxnreg", 128, nullptr, [](void**) {});
+  ::emulated::collective("setmaxnreg", 32, nullptr, [](void**) {});
 }
 template <int kRegisters>
 void take_registers() {
-  ::emulated::collective("setmaxnreg", 128, nullptr, [](void**) {});
+  ::emulated::collective("setmaxnreg", 32, nullptr, [](void**) {});
 }
 
 // Shared memory starts at an address that is 128 more than a multiple of 1024, as its host address.
@@ -235,9 +235,12 @@ inline uint32_t shared_address(const void* p) { return 128 + ::emulated::shared_
 
 // --- wgmma ---------------------------------------------------------------------------------------
 
+// The warps of a warpgroup go on separately, each with the 16 rows of the product that it holds: on
+// the hardware, too, nothing makes them meet.
+
 inline void products_fence() { ::emulated::products_fence(); }
 inline void products_commit() {
-  ::emulated::collective("wgmma.commit_group", 128, nullptr,
+  ::emulated::collective("wgmma.commit_group", 32, nullptr,
                          [](void**) { ::emulated::commit(::emulated::Queue::products); });
 }
 template <int kGroupsLeft>
@@ -286,18 +289,19 @@ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor, uint64_t b_de
     bool accumulate;
   } mine{d, a_descriptor, b_descriptor, accumulate};
   ::emulated::check_products_fenced();
-  ::emulated::collective("wgmma.mma_async", 128, &mine, [](void** threads) {
+  ::emulated::collective("wgmma.mma_async", 32, &mine, [](void** threads) {
     const Thread first = *static_cast<Thread*>(threads[0]);
-    std::array<float*, 128> sums;
-    for (size_t t = 0; t < 128; ++t) {
+    std::array<float*, 32> sums;
+    for (size_t t = 0; t < 32; ++t) {
       const Thread& thread = *static_cast<Thread*>(threads[t]);
       if (thread.a != first.a || thread.b != first.b || thread.accumulate != first.accumulate)
-        ::emulated::fault("wgmma: the warpgroup's threads disagree");
+        ::emulated::fault("wgmma: a warp's threads disagree");
       sums[t] = thread.d;
     }
     emulated_check_descriptor(first.a, 64);
     emulated_check_descriptor(first.b, kN);
     uint8_t* shared = ::emulated::shared_memory();
+    const size_t first_row = threadIdx.x % 128 / 32 * 16;
     ::emulated::start(::emulated::Queue::products, [=] {
       const std::vector<float> a = emulated_operand<T>(shared, first.a, 64);
       const std::vector<float> b = emulated_operand<T>(shared, first.b, kN);
@@ -305,13 +309,14 @@ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor, uint64_t b_de
       for (size_t n = 0; n < kN; ++n)
         for (size_t k = 0; k < 16; ++k) columns[k * kN + n] = b[n * 16 + k];
       std::array<float, kN> row_sums;
-      for (size_t row = 0; row < 64; ++row) {
+      for (size_t row = 0; row < 16; ++row) {
         row_sums.fill(0);
         for (size_t k = 0; k < 16; ++k)
-          for (size_t n = 0; n < kN; ++n) row_sums[n] += a[row * 16 + k] * columns[k * kN + n];
+          for (size_t n = 0; n < kN; ++n)
+            row_sums[n] += a[(first_row + row) * 16 + k] * columns[k * kN + n];
         for (size_t n = 0; n < kN; ++n) {
-          const size_t thread = row / 16 * 32 + row % 8 * 4 + n % 8 / 2;
-          float& sum = sums[thread][n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+          const size_t thread = row % 8 * 4 + n % 8 / 2;
+          float& sum = sums[thread][n / 8 * 4 + row / 8 * 2 + n % 2];
           sum = first.accumulate ? sum + row_sums[n] : row_sums[n];
         }
       }

@@ -101,7 +101,7 @@ struct Block {
   Meeting all;
   std::map<unsigned, Meeting> barriers;
   std::vector<Meeting> warps, warpgroups;
-  std::map<unsigned, OperationQueue> products;  // by warpgroup
+  std::map<unsigned, OperationQueue> products;  // by warp
   std::vector<OperationQueue> alone;
   std::map<uint64_t*, std::vector<Thread*>> mbarrier_waiters;
 };
@@ -273,7 +273,7 @@ OperationQueue& queue_of(Queue queue) {
     case Queue::stores:
       return thread.stores;
     default:
-      return thread.block->products[thread.index.x / 128];
+      return thread.block->products[thread.index.x / kWarp];
   }
 }
 

@@ -69,7 +69,7 @@ void grid_sync();
 
 // An operation that happens at some moment from now on, or at the last that it may; those of one
 // queue happen in order.
-// Queues: a thread's own copies, a warpgroup's products, a thread's stores by the copy engine.
+// Queues: a thread's own copies, a warp's products, a thread's stores by the copy engine.
 enum class Queue { copies, products, stores };
 void start(Queue queue, std::function<void()> operation);
 void commit(Queue queue);                           // closes a group of those started
