@@ -201,8 +201,9 @@ section_sanitizer() {
     return 0
   fi
   for tool in memcheck racecheck synccheck initcheck; do
-    # Every tensor in memory of its own, so that an access beyond it shows.
-    run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --foreground -k 10 140 \
+    # Every tensor in memory of its own, so that an access beyond it shows. (Not --foreground: the
+    # process that is watched must end with the one that watches.)
+    run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 140 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
       "$PYTHON" tests/sanitizer_list.py --device cuda
   done
