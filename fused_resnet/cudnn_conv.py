@@ -85,8 +85,9 @@ def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Cu
 
 def run_conv(
     conv: Any, x: Tensor, residual: Tensor | None, relu: bool, y: Tensor, config: CudnnConfig
-) -> None:
-    """x, residual, y channels_last -> y of a `gpu_conv.GpuConv`; relu must be True."""
+) -> Tensor:
+    """x, residual channels_last -> the output of a `gpu_conv.GpuConv`, in cuDNN's own memory and
+    not y; relu must be True."""
 
     def fold() -> Tensor:
         folded = conv.weight.float() * conv.scale.view(-1, 1, 1, 1)
@@ -94,4 +95,4 @@ def run_conv(
 
     weight = conv.kept("vendor", fold)
     bias = conv.kept("vendor bias", lambda: conv.shift.to(conv.dtype))
-    y.copy_(_fused(x, weight, bias, residual, *conv.geometry, conv.groups))
+    return _fused(x, weight, bias, residual, *conv.geometry, conv.groups)

@@ -132,5 +132,5 @@ class GpuConv(FusedConv):
             y = channels_last_empty(out, x)
         if residual is not None and residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
-        tuning.contender(backend).run_conv(self, x, residual, relu, y, config)
-        return y
+        own = tuning.contender(backend).run_conv(self, x, residual, relu, y, config)
+        return y if own is None else own
