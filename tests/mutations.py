@@ -200,7 +200,7 @@ PYTHON += [
 # What stands between the kernels of GPUs and their callers.
 INFERENCE_PY, INFERENCE = "fused_resnet/inference.py", "tests/test_inference.py"
 GPU, CUDA_PY = "fused_resnet/gpu_conv.py", "fused_resnet/cuda_conv.py"
-TUNING = "fused_resnet/tuning.py"
+TUNING, GEMM = "fused_resnet/tuning.py", "tests/test_implicit_gemm.py"
 PYTHON += [
     Mutation("inference: stale graphs replayed", INFERENCE_PY,
              "                self._graphs.clear()\n", "", f"{INFERENCE} -k weights_that_change"),
@@ -235,8 +235,6 @@ PYTHON += [
              "with self._turn:", f"{INFERENCE} -k gives"),
     Mutation("inference: training mode taken", INFERENCE_PY, "if self.model.training:",
              "if False:", f"{INFERENCE} -k training"),
-    Mutation("gpu: residual's layout not matched", GPU, "residual.stride() != y.stride()", "False",
-             f"{CONV} -k 'emulated and values'"),
     Mutation("gpu: x of any layout taken", GPU, "x = channels_last(x.to(self.dtype))",
              "x = x.to(self.dtype)", f"{CONV} -k 'emulated and values'"),
     Mutation("gpu: the residual always overwritten", GPU,
@@ -247,14 +245,20 @@ PYTHON += [
              f"{CONV} -k 'emulated and values and stem'"),
     Mutation("gpu: the stem's kernel with any padding", GPU,
              "self.geometry == ((2, 2), (3, 3), (1, 1))", "True",
-             f"{CONV} -k 'emulated and values and stem'"),
+             "tests/test_stem.py -k conv_bn_relu"),
     Mutation("cuda: channels not padded", CUDA_PY, "more = -weight.shape[1] % elements",
              "more = 0", f"{CONV} -k 'emulated and small_integers'"),
     Mutation("cuda: unaligned data not copied", CUDA_PY, "t if t.data_ptr() % 16 == 0 else",
              "t if True else", f"{CONV} -k 'emulated and any_layout'"),
     Mutation("cuda: the stem's fourth channel first", CUDA_PY,
              "F.pad(weight, (0, 1, 0, 0, 0, 1))", "F.pad(weight, (0, 1, 0, 0, 1, 0))",
-             f"{CONV} -k 'emulated and values and stem'"),
+             "tests/test_stem.py -k conv_bn_relu"),
+    Mutation("cuda: the slowest tile", CUDA_PY, "return min((c for", "return max((c for",
+             f"{GEMM} -k chosen"),
+    Mutation("cuda: Hopper's tiles on any GPU", CUDA_PY, "return capability == (9, 0) and near",
+             "return near", f"{GEMM} -k chosen"),
+    Mutation("cuda: Hopper's tiles for any stride", CUDA_PY, "problem.stride <= 8", "True",
+             f"{GEMM} -k chosen"),
     Mutation("cuda: float32 taken for TF32", CUDA_PY, 'problem.operands != "float32"', "True",
              f"{CONV} -k 'emulated and values'"),
     Mutation("cuda: groups of any width", CUDA_PY,

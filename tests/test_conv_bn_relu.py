@@ -58,6 +58,7 @@ CASES = {
     "uneven groups": ((2, 12, 6, 5), 42, (3, 3), 1, 1, 1, 3),
     "depthwise": ((2, 40, 7, 7), 40, (3, 3), 1, 1, 1, 40),
     "more taps than are served": ((1, 4, 14, 14), 8, (12, 12), 1, 0, 1, 1),
+    "groups of 4, 16 outputs": ((2, 12, 6, 5), 48, (3, 3), 1, 1, 1, 3),
     "stem of another padding": ((1, 3, 17, 20), 64, (7, 7), 2, 2, 1, 1),
 }
 
@@ -134,10 +135,11 @@ def test_small_integers_are_exact(device, backend, poison, case, dtype):
     same(y, want.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", ["3x3", "3x3 in sixteens", "groups of 4", "stem"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout(device, backend, poison, layout, case):
-    (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, device)
+def test_any_layout(device, backend, poison, layout, case, dtype):
+    (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
     x, residual = LAYOUTS[layout](x), LAYOUTS[layout](residual)
     arguments = (x, weight, scale, shift, residual, True, *geometry)
     check = unchanged(x, weight, residual)

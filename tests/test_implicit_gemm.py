@@ -13,6 +13,8 @@ import torch
 from op_cases import close, integers, randn, same
 from test_conv_bn_relu import CASES, exact, operands, stock
 
+from fused_resnet import cuda_conv, gemm
+
 if emulation.unavailable() is not None:
     pytest.skip(emulation.unavailable(), allow_module_level=True)
 
@@ -255,6 +257,27 @@ def test_windows_are_walked_as_divided(channels):
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_sums_have_places_of_their_own(tile):
     assert emulation.load().wrong_sum_offsets(tile.block_m, tile.block_n) == 0
+
+
+def test_tiles_are_chosen_for_the_device_and_the_problem():
+    """Large ones for many pixels, several blocks to a tile for few; Hopper's on Hopper alone."""
+    many = gemm.Problem(100352, 256, 64, 3, 3, 1, 1, "float16")
+    few, far = many._replace(M=49, C=2048), many._replace(stride=9)
+    for capability, problem in (
+        ((8, 0), many),
+        ((9, 0), far),
+        ((9, 0), many._replace(operands="tf32")),
+    ):
+        for config in cuda_conv.candidates(problem, capability):
+            assert cuda_conv.tiles()[config.tile]["architecture"] == 80
+    for capability in ((8, 0), (9, 0)):
+        tile = cuda_conv.tiles()[cuda_conv.choose(many, capability, 108).tile]
+        assert tile["architecture"] == 10 * capability[0]
+        assert tile["block_m"] * tile["block_n"] >= 128 * 128
+    assert cuda_conv.choose(few, (8, 0), 108).splits > 1
+    stem = many._replace(K=64, C=3, R=7, S=7, stride=2)
+    assert cuda_conv.choose(stem, (8, 0), 108).tile == cuda_conv.STEM
+    assert cuda_conv.choose(stem._replace(stride=1), (8, 0), 108).tile != cuda_conv.STEM
 
 
 @on_a_gpu_too

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from op_cases import LAYOUTS, close, integers, lifted, randn, same
 
+import fused_resnet as fr
 from fused_resnet import backends, gpu_conv
 
 pytestmark = pytest.mark.skipif(
@@ -67,6 +68,23 @@ def test_values(poison, size, dtype, pool):
     assert y.is_contiguous(memory_format=torch.channels_last)
     wide = stem(arguments[0].float(), *arguments[1:])
     same(wide, y)
+
+
+@pytest.mark.parametrize("padding", [3, 2])
+def test_conv_bn_relu_uses_it_for_the_stem_alone(emulator, poison, padding):
+    """Its weights are packed there; what differs from a stem in the padding alone is not for it."""
+    x, weight, scale, shift = operands((2, 3, 21, 34), torch.bfloat16)
+    with fr.use_backend("emulated"), emulation.launches() as found:
+        y = fr.conv_bn_relu(x, weight, scale, shift, None, True, 2, padding)
+
+    def expected(*tensors):
+        z = F.conv2d(tensors[0], tensors[1], None, 2, padding)
+        return torch.relu(z * tensors[2].view(-1, 1, 1) + tensors[3].view(-1, 1, 1))
+
+    tensors = (x, weight, scale, shift)
+    want = expected(*map(lifted, tensors))
+    close(("y",), [y], [expected(*tensors).to(x.dtype)], [want], torch.bfloat16)
+    assert [launch.threads == 320 for launch in found] == [padding == 3]
 
 
 @on_a_gpu_too
