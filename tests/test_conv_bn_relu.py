@@ -139,6 +139,8 @@ def test_small_integers_are_exact(device, backend, poison, case, dtype):
 @pytest.mark.parametrize("case", ["3x3", "3x3 in sixteens", "groups of 4", "stem"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(device, backend, poison, layout, case, dtype):
+    if interpreted(backend, device) and (backend == "emulated") == (dtype == torch.float32):
+        pytest.skip("one dtype each where it is slow: the one that the emulated kernels have")
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
     x, residual = LAYOUTS[layout](x), LAYOUTS[layout](residual)
     arguments = (x, weight, scale, shift, residual, True, *geometry)
