@@ -57,7 +57,7 @@ def test_public_names_are_documented():
 def test_links_and_files_are_there():
     for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
         assert link.startswith("http") or (ROOT / link).exists(), link
-    for name in re.findall(r"^  ([\w*, ]+\.(?:py|h|cpp|cu))", TEXT, re.M):
+    for name in re.findall(r"^  ([\w*, ]+\.(?:py|h|cpp|cuh?))\b", TEXT, re.M):
         for pattern in name.split(", "):
             assert list(ROOT.glob(f"*/{pattern.strip()}")), pattern
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
