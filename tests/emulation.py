@@ -38,13 +38,18 @@ ACCESSES = ("load", "store", "async_store", "ldmatrix", "stmatrix")
 def asan_environment() -> dict[str, str]:
     """Environment for a process whose emulated kernels AddressSanitizer watches."""
     compiler = os.environ.get("CXX", "g++")
-    library = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    # The C++ library as well: the sanitizer looks for its `throw` when it is loaded, and Python by
+    # itself has none.
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
     return {
         **os.environ,
         "FUSED_RESNET_EMULATION": "asan",
-        "LD_PRELOAD": os.path.realpath(library),
+        "LD_PRELOAD": ":".join(map(os.path.realpath, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
     }
 
