@@ -315,6 +315,7 @@ def conv_case(
         return [y.relu_() if relu else y]
 
     conv = GpuConv(weight, scale, shift, like.dtype, *geometry)
+    conv.lasting = True
 
     def run_by(backend: str, config: Any) -> Ready:
         def call() -> list[Tensor]:

@@ -92,20 +92,7 @@ void run_elementwise(const char* op, const char* a_name, const Tensor& a, const 
   check_same_layout(op, b_name, b, a_name, a);
   check_same_layout(op, "out", out, a_name, a);
   if (a.numel() == 0) return;
-  switch (dtype) {
-    case kFloat32:
-      launch_elementwise<Op, float>(a, b, out);
-      break;
-    case kBFloat16:
-      launch_elementwise<Op, bfloat16_t>(a, b, out);
-      break;
-    case kFloat16:
-      launch_elementwise<Op, half_t>(a, b, out);
-      break;
-    case kFloat64:
-      launch_elementwise<Op, double>(a, b, out);
-      break;
-  }
+  with_element(dtype, [&](auto element) { launch_elementwise<Op, decltype(element)>(a, b, out); });
 }
 
 // x, residual (any shape, one for both) -> out, which may be x or residual

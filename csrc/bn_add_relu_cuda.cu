@@ -117,23 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
   Tensor y = torch::stable::empty_like(x);
   Tensor mean = channel_vector(x, dtype), var = channel_vector(x, dtype);
   if (x.numel() == 0) return {y, mean, var};
-  const auto run = [&](auto element) {
+  with_element(dtype, [&](auto element) {
     forward<decltype(element)>(layout, x, weight, bias, residual, eps, relu, y, mean, var);
-  };
-  switch (dtype) {
-    case kFloat32:
-      run(float{});
-      break;
-    case kBFloat16:
-      run(bfloat16_t{});
-      break;
-    case kFloat16:
-      run(half_t{});
-      break;
-    case kFloat64:
-      run(double{});
-      break;
-  }
+  });
   return {y, mean, var};
 }
 
@@ -159,24 +145,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
   Tensor dresidual = need_dresidual ? torch::stable::empty_like(x) : nothing;
   Tensor dweight = channel_vector(x, dtype), dbias = channel_vector(x, dtype);
   if (x.numel() == 0) return {dx, dweight, dbias, dresidual};
-  const auto run = [&](auto element) {
+  with_element(dtype, [&](auto element) {
     backward<decltype(element)>(layout, dy, x, y, weight, mean, var, eps, need_dx ? &dx : nullptr,
                                 need_dresidual ? &dresidual : nullptr, dweight, dbias);
-  };
-  switch (dtype) {
-    case kFloat32:
-      run(float{});
-      break;
-    case kBFloat16:
-      run(bfloat16_t{});
-      break;
-    case kFloat16:
-      run(half_t{});
-      break;
-    case kFloat64:
-      run(double{});
-      break;
-  }
+  });
   return {dx, dweight, dbias, dresidual};
 }
 

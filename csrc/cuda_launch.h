@@ -21,6 +21,25 @@ namespace fused_resnet {
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// body(a value of the dtype's type): its kernels' element.
+template <typename Body>
+void with_element(DtypeIndex dtype, const Body& body) {
+  switch (dtype) {
+    case kFloat32:
+      body(float{});
+      break;
+    case kBFloat16:
+      body(bfloat16_t{});
+      break;
+    case kFloat16:
+      body(half_t{});
+      break;
+    case kFloat64:
+      body(double{});
+      break;
+  }
+}
+
 // One launch: a 1-D grid of 1-D blocks.
 struct Grid {
   int64_t blocks;

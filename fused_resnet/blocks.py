@@ -229,7 +229,8 @@ def _scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Te
         return kept[2], kept[3]
     with torch.no_grad():
         scale, shift = plans.scale_and_shift(conv, bn, dtype)
-    _folded[bn] = ((bn.eps, dtype), now, scale, shift)
+    if convolution.keepable(scale):
+        _folded[bn] = ((bn.eps, dtype), now, scale, shift)
     return scale, shift
 
 

@@ -72,6 +72,7 @@ class FusedConv:
     takes_any = False
 
     gain, shift_max = math.inf, math.inf
+    lasting = False  # whether somebody keeps it for later calls
 
     def __init__(
         self,
@@ -140,6 +141,19 @@ def capturing(t: Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def keepable(t: Tensor) -> bool:
+    """Whether what was just made on t's device may be kept for later calls.
+
+    Not while a CUDA graph records: its memory is the graph's. Else it is waited for, since a later
+    call may be on another stream, where nobody knows that there is something to wait for.
+    """
+    if capturing(t):
+        return False
+    if t.is_cuda:
+        torch.cuda.current_stream(t.device).synchronize()
+    return True
+
+
 def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:
     """What must be unchanged for something made from these tensors to be still good.
 
@@ -199,7 +213,8 @@ def kept(
     if again and entry is not None and entry[3] is not None:
         return entry[3]
     conv = kind(weight, scale, shift, dtype, *geometry)
-    if now is not None and state is not None and not capturing(weight):
+    if now is not None and state is not None:
         alive = weakref.ref(weight, lambda _: _kept.pop(key, None))
-        _kept[key] = (alive, now, state, conv if again else None)
+        conv.lasting = again and keepable(weight)
+        _kept[key] = (alive, now, state, conv if conv.lasting else None)
     return conv

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, cuda_conv, reference, tuning
-from .convolution import FusedConv, capturing, note
+from .convolution import FusedConv, keepable, note
 from .gemm import (
     Problem,
     capability,
@@ -27,7 +27,7 @@ class GpuConv(FusedConv):
     """One convolution with batch normalisation folded in, for kernels of GPUs.
 
     weight: (K, C / groups, R, S) in `dtype`, channels_last, the parameter itself where it is that
-    already; scale, shift: (K,) float32. Nothing here waits for the device.
+    already; scale, shift: (K,) float32.
     """
 
     takes_any = True
@@ -57,13 +57,13 @@ class GpuConv(FusedConv):
         self._reached = cuda_conv.reaches(self._problem(1), self.geometry)
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Another form of the weights, made once."""
-        if name not in self._kept:
+        """Another form of the weights, made once if the convolution itself is kept."""
+        made = self._kept.get(name)
+        if made is None:
             made = make()
-            if capturing(made):  # its memory is the graph's: good for this call alone
-                return made
-            self._kept[name] = made
-        return self._kept[name]
+            if self.lasting and keepable(made):
+                self._kept[name] = made
+        return made
 
     def problem(self, shape: Sequence[int]) -> Problem:
         """The matrix product for an x of this shape (N, C, H, W)."""

@@ -166,14 +166,8 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._homes = [
-            home for m in modules for home in (m._parameters, m._buffers, m._modules)
-        ]  # fmt: skip
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]  # fmt: skip
+        self._homes = [h for m in modules for h in (m._parameters, m._buffers, m._modules)]
+        self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._members = self._now()
         self._tensors = [t for t in self._members if isinstance(t, Tensor)]
         self._state = self._state_now()

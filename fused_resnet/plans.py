@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
-from .convolution import BOUND_LIMIT, FusedConv, capturing, max_abs
+from .convolution import BOUND_LIMIT, FusedConv, keepable, max_abs
 from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
 
 
@@ -67,8 +67,8 @@ class Plan:
         self.downsample = convs.pop() if parts.downsample else None
         self.convs = convs
         self.residual = len(convs) > 1
-        all_convs = [*convs, self.downsample] if self.downsample else convs
-        self._needs_bound = any(conv.needs_bound for conv in all_convs)
+        self.all_convs = [*convs, self.downsample] if self.downsample else convs
+        self._needs_bound = any(conv.needs_bound for conv in self.all_convs)
         self.takes_any = not self.residual and convs[0].takes_any
         self.weight = parts.pairs[0][0].weight
         self._shapes: list[Sequence[int]] = []
@@ -221,8 +221,10 @@ def plan_for(
     if not guard.watchable:
         return "weights made in inference mode carry no version counter to watch"
     plan = Plan(parts, guard, inner)
-    if capturing(plan.weight):  # its memory is the graph's: good for this call alone
+    if not keepable(plan.weight):  # good for this call alone
         return plan
+    for conv in plan.all_convs:
+        conv.lasting = True
     # Another dtype's plan stays while it is good too: autocast on, autocast off.
     others = {k: p for k, p in plans.items() if k != key and p.guard.holds()}
     _plans[block] = {**others, key: plan}

@@ -12,7 +12,7 @@ from model_helpers import KINDS, pair, randomise
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import cuda_conv, gpu_conv, tuning
+from fused_resnet import convolution, cuda_conv, gpu_conv, tuning
 from fused_resnet.tolerance import TOLERANCE, measure_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -179,6 +179,43 @@ def test_inference_in_16_bits():
         y = call(x)
         with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
             assert torch.equal(y, model(x))
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["a call", "a call that a graph records"])
+def test_what_is_kept_has_been_waited_for(record, monkeypatch):
+    """Weights laid out on one stream are there when another stream's call meets them, and none is
+    kept whose memory is a graph's."""
+    model = pair("basic")[1].to(DEVICE, torch.bfloat16)
+    x, asked, made = images(1, 32).to(torch.bfloat16), [], []
+    monkeypatch.setattr(
+        convolution, "capturing", lambda t: asked.append(t.shape) is None and record
+    )
+    make = cuda_conv.pack_stem
+    monkeypatch.setattr(cuda_conv, "pack_stem", lambda w: made.append(1) or make(w))
+    with torch.no_grad(), fr.use_backend(BACKEND):
+        first = model(x)
+        blocks = 1 + sum(len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4))
+        assert len(asked) > blocks  # every plan, and the stem's other form
+        asked.clear()
+        assert torch.equal(model(x), first)
+    assert len(made) == (2 if record else 1) and bool(asked) == record
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_another_stream_finds_the_weights_laid_out():
+    x = images(1).to(torch.bfloat16)
+    for _ in range(5):
+        model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.no_grad(), fr.use_backend(BACKEND):
+            with torch.cuda.stream(first):
+                torch.cuda._sleep(200_000_000)
+                want = model(x)
+            with torch.cuda.stream(second):
+                got = model(x)
+        torch.cuda.synchronize()
+        assert torch.equal(got, want)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has the architecture it has")

@@ -37,7 +37,7 @@ struct alignas(8) float2 {
 
 inline void __syncthreads() { ::emulated::sync_threads(); }
 inline void __syncwarp() {
-  ::emulated::collective("__syncwarp", 32, nullptr, [](void**) {});
+  ::emulated::collective("__syncwarp", nullptr, [](void**) {});
 }
 inline void __threadfence() {}
 
@@ -47,7 +47,7 @@ T emulated_shuffle(const char* name, T value, unsigned source_lane) {
     T in, out;
     unsigned source;
   } mine{value, value, source_lane};
-  ::emulated::collective(name, 32, &mine, [](void** lanes) {
+  ::emulated::collective(name, &mine, [](void** lanes) {
     for (int i = 0; i < 32; ++i) {
       Lane& lane = *static_cast<Lane*>(lanes[i]);
       if (lane.source < 32) lane.out = static_cast<Lane*>(lanes[lane.source])->in;
@@ -73,7 +73,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
     bool in;
     unsigned out;
   } mine{predicate, 0};
-  ::emulated::collective("__ballot_sync", 32, &mine, [](void** lanes) {
+  ::emulated::collective("__ballot_sync", &mine, [](void** lanes) {
     unsigned bits = 0;
     for (int i = 0; i < 32; ++i) bits |= unsigned{static_cast<Lane*>(lanes[i])->in} << i;
     for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->out = bits;
@@ -173,7 +173,7 @@ inline void load_matrix_x4(uint32_t (&out)[4], const void* row) {
     const uint8_t* row;
   } mine{out, static_cast<const uint8_t*>(row)};
   ::emulated::record(::emulated::Access::ldmatrix, row, 16);
-  ::emulated::collective("ldmatrix", 32, &mine, [](void** lanes) {
+  ::emulated::collective("ldmatrix", &mine, [](void** lanes) {
     for (int l = 0; l < 32; ++l)
       for (int m = 0; m < 4; ++m)
         std::memcpy(static_cast<Lane*>(lanes[l])->out + m,
@@ -187,7 +187,7 @@ inline void store_matrix_x4(void* row, const uint32_t (&in)[4]) {
     uint8_t* row;
   } mine{in, static_cast<uint8_t*>(row)};
   ::emulated::record(::emulated::Access::stmatrix, row, 16);
-  ::emulated::collective("stmatrix", 32, &mine, [](void** lanes) {
+  ::emulated::collective("stmatrix", &mine, [](void** lanes) {
     for (int l = 0; l < 32; ++l)
       for (int m = 0; m < 4; ++m)
         std::memcpy(static_cast<Lane*>(lanes[8 * m + l / 4])->row + 4 * (l % 4),
@@ -221,7 +221,7 @@ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     float* d;
     const uint32_t *a, *b;
   } mine{d, a, b};
-  ::emulated::collective("mma", 32, &mine, [](void** lanes) {
+  ::emulated::collective("mma", &mine, [](void** lanes) {
     constexpr int k = std::is_same_v<T, float> ? 8 : 16;
     float A[16][k], B[k][8];
     for (int l = 0; l < 32; ++l) {

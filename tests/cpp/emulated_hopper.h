@@ -218,16 +218,16 @@ inline void store_wait_read() { ::emulated::finish(::emulated::Queue::stores, 0)
 inline void barrier_sync(uint32_t id, uint32_t threads) { ::emulated::barrier(id, threads); }
 // Any lane, the same each time: here the 23rd.
 inline bool elect_lane() {
-  ::emulated::collective("elect.sync", 32, nullptr, [](void**) {});
+  ::emulated::collective("elect.sync", nullptr, [](void**) {});
   return threadIdx.x % 32 == 23;
 }
 template <int kRegisters>
 void give_registers() {
-  ::emulated::collective("setmaxnreg", 32, nullptr, [](void**) {});
+  ::emulated::collective("setmaxnreg", nullptr, [](void**) {});
 }
 template <int kRegisters>
 void take_registers() {
-  ::emulated::collective("setmaxnreg", 32, nullptr, [](void**) {});
+  ::emulated::collective("setmaxnreg", nullptr, [](void**) {});
 }
 
 // Shared memory starts at an address that is 128 more than a multiple of 1024, as its host address.
@@ -240,7 +240,7 @@ inline uint32_t shared_address(const void* p) { return 128 + ::emulated::shared_
 
 inline void products_fence() { ::emulated::products_fence(); }
 inline void products_commit() {
-  ::emulated::collective("wgmma.commit_group", 32, nullptr,
+  ::emulated::collective("wgmma.commit_group", nullptr,
                          [](void**) { ::emulated::commit(::emulated::Queue::products); });
 }
 template <int kGroupsLeft>
@@ -289,7 +289,7 @@ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor, uint64_t b_de
     bool accumulate;
   } mine{d, a_descriptor, b_descriptor, accumulate};
   ::emulated::check_products_fenced();
-  ::emulated::collective("wgmma.mma_async", 32, &mine, [](void** threads) {
+  ::emulated::collective("wgmma.mma_async", &mine, [](void** threads) {
     const Thread first = *static_cast<Thread*>(threads[0]);
     std::array<float*, 32> sums;
     for (size_t t = 0; t < 32; ++t) {

@@ -14,40 +14,14 @@
 #include <utility>
 #include <vector>
 
+#include "bank_conflicts.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-#if !defined(__x86_64__)
-#error "the emulator switches stacks by x86-64 instructions"
-#endif
-
-// Saves the registers that a call keeps (System V ABI), exchanges the stacks, restores them.
-// rdi: where to keep the old stack pointer, rsi: the new one.
-asm(R"(
-.text
-.globl fused_resnet_switch_stack
-.hidden fused_resnet_switch_stack
-.type fused_resnet_switch_stack, @function
-fused_resnet_switch_stack:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size fused_resnet_switch_stack, .-fused_resnet_switch_stack
-)");
+// Keeps the old stack pointer, goes on where the other stack was left (stack_switch.cpp).
 extern "C" void fused_resnet_switch_stack(void** old_sp, void* new_sp);
 
 namespace emulated {
@@ -80,7 +54,7 @@ struct Thread {
   OperationQueue copies, stores;
   std::set<uintptr_t> unfenced;  // writes to shared memory, by their 16 bytes
   bool products_fenced = false;
-  std::array<std::vector<std::pair<uintptr_t, unsigned>>, static_cast<int>(Access::kinds)> accesses;
+  std::array<LaneAccesses, static_cast<size_t>(Access::kinds)> accesses;
 };
 
 // Threads that have come to one place, until all have.
@@ -100,7 +74,7 @@ struct Block {
   unsigned alive = 0;
   Meeting all;
   std::map<unsigned, Meeting> barriers;
-  std::vector<Meeting> warps, warpgroups;
+  std::vector<Meeting> warps;
   std::map<unsigned, OperationQueue> products;  // by warp
   std::vector<OperationQueue> alone;
   std::map<uint64_t*, std::vector<Thread*>> mbarrier_waiters;
@@ -112,7 +86,7 @@ struct Machine {
   uint64_t random = 1;
   bool recording = false;
   unsigned late_kinds = 0;  // a bit each
-  Wavefronts wavefronts[static_cast<int>(Access::kinds)];
+  std::array<Wavefronts, static_cast<size_t>(Access::kinds)> wavefronts;
   Index grid, block_size;
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Thread>> pool;
@@ -277,34 +251,13 @@ OperationQueue& queue_of(Queue queue) {
   }
 }
 
-// --- bank conflicts ------------------------------------------------------------------------------
-
 void count_wavefronts(const Block& block) {
-  for (int kind = 0; kind < static_cast<int>(Access::kinds); ++kind)
+  for (size_t kind = 0; kind < static_cast<size_t>(Access::kinds); ++kind)
     for (size_t first = 0; first < block.threads.size(); first += kWarp) {
-      const size_t last = std::min(first + kWarp, block.threads.size());
-      size_t longest = 0;
-      for (size_t t = first; t < last; ++t)
-        longest = std::max(longest, block.threads[t]->accesses[kind].size());
-      for (size_t i = 0; i < longest; ++i) {
-        unsigned bytes = 4;
-        for (size_t t = first; t < last; ++t)
-          if (i < block.threads[t]->accesses[kind].size())
-            bytes = block.threads[t]->accesses[kind][i].second;
-        const size_t lanes = 128 / bytes;  // that the banks serve at once
-        for (size_t begin = first; begin < last; begin += lanes) {
-          std::map<unsigned, std::set<uintptr_t>> words;  // by bank
-          for (size_t t = begin; t < std::min(begin + lanes, last); ++t)
-            if (i < block.threads[t]->accesses[kind].size()) {
-              const uintptr_t at = block.threads[t]->accesses[kind][i].first;
-              for (unsigned b = 0; b < bytes; b += 4) words[(at + b) / 4 % 32].insert((at + b) / 4);
-            }
-          size_t needed = 0;
-          for (const auto& [bank, set] : words) needed = std::max(needed, set.size());
-          machine.wavefronts[kind].needed += static_cast<int64_t>(needed);
-          machine.wavefronts[kind].ideal += needed > 0;
-        }
-      }
+      std::vector<const LaneAccesses*> lanes;
+      for (size_t t = first; t < std::min(first + kWarp, block.threads.size()); ++t)
+        lanes.push_back(&block.threads[t]->accesses[kind]);
+      add_wavefronts(lanes, machine.wavefronts[kind]);
     }
 }
 
@@ -320,8 +273,7 @@ void open(Block& block, unsigned number, unsigned threads, size_t shared_bytes, 
   block.shared_bytes = shared_bytes;
   std::memset(block.shared, 0xff, shared_bytes);
   block.alive = threads;
-  block.warps.resize((threads + 31) / 32);
-  block.warpgroups.resize((threads + 127) / 128);
+  block.warps.resize((threads + kWarp - 1) / kWarp);
   for (unsigned t = 0; t < threads; ++t) {
     Thread* thread = new_thread(first + t);
     thread->index = {t, 0, 0};
@@ -464,19 +416,17 @@ unsigned shared_offset(const void* p) {
   return static_cast<unsigned>(at - block.shared);
 }
 
-void collective(const char* name, unsigned size, void* argument,
-                const std::function<void(void**)>& action) {
+void collective(const char* name, void* argument, const std::function<void(void**)>& action) {
   Thread& thread = self();
-  auto& meetings = size == kWarp ? thread.block->warps : thread.block->warpgroups;
-  Meeting& meeting = meetings[thread.index.x / size];
+  Meeting& meeting = thread.block->warps[thread.index.x / kWarp];
   if (meeting.arrived == 0) {
     meeting.name = name;
-    meeting.arguments.assign(size, nullptr);
+    meeting.arguments.assign(kWarp, nullptr);
   }
   if (std::strcmp(meeting.name, name) != 0)
-    fault(std::string("lanes of one group are at ") + meeting.name + " and at " + name);
-  meeting.arguments[thread.index.x % size] = argument;
-  if (++meeting.arrived < size) {
+    fault(std::string("lanes of one warp are at ") + meeting.name + " and at " + name);
+  meeting.arguments[thread.index.x % kWarp] = argument;
+  if (++meeting.arrived < kWarp) {
     meeting.waiting.push_back(&thread);
     wait(name);
     return;
@@ -634,40 +584,9 @@ void record(Access kind, const void* p, unsigned bytes) {
   if (kind == Access::store || kind == Access::stmatrix)
     self().unfenced.insert(reinterpret_cast<uintptr_t>(p) / 16 * 16);
   if (!machine.recording) return;
-  self().accesses[static_cast<int>(kind)].push_back({reinterpret_cast<uintptr_t>(p), bytes});
+  self().accesses[static_cast<size_t>(kind)].push_back({reinterpret_cast<uintptr_t>(p), bytes});
 }
 
-Wavefronts& wavefronts(Access kind) { return machine.wavefronts[static_cast<int>(kind)]; }
+Wavefronts& wavefronts(Access kind) { return machine.wavefronts[static_cast<size_t>(kind)]; }
 
 }  // namespace emulated
-
-extern "C" {
-__attribute__((visibility("default"))) void emulated_device(int multiprocessors, int architecture) {
-  emulated::device().multiprocessors = multiprocessors;
-  emulated::device().architecture = architecture;
-  emulated::device().shared_bytes = (architecture == 90   ? 227
-                                     : architecture == 80 ? 163
-                                                          : 99) *
-                                    1024;
-}
-__attribute__((visibility("default"))) void emulated_seed(uint64_t seed) {
-  emulated::set_seed(seed);
-}
-// The launches since the last time this was asked, oldest first: at most `room` of four numbers
-// each (blocks, threads, bytes of shared memory, together). Returns how many there were.
-__attribute__((visibility("default"))) int emulated_launches(int64_t* out, int room) {
-  const auto launches = emulated::take_launches();
-  for (size_t i = 0; i < std::min(launches.size(), static_cast<size_t>(room)); ++i)
-    std::memcpy(out + 4 * i, &launches[i], sizeof launches[i]);
-  return static_cast<int>(launches.size());
-}
-__attribute__((visibility("default"))) void emulated_record(int on) { emulated::set_recording(on); }
-// Wavefronts needed (and, with ideal, the least possible) since the last time this was asked.
-__attribute__((visibility("default"))) int64_t emulated_wavefronts(int kind, int ideal) {
-  emulated::Wavefronts& found = emulated::wavefronts(static_cast<emulated::Access>(kind));
-  int64_t& value = ideal ? found.ideal : found.needed;
-  const int64_t result = value;
-  value = 0;
-  return result;
-}
-}

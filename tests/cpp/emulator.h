@@ -56,10 +56,9 @@ uint8_t* shared_at(unsigned offset);
 
 // --- waiting for one another ---------------------------------------------------------------------
 
-// All threads of a group of `size` neighbours (32: a warp, 128: a warpgroup) come here with an
-// argument; the last one runs action(arguments), by place in the group; then all go on.
-void collective(const char* name, unsigned size, void* argument,
-                const std::function<void(void**)>& action);
+// All 32 threads of a warp come here with an argument; the last one runs action(arguments), by
+// lane; then all go on.
+void collective(const char* name, void* argument, const std::function<void(void**)>& action);
 void sync_threads();                                 // those of the block that have not returned
 void barrier(unsigned id, unsigned threads);         // bar.sync
 void barrier_arrive(unsigned id, unsigned threads);  // bar.arrive: counted, not waiting
