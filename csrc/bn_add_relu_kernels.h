@@ -139,7 +139,8 @@ void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, 
   }
 }
 
-// y = relu((x - mean) * scale + shift + residual)
+// y = relu((x - mean) * scale + shift + residual), the residual being taken as it is or as
+// (residual - mean2) * scale2, with its shift in `shift`
 template <typename D>
 void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
   typedef typename D::V V;
@@ -150,12 +151,17 @@ void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
   const auto* mean = static_cast<const typename D::A*>(bn.mean);
   const auto* scale = static_cast<const typename D::A*>(bn.scale);
   const auto* shift = static_cast<const typename D::A*>(bn.shift);
+  const auto* mean2 = static_cast<const typename D::A*>(bn.mean2);
+  const auto* scale2 = static_cast<const typename D::A*>(bn.scale2);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t base = row * C;
     for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
       V v = (memory.load(x + base + j) - load_any<V>(mean + j)) * load_any<V>(scale + j) +
             load_any<V>(shift + j);
-      if (residual) v += memory.load(residual + base + j);
+      if (scale2)
+        v += (memory.load(residual + base + j) - load_any<V>(mean2 + j)) * load_any<V>(scale2 + j);
+      else if (residual)
+        v += memory.load(residual + base + j);
       memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
     });
   }
@@ -173,34 +179,46 @@ void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
     const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
     const V scale = D::splat(static_cast<const typename D::A*>(bn.scale)[segment.channel]);
     const V shift = D::splat(static_cast<const typename D::A*>(bn.shift)[segment.channel]);
+    const bool normalised = bn.scale2 != nullptr;
+    V mean2 = {}, scale2 = {};
+    if (normalised) {
+      mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
+      scale2 = D::splat(static_cast<const typename D::A*>(bn.scale2)[segment.channel]);
+    }
     for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
       V v = (memory.load(x + base + j) - mean) * scale + shift;
-      if (residual) v += memory.load(residual + base + j);
+      if (normalised)
+        v += (memory.load(residual + base + j) - mean2) * scale2;
+      else if (residual)
+        v += memory.load(residual + base + j);
       memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
     });
   }
 }
 
-// g = dy * !(y <= 0); sums of g and g * (x - mean); g written to dresidual where asked for.
+// g = dy * !(y <= 0); sums of g, g * (x - mean) and, where there is an x2, g * (x2 - mean2); g
+// written to dresidual where asked for.
 template <typename D>
 void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __restrict sum_g,
-                    double* __restrict sum_gx) {
+                    double* __restrict sum_gx, double* __restrict sum_gx2) {
   typedef typename D::T T;
   typedef typename D::A A;
   typedef typename D::V V;
   const int64_t C = bn.walk.period;
-  A t1[kTile], t2[kTile];
+  A t1[kTile], t2[kTile], t3[kTile];
   for (int64_t block = begin; block < end; block += kBlockRows) {
     const int64_t rows = end - block < kBlockRows ? end - block : kBlockRows;
     for (int64_t tile = 0; tile < C; tile += kTile) {
       const int64_t columns = C - tile < kTile ? C - tile : kTile;
       const auto* mean = static_cast<const A*>(bn.mean) + tile;
-      for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = 0;
+      const auto* mean2 = bn.x2 ? static_cast<const A*>(bn.mean2) + tile : nullptr;
+      for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
         const int64_t base = row * C + tile;
         const T* dy = static_cast<const T*>(bn.dy) + base;
         const T* x = static_cast<const T*>(bn.x) + base;
         const T* y = bn.y ? static_cast<const T*>(bn.y) + base : nullptr;
+        const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + base : nullptr;
         T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
         for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
           V g = memory.load(dy + j);
@@ -209,11 +227,16 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
           store_any(t1 + j, load_any<V>(t1 + j) + g);
           store_any(t2 + j, load_any<V>(t2 + j) + g * centred);
+          if (x2) {
+            const V centred2 = memory.load(x2 + j) - load_any<V>(mean2 + j);
+            store_any(t3 + j, load_any<V>(t3 + j) + g * centred2);
+          }
         });
       }
       for (int64_t j = 0; j < columns; ++j) {
         sum_g[tile + j] += t1[j];
         sum_gx[tile + j] += t2[j];
+        if (bn.x2) sum_gx2[tile + j] += t3[j];
       }
     }
   }
@@ -221,7 +244,7 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
 
 template <typename D>
 void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* sum_g,
-                      double* sum_gx) {
+                      double* sum_gx, double* sum_gx2) {
   typedef typename D::T T;
   typedef typename D::V V;
   for (int64_t item = begin; item < end; ++item) {
@@ -229,15 +252,19 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
     const T* dy = static_cast<const T*>(bn.dy) + segment.offset;
     const T* x = static_cast<const T*>(bn.x) + segment.offset;
     const T* y = bn.y ? static_cast<const T*>(bn.y) + segment.offset : nullptr;
+    const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
     T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
     const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
-    V t1[4] = {}, t2[4] = {};
+    V mean2 = {};
+    if (x2) mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
+    V t1[4] = {}, t2[4] = {}, t3[4] = {};
     const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
       V g = memory.load(dy + i);
       if (y) g = masked_by(g, memory.load(y + i));
       if (dresidual) memory.store(dresidual + i, g, bn.stream);
       t1[k] += g;
       t2[k] += g * memory.keep(memory.load(x + i) - mean);
+      if (x2) t3[k] += g * memory.keep(memory.load(x2 + i) - mean2);
     };
     constexpr int64_t L = D::lanes;
     int64_t i = 0;
@@ -247,6 +274,7 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
                    [&](int64_t j, auto memory) FR_LAMBDA { add(i + j, 0, memory); });
     sum_g[segment.channel] += sum_lanes<D>((t1[0] + t1[1]) + (t1[2] + t1[3]));
     sum_gx[segment.channel] += sum_lanes<D>((t2[0] + t2[1]) + (t2[2] + t2[3]));
+    if (x2) sum_gx2[segment.channel] += sum_lanes<D>((t3[0] + t3[1]) + (t3[2] + t3[3]));
   }
 }
 

@@ -1,12 +1,11 @@
 // conv_bn_relu on the CPU: checks, allocation, splitting over threads. The kernel is in
 // conv_bn_relu_kernels.h; weights come packed from fused_resnet/native_conv.py.
-#include "common.h"
-#include "cpu_kernels.h"
+#include "conv_cpu.h"
+#include "memory_pool.h"
 
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kBlockChannels = 64;
 constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
 
 // R, S, stride, padding, dilation, K and the input channels that a tap reads
@@ -23,22 +22,6 @@ enum Geometry {
   kRun,
   kCount
 };
-
-// The kernel is AVX-512's; for bfloat16 it needs that extension's dot product too.
-bool serves(DtypeIndex dtype) {
-  if (cpu_kernels().conv_bn_relu[dtype] == nullptr) return false;
-#if defined(__x86_64__)
-  return dtype != kBFloat16 || __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dilation) {
-  return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
-}
 
 void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
   const auto kernel = cpu_kernels().conv_bn_relu[dtype];
@@ -63,13 +46,6 @@ void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
   });
 }
 
-// Whether Winograd's form multiplies less: 16 products per tile, and a fifth more for the
-// transforms, to 9 per pixel; both go by sevens.
-bool winograd_pays(const ConvBnRelu& c) {
-  const int64_t tiles = c.N * ((c.P + 1) / 2) * ((c.Q + 1) / 2);
-  return 16 * 6 * round_up(tiles, kTilePixels) < 9 * 5 * round_up(c.N * c.P * c.Q, kTilePixels);
-}
-
 void run_winograd(const ConvBnRelu& conv) {
   const auto kernel = cpu_kernels().conv_bn_relu_winograd;
   const int64_t tiles = conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
@@ -91,6 +67,31 @@ void run_winograd(const ConvBnRelu& conv) {
   });
 }
 
+}  // namespace
+
+bool conv_serves(DtypeIndex dtype) {
+  if (cpu_kernels().conv_bn_relu[dtype] == nullptr) return false;
+#if defined(__x86_64__)
+  return dtype != kBFloat16 || __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool winograd_pays(const ConvBnRelu& c) {
+  const int64_t tiles = c.N * ((c.P + 1) / 2) * ((c.Q + 1) / 2);
+  return 16 * 6 * round_up(tiles, kTilePixels) < 9 * 5 * round_up(c.N * c.P * c.Q, kTilePixels);
+}
+
+void run_convolution(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
+  if (conv.winograd && winograd_pays(conv))
+    run_winograd(conv);
+  else
+    run_conv(conv, dtype, element_bytes);
+}
+
+namespace {
+
 // One row of an image, pixel by pixel: W pixels of C values, `step_c` and `step_w` apart.
 template <typename T>
 void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_t step_w,
@@ -111,14 +112,15 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
 // x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
 // and winograd, where there is one: packed by native_conv.py, flat. scale, shift: float32, (K,) and
 // zeros up to a multiple of 64. first_channel: int64, (K / 16,) up to a multiple of 4, where groups
-// != 1. The result lies in the residual's memory where `overwrite` says so.
+// != 1. The result lies in the residual's memory where `overwrite` says so, in memory that comes
+// back (memory_pool.h) where `pooled` does.
 Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
                     Tensor shift, std::optional<Tensor> first_channel,
-                    std::optional<Tensor> residual, bool overwrite, bool relu,
+                    std::optional<Tensor> residual, bool overwrite, bool relu, bool pooled,
                     std::vector<int64_t> g) {
   constexpr const char* op = "conv_bn_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
+  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
   check(g.size() == kCount && g[kR] * g[kS] <= 128, op, ": geometry must hold ", int{kCount},
         " numbers and at most 128 taps");
   const Layout4d layout = layout_of(op, x);
@@ -156,6 +158,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   Tensor y =
       overwrite && residual
           ? *residual
+      : pooled
+          ? pooled_channels_last(x.size(0), K, P, Q, x.scalar_type())
           : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt, x.device(),
                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   if (residual) {
@@ -167,7 +171,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
           ", ", P, ", ", Q, ") and channels_last, got ", name_of(residual->scalar_type()),
           " of shape ", shape_of(*residual));
   }
-  if (!(overwrite && residual))
+  if (!(overwrite && residual) && !pooled)
     advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
   if (y.numel() == 0) return y;
   const std::vector<char> zeros(static_cast<size_t>(C) * x.element_size(), 0);
@@ -189,10 +193,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
   conv.pointwise = conv.R * conv.S * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
                    conv.pad_w == 0 && conv.run <= C;
-  if (winograd && winograd_pays(conv))
-    run_winograd(conv);
-  else
-    run_conv(conv, dtype, static_cast<int64_t>(x.element_size()));
+  run_convolution(conv, dtype, static_cast<int64_t>(x.element_size()));
   return y;
 }
 
@@ -238,14 +239,15 @@ Tensor pad_rows(Tensor x, int64_t channels, std::vector<int64_t> padding) {
 
 }  // namespace
 
-bool conv_bn_relu_serves(int dtype) { return serves(static_cast<DtypeIndex>(dtype)); }
+bool conv_bn_relu_serves(int dtype) { return conv_serves(static_cast<DtypeIndex>(dtype)); }
 
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "conv_bn_relu(Tensor x, Tensor weight, Tensor? winograd, Tensor scale, Tensor shift, "
-      "Tensor? first_channel, Tensor? residual, bool overwrite, bool relu, int[] geometry) -> "
+      "Tensor? first_channel, Tensor? residual, bool overwrite, bool relu, bool pooled, "
+      "int[] geometry) -> "
       "Tensor");
   m.def("pad_rows(Tensor x, int channels, int[] padding) -> Tensor");
 }

@@ -29,6 +29,7 @@ namespace {
 #if FR_VECTOR_BYTES == 64
 #include "conv_bn_relu_kernels.h"
 #include "conv_bn_relu_winograd.h"
+#include "conv_pack_kernels.h"
 #endif
 
 }  // namespace
@@ -55,9 +56,11 @@ const CpuKernels kernels = {
     {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
 #if FR_VECTOR_BYTES == 64
     {conv_bn_relu<DotFloat32>, conv_bn_relu<DotBFloat16>, nullptr, nullptr},
+    conv_pack,
     conv_bn_relu_winograd,
 #else
     {},
+    nullptr,
     nullptr,
 #endif
 };

@@ -28,6 +28,8 @@ struct BnForward {
   const void* mean;   // acc (period,)
   const void* scale;  // acc (period,): weight * invstd
   const void* shift;  // acc (period,): bias, less what rounding took off the mean, times scale
+  const void* mean2;  // acc (period,): of the residual's own normalisation, or null
+  const void* scale2;
   bool relu;
   bool stream;  // write past the caches; y is then aligned to 64 bytes, rows and segments too
 };
@@ -37,9 +39,11 @@ struct BnBackward {
   const void* dy;
   const void* x;
   const void* y;     // null when no mask is applied
+  const void* x2;    // reduction: another tensor normalised beside x, or null
   void* dresidual;   // reduction: where g = masked dy goes, or null
   void* dx;          // apply
   const void* mean;  // acc (period,)
+  const void* mean2;
   // apply, acc (period,): dx = scale * ((g - g_mean) - slope * (x - mean))
   const void* g_mean;
   const void* slope;
@@ -80,6 +84,21 @@ struct ConvBnRelu {
   bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
 };
 
+constexpr int64_t kMostPackedTaps = 9;  // of a convolution whose weights conv_pack packs
+
+// Weights to be packed: inputs and outputs of the convolution that will read them, both multiples
+// of 16, and how far apart they lie in memory, in floats; whichever is not contiguous has stride 1
+// in the other. Reversed taps where `transposed`.
+struct ConvPack {
+  const void* weight;
+  void* direct;    // (outputs * inputs * taps) of float or bfloat16, or null
+  void* winograd;  // (16 * outputs * inputs), or null
+  int64_t outputs, inputs, taps;
+  int64_t output_stride, input_stride, tap_stride;
+  bool transposed;  // outputs are contiguous, else inputs are
+  bool bfloat;
+};
+
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
 // sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
 constexpr int64_t winograd_group_bytes(int64_t C) { return kTilePixels * 16 * 4 * (C + 64); }
@@ -107,11 +126,11 @@ struct CpuKernels {
                                     const double* centre, double* s1, double* s2);
   void (*bn_apply_rows[4])(const BnForward&, int64_t begin, int64_t end);
   void (*bn_apply_planes[4])(const BnForward&, int64_t begin, int64_t end);
-  // sum_g += sum(g), sum_gx += sum(g * (x - mean)), double (period,)
+  // sum_g += sum(g), sum_gx += sum(g * (x - mean)), and so sum_gx2 for x2; double (period,)
   void (*bn_reduce_rows[4])(const BnBackward&, int64_t begin, int64_t end, double* sum_g,
-                            double* sum_gx);
+                            double* sum_gx, double* sum_gx2);
   void (*bn_reduce_planes[4])(const BnBackward&, int64_t begin, int64_t end, double* sum_g,
-                              double* sum_gx);
+                              double* sum_gx, double* sum_gx2);
   void (*bn_backward_rows[4])(const BnBackward&, int64_t begin, int64_t end);
   void (*bn_backward_planes[4])(const BnBackward&, int64_t begin, int64_t end);
   // rows [begin, end) of the N*P rows of output pixels
@@ -121,6 +140,8 @@ struct CpuKernels {
   double (*abs_max[4])(const void* x, int64_t n);
   // y's channels [64 block, 64 block + 64) of pixels [7 begin, 7 end); null where not served
   void (*conv_bn_relu[4])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
+  // vectors of 16 outputs [begin, end); null where convolutions are not served
+  void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end);
   // 3x3, stride 1, float32: y's channels of blocks [block_begin, block_end) in groups [begin, end)
   // of 7 tiles of 2x2 pixels; null where not served
   void (*conv_bn_relu_winograd)(const ConvBnRelu&, void* scratch, int64_t block_begin,

@@ -153,5 +153,5 @@ class NativeConv(FusedConv):
             )
         return torch.ops.fused_resnet_native.conv_bn_relu(
             x, self._weight, self._winograd, self._scale, self._shift, self._first_channel,
-            residual, overwrite, relu, self._geometry,
+            residual, overwrite, relu, False, self._geometry,
         )  # fmt: skip

@@ -1,0 +1,115 @@
+// Convolution weights as conv_bn_relu_kernels.h and conv_bn_relu_winograd.h read them, made anew at
+// every training step. From weight (K, R, S, C) in memory, either as it is or, for the gradient of
+// the input, with inputs and outputs changing places and the taps in reverse.
+//
+// A tile of 16 outputs by 16 inputs of every tap is brought into vectors of outputs (a copy when
+// outputs lie next to each other in memory, else a transposition in registers), then written in the
+// form asked for. Bytes: the weight read once, each form written once.
+#pragma once
+
+#include "cpu_vec.h"
+
+// t[j][i] <- t[i][j] of 16 vectors of 16 floats.
+FR_INLINE void transpose_16x16(vf* t) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps((__m512)t[2 * i], (__m512)t[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_ps((__m512)t[2 * i], (__m512)t[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[4 * i] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88);
+    a[4 + i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+    a[8 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+    a[12 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0x88);
+    t[4 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0x88);
+    t[8 + i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0xdd);
+    t[12 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0xdd);
+  }
+}
+
+// Two vectors rounded to bfloat16 (to nearest even), interleaved: a's in the lower halves.
+FR_INLINE vu interleave_bfloat(vf a, vf b) {
+  const auto rounded = [](vf x) FR_LAMBDA {
+    const vu bits = (vu)x;
+    return (vu)(x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u));
+  };
+  return (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
+}
+
+// G g G^T of 9 vectors of taps, each the 3x3 of its 16 outputs.
+FR_INLINE void winograd_weight(const vf* g, vf* out) {
+  vf t[4][3];
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s) {
+    const vf sum = (g[s] + g[6 + s]) * 0.5f, middle = g[3 + s] * 0.5f;
+    t[0][s] = g[s], t[1][s] = sum + middle, t[2][s] = sum - middle, t[3][s] = g[6 + s];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const vf sum = (t[i][0] + t[i][2]) * 0.5f, middle = t[i][1] * 0.5f;
+    out[4 * i] = t[i][0], out[4 * i + 1] = sum + middle;
+    out[4 * i + 2] = sum - middle, out[4 * i + 3] = t[i][2];
+  }
+}
+
+// Vectors of outputs [begin, end), K / 16 of them in all.
+void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
+  const int64_t K = p.outputs, C = p.inputs;
+  const auto* weight = static_cast<const float*>(p.weight);
+  alignas(64) vf tile[kMostPackedTaps * 16];  // (tap, input): vectors of 16 outputs
+  for (int64_t v = begin; v < end; ++v) {
+    const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
+    const int64_t first = block * 64 * C;  // of this block, in elements of one tap
+    for (int64_t c = 0; c < C; c += 16) {
+      for (int64_t tap = 0; tap < p.taps; ++tap) {
+        const int64_t from = p.transposed ? p.taps - 1 - tap : tap;
+        const float* source = weight + from * p.tap_stride + v * 16 * p.output_stride + c * p.input_stride;
+        vf* t = tile + tap * 16;
+        if (p.transposed) {
+          for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(source + i * p.input_stride);
+        } else {
+          for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(source + i * p.output_stride);
+          transpose_16x16(t);
+        }
+      }
+      if (p.direct && !p.bfloat) {
+        for (int64_t tap = 0; tap < p.taps; ++tap) {
+          auto* out = static_cast<float*>(p.direct) + first * p.taps +
+                      ((tap * C + c) * vectors + v % 4) * 16;
+          for (int i = 0; i < 16; ++i) store_any(out + i * vectors * 16, tile[tap * 16 + i]);
+        }
+      } else if (p.direct) {
+        for (int64_t tap = 0; tap < p.taps; ++tap) {
+          auto* out = static_cast<uint16_t*>(p.direct) + first * p.taps +
+                      ((tap * C + c) / 2 * vectors + v % 4) * 32;
+          for (int i = 0; i < 8; ++i)
+            store_any(out + i * vectors * 32,
+                      interleave_bfloat(tile[tap * 16 + 2 * i], tile[tap * 16 + 2 * i + 1]));
+        }
+      }
+      if (p.winograd) {
+        auto* out = static_cast<float*>(p.winograd) + first * 16 + (c * vectors + v % 4) * 16;
+        for (int i = 0; i < 16; ++i) {
+          vf g[9], u[16];
+          for (int tap = 0; tap < 9; ++tap) g[tap] = tile[tap * 16 + i];
+          winograd_weight(g, u);
+          for (int j = 0; j < 16; ++j)
+            store_any(out + (j * C + i) * vectors * 16, u[j]);
+        }
+      }
+    }
+  }
+}

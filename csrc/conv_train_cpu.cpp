@@ -1,0 +1,102 @@
+// A training step's convolutions on the CPU: the convolution itself and the gradient of its input,
+// by the kernels of conv_bn_relu_kernels.h with weights packed anew, since every step changes them.
+#include "conv_cpu.h"
+#include "memory_pool.h"
+
+namespace fused_resnet {
+namespace {
+
+// x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
+// y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
+// is (C, K, R, S) in that notation and its taps are reversed: the gradient of a convolution of
+// stride 1 by its input. residual (N, K, P, Q), which y overwrites where `overwrite`.
+// K and C multiples of 16; padding and dilation (2,), stride (2,).
+Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
+                   bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                   std::vector<int64_t> dilation) {
+  constexpr const char* op = "convolution";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
+        " on this processor");
+  const Layout4d layout = layout_of(op, x);
+  check(layout.channels_last, op, ": x must be channels_last, got strides ", strides_of(x),
+        " for shape ", shape_of(x));
+  check(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
+        ": weight must be float32 of shape (K, C, R, S), got ", name_of(weight.scalar_type()),
+        " of shape ", shape_of(weight));
+  const int64_t rows = weight.size(0), columns = weight.size(1);
+  const int64_t R = weight.size(2), S = weight.size(3), taps = R * S;
+  const int64_t C = transposed ? rows : columns, K = transposed ? columns : rows;
+  check(is_dense(weight) && (columns <= 1 || weight.stride(1) == 1) &&
+            (taps == 1 || (weight.stride(2) == S * columns || R == 1)),
+        op, ": weight must be channels_last, got strides ", strides_of(weight));
+  check(layout.C == C, op, ": x must have ", C, " channels, got ", layout.C);
+  check(C % 16 == 0 && K % 16 == 0 && taps <= kMostPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
+        ", got weight of shape ", shape_of(weight));
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+        ": stride, padding and dilation must be pairs");
+  ConvBnRelu conv{};
+  conv.N = x.size(0), conv.C = C, conv.H = x.size(2), conv.W = x.size(3), conv.K = K;
+  conv.R = R, conv.S = S, conv.run = C;
+  conv.stride_h = stride[0], conv.stride_w = stride[1];
+  conv.pad_h = padding[0], conv.pad_w = padding[1];
+  conv.dilation_h = dilation[0], conv.dilation_w = dilation[1];
+  conv.P = out_size(conv.H, R, stride[0], padding[0], dilation[0]);
+  conv.Q = out_size(conv.W, S, stride[1], padding[1], dilation[1]);
+  check(conv.P > 0 && conv.Q > 0, op, ": x of size ", conv.H, " x ", conv.W,
+        " is smaller than the kernel");
+  conv.pointwise = taps * stride[0] * stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+  Tensor y = overwrite && residual
+                 ? *residual
+                 : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
+  if (residual) check_same_layout(op, "residual", *residual, "y", y);
+  if (y.numel() == 0) return y;
+  const auto size = static_cast<int64_t>(x.element_size());
+
+  const bool winograd = dtype == kFloat32 && R == 3 && S == 3 && winograd_pays(conv) &&
+                        stride[0] * stride[1] * dilation[0] * dilation[1] == 1 &&
+                        C * K <= kMostWinogradWeights;
+  const int64_t direct_bytes = round_up(K * C * taps * size, 4096);
+  const Scratch packed(direct_bytes + (winograd ? 16 * K * C * 4 : 0));
+  ConvPack pack{};
+  pack.weight = weight.const_data_ptr();
+  pack.direct = packed.data();
+  pack.winograd = winograd ? packed.data() + direct_bytes : nullptr;
+  pack.outputs = K, pack.inputs = C, pack.taps = taps;
+  pack.output_stride = transposed ? 1 : taps * columns;
+  pack.input_stride = transposed ? taps * columns : 1;
+  pack.tap_stride = columns;
+  pack.transposed = transposed;
+  pack.bfloat = dtype == kBFloat16;
+  Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+    cpu_kernels().conv_pack(pack, begin, end);
+  });
+
+  const auto padded = static_cast<size_t>(round_up(K, kBlockChannels));
+  const std::vector<float> ones(padded, 1.0f), none(padded, 0.0f);
+  const std::vector<char> zeros(static_cast<size_t>(C * size), 0);
+  conv.x = x.const_data_ptr();
+  conv.weight = pack.direct;
+  conv.winograd = pack.winograd;
+  conv.scale = ones.data();
+  conv.shift = none.data();
+  if (residual) conv.residual = residual->const_data_ptr();
+  conv.y = y.mutable_data_ptr();
+  conv.zeros = zeros.data();
+  run_convolution(conv, dtype, size);
+  return y;
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
+  m.def(
+      "convolution(Tensor x, Tensor weight, bool transposed, Tensor? residual, bool overwrite, "
+      "int[] stride, int[] padding, int[] dilation) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
+  m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
+}
