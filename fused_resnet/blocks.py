@@ -7,8 +7,9 @@ module runs exactly torchvision's path. Decided per call, from three things:
     the modules  structure.py: exact types, no hooks, nothing patched
     the tensors  plans.py: a plan is used only while nothing it was made from has changed
 
-Three fused paths: inference (packed convolutions with BN, residual and ReLU inside), training (the
-convolution as it is, then `bn_add_relu`), and running statistics with gradients (`conv_bn_relu`).
+Fused paths: inference (packed convolutions with BN, residual and ReLU inside), training (a block as
+one node of autograd's graph, training.py), and, unit by unit, whatever is in between: frozen norms
+(`conv_bn_relu`) beside others (`bn_add_relu`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, convolution, layout, ops, plans
+from . import backends, convolution, layout, ops, plans, train_kernels, training
 from .plans import Flow
 from .reference import accumulate_dtype
 from .structure import (
@@ -31,6 +32,7 @@ from .structure import (
     take_apart,
     uses_batch_statistics,
 )
+from .train_kernels import Geometry
 
 # forward of a block's class -> where such a block keeps its parts; resnet.py fills it.
 FORWARDS: dict[Callable[..., Tensor], Names] = {}
@@ -114,7 +116,8 @@ def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
     parts = take_apart(model, STEM)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    return _unit(*parts.pairs[0], x, None, True)
+    y = _train_block(model, parts, x, "none")
+    return _unit(*parts.pairs[0], x, None, True) if y is None else y
 
 
 def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
@@ -122,11 +125,80 @@ def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     parts = take_apart(block, names)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
+    whole = _train_block(block, parts, x, "projection" if parts.downsample else "identity")
+    if whole is not None:
+        return whole
     y = x
     for conv, bn in parts.main[:-1]:
         y = _unit(conv, bn, y, None, True)
     residual = _unit(*parts.pairs[-1], x, None, False) if parts.downsample else x
     return _unit(*parts.main[-1], y, residual, True)
+
+
+def _train_block(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> Tensor | None:
+    """The block, or the stem, as one node of autograd's graph; None where it cannot be."""
+    device = x.device.type
+    dtype = plans.output_dtype(x.dtype, device)
+    if not _trains_whole(parts, x.shape, shortcut, dtype, x.dtype):
+        return None
+    kernels = train_kernels.kernels_for(device, backends.choose("bn_add_relu", device))
+    geometries = tuple(
+        Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
+    )
+    eps = tuple(bn.eps for _, bn in parts.pairs)
+    level = getattr(module, "activation_memory", "full")
+    spec = training.Spec(kernels, geometries, eps, shortcut, level, dtype)
+    outside = layout.memory_format(x)
+    inside = torch.channels_last if device == "cpu" else outside
+    tensors = [t for conv, bn in parts.pairs for t in (conv.weight, bn.weight, bn.bias)]
+    states: list[Any] = []
+    y = training.BlockFunction.apply(
+        spec, states, x.to(dtype).contiguous(memory_format=inside), None, *tensors
+    )
+    for (_, bn), (state, count) in zip(parts.pairs, states, strict=True):
+        _track(bn, kernels, state, count)
+    # A network goes on from its stem in the layout that its blocks compute in.
+    return y if shortcut == "none" else y.contiguous(memory_format=outside)
+
+
+def _trains_whole(
+    parts: Parts, shape: Any, shortcut: str, dtype: torch.dtype, x_dtype: torch.dtype
+) -> bool:
+    """Whether every unit normalises by the batch and is what stock would take as it is."""
+    if not _serves(True, parts.pairs[0][0].weight):
+        return False
+    found = tuple(shape)
+    for i, (conv, bn) in enumerate(parts.pairs):
+        branch = parts.downsample and i == len(parts.pairs) - 1
+        out = convolution.output_shape(
+            shape if branch else found, conv.weight.shape, conv.stride, conv.padding,
+            conv.dilation, conv.groups,
+        )  # fmt: skip
+        if out is None or out[0] * out[2] * out[3] < 2:
+            return False
+        if branch and out != found:
+            return False
+        if not uses_batch_statistics(bn) or type(bn) is not nn.BatchNorm2d or conv.bias is not None:
+            return False
+        if not bn.eps > 0 or out[1] != bn.num_features or not plans.norm_fits(bn, dtype):
+            return False
+        if not plans.weights_fit(x_dtype, conv.weight):
+            return False
+        found = out
+    return shortcut != "identity" or found == tuple(shape)
+
+
+def _track(bn: Any, kernels: train_kernels.Portable, state: Any, count: int) -> None:
+    """A norm's running statistics, as BatchNorm2d keeps them."""
+    if not (bn.training and bn.track_running_stats):
+        return
+    momentum = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    with torch.no_grad():
+        kernels.update_running(bn.running_mean, bn.running_var, state, momentum or 0.0, count)
 
 
 def _units_pay(parts: Parts, x: Tensor) -> bool:
@@ -178,24 +250,8 @@ def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
 
 def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """relu(bn(x) + residual) with batch statistics; the running ones as BatchNorm2d keeps them."""
-    momentum = bn.momentum
-    tracking = bn.training and bn.track_running_stats
-    if tracking and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    if momentum is None:
-        momentum = 0.0
-    y, mean, var = ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)
-    if tracking:
-        count = x.numel() // x.shape[1]
-        with torch.no_grad():
-            for running, now in (
-                (bn.running_mean, mean),
-                (bn.running_var, var * (count / (count - 1))),
-            ):
-                if running is not None:
-                    running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
+    y, *state = ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)
+    _track(bn, train_kernels.PORTABLE, state, x.numel() // x.shape[1])
     return y
 
 

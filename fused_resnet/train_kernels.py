@@ -1,0 +1,244 @@
+"""What a training step of a block is made of, pass by pass: convolutions with their gradients, batch
+norm with its. Two makers: `Native`, this package's C++ on the CPU, and `Portable`, the registered
+ops and PyTorch's convolutions, on any device.
+
+All activations are (N, C, H, W), dense; statistics are the maker's own kind of state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .reference import accumulate_dtype
+
+
+class Geometry(NamedTuple):
+    """A convolution's stride, padding and dilation in pixels, (height, width), and its groups."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class Norm(NamedTuple):
+    """Batch normalisation's parameters: weight, bias (C,) or None, in any floating dtype."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+class Normed(NamedTuple):
+    """x (N, C, H, W) as `norm` normalises it by the statistics in `state`."""
+
+    x: Tensor
+    norm: Norm
+    state: tuple[Tensor, ...]
+
+
+class NormGradients(NamedTuple):
+    """dx of the normalised tensor, dweight and dbias (C,) of its norm."""
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+
+
+def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if t is None else t.detach().to(accumulate_dtype(x.dtype)).contiguous()
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+class Portable:
+    """By the registered ops (CUDA, Triton or the reference) and PyTorch's convolutions."""
+
+    def convolution(
+        self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
+    ) -> Tensor:
+        """x (N, C, H, W), weight (K, C/groups, R, S) -> conv(x, weight) + residual (N, K, P, Q)."""
+        y = torch.ops.aten.convolution(
+            x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups
+        )
+        return y if residual is None else y.add_(residual)
+
+    def _gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: Any) -> Any:
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, False, [0, 0],
+            g.groups, mask,
+        )  # fmt: skip
+
+    def input_gradient(
+        self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
+    ) -> Tensor:
+        """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`; x lends its shape."""
+        dx = self._gradient(dy, x, weight, g, [True, False, False])[0]
+        return dx if added is None else dx.add_(added)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+        """dy (N, K, P, Q), x (N, C, H, W) -> dweight, of weight's shape and dtype."""
+        return self._gradient(dy, x, weight, g, [False, True, False])[1].to(weight.dtype)
+
+    def normalise(
+        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """relu(norm(x) + residual) by x's own statistics, and those; a `Normed` is normalised."""
+        if isinstance(residual, Normed):
+            residual = self.apply(residual, None, relu=False)
+        y, mean, var = torch.ops.fused_resnet.bn_add_relu(
+            x, norm.weight, norm.bias, residual, norm.eps, relu
+        )
+        return y, (mean, var)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `normalise` would normalise x by."""
+        return torch.ops.fused_resnet.bn_add_relu(x, None, None, None, 1.0, False)[1:]
+
+    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+        """`normalise` once more, to the last bit the same."""
+        return self.normalise(normed.x, normed.norm, residual, relu)[0]
+
+    def norm_gradients(
+        self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None, masked: bool
+    ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
+        """Gradients of relu(norm(x) + other), y being the ReLU's output, None without one: of
+        `normed`, of `other`, and g = dy where y lets it through, where `masked` asks for that."""
+        op = torch.ops.fused_resnet.bn_add_relu_backward
+        masked = masked or other is not None
+        x, norm, (mean, var) = normed
+        relu = y is not None
+        dx, dweight, dbias, g = op(
+            dy, x, y, norm.weight, mean, var, norm.eps, relu, True, masked and relu
+        )
+        first = NormGradients(dx, dweight, dbias)
+        g = g if relu else dy
+        if other is None:
+            return first, None, g if masked else None
+        x, norm, (mean, var) = other
+        rest = op(g, x, None, norm.weight, mean, var, norm.eps, False, True, False)
+        return first, NormGradients(*rest[:3]), g
+
+    def update_running(
+        self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
+    ) -> None:
+        """running = running * (1 - momentum) + now * momentum, in place; the variance unbiased over
+        `count` values."""
+        for running, now in ((mean, state[0]), (var, state[1] * (count / (count - 1)))):
+            if running is not None:
+                running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
+
+
+class Native(Portable):
+    """By this package's C++ on the CPU: outputs in memory that comes back from step to step."""
+
+    def __init__(self) -> None:
+        self._ops = torch.ops.fused_resnet_native
+        self._dtypes = [getattr(torch, name) for name in native.build_info()["conv_dtypes"]]  # type: ignore[attr-defined]
+
+    def _serves(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
+        K, C, R, S = weight.shape
+        return dtype in self._dtypes and g.groups == 1 and not (K % 16 or C % 16) and R * S <= 9
+
+    def _convolve(
+        self, x: Tensor, weight: Tensor, transposed: bool, residual: Tensor | None,
+        stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    ) -> Tensor:  # fmt: skip
+        weight = _channels_last(weight.detach().float())
+        return self._ops.convolution(
+            x, weight, transposed, residual, residual is not None, stride, padding, dilation
+        )
+
+    def convolution(
+        self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
+    ) -> Tensor:
+        if not self._serves(weight, x.dtype, g):
+            return _channels_last(super().convolution(x, weight, g, residual))
+        return self._convolve(x, weight, False, residual, g.stride, g.padding, g.dilation)
+
+    def input_gradient(
+        self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
+    ) -> Tensor:
+        padding = [
+            d * (k - 1) - p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
+        ]
+        plain = g.stride == (1, 1) and min(padding) >= 0
+        if not plain or not self._serves(weight, dy.dtype, g):
+            return _channels_last(super().input_gradient(dy, x, weight, g, added))
+        return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
+
+    def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (self._ops.bn_statistics(x),)
+
+    def normalise(
+        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        state = self.statistics(x)
+        return self.apply(Normed(x, norm, state), residual, relu), state
+
+    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+        x, norm, (stats,) = normed
+        other: tuple[Any, ...] = (residual, None, None, None, 0.0)
+        if isinstance(residual, Normed):
+            r, n, s = residual
+            other = (r, s[0], _vector(n.weight, x), _vector(n.bias, x), n.eps)
+        return self._ops.bn_apply(
+            x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, *other, relu
+        )
+
+    def norm_gradients(
+        self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None, masked: bool
+    ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
+        masked = masked or other is not None
+        x, _, (stats,) = normed
+        x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
+        sums, g = self._ops.bn_reduce(dy, y, x, stats, x2, stats2, masked and y is not None)
+        count = float(x.numel() // x.shape[1])
+        if y is not None and masked:
+            dy, y = g, None
+
+        def gradients(of: Normed, row: int) -> NormGradients:
+            dx = self._ops.bn_gradient(
+                dy, y, of.x, of.state[0], sums, row, count, _vector(of.norm.weight, of.x),
+                of.norm.eps,
+            )  # fmt: skip
+            wide = of.x.dtype == torch.float64
+            dweight, dbias = self._ops.bn_parameter_gradients(
+                sums, row, of.state[0], of.norm.eps, wide
+            )
+            return NormGradients(dx, dweight, dbias)
+
+        second = None if other is None else gradients(other, 2)
+        return gradients(normed, 1), second, dy if masked else None
+
+    def update_running(
+        self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
+    ) -> None:
+        plain = all(
+            t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in (mean, var)
+        )
+        if not plain:
+            super().update_running(mean, var, state[0].float(), momentum, count)
+            return
+        self._ops.bn_update_running(mean, var, state[0], momentum, float(count))
+        torch.autograd.graph.increment_version([mean, var])
+
+
+PORTABLE = Portable()
+_native: list[Native] = []
+
+
+def kernels_for(device_type: str, backend: str) -> Portable:
+    """The maker for tensors on such a device, where `backend` computes bn_add_relu."""
+    if device_type != "cpu" or backend != "native":
+        return PORTABLE
+    if not _native:
+        _native.append(Native())
+    return _native[0]

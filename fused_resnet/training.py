@@ -1,0 +1,266 @@
+"""A residual block's training step as one node of autograd's graph.
+
+Forward and backward of all its convolutions, norms, additions and ReLUs are laid out here, so that
+nothing is computed or kept that the next pass does not need: the two norms of a downsampling block
+are applied and added in one pass and reduced in one, the gradient of the identity shortcut is added
+inside the convolution's own gradient, and what is kept for backward is a matter of choice:
+
+    full     every convolution's output and every ReLU's
+    low      every convolution's output and the block's; a ReLU's output inside the block is
+             computed again, in one elementwise pass, from the convolution's
+    lower    besides, the outputs of widening 1x1 convolutions and of the shortcut's are computed
+             again from their inputs
+
+Recomputed tensors are, to the last bit, what they were. A backward that is itself to be
+differentiated runs the block's formula by PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .train_kernels import Geometry, Norm, Normed, Portable
+
+LEVELS = ("full", "low", "lower")
+
+
+class Spec(NamedTuple):
+    """A block without its tensors. geometries, eps: one per unit (convolution and norm), the
+    shortcut's last. shortcut: "identity", "projection" (a unit of its own), "given" (a tensor of
+    the caller's) or "none"."""
+
+    kernels: Portable
+    geometries: tuple[Geometry, ...]
+    eps: tuple[float, ...]
+    shortcut: str
+    level: str
+    dtype: torch.dtype  # of the activations
+
+
+Units = list[tuple[Tensor, Norm]]
+
+
+def _units(spec: Spec, tensors: Sequence[Any]) -> Units:
+    """tensors: weight (K, C/groups, R, S), norm weight and bias (K,) or None, unit by unit."""
+    return [
+        (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps))
+        for i, eps in enumerate(spec.eps)
+    ]
+
+
+def _recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
+    """For each unit, whether its convolution's output is computed again in backward."""
+    found = [False] * len(weights)
+    if spec.level == "lower":
+        last = len(weights) - 1
+        if spec.shortcut == "projection":
+            found[last] = True
+            last -= 1
+        pointwise = tuple(weights[last].shape[2:]) == (1, 1)
+        found[last] = pointwise and last > 0
+    return found
+
+
+class BlockFunction(torch.autograd.Function):
+    """y = relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)), batch statistics.
+
+    apply(spec, states, x, given, *tensors): x (N, C, H, W) of spec.dtype, channels_last or as the
+    kernels take it; given: the shortcut's value (N, K, P, Q) or None; `states` is filled with every
+    unit's statistics and number of values per channel.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, spec: Spec, states: list[Any], x: Tensor, given: Tensor | None, *tensors: Any
+    ) -> Tensor:
+        kernels = spec.kernels
+        units = _units(spec, tensors)
+        projection = spec.shortcut == "projection"
+        main = len(units) - projection
+        outputs: list[Tensor] = []  # of convolutions
+        inner: list[Tensor] = []  # ReLUs inside the block
+        moments: list[tuple[Tensor, ...]] = []
+        h = x
+        for i in range(main - 1):
+            weight, norm = units[i]
+            z = kernels.convolution(h, weight, spec.geometries[i])
+            h, state = kernels.normalise(z, norm, None, True)
+            outputs.append(z)
+            inner.append(h)
+            moments.append(state)
+        weight, norm = units[main - 1]
+        z = kernels.convolution(h, weight, spec.geometries[main - 1])
+        outputs.append(z)
+        residual: Tensor | Normed | None = x if spec.shortcut == "identity" else given
+        if projection:
+            branch = kernels.convolution(x, units[-1][0], spec.geometries[-1])
+            residual = Normed(branch, units[-1][1], kernels.statistics(branch))
+        y, state = kernels.normalise(z, norm, residual, True)
+        moments.append(state)
+        if isinstance(residual, Normed):
+            outputs.append(residual.x)
+            moments.append(residual.state)
+        states.extend((state, z.numel() // z.shape[1]) for state, z in zip(moments, outputs, strict=True))
+
+        again = _recomputed(spec, [weight for weight, _ in units])
+        kept = [None if a else z for a, z in zip(again, outputs, strict=True)]
+        ctx.spec = spec
+        ctx.state_size = len(moments[0])
+        ctx.save_for_backward(
+            x, given if spec.shortcut == "given" else None, y, *tensors, *kept,
+            *(inner if spec.level == "full" else []), *(t for state in moments for t in state),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        spec: Spec = ctx.spec
+        x, given, y, *rest = ctx.saved_tensors
+        n = len(spec.eps)
+        tensors, rest = rest[: 3 * n], rest[3 * n :]
+        if torch.is_grad_enabled():
+            return _differentiable(ctx, x, given, tensors, dy)
+        return _Backward(ctx, x, y, tensors, rest).run(dy)
+
+
+class _Backward:
+    """One run of `BlockFunction.backward`, on what forward kept."""
+
+    def __init__(self, ctx: Any, x: Tensor, y: Tensor, tensors: Any, rest: Sequence[Any]) -> None:
+        self.spec: Spec = ctx.spec
+        self.kernels = self.spec.kernels
+        self.x, self.y = x, y
+        self.units = _units(self.spec, tensors)
+        n = len(self.units)
+        self.main = n - (self.spec.shortcut == "projection")
+        self.outputs = list(rest[:n])
+        rest = rest[n:]
+        self.inner: list[Tensor | None] = [None] * (self.main - 1)
+        if self.spec.level == "full":
+            self.inner, rest = list(rest[: self.main - 1]), rest[self.main - 1 :]
+        size = ctx.state_size
+        self.states = [tuple(rest[i * size : (i + 1) * size]) for i in range(n)]
+        _, _, self.need_x, self.need_given, *self.needs = ctx.needs_input_grad
+
+    def normed(self, i: int) -> Normed:
+        """Unit i's convolution output, computed again where it was not kept."""
+        if self.outputs[i] is None:
+            source = self.x if i >= self.main else self.unit_input(i)
+            self.outputs[i] = self.kernels.convolution(
+                source, self.units[i][0], self.spec.geometries[i]
+            )
+        return Normed(self.outputs[i], self.units[i][1], self.states[i])
+
+    def unit_input(self, i: int) -> Tensor:
+        """What main unit i read: x, or the ReLU before it, computed again where it was not kept."""
+        if i == 0:
+            return self.x
+        h = self.inner[i - 1]
+        if h is None:
+            h = self.inner[i - 1] = self.kernels.apply(self.normed(i - 1), None, relu=True)
+        return h
+
+    def run(self, dy: Tensor) -> tuple[Any, ...]:
+        spec, kernels = self.spec, self.kernels
+        if dy.stride() != self.y.stride():
+            dy = torch.empty_like(self.y).copy_(dy)
+        grads: list[Any] = [None] * len(self.needs)
+        projection = spec.shortcut == "projection"
+        # The first main unit that has something to learn; before it nothing is propagated.
+        first = 0 if self.need_x else next(
+            (i for i in range(self.main) if any(self.needs[3 * i : 3 * i + 3])), self.main
+        )  # fmt: skip
+        masked = (spec.shortcut == "identity" and self.need_x) or self.need_given
+        last = self.main - 1
+        other = self.normed(last + 1) if projection else None
+        found, branch, g = kernels.norm_gradients(dy, self.y, self.normed(last), other, masked)
+        del dy
+        self.outputs[last] = None
+        dx: Tensor | None = None
+        if branch is not None:
+            self.keep(grads, last + 1, branch)
+            if self.needs[3 * (last + 1)]:
+                grads[3 * (last + 1)] = self.weight_gradient(last + 1, branch.dx, self.x)
+            if self.need_x:
+                dx = kernels.input_gradient(
+                    branch.dx, self.x, self.units[-1][0], spec.geometries[-1]
+                )
+            self.outputs[last + 1] = None
+            del branch, other
+        elif spec.shortcut == "identity" and self.need_x:
+            dx = g
+        dgiven = g if self.need_given else None
+        del g
+        for i in range(last, first - 1, -1):
+            self.keep(grads, i, found)
+            source = self.unit_input(i)
+            if self.needs[3 * i]:
+                grads[3 * i] = self.weight_gradient(i, found.dx, source)
+            if i == 0:
+                if self.need_x:
+                    dx = kernels.input_gradient(
+                        found.dx, source, self.units[0][0], spec.geometries[0], dx
+                    )
+                break
+            if i == first:
+                break
+            dh = kernels.input_gradient(found.dx, source, self.units[i][0], spec.geometries[i])
+            del found
+            before = self.normed(i - 1)
+            found = kernels.norm_gradients(dh, source, before, None, False)[0]
+            del dh, source, before
+            self.inner[i - 1] = self.outputs[i - 1] = None
+        return None, None, dx, dgiven, *grads
+
+    def keep(self, grads: list[Any], i: int, found: Any) -> None:
+        norm = self.units[i][1]
+        if self.needs[3 * i + 1]:
+            grads[3 * i + 1] = found.dweight.to(norm.weight.dtype)
+        if self.needs[3 * i + 2]:
+            grads[3 * i + 2] = found.dbias.to(norm.bias.dtype)
+
+    def weight_gradient(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
+        return self.kernels.weight_gradient(dy, x, self.units[i][0], self.spec.geometries[i])
+
+
+def formula(spec: Spec, x: Tensor, given: Tensor | None, tensors: Sequence[Any]) -> Tensor:
+    """The block by PyTorch's own differentiable operations."""
+
+    def unit(i: int, h: Tensor) -> Tensor:
+        weight, norm = units[i]
+        g = spec.geometries[i]
+        z = functional.conv2d(
+            h, weight.to(spec.dtype), None, g.stride, g.padding, g.dilation, g.groups
+        )
+        return functional.batch_norm(
+            z, None, None, norm.weight, norm.bias, training=True, eps=norm.eps
+        )
+
+    units = _units(spec, tensors)
+    main = len(units) - (spec.shortcut == "projection")
+    h = x
+    for i in range(main - 1):
+        h = torch.relu(unit(i, h))
+    y = unit(main - 1, h)
+    if spec.shortcut == "projection":
+        y = y + unit(main, x)
+    elif spec.shortcut != "none":
+        y = y + (x if given is None else given)
+    return torch.relu(y)
+
+
+def _differentiable(
+    ctx: Any, x: Tensor, given: Tensor | None, tensors: Sequence[Any], dy: Tensor
+) -> tuple[Any, ...]:
+    """Backward where somebody wants to differentiate it: written in differentiable operations."""
+    wanted = [
+        t for t, needed in zip((x, given, *tensors), ctx.needs_input_grad[2:], strict=True) if needed
+    ]
+    y = formula(ctx.spec, x, given, tensors)
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return None, None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[2:])
