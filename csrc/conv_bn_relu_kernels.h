@@ -115,8 +115,13 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 #define FR_SAVE(i, z) "vmovaps %%zmm" z ", 64*" i "(%%rax)\n\t"
 #define FR_SAVE_4(i, j, k, l, a, b, c, d) FR_SAVE(i, a) FR_SAVE(j, b) FR_SAVE(k, c) FR_SAVE(l, d)
 
+// After a tap's pointers: its weights follow those of the tap before, or, in the gradient of the
+// weights, where an eighth pointer says, plus `offset`.
+#define FR_FOLLOWING "addq $56, %[pixel]\n\t"
+#define FR_POINTED "movq 56(%[pixel]), %[weight]\n\taddq %[offset], %[weight]\n\taddq $64, %[pixel]\n\t"
+
 // All taps of a tile; the sums end in `out`.
-#define FR_TILE(op, n) \
+#define FR_TILE(op, n, next) \
   asm volatile(                                                                                   \
       FR_ZERO_4("4", "5", "6", "7") FR_ZERO_4("8", "9", "10", "11")                               \
       FR_ZERO_4("12", "13", "14", "15") FR_ZERO_4("16", "17", "18", "19")                         \
@@ -126,7 +131,7 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
       FR_POINTER("0", "8") FR_POINTER("1", "9") FR_POINTER("2", "10") FR_POINTER("3", "11")       \
       FR_POINTER("4", "12") FR_POINTER("5", "13") FR_POINTER("6", "14")                           \
       FR_CHANNEL("9") FR_CHANNEL("10") FR_CHANNEL("11") FR_CHANNEL("12") FR_CHANNEL("13")         \
-      "addq $56, %[pixel]\n\t"                                                                    \
+      next                                                                                        \
       "testq %%r8, %%r8\n\tjz 2f\n\t"                                                            \
       FR_CHANNEL("8")                                                                             \
       "testq %%r14, %%r14\n\tjz 3f\n\t"                                                          \
@@ -147,11 +152,17 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
       FR_SAVE_4("20", "21", "22", "23", "24", "25", "26", "27")                                   \
       FR_SAVE_4("24", "25", "26", "27", "28", "29", "30", "31")                                   \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
-      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out)              \
+      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [offset] "m"(offset) \
       : "rax", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
         "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31")
+
+#define FR_TILES(op, next) \
+  if constexpr (vectors == 1) FR_TILE(op, 1, next); \
+  if constexpr (vectors == 2) FR_TILE(op, 2, next); \
+  if constexpr (vectors == 3) FR_TILE(op, 3, next); \
+  if constexpr (vectors == 4) FR_TILE(op, 4, next);
 
 // clang-format on
 
@@ -160,17 +171,24 @@ FR_INLINE void store_rounded(uint16_t* y, vf v) {
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
                         int64_t single, int64_t channel, vf* out) {
-  const int64_t quads = steps / 4, rest = steps % 4;
+  const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
   if constexpr (Dot::pair == 1) {
-    if constexpr (vectors == 1) FR_TILE("vfmadd231ps", 1);
-    if constexpr (vectors == 2) FR_TILE("vfmadd231ps", 2);
-    if constexpr (vectors == 3) FR_TILE("vfmadd231ps", 3);
-    if constexpr (vectors == 4) FR_TILE("vfmadd231ps", 4);
+    FR_TILES("vfmadd231ps", FR_FOLLOWING)
   } else {
-    if constexpr (vectors == 1) FR_TILE("vdpbf16ps", 1);
-    if constexpr (vectors == 2) FR_TILE("vdpbf16ps", 2);
-    if constexpr (vectors == 3) FR_TILE("vdpbf16ps", 3);
-    if constexpr (vectors == 4) FR_TILE("vdpbf16ps", 4);
+    FR_TILES("vdpbf16ps", FR_FOLLOWING)
+  }
+}
+
+// The same with 8 pointers per tap, the eighth, plus `offset`, to what `weight` is above.
+template <typename Dot, int vectors>
+FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, int64_t channel,
+                        int64_t offset, vf* out) {
+  const int64_t quads = steps / 4, rest = steps % 4, single = 0;
+  const char* weight = nullptr;
+  if constexpr (Dot::pair == 1) {
+    FR_TILES("vfmadd231ps", FR_POINTED)
+  } else {
+    FR_TILES("vdpbf16ps", FR_POINTED)
   }
 }
 

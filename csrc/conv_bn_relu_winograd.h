@@ -30,8 +30,9 @@
 FR_INLINE int64_t winograd_tiles_w(const ConvBnRelu& c) { return (c.Q + 1) / 2; }
 FR_INLINE int64_t winograd_tiles_h(const ConvBnRelu& c) { return (c.P + 1) / 2; }
 
-// B^T d B of one tile; the 16 results of every channel go to v, `pitch` floats apart.
-FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, float* v, int64_t pitch) {
+// B^T d B of one tile; the 16 results of channels [begin, end) go to v, `pitch` floats apart.
+FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, int64_t end,
+                              float* v, int64_t pitch) {
   const int64_t tiles_w = winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
   const int64_t n = tile / (tiles_h * tiles_w);
   const int64_t top = tile / tiles_w % tiles_h * 2 - c.pad_h, left = tile % tiles_w * 2 - c.pad_w;
@@ -44,7 +45,7 @@ FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, float* v, int64
                           static_cast<uint64_t>(w) < static_cast<uint64_t>(c.W);
       d_ptr[i][j] = inside ? x + (h * c.W + w) * c.C : static_cast<const float*>(c.zeros);
     }
-  for (int64_t channel = 0; channel < c.C; channel += 16) {
+  for (int64_t channel = begin; channel < end; channel += 16) {
     vf t[4][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -54,7 +55,7 @@ FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, float* v, int64
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      float* out = v + 4 * i * pitch + channel;
+      float* out = v + 4 * i * pitch + channel - begin;
       store_any(out, t[i][0] - t[i][2]);
       store_any(out + pitch, t[i][1] + t[i][2]);
       store_any(out + 2 * pitch, t[i][2] - t[i][1]);
@@ -157,7 +158,7 @@ void conv_bn_relu_winograd(const ConvBnRelu& c, void* scratch, int64_t block_beg
     const int64_t left = tiles - first;
     const int64_t count = groups * kTilePixels < left ? groups * kTilePixels : left;
     for (int64_t tile = 0; tile < count; ++tile)
-      winograd_input(c, first + tile, v + tile * c.C, room * c.C);
+      winograd_input(c, first + tile, 0, c.C, v + tile * c.C, room * c.C);
     for (int64_t block = block_begin; block < block_end; ++block) {
       const int64_t vectors = c.K / 16 - block * 4;
       const auto run = vectors >= 4   ? winograd_block<4>

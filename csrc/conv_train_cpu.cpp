@@ -88,6 +88,77 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   return y;
 }
 
+// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of the
+// convolution, float32, channels_last. K and C multiples of 16.
+Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation) {
+  constexpr const char* op = "convolution_weight_gradient";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
+        " on this processor");
+  const Layout4d in = layout_of(op, x), out = layout_of(op, dy);
+  check(in.channels_last && out.channels_last && dy.scalar_type() == x.scalar_type(), op,
+        ": x and dy must be channels_last and of one dtype, got strides ", strides_of(x), " and ",
+        strides_of(dy));
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+        ": stride, padding and dilation must be pairs");
+  WeightGradient g{};
+  g.x = x.const_data_ptr(), g.dy = dy.const_data_ptr();
+  g.N = x.size(0), g.C = in.C, g.H = x.size(2), g.W = x.size(3), g.K = out.C;
+  g.P = dy.size(2), g.Q = dy.size(3), g.R = R, g.S = S;
+  g.stride_h = stride[0], g.stride_w = stride[1], g.pad_h = padding[0], g.pad_w = padding[1];
+  g.dilation_h = dilation[0], g.dilation_w = dilation[1];
+  g.pixels = g.N * g.P * g.Q, g.x_pixels = g.N * g.H * g.W;
+  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps, ", got x of shape ",
+        shape_of(x), ", dy of shape ", shape_of(dy));
+  check(dy.size(0) == g.N && g.P == out_size(g.H, R, g.stride_h, g.pad_h, g.dilation_h) &&
+            g.Q == out_size(g.W, S, g.stride_w, g.pad_w, g.dilation_w),
+        op, ": dy of shape ", shape_of(dy), " is not of x's shape ", shape_of(x), " convolved");
+  Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
+  auto* dweight_ptr = static_cast<float*>(dweight.mutable_data_ptr());
+  if (g.pixels == 0) {
+    std::fill_n(dweight_ptr, dweight.numel(), 0.0f);
+    return dweight;
+  }
+  if (R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0) {
+    // Rows as long as one chain of additions.
+    g.N = 1, g.Q = std::min<int64_t>(g.pixels, dtype == kBFloat16 ? 512 : 256);
+    g.P = (g.pixels + g.Q - 1) / g.Q;
+    g.H = g.P, g.W = g.Q;
+  }
+  const auto kernel = cpu_kernels().conv_weight_gradient[dtype];
+  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[dtype];
+  const int64_t rows = g.N * g.P, weights = g.K * R * S * g.C;
+  // By rows, the threads' sums to be added up; or by outputs, x to be laid out by every thread.
+  const bool by_outputs = g.pixels < 3 * g.K * R * S;
+  if (by_outputs) {
+    Split(g.K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+      const Scratch scratch(scratch_bytes(g, (end - begin) * 16));
+      kernel(g, scratch.data(), 0, rows, begin * 16, end * 16,
+             dweight_ptr + begin * 16 * R * S * g.C);
+    });
+    return dweight;
+  }
+  const Split split(rows, 1, 1);
+  const Scratch partial(std::max<int64_t>(split.tasks - 1, 1) * weights * 4);
+  auto* partial_ptr = reinterpret_cast<float*>(partial.data());
+  split.run([&](int64_t task, int64_t begin, int64_t end) {
+    const Scratch scratch(scratch_bytes(g, g.K));
+    kernel(g, scratch.data(), begin, end, 0, g.K,
+           task == 0 ? dweight_ptr : partial_ptr + (task - 1) * weights);
+  });
+  if (split.tasks > 1)
+    Split(weights, 16, 65536).run([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t task = 1; task < split.tasks; ++task) {
+        const float* from = partial_ptr + (task - 1) * weights;
+        for (int64_t i = begin; i < end; ++i) dweight_ptr[i] += from[i];
+      }
+    });
+  return dweight;
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
@@ -95,8 +166,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "convolution(Tensor x, Tensor weight, bool transposed, Tensor? residual, bool overwrite, "
       "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "convolution_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, "
+      "int[] padding, int[] dilation) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
+  m.impl("convolution_weight_gradient", TORCH_BOX(fused_resnet::convolution_weight_gradient));
 }

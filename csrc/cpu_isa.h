@@ -30,6 +30,7 @@ namespace {
 #include "conv_bn_relu_kernels.h"
 #include "conv_bn_relu_winograd.h"
 #include "conv_pack_kernels.h"
+#include "conv_weight_gradient_kernels.h"
 #endif
 
 }  // namespace
@@ -57,10 +58,14 @@ const CpuKernels kernels = {
 #if FR_VECTOR_BYTES == 64
     {conv_bn_relu<DotFloat32>, conv_bn_relu<DotBFloat16>, nullptr, nullptr},
     conv_pack,
+    {conv_weight_gradient<DotFloat32>, conv_weight_gradient<DotBFloat16>, nullptr, nullptr},
+    {weight_gradient_scratch<DotFloat32>, weight_gradient_scratch<DotBFloat16>, nullptr, nullptr},
     conv_bn_relu_winograd,
 #else
     {},
     nullptr,
+    {},
+    {},
     nullptr,
 #endif
 };

@@ -99,6 +99,19 @@ struct ConvPack {
   bool bfloat;
 };
 
+// The gradient of a convolution's weights. A pointwise convolution's pixels are given as rows of Q of
+// one image: P rows, H = P, W = Q, of which the last may be shorter.
+struct WeightGradient {
+  const void* x;      // (N, H, W, C) in memory
+  const void* dy;     // (N, P, Q, K) in memory
+  const void* zeros;  // C of them
+  int64_t N, C, H, W, K, P, Q, R, S;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int64_t pixels, x_pixels;  // of dy and x
+};
+// Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 512 KiB.
+constexpr int64_t kGradientPixels = 2048;
+
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
 // sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
 constexpr int64_t winograd_group_bytes(int64_t C) { return kTilePixels * 16 * 4 * (C + 64); }
@@ -142,6 +155,11 @@ struct CpuKernels {
   void (*conv_bn_relu[4])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
   // vectors of 16 outputs [begin, end); null where convolutions are not served
   void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end);
+  // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over output
+  // rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
+  void (*conv_weight_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
+                                  int64_t k_begin, int64_t k_end, float* out);
+  int64_t (*weight_gradient_scratch[4])(const WeightGradient&, int64_t outputs);
   // 3x3, stride 1, float32: y's channels of blocks [block_begin, block_end) in groups [begin, end)
   // of 7 tiles of 2x2 pixels; null where not served
   void (*conv_bn_relu_winograd)(const ConvBnRelu&, void* scratch, int64_t block_begin,

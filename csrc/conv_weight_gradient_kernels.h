@@ -1,0 +1,244 @@
+// dweight[k][r][s][c] = sum over n, p, q of dy[n, p, q, k] * x[n, p stride - pad + r dilation, ..., c],
+// over channels_last tensors: x (N, H, W, C), dy (N, P, Q, K) in memory -> float32 (K, R, S, C).
+//
+// The assembly of conv_bn_relu_kernels.h with other operands: a tile is 7 outputs k by up to 64
+// channels c, a step one pixel (two for bfloat16), a "tap" one row of pixels. What it broadcasts is
+// dy with every k's pixels next to each other; what it reads in vectors is x in blocks of 64
+// channels, pixel by pixel (bfloat16: two pixels interleaved). Both are laid out so, some rows at a
+// time, in scratch memory that the second-level cache holds; the columns that a strided convolution
+// reads together lie together. Rows that a tap would read outside x are left out; columns outside
+// are zeros.
+//
+// bfloat16: a tap that begins at an odd column of x begins one column earlier, and dy one pixel
+// earlier, where there is a zero; so x stays paired as it is.
+//
+// Sums: at most kPiece steps in one chain, then added up in float32 rows by rows.
+// Bytes: x and dy read once per thread from memory, their copies written and read in cache.
+// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.
+#pragma once
+
+#include "conv_bn_relu_kernels.h"
+#include "conv_pack_kernels.h"
+
+// What one thread lays out at a time, and where.
+struct GradientPanel {
+  int64_t rows;        // at most so many output rows
+  int64_t lead;        // zeros before each of dy's rows
+  int64_t pitch;       // values of one of dy's rows
+  int64_t columns;     // of x per phase of the stride, with room to read past the last
+  int64_t phases;
+  int64_t slots;       // rows of x
+};
+
+template <typename Dot>
+FR_INLINE GradientPanel gradient_panel(const WeightGradient& g) {
+  constexpr int64_t pair = Dot::pair;
+  GradientPanel panel{};
+  panel.rows = kGradientPixels * pair / g.Q > 0 ? kGradientPixels * pair / g.Q : 1;
+  panel.lead = pair == 2 ? 2 : 0;
+  panel.pitch = panel.lead + (g.Q + 2 * (pair - 1) + pair - 1) / pair * pair;
+  panel.phases = g.S == 1 ? 1 : g.stride_w;
+  const int64_t furthest = (g.S - 1) * g.dilation_w / g.stride_w + g.Q + 2 * (pair - 1);
+  panel.columns = (furthest + 1) / 2 * 2;
+  // Every image that the rows come from has its own rows of x around them.
+  const int64_t images = g.P > 0 ? panel.rows / g.P + 2 : 1;
+  const int64_t around = (g.R - 1) * g.dilation_h + 1;
+  panel.slots = g.R == 1 ? panel.rows : panel.rows * g.stride_h + images * around;
+  return panel;
+}
+
+// Rounded up to cache lines: dy's rows, x's rows, and the pointers to both.
+FR_INLINE int64_t lines_of(int64_t bytes) { return (bytes + 127) / 64 * 64; }
+template <typename Dot>
+FR_INLINE int64_t gradient_dy_bytes(const GradientPanel& panel, int64_t outputs) {
+  return lines_of(outputs * panel.rows * panel.pitch *
+                  static_cast<int64_t>(sizeof(typename Dot::D::T)));
+}
+template <typename Dot>
+FR_INLINE int64_t gradient_x_bytes(const GradientPanel& panel) {
+  return lines_of(panel.slots * panel.phases * panel.columns * 256 / Dot::pair);
+}
+
+template <typename Dot>
+int64_t weight_gradient_scratch(const WeightGradient& g, int64_t outputs) {
+  const GradientPanel panel = gradient_panel<Dot>(g);
+  return gradient_dy_bytes<Dot>(panel, outputs) + gradient_x_bytes<Dot>(panel) +
+         lines_of(g.R * panel.rows * 64) + 64;
+}
+
+FR_INLINE vu load_32(const float* p) { return load_any<vu>(p); }
+FR_INLINE vu load_32(const uint16_t* p) { return __builtin_convertvector(load_any<vh>(p), vu); }
+
+// `count` pixels of dy, K apart, 16 outputs from p on: to[16][...] becomes each output's pixels.
+FR_INLINE void gather_outputs(const float* p, int64_t K, int64_t count, float* to, int64_t apart) {
+  for (int64_t q = 0; q < count; q += 16) {
+    const int64_t some = count - q < 16 ? count - q : 16;
+    vf t[16];
+    for (int i = 0; i < 16; ++i) t[i] = i < some ? load_any<vf>(p + (q + i) * K) : vf{};
+    transpose_16x16(t);
+    if (some == 16) {
+      for (int i = 0; i < 16; ++i) store_any(to + i * apart + q, t[i]);
+    } else {
+      for (int i = 0; i < 16; ++i)
+        __builtin_memcpy(to + i * apart + q, &t[i], static_cast<uint64_t>(some) * 4);
+    }
+  }
+}
+FR_INLINE void gather_outputs(const uint16_t* p, int64_t K, int64_t count, uint16_t* to,
+                              int64_t apart) {
+  for (int64_t q = 0; q < count; q += 32) {
+    const int64_t some = count - q < 32 ? count - q : 32;
+    vf t[16];
+    for (int i = 0; i < 16; ++i) {
+      const vu low = 2 * i < some ? load_32(p + (q + 2 * i) * K) : vu{};
+      const vu high = 2 * i + 1 < some ? load_32(p + (q + 2 * i + 1) * K) : vu{};
+      t[i] = (vf)(low | (high << 16));
+    }
+    transpose_16x16(t);
+    for (int i = 0; i < 16; ++i)
+      __builtin_memcpy(to + i * apart + q, &t[i], static_cast<uint64_t>(some) * 2);
+  }
+}
+
+// dy's rows [first, first + rows) for outputs [k_begin, k_end): (output, row, pitch)
+template <typename Dot>
+FR_INLINE void gather_dy(const WeightGradient& g, const GradientPanel& panel, int64_t first,
+                         int64_t rows, int64_t k_begin, int64_t k_end, typename Dot::D::T* to) {
+  typedef typename Dot::D::T T;
+  const auto* dy = static_cast<const T*>(g.dy);
+  const int64_t apart = panel.rows * panel.pitch;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t pixel = (first + row) * g.Q;
+    const int64_t left = g.pixels - pixel, count = left < g.Q ? left : g.Q;
+    for (int64_t k = k_begin; k < k_end; k += 16) {
+      T* out = to + (k - k_begin) * apart + row * panel.pitch;
+      for (int64_t i = 0; i < 16; ++i) {
+        for (int64_t j = 0; j < panel.lead; ++j) out[i * apart + j] = 0;
+        for (int64_t j = panel.lead + count; j < panel.pitch; ++j) out[i * apart + j] = 0;
+      }
+      gather_outputs(dy + pixel * g.K + k, g.K, count, out + panel.lead, apart);
+    }
+  }
+}
+
+// One row of x, `vectors` vectors of channels from c on: (phase, column / pair, vectors, 16, pair)
+template <typename Dot>
+FR_INLINE void gather_x_row(const WeightGradient& g, const GradientPanel& panel, int64_t row,
+                            int64_t c, int64_t vectors, char* to) {
+  typedef typename Dot::D::T T;
+  const auto* x = static_cast<const T*>(g.x) + row * g.W * g.C + c;
+  const int64_t left = g.x_pixels - row * g.W, width = left < g.W ? left : g.W;
+  const auto at = [&](int64_t phase, int64_t column) FR_LAMBDA {
+    const int64_t w = column * g.stride_w + phase - g.pad_w;
+    return static_cast<uint64_t>(w) < static_cast<uint64_t>(width) ? x + w * g.C : nullptr;
+  };
+  for (int64_t phase = 0; phase < panel.phases; ++phase)
+    for (int64_t column = 0; column < panel.columns; column += Dot::pair) {
+      const T* a = at(phase, column);
+      if constexpr (Dot::pair == 1) {
+        for (int64_t v = 0; v < vectors; ++v, to += 64)
+          store_any(to, a ? load_32(a + v * 16) : vu{});
+      } else {
+        const T* b = at(phase, column + 1);
+        for (int64_t v = 0; v < vectors; ++v, to += 64) {
+          const vu low = a ? load_32(a + v * 16) : vu{}, high = b ? load_32(b + v * 16) : vu{};
+          store_any(to, low | (high << 16));
+        }
+      }
+    }
+}
+
+// Adds what [first, first + rows) contribute to `vectors` vectors of channels from c on.
+template <typename Dot, int vectors>
+FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& panel, int64_t rows,
+                              int64_t c, int64_t k_begin, int64_t k_end, const char* const* table,
+                              const int64_t* entries, bool again, float* out) {
+  constexpr int64_t size = sizeof(typename Dot::D::T), pair = Dot::pair;
+  const int64_t apart = panel.rows * panel.pitch * size, outputs = k_end - k_begin;
+  for (int64_t r = 0; r < g.R; ++r)
+    for (int64_t s = 0; s < g.S; ++s) {
+      const int64_t phase = s * g.dilation_w % g.stride_w, column = s * g.dilation_w / g.stride_w;
+      const int64_t odd = column % pair;
+      const int64_t steps = (g.Q + odd + pair - 1) / pair;
+      const int64_t offset =
+          (phase * panel.columns + column - odd) / pair * static_cast<int64_t>(vectors) * 64;
+      const int64_t at_once = steps < kPiece ? kPiece / steps : 1;
+      const char* const* pointers = table + r * panel.rows * 8;
+      for (int64_t k = 0; k < outputs; k += kTilePixels) {
+        // The last tile starts earlier and leaves out what the one before it has done.
+        const int64_t start = k + kTilePixels <= outputs ? k : outputs - kTilePixels;
+        vf sum[4 * kTilePixels], piece[4 * kTilePixels];
+        const int64_t channel = start * apart + (panel.lead - odd) * size;
+        for (int64_t row = 0; row < entries[r]; row += at_once) {
+          const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
+          sum_rows<Dot, vectors>(pointers + row * 8, some, steps, channel, offset,
+                                 row ? piece : sum);
+          if (row)
+            for (int i = 0; i < kTilePixels; ++i)
+              for (int v = 0; v < vectors; ++v) sum[4 * i + v] += piece[4 * i + v];
+        }
+        for (int64_t i = k - start; i < kTilePixels; ++i) {
+          float* to = out + (((start + i) * g.R + r) * g.S + s) * g.C + c;
+#pragma GCC unroll 4
+          for (int v = 0; v < vectors; ++v) {
+            vf value = entries[r] > 0 ? sum[4 * i + v] : vf{};
+            if (again) value += load_any<vf>(to + v * 16);
+            store_any(to + v * 16, value);
+          }
+        }
+      }
+    }
+}
+
+// out (k_end - k_begin, R, S, C) <- the sum over output rows [begin, end) for outputs [k_begin,
+// k_end); scratch: as weight_gradient_scratch says, aligned to 64 bytes.
+template <typename Dot>
+void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin, int64_t end,
+                          int64_t k_begin, int64_t k_end, float* out) {
+  typedef typename Dot::D::T T;
+  const GradientPanel panel = gradient_panel<Dot>(g);
+  auto* dy = reinterpret_cast<T*>(scratch);
+  char* x = scratch + gradient_dy_bytes<Dot>(panel, k_end - k_begin);
+  auto** table = reinterpret_cast<const char**>(x + gradient_x_bytes<Dot>(panel));
+  const int64_t apart = panel.rows * panel.pitch;
+  for (int64_t first = begin; first < end; first += panel.rows) {
+    const int64_t rows = end - first < panel.rows ? end - first : panel.rows;
+    gather_dy<Dot>(g, panel, first, rows, k_begin, k_end, dy);
+    for (int64_t c = 0; c < g.C; c += 64) {
+      const int64_t vectors = (g.C - c) / 16 < 4 ? (g.C - c) / 16 : 4;
+      const int64_t row_bytes = panel.phases * panel.columns / Dot::pair * vectors * 64;
+      // Rows of x into slots, image by image, and for each r the pointers of the rows that have one.
+      int64_t entries[kMostPackedTaps] = {}, slot = 0, row = 0;
+      while (row < rows) {
+        const int64_t n = (first + row) / g.P, p = (first + row) % g.P;
+        const int64_t some = rows - row < g.P - p ? rows - row : g.P - p;
+        const int64_t top = p * g.stride_h - g.pad_h;
+        const int64_t bottom = (p + some - 1) * g.stride_h - g.pad_h + (g.R - 1) * g.dilation_h;
+        const int64_t low = top < 0 ? 0 : top, high = bottom < g.H ? bottom : g.H - 1;
+        const int64_t step = g.R == 1 ? g.stride_h : 1;
+        // With one row of taps, the slots are those of the rows that it reads.
+        const int64_t origin = g.R == 1 && top < 0 ? top + (-top + step - 1) / step * step : low;
+        const int64_t used = high < origin ? 0 : (high - origin) / step + 1;
+        for (int64_t i = 0; i < used; ++i)
+          gather_x_row<Dot>(g, panel, n * g.H + origin + i * step, c, vectors,
+                            x + (slot + i) * row_bytes);
+        for (int64_t r = 0; r < g.R; ++r)
+          for (int64_t i = 0; i < some; ++i) {
+            const int64_t h = (p + i) * g.stride_h - g.pad_h + r * g.dilation_h;
+            if (static_cast<uint64_t>(h) >= static_cast<uint64_t>(g.H)) continue;
+            const char** entry = table + (r * panel.rows + entries[r]++) * 8;
+            for (int64_t j = 0; j < kTilePixels; ++j)
+              entry[j] = reinterpret_cast<const char*>(dy + j * apart + (row + i) * panel.pitch);
+            entry[7] = x + (slot + (h - origin) / step) * row_bytes;
+          }
+        slot += used;
+        row += some;
+      }
+      const auto run = vectors == 4   ? gradient_block<Dot, 4>
+                       : vectors == 3 ? gradient_block<Dot, 3>
+                       : vectors == 2 ? gradient_block<Dot, 2>
+                                      : gradient_block<Dot, 1>;
+      run(g, panel, rows, c, k_begin, k_end, table, entries, first > begin, out);
+    }
+  }
+}
