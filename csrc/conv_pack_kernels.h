@@ -40,6 +40,13 @@ FR_INLINE void transpose_16x16(vf* t) {
   }
 }
 
+void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  vf t[16];
+  for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(from + i * from_row);
+  transpose_16x16(t);
+  for (int i = 0; i < 16; ++i) store_any(to + i * to_row, t[i]);
+}
+
 // Two vectors rounded to bfloat16 (to nearest even), interleaved: a's in the lower halves.
 FR_INLINE vu interleave_bfloat(vf a, vf b) {
   const auto rounded = [](vf x) FR_LAMBDA {

@@ -88,6 +88,49 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   return y;
 }
 
+// from (rows, columns) -> to (columns, rows), multiples of 16
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+  Split(columns / 16, 1, 4).run([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t j = begin * 16; j < end * 16; j += 16)
+      for (int64_t i = 0; i < rows; i += 16)
+        cpu_kernels().transpose(from + i * columns + j, columns, to + j * rows + i, rows);
+  });
+}
+
+// out (K, R, S, C) float32 <- the gradient of the weights, over all rows and outputs
+void sum_weight_gradient(const WeightGradient& g, DtypeIndex dtype, float* out) {
+  const auto kernel = cpu_kernels().conv_weight_gradient[dtype];
+  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[dtype];
+  const int64_t taps = g.R * g.S, rows = g.N * g.P, weights = g.K * taps * g.C;
+  if (g.pixels == 0) {
+    std::fill_n(out, weights, 0.0f);
+    return;
+  }
+  // By rows, the threads' sums to be added up; or by outputs, x to be laid out by every thread.
+  if (g.pixels < 3 * g.K * taps) {
+    Split(g.K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+      const Scratch scratch(scratch_bytes(g, (end - begin) * 16));
+      kernel(g, scratch.data(), 0, rows, begin * 16, end * 16, out + begin * 16 * taps * g.C);
+    });
+    return;
+  }
+  const Split split(rows, 1, 1);
+  const Scratch partial(std::max<int64_t>(split.tasks - 1, 1) * weights * 4);
+  auto* partial_ptr = reinterpret_cast<float*>(partial.data());
+  split.run([&](int64_t task, int64_t begin, int64_t end) {
+    const Scratch scratch(scratch_bytes(g, g.K));
+    kernel(g, scratch.data(), begin, end, 0, g.K,
+           task == 0 ? out : partial_ptr + (task - 1) * weights);
+  });
+  if (split.tasks > 1)
+    Split(weights, 16, 65536).run([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t task = 1; task < split.tasks; ++task) {
+        const float* from = partial_ptr + (task - 1) * weights;
+        for (int64_t i = begin; i < end; ++i) out[i] += from[i];
+      }
+    });
+}
+
 // dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of the
 // convolution, float32, channels_last. K and C multiples of 16.
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
@@ -117,45 +160,27 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
             g.Q == out_size(g.W, S, g.stride_w, g.pad_w, g.dilation_w),
         op, ": dy of shape ", shape_of(dy), " is not of x's shape ", shape_of(x), " convolved");
   Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
-  auto* dweight_ptr = static_cast<float*>(dweight.mutable_data_ptr());
-  if (g.pixels == 0) {
-    std::fill_n(dweight_ptr, dweight.numel(), 0.0f);
-    return dweight;
-  }
-  if (R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0) {
-    // Rows as long as one chain of additions.
-    g.N = 1, g.Q = std::min<int64_t>(g.pixels, dtype == kBFloat16 ? 512 : 256);
+  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const bool pointwise =
+      R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
+  if (pointwise) {
+    // Rows as long as one chain of additions, or a little shorter, so that threads get equal shares.
+    const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = 256 * pair;
+    const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
+    g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
     g.P = (g.pixels + g.Q - 1) / g.Q;
     g.H = g.P, g.W = g.Q;
   }
-  const auto kernel = cpu_kernels().conv_weight_gradient[dtype];
-  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[dtype];
-  const int64_t rows = g.N * g.P, weights = g.K * R * S * g.C;
-  // By rows, the threads' sums to be added up; or by outputs, x to be laid out by every thread.
-  const bool by_outputs = g.pixels < 3 * g.K * R * S;
-  if (by_outputs) {
-    Split(g.K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
-      const Scratch scratch(scratch_bytes(g, (end - begin) * 16));
-      kernel(g, scratch.data(), 0, rows, begin * 16, end * 16,
-             dweight_ptr + begin * 16 * R * S * g.C);
-    });
-    return dweight;
+  // The transposed operand costs more to lay out: let it be the one of fewer channels.
+  const bool swapped = pointwise && g.K > g.C;
+  Tensor result = dweight;
+  if (swapped) {
+    std::swap(g.x, g.dy), std::swap(g.C, g.K);
+    result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);
   }
-  const Split split(rows, 1, 1);
-  const Scratch partial(std::max<int64_t>(split.tasks - 1, 1) * weights * 4);
-  auto* partial_ptr = reinterpret_cast<float*>(partial.data());
-  split.run([&](int64_t task, int64_t begin, int64_t end) {
-    const Scratch scratch(scratch_bytes(g, g.K));
-    kernel(g, scratch.data(), begin, end, 0, g.K,
-           task == 0 ? dweight_ptr : partial_ptr + (task - 1) * weights);
-  });
-  if (split.tasks > 1)
-    Split(weights, 16, 65536).run([&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t task = 1; task < split.tasks; ++task) {
-        const float* from = partial_ptr + (task - 1) * weights;
-        for (int64_t i = begin; i < end; ++i) dweight_ptr[i] += from[i];
-      }
-    });
+  sum_weight_gradient(g, dtype, static_cast<float*>(result.mutable_data_ptr()));
+  if (swapped) transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
+                         static_cast<float*>(dweight.mutable_data_ptr()));
   return dweight;
 }
 

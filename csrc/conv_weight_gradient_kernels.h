@@ -25,6 +25,7 @@ struct GradientPanel {
   int64_t rows;        // at most so many output rows
   int64_t lead;        // zeros before each of dy's rows
   int64_t pitch;       // values of one of dy's rows
+  int64_t apart;       // values from one output's rows to the next's
   int64_t columns;     // of x per phase of the stride, with room to read past the last
   int64_t phases;
   int64_t slots;       // rows of x
@@ -37,6 +38,8 @@ FR_INLINE GradientPanel gradient_panel(const WeightGradient& g) {
   panel.rows = kGradientPixels * pair / g.Q > 0 ? kGradientPixels * pair / g.Q : 1;
   panel.lead = pair == 2 ? 2 : 0;
   panel.pitch = panel.lead + (g.Q + 2 * (pair - 1) + pair - 1) / pair * pair;
+  // A cache line more, or else the rows of all outputs would fall into the same sets of the cache.
+  panel.apart = (panel.rows * panel.pitch + 31) / 32 * 32 + 32 / static_cast<int64_t>(pair);
   panel.phases = g.S == 1 ? 1 : g.stride_w;
   const int64_t furthest = (g.S - 1) * g.dilation_w / g.stride_w + g.Q + 2 * (pair - 1);
   panel.columns = (furthest + 1) / 2 * 2;
@@ -51,8 +54,7 @@ FR_INLINE GradientPanel gradient_panel(const WeightGradient& g) {
 FR_INLINE int64_t lines_of(int64_t bytes) { return (bytes + 127) / 64 * 64; }
 template <typename Dot>
 FR_INLINE int64_t gradient_dy_bytes(const GradientPanel& panel, int64_t outputs) {
-  return lines_of(outputs * panel.rows * panel.pitch *
-                  static_cast<int64_t>(sizeof(typename Dot::D::T)));
+  return lines_of(outputs * panel.apart * static_cast<int64_t>(sizeof(typename Dot::D::T)));
 }
 template <typename Dot>
 FR_INLINE int64_t gradient_x_bytes(const GradientPanel& panel) {
@@ -106,7 +108,7 @@ FR_INLINE void gather_dy(const WeightGradient& g, const GradientPanel& panel, in
                          int64_t rows, int64_t k_begin, int64_t k_end, typename Dot::D::T* to) {
   typedef typename Dot::D::T T;
   const auto* dy = static_cast<const T*>(g.dy);
-  const int64_t apart = panel.rows * panel.pitch;
+  const int64_t apart = panel.apart;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t pixel = (first + row) * g.Q;
     const int64_t left = g.pixels - pixel, count = left < g.Q ? left : g.Q;
@@ -154,7 +156,7 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
                               int64_t c, int64_t k_begin, int64_t k_end, const char* const* table,
                               const int64_t* entries, bool again, float* out) {
   constexpr int64_t size = sizeof(typename Dot::D::T), pair = Dot::pair;
-  const int64_t apart = panel.rows * panel.pitch * size, outputs = k_end - k_begin;
+  const int64_t apart = panel.apart * size, outputs = k_end - k_begin;
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t s = 0; s < g.S; ++s) {
       const int64_t phase = s * g.dilation_w % g.stride_w, column = s * g.dilation_w / g.stride_w;
@@ -200,7 +202,7 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
   auto* dy = reinterpret_cast<T*>(scratch);
   char* x = scratch + gradient_dy_bytes<Dot>(panel, k_end - k_begin);
   auto** table = reinterpret_cast<const char**>(x + gradient_x_bytes<Dot>(panel));
-  const int64_t apart = panel.rows * panel.pitch;
+  const int64_t apart = panel.apart;
   for (int64_t first = begin; first < end; first += panel.rows) {
     const int64_t rows = end - first < panel.rows ? end - first : panel.rows;
     gather_dy<Dot>(g, panel, first, rows, k_begin, k_end, dy);

@@ -58,11 +58,13 @@ const CpuKernels kernels = {
 #if FR_VECTOR_BYTES == 64
     {conv_bn_relu<DotFloat32>, conv_bn_relu<DotBFloat16>, nullptr, nullptr},
     conv_pack,
+    transpose,
     {conv_weight_gradient<DotFloat32>, conv_weight_gradient<DotBFloat16>, nullptr, nullptr},
     {weight_gradient_scratch<DotFloat32>, weight_gradient_scratch<DotBFloat16>, nullptr, nullptr},
     conv_bn_relu_winograd,
 #else
     {},
+    nullptr,
     nullptr,
     {},
     {},

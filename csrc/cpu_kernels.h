@@ -155,6 +155,8 @@ struct CpuKernels {
   void (*conv_bn_relu[4])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
   // vectors of 16 outputs [begin, end); null where convolutions are not served
   void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end);
+  // 16 rows of 16 floats -> their transpose, rows so many floats apart
+  void (*transpose)(const float* from, int64_t from_row, float* to, int64_t to_row);
   // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over output
   // rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
   void (*conv_weight_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,

@@ -174,6 +174,13 @@ class Native(Portable):
             return _channels_last(super().input_gradient(dy, x, weight, g, added))
         return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
 
+    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+        if not self._serves(weight, dy.dtype, g):
+            return super().weight_gradient(dy, x, weight, g)
+        return self._ops.convolution_weight_gradient(
+            dy, x, *weight.shape[2:], g.stride, g.padding, g.dilation
+        ).to(weight.dtype)
+
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
         return (self._ops.bn_statistics(x),)
 
