@@ -131,6 +131,33 @@ void sum_weight_gradient(const WeightGradient& g, DtypeIndex dtype, float* out) 
     });
 }
 
+// The same for a 3x3 convolution of stride 1 in float32; false where a result is no finite number.
+bool sum_winograd_gradient(const WeightGradient& g, float* out) {
+  const CpuKernels& kernels = cpu_kernels();
+  const int64_t tiles = g.N * ((g.P + 1) / 2) * ((g.Q + 1) / 2), weights = g.K * 16 * g.C;
+  const bool by_outputs = g.pixels < 3 * g.K * 9;
+  const Split split(by_outputs ? g.K / 16 : tiles, 1, 1);
+  const int64_t parts = by_outputs ? 1 : split.tasks;
+  const Scratch sums(parts * weights * 4);
+  auto* sums_ptr = reinterpret_cast<float*>(sums.data());
+  split.run([&](int64_t task, int64_t begin, int64_t end) {
+    const int64_t outputs = by_outputs ? (end - begin) * 16 : g.K;
+    const Scratch scratch(kernels.winograd_gradient_scratch(g, outputs));
+    if (by_outputs)
+      kernels.winograd_gradient(g, scratch.data(), 0, tiles, begin * 16, end * 16,
+                                sums_ptr + begin * 16 * 16 * g.C);
+    else
+      kernels.winograd_gradient(g, scratch.data(), begin, end, 0, g.K, sums_ptr + task * weights);
+  });
+  const Split finish(g.K, 1, 8);
+  std::vector<char> finite(static_cast<size_t>(finish.tasks), 0);
+  finish.run([&](int64_t task, int64_t begin, int64_t end) {
+    finite[task] = kernels.winograd_gradient_output(sums_ptr + begin * 16 * g.C, parts, weights,
+                                                    end - begin, g.C, out + begin * 9 * g.C);
+  });
+  return std::find(finite.begin(), finite.end(), 0) == finite.end();
+}
+
 // dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of the
 // convolution, float32, channels_last. K and C multiples of 16.
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
@@ -165,7 +192,7 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
       R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
   if (pointwise) {
     // Rows as long as one chain of additions, or a little shorter, so that threads get equal shares.
-    const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = 256 * pair;
+    const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = kGradientPiece * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
     g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
     g.P = (g.pixels + g.Q - 1) / g.Q;
@@ -174,6 +201,13 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   // The transposed operand costs more to lay out: let it be the one of fewer channels.
   const bool swapped = pointwise && g.K > g.C;
   Tensor result = dweight;
+  const std::vector<float> zeros(static_cast<size_t>(g.C), 0.0f);
+  g.zeros = zeros.data();
+  const bool winograd = dtype == kFloat32 && R == 3 && S == 3 && g.pixels > 0 &&
+                        g.stride_h * g.stride_w * g.dilation_h * g.dilation_w == 1 &&
+                        g.C * g.K <= kMostWinogradWeights;
+  if (winograd && sum_winograd_gradient(g, static_cast<float*>(dweight.mutable_data_ptr())))
+    return dweight;
   if (swapped) {
     std::swap(g.x, g.dy), std::swap(g.C, g.K);
     result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);

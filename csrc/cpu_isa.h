@@ -31,6 +31,7 @@ namespace {
 #include "conv_bn_relu_winograd.h"
 #include "conv_pack_kernels.h"
 #include "conv_weight_gradient_kernels.h"
+#include "conv_weight_gradient_winograd.h"
 #endif
 
 }  // namespace
@@ -61,6 +62,9 @@ const CpuKernels kernels = {
     transpose,
     {conv_weight_gradient<DotFloat32>, conv_weight_gradient<DotBFloat16>, nullptr, nullptr},
     {weight_gradient_scratch<DotFloat32>, weight_gradient_scratch<DotBFloat16>, nullptr, nullptr},
+    winograd_gradient,
+    winograd_gradient_output,
+    winograd_gradient_scratch,
     conv_bn_relu_winograd,
 #else
     {},
@@ -68,6 +72,9 @@ const CpuKernels kernels = {
     nullptr,
     {},
     {},
+    nullptr,
+    nullptr,
+    nullptr,
     nullptr,
 #endif
 };

@@ -111,6 +111,8 @@ struct WeightGradient {
 };
 // Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 512 KiB.
 constexpr int64_t kGradientPixels = 2048;
+constexpr int64_t kGradientPiece = 128;  // steps in one chain of additions
+constexpr int64_t kGradientTiles = 224;  // the same, of Winograd's form
 
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
 // sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
@@ -162,6 +164,14 @@ struct CpuKernels {
   void (*conv_weight_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
                                   int64_t k_begin, int64_t k_end, float* out);
   int64_t (*weight_gradient_scratch[4])(const WeightGradient&, int64_t outputs);
+  // The same in Winograd's form, for 3x3, stride 1, float32: sums (k_end - k_begin, 16, C) over
+  // tiles [begin, end) of 2x2 pixels of dy; and dweight of the sum of several, part floats apart,
+  // false where it holds something that is no finite number.
+  void (*winograd_gradient)(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
+                            int64_t k_begin, int64_t k_end, float* sums);
+  bool (*winograd_gradient_output)(const float* sums, int64_t parts, int64_t part, int64_t outputs,
+                                   int64_t C, float* out);
+  int64_t (*winograd_gradient_scratch)(const WeightGradient&, int64_t outputs);
   // 3x3, stride 1, float32: y's channels of blocks [block_begin, block_end) in groups [begin, end)
   // of 7 tiles of 2x2 pixels; null where not served
   void (*conv_bn_relu_winograd)(const ConvBnRelu&, void* scratch, int64_t block_begin,
