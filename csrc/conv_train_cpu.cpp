@@ -97,6 +97,24 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
   });
 }
 
+// out (count,) <- the sum of what body(begin, end, sums) leaves for every thread's rows, in order
+template <typename Body>
+void sum_over_rows(int64_t rows, int64_t count, float* out, const Body& body) {
+  const Split split(rows, 1, 1);
+  const Scratch partial(std::max<int64_t>(split.tasks - 1, 1) * count * 4);
+  auto* partial_ptr = reinterpret_cast<float*>(partial.data());
+  split.run([&](int64_t task, int64_t begin, int64_t end) {
+    body(begin, end, task == 0 ? out : partial_ptr + (task - 1) * count);
+  });
+  if (split.tasks == 1) return;
+  Split(count, 16, 65536).run([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t task = 1; task < split.tasks; ++task) {
+      const float* from = partial_ptr + (task - 1) * count;
+      for (int64_t i = begin; i < end; ++i) out[i] += from[i];
+    }
+  });
+}
+
 // out (K, R, S, C) float32 <- the gradient of the weights, over all rows and outputs
 void sum_weight_gradient(const WeightGradient& g, DtypeIndex dtype, float* out) {
   const auto kernel = cpu_kernels().conv_weight_gradient[dtype];
@@ -114,21 +132,10 @@ void sum_weight_gradient(const WeightGradient& g, DtypeIndex dtype, float* out) 
     });
     return;
   }
-  const Split split(rows, 1, 1);
-  const Scratch partial(std::max<int64_t>(split.tasks - 1, 1) * weights * 4);
-  auto* partial_ptr = reinterpret_cast<float*>(partial.data());
-  split.run([&](int64_t task, int64_t begin, int64_t end) {
+  sum_over_rows(rows, weights, out, [&](int64_t begin, int64_t end, float* sums) {
     const Scratch scratch(scratch_bytes(g, g.K));
-    kernel(g, scratch.data(), begin, end, 0, g.K,
-           task == 0 ? out : partial_ptr + (task - 1) * weights);
+    kernel(g, scratch.data(), begin, end, 0, g.K, sums);
   });
-  if (split.tasks > 1)
-    Split(weights, 16, 65536).run([&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t task = 1; task < split.tasks; ++task) {
-        const float* from = partial_ptr + (task - 1) * weights;
-        for (int64_t i = begin; i < end; ++i) out[i] += from[i];
-      }
-    });
 }
 
 // The same for a 3x3 convolution of stride 1 in float32; false where a result is no finite number.
@@ -158,12 +165,11 @@ bool sum_winograd_gradient(const WeightGradient& g, float* out) {
   return std::find(finite.begin(), finite.end(), 0) == finite.end();
 }
 
-// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of the
-// convolution, float32, channels_last. K and C multiples of 16.
-Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
-                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                   std::vector<int64_t> dilation) {
-  constexpr const char* op = "convolution_weight_gradient";
+// What the gradient of a convolution's weights is made of, checked.
+WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor& x, int64_t R,
+                                  int64_t S, const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding,
+                                  const std::vector<int64_t>& dilation) {
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
         " on this processor");
@@ -180,19 +186,30 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   g.stride_h = stride[0], g.stride_w = stride[1], g.pad_h = padding[0], g.pad_w = padding[1];
   g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.pixels = g.N * g.P * g.Q, g.x_pixels = g.N * g.H * g.W;
-  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps, ", got x of shape ",
-        shape_of(x), ", dy of shape ", shape_of(dy));
   check(dy.size(0) == g.N && g.P == out_size(g.H, R, g.stride_h, g.pad_h, g.dilation_h) &&
             g.Q == out_size(g.W, S, g.stride_w, g.pad_w, g.dilation_w),
         op, ": dy of shape ", shape_of(dy), " is not of x's shape ", shape_of(x), " convolved");
+  return g;
+}
+
+// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of the
+// convolution, float32, channels_last. K and C multiples of 16.
+Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation) {
+  constexpr const char* op = "convolution_weight_gradient";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
+  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps, ", got x of shape ",
+        shape_of(x), ", dy of shape ", shape_of(dy));
   Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const bool pointwise =
       R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
   if (pointwise) {
     // Rows as long as one chain of additions, or a little shorter, so that threads get equal shares.
-    const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = kGradientPiece * pair;
+    const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = gradient_piece(pair) * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
     g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
     g.P = (g.pixels + g.Q - 1) / g.Q;
@@ -218,6 +235,30 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   return dweight;
 }
 
+// dy (N, K, P, Q), x (N, C, H, W) of few channels, channels_last, float32 or bfloat16 -> (R, S C, K),
+// float32: dweight of a convolution without dilation, (K, C, R, S) in another order.
+Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
+                              std::vector<int64_t> stride, std::vector<int64_t> padding) {
+  constexpr const char* op = "narrow_weight_gradient";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  const WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, {1, 1});
+  check(g.K % 16 == 0 && R <= kMostNarrowRows && S * g.C >= kTilePixels, op,
+        ": dy must have a multiple of 16 channels, x and taps must make ", int{kTilePixels},
+        " values or more a row, in at most ", kMostNarrowRows, " rows, got dy of shape ",
+        shape_of(dy), ", x of shape ", shape_of(x), ", taps ", R, " x ", S);
+  Tensor sums = torch::stable::new_empty(x, {R, S * g.C, g.K}, ScalarType::Float);
+  auto* sums_ptr = static_cast<float*>(sums.mutable_data_ptr());
+  if (g.pixels == 0) {
+    std::fill_n(sums_ptr, sums.numel(), 0.0f);
+    return sums;
+  }
+  sum_over_rows(g.N * g.P, sums.numel(), sums_ptr, [&](int64_t begin, int64_t end, float* out) {
+    const Scratch scratch(cpu_kernels().narrow_gradient_scratch(g));
+    cpu_kernels().narrow_gradient[dtype](g, scratch.data(), begin, end, out);
+  });
+  return sums;
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
@@ -228,9 +269,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "convolution_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "narrow_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, int[] padding) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
+  m.impl("narrow_weight_gradient", TORCH_BOX(fused_resnet::narrow_weight_gradient));
   m.impl("convolution_weight_gradient", TORCH_BOX(fused_resnet::convolution_weight_gradient));
 }

@@ -12,8 +12,7 @@
 // bfloat16: a tap that begins at an odd column of x begins one column earlier, and dy one pixel
 // earlier, where there is a zero; so x stays paired as it is.
 //
-// Sums: at most kGradientPiece steps in one chain (half of what the convolution takes: stock sums
-// the few, long sums of a gradient better), then added up in float32.
+// Sums: at most gradient_piece steps in one chain, then added up in float32.
 // Bytes: x and dy read once per thread from memory, their copies written and read in cache.
 // Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.
 #pragma once
@@ -165,7 +164,7 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
       const int64_t steps = (g.Q + odd + pair - 1) / pair;
       const int64_t offset =
           (phase * panel.columns + column - odd) / pair * static_cast<int64_t>(vectors) * 64;
-      const int64_t at_once = steps < kGradientPiece ? kGradientPiece / steps : 1;
+      const int64_t at_once = steps < gradient_piece(pair) ? gradient_piece(pair) / steps : 1;
       const char* const* pointers = table + r * panel.rows * 8;
       for (int64_t k = 0; k < outputs; k += kTilePixels) {
         // The last tile starts earlier and leaves out what the one before it has done.

@@ -31,6 +31,7 @@ namespace {
 #include "conv_bn_relu_winograd.h"
 #include "conv_pack_kernels.h"
 #include "conv_weight_gradient_kernels.h"
+#include "conv_weight_gradient_narrow.h"
 #include "conv_weight_gradient_winograd.h"
 #endif
 
@@ -62,6 +63,8 @@ const CpuKernels kernels = {
     transpose,
     {conv_weight_gradient<DotFloat32>, conv_weight_gradient<DotBFloat16>, nullptr, nullptr},
     {weight_gradient_scratch<DotFloat32>, weight_gradient_scratch<DotBFloat16>, nullptr, nullptr},
+    {narrow_gradient<DotFloat32>, narrow_gradient<DotBFloat16>, nullptr, nullptr},
+    narrow_gradient_scratch,
     winograd_gradient,
     winograd_gradient_output,
     winograd_gradient_scratch,
@@ -72,6 +75,8 @@ const CpuKernels kernels = {
     nullptr,
     {},
     {},
+    {},
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

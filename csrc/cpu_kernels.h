@@ -111,7 +111,10 @@ struct WeightGradient {
 };
 // Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 512 KiB.
 constexpr int64_t kGradientPixels = 2048;
-constexpr int64_t kGradientPiece = 128;  // steps in one chain of additions
+// Steps in one chain of additions: stock sums the few, long sums of a gradient in shorter ones than
+// those of a convolution; beside bfloat16's own rounding of what it returns the length is nothing.
+constexpr int64_t gradient_piece(int64_t pair) { return pair == 2 ? 512 : 128; }
+constexpr int64_t kMostNarrowRows = 16;  // R of a convolution of few channels
 constexpr int64_t kGradientTiles = 224;  // the same, of Winograd's form
 
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
@@ -164,6 +167,10 @@ struct CpuKernels {
   void (*conv_weight_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
                                   int64_t k_begin, int64_t k_end, float* out);
   int64_t (*weight_gradient_scratch[4])(const WeightGradient&, int64_t outputs);
+  // The same for few input channels, dilation 1: out (R, S C, K) over output rows [begin, end)
+  void (*narrow_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
+                             float* out);
+  int64_t (*narrow_gradient_scratch)(const WeightGradient&);
   // The same in Winograd's form, for 3x3, stride 1, float32: sums (k_end - k_begin, 16, C) over
   // tiles [begin, end) of 2x2 pixels of dy; and dweight of the sum of several, part floats apart,
   // false where it holds something that is no finite number.

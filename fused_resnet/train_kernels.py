@@ -175,10 +175,15 @@ class Native(Portable):
         return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+        K, C, R, S = weight.shape
+        narrow = C < 16 and 7 <= S * C and R <= 16 and K % 16 == 0 and g.dilation == (1, 1)
+        if narrow and g.groups == 1 and dy.dtype in self._dtypes:
+            sums = self._ops.narrow_weight_gradient(dy, x, R, S, g.stride, g.padding)
+            return sums.view(R, S, C, K).permute(3, 2, 0, 1).to(weight.dtype)
         if not self._serves(weight, dy.dtype, g):
             return super().weight_gradient(dy, x, weight, g)
         return self._ops.convolution_weight_gradient(
-            dy, x, *weight.shape[2:], g.stride, g.padding, g.dilation
+            dy, x, R, S, g.stride, g.padding, g.dilation
         ).to(weight.dtype)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
