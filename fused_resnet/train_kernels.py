@@ -170,6 +170,13 @@ class Native(Portable):
             d * (k - 1) - p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
         ]
         plain = g.stride == (1, 1) and min(padding) >= 0
+        if weight.shape[2:] == (1, 1) and g.padding == (0, 0) and not plain:
+            if self._serves(weight, dy.dtype, g):
+                # One pixel of x in so many has a gradient.
+                some = self._convolve(dy, weight, True, None, [1, 1], [0, 0], [1, 1])
+                dx = torch.zeros_like(x) if added is None else added
+                self._ops.scatter_add(dx, some, g.stride)
+                return dx
         if not plain or not self._serves(weight, dy.dtype, g):
             return _channels_last(super().input_gradient(dy, x, weight, g, added))
         return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)

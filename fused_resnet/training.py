@@ -181,19 +181,12 @@ class _Backward:
         found, branch, g = kernels.norm_gradients(dy, self.y, self.normed(last), other, masked)
         del dy
         self.outputs[last] = None
-        dx: Tensor | None = None
+        dx = g if spec.shortcut == "identity" and self.need_x else None
         if branch is not None:
             self.keep(grads, last + 1, branch)
             if self.needs[3 * (last + 1)]:
                 grads[3 * (last + 1)] = self.weight_gradient(last + 1, branch.dx, self.x)
-            if self.need_x:
-                dx = kernels.input_gradient(
-                    branch.dx, self.x, self.units[-1][0], spec.geometries[-1]
-                )
-            self.outputs[last + 1] = None
-            del branch, other
-        elif spec.shortcut == "identity" and self.need_x:
-            dx = g
+            self.outputs[last + 1] = other = None
         dgiven = g if self.need_given else None
         del g
         for i in range(last, first - 1, -1):
@@ -215,6 +208,10 @@ class _Backward:
             found = kernels.norm_gradients(dh, source, before, None, False)[0]
             del dh, source, before
             self.inner[i - 1] = self.outputs[i - 1] = None
+        if branch is not None and self.need_x:
+            dx = kernels.input_gradient(
+                branch.dx, self.x, self.units[-1][0], spec.geometries[-1], dx
+            )
         return None, None, dx, dgiven, *grads
 
     def keep(self, grads: list[Any], i: int, found: Any) -> None:
