@@ -30,9 +30,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dresidual = need_dresidual ? empty_output_like(x) : nothing;
   const std::optional<Tensor> mask = relu ? y : std::nullopt;
   const Norm norm{{to_vector<A>(mean), to_vector<A>(var)}, to_vector<A>(weight, C, 1.0), {}, eps};
-  GradientSums sums =
-      reduce_gradient<A>(plan, dtype, dy, mask, x, norm.stats, std::nullopt, nullptr,
-                         need_dresidual ? &dresidual : nullptr);
+  GradientSums sums = reduce_gradient<A>(plan, dtype, dy, mask, x, norm.stats, std::nullopt,
+                                         nullptr, need_dresidual ? &dresidual : nullptr);
   auto& [dbias, dweight, unused] = sums;
   if (need_dx) {
     // With dresidual written, g is there to be read; otherwise it is masked out of dy once more.

@@ -77,8 +77,8 @@ std::vector<A> spread(const Plan& plan, const std::vector<double>& channels) {
   return out;
 }
 
-// Per-channel sums, as many as `sums` has: kernel(walk, first element, begin, end, own sums) on every
-// piece, each task into arrays of its own, added up in the order of the tasks.
+// Per-channel sums, as many as `sums` has: kernel(walk, first element, begin, end, own sums) on
+// every piece, each task into arrays of its own, added up in the order of the tasks.
 template <size_t n, typename Kernel>
 void add_up(const Plan& plan, std::array<std::vector<double>, n>& sums, const Kernel& kernel) {
   const Split split = plan.split();

@@ -28,8 +28,8 @@ std::vector<double> row_of(const Tensor& t, int64_t row) {
 Statistics to_statistics(const Tensor& stats) { return {row_of(stats, 0), row_of(stats, 1)}; }
 
 Tensor to_rows(const Tensor& x, const std::vector<const std::vector<double>*>& rows, int64_t C) {
-  Tensor out = torch::stable::new_empty(x, {static_cast<int64_t>(rows.size()), C},
-                                        ScalarType::Double);
+  Tensor out =
+      torch::stable::new_empty(x, {static_cast<int64_t>(rows.size()), C}, ScalarType::Double);
   auto* p = static_cast<double*>(out.mutable_data_ptr());
   for (const auto* row : rows) p = std::copy(row->begin(), row->end(), p);
   return out;
@@ -65,14 +65,15 @@ Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optio
   const Plan plan(layout_of(op, x));
   const int64_t C = plan.layout.C;
   if (residual) check_same_layout(op, "residual", *residual, "x", x);
-  check(residual.has_value() || !residual_stats, op, ": residual must be given with its statistics");
+  check(residual.has_value() || !residual_stats, op,
+        ": residual must be given with its statistics");
   Tensor y = pooled_like(x);
   with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Norm norm = norm_of<A>(op, stats, weight, bias, eps, C, x);
     if (residual_stats) {
-      const Norm other = norm_of<A>(op, *residual_stats, residual_weight, residual_bias,
-                                    residual_eps, C, x);
+      const Norm other =
+          norm_of<A>(op, *residual_stats, residual_weight, residual_bias, residual_eps, C, x);
       apply_norm<A>(plan, dtype, x, norm, residual, &other, relu, y);
     } else {
       apply_norm<A>(plan, dtype, x, norm, residual, nullptr, relu, y);
@@ -101,8 +102,8 @@ std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor 
   const Statistics second = stats2 ? to_statistics(*stats2) : Statistics{};
   const GradientSums sums = with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
-    GradientSums found = reduce_gradient<A>(plan, dtype, dy, y, x, first, x2, &second,
-                                            masked ? &g : nullptr);
+    GradientSums found =
+        reduce_gradient<A>(plan, dtype, dy, y, x, first, x2, &second, masked ? &g : nullptr);
     // The kernels centre by the means rounded to A.
     for (int64_t c = 0; c < C; ++c) {
       found[1][c] -= found[0][c] * Norm{first, {}, {}, 0}.template lost<A>(c);

@@ -155,13 +155,11 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   // A run longer than a pixel reaches over several: a row of taps in one.
   const int64_t reach = first_channel ? 1 : g[kRun] / C;
   const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
-  Tensor y =
-      overwrite && residual
-          ? *residual
-      : pooled
-          ? pooled_channels_last(x.size(0), K, P, Q, x.scalar_type())
-          : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt, x.device(),
-                                 std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor y = overwrite && residual ? *residual
+             : pooled ? pooled_channels_last(x.size(0), K, P, Q, x.scalar_type())
+                      : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt,
+                                             x.device(), std::nullopt,
+                                             torch::headeronly::MemoryFormat::ChannelsLast);
   if (residual) {
     const Layout4d other = layout_of(op, *residual);
     check(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&

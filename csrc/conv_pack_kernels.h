@@ -83,7 +83,8 @@ void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < C; c += 16) {
       for (int64_t tap = 0; tap < p.taps; ++tap) {
         const int64_t from = p.transposed ? p.taps - 1 - tap : tap;
-        const float* source = weight + from * p.tap_stride + v * 16 * p.output_stride + c * p.input_stride;
+        const float* source =
+            weight + from * p.tap_stride + v * 16 * p.output_stride + c * p.input_stride;
         vf* t = tile + tap * 16;
         if (p.transposed) {
           for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(source + i * p.input_stride);
@@ -113,8 +114,7 @@ void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
           vf g[9], u[16];
           for (int tap = 0; tap < 9; ++tap) g[tap] = tile[tap * 16 + i];
           winograd_weight(g, u);
-          for (int j = 0; j < 16; ++j)
-            store_any(out + (j * C + i) * vectors * 16, u[j]);
+          for (int j = 0; j < 16; ++j) store_any(out + (j * C + i) * vectors * 16, u[j]);
         }
       }
     }

@@ -16,8 +16,7 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                    std::vector<int64_t> dilation) {
   constexpr const char* op = "convolution";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
-        " on this processor");
+  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
   const Layout4d layout = layout_of(op, x);
   check(layout.channels_last, op, ": x must be channels_last, got strides ", strides_of(x),
         " for shape ", shape_of(x));
@@ -47,10 +46,17 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   check(conv.P > 0 && conv.Q > 0, op, ": x of size ", conv.H, " x ", conv.W,
         " is smaller than the kernel");
   conv.pointwise = taps * stride[0] * stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+  if (residual) {
+    const Layout4d other = layout_of(op, *residual);
+    check(residual->scalar_type() == x.scalar_type() && other.N == conv.N && other.C == K &&
+              residual->size(2) == conv.P && residual->size(3) == conv.Q && other.channels_last,
+          op, ": residual must be ", name_of(x.scalar_type()), " of shape (", conv.N, ", ", K, ", ",
+          conv.P, ", ", conv.Q, ") and channels_last, got ", name_of(residual->scalar_type()),
+          " of shape ", shape_of(*residual));
+  }
   Tensor y = overwrite && residual
                  ? *residual
                  : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
-  if (residual) check_same_layout(op, "residual", *residual, "y", y);
   if (y.numel() == 0) return y;
   const auto size = static_cast<int64_t>(x.element_size());
 
@@ -97,8 +103,8 @@ void scatter_add(Tensor y, Tensor x, std::vector<int64_t> stride) {
             to.N == from.N && y.scalar_type() == x.scalar_type() &&
             (y.size(2) - 1) / stride[0] + 1 == x.size(2) &&
             (y.size(3) - 1) / stride[1] + 1 == x.size(3),
-        op, ": x must be y's every stride-th pixel, channels_last, got shapes ", shape_of(x), " and ",
-        shape_of(y));
+        op, ": x must be y's every stride-th pixel, channels_last, got shapes ", shape_of(x),
+        " and ", shape_of(y));
   const int64_t C = to.C, P = x.size(2), Q = x.size(3), H = y.size(2), W = y.size(3);
   const auto size = static_cast<int64_t>(x.element_size());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
@@ -196,12 +202,11 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
                                   const std::vector<int64_t>& padding,
                                   const std::vector<int64_t>& dilation) {
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
-        " on this processor");
+  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
   const Layout4d in = layout_of(op, x), out = layout_of(op, dy);
-  check(in.channels_last && out.channels_last && dy.scalar_type() == x.scalar_type(), op,
-        ": x and dy must be channels_last and of one dtype, got strides ", strides_of(x), " and ",
-        strides_of(dy));
+  check((in.channels_last || in.C == 1) && out.channels_last && dy.scalar_type() == x.scalar_type(),
+        op, ": x and dy must be channels_last and of one dtype, got strides ", strides_of(x),
+        " and ", strides_of(dy));
   check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
         ": stride, padding and dilation must be pairs");
   WeightGradient g{};
@@ -217,8 +222,8 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
   return g;
 }
 
-// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of the
-// convolution, float32, channels_last. K and C multiples of 16.
+// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of
+// the convolution, float32, channels_last. K and C multiples of 16.
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation) {
@@ -226,14 +231,15 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   const DtypeIndex dtype = dtype_index(op, "x", x);
   WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
   check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps, ", got x of shape ",
-        shape_of(x), ", dy of shape ", shape_of(dy));
+        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
+        ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
   Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const bool pointwise =
       R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
   if (pointwise) {
-    // Rows as long as one chain of additions, or a little shorter, so that threads get equal shares.
+    // Rows as long as one chain of additions, or a little shorter, so that threads get equal
+    // shares.
     const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = gradient_piece(pair) * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
     g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
@@ -255,13 +261,14 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
     result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);
   }
   sum_weight_gradient(g, dtype, static_cast<float*>(result.mutable_data_ptr()));
-  if (swapped) transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
-                         static_cast<float*>(dweight.mutable_data_ptr()));
+  if (swapped)
+    transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
+              static_cast<float*>(dweight.mutable_data_ptr()));
   return dweight;
 }
 
-// dy (N, K, P, Q), x (N, C, H, W) of few channels, channels_last, float32 or bfloat16 -> (R, S C, K),
-// float32: dweight of a convolution without dilation, (K, C, R, S) in another order.
+// dy (N, K, P, Q), x (N, C, H, W) of few channels, channels_last, float32 or bfloat16 -> (R, S C,
+// K), float32: dweight of a convolution without dilation, (K, C, R, S) in another order.
 Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                               std::vector<int64_t> stride, std::vector<int64_t> padding) {
   constexpr const char* op = "narrow_weight_gradient";

@@ -1,5 +1,6 @@
-// dweight[k][r][s][c] = sum over n, p, q of dy[n, p, q, k] * x[n, p stride - pad + r dilation, ..., c],
-// over channels_last tensors: x (N, H, W, C), dy (N, P, Q, K) in memory -> float32 (K, R, S, C).
+// dweight[k][r][s][c] = sum over n, p, q of dy[n, p, q, k] * x[n, p stride - pad + r dilation, ...,
+// c], over channels_last tensors: x (N, H, W, C), dy (N, P, Q, K) in memory -> float32 (K, R, S,
+// C).
 //
 // The assembly of conv_bn_relu_kernels.h with other operands: a tile is 7 outputs k by up to 64
 // channels c, a step one pixel (two for bfloat16), a "tap" one row of pixels. What it broadcasts is
@@ -22,13 +23,13 @@
 
 // What one thread lays out at a time, and where.
 struct GradientPanel {
-  int64_t rows;        // at most so many output rows
-  int64_t lead;        // zeros before each of dy's rows
-  int64_t pitch;       // values of one of dy's rows
-  int64_t apart;       // values from one output's rows to the next's
-  int64_t columns;     // of x per phase of the stride, with room to read past the last
+  int64_t rows;     // at most so many output rows
+  int64_t lead;     // zeros before each of dy's rows
+  int64_t pitch;    // values of one of dy's rows
+  int64_t apart;    // values from one output's rows to the next's
+  int64_t columns;  // of x per phase of the stride, with room to read past the last
   int64_t phases;
-  int64_t slots;       // rows of x
+  int64_t slots;  // rows of x
 };
 
 template <typename Dot>
@@ -209,7 +210,8 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
     for (int64_t c = 0; c < g.C; c += 64) {
       const int64_t vectors = (g.C - c) / 16 < 4 ? (g.C - c) / 16 : 4;
       const int64_t row_bytes = panel.phases * panel.columns / Dot::pair * vectors * 64;
-      // Rows of x into slots, image by image, and for each r the pointers of the rows that have one.
+      // Rows of x into slots, image by image, and for each r the pointers of the rows that have
+      // one.
       int64_t entries[kMostPackedTaps] = {}, slot = 0, row = 0;
       while (row < rows) {
         const int64_t n = (first + row) / g.P, p = (first + row) % g.P;

@@ -1,10 +1,12 @@
 // The gradient of the weights of a convolution of few input channels, a network's stem:
 //
-//   out[r][s C + c][k] = sum over n, p, q of x[n, p stride - pad + r, q stride - pad + s, c] dy[n, p, q, k]
+//   out[r][s C + c][k] = sum over n, p, q of x[n, p stride - pad + r, q stride - pad + s, c] dy[n,
+//   p, q, k]
 //
-// over channels_last tensors. As in conv_weight_gradient_kernels.h, with the operands' parts changed:
-// the S C values of x that a row of taps reads for one pixel are what is broadcast, laid out so that
-// each one's pixels lie next to each other, and serve every r; dy is what is read in vectors.
+// over channels_last tensors. As in conv_weight_gradient_kernels.h, with the operands' parts
+// changed: the S C values of x that a row of taps reads for one pixel are what is broadcast, laid
+// out so that each one's pixels lie next to each other, and serve every r; dy is what is read in
+// vectors.
 #pragma once
 
 #include "conv_weight_gradient_kernels.h"
@@ -96,7 +98,8 @@ void narrow_gradient(const WeightGradient& g, char* scratch, int64_t begin, int6
   auto* x = reinterpret_cast<T*>(scratch);
   char* dy = scratch + lines_of(panel.slots * panel.values * panel.pitch * 4);
   auto** table = reinterpret_cast<const char**>(dy + lines_of(panel.rows * panel.pitch * 256));
-  auto* planes = reinterpret_cast<T*>(reinterpret_cast<char*>(table) + lines_of(g.R * panel.rows * 64));
+  auto* planes =
+      reinterpret_cast<T*>(reinterpret_cast<char*>(table) + lines_of(g.R * panel.rows * 64));
   for (int64_t i = 0; i < g.C * g.stride_w * panel.columns; ++i) planes[i] = 0;
   const int64_t slot_values = panel.values * panel.pitch;
   // dy as gather_x_row lays out x: rows of Q pixels of K channels.

@@ -99,8 +99,8 @@ struct ConvPack {
   bool bfloat;
 };
 
-// The gradient of a convolution's weights. A pointwise convolution's pixels are given as rows of Q of
-// one image: P rows, H = P, W = Q, of which the last may be shorter.
+// The gradient of a convolution's weights. A pointwise convolution's pixels are given as rows of Q
+// of one image: P rows, H = P, W = Q, of which the last may be shorter.
 struct WeightGradient {
   const void* x;      // (N, H, W, C) in memory
   const void* dy;     // (N, P, Q, K) in memory
@@ -163,8 +163,8 @@ struct CpuKernels {
   void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end);
   // 16 rows of 16 floats -> their transpose, rows so many floats apart
   void (*transpose)(const float* from, int64_t from_row, float* to, int64_t to_row);
-  // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over output
-  // rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
+  // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over
+  // output rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
   void (*conv_weight_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
                                   int64_t k_begin, int64_t k_end, float* out);
   int64_t (*weight_gradient_scratch[4])(const WeightGradient&, int64_t outputs);

@@ -1,6 +1,6 @@
-"""What a training step of a block is made of, pass by pass: convolutions with their gradients, batch
-norm with its. Two makers: `Native`, this package's C++ on the CPU, and `Portable`, the registered
-ops and PyTorch's convolutions, on any device.
+"""What a training step of a block is made of, pass by pass: convolutions and norms with their
+gradients. Two makers: `Native`, this package's C++ on the CPU, and `Portable`, the registered ops
+and PyTorch's convolutions, on any device.
 
 All activations are (N, C, H, W), dense; statistics are the maker's own kind of state.
 """
@@ -79,7 +79,9 @@ class Portable:
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
-        """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`; x lends its shape."""
+        """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`; x lends its shape.
+
+        `added` may be written to and returned."""
         dx = self._gradient(dy, x, weight, g, [True, False, False])[0]
         return dx if added is None else dx.add_(added)
 
@@ -141,7 +143,8 @@ class Native(Portable):
 
     def __init__(self) -> None:
         self._ops = torch.ops.fused_resnet_native
-        self._dtypes = [getattr(torch, name) for name in native.build_info()["conv_dtypes"]]  # type: ignore[attr-defined]
+        names: Any = native.build_info()["conv_dtypes"]
+        self._dtypes = [getattr(torch, name) for name in names]
 
     def _serves(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
         K, C, R, S = weight.shape
@@ -170,20 +173,20 @@ class Native(Portable):
             d * (k - 1) - p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
         ]
         plain = g.stride == (1, 1) and min(padding) >= 0
-        if weight.shape[2:] == (1, 1) and g.padding == (0, 0) and not plain:
-            if self._serves(weight, dy.dtype, g):
-                # One pixel of x in so many has a gradient.
-                some = self._convolve(dy, weight, True, None, [1, 1], [0, 0], [1, 1])
-                dx = torch.zeros_like(x) if added is None else added
-                self._ops.scatter_add(dx, some, g.stride)
-                return dx
-        if not plain or not self._serves(weight, dy.dtype, g):
+        serves = self._serves(weight, dy.dtype, g)
+        if serves and not plain and weight.shape[2:] == (1, 1) and g.padding == (0, 0):
+            # One pixel of x in so many has a gradient.
+            some = self._convolve(dy, weight, True, None, [1, 1], [0, 0], [1, 1])
+            dx = torch.zeros_like(x) if added is None else added
+            self._ops.scatter_add(dx, some, g.stride)
+            return dx
+        if not plain or not serves:
             return _channels_last(super().input_gradient(dy, x, weight, g, added))
         return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         K, C, R, S = weight.shape
-        narrow = C < 16 and 7 <= S * C and R <= 16 and K % 16 == 0 and g.dilation == (1, 1)
+        narrow = C < 16 and S * C >= 7 and R <= 16 and K % 16 == 0 and g.dilation == (1, 1)
         if narrow and g.groups == 1 and dy.dtype in self._dtypes:
             sums = self._ops.narrow_weight_gradient(dy, x, R, S, g.stride, g.padding)
             return sums.view(R, S, C, K).permute(3, 2, 0, 1).to(weight.dtype)
@@ -240,14 +243,17 @@ class Native(Portable):
     def update_running(
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
-        plain = all(
-            t is not None and t.dtype == torch.float32 and t.is_contiguous() for t in (mean, var)
-        )
-        if not plain:
+        if not (_plain(mean) and _plain(var)):
             super().update_running(mean, var, state[0].float(), momentum, count)
             return
         self._ops.bn_update_running(mean, var, state[0], momentum, float(count))
-        torch.autograd.graph.increment_version([mean, var])
+        for running in (mean, var):
+            if running is not None:
+                torch.autograd.graph.increment_version(running)
+
+
+def _plain(t: Tensor | None) -> bool:
+    return t is not None and t.dtype == torch.float32 and t.is_contiguous()
 
 
 PORTABLE = Portable()

@@ -75,7 +75,7 @@ class BlockFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, spec: Spec, states: list[Any], x: Tensor, given: Tensor | None, *tensors: Any
     ) -> Tensor:
         kernels = spec.kernels
@@ -105,7 +105,9 @@ class BlockFunction(torch.autograd.Function):
         if isinstance(residual, Normed):
             outputs.append(residual.x)
             moments.append(residual.state)
-        states.extend((state, z.numel() // z.shape[1]) for state, z in zip(moments, outputs, strict=True))
+        states.extend(
+            (state, z.numel() // z.shape[1]) for state, z in zip(moments, outputs, strict=True)
+        )
 
         again = _recomputed(spec, [weight for weight, _ in units])
         kept = [None if a else z for a, z in zip(again, outputs, strict=True)]
@@ -118,7 +120,7 @@ class BlockFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
         x, given, y, *rest = ctx.saved_tensors
         n = len(spec.eps)
@@ -178,6 +180,7 @@ class _Backward:
         masked = (spec.shortcut == "identity" and self.need_x) or self.need_given
         last = self.main - 1
         other = self.normed(last + 1) if projection else None
+        found: Any
         found, branch, g = kernels.norm_gradients(dy, self.y, self.normed(last), other, masked)
         del dy
         self.outputs[last] = None
@@ -203,7 +206,7 @@ class _Backward:
             if i == first:
                 break
             dh = kernels.input_gradient(found.dx, source, self.units[i][0], spec.geometries[i])
-            del found
+            found = None  # frees its memory for what comes
             before = self.normed(i - 1)
             found = kernels.norm_gradients(dh, source, before, None, False)[0]
             del dh, source, before
@@ -216,9 +219,9 @@ class _Backward:
 
     def keep(self, grads: list[Any], i: int, found: Any) -> None:
         norm = self.units[i][1]
-        if self.needs[3 * i + 1]:
+        if norm.weight is not None and self.needs[3 * i + 1]:
             grads[3 * i + 1] = found.dweight.to(norm.weight.dtype)
-        if self.needs[3 * i + 2]:
+        if norm.bias is not None and self.needs[3 * i + 2]:
             grads[3 * i + 2] = found.dbias.to(norm.bias.dtype)
 
     def weight_gradient(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
@@ -256,7 +259,9 @@ def _differentiable(
 ) -> tuple[Any, ...]:
     """Backward where somebody wants to differentiate it: written in differentiable operations."""
     wanted = [
-        t for t, needed in zip((x, given, *tensors), ctx.needs_input_grad[2:], strict=True) if needed
+        t
+        for t, needed in zip((x, given, *tensors), ctx.needs_input_grad[2:], strict=True)
+        if needed
     ]
     y = formula(ctx.spec, x, given, tensors)
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))

@@ -1,0 +1,245 @@
+"""The CPU's kernels of a training step's convolutions: forward, gradients of input and weights; each
+geometry that they serve, and those that they hand to PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from op_cases import close, integers, lifted, randn, same, unchanged
+from torch import Tensor
+
+from fused_resnet import native
+from fused_resnet.train_kernels import Geometry, Native, Portable
+
+LAST = torch.channels_last
+# name -> x's (N, C, H, W), K, kernel (R, S), stride, padding, dilation
+CASES = {
+    "pointwise": ((2, 64, 9, 7), 64, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "pointwise, widening": ((3, 32, 13, 11), 144, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "pointwise, narrowing": ((3, 208, 13, 11), 16, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "pointwise, many pixels": ((2, 16, 61, 67), 32, (1, 1), (1, 1), (0, 0), (1, 1)),
+    "pointwise, stride 2": ((2, 32, 9, 8), 80, (1, 1), (2, 2), (0, 0), (1, 1)),
+    "pointwise, strides 3 and 2": ((2, 48, 10, 9), 16, (1, 1), (3, 2), (0, 0), (1, 1)),
+    "pointwise, padded": ((2, 16, 5, 6), 32, (1, 1), (1, 1), (1, 2), (1, 1)),
+    "3x3": ((2, 32, 9, 11), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, even": ((3, 64, 14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, many tiles": ((2, 16, 66, 35), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, many weights": ((2, 272, 7, 7), 256, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, stride 2": ((2, 48, 15, 12), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3, stride 2, many rows": ((2, 16, 90, 76), 16, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3, no padding": ((2, 16, 10, 8), 16, (3, 3), (1, 1), (0, 0), (1, 1)),
+    "3x3, wide padding": ((1, 48, 7, 30), 64, (3, 3), (1, 1), (2, 0), (1, 1)),
+    "3x3, one pixel": ((4, 64, 1, 1), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, dilated": ((2, 32, 13, 12), 32, (3, 3), (1, 1), (2, 2), (2, 2)),
+    "3x3, dilated, stride 2": ((2, 16, 13, 12), 32, (3, 3), (2, 2), (2, 1), (2, 3)),
+    "3x3, stride 3": ((2, 16, 14, 17), 32, (3, 3), (3, 3), (1, 1), (1, 1)),
+    "1x5": ((2, 32, 9, 12), 48, (1, 5), (2, 1), (0, 2), (1, 2)),
+    "3x1": ((2, 32, 9, 12), 48, (3, 1), (1, 2), (1, 0), (1, 1)),
+    "stem": ((2, 3, 33, 30), 64, (7, 7), (2, 2), (3, 3), (1, 1)),
+    "stem of 3x3": ((2, 3, 12, 13), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "stem, many rows": ((2, 3, 131, 70), 80, (5, 5), (1, 1), (2, 2), (1, 1)),
+    "stem, one channel": ((2, 1, 20, 17), 48, (7, 9), (3, 2), (3, 0), (1, 1)),
+    # PyTorch's, in the same layout.
+    "odd channels": ((2, 33, 6, 5), 18, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "many taps": ((2, 16, 12, 12), 16, (5, 5), (1, 1), (2, 2), (1, 1)),
+    "padding wider than the kernel": ((2, 16, 6, 6), 16, (1, 1), (1, 1), (2, 2), (1, 1)),
+}
+PASSES = ("y", "dx", "dweight")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def makers() -> tuple[Native, Portable]:
+    if native.load() is not None:
+        pytest.skip("no native kernels")
+    return Native(), Portable()
+
+
+def operands(case: str, dtype: torch.dtype, make=randn) -> tuple[Tensor, Tensor, Tensor, Geometry]:
+    """x, float32 weight and dy, channels_last."""
+    shape, K, kernel, stride, padding, dilation = CASES[case]
+    g = Geometry(stride, padding, dilation, 1)
+    x = make(shape, dtype).contiguous(memory_format=LAST)
+    weight = make((K, shape[1], *kernel), dtype).float().contiguous(memory_format=LAST)
+    out = torch.nn.functional.conv2d(
+        x.double(), weight.double(), None, stride, padding, dilation
+    ).shape
+    return x, weight, make(out, dtype).contiguous(memory_format=LAST), g
+
+
+def run(kernels: Portable, x: Tensor, weight: Tensor, dy: Tensor, g: Geometry) -> list[Tensor]:
+    return [
+        kernels.convolution(x, weight, g),
+        kernels.input_gradient(dy, x, weight, g),
+        kernels.weight_gradient(dy, x, weight, g),
+    ]
+
+
+def poison_pool() -> None:
+    """NaN into the blocks that outputs and scratch memory come from."""
+    ones, stats = torch.ones(1), torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    held = []
+    for elements in (300_000, 300_000, 300_000, 900_000, 900_000, 2_000_000):
+        x = torch.full((1, 1, 1, elements), float("nan"))
+        held.append(
+            torch.ops.fused_resnet_native.bn_apply(
+                x, stats, ones, ones, 1e-5, None, None, None, None, 0.0, False
+            )
+        )
+    assert all(t.isnan().all() for t in held)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_against_float64(case: str, dtype: torch.dtype, threads: int) -> None:
+    mine, stock = makers()
+    x, weight, dy, g = operands(case, dtype)
+    torch.set_num_threads(threads)
+    poison_pool()
+    check = unchanged(x, weight, dy)
+    found = run(mine, x, weight, dy, g)
+    check()
+    exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
+    theirs = run(stock, x, weight, dy, g)
+    close(PASSES, found, theirs, exact, dtype)
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
+    for t in found[:2]:
+        assert t.is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
+    """Every index: sums of small integers leave no room for a wrong one. dweight and, in float32,
+    all sums are exact whatever their order; Winograd's halves and quarters are exact too."""
+    mine, stock = makers()
+    x, weight, dy, g = operands(case, dtype, integers)
+    exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
+    for name, t, e in zip(PASSES, run(mine, x, weight, dy, g), exact, strict=True):
+        assert torch.equal(t, e.to(t.dtype)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case", ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels"]
+)
+def test_what_is_added(case: str, dtype: torch.dtype) -> None:
+    """conv + residual, in the residual's memory, with one rounding; and so the input's gradient."""
+    mine, stock = makers()
+    x, weight, dy, g = operands(case, dtype)
+    residual, added = randn(dy.shape, dtype), randn(x.shape, dtype)
+    residual, added = (t.contiguous(memory_format=LAST) for t in (residual, added))
+    exact = [
+        stock.convolution(lifted(x), lifted(weight), g) + lifted(residual),
+        stock.input_gradient(lifted(dy), lifted(x), lifted(weight), g) + lifted(added),
+    ]
+    theirs = [
+        stock.convolution(x, weight, g, residual.clone(memory_format=torch.preserve_format)),
+        stock.input_gradient(dy, x, weight, g, added.clone(memory_format=torch.preserve_format)),
+    ]
+    found = [
+        mine.convolution(x, weight, g, residual), mine.input_gradient(dy, x, weight, g, added)
+    ]  # fmt: skip
+    close(PASSES[:2], found, theirs, exact, dtype)
+
+
+@pytest.mark.parametrize("weights", ["contiguous", "bfloat16", "sliced"])
+def test_weights_of_any_kind(weights: str) -> None:
+    mine, _ = makers()
+    x, weight, dy, g = operands("3x3, even", torch.float32)
+    if weights == "contiguous":
+        other = weight.contiguous()
+    elif weights == "bfloat16":
+        x, dy = x.bfloat16(), dy.bfloat16()
+        other = weight = weight.bfloat16()
+        weight = weight.float()
+    else:
+        other = torch.cat([weight * 7, weight], 1)[:, weight.shape[1] :]
+    for a, b in zip(run(mine, x, other, dy, g), run(mine, x, weight, dy, g), strict=True):
+        same(a.float(), b.to(a.dtype).float())
+
+
+@pytest.mark.parametrize("case", ["3x3", "pointwise, many pixels", "stem", "3x3, stride 2"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
+    mine, _ = makers()
+    x, weight, dy, g = operands(case, dtype)
+    first = run(mine, x, weight, dy, g)
+    for _ in range(20):
+        for a, b in zip(first, run(mine, x, weight, dy, g), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("case", ["3x3, even", "pointwise", "3x3, stride 2"])
+def test_not_a_number(case: str, value: float) -> None:
+    """What is no finite number shows where stock shows it, in forward and both gradients."""
+    mine, stock = makers()
+    for which in range(3):
+        x, weight, dy, g = operands(case, torch.float32)
+        t = (x, weight, dy)[which]
+        t[tuple(n // 2 for n in t.shape)] = value
+        for name, a, b in zip(
+            PASSES, run(mine, x, weight, dy, g), run(stock, x, weight, dy, g), strict=True
+        ):
+            assert torch.equal(a.isfinite(), b.isfinite()), (name, which)
+
+
+def test_sums_that_overflow_in_winograds_form() -> None:
+    """Winograd's sums of four values may overflow where the result does not."""
+    mine, stock = makers()
+    x, weight, dy, g = operands("3x3, even", torch.float32)
+    x = torch.full_like(x, 2e38)
+    weight, dy = weight * 1e-3, dy * 1e-6
+    exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
+    theirs = run(stock, x, weight, dy, g)
+    found = run(mine, x, weight, dy, g)
+    assert all(t.isfinite().all() for t in theirs)
+    for name, a, s, e in zip(PASSES, found, theirs, exact, strict=True):
+        assert a.isfinite().all(), name
+        scale = (lifted(x).abs().max() * lifted(weight).abs().sum()).item() if name == "y" else 0
+        terms = {name: scale} if scale else {name: e.abs().max().item() * 100}
+        close([name], [a], [s], [e], torch.float32, terms)
+
+
+def test_errors_name_the_argument() -> None:
+    makers()
+    ops = torch.ops.fused_resnet_native
+    x, weight, dy, _ = operands("3x3", torch.float32)
+    pair = [1, 1]
+    with pytest.raises(RuntimeError, match="convolution: x must be channels_last"):
+        ops.convolution(x.contiguous(), weight, False, None, False, pair, pair, pair)
+    with pytest.raises(RuntimeError, match="convolution: x must have 32 channels, got 16"):
+        ops.convolution(x[:, :16].contiguous(memory_format=LAST), weight, False, None, False,
+                        pair, pair, pair)  # fmt: skip
+    with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
+        ops.convolution(x, weight.double(), False, None, False, pair, pair, pair)
+    with pytest.raises(RuntimeError, match="weight must be channels_last"):
+        ops.convolution(x, weight.contiguous(), False, None, False, pair, pair, pair)
+    with pytest.raises(RuntimeError, match="no kernel for float16"):
+        ops.convolution(x.half(), weight, False, None, False, pair, pair, pair)
+    with pytest.raises(RuntimeError, match=r"residual must be float32 of shape \(2, 80, 9, 11\)"):
+        ops.convolution(x, weight, False, x, True, pair, pair, pair)
+    with pytest.raises(RuntimeError, match="smaller than the kernel"):
+        ops.convolution(x, weight, False, None, False, pair, [0, 0], [9, 9])
+    with pytest.raises(RuntimeError, match="is not of x's shape"):
+        ops.convolution_weight_gradient(dy[:1], x, 3, 3, pair, pair, pair)
+    with pytest.raises(RuntimeError, match="channels must be multiples of 16"):
+        ops.convolution_weight_gradient(
+            dy[:, :9].contiguous(memory_format=LAST), x, 3, 3, pair, pair, pair
+        )
+    with pytest.raises(RuntimeError, match="scatter_add: x must be y's every stride-th pixel"):
+        ops.scatter_add(x, dy, [2, 2])
+    with pytest.raises(RuntimeError, match="narrow_weight_gradient: dy must have"):
+        ops.narrow_weight_gradient(x[:, :9].contiguous(memory_format=LAST), x, 1, 1, pair, [0, 0])
+
+
+def test_no_image() -> None:
+    mine, _ = makers()
+    for dtype, case in itertools.product(DTYPES, ("3x3", "pointwise", "stem")):
+        x, weight, dy, g = operands(case, dtype)
+        y, dx, dweight = run(mine, x[:0], weight, dy[:0], g)
+        assert y.shape[0] == dx.shape[0] == 0
+        assert torch.equal(dweight, torch.zeros_like(weight))
