@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   Tensor nothing = torch::stable::new_empty(x, {0});
   Tensor dx = need_dx ? empty_output_like(x) : nothing;
   Tensor dresidual = need_dresidual ? empty_output_like(x) : nothing;
-  const std::optional<Tensor> mask = relu ? y : std::nullopt;
+  const Mask mask{relu ? y : std::nullopt};
   const Norm norm{{to_vector<A>(mean), to_vector<A>(var)}, to_vector<A>(weight, C, 1.0), {}, eps};
   GradientSums sums = reduce_gradient<A>(plan, dtype, dy, mask, x, norm.stats, std::nullopt,
                                          nullptr, need_dresidual ? &dresidual : nullptr);
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     // With dresidual written, g is there to be read; otherwise it is masked out of dy once more.
     const double count = static_cast<double>(plan.count);
     if (need_dresidual)
-      apply_gradient<A>(plan, dtype, dresidual, std::nullopt, x, norm, dbias, dweight, count, dx);
+      apply_gradient<A>(plan, dtype, dresidual, {}, x, norm, dbias, dweight, count, dx);
     else
       apply_gradient<A>(plan, dtype, dy, mask, x, norm, dbias, dweight, count, dx);
   }

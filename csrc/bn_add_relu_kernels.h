@@ -212,6 +212,8 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
       const int64_t columns = C - tile < kTile ? C - tile : kTile;
       const auto* mean = static_cast<const A*>(bn.mean) + tile;
       const auto* mean2 = bn.x2 ? static_cast<const A*>(bn.mean2) + tile : nullptr;
+      const auto* own_scale = bn.own_scale ? static_cast<const A*>(bn.own_scale) + tile : nullptr;
+      const auto* own_shift = bn.own_scale ? static_cast<const A*>(bn.own_shift) + tile : nullptr;
       for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
         const int64_t base = row * C + tile;
@@ -222,9 +224,12 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
         T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
         for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
           V g = memory.load(dy + j);
-          if (y) g = masked_by(g, memory.load(y + j));
-          if (dresidual) memory.store(dresidual + j, g, bn.stream);
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
+          if (own_scale)
+            g = masked_by(g, centred * load_any<V>(own_scale + j) + load_any<V>(own_shift + j));
+          else if (y)
+            g = masked_by(g, memory.load(y + j));
+          if (dresidual) memory.store(dresidual + j, g, bn.stream);
           store_any(t1 + j, load_any<V>(t1 + j) + g);
           store_any(t2 + j, load_any<V>(t2 + j) + g * centred);
           if (x2) {
@@ -255,15 +260,24 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
     const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
     T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
     const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
-    V mean2 = {};
+    const bool own = bn.own_scale != nullptr;
+    V mean2 = {}, own_scale = {}, own_shift = {};
+    if (own) {
+      own_scale = D::splat(static_cast<const typename D::A*>(bn.own_scale)[segment.channel]);
+      own_shift = D::splat(static_cast<const typename D::A*>(bn.own_shift)[segment.channel]);
+    }
     if (x2) mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
     V t1[4] = {}, t2[4] = {}, t3[4] = {};
     const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
       V g = memory.load(dy + i);
-      if (y) g = masked_by(g, memory.load(y + i));
+      const V centred = memory.keep(memory.load(x + i) - mean);
+      if (own)
+        g = masked_by(g, centred * own_scale + own_shift);
+      else if (y)
+        g = masked_by(g, memory.load(y + i));
       if (dresidual) memory.store(dresidual + i, g, bn.stream);
       t1[k] += g;
-      t2[k] += g * memory.keep(memory.load(x + i) - mean);
+      t2[k] += g * centred;
       if (x2) t3[k] += g * memory.keep(memory.load(x2 + i) - mean2);
     };
     constexpr int64_t L = D::lanes;
@@ -289,6 +303,8 @@ void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
   const auto* g_mean = static_cast<const A*>(bn.g_mean);
   const auto* slope = static_cast<const A*>(bn.slope);
   const auto* scale = static_cast<const A*>(bn.scale);
+  const auto* own_scale = static_cast<const A*>(bn.own_scale);
+  const auto* own_shift = static_cast<const A*>(bn.own_shift);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t base = row * C;
     const auto* dy = static_cast<const typename D::T*>(bn.dy) + base;
@@ -297,8 +313,11 @@ void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
     auto* dx = static_cast<typename D::T*>(bn.dx) + base;
     for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
-      if (y) g = masked_by(g, memory.load(y + j));
       const V centred = memory.load(x + j) - load_any<V>(mean + j);
+      if (own_scale)
+        g = masked_by(g, centred * load_any<V>(own_scale + j) + load_any<V>(own_shift + j));
+      else if (y)
+        g = masked_by(g, memory.load(y + j));
       g = (g - load_any<V>(g_mean + j)) - load_any<V>(slope + j) * centred;
       memory.store(dx + j, load_any<V>(scale + j) * g, bn.stream);
     });
@@ -319,10 +338,20 @@ void bn_backward_planes(const BnBackward& bn, int64_t begin, int64_t end) {
     const V g_mean = D::splat(static_cast<const A*>(bn.g_mean)[segment.channel]);
     const V slope = D::splat(static_cast<const A*>(bn.slope)[segment.channel]);
     const V scale = D::splat(static_cast<const A*>(bn.scale)[segment.channel]);
+    const bool own = bn.own_scale != nullptr;
+    V own_scale = {}, own_shift = {};
+    if (own) {
+      own_scale = D::splat(static_cast<const A*>(bn.own_scale)[segment.channel]);
+      own_shift = D::splat(static_cast<const A*>(bn.own_shift)[segment.channel]);
+    }
     for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
-      if (y) g = masked_by(g, memory.load(y + j));
-      g = (g - g_mean) - slope * (memory.load(x + j) - mean);
+      const V centred = memory.load(x + j) - mean;
+      if (own)
+        g = masked_by(g, centred * own_scale + own_shift);
+      else if (y)
+        g = masked_by(g, memory.load(y + j));
+      g = (g - g_mean) - slope * centred;
       memory.store(dx + j, scale * g, bn.stream);
     });
   }

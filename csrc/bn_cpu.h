@@ -197,6 +197,21 @@ struct Norm {
   }
 };
 
+// A norm as one multiply-add: y = (x - mean) * scale + shift, (C,).
+struct Affine {
+  std::vector<double> scale, shift;
+};
+template <typename A>
+Affine affine_of(const Norm& norm) {
+  Affine affine{norm.weight, norm.bias};
+  for (size_t c = 0; c < affine.scale.size(); ++c) {
+    affine.scale[c] = norm.weight[c] * norm.invstd(static_cast<int64_t>(c));
+    // (x - mean) is taken with the mean rounded to A; what the rounding took off goes here.
+    affine.shift[c] -= norm.lost<A>(static_cast<int64_t>(c)) * affine.scale[c];
+  }
+  return affine;
+}
+
 // y = relu(norm(x) + residual), or with `residual_norm` y = relu(norm(x) + residual_norm(residual))
 template <typename A>
 void apply_norm(const Plan& plan, DtypeIndex dtype, const Tensor& x, const Norm& norm,
@@ -204,18 +219,12 @@ void apply_norm(const Plan& plan, DtypeIndex dtype, const Tensor& x, const Norm&
                 Tensor& y) {
   const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
   if (x.numel() == 0) return;
-  std::vector<double> scale(norm.weight), shift(norm.bias), scale2;
-  for (int64_t c = 0; c < C; ++c) {
-    scale[c] = norm.weight[c] * norm.invstd(c);
-    // (x - mean) is taken with the mean rounded to A; what the rounding took off goes here.
-    shift[c] -= norm.lost<A>(c) * scale[c];
-  }
+  auto [scale, shift] = affine_of<A>(norm);
+  std::vector<double> scale2;
   if (residual_norm) {
-    scale2 = residual_norm->weight;
-    for (int64_t c = 0; c < C; ++c) {
-      scale2[c] *= residual_norm->invstd(c);
-      shift[c] += residual_norm->bias[c] - residual_norm->lost<A>(c) * scale2[c];
-    }
+    const Affine other = affine_of<A>(*residual_norm);
+    scale2 = other.scale;
+    for (int64_t c = 0; c < C; ++c) shift[c] += other.shift[c];
   }
   const auto means = spread<A>(plan, norm.stats.mean);
   const auto scales = spread<A>(plan, scale), shifts = spread<A>(plan, shift);
@@ -241,14 +250,20 @@ void apply_norm(const Plan& plan, DtypeIndex dtype, const Tensor& x, const Norm&
   });
 }
 
-// With g = dy where y lets it through (y: none, or the ReLU's output): sum g, sum g * (x - mean)
+// What masks dy: nothing, the ReLU's output y (N, C, H, W), or `own`, by which the kernels compute
+// that output again from x.
+struct Mask {
+  std::optional<Tensor> y;
+  const Affine* own = nullptr;
+};
+
+// With g = dy where the mask lets it through: sum g, sum g * (x - mean)
 // and, with another normalised tensor x2, sum g * (x2 - mean2), each (C,); g goes to `masked`, if
 // that is given.
 using GradientSums = std::array<std::vector<double>, 3>;
 template <typename A>
 GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy,
-                             const std::optional<Tensor>& y, const Tensor& x,
-                             const Statistics& stats, const std::optional<Tensor>& x2,
+                             const Mask& mask, const Tensor& x, const Statistics& stats, const std::optional<Tensor>& x2,
                              const Statistics* stats2, Tensor* masked) {
   GradientSums sums;
   const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
@@ -261,7 +276,9 @@ GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& d
   };
   const auto* dy_ptr = static_cast<const char*>(dy.const_data_ptr());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const char *y_ptr = pointer(y), *x2_ptr = pointer(x2);
+  const char *y_ptr = pointer(mask.y), *x2_ptr = pointer(x2);
+  const auto own_scale = mask.own ? spread<A>(plan, mask.own->scale) : std::vector<A>{};
+  const auto own_shift = mask.own ? spread<A>(plan, mask.own->shift) : std::vector<A>{};
   auto* masked_ptr = masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr;
   const bool stream =
       plan.items_are_lines(size) && streams_past_caches(masked_ptr, x.numel() * size);
@@ -280,6 +297,8 @@ GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& d
     bn.dresidual = at(masked_ptr, offset);
     bn.mean = means.data();
     bn.mean2 = means2.data();
+    bn.own_scale = mask.own ? own_scale.data() : nullptr;
+    bn.own_shift = own_shift.data();
     bn.stream = stream;
     reduce(bn, begin, end, own[0], own[1], own[2]);
   });
@@ -287,11 +306,11 @@ GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& d
 }
 
 // dx = scale * ((g - sum_g / count) - (x - mean) * invstd^2 * sum_gx / count), scale = weight *
-// invstd, g = dy where y lets it through; sums over all `count` values of a channel, wherever they
+// invstd, g = dy where the mask lets it through; sums over all `count` values of a channel, wherever they
 // are.
 template <typename A>
 void apply_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy,
-                    const std::optional<Tensor>& y, const Tensor& x, const Norm& norm,
+                    const Mask& mask, const Tensor& x, const Norm& norm,
                     const std::vector<double>& sum_g, const std::vector<double>& sum_gx,
                     double count, Tensor& dx) {
   const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
@@ -307,7 +326,9 @@ void apply_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy,
   const auto slopes = spread<A>(plan, slope), scales = spread<A>(plan, scale);
   const auto* dy_ptr = static_cast<const char*>(dy.const_data_ptr());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const auto* y_ptr = y ? static_cast<const char*>(y->const_data_ptr()) : nullptr;
+  const auto* y_ptr = mask.y ? static_cast<const char*>(mask.y->const_data_ptr()) : nullptr;
+  const auto own_scale = mask.own ? spread<A>(plan, mask.own->scale) : std::vector<A>{};
+  const auto own_shift = mask.own ? spread<A>(plan, mask.own->shift) : std::vector<A>{};
   auto* dx_ptr = static_cast<char*>(dx.mutable_data_ptr());
   const bool stream = plan.items_are_lines(size) && streams_past_caches(dx_ptr, x.numel() * size);
   const CpuKernels& kernels = cpu_kernels();
@@ -323,6 +344,8 @@ void apply_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy,
     bn.dx = dx_ptr + offset;
     bn.mean = means.data();
     bn.g_mean = g_means.data();
+    bn.own_scale = mask.own ? own_scale.data() : nullptr;
+    bn.own_shift = own_shift.data();
     bn.slope = slopes.data();
     bn.scale = scales.data();
     bn.stream = stream;

@@ -84,10 +84,12 @@ Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optio
 
 // dy, x, y?, x2? (N, C, H, W); stats, stats2? (2, C) float64 -> (3, C) float64: sum g,
 // sum g (x - mean), sum g (x2 - mean2), with g = dy where y lets it through; and g itself (N, C, H,
-// W) where `masked`, else an empty tensor
+// W) where `masked`, else an empty tensor. With `own_mask`, y is relu(norm(x)) by weight, bias and
+// eps, computed again instead of read.
 std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats,
-                                     std::optional<Tensor> x2, std::optional<Tensor> stats2,
-                                     bool masked) {
+                                     std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                     double eps, bool own_mask, std::optional<Tensor> x2,
+                                     std::optional<Tensor> stats2, bool masked) {
   constexpr const char* op = "bn_reduce";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Plan plan(layout_of(op, x));
@@ -98,15 +100,17 @@ std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor 
   check(x2.has_value() == stats2.has_value(), op, ": x2 must be given with its statistics");
   if (x2) check_same_layout(op, "x2", *x2, "x", x), check_rows(op, "stats2", *stats2, 2, C);
   Tensor g = masked ? pooled_like(x) : torch::stable::new_empty(x, {0});
-  const Statistics first = to_statistics(stats);
   const Statistics second = stats2 ? to_statistics(*stats2) : Statistics{};
   const GradientSums sums = with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
+    const Norm norm = norm_of<A>(op, stats, weight, bias, eps, C, x);
+    const Affine own = affine_of<A>(norm);
     GradientSums found =
-        reduce_gradient<A>(plan, dtype, dy, y, x, first, x2, &second, masked ? &g : nullptr);
+        reduce_gradient<A>(plan, dtype, dy, {own_mask ? std::nullopt : y, own_mask ? &own : nullptr},
+                           x, norm.stats, x2, &second, masked ? &g : nullptr);
     // The kernels centre by the means rounded to A.
     for (int64_t c = 0; c < C; ++c) {
-      found[1][c] -= found[0][c] * Norm{first, {}, {}, 0}.template lost<A>(c);
+      found[1][c] -= found[0][c] * norm.template lost<A>(c);
       if (x2) found[2][c] -= found[0][c] * Norm{second, {}, {}, 0}.template lost<A>(c);
     }
     return found;
@@ -115,9 +119,10 @@ std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor 
 }
 
 // dy, y?, x (N, C, H, W); stats (2, C), sum_g and sum_gx (C,), float64, over `count` values per
-// channel; weight? (C,) -> dx (N, C, H, W)
+// channel; weight?, bias? (C,) -> dx (N, C, H, W). own_mask: as in bn_reduce
 Tensor bn_gradient(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats, Tensor sums,
-                   int64_t row, double count, std::optional<Tensor> weight, double eps) {
+                   int64_t row, double count, std::optional<Tensor> weight,
+                   std::optional<Tensor> bias, double eps, bool own_mask) {
   constexpr const char* op = "bn_gradient";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Plan plan(layout_of(op, x));
@@ -129,8 +134,10 @@ Tensor bn_gradient(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats, T
   Tensor dx = pooled_like(x);
   with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
-    const Norm norm = norm_of<A>(op, stats, weight, std::nullopt, eps, C, x);
-    apply_gradient<A>(plan, dtype, dy, y, x, norm, row_of(sums, 0), row_of(sums, row), count, dx);
+    const Norm norm = norm_of<A>(op, stats, weight, bias, eps, C, x);
+    const Affine own = affine_of<A>(norm);
+    apply_gradient<A>(plan, dtype, dy, {own_mask ? std::nullopt : y, own_mask ? &own : nullptr}, x,
+                      norm, row_of(sums, 0), row_of(sums, row), count, dx);
   });
   return dx;
 }
@@ -184,11 +191,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "Tensor? residual_stats, Tensor? residual_weight, Tensor? residual_bias, "
       "float residual_eps, bool relu) -> Tensor");
   m.def(
-      "bn_reduce(Tensor dy, Tensor? y, Tensor x, Tensor stats, Tensor? x2, Tensor? stats2, "
-      "bool masked) -> (Tensor, Tensor)");
+      "bn_reduce(Tensor dy, Tensor? y, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, "
+      "float eps, bool own_mask, Tensor? x2, Tensor? stats2, bool masked) -> (Tensor, Tensor)");
   m.def(
       "bn_gradient(Tensor dy, Tensor? y, Tensor x, Tensor stats, Tensor sums, int row, "
-      "float count, Tensor? weight, float eps) -> Tensor");
+      "float count, Tensor? weight, Tensor? bias, float eps, bool own_mask) -> Tensor");
   m.def(
       "bn_parameter_gradients(Tensor sums, int row, Tensor stats, float eps, bool wide) -> "
       "(Tensor, Tensor)");

@@ -38,12 +38,16 @@ struct BnBackward {
   Walk walk;
   const void* dy;
   const void* x;
-  const void* y;     // null when no mask is applied
+  const void* y;     // null when no mask is applied, or the norm's own is
   const void* x2;    // reduction: another tensor normalised beside x, or null
   void* dresidual;   // reduction: where g = masked dy goes, or null
   void* dx;          // apply
   const void* mean;  // acc (period,)
   const void* mean2;
+  // acc (period,), or null: the ReLU's output is (x - mean) * own_scale + own_shift, computed again
+  // instead of read, by the same operations as forward
+  const void* own_scale;
+  const void* own_shift;
   // apply, acc (period,): dx = scale * ((g - g_mean) - slope * (x - mean))
   const void* g_mean;
   const void* slope;

@@ -112,7 +112,8 @@ class Portable:
         self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None, masked: bool
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         """Gradients of relu(norm(x) + other), y being the ReLU's output, None without one: of
-        `normed`, of `other`, and g = dy where y lets it through, where `masked` asks for that."""
+        `normed`, of `other`, and g = dy where y lets it through, where `masked` asks for that.
+        `other` is None where nothing was added, or what was added needs g alone."""
         op = torch.ops.fused_resnet.bn_add_relu_backward
         masked = masked or other is not None
         x, norm, (mean, var) = normed
@@ -219,9 +220,16 @@ class Native(Portable):
         self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None, masked: bool
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         masked = masked or other is not None
-        x, _, (stats,) = normed
+        x, norm, (stats,) = normed
+        # What a norm and a ReLU alone made of x is computed again rather than read, in dtypes whose
+        # rounding turns no positive number that occurs into zero.
+        own = y is not None and not masked and x.dtype in (torch.float32, torch.bfloat16)
+        y = None if own else y
         x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
-        sums, g = self._ops.bn_reduce(dy, y, x, stats, x2, stats2, masked and y is not None)
+        sums, g = self._ops.bn_reduce(
+            dy, y, x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, own,
+            x2, stats2, masked and y is not None,
+        )  # fmt: skip
         count = float(x.numel() // x.shape[1])
         if y is not None and masked:
             dy, y = g, None
@@ -229,7 +237,7 @@ class Native(Portable):
         def gradients(of: Normed, row: int) -> NormGradients:
             dx = self._ops.bn_gradient(
                 dy, y, of.x, of.state[0], sums, row, count, _vector(of.norm.weight, of.x),
-                of.norm.eps,
+                _vector(of.norm.bias, of.x), of.norm.eps, own,
             )  # fmt: skip
             wide = of.x.dtype == torch.float64
             dweight, dbias = self._ops.bn_parameter_gradients(
