@@ -7,26 +7,6 @@
 namespace fused_resnet {
 namespace {
 
-template <typename Body>
-auto with_accumulator(DtypeIndex dtype, const Body& body) {
-  return dtype == kFloat64 ? body(double{}) : body(float{});
-}
-
-// (rows, C), float64, contiguous
-void check_rows(const char* op, const char* name, const Tensor& t, int64_t rows, int64_t C) {
-  check(t.scalar_type() == ScalarType::Double && t.dim() == 2 && t.size(0) == rows &&
-            t.size(1) == C && t.is_cpu() && is_dense(t) && (C <= 1 || t.stride(1) == 1),
-        op, ": ", name, " must be float64 of shape (", rows, ", ", C, "), got ",
-        name_of(t.scalar_type()), " of shape ", shape_of(t));
-}
-
-std::vector<double> row_of(const Tensor& t, int64_t row) {
-  const auto* p = static_cast<const double*>(t.const_data_ptr()) + row * t.size(1);
-  return std::vector<double>(p, p + t.size(1));
-}
-
-Statistics to_statistics(const Tensor& stats) { return {row_of(stats, 0), row_of(stats, 1)}; }
-
 Tensor to_rows(const Tensor& x, const std::vector<const std::vector<double>*>& rows, int64_t C) {
   Tensor out =
       torch::stable::new_empty(x, {static_cast<int64_t>(rows.size()), C}, ScalarType::Double);
@@ -42,16 +22,6 @@ Tensor bn_statistics(Tensor x) {
   const Plan plan(layout_of(op, x));
   const Statistics stats = statistics(plan, x, dtype);
   return to_rows(x, {&stats.mean, &stats.var}, plan.layout.C);
-}
-
-template <typename A>
-Norm norm_of(const char* op, const Tensor& stats, const std::optional<Tensor>& weight,
-             const std::optional<Tensor>& bias, double eps, int64_t C, const Tensor& x) {
-  constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  check_rows(op, "statistics", stats, 2, C);
-  if (weight) check_channel_vector(op, "weight", *weight, C, dtype, x);
-  if (bias) check_channel_vector(op, "bias", *bias, C, dtype, x);
-  return {to_statistics(stats), to_vector<A>(weight, C, 1.0), to_vector<A>(bias, C, 0.0), eps};
 }
 
 // y = relu(norm(x) + residual), the residual by a norm of its own where it has statistics.

@@ -25,6 +25,7 @@ namespace {
 
 #include "add_relu_kernels.h"
 #include "bn_add_relu_kernels.h"
+#include "bn_pool_kernels.h"
 #include "max_pool2d_kernels.h"
 #if FR_VECTOR_BYTES == 64
 #include "conv_bn_relu_kernels.h"
@@ -56,6 +57,8 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(bn_backward_rows),
     FR_ALL_DTYPES(bn_backward_planes),
     {max_pool2d_float32, max_pool2d_bfloat16, max_pool2d_float16, max_pool2d_float64},
+    FR_ALL_DTYPES(bn_pool),
+    FR_ALL_DTYPES(bn_pool_gradient),
     FR_ALL_DTYPES(mean_pool),
     {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
 #if FR_VECTOR_BYTES == 64

@@ -63,6 +63,17 @@ struct MaxPool {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 };
 
+// A stem's batch norm, ReLU and pooling: `window` of x and y, index (N, P, Q, C) in memory.
+struct BnPool {
+  MaxPool window;
+  uint8_t* index;
+  const void* mean;   // acc (C,), padded with zeros to a multiple of 16, as scale and shift are
+  const void* scale;  // y = relu((x - mean) * scale + shift), pooled
+  const void* shift;
+  const void* dy;  // (N, P, Q, C) in memory
+  void* dx;        // (N, H, W, C) in memory
+};
+
 struct MeanPool {
   const void* x;  // (N, pixels, C) in memory
   void* y;        // (N, C)
@@ -158,6 +169,9 @@ struct CpuKernels {
   void (*bn_backward_planes[4])(const BnBackward&, int64_t begin, int64_t end);
   // rows [begin, end) of the N*P rows of output pixels
   void (*max_pool2d[4])(const MaxPool&, int64_t begin, int64_t end);
+  // rows [begin, end) of the N*P rows of y, of the N*H rows of x
+  void (*bn_pool[4])(const BnPool&, int64_t begin, int64_t end);
+  void (*bn_pool_gradient[4])(const BnPool&, int64_t begin, int64_t end);
   // images [begin, end): the mean over each one's pixels
   void (*mean_pool[4])(const MeanPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);

@@ -119,7 +119,10 @@ int64_t release_pool() { return pool().release(); }
 Tensor pooled_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                     ScalarType dtype) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  int64_t bytes = dtype == ScalarType::Double  ? 8
+                  : dtype == ScalarType::Float ? 4
+                  : dtype == ScalarType::Byte  ? 1
+                                               : 2;
   for (const int64_t size : sizes) bytes *= size;
   if (bytes < kSmallestBytes) {
     AtenTensorHandle small = nullptr;
