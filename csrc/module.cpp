@@ -5,6 +5,7 @@
 #include "cpu_kernels.h"
 #include "implicit_gemm_tiles.h"
 #include "kernel_list.h"
+#include "memory_pool.h"
 
 namespace py = pybind11;
 

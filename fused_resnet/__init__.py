@@ -1,5 +1,6 @@
 """Fused conv-BN-ReLU and residual-add-ReLU for PyTorch, with a drop-in ResNet family."""
 
+from .activation_memory import set_activation_memory
 from .backends import use_backend
 from .blocks import Explanation, explain
 from .inference import Inference, inference
@@ -47,6 +48,7 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "set_activation_memory",
     "use_backend",
     "wide_resnet50_2",
     "wide_resnet101_2",

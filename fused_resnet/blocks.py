@@ -22,8 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import backends, convolution, layout, ops, plans, train_kernels, training
+from . import (
+    activation_memory,
+    backends,
+    convolution,
+    layout,
+    ops,
+    plans,
+    pooling,
+    train_kernels,
+    training,
+)
 from .plans import Flow
+from .pooling import is_plain, pool_shape
 from .reference import accumulate_dtype
 from .structure import (
     STEM,
@@ -109,6 +120,56 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
 # --- training, and running statistics with gradients ----------------------------------------------
 
 
+def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
+    """maxpool(relu(bn1(conv1(x)))) of a network in training as one node of autograd's graph, or
+    None: pool what `run_stem` or torchvision's path gives."""
+    pool = model.maxpool
+    if call_reason(x) is not None or not is_plain(pool):
+        return None
+    parts = take_apart(model, STEM)
+    if isinstance(parts, str) or not _units_pay(parts, x):
+        return None
+    prepared = _prepare(model, parts, x, "none")
+    if prepared is None or not prepared.spec.kernels.pools:
+        return None
+    (conv, _), geometry = parts.pairs[0], prepared.spec.geometries[0]
+    between = convolution.output_shape(x.shape, conv.weight.shape, *geometry)
+    window = sum(pooling.window(pool), [])
+    if between is None or pool_shape(pool, between) is None or window[0] * window[1] > 256:
+        return None
+    states: list[Any] = []
+    y = training.StemFunction.apply(prepared.spec, window, states, prepared.x, *prepared.tensors)
+    prepared.track(parts, states)
+    return y
+
+
+def stem_and_pool(model: Any, x: Tensor) -> Tensor:
+    """A network's stem and pooling, by whichever path takes them."""
+    y = run_pooled_stem(model, x)
+    if y is None:
+        y = run_stem(model, x)
+        y = model.relu(model.bn1(model.conv1(x))) if y is None else y
+        y = model.maxpool(y)
+    return y
+
+
+def counts_once(parts: Parts, x: Tensor) -> bool:
+    """Whether every norm that tracks statistics is one of which `_track` keeps count."""
+    dtype = plans.output_dtype(x.dtype, x.device.type)
+    if not _serves(True, x):
+        return False
+    return all(
+        not uses_batch_statistics(bn)
+        or (
+            type(bn) is nn.BatchNorm2d
+            and bn.eps > 0
+            and bn.num_features == conv.out_channels
+            and plans.norm_fits(bn, dtype)
+        )
+        for conv, bn in parts.pairs
+    )
+
+
 def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
     """relu(bn1(conv1(x))) of a network by a fused path, or None: run torchvision's."""
     if call_reason(x) is not None:
@@ -135,8 +196,20 @@ def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     return _unit(*parts.main[-1], y, residual, True)
 
 
-def _train_block(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> Tensor | None:
-    """The block, or the stem, as one node of autograd's graph; None where it cannot be."""
+class _Prepared(NamedTuple):
+    """A block's training step made ready: `x` as the kernels take it."""
+
+    spec: training.Spec
+    x: Tensor
+    tensors: list[Any]
+
+    def track(self, parts: Parts, states: list[Any]) -> None:
+        for (_, bn), (state, count) in zip(parts.pairs, states, strict=True):
+            _track(bn, self.spec.kernels, state, count)
+
+
+def _prepare(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> _Prepared | None:
+    """For one node of autograd's graph; None where the block cannot be one."""
     device = x.device.type
     dtype = plans.output_dtype(x.dtype, device)
     if not _trains_whole(parts, x.shape, shortcut, dtype, x.dtype):
@@ -148,16 +221,21 @@ def _train_block(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> T
     eps = tuple(bn.eps for _, bn in parts.pairs)
     level = getattr(module, "activation_memory", "full")
     spec = training.Spec(kernels, geometries, eps, shortcut, level, dtype)
-    outside = layout.memory_format(x)
-    inside = torch.channels_last if device == "cpu" else outside
+    inside = torch.channels_last if device == "cpu" else layout.memory_format(x)
     tensors = [t for conv, bn in parts.pairs for t in (conv.weight, bn.weight, bn.bias)]
+    return _Prepared(spec, x.to(dtype).contiguous(memory_format=inside), tensors)
+
+
+def _train_block(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> Tensor | None:
+    """The block, or the stem, as one node of autograd's graph; None where it cannot be."""
+    prepared = _prepare(module, parts, x, shortcut)
+    if prepared is None:
+        return None
     states: list[Any] = []
-    y = training.BlockFunction.apply(
-        spec, states, x.to(dtype).contiguous(memory_format=inside), None, *tensors
-    )
-    for (_, bn), (state, count) in zip(parts.pairs, states, strict=True):
-        _track(bn, kernels, state, count)
+    y = training.BlockFunction.apply(prepared.spec, states, prepared.x, None, *prepared.tensors)
+    prepared.track(parts, states)
     # A network goes on from its stem in the layout that its blocks compute in.
+    outside = layout.memory_format(x)
     return y if shortcut == "none" else y.contiguous(memory_format=outside)
 
 
@@ -190,7 +268,7 @@ def _trains_whole(
 
 def _track(bn: Any, kernels: train_kernels.Portable, state: Any, count: int) -> None:
     """A norm's running statistics, as BatchNorm2d keeps them."""
-    if not (bn.training and bn.track_running_stats):
+    if not (bn.training and bn.track_running_stats) or activation_memory.recomputing():
         return
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,10 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import backends, convolution, layout, native, plans
+from . import activation_memory, backends, blocks, convolution, layout, native, plans
 from .blocks import FORWARDS, call_reason, enter, leave, wants_grad
 from .gpu_conv import GpuConv
 from .plans import Flow, Plan
+from .pooling import is_plain, pool_shape, window
 from .structure import STEM, Guard, Names, Parts, Place, patched, take_apart
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -51,6 +53,23 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
             walk.stage(stage)
         pooled = model.avgpool(walk.leave())
     return model.fc(torch.flatten(pooled, 1))
+
+
+def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
+    """A network's forward (N, classes) that keeps the inputs of segments of blocks alone, where its
+    activation memory is "minimal"; None where it is not, or where running a segment once more would
+    count or call something twice: hooks, or norms that PyTorch has to compute."""
+    if getattr(model, "activation_memory", "full") != "minimal":
+        return None
+    if call_reason(x) is not None or not wants_grad(model, x):
+        return None
+    whole = _whole(model)
+    if whole is None or not blocks.counts_once(whole[0], x):
+        return None
+    y = activation_memory.run_segment(partial(blocks.stem_and_pool, model), x)
+    for name in _STAGES:
+        y = activation_memory.run_stage(getattr(model, name), y)
+    return model.fc(torch.flatten(model.avgpool(y), 1))
 
 
 # --- every block fused ----------------------------------------------------------------------------
@@ -263,8 +282,7 @@ class _Walk:
 
     def max_pool(self, pool: nn.Module) -> bool:
         """`pool` by this package's kernel; False where it is something else."""
-        plain = type(pool) is nn.MaxPool2d and patched(pool) is None
-        if self._flow is None or not plain:
+        if self._flow is None or not is_plain(pool):
             return False
         gpu = backends.gpu_kernels(self._flow.x.device.type)
         if not gpu and (native.load() is not None or backends.forced() is not None):
@@ -289,7 +307,7 @@ def max_pool(pool: Any, flow: Flow) -> Flow | None:
     """`pool` on a fused activation; None where the kernel does not do what is asked."""
     if pool_shape(pool, flow.x.shape) is None:
         return None
-    kernel, stride, padding = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding))
+    kernel, stride, padding = window(pool)
     gpu = backends.gpu_kernels(flow.x.device.type)
     run = torch.max_pool2d if gpu else torch.ops.fused_resnet_native.max_pool2d
     y = run(flow.x, kernel, stride, padding)
@@ -299,24 +317,10 @@ def max_pool(pool: Any, flow: Flow) -> Flow | None:
 def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
     """The stem and the pooling behind it: by one kernel where there is one."""
     (conv,) = plan.convs
-    sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-    plain = sizes == [[3, 3], [2, 2], [1, 1]] and pool_shape(pool, plan.shapes(flow.x.shape)[-1])
+    plain = window(pool) == [[3, 3], [2, 2], [1, 1]] and pool_shape(
+        pool, plan.shapes(flow.x.shape)[-1]
+    )
     if plain and isinstance(conv, GpuConv) and conv.pools(flow.x):
         return Flow(conv.run_pooled(flow.x), None, True)
     after = plan.run(flow)
     return None if after is None else max_pool(pool, after)
-
-
-def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """(N, C, H, W) -> (N, C, P, Q) of `pool`; None where the kernel does not do what is asked."""
-    if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
-        return None
-    sizes = [_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
-    if not all(n + 2 * p >= k >= 2 * p for n, k, _, p in zip(shape[2:], *sizes, strict=True)):
-        return None
-    out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[2:], *sizes, strict=True))
-    return (*shape[:2], *out)
-
-
-def _pair(v: Any) -> list[int]:
-    return [v, v] if isinstance(v, int) else list(v)

@@ -299,19 +299,27 @@ class ResNet(nn.Module):
         return super().train(mode)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        stem: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it
+        pooled: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it
+        stem: Optional[Tensor] = None  # noqa: UP045
         if not torch.jit.is_scripting():
             y = network.run_resnet(self, x)
+            if y is None:
+                y = network.run_in_segments(self, x)
             if y is not None:
                 return y
-            stem = blocks.run_stem(self, x)
-        if stem is not None:
-            x = stem
+            pooled = blocks.run_pooled_stem(self, x)
+            if pooled is None:
+                stem = blocks.run_stem(self, x)
+        if pooled is not None:
+            x = pooled
         else:
-            x = self.conv1(x)
-            x = self.bn1(x)
-            x = self.relu(x)
-        x = self.maxpool(x)
+            if stem is not None:
+                x = stem
+            else:
+                x = self.conv1(x)
+                x = self.bn1(x)
+                x = self.relu(x)
+            x = self.maxpool(x)
 
         x = self.layer1(x)
         x = self.layer2(x)

@@ -61,6 +61,16 @@ def _channels_last(t: Tensor) -> Tensor:
 class Portable:
     """By the registered ops (CUDA, Triton or the reference) and PyTorch's convolutions."""
 
+    pools = False  # whether a stem's norm and ReLU are pooled in one pass
+
+    def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def pool_gradient(
+        self, dy: Tensor, y: Tensor, index: Tensor, x: Tensor, window: list[int]
+    ) -> Tensor:
+        raise NotImplementedError
+
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
     ) -> Tensor:
@@ -141,6 +151,8 @@ class Portable:
 
 class Native(Portable):
     """By this package's C++ on the CPU: outputs in memory that comes back from step to step."""
+
+    pools = True
 
     def __init__(self) -> None:
         self._ops = torch.ops.fused_resnet_native
@@ -247,6 +259,19 @@ class Native(Portable):
 
         second = None if other is None else gradients(other, 2)
         return gradients(normed, 1), second, dy if masked else None
+
+    def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
+        """relu(norm(x)) and max pooling -> y (N, C, P, Q) and the taps that won, uint8."""
+        x, norm, (stats,) = normed
+        return self._ops.bn_pool(
+            x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, window
+        )
+
+    def pool_gradient(
+        self, dy: Tensor, y: Tensor, index: Tensor, x: Tensor, window: list[int]
+    ) -> Tensor:
+        """dy (N, C, P, Q) -> the gradient of norm(x), (N, C, H, W); x lends its shape."""
+        return self._ops.bn_pool_gradient(dy, y, index, x, window)
 
     def update_running(
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int

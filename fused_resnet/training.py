@@ -26,8 +26,6 @@ from torch.nn import functional
 
 from .train_kernels import Geometry, Norm, Normed, Portable
 
-LEVELS = ("full", "low", "lower")
-
 
 class Spec(NamedTuple):
     """A block without its tensors. geometries, eps: one per unit (convolution and norm), the
@@ -226,6 +224,55 @@ class _Backward:
 
     def weight_gradient(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
         return self.kernels.weight_gradient(dy, x, self.units[i][0], self.spec.geometries[i])
+
+
+class StemFunction(torch.autograd.Function):
+    """y = maxpool(relu(bn(conv(x)))), batch statistics: a network's stem.
+
+    apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) as the kernels
+    take it; window: kernel, stride, padding, (height, width) each; `states` as in `BlockFunction`.
+    Kept for backward are x, the convolution's output, the pooled one and a byte per pixel of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, window: list[int], states: list[Any], x: Tensor, *tensors: Any
+    ) -> Tensor:
+        ((weight, norm),) = _units(spec, tensors)
+        z = spec.kernels.convolution(x, weight, spec.geometries[0])
+        normed = Normed(z, norm, spec.kernels.statistics(z))
+        y, index = spec.kernels.pool(normed, window)
+        states.append((normed.state, z.numel() // z.shape[1]))
+        ctx.spec, ctx.window = spec, window
+        ctx.save_for_backward(x, *tensors, z, y, index, *normed.state)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        spec: Spec = ctx.spec
+        kernels, geometry = spec.kernels, spec.geometries[0]
+        x, weight, norm_weight, norm_bias, z, y, index, *state = ctx.saved_tensors
+        tensors = (weight, norm_weight, norm_bias)
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            wanted = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
+            again = functional.max_pool2d(
+                formula(spec, x, None, tensors), ctx.window[:2], ctx.window[2:4], ctx.window[4:]
+            )
+            grads = iter(torch.autograd.grad(again, wanted, dy, create_graph=True))
+            return None, None, None, *(next(grads) if need else None for need in needs)
+        norm = Norm(norm_weight, norm_bias, spec.eps[0])
+        if dy.stride() != y.stride():
+            dy = torch.empty_like(y).copy_(dy)
+        g = kernels.pool_gradient(dy, y, index, z, ctx.window)
+        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), None, False)[0]
+        dx = kernels.input_gradient(found.dx, x, weight, geometry) if needs[0] else None
+        dweight = kernels.weight_gradient(found.dx, x, weight, geometry) if needs[1] else None
+        norms = [
+            d.to(t.dtype) if need else None
+            for d, t, need in zip(found[1:], tensors[1:], needs[2:], strict=True)
+        ]
+        return None, None, None, dx, dweight, *norms
 
 
 def formula(spec: Spec, x: Tensor, given: Tensor | None, tensors: Sequence[Any]) -> Tensor:

@@ -1,0 +1,110 @@
+"""How much of a training step's activations is kept for backward, and how much computed again.
+
+    level      kept of a bottleneck                    computed again in backward
+    full       every convolution's and ReLU's output   nothing
+    low        every convolution's output, the block's the ReLUs inside, elementwise
+    lower      the narrow convolutions' outputs and    besides, the widening 1x1 convolution and the
+               the block's                             shortcut's
+    minimal    the inputs of segments of blocks        each segment, then as "low"
+
+Gradients are the same at every level, to the last bit, and so are running statistics, which each
+step updates once. Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (1604.06174).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LEVELS = ("full", "low", "lower", "minimal")
+
+_recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
+
+
+def recomputing() -> bool:
+    """Whether a segment runs once more, for backward: nothing is to be counted twice."""
+    return _recomputing.get()
+
+
+def set_activation_memory(model: nn.Module, level: str) -> None:
+    """What training keeps of the activations of `model`'s residual blocks, from the next forward on.
+
+    model: any module that holds blocks of `fused_resnet` (a ResNet of the family, or one inside
+    something else). level: "full" (the default of every model), "low", "lower" or "minimal", each
+    with less memory and more computation than the one before, and the same gradients. "minimal"
+    splits each stage of a ResNet into O(sqrt(blocks)) segments, kept by torch.utils.checkpoint.
+    Applies where blocks take their fused training path (`fused_resnet.explain`).
+    Raises ValueError where level is none of these, or model holds no block of `fused_resnet`.
+    """
+    from .resnet import BasicBlock, Bottleneck, ResNet
+
+    if level not in LEVELS:
+        raise ValueError(
+            f"set_activation_memory: level must be one of {', '.join(LEVELS)}, got {level!r}"
+        )
+    found = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, ResNet))]
+    if not found:
+        raise ValueError(
+            "set_activation_memory: model must hold residual blocks of fused_resnet, got a "
+            f"{type(model).__name__} without any"
+        )
+    for m in found:
+        inside = "low" if level == "minimal" and not isinstance(m, ResNet) else level
+        m.activation_memory = inside  # type: ignore[assignment]
+
+
+def segments(blocks: int) -> int:
+    """Into how many segments a stage of so many blocks is split: O(sqrt(blocks)).
+
+    With s of them, s block outputs are kept and blocks / s blocks are alive at a time, each of
+    which keeps about twice its output, so that s = sqrt(2 blocks) would keep the least in all; half
+    of that keeps less for the whole of the step, at a slightly higher peak.
+    """
+    return max(1, math.isqrt(blocks // 2))
+
+
+def run_segment(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """run(x), of which only x is kept; run again in backward, where nothing is counted twice."""
+    if not torch.is_grad_enabled():
+        return run(x)
+    return checkpoint(run, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=False)
+
+
+def run_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
+    """A stage's blocks in segments."""
+    blocks = list(stage)
+    count = segments(len(blocks))
+    for i in range(count):
+        some = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
+        x = run_segment(_Chain(some), x)
+    return x
+
+
+class _Chain:
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self._blocks = blocks
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for block in self._blocks:
+            x = block(x)
+        return x
+
+
+@contextlib.contextmanager
+def _once_more() -> Iterator[None]:
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+def _contexts() -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _once_more()

@@ -1,0 +1,36 @@
+"""Max pooling between a network's stem and its blocks: what the kernels do of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .structure import patched
+
+
+def pair(v: Any) -> list[int]:
+    """(height, width) of what may be one number for both."""
+    return [v, v] if isinstance(v, int) else list(v)
+
+
+def window(pool: Any) -> list[list[int]]:
+    """Kernel, stride and padding, each (height, width)."""
+    return [pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+
+
+def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """(N, C, H, W) -> (N, C, P, Q) of `pool`; None where the kernel does not do what is asked."""
+    if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
+        return None
+    sizes = window(pool)
+    if not all(n + 2 * p >= k >= 2 * p for n, k, _, p in zip(shape[2:], *sizes, strict=True)):
+        return None
+    out = ((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[2:], *sizes, strict=True))
+    return (*shape[:2], *out)
+
+
+def is_plain(pool: Any) -> bool:
+    """Whether `pool` is MaxPool2d and nothing else."""
+    return type(pool) is nn.MaxPool2d and patched(pool) is None
