@@ -36,6 +36,7 @@ class Pool {
       p = allocate(bytes);
     }
     used_bytes_ += blocks_[p].bytes;
+    peak_bytes_ = std::max(peak_bytes_, used_bytes_);
     if (takes_ % 256 == 0) give_back(takes_ - kPatience);
     return p;
   }
@@ -56,25 +57,31 @@ class Pool {
 
   PoolState state() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return {used_bytes_, free_bytes_};
+    return {used_bytes_, free_bytes_, peak_bytes_};
+  }
+
+  void reset_peak() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    peak_bytes_ = used_bytes_;
   }
 
  private:
-  // Whole huge pages, in steps of an eighth of a power of two, so that a block fits more than one
-  // shape.
+  // In steps of a sixteenth of a power of two, so that a block fits more than one shape.
   static int64_t rounded(int64_t bytes) {
-    int64_t step = kHugePageBytes;
-    while (step * 16 < bytes) step *= 2;
+    int64_t step = kSmallestBytes / 16;
+    while (step * 32 < bytes) step *= 2;
     return (bytes + step - 1) / step * step;
   }
 
   void* allocate(int64_t bytes) {
-    const auto size = static_cast<size_t>(bytes);
-    void* p = std::aligned_alloc(kHugePageBytes, size);
-    if (p == nullptr && give_back(takes_ + 1) > 0) p = std::aligned_alloc(kHugePageBytes, size);
-    check(p != nullptr, "not enough memory: fused_resnet tried to allocate ", bytes, " bytes");
+    void* p = nullptr;
+    const auto get = [&] {
+      return posix_memalign(&p, kHugePageBytes, static_cast<size_t>(bytes)) == 0;
+    };
+    const bool found = get() || (give_back(takes_ + 1) > 0 && get());
+    check(found, "not enough memory: fused_resnet tried to allocate ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    madvise(p, size, MADV_HUGEPAGE);
+    madvise(p, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
     blocks_[p] = {bytes, takes_};
     return p;
@@ -100,7 +107,7 @@ class Pool {
   std::mutex mutex_;
   std::unordered_map<void*, Block> blocks_;  // all of them
   std::multimap<int64_t, void*> free_;
-  int64_t takes_ = 0, used_bytes_ = 0, free_bytes_ = 0;
+  int64_t takes_ = 0, used_bytes_ = 0, free_bytes_ = 0, peak_bytes_ = 0;
 };
 
 // Never destroyed: tensors may outlive every static of this library.
@@ -114,6 +121,7 @@ void give_to_pool(void* p) { pool().give(p); }
 }  // namespace
 
 PoolState pool_state() { return pool().state(); }
+void reset_pool_peak() { pool().reset_peak(); }
 int64_t release_pool() { return pool().release(); }
 
 Tensor pooled_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,

@@ -12,9 +12,10 @@
 namespace fused_resnet {
 
 struct PoolState {
-  int64_t used_bytes, free_bytes;
+  int64_t used_bytes, free_bytes, peak_bytes;  // peak: of what was used, since reset_pool_peak()
 };
 PoolState pool_state();
+void reset_pool_peak();
 
 // Gives every block that no tensor lives in back to the system; the bytes given back.
 int64_t release_pool();

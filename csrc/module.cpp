@@ -42,7 +42,10 @@ py::dict build_info() {
 py::list kernels() {
   py::list list;
   for (const char* name : {"add_relu", "add_relu_backward", "bn_add_relu", "bn_add_relu_backward",
-                           "conv_bn_relu", "max_pool2d", "mean_pool", "pad_rows", "abs_max"}) {
+                           "conv_bn_relu", "max_pool2d", "mean_pool", "pad_rows", "abs_max",
+                           "bn_statistics", "bn_apply", "bn_reduce", "bn_gradient", "bn_pool",
+                           "bn_pool_gradient", "convolution", "convolution_weight_gradient",
+                           "narrow_weight_gradient", "scatter_add"}) {
     py::dict entry;
     entry["name"] = name;
     entry["device"] = "cpu";
@@ -82,6 +85,15 @@ py::list gemm_tiles() {
   return list;
 }
 
+py::dict memory() {
+  const fused_resnet::PoolState state = fused_resnet::pool_state();
+  py::dict found;
+  found["used_bytes"] = state.used_bytes;
+  found["free_bytes"] = state.free_bytes;
+  found["peak_bytes"] = state.peak_bytes;
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,6 +102,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "gemm_tiles", &gemm_tiles,
       "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages.");
+  m.def("memory", &memory,
+        "Bytes of the CPU memory that training steps take again and again: used_bytes, by tensors "
+        "that live; free_bytes; peak_bytes, the most used since reset_memory_peak().");
+  m.def("reset_memory_peak", &fused_resnet::reset_pool_peak, "Start peak_bytes anew.");
+  m.def("release_memory", &fused_resnet::release_pool,
+        "Give the free bytes back to the system; returns how many.");
   m.def("kernels", &kernels,
         "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
         "this asks the CUDA runtime, which initialises it.");

@@ -5,6 +5,7 @@ from .backends import use_backend
 from .blocks import Explanation, explain
 from .inference import Inference, inference
 from .machine import info
+from .native import release_memory
 from .ops import add_relu, bn_add_relu, conv_bn_relu
 from .resnet import (
     BasicBlock,
@@ -40,6 +41,7 @@ __all__ = [
     "inference",
     "info",
     "list_models",
+    "release_memory",
     "resnet18",
     "resnet34",
     "resnet50",

@@ -64,10 +64,10 @@ def segments(blocks: int) -> int:
     """Into how many segments a stage of so many blocks is split: O(sqrt(blocks)).
 
     With s of them, s block outputs are kept and blocks / s blocks are alive at a time, each of
-    which keeps about twice its output, so that s = sqrt(2 blocks) would keep the least in all; half
-    of that keeps less for the whole of the step, at a slightly higher peak.
+    which keeps about twice its output: s = sqrt(2 blocks) would have the lowest peak. Half as many
+    keep half as much, at a peak a quarter higher.
     """
-    return max(1, math.isqrt(blocks // 2))
+    return math.ceil(math.sqrt(blocks / 2))
 
 
 def run_segment(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

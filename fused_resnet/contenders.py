@@ -198,6 +198,18 @@ def _fused(case: Case, data: Data) -> Step:
     return _step(case, data, model, _images(case, data, torch.channels_last), model)
 
 
+def _fused_keeping(case: Case, data: Data, level: str) -> Step:
+    """`fused` with less activation memory."""
+    if case.mode != "train":
+        raise Unavailable(f"fused-{level}: training only")
+    from .activation_memory import set_activation_memory
+
+    step = _fused(case, data)
+    assert step.model is not None
+    set_activation_memory(step.model, level)
+    return step
+
+
 def _fused_graph(case: Case, data: Data) -> Step:
     """`fused_resnet.inference`: the whole forward as one CUDA graph."""
     if torch.device(case.device).type != "cuda":
@@ -290,6 +302,9 @@ _BUILDERS: dict[str, Callable[[Case, Data], Step]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "fused": _fused,
+    "fused-low": functools.partial(_fused_keeping, level="low"),
+    "fused-lower": functools.partial(_fused_keeping, level="lower"),
+    "fused-minimal": functools.partial(_fused_keeping, level="minimal"),
     "fused-graph": _fused_graph,
 }
 CONTENDERS = tuple(_BUILDERS)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import native
 from .contenders import Case, Step, build, make_data
 
-__all__ = ["cuda_peak_bytes", "fresh_process_peak_bytes", "saved_bytes"]
+__all__ = ["activation_peak_bytes", "cuda_peak_bytes", "fresh_process_peak_bytes", "saved_bytes"]
 
 CALLS = 3  # calls whose peak is taken
 TIMEOUT_S = 600
@@ -39,6 +40,38 @@ def saved_bytes(step: Step) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(storages.values())
+
+
+def activation_peak_bytes(step: Step) -> int:
+    """The most bytes that live at a time during one training step on the CPU, beside what lives
+    before it: activations, their gradients and workspace. Gradients of parameters are dropped as
+    they come, since they are the same for everybody and grow while the activations go.
+
+    PyTorch's own allocations are counted by its profiler, this package's by the package; the sum of
+    both peaks is an upper bound where they are not reached at the same moment.
+    """
+    parameters = list(step.model.parameters()) if step.model else []
+    handles = [p.register_post_accumulate_grad_hook(_drop) for p in parameters]
+    before = native.memory().get("used_bytes", 0)
+    native.reset_memory_peak()
+    try:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(changes, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak + native.memory().get("peak_bytes", 0) - before
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def cuda_peak_bytes(step: Step, owned_bytes: int, device: str) -> int:

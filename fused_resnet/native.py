@@ -78,3 +78,28 @@ def kernels() -> list[dict[str, object]]:
     GPU, registers and shared memory too (asking for those initialises CUDA)."""
     module = _import_extension()[0]
     return list(module.kernels()) if module is not None else []
+
+
+def memory() -> dict[str, int]:
+    """Bytes of the CPU memory that training steps take again and again: `used_bytes` by tensors
+    that live, `free_bytes`, and `peak_bytes`, the most used since `reset_memory_peak`. Empty when
+    the extension is missing."""
+    module = _import_extension()[0]
+    return dict(module.memory()) if module is not None else {}
+
+
+def reset_memory_peak() -> None:
+    module = _import_extension()[0]
+    if module is not None:
+        module.reset_memory_peak()
+
+
+def release_memory() -> int:
+    """Gives the CPU memory that training has used, and no tensor lives in, back to the system.
+
+    A training step on the CPU takes the memory of the step before, instead of fresh memory that
+    costs a page fault per 4 KiB; what nobody has taken for some steps goes back by itself. Call
+    this when a training is over and the process goes on. Returns the bytes given back.
+    """
+    module = _import_extension()[0]
+    return int(module.release_memory()) if module is not None else 0
