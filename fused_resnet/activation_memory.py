@@ -77,13 +77,16 @@ def run_segment(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return checkpoint(run, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=False)
 
 
-def run_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
-    """A stage's blocks in segments."""
-    blocks = list(stage)
-    count = segments(len(blocks))
-    for i in range(count):
-        some = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
-        x = run_segment(_Chain(some), x)
+def run_stages(stages: list[list[nn.Module]], x: Tensor) -> Tensor:
+    """The blocks of all stages in segments. A stage's first block, which makes the activation
+    smaller, ends the segment before, so that its output is kept rather than its input."""
+    firsts = [stage[:1] for stage in stages[1:]] + [[]]
+    rests = stages[:1] + [stage[1:] for stage in stages[1:]]
+    for blocks in (rest + first for rest, first in zip(rests, firsts, strict=True)):
+        count = segments(len(blocks))
+        for i in range(count):
+            some = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
+            x = run_segment(_Chain(some), x)
     return x
 
 

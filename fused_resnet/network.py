@@ -67,8 +67,7 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
     if whole is None or not blocks.counts_once(whole[0], x):
         return None
     y = activation_memory.run_segment(partial(blocks.stem_and_pool, model), x)
-    for name in _STAGES:
-        y = activation_memory.run_stage(getattr(model, name), y)
+    y = activation_memory.run_stages([list(getattr(model, name)) for name in _STAGES], y)
     return model.fc(torch.flatten(model.avgpool(y), 1))
 
 
