@@ -119,11 +119,18 @@ class Portable:
         return self.normalise(normed.x, normed.norm, residual, relu)[0]
 
     def norm_gradients(
-        self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None, masked: bool
+        self,
+        dy: Tensor,
+        y: Tensor | None,
+        normed: Normed,
+        other: Normed | None = None,
+        *,
+        alone: bool,
+        masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         """Gradients of relu(norm(x) + other), y being the ReLU's output, None without one: of
         `normed`, of `other`, and g = dy where y lets it through, where `masked` asks for that.
-        `other` is None where nothing was added, or what was added needs g alone."""
+        `alone`: nothing was added, neither `other` nor what has g for its gradient."""
         op = torch.ops.fused_resnet.bn_add_relu_backward
         masked = masked or other is not None
         x, norm, (mean, var) = normed
@@ -229,13 +236,21 @@ class Native(Portable):
         )
 
     def norm_gradients(
-        self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None, masked: bool
+        self,
+        dy: Tensor,
+        y: Tensor | None,
+        normed: Normed,
+        other: Normed | None = None,
+        *,
+        alone: bool,
+        masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         masked = masked or other is not None
         x, norm, (stats,) = normed
         # What a norm and a ReLU alone made of x is computed again rather than read, in dtypes whose
         # rounding turns no positive number that occurs into zero.
-        own = y is not None and not masked and x.dtype in (torch.float32, torch.bfloat16)
+        own = alone and y is not None and not masked
+        own = own and x.dtype in (torch.float32, torch.bfloat16)
         y = None if own else y
         x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
         sums, g = self._ops.bn_reduce(
@@ -277,7 +292,9 @@ class Native(Portable):
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
         if not (_plain(mean) and _plain(var)):
-            super().update_running(mean, var, state[0].float(), momentum, count)
+            wide = any(t is not None and t.dtype == torch.float64 for t in (mean, var))
+            now = state[0] if wide else state[0].float()
+            super().update_running(mean, var, now, momentum, count)
             return
         self._ops.bn_update_running(mean, var, state[0], momentum, float(count))
         for running in (mean, var):

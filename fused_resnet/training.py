@@ -179,7 +179,9 @@ class _Backward:
         last = self.main - 1
         other = self.normed(last + 1) if projection else None
         found: Any
-        found, branch, g = kernels.norm_gradients(dy, self.y, self.normed(last), other, masked)
+        found, branch, g = kernels.norm_gradients(
+            dy, self.y, self.normed(last), other, alone=spec.shortcut == "none", masked=masked
+        )
         del dy
         self.outputs[last] = None
         dx = g if spec.shortcut == "identity" and self.need_x else None
@@ -206,7 +208,7 @@ class _Backward:
             dh = kernels.input_gradient(found.dx, source, self.units[i][0], spec.geometries[i])
             found = None  # frees its memory for what comes
             before = self.normed(i - 1)
-            found = kernels.norm_gradients(dh, source, before, None, False)[0]
+            found = kernels.norm_gradients(dh, source, before, alone=True)[0]
             del dh, source, before
             self.inner[i - 1] = self.outputs[i - 1] = None
         if branch is not None and self.need_x:
@@ -265,7 +267,7 @@ class StemFunction(torch.autograd.Function):
         if dy.stride() != y.stride():
             dy = torch.empty_like(y).copy_(dy)
         g = kernels.pool_gradient(dy, y, index, z, ctx.window)
-        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), None, False)[0]
+        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), alone=True)[0]
         dx = kernels.input_gradient(found.dx, x, weight, geometry) if needs[0] else None
         dweight = kernels.weight_gradient(found.dx, x, weight, geometry) if needs[1] else None
         norms = [

@@ -1,0 +1,635 @@
+"""A block's training step as one node of autograd's graph: gradients, buffers, and all that users do
+with a model while it trains."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import close, lifted, randn, unchanged
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import fused_resnet as fr
+from fused_resnet import blocks, native, train_kernels, training
+from fused_resnet.train_kernels import Geometry, Native, Portable
+
+LAST = torch.channels_last
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WHOLE = native.load() is None  # the whole block in C++ on the CPU
+
+# name -> the block, and x's (N, C, H, W)
+BLOCKS = {
+    "basic": (lambda: fr.BasicBlock(16, 16), (3, 16, 9, 7)),
+    "basic, projection": (
+        lambda: fr.BasicBlock(16, 32, 2, _branch(16, 32, 2)),
+        (2, 16, 9, 10),
+    ),
+    "bottleneck": (lambda: fr.Bottleneck(64, 16), (2, 64, 7, 7)),
+    "bottleneck, projection": (
+        lambda: fr.Bottleneck(32, 16, 2, _branch(32, 64, 2)),
+        (2, 32, 10, 9),
+    ),
+    "bottleneck, groups": (
+        lambda: fr.Bottleneck(64, 16, groups=4, base_width=64),
+        (2, 64, 6, 5),
+    ),
+    "odd channels": (lambda: fr.BasicBlock(7, 7), (3, 7, 5, 6)),
+}
+
+
+def _branch(C: int, K: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """The block in training, with affine parameters and statistics that a trained one might have,
+    and an x that requires grad."""
+    torch.manual_seed(0)
+    build, shape = BLOCKS[name]
+    block = build()
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            with torch.no_grad():
+                m.weight.copy_(torch.rand_like(m.weight) + 0.5)
+                m.bias.copy_(torch.randn_like(m.bias) * 0.3)
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+    x = randn(shape, dtype).contiguous(memory_format=LAST).requires_grad_()
+    return block.to(dtype).to(memory_format=LAST).train(), x
+
+
+def stock_step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    with fr.use_backend("reference"):
+        return step(block, x, dy)
+
+
+def step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers after one forward and backward."""
+    block.zero_grad()
+    x = x.detach().requires_grad_(x.requires_grad)
+    y = block(x)
+    y.backward(dy)
+    found = {"y": y.detach()}
+    if x.grad is not None:
+        found["dx"] = x.grad
+    found |= {f"d{n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
+    found |= {n: b.detach().clone() for n, b in block.named_buffers() if b.is_floating_point()}
+    return found
+
+
+def is_whole(y: Tensor) -> bool:
+    """Whether y, or what a copy into another layout was made of, comes from the one node."""
+    node = y.grad_fn
+    while type(node).__name__ == "CloneBackward0":
+        node = node.next_functions[0][0]
+    return type(node).__name__ == "BlockFunctionBackward"
+
+
+needs_native = pytest.mark.skipif(not WHOLE, reason="needs the native kernels")
+
+
+@needs_native
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_against_float64(name, dtype, layout):
+    """Every gradient by the tolerance rule. Where a value is a rounding away from zero, one order
+    of summation lets its gradient through the ReLU and another does not, so the gradients that come
+    back are taken through masks that all agree on: dy is zero where y is near zero, and the inner
+    ReLUs are pushed away from it by their biases."""
+    block, x = make(name, dtype)
+    with torch.no_grad():
+        for bn in [block.bn1, block.bn2][: 1 if isinstance(block, fr.BasicBlock) else 2]:
+            # far from zero, some on either side
+            bn.bias.copy_(torch.where(torch.arange(len(bn.bias)) % 2 == 0, 9.0, -9.0))
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
+    exact_block, exact_x = copy.deepcopy(block).double(), lifted(x).requires_grad_()
+    theirs, mine = copy.deepcopy(block), copy.deepcopy(block)
+    with torch.no_grad(), fr.use_backend("reference"):
+        y = copy.deepcopy(exact_block)(exact_x)
+    dy = randn(y.shape, dtype).contiguous(memory_format=layout)
+    dy = dy * (y.abs() > 0.3 * y.abs().mean()).to(dtype)
+    check = unchanged(x, dy, *mine.parameters())
+    assert is_whole(copy.deepcopy(mine)(x))
+    found = step(mine, x, dy)
+    check()
+    want, exact = stock_step(theirs, x, dy), stock_step(exact_block, exact_x, lifted(dy))
+    assert found.keys() == want.keys()
+    assert found["y"].stride() == want["y"].stride() or layout != LAST
+    for key in found:
+        assert found[key].dtype == want[key].dtype, key
+        # Sums over all pixels of terms that cancel: their rounding is relative to the terms.
+        terms = {key: want[key].abs().max().item() * 4}
+        close([key], [found[key]], [want[key]], [exact[key]], dtype, terms)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["basic", "bottleneck, projection"])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        "x", "x and the first convolution", "all convolutions", "all norms", "the shortcut",
+        "all but the last norm", "all but x",
+    ],
+)  # fmt: skip
+def test_only_what_is_asked_for(name, frozen, monkeypatch):
+    """The same gradients for what is left, and no work for what is not."""
+    block, x = make(name)
+    if name == "basic" and frozen == "the shortcut":
+        pytest.skip("it has none")
+    last = "bn3" if name.startswith("bottleneck") else "bn2"
+
+    def stays(parameter: str) -> bool:
+        return {
+            "x": True,
+            "x and the first convolution": not parameter.startswith("conv1"),
+            "all convolutions": "bn" in parameter or "downsample.1" in parameter,
+            "all norms": "conv" in parameter or "downsample.0" in parameter,
+            "the shortcut": not parameter.startswith("downsample"),
+            "all but the last norm": parameter.startswith(last),
+            "all but x": False,
+        }[frozen]
+
+    everything = step(copy.deepcopy(block), x, dy := torch.randn_like(block(x)))
+    for n, p in block.named_parameters():
+        p.requires_grad_(stays(n))
+    x = x.detach().requires_grad_(not frozen.startswith(("x", "all but the last")))
+    calls: list[str] = []
+    for op in ("weight_gradient", "input_gradient"):
+        plain = getattr(Native, op)
+        monkeypatch.setattr(
+            Native, op, lambda *a, plain=plain, op=op, **k: (calls.append(op), plain(*a, **k))[1]
+        )
+    found = step(block, x, dy)
+    for key, value in found.items():
+        # Buffers have seen one forward more.
+        if key == "dx" or key.startswith("d") and key[1:] in dict(block.named_parameters()):
+            assert torch.equal(value, everything[key]), key
+    weights = sum(p.requires_grad and p.dim() == 4 for p in block.parameters())
+    assert calls.count("weight_gradient") == weights
+    if frozen == "all but the last norm":
+        assert calls == []
+    if frozen == "x":
+        assert calls.count("input_gradient") == (1 if name == "basic" else 2)
+
+
+@needs_native
+@pytest.mark.parametrize("name", BLOCKS)
+def test_double_backward_is_stocks(name):
+    results = []
+    for backend in ("native", "reference"):
+        block, x = make(name, torch.float64)
+        with fr.use_backend(backend):
+            y = block(x)
+        assert is_whole(y) == (backend == "native")
+        wanted = [x, *block.parameters()]
+        grads = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        again = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+        results.append([*grads, *again])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["basic", "bottleneck, projection"])
+def test_gradcheck(name):
+    block, x = make(name, torch.float64)
+    # Away from the ReLUs' corners, where a difference quotient says nothing.
+    with torch.no_grad():
+        for m in block.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.bias.add_(4.0)
+    x = x.detach()[:, :, :3, :3].contiguous(memory_format=LAST).requires_grad_()
+    parameters = [p for p in block.parameters() if p.dim() == 1]
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        return block(x)
+
+    assert is_whole(block(x))
+    assert gradcheck(run, (x, *parameters), fast_mode=True)
+    assert gradgradcheck(run, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None, 0.0])
+@pytest.mark.parametrize("tracking", ["float32", "float64", "bfloat16", "none", "strided"])
+def test_running_statistics(momentum, tracking):
+    block, x = make("bottleneck, projection")
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = momentum
+            if tracking == "none":
+                m.running_mean = m.running_var = m.num_batches_tracked = None
+                m.track_running_stats = False
+            elif tracking == "strided":
+                m.running_mean = m.running_mean.repeat_interleave(2)[::2]
+            elif tracking != "float32":
+                m.running_mean = m.running_mean.to(getattr(torch, tracking))
+                m.running_var = m.running_var.to(getattr(torch, tracking))
+    if tracking in ("float64", "bfloat16"):
+        with fr.use_backend("reference"), pytest.raises(RuntimeError):
+            copy.deepcopy(block)(x)
+        with pytest.raises(RuntimeError):  # stock's own error
+            block(x)
+        return
+    theirs = copy.deepcopy(block)
+    for _ in range(3):
+        block(x)
+        with fr.use_backend("reference"):
+            theirs(x)
+    for (name, a), (_, b) in zip(block.named_buffers(), theirs.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+        if tracking == "strided" and name.endswith("running_mean"):
+            assert a.stride() == (2,)
+
+
+@needs_native
+def test_updates_are_seen_by_what_watches_versions():
+    block, x = make("basic")
+    before = [b._version for b in block.buffers()]
+    block(x)
+    assert all(b._version > v for b, v in zip(block.buffers(), before, strict=True))
+
+
+@needs_native
+@pytest.mark.parametrize("where", ["output", "x", "weight"])
+def test_changed_before_backward(where):
+    """As stock: an error that speaks of a modified tensor, never a wrong gradient."""
+    errors = []
+    for backend in ("native", "reference"):
+        block, x = make("basic")
+        with fr.use_backend(backend):
+            h = x * 1
+            y = block(h)
+            with torch.no_grad() if where != "output" else torch.enable_grad():
+                {"output": y, "x": h, "weight": block.conv2.weight}[where].mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation") as error:
+                y.sum().backward()
+        errors.append(type(error.value))
+    assert errors[0] is errors[1]
+
+
+@needs_native
+def test_one_value_per_channel():
+    block, _ = make("basic")
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        block(torch.randn(1, 16, 1, 1))
+
+
+@needs_native
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_a_number_spreads_as_in_stock(value):
+    block, x = make("bottleneck, projection")
+    with torch.no_grad():
+        x[0, 3, 2, 2] = value
+    theirs = copy.deepcopy(block)
+    y = block(x)
+    with fr.use_backend("reference"):
+        want = theirs(x)
+    assert torch.equal(y.isnan(), want.isnan())
+    for (name, a), (_, b) in zip(block.named_buffers(), theirs.named_buffers(), strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), name
+
+
+@needs_native
+def test_gradient_of_other_strides():
+    block, x = make("bottleneck")
+    results = []
+    dy = torch.randn(2, 64, 7, 7)
+    for gradient in (
+        dy.contiguous(memory_format=LAST), dy.contiguous(),
+        dy.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    ):  # fmt: skip
+        results.append(step(copy.deepcopy(block), x, gradient))
+    for other in results[1:]:
+        for key, value in results[0].items():
+            assert torch.equal(value, other[key]), key
+    one = step(copy.deepcopy(block), x, torch.ones(1).expand(2, 64, 7, 7))
+    two = step(copy.deepcopy(block), x, torch.ones(2, 64, 7, 7))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+@needs_native
+def test_the_mask_computed_again_is_the_one_that_was():
+    """Inside a block dy is masked by what the norm makes of its input once more: the same bits."""
+    kernels = Native()
+    for dtype in (torch.float32, torch.bfloat16):
+        x = randn((4, 48, 61, 53), dtype).contiguous(memory_format=LAST)
+        norm = train_kernels.Norm(torch.rand(48) + 0.5, torch.randn(48) * 0.3, 1e-5)
+        y, state = kernels.normalise(x, norm, None, True)
+        normed, dy = train_kernels.Normed(x, norm, state), torch.randn_like(y)
+        own = kernels.norm_gradients(dy, y, normed, alone=True)[0]
+        read, _, g = kernels.norm_gradients(dy, y, normed, alone=True, masked=True)
+        assert torch.equal(g, dy * (y > 0))
+        for a, b in zip(own, read, strict=True):
+            assert torch.equal(a, b)
+
+
+@needs_native
+def test_autocast():
+    block, x = make("bottleneck, projection")
+    theirs = copy.deepcopy(block)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+        with fr.use_backend("reference"):
+            want = theirs(x)
+    assert is_whole(y) and y.dtype == want.dtype == torch.bfloat16
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    mine = {n: p.grad for n, p in block.named_parameters()} | {"x": x.grad}
+    x.grad = None
+    want.backward(dy)
+    for name, grad in ({n: p.grad for n, p in theirs.named_parameters()} | {"x": x.grad}).items():
+        assert mine[name].dtype == grad.dtype == torch.float32
+        # 0.04 and less was measured; stock rounds each of its sums to bfloat16.
+        assert (mine[name] - grad).norm() <= 0.1 * grad.norm(), name
+
+
+@needs_native
+def test_accumulated_and_scaled_gradients():
+    """Two halves of a batch add up; a loss scaled by a power of two scales every bit."""
+    block, x = make("basic")
+    dy = torch.randn_like(block(x))
+    one = step(copy.deepcopy(block), x, dy)
+    twice = copy.deepcopy(block)
+    for _ in range(2):
+        twice(x).backward(dy)
+    scaled = step(copy.deepcopy(block), x, dy * 1024)
+    for name, p in twice.named_parameters():
+        torch.testing.assert_close(p.grad, one[f"d{name}"] * 2, rtol=1e-6, atol=0)
+        assert torch.equal(scaled[f"d{name}"], one[f"d{name}"] * 1024)
+
+
+@needs_native
+def test_checkpointed_by_pytorch():
+    """torch.utils.checkpoint around a block: the same gradients."""
+    from torch.utils.checkpoint import checkpoint
+
+    block, x = make("bottleneck, projection")
+    plain = copy.deepcopy(block)
+    dy = torch.randn_like(plain(x))
+    want = step(plain, x, dy)
+    y = checkpoint(block, x, use_reentrant=False)
+    y.backward(dy)
+    for name, p in block.named_parameters():
+        assert torch.equal(p.grad, want[f"d{name}"]), name
+
+
+@needs_native
+@pytest.mark.parametrize("edit", ["hook", "gelu", "bias", "frozen norm"])
+def test_any_change_is_honoured(edit):
+    block, x = make("bottleneck")
+    if edit == "hook":
+        block.bn2.register_forward_hook(lambda m, i, o: o * 2)
+    elif edit == "gelu":
+        block.relu = nn.GELU()
+    elif edit == "bias":
+        block.conv2.bias = nn.Parameter(torch.randn(16))
+    else:
+        block.bn2.eval()
+    theirs = copy.deepcopy(block)
+    y = block(x)
+    assert not is_whole(y)
+    dy = torch.randn_like(y)
+    got, want = step(block, x, dy), stock_step(theirs, x, dy)
+    for key in ("y", "dx"):
+        torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+@pytest.mark.parametrize("transform", ["vmap", "functional_call", "grad"])
+def test_transforms_see_pytorchs_operations(transform):
+    block, x = make("basic")
+    x = x.detach()
+    state = dict(block.named_parameters())
+    buffers = {n: b.clone() for n, b in block.named_buffers()}
+    if transform == "functional_call":
+        other = {n: p.detach() * 1.5 for n, p in state.items()}
+        y = torch.func.functional_call(block, (other, buffers), (x,))
+        theirs = copy.deepcopy(block)
+        with torch.no_grad():
+            for n, p in theirs.named_parameters():
+                p.mul_(1.5)
+        with fr.use_backend("reference"):
+            torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
+        return
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.track_running_stats = False
+            m.running_mean = m.running_var = m.num_batches_tracked = None
+
+    def loss(x: Tensor) -> Tensor:
+        return block(x).square().sum()
+
+    if transform == "grad":
+        mine = torch.func.grad(loss)(x)
+        leaf = x.clone().requires_grad_()
+        with fr.use_backend("reference"):
+            loss(leaf).backward()
+        torch.testing.assert_close(mine, leaf.grad, rtol=1e-3, atol=1e-4)
+    else:
+        mine = torch.vmap(block)(torch.stack([x, x * 2]))
+        with fr.use_backend("reference"):
+            torch.testing.assert_close(mine[1], block(x * 2), rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_threads_with_their_own_models():
+    made = [make(name) for name in ("basic", "bottleneck, projection")]
+    gradients = [torch.randn_like(copy.deepcopy(block)(x)) for block, x in made]
+    want = [step(copy.deepcopy(b), x, dy) for (b, x), dy in zip(made, gradients, strict=True)]
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        (block, x), dy = made[index % 2], gradients[index % 2]
+        for _ in range(5):
+            got = step(copy.deepcopy(block), x, dy)
+            wrong.extend(k for k in got if not torch.equal(got[k], want[index % 2][k]))
+
+    torch.set_num_threads(1)
+    want = [step(copy.deepcopy(b), x, dy) for (b, x), dy in zip(made, gradients, strict=True)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@needs_native
+def test_two_hundred_and_fifty_times_the_same():
+    block, x = make("bottleneck, projection")
+    dy = torch.randn_like(copy.deepcopy(block)(x))
+    torch.use_deterministic_algorithms(True)
+    first = step(copy.deepcopy(block), x, dy)
+    for _ in range(249):
+        again = step(copy.deepcopy(block), x, dy)
+        assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_the_portable_maker_is_the_same_formula():
+    """What GPUs run, here by the reference: a block with it against PyTorch's operations."""
+    for name in ("basic", "bottleneck, projection"):
+        block, x = make(name, torch.float64)
+        parts = blocks.take_apart(block, blocks.FORWARDS[type(block).forward])
+        tensors = [t for c, b in parts.pairs for t in (c.weight, b.weight, b.bias)]
+        geometries = tuple(
+            Geometry(c.stride, c.padding, c.dilation, c.groups) for c, _ in parts.pairs
+        )
+        eps = tuple(b.eps for _, b in parts.pairs)
+        shortcut = "projection" if parts.downsample else "identity"
+        for level in ("full", "low", "lower"):
+            spec = training.Spec(Portable(), geometries, eps, shortcut, level, torch.float64)
+            y = training.BlockFunction.apply(spec, [], x, None, *tensors)
+            want = training.formula(spec, x, None, tensors)
+            torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+            dy = torch.randn_like(y)
+            for a, b in zip(
+                torch.autograd.grad(y, [x, *tensors], dy),
+                torch.autograd.grad(want, [x, *tensors], dy),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+# --- memory that comes back -----------------------------------------------------------------------
+
+
+@needs_native
+def test_memory_comes_back():
+    block, _ = make("basic")
+    x = torch.randn(4, 16, 96, 96).contiguous(memory_format=LAST)
+    fr.release_memory()
+    start = native.memory()
+    assert start["free_bytes"] == 0
+    y = block(x)
+    kept = native.memory()["used_bytes"] - start["used_bytes"]
+    # Of y, two convolutions' outputs and a ReLU's, and a sixteenth for sizes that do not fit.
+    assert 4 * x.nbytes <= kept <= 4 * x.nbytes * 17 / 16
+    y.sum().backward()
+    del y
+    after = native.memory()
+    assert after["used_bytes"] == start["used_bytes"]
+    assert after["free_bytes"] > 0
+    block(x).sum().backward()
+    assert native.memory()["free_bytes"] == after["free_bytes"]  # nothing new was needed
+    assert fr.release_memory() == after["free_bytes"]
+    assert native.memory()["free_bytes"] == 0
+
+
+@needs_native
+def test_memory_outlives_nobody():
+    """A tensor keeps its memory for as long as it lives, whatever is released."""
+    block, _ = make("basic")
+    x = torch.randn(4, 16, 96, 96).contiguous(memory_format=LAST)
+    y = block(x).detach()
+    before = y.clone()
+    fr.release_memory()
+    for _ in range(3):
+        block(x * 2)
+    assert torch.equal(y, before)
+
+
+@needs_native
+def test_out_of_memory_and_after():
+    """FAULTS 45: an error with the size, and the next, smaller step works."""
+    ops = torch.ops.fused_resnet_native
+    huge = torch.empty(1).expand(1 << 20, 1, 1 << 20, 1 << 4)
+    weight = torch.randn(16, 16, 1, 1)
+    x = torch.zeros(1, 16, 1, 1).expand(1 << 12, 16, 1 << 12, 1 << 12)
+    assert huge.numel() == 1 << 44
+    with pytest.raises(RuntimeError, match=r"channels_last|not enough memory"):
+        ops.convolution(x, weight, False, None, False, [1, 1], [0, 0], [1, 1])
+    padding = [1 << 20, 1 << 20]
+    tiny = torch.zeros(1, 16, 1, 1)
+    with pytest.raises(
+        RuntimeError, match=r"not enough memory: fused_resnet tried to allocate \d+"
+    ):
+        ops.convolution(tiny, weight, False, None, False, [1, 1], padding, [1, 1])
+    block, x = make("basic")
+    block(x).sum().backward()
+    assert block.conv1.weight.grad.isfinite().all()
+
+
+# --- the stem -------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [
+        [3, 3, 2, 2, 1, 1], [2, 2, 2, 2, 0, 0], [3, 3, 1, 1, 1, 1], [5, 4, 3, 2, 2, 1],
+        [3, 3, 5, 5, 0, 0],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("C", [16, 64, 5, 19])
+def test_norm_relu_and_pooling_in_one_pass(C, window, dtype):
+    """Bit by bit what the passes give one by one: ties, NaN and -0.0 included."""
+    ops = torch.ops.fused_resnet_native
+    wide = dtype == torch.float64
+    x = torch.randint(-3, 4, (2, C, 13, 10)).to(dtype).contiguous(memory_format=LAST)
+    x[0, 0, 3, 3], x[1, C - 1, 0, 0], x[1, 1] = float("nan"), float("inf"), -0.0
+    vector = torch.float64 if wide else torch.float32
+    weight, bias = torch.rand(C, dtype=vector) + 0.5, torch.randn(C, dtype=vector)
+    stats = torch.stack([torch.randn(C), torch.rand(C) + 0.5]).double()
+    y, index = ops.bn_pool(x, stats, weight, bias, 1e-5, window)
+    relu = ops.bn_apply(x, stats, weight, bias, 1e-5, None, None, None, None, 0.0, True)
+    relu.requires_grad_()
+    sizes = (window[:2], window[2:4], window[4:])
+    want, where = F.max_pool2d(relu, *sizes, return_indices=True)
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y.nan_to_num(), want.detach().nan_to_num())
+    rows, columns = where // 10, where % 10
+    p, q = torch.meshgrid(*(torch.arange(n) for n in y.shape[2:]), indexing="ij")
+    taps = (rows - p * window[2] + window[4]) * window[1] + columns - q * window[3] + window[5]
+    assert torch.equal(index.long(), taps)
+    dy = torch.randint(-3, 4, y.shape).to(dtype).contiguous(memory_format=LAST)
+    g = ops.bn_pool_gradient(dy, y, index, x, window)
+    want.backward(dy)
+    # As ReLU's own backward: a NaN lets it through.
+    assert torch.equal(g, relu.grad.masked_fill(relu.detach() <= 0, 0))
+
+
+@needs_native
+def test_stem_is_one_node_and_differentiable_twice():
+    torch.manual_seed(0)
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).double().train()
+    x = torch.randn(2, 3, 33, 30, dtype=torch.float64, requires_grad=True)
+    results = []
+    for backend in ("native", "reference"):
+        net = copy.deepcopy(model)
+        with fr.use_backend(backend):
+            stem = blocks.stem_and_pool(net, x)
+        assert (type(stem.grad_fn).__name__ == "StemFunctionBackward") == (backend == "native")
+        wanted = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
+        grads = torch.autograd.grad(stem.square().sum(), wanted, create_graph=True)
+        again = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+        with fr.use_backend(backend):
+            plain = torch.autograd.grad(blocks.stem_and_pool(net, x).square().sum(), wanted)
+        results.append([stem.detach(), *grads, *again, *plain])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+@needs_native
+@pytest.mark.parametrize("pool", ["ceil", "average", "hooked", "dilated", "huge"])
+def test_other_pooling_stays_pytorchs(pool):
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).train()
+    model.maxpool = {
+        "ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        "average": nn.AvgPool2d(3, 2, 1),
+        "hooked": nn.MaxPool2d(3, 2, 1),
+        "dilated": nn.MaxPool2d(2, 2, dilation=2),
+        "huge": nn.MaxPool2d(17, 2),
+    }[pool]
+    if pool == "hooked":
+        model.maxpool.register_forward_hook(lambda m, i, o: o * 2)
+    theirs = copy.deepcopy(model)
+    x = torch.randn(2, 3, 64, 64)
+    y = model(x)
+    with fr.use_backend("reference"):
+        torch.testing.assert_close(y, theirs(x), rtol=1e-3, atol=1e-3)
