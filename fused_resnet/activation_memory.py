@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -34,7 +34,7 @@ def recomputing() -> bool:
 
 
 def set_activation_memory(model: nn.Module, level: str) -> None:
-    """What training keeps of the activations of `model`'s residual blocks, from the next forward on.
+    """What training keeps of the activations of `model`'s blocks, from the next forward on.
 
     model: any module that holds blocks of `fused_resnet` (a ResNet of the family, or one inside
     something else). level: "full" (the default of every model), "low", "lower" or "minimal", each
@@ -100,14 +100,15 @@ class _Chain:
         return x
 
 
-@contextlib.contextmanager
-def _once_more() -> Iterator[None]:
-    token = _recomputing.set(True)
-    try:
-        yield
-    finally:
-        _recomputing.reset(token)
+class _OnceMore:
+    """A segment's runs after the first; as many as there are backwards through it."""
+
+    def __enter__(self) -> None:
+        self._tokens = [*getattr(self, "_tokens", []), _recomputing.set(True)]
+
+    def __exit__(self, *_: object) -> None:
+        _recomputing.reset(self._tokens.pop())
 
 
 def _contexts() -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _once_more()
+    return contextlib.nullcontext(), _OnceMore()

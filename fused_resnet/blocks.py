@@ -134,7 +134,7 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
         return None
     (conv, _), geometry = parts.pairs[0], prepared.spec.geometries[0]
     between = convolution.output_shape(x.shape, conv.weight.shape, *geometry)
-    window = sum(pooling.window(pool), [])
+    window = [n for sizes in pooling.window(pool) for n in sizes]
     if between is None or pool_shape(pool, between) is None or window[0] * window[1] > 256:
         return None
     states: list[Any] = []

@@ -1,5 +1,5 @@
-"""The CPU's kernels of a training step's convolutions: forward, gradients of input and weights; each
-geometry that they serve, and those that they hand to PyTorch."""
+"""The CPU's kernels of a training step's convolutions: forward, gradients of input and weights, in
+each geometry that they serve and in those that they hand to PyTorch."""
 
 from __future__ import annotations
 
