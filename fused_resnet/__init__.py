@@ -24,6 +24,7 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 
 __version__ = "0.1.0"
 
@@ -33,9 +34,11 @@ __all__ = [
     "Explanation",
     "Inference",
     "ResNet",
+    "SyncBatchNorm",
     "add_relu",
     "bn_add_relu",
     "conv_bn_relu",
+    "convert_sync_batchnorm",
     "explain",
     "get_model",
     "inference",

@@ -30,6 +30,7 @@ from . import (
     ops,
     plans,
     pooling,
+    sync_batch_norm,
     train_kernels,
     training,
 )
@@ -40,6 +41,7 @@ from .structure import (
     STEM,
     Names,
     Parts,
+    is_frozen_bn,
     take_apart,
     uses_batch_statistics,
 )
@@ -161,7 +163,7 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
     return all(
         not uses_batch_statistics(bn)
         or (
-            type(bn) is nn.BatchNorm2d
+            not is_frozen_bn(bn)
             and bn.eps > 0
             and bn.num_features == conv.out_channels
             and plans.norm_fits(bn, dtype)
@@ -220,7 +222,8 @@ def _prepare(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> _Prep
     )
     eps = tuple(bn.eps for _, bn in parts.pairs)
     level = getattr(module, "activation_memory", "full")
-    spec = training.Spec(kernels, geometries, eps, shortcut, level, dtype)
+    groups = tuple(sync_batch_norm.group_of(bn) for _, bn in parts.pairs)
+    spec = training.Spec(kernels, geometries, eps, shortcut, level, dtype, groups)
     inside = torch.channels_last if device == "cpu" else layout.memory_format(x)
     tensors = [t for conv, bn in parts.pairs for t in (conv.weight, bn.weight, bn.bias)]
     return _Prepared(spec, x.to(dtype).contiguous(memory_format=inside), tensors)
@@ -243,8 +246,13 @@ def _trains_whole(
     parts: Parts, shape: Any, shortcut: str, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> bool:
     """Whether every unit normalises by the batch and is what stock would take as it is."""
-    if not _serves(True, parts.pairs[0][0].weight):
+    weight = parts.pairs[0][0].weight
+    groups = [sync_batch_norm.group_of(bn) for _, bn in parts.pairs]
+    synchronised = groups[0] is not None
+    if not _serves(True, weight) or any(group is not groups[0] for group in groups):
         return False
+    if synchronised and weight.device.type != "cpu":
+        return False  # PyTorch's own norm knows how
     found = tuple(shape)
     for i, (conv, bn) in enumerate(parts.pairs):
         branch = parts.downsample and i == len(parts.pairs) - 1
@@ -252,11 +260,11 @@ def _trains_whole(
             shape if branch else found, conv.weight.shape, conv.stride, conv.padding,
             conv.dilation, conv.groups,
         )  # fmt: skip
-        if out is None or out[0] * out[2] * out[3] < 2:
+        if out is None or (out[0] * out[2] * out[3] < 2 and not synchronised):
             return False
         if branch and out != found:
             return False
-        if not uses_batch_statistics(bn) or type(bn) is not nn.BatchNorm2d or conv.bias is not None:
+        if not uses_batch_statistics(bn) or is_frozen_bn(bn) or conv.bias is not None:
             return False
         if not bn.eps > 0 or out[1] != bn.num_features or not plans.norm_fits(bn, dtype):
             return False

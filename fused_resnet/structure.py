@@ -1,7 +1,8 @@
 """Residual blocks as modules: taking one apart, and noticing any change to it.
 
-A block is fused only while its parts are exactly Conv2d, BatchNorm2d (or FrozenBatchNorm2d) and
-ReLU, unhooked and unpatched, so that surgery on a model and feature extraction keep working.
+A block is fused only while its parts are exactly Conv2d, BatchNorm2d (SyncBatchNorm,
+FrozenBatchNorm2d) and ReLU, unhooked and unpatched, so that surgery on a model and feature
+extraction keep working.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .sync_batch_norm import SyncBatchNorm
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 _conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _bn_state = attrgetter("eps", "training")
 _version = attrgetter("_version")
@@ -112,8 +116,8 @@ def uses_batch_statistics(bn: Any) -> bool:
 
 def _structure_reason(parts: Parts) -> str | None:
     for _, name, part, kind in parts.places:
-        frozen = kind is nn.BatchNorm2d and part is not None and is_frozen_bn(part)
-        if type(part) is not kind and not frozen:
+        norm = kind is nn.BatchNorm2d and (type(part) in _SYNCHRONISED or is_frozen_bn(part))
+        if type(part) is not kind and not norm:
             return f"{name} is a {type(part).__name__}, not a {kind.__name__}"
         why = None if part is None else patched(part)
         if why is not None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import native, sync_batch_norm
 from .reference import accumulate_dtype
 
 
@@ -27,11 +27,13 @@ class Geometry(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Batch normalisation's parameters: weight, bias (C,) or None, in any floating dtype."""
+    """Batch normalisation's parameters: weight, bias (C,) or None, in any floating dtype. group:
+    the processes whose values it normalises by, None for this one alone."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+    group: Any = None
 
 
 class Normed(NamedTuple):
@@ -110,9 +112,13 @@ class Portable:
         )
         return y, (mean, var)
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What `normalise` would normalise x by."""
+    def statistics(self, x: Tensor, group: Any = None) -> tuple[Tensor, ...]:
+        """What `normalise` would normalise x by; over a process group where that is given."""
         return torch.ops.fused_resnet.bn_add_relu(x, None, None, None, 1.0, False)[1:]
+
+    def count(self, normed: Normed) -> int:
+        """The values per channel that `normed` is normalised by."""
+        return normed.x.numel() // normed.x.shape[1]
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
         """`normalise` once more, to the last bit the same."""
@@ -216,17 +222,23 @@ class Native(Portable):
             dy, x, R, S, g.stride, g.padding, g.dilation
         ).to(weight.dtype)
 
-    def statistics(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (self._ops.bn_statistics(x),)
+    def statistics(self, x: Tensor, group: Any = None) -> tuple[Tensor, ...]:
+        stats = self._ops.bn_statistics(x)
+        if group is None:
+            return (stats,)
+        return sync_batch_norm.merge(stats, x.numel() // x.shape[1], group)
+
+    def count(self, normed: Normed) -> int:
+        return super().count(normed) if len(normed.state) == 1 else int(normed.state[1])
 
     def normalise(
         self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        state = self.statistics(x)
+        state = self.statistics(x, norm.group)
         return self.apply(Normed(x, norm, state), residual, relu), state
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
-        x, norm, (stats,) = normed
+        x, norm, (stats, *_) = normed
         other: tuple[Any, ...] = (residual, None, None, None, 0.0)
         if isinstance(residual, Normed):
             r, n, s = residual
@@ -246,7 +258,7 @@ class Native(Portable):
         masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         masked = masked or other is not None
-        x, norm, (stats,) = normed
+        x, norm, (stats, *_) = normed
         # What a norm and a ReLU alone made of x is computed again rather than read, in dtypes whose
         # rounding turns no positive number that occurs into zero.
         own = alone and y is not None and not masked
@@ -257,13 +269,14 @@ class Native(Portable):
             dy, y, x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, own,
             x2, stats2, masked and y is not None,
         )  # fmt: skip
-        count = float(x.numel() // x.shape[1])
+        count = float(self.count(normed))
+        everywhere = sums if norm.group is None else sync_batch_norm.reduce(sums, norm.group)
         if y is not None and masked:
             dy, y = g, None
 
         def gradients(of: Normed, row: int) -> NormGradients:
             dx = self._ops.bn_gradient(
-                dy, y, of.x, of.state[0], sums, row, count, _vector(of.norm.weight, of.x),
+                dy, y, of.x, of.state[0], everywhere, row, count, _vector(of.norm.weight, of.x),
                 _vector(of.norm.bias, of.x), of.norm.eps, own,
             )  # fmt: skip
             wide = of.x.dtype == torch.float64
@@ -277,7 +290,7 @@ class Native(Portable):
 
     def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
         """relu(norm(x)) and max pooling -> y (N, C, P, Q) and the taps that won, uint8."""
-        x, norm, (stats,) = normed
+        x, norm, (stats, *_) = normed
         return self._ops.bn_pool(
             x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, window
         )

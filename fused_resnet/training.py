@@ -38,6 +38,7 @@ class Spec(NamedTuple):
     shortcut: str
     level: str
     dtype: torch.dtype  # of the activations
+    groups: tuple[Any, ...]  # the norms' process groups, None where they need no other process
 
 
 Units = list[tuple[Tensor, Norm]]
@@ -46,8 +47,8 @@ Units = list[tuple[Tensor, Norm]]
 def _units(spec: Spec, tensors: Sequence[Any]) -> Units:
     """tensors: weight (K, C/groups, R, S), norm weight and bias (K,) or None, unit by unit."""
     return [
-        (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps))
-        for i, eps in enumerate(spec.eps)
+        (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps, group))
+        for i, (eps, group) in enumerate(zip(spec.eps, spec.groups, strict=True))
     ]
 
 
@@ -97,15 +98,14 @@ class BlockFunction(torch.autograd.Function):
         residual: Tensor | Normed | None = x if spec.shortcut == "identity" else given
         if projection:
             branch = kernels.convolution(x, units[-1][0], spec.geometries[-1])
-            residual = Normed(branch, units[-1][1], kernels.statistics(branch))
+            residual = Normed(branch, units[-1][1], kernels.statistics(branch, units[-1][1].group))
         y, state = kernels.normalise(z, norm, residual, True)
         moments.append(state)
         if isinstance(residual, Normed):
             outputs.append(residual.x)
             moments.append(residual.state)
-        states.extend(
-            (state, z.numel() // z.shape[1]) for state, z in zip(moments, outputs, strict=True)
-        )
+        for z, (_, norm), state in zip(outputs, units, moments, strict=True):
+            states.append((state, kernels.count(Normed(z, norm, state))))
 
         again = _recomputed(spec, [weight for weight, _ in units])
         kept = [None if a else z for a, z in zip(again, outputs, strict=True)]
@@ -242,9 +242,9 @@ class StemFunction(torch.autograd.Function):
     ) -> Tensor:
         ((weight, norm),) = _units(spec, tensors)
         z = spec.kernels.convolution(x, weight, spec.geometries[0])
-        normed = Normed(z, norm, spec.kernels.statistics(z))
+        normed = Normed(z, norm, spec.kernels.statistics(z, norm.group))
         y, index = spec.kernels.pool(normed, window)
-        states.append((normed.state, z.numel() // z.shape[1]))
+        states.append((normed.state, spec.kernels.count(normed)))
         ctx.spec, ctx.window = spec, window
         ctx.save_for_backward(x, *tensors, z, y, index, *normed.state)
         return y
@@ -263,7 +263,7 @@ class StemFunction(torch.autograd.Function):
             )
             grads = iter(torch.autograd.grad(again, wanted, dy, create_graph=True))
             return None, None, None, *(next(grads) if need else None for need in needs)
-        norm = Norm(norm_weight, norm_bias, spec.eps[0])
+        norm = Norm(norm_weight, norm_bias, spec.eps[0], spec.groups[0])
         if dy.stride() != y.stride():
             dy = torch.empty_like(y).copy_(dy)
         g = kernels.pool_gradient(dy, y, index, z, ctx.window)
@@ -279,6 +279,11 @@ class StemFunction(torch.autograd.Function):
 
 def formula(spec: Spec, x: Tensor, given: Tensor | None, tensors: Sequence[Any]) -> Tensor:
     """The block by PyTorch's own differentiable operations."""
+    if any(group is not None for group in spec.groups):
+        raise NotImplementedError(
+            "fused_resnet: a synchronised batch norm is not differentiable twice; "
+            "differentiate it in one process, or freeze it (eval)"
+        )
 
     def unit(i: int, h: Tensor) -> Tensor:
         weight, norm = units[i]

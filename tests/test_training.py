@@ -486,7 +486,9 @@ def test_the_portable_maker_is_the_same_formula():
         eps = tuple(b.eps for _, b in parts.pairs)
         shortcut = "projection" if parts.downsample else "identity"
         for level in ("full", "low", "lower"):
-            spec = training.Spec(Portable(), geometries, eps, shortcut, level, torch.float64)
+            spec = training.Spec(
+                Portable(), geometries, eps, shortcut, level, torch.float64, (None,) * len(eps)
+            )
             y = training.BlockFunction.apply(spec, [], x, None, *tensors)
             want = training.formula(spec, x, None, tensors)
             torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,368 @@
+"""Synchronised batch norm between two processes on the CPU: as one with the joined batch."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import os
+import socket
+import traceback
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch import multiprocessing as mp
+
+import fused_resnet as fr
+from fused_resnet import native, sync_batch_norm
+
+pytestmark = [
+    pytest.mark.skipif(native.load() is not None, reason="needs the native kernels"),
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+]
+
+LAST = torch.channels_last
+TIMEOUT = datetime.timedelta(seconds=60)
+CASES = {
+    "basic": (fr.BasicBlock, 16, 16, 1),
+    "basic, projection": (fr.BasicBlock, 16, 32, 2),
+    "bottleneck": (fr.Bottleneck, 64, 16, 1),
+    "bottleneck, projection": (fr.Bottleneck, 32, 16, 2),
+}
+
+
+def make(case: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    kind, C, planes, stride = CASES[case]
+    K = planes * kind.expansion
+    torch.manual_seed(0)
+    branch = None
+    if stride > 1 or K != C:
+        branch = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+    block = kind(C, planes, stride, branch)
+    with torch.no_grad():
+        for m in block.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.weight.uniform_(0.5, 1.5)
+                m.bias.normal_(0, 0.3)
+    return block.to(dtype).train()
+
+
+def batch(case: str, N: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    block, C, planes, stride = CASES[case]
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(N, C, 8, 6, generator=g, dtype=torch.float64)
+    x[:, 0] += 1e4  # E[x^2] - E[x]^2 would lose everything of this channel
+    dy = torch.randn(N, planes * block.expansion, 8 // stride, 6 // stride, generator=g,
+                     dtype=torch.float64)  # fmt: skip
+    return x.to(dtype).contiguous(memory_format=LAST), dy.to(dtype).contiguous(memory_format=LAST)
+
+
+def result(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    x = x.detach().requires_grad_()
+    y = block(x)
+    y.backward(dy)
+    grads = {f"d{n}": p.grad.clone() for n, p in block.named_parameters()}
+    buffers = {n: b.clone() for n, b in block.named_buffers()}
+    return {"y": y.detach(), "dx": x.grad} | grads | buffers
+
+
+# --- what each process does, and writes down ------------------------------------------------------
+
+
+def _share(rank: int, N: int, first: int) -> slice:
+    return slice(0, first) if rank == 0 else slice(first, N)
+
+
+def _convert(module: nn.Module, group: object = None) -> nn.Module:
+    return fr.convert_sync_batchnorm(module, group)
+
+
+def everywhere(rank: int, out: dict) -> None:
+    """Every case, evenly and unevenly shared, at every level."""
+    for case in CASES:
+        for first in (2, 4):
+            x, dy = batch(case)
+            mine = _share(rank, len(x), first)
+            kept = None
+            for level in ("full", "low", "lower"):
+                convert = fr.convert_sync_batchnorm
+                if level == "lower":  # PyTorch's modules, by the same path
+                    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+                block = convert(make(case))
+                fr.set_activation_memory(block, level)
+                assert {e.path for e in fr.explain(block)} == {"training"}
+                found = result(block, x[mine], dy[mine])
+                for name, value in found.items():
+                    if name.startswith("d") and name[1:] in dict(block.named_parameters()):
+                        dist.all_reduce(value)
+                if kept is not None:
+                    assert all(torch.equal(kept[k], found[k]) for k in kept), level
+                kept = found
+            out[case, first, rank] = kept
+
+
+def counted(rank: int, out: dict) -> None:
+    """Collectives of one forward and backward."""
+    calls: list[str] = []
+    for name in ("all_gather", "all_reduce"):
+        plain = getattr(dist, name)
+        setattr(dist, name, lambda *a, p=plain, n=name, **k: (calls.append(n), p(*a, **k))[1])
+    block = _convert(make("bottleneck, projection"))
+    x, dy = batch("bottleneck, projection", 4)
+    y = block(x[2 * rank : 2 * rank + 2].requires_grad_())
+    forward = list(calls)
+    calls.clear()
+    y.backward(dy[2 * rank : 2 * rank + 2])
+    out["forward", rank], out["backward", rank] = forward, list(calls)
+    calls.clear()
+    block.eval()
+    with torch.no_grad():
+        block(x)
+    out["eval", rank] = list(calls)
+
+
+def groups(rank: int, out: dict) -> None:
+    """A group of one process needs nobody; a mixed block is not fused and PyTorch says why."""
+    own = [dist.new_group([r]) for r in range(2)][rank]
+    block = _convert(make("basic"), own)
+    x, dy = batch("basic", 4)
+    out["alone", rank] = result(block, x[2 * rank : 2 * rank + 2], dy[2 * rank : 2 * rank + 2])
+    mixed = make("basic")
+    mixed.bn1 = _convert(mixed.bn1)
+    try:
+        mixed(x)
+    except (RuntimeError, ValueError) as error:
+        out["mixed", rank] = str(error)
+
+
+def network(rank: int, out: dict) -> None:
+    """Three optimizer steps of a whole network under DistributedDataParallel."""
+    torch.manual_seed(0)
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).double().train()
+    out["model", rank] = copy.deepcopy(model.state_dict())
+    model = nn.parallel.DistributedDataParallel(_convert(model), static_graph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    g = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        x = torch.randn(4, 3, 33, 33, generator=g, dtype=torch.float64)
+        half = x[2 * rank : 2 * rank + 2]
+        optimizer.zero_grad()
+        model(half).square().mean().backward()
+        optimizer.step()
+    out["trained", rank] = model.module.state_dict()
+
+
+def twice(rank: int, out: dict) -> None:
+    block = _convert(make("basic"))
+    x, _ = batch("basic", 4)
+    x = x[2 * rank : 2 * rank + 2].requires_grad_()
+    y = block(x).square().sum()
+    try:
+        torch.autograd.grad(y, x, create_graph=True)
+    except NotImplementedError as error:
+        out["error", rank] = str(error)
+
+
+def autocast(rank: int, out: dict) -> None:
+    block = _convert(make("bottleneck", torch.float32))
+    x, dy = batch("bottleneck", 4, torch.float32)
+    x[:, 0] -= 1e4
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x[2 * rank : 2 * rank + 2])
+    y.backward(dy[2 * rank : 2 * rank + 2].bfloat16())
+    grads = {n: p.grad for n, p in block.named_parameters()}
+    for grad in grads.values():
+        dist.all_reduce(grad)
+    out["grads", rank] = grads
+
+
+def left_alone(rank: int, out: dict) -> None:
+    """The other process is gone: an error in bounded time, no hang."""
+    block = _convert(make("basic"))
+    x, _ = batch("basic", 4)
+    if rank == 1:
+        os._exit(0)
+    try:
+        block(x)
+    except RuntimeError as error:
+        out["error", rank] = str(error)
+
+
+def _entry(rank: int, job, port: int, queue) -> None:
+    torch.set_num_threads(1)
+    out: dict = {}
+    try:
+        dist.init_process_group(
+            "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=TIMEOUT
+        )
+        job(rank, out)
+        queue.put((rank, out, None))
+    except BaseException:
+        queue.put((rank, out, traceback.format_exc()))
+    os._exit(0)
+
+
+def run(job, ranks: int = 2) -> dict:
+    """job(rank, out) in two processes; what all of them wrote down."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.get_context("spawn")
+    with context.Manager() as manager:
+        queue = manager.Queue()
+        processes = [context.Process(target=_entry, args=(r, job, port, queue)) for r in range(2)]
+        for process in processes:
+            process.start()
+        found: dict = {}
+        try:
+            for _ in range(ranks):
+                rank, out, error = queue.get(timeout=150)
+                assert error is None, f"process {rank}: {error}"
+                found |= out
+        finally:
+            for process in processes:
+                process.join(timeout=10)
+                process.kill()
+    return found
+
+
+# --- and what must have come of it ----------------------------------------------------------------
+
+
+def test_equal_to_one_process():
+    found = run(everywhere)
+    for case in CASES:
+        x, dy = batch(case)
+        want = result(make(case), x, dy)
+        for first in (2, 4):
+            one, two = found[case, first, 0], found[case, first, 1]
+            for key, exact in want.items():
+                got = torch.cat([one[key], two[key]]) if key in ("y", "dx") else one[key]
+                if exact.dtype == torch.int64:
+                    assert torch.equal(got, exact)
+                    continue
+                if key not in ("y", "dx"):
+                    assert torch.equal(one[key], two[key]), key
+                error = (got - exact).norm() / exact.norm()
+                # The channel of mean 1e4 costs four digits of float64's sixteen.
+                assert error <= 1e-9, (case, first, key, error)
+
+
+def test_collectives_are_few():
+    found = run(counted)
+    for rank in range(2):
+        assert found["forward", rank] == ["all_gather"] * 4
+        assert found["backward", rank] == ["all_reduce"] * 3  # both norms of the end at once
+        assert found["eval", rank] == []
+
+
+def test_process_groups():
+    found = run(groups)
+    x, dy = batch("basic", 4)
+    for rank in range(2):
+        mine = slice(2 * rank, 2 * rank + 2)
+        want = result(make("basic"), x[mine], dy[mine])
+        assert all(torch.equal(found["alone", rank][k], want[k]) for k in want)
+        assert "on the CPU it is computed inside the fused" in found["mixed", rank]
+
+
+def test_a_network_under_ddp():
+    found = run(network)
+    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).double().train()
+    model.load_state_dict(found["model", 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    g = torch.Generator().manual_seed(2)
+    for _ in range(3):
+        x = torch.randn(4, 3, 33, 33, generator=g, dtype=torch.float64)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        one, two = found["trained", 0][name], found["trained", 1][name]
+        assert torch.equal(one, two), name
+        torch.testing.assert_close(one, value, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_second_derivatives_are_refused():
+    found = run(twice)
+    for rank in range(2):
+        assert "synchronised batch norm is not differentiable twice" in found["error", rank]
+
+
+def test_under_autocast():
+    found = run(autocast)
+    block = make("bottleneck", torch.float32)
+    x, dy = batch("bottleneck", 4, torch.float32)
+    x[:, 0] -= 1e4
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x)
+    y.backward(dy.bfloat16())
+    for name, p in block.named_parameters():
+        # Statistics differ by their last bit, and so now and then does a bfloat16.
+        assert (found["grads", 0][name] - p.grad).norm() <= 0.02 * p.grad.norm(), name
+
+
+def test_a_process_that_is_gone():
+    found = run(left_alone, ranks=1)
+    assert found["error", 0]
+
+
+def test_without_other_processes():
+    """Not initialised: plain batch norm, as PyTorch's module has it."""
+    for case in CASES:
+        x, dy = batch(case, 3)
+        found, want = result(_convert(make(case)), x, dy), result(make(case), x, dy)
+        assert all(torch.equal(found[k], want[k]) for k in want)
+    model = _convert(fr.resnet18(num_classes=3)).eval()
+    plain = fr.resnet18(num_classes=3).eval()
+    plain.load_state_dict(model.state_dict())
+    assert all(e.fused for e in fr.explain(model))
+    with torch.no_grad():
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.equal(model(x), plain(x))
+
+
+def test_conversion_keeps_what_there_is():
+    model = fr.resnet18(num_classes=3)
+    parameters, state = list(model.parameters()), model.state_dict()
+    model.bn1.momentum, model.bn1.eps = None, 1e-3
+    norms = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    converted = fr.convert_sync_batchnorm(model)
+    assert converted is model
+    assert {n for n, m in model.named_modules() if type(m) is fr.SyncBatchNorm} == norms
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == list(state)
+    assert model.bn1.momentum is None and model.bn1.eps == 1e-3
+    assert {type(m) for m in copy.deepcopy(model).modules() if "Norm" in type(m).__name__} == {
+        fr.SyncBatchNorm
+    }
+    norm = fr.convert_sync_batchnorm(nn.BatchNorm2d(4))
+    x = torch.randn(3, 4, 5, 5)
+    assert torch.equal(norm(x), nn.BatchNorm2d(4)(x))
+
+
+def test_merging_is_exact():
+    """Means far apart and counts that differ, one of them zero."""
+    parts = [torch.randn(n, 3, dtype=torch.float64) + 1e6 * i for i, n in enumerate((5, 0, 7, 1))]
+    stats = [
+        torch.stack([p.mean(0), p.var(0, unbiased=False)]) if len(p) else torch.zeros(2, 3).double()
+        for p in parts
+    ]
+    everything = torch.cat(parts)
+
+    class Group:
+        """all_gather between processes that are not there."""
+
+        @staticmethod
+        def gather(gathered: list[Tensor], own: Tensor, group: object) -> None:
+            for into, s, p in zip(gathered, stats, parts, strict=True):
+                into.copy_(torch.cat([s.flatten(), s.new_tensor([float(len(p))])]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", Group.gather)
+        patch.setattr(dist, "get_world_size", lambda group: len(parts))
+        merged, total = sync_batch_norm.merge(stats[0], 5, Group)
+    assert float(total) == len(everything)
+    torch.testing.assert_close(merged[0], everything.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(merged[1], everything.var(0, unbiased=False), rtol=1e-13, atol=0)
