@@ -105,9 +105,9 @@ def everywhere(rank: int, out: dict) -> None:
 def counted(rank: int, out: dict) -> None:
     """Collectives of one forward and backward."""
     calls: list[str] = []
-    for name in ("all_gather", "all_reduce"):
-        plain = getattr(dist, name)
-        setattr(dist, name, lambda *a, p=plain, n=name, **k: (calls.append(n), p(*a, **k))[1])
+    plain = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
+    for name, call in plain.items():
+        setattr(dist, name, lambda *a, p=call, n=name, **k: (calls.append(n), p(*a, **k))[1])
     block = _convert(make("bottleneck, projection"))
     x, dy = batch("bottleneck, projection", 4)
     y = block(x[2 * rank : 2 * rank + 2].requires_grad_())
@@ -120,6 +120,8 @@ def counted(rank: int, out: dict) -> None:
     with torch.no_grad():
         block(x)
     out["eval", rank] = list(calls)
+    for name, call in plain.items():
+        setattr(dist, name, call)
 
 
 def groups(rank: int, out: dict) -> None:
@@ -189,49 +191,52 @@ def left_alone(rank: int, out: dict) -> None:
         out["error", rank] = str(error)
 
 
-def _entry(rank: int, job, port: int, queue) -> None:
+JOBS = (everywhere, counted, groups, network, twice, autocast, left_alone)
+
+
+def _entry(rank: int, port: int, folder: str) -> None:
+    """Every job in one pair of processes, since each pair has to import PyTorch."""
     torch.set_num_threads(1)
-    out: dict = {}
-    try:
-        dist.init_process_group(
-            "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=TIMEOUT
-        )
-        job(rank, out)
-        queue.put((rank, out, None))
-    except BaseException:
-        queue.put((rank, out, traceback.format_exc()))
+    dist.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=TIMEOUT
+    )
+    for job in JOBS:
+        out: dict = {}
+        try:
+            job(rank, out)
+        except BaseException:
+            out = {"traceback": traceback.format_exc()}
+        torch.save(out, f"{folder}/{job.__name__}-{rank}.pt")
     os._exit(0)
 
 
-def run(job, ranks: int = 2) -> dict:
-    """job(rank, out) in two processes; what all of them wrote down."""
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What the jobs wrote down, by name."""
+    folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = mp.get_context("spawn")
-    with context.Manager() as manager:
-        queue = manager.Queue()
-        processes = [context.Process(target=_entry, args=(r, job, port, queue)) for r in range(2)]
-        for process in processes:
-            process.start()
-        found: dict = {}
-        try:
-            for _ in range(ranks):
-                rank, out, error = queue.get(timeout=150)
-                assert error is None, f"process {rank}: {error}"
-                found |= out
-        finally:
-            for process in processes:
-                process.join(timeout=10)
-                process.kill()
-    return found
+    processes = [context.Process(target=_entry, args=(r, port, str(folder))) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=200)
+        process.kill()
+    written: dict[str, dict] = {job.__name__: {} for job in JOBS}
+    for file in sorted(folder.glob("*.pt")):
+        out = torch.load(file, weights_only=True)
+        assert "traceback" not in out, f"{file.stem}: {out['traceback']}"
+        written[file.stem.split("-")[0]] |= out
+    return written
 
 
 # --- and what must have come of it ----------------------------------------------------------------
 
 
-def test_equal_to_one_process():
-    found = run(everywhere)
+def test_equal_to_one_process(found):
+    found = found["everywhere"]
     for case in CASES:
         x, dy = batch(case)
         want = result(make(case), x, dy)
@@ -249,16 +254,16 @@ def test_equal_to_one_process():
                 assert error <= 1e-9, (case, first, key, error)
 
 
-def test_collectives_are_few():
-    found = run(counted)
+def test_collectives_are_few(found):
+    found = found["counted"]
     for rank in range(2):
         assert found["forward", rank] == ["all_gather"] * 4
         assert found["backward", rank] == ["all_reduce"] * 3  # both norms of the end at once
         assert found["eval", rank] == []
 
 
-def test_process_groups():
-    found = run(groups)
+def test_process_groups(found):
+    found = found["groups"]
     x, dy = batch("basic", 4)
     for rank in range(2):
         mine = slice(2 * rank, 2 * rank + 2)
@@ -267,8 +272,8 @@ def test_process_groups():
         assert "on the CPU it is computed inside the fused" in found["mixed", rank]
 
 
-def test_a_network_under_ddp():
-    found = run(network)
+def test_a_network_under_ddp(found):
+    found = found["network"]
     model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).double().train()
     model.load_state_dict(found["model", 0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -284,14 +289,14 @@ def test_a_network_under_ddp():
         torch.testing.assert_close(one, value, rtol=1e-8, atol=1e-9, msg=name)
 
 
-def test_second_derivatives_are_refused():
-    found = run(twice)
+def test_second_derivatives_are_refused(found):
+    found = found["twice"]
     for rank in range(2):
         assert "synchronised batch norm is not differentiable twice" in found["error", rank]
 
 
-def test_under_autocast():
-    found = run(autocast)
+def test_under_autocast(found):
+    found = found["autocast"]
     block = make("bottleneck", torch.float32)
     x, dy = batch("bottleneck", 4, torch.float32)
     x[:, 0] -= 1e4
@@ -303,8 +308,8 @@ def test_under_autocast():
         assert (found["grads", 0][name] - p.grad).norm() <= 0.02 * p.grad.norm(), name
 
 
-def test_a_process_that_is_gone():
-    found = run(left_alone, ranks=1)
+def test_a_process_that_is_gone(found):
+    found = found["left_alone"]
     assert found["error", 0]
 
 
