@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,8 @@ def memory_table(name: str, content: dict[str, Any] | None) -> str:
     """Peak memory of every contender in MiB, one row per model, batch and dtype."""
     if content is None:
         return f"{MISSING}\n"
+    if content["cases"][0]["mode"] == "train":
+        return train_memory_table(content)
     names = list(dict.fromkeys(n for case in content["cases"] for n in case["contenders"]))
     rows = []
     for case in content["cases"]:
@@ -122,6 +125,32 @@ def memory_table(name: str, content: dict[str, Any] | None) -> str:
             ]
         )
     return f"{markdown(['MiB', 'the weights', *names], rows)}\n"
+
+
+def train_memory_table(content: dict[str, Any]) -> str:
+    """What each contender's training step saves for backward and keeps alive, and its time."""
+    header = [
+        "MiB", "saved for backward", "of eager's", "live at most", "of eager's",
+        "time over fused's",
+    ]  # fmt: skip
+    rows = []
+    for case in content["cases"]:
+        found = case["contenders"]
+        eager, fused = found[case["better_eager"]], found["fused"]
+        for name in (case["better_eager"], *(n for n in found if n.startswith("fused"))):
+            row = found[name]
+            pairs = [t / f for t, f in zip(row["times_ms"], fused["times_ms"], strict=True)]
+            rows.append(
+                [
+                    f"{case['model']}, batch {case['batch']}, {case['dtype']}: {name}",
+                    f"{row['saved_bytes'] / 2**20:.0f}",
+                    f"{row['saved_bytes'] / eager['saved_bytes']:.3f}",
+                    f"{row['activation_peak_bytes'] / 2**20:.0f}",
+                    f"{row['activation_peak_bytes'] / eager['activation_peak_bytes']:.3f}",
+                    f"{statistics.median(pairs):.2f}",
+                ]
+            )
+    return f"{markdown(header, rows)}\n\nFrom `{content['path'].name}`.\n"
 
 
 def parity_table(content: dict[str, Any]) -> str:

@@ -301,6 +301,8 @@ def _memory(entry: _Entry, case: Case, with_memory: bool) -> dict[str, int]:
     found: dict[str, int] = {}
     if case.mode == "train" and entry.step.model is not None:
         found["saved_bytes"] = memory.saved_bytes(entry.step)
+        if torch.device(case.device).type == "cpu":
+            found["activation_peak_bytes"] = memory.activation_peak_bytes(entry.step)
     if torch.device(case.device).type == "cuda":
         if entry.step.model is not None:
             found["peak_bytes"] = memory.cuda_peak_bytes(entry.step, entry.owned_bytes, case.device)
@@ -338,6 +340,7 @@ def _summary(
             "difference_to_eager": _difference(e.output, best.output) if best else None,
             "peak_bytes": peaks.get(e.name, {}).get("peak_bytes"),
             "saved_bytes": peaks.get(e.name, {}).get("saved_bytes"),
+            "activation_peak_bytes": peaks.get(e.name, {}).get("activation_peak_bytes"),
             "times_ms": [round(t * 1e3, 4) for t in e.times_s],
         }
     return {

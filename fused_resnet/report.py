@@ -29,6 +29,9 @@ NAMES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "fused": "fused_resnet",
+    "fused-low": "fused_resnet, low activation memory",
+    "fused-lower": "fused_resnet, lower activation memory",
+    "fused-minimal": "fused_resnet, minimal activation memory",
     "fused-graph": "fused_resnet, CUDA graph",
 }
 COLOURS = {
@@ -38,6 +41,9 @@ COLOURS = {
     "onnxruntime": "#009e73",
     "openvino": "#cc79a7",
     "fused": "#0072b2",
+    "fused-low": "#56b4e9",
+    "fused-lower": "#88ccee",
+    "fused-minimal": "#bbddee",
     "fused-graph": "#56b4e9",
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -106,12 +112,15 @@ def bench_table(results: dict[str, Any]) -> Table:
 
     ms: median, ± half the interquartile range; /eager: time over the better eager layout's, pair
     by pair; of limit: share of the best matrix product's FLOP/s; first s: construction and first
-    call; MiB: peak memory, or in training what is saved for backward where no peak was measured.
+    call; MiB: peak memory; saved, live: in training what is saved for backward and the most that
+    lives at a time (memory.py says what that counts).
     """
     title = f"{device_name(results)}, torch {results['torch']}"
     columns = ("case", "contender", "ms", "±", "images/s", "/eager", "of limit", "first s")
-    memory = any(_memory(row) for case in results["cases"] for row in case["contenders"].values())
-    table = _table(title, (*columns, "MiB") if memory else columns, left=2)
+    sizes = {"peak_bytes": "MiB", "saved_bytes": "saved", "activation_peak_bytes": "live"}
+    all_rows = [row for case in results["cases"] for row in case["contenders"].values()]
+    shown = [key for key in sizes if any(row.get(key) for row in all_rows)]
+    table = _table(title, (*columns, *(sizes[key] for key in shown)), left=2)
     for case in results["cases"]:
         label = f"{case['model']} b{case['batch']} {case['dtype']}"
         label += " train" if case["mode"] == "train" else ""
@@ -124,7 +133,7 @@ def bench_table(results: dict[str, Any]) -> Table:
                 f"{row['share_of_limit']:.0%}",
                 f"{row['construct_s'] + row['first_call_s']:.1f}",
             ]
-            cells += [_memory(row)] if memory else []
+            cells += [_mebibytes(row.get(key)) for key in shown]
             table.add_row(label, name, *cells, style="bold" if name == "fused" else None)
             label = ""
         table.add_section()
@@ -157,8 +166,7 @@ def _skipped(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _memory(row: dict[str, Any]) -> str:
-    size = row["peak_bytes"] or row["saved_bytes"]
+def _mebibytes(size: int | None) -> str:
     return f"{size / 2**20:.0f}" if size else ""
 
 
