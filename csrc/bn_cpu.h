@@ -215,7 +215,9 @@ inline std::vector<double> row_of(const Tensor& t, int64_t row) {
   return std::vector<double>(p, p + t.size(1));
 }
 
-inline Statistics to_statistics(const Tensor& stats) { return {row_of(stats, 0), row_of(stats, 1)}; }
+inline Statistics to_statistics(const Tensor& stats) {
+  return {row_of(stats, 0), row_of(stats, 1)};
+}
 
 template <typename A>
 Norm norm_of(const char* op, const Tensor& stats, const std::optional<Tensor>& weight,
@@ -292,9 +294,10 @@ struct Mask {
 // that is given.
 using GradientSums = std::array<std::vector<double>, 3>;
 template <typename A>
-GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy,
-                             const Mask& mask, const Tensor& x, const Statistics& stats, const std::optional<Tensor>& x2,
-                             const Statistics* stats2, Tensor* masked) {
+GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy, const Mask& mask,
+                             const Tensor& x, const Statistics& stats,
+                             const std::optional<Tensor>& x2, const Statistics* stats2,
+                             Tensor* masked) {
   GradientSums sums;
   const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
   for (auto& s : sums) s.assign(static_cast<size_t>(C), 0.0);
@@ -336,13 +339,12 @@ GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& d
 }
 
 // dx = scale * ((g - sum_g / count) - (x - mean) * invstd^2 * sum_gx / count), scale = weight *
-// invstd, g = dy where the mask lets it through; sums over all `count` values of a channel, wherever they
-// are.
+// invstd, g = dy where the mask lets it through; sums over all `count` values of a channel,
+// wherever they are.
 template <typename A>
-void apply_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy,
-                    const Mask& mask, const Tensor& x, const Norm& norm,
-                    const std::vector<double>& sum_g, const std::vector<double>& sum_gx,
-                    double count, Tensor& dx) {
+void apply_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy, const Mask& mask,
+                    const Tensor& x, const Norm& norm, const std::vector<double>& sum_g,
+                    const std::vector<double>& sum_gx, double count, Tensor& dx) {
   const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
   if (x.numel() == 0) return;
   std::vector<double> g_mean(sum_g), slope(sum_g), scale(sum_g);

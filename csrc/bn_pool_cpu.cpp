@@ -15,7 +15,8 @@ MaxPool window_of(const char* op, const Tensor& x, const std::vector<int64_t>& g
         strides_of(x), " for shape ", shape_of(x));
   check(g.size() == 6 && g[0] > 0 && g[1] > 0 && g[0] * g[1] <= 256 && g[2] > 0 && g[3] > 0 &&
             g[4] >= 0 && g[5] >= 0 && 2 * g[4] <= g[0] && 2 * g[5] <= g[1],
-        op, ": window must be kernel of at most 256 taps, stride, and padding of at most half of it");
+        op,
+        ": window must be kernel of at most 256 taps, stride, and padding of at most half of it");
   const int64_t H = x.size(2), W = x.size(3);
   check(H + 2 * g[4] >= g[0] && W + 2 * g[5] >= g[1], op, ": x of size ", H, " x ", W,
         " is smaller than the kernel ", g[0], " x ", g[1]);
@@ -100,8 +101,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "bn_pool(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps, int[] window) -> "
       "(Tensor, Tensor)");
-  m.def(
-      "bn_pool_gradient(Tensor dy, Tensor y, Tensor index, Tensor x, int[] window) -> Tensor");
+  m.def("bn_pool_gradient(Tensor dy, Tensor y, Tensor index, Tensor x, int[] window) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {

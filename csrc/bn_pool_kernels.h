@@ -28,14 +28,17 @@ struct TapVector {
   typedef decltype(typename D::V{} > typename D::V{}) V;  // integers as wide as the arithmetic
   static constexpr bool wide = sizeof(typename D::A) == 8;
   FR_INLINE V splat(int64_t tap) {
-    if constexpr (wide) return V{} + tap;
-    else return V{} + static_cast<int32_t>(tap);
+    if constexpr (wide)
+      return V{} + tap;
+    else
+      return V{} + static_cast<int32_t>(tap);
   }
   typedef uint8_t Bytes __attribute__((vector_size(D::lanes)));
 
   FR_INLINE Bytes narrow(V v) {
 #if FR_VECTOR_BYTES == 64 && defined(__x86_64__)
-    if constexpr (!wide) return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);  // what GCC 12 does not find
+    if constexpr (!wide)
+      return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);  // what GCC 12 does not find
 #endif
     return __builtin_convertvector(v, Bytes);
   }

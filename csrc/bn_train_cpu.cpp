@@ -75,9 +75,9 @@ std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor 
     using A = decltype(zero);
     const Norm norm = norm_of<A>(op, stats, weight, bias, eps, C, x);
     const Affine own = affine_of<A>(norm);
-    GradientSums found =
-        reduce_gradient<A>(plan, dtype, dy, {own_mask ? std::nullopt : y, own_mask ? &own : nullptr},
-                           x, norm.stats, x2, &second, masked ? &g : nullptr);
+    GradientSums found = reduce_gradient<A>(
+        plan, dtype, dy, {own_mask ? std::nullopt : y, own_mask ? &own : nullptr}, x, norm.stats,
+        x2, &second, masked ? &g : nullptr);
     // The kernels centre by the means rounded to A.
     for (int64_t c = 0; c < C; ++c) {
       found[1][c] -= found[0][c] * norm.template lost<A>(c);
