@@ -235,7 +235,8 @@ def test_subclasses_of_the_blocks_and_the_network():
 
 def test_fifty_steps_lose_as_stock_does():
     """On photographs, from one seed: the losses stay as near to stock's in channels_last as stock's
-    in NCHW do. Rounding grows from step to step, in stock's two layouts as between them and ours."""
+    in NCHW do. Rounding grows from step to step, between stock's two layouts as between it and
+    ours."""
     pytest.importorskip("skimage", reason="the photographs are scikit-image's")
     from fused_resnet.images import load_images, photographs
 
@@ -262,6 +263,5 @@ def test_fifty_steps_lose_as_stock_does():
     spread = (losses(stock, torch.contiguous_format) - want).abs()
     off = (losses(mine, torch.channels_last) - want).abs()
     assert want[-10:].mean() < 0.7 * want[:10].mean()  # it learns
-    # 0.6 to 1.6 of the spread was measured.
-    print(off.mean(), spread.mean(), want[::7])
+    # 0.8 of the spread was measured.
     assert off.mean() <= 2 * spread.mean(), (off.mean(), spread.mean())
