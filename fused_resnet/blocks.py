@@ -419,6 +419,10 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
         if not _serves(True, weight):
             why = backends.missing("bn_add_relu", "native", weight.device.type)
             why = why or "another backend is forced"
+        elif weight.device.type != "cpu" and any(
+            sync_batch_norm.group_of(bn) is not None for _, bn in parts.pairs
+        ):
+            why = "on GPUs a synchronised norm is PyTorch's"
         return (False, "stock", why) if why else (True, "training", "batch statistics")
     why = plans.reason_against(parts, weight.dtype, weight.device)
     return (False, "stock", why) if why else (True, "inference", "")
