@@ -259,11 +259,16 @@ def test_a_residual_that_broadcasts_does_so():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_sync_batch_norm_takes_stocks_path():
+@pytest.mark.parametrize(
+    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, fr.convert_sync_batchnorm]
+)
+def test_synchronised_norms_of_one_process(convert):
+    """Batch norm, in inference and training; test_sync_batch_norm.py has more processes."""
     stock, mine = pair()
-    stock, mine = map(nn.SyncBatchNorm.convert_sync_batchnorm, (stock, mine))
+    mine = convert(mine)
+    assert fused(mine) == fused(pair()[1])
     same_outputs(stock, mine, images())
-    assert not any(fused(mine))
+    same_step(stock.train(), mine.train(), images())
 
 
 HOOKS = ("forward_pre", "forward", "full_backward", "full_backward_pre")

@@ -35,6 +35,7 @@ def test_commands_exist():
     from typer.testing import CliRunner
 
     from fused_resnet import commands as cli
+    from fused_resnet import train_command  # noqa: F401 - registers its command
 
     for command in commands:
         words = command.split("#")[0].split()

@@ -1,0 +1,213 @@
+"""Data sets for training: scikit-learn's digits, CIFAR-10, a folder of images.
+
+Every image of every epoch is augmented by random numbers of its own, drawn from (seed, epoch,
+index), and the order of an epoch from (seed, epoch): a run that is interrupted anywhere and resumed
+sees what it would have seen, with any number of workers and processes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+NAMES = ("digits", "cifar10", "folder")
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_TEST_EVERY = 5  # of a set that is not split: every fifth image is for testing
+
+
+class Data(NamedTuple):
+    """train, test: (source, transform): source[i] is (uint8 image (3, H, W) or a path, class)."""
+
+    train: tuple[Sequence[Any], Callable[[Any], Tensor]]
+    test: tuple[Sequence[Any], Callable[[Any], Tensor]]
+    classes: list[str]
+
+
+def load(name: str, root: str | None, size: int | None) -> Data:
+    """The data set `name`, images of `size` x `size` pixels (None: the set's own choice).
+
+    ValueError that names the option where there is no such set, or it is not on disk.
+    """
+    if name == "digits":
+        return _digits(size or 32)
+    if name == "cifar10":
+        return _cifar10(root, size or 32)
+    if name == "folder":
+        return _folder(root, size or 224)
+    raise ValueError(f"--data must be one of {', '.join(NAMES)}, got {name!r}")
+
+
+def _transform(*steps: Any, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import v2
+
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def _split(items: list[Any]) -> tuple[list[Any], list[Any]]:
+    test = items[::_TEST_EVERY]
+    return [item for i, item in enumerate(items) if i % _TEST_EVERY], test
+
+
+def _digits(size: int) -> Data:
+    """1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), shipped with
+    scikit-learn; every fifth is for testing."""
+    from sklearn.datasets import load_digits
+    from torchvision.transforms import v2
+
+    found = load_digits()
+    images = torch.from_numpy(found.images / 16 * 255).round().to(torch.uint8)
+    images = images[:, None].expand(-1, 3, -1, -1)
+    items = list(zip(images.unbind(), (int(c) for c in found.target), strict=True))
+    train, test = _split(items)
+    norm: dict[str, Any] = {"mean": (0.3,) * 3, "std": (0.38,) * 3}
+    moved = v2.RandomAffine(degrees=10, translate=(0.1, 0.1))
+    return Data(
+        (train, _transform(v2.Resize(size), moved, **norm)),
+        (test, _transform(v2.Resize(size), **norm)),
+        [str(i) for i in range(10)],
+    )
+
+
+def _cifar10(root: str | None, size: int) -> Data:
+    from torchvision.datasets import CIFAR10
+    from torchvision.transforms import v2
+
+    if root is None:
+        raise ValueError("--root must name the folder that holds cifar-10-batches-py, got none")
+    try:
+        sets = [CIFAR10(root, train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise ValueError(
+            f"--root {root}: CIFAR-10 is not there or damaged ({error}); torchvision's "
+            f"CIFAR10({root!r}, download=True) fetches it"
+        ) from None
+    items = [
+        list(zip(torch.from_numpy(s.data).permute(0, 3, 1, 2).unbind(), s.targets, strict=True))
+        for s in sets
+    ]
+    norm: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
+    resize = [] if size == 32 else [v2.Resize(size)]
+    return Data(
+        (
+            items[0],
+            _transform(v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *resize, **norm),
+        ),
+        (items[1], _transform(*resize, **norm)),
+        list(sets[0].classes),
+    )
+
+
+def _folder(root: str | None, size: int) -> Data:
+    """root/train/CLASS/* and root/val (or test)/CLASS/*; or root/CLASS/*, every fifth for tests."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    if root is None or not Path(root).is_dir():
+        raise ValueError(f"--root must be a folder with one folder per class, got {root!r}")
+    parts = [Path(root, name) for name in ("train", "val", "test")]
+    try:
+        if parts[0].is_dir():
+            held = next((part for part in parts[1:] if part.is_dir()), None)
+            if held is None:
+                raise ValueError(f"--root {root}: beside train there must be val or test")
+            train, test = (ImageFolder(str(part)) for part in (parts[0], held))
+            if train.classes != test.classes:
+                raise ValueError(
+                    f"--root {root}: train has classes {train.classes}, {held.name} {test.classes}"
+                )
+            items = train.samples, test.samples
+            classes = train.classes
+        else:
+            whole = ImageFolder(root)
+            items, classes = _split(whole.samples), whole.classes
+    except FileNotFoundError as error:
+        raise ValueError(f"--root {root}: {error}") from None
+    norm: dict[str, Any] = {"mean": _IMAGENET[0], "std": _IMAGENET[1]}
+    cropped = (v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip())
+    centred = (v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size))
+    return Data(
+        (items[0], _transform(v2.ToImage(), *cropped, **norm)),
+        (items[1], _transform(v2.ToImage(), *centred, **norm)),
+        list(classes),
+    )
+
+
+def _mix(*numbers: int) -> int:
+    """One seed of several numbers."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return seed
+
+
+class _Images(Dataset[tuple[Tensor, int]]):
+    """Item (epoch, index): the image, augmented by random numbers of its own, and its class."""
+
+    def __init__(self, source: Sequence[Any], transform: Callable[[Any], Tensor], seed: int):
+        self._source, self._transform, self._seed = source, transform, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = item
+        image, label = self._read(index)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self._seed, epoch, index))
+            return self._transform(image), label
+
+    def _read(self, index: int) -> tuple[Any, int]:
+        """An unreadable file is named, and the next readable one stands for it."""
+        from ..images import _open_rgb
+
+        for offset in range(len(self._source)):
+            image, label = self._source[(index + offset) % len(self._source)]
+            if isinstance(image, Tensor):
+                return image, label
+            try:
+                return _open_rgb(Path(image)), label
+            except Exception as error:
+                warnings.warn(f"left out: {image}: {error}", stacklevel=2)
+        raise ValueError("--root holds no readable image")
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """One epoch's batches of (epoch, index), from batch `first` on: this process's part of each.
+
+    shuffled: an order of (seed, epoch), and a last batch that is not full is left out.
+    """
+
+    def __init__(
+        self, count: int, batch: int, *, seed: int, epoch: int, first: int = 0, rank: int = 0,
+        processes: int = 1, shuffled: bool = True,
+    ) -> None:  # fmt: skip
+        self._count, self._batch, self._seed, self._epoch = count, batch, seed, epoch
+        self._first, self._rank, self._processes = first, rank, processes
+        self._shuffled = shuffled
+
+    def __len__(self) -> int:
+        whole = self._count // self._batch if self._shuffled else -(-self._count // self._batch)
+        return max(0, whole - self._first)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = torch.arange(self._count)
+        if self._shuffled:
+            generator = torch.Generator().manual_seed(_mix(self._seed, self._epoch))
+            order = torch.randperm(self._count, generator=generator)
+        for batch in order.split(self._batch)[self._first : self._first + len(self)]:
+            own = batch[self._rank :: self._processes]
+            if len(own):
+                yield [(self._epoch, int(i)) for i in own]
+
+
+def loader(
+    part: tuple[Sequence[Any], Callable[[Any], Tensor]], batches: Batches, seed: int, workers: int
+) -> DataLoader[Any]:
+    source, transform = part
+    return DataLoader(
+        _Images(source, transform, seed), batch_sampler=batches, num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip

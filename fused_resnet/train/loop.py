@@ -1,0 +1,400 @@
+"""The training loop: what `fused-resnet train` does, on one process or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from ..activation_memory import LEVELS, set_activation_memory
+from ..checkpoint import CheckpointError
+from ..resnet import get_model, list_models
+from ..sync_batch_norm import convert_sync_batchnorm
+from . import data as datasets
+from . import optim, state
+from .diagnose import first_non_finite
+
+NEEDED = ("torchvision", "torchmetrics")
+AMP = ("no", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is trained on what, and how. Each field is an option of `fused-resnet train`."""
+
+    model: str = "resnet18"  # of the family
+    data: str = "digits"  # "digits", "cifar10" or "folder"
+    root: str | None = None  # where cifar10 or the folder is
+    image_size: int | None = None  # pixels; None: 32, of a folder 224
+    epochs: int = 10
+    batch: int = 64  # images per optimizer step, over all processes
+    accumulate: int = 1  # backwards per optimizer step
+    optimizer: str = "sgd"  # "sgd" (Nesterov momentum), "adamw" or "lamb"
+    lr: float | None = None  # at its peak; None: 0.1 * batch / 256, or 1e-3 but for sgd
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 1e-4  # not of biases and norms
+    warmup: float = 1.0  # epochs
+    label_smoothing: float = 0.0
+    amp: str = "no"  # "no", "bfloat16" or "float16" (with a GradScaler)
+    ema: float | None = None  # decay per step of an average of the weights, which is then tested
+    clip: float | None = None  # longest gradient
+    channels_last: bool = True
+    activation_memory: str = "full"  # set_activation_memory's level
+    sync_bn: bool = False  # batch norm over all processes
+    seed: int = 0
+    workers: int = 0  # processes that load images
+    checkpoint_every: int = 100  # steps; and after every epoch
+    device: str = "cpu"
+    out: str | None = None  # folder; None: runs/MODEL-DATA
+
+
+@dataclasses.dataclass
+class Result:
+    """test_accuracy: a fraction, of the averaged weights where there are some; steps: taken in all;
+    folder: where metrics.jsonl, config.json and the checkpoints are."""
+
+    test_accuracy: float
+    steps: int
+    folder: Path
+
+
+class NonFinite(RuntimeError):
+    """The loss or the gradients are no finite numbers; the message says in which step and layer."""
+
+
+class OutOfMemory(RuntimeError):
+    """A step did not fit; the message says what would need less."""
+
+
+def run(
+    config: Config,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    resume: bool = False,
+    progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
+) -> Result:
+    """Trains and tests; writes OUT/metrics.jsonl, config.json, checkpoint.pt.
+
+    say: takes a line of text now and then; progress: step, steps in all, loss. resume: go on from
+    the newest whole checkpoint in OUT, with the same losses as if nothing had happened. Under
+    torchrun each process calls this, and the first one alone writes.
+    Raises ValueError that names the option for bad ones and for a folder that holds another run;
+    CheckpointError; NonFinite; OutOfMemory.
+    """
+    _check(config)
+    with _processes(config) as (rank, processes, device):
+        return _Run(config, say, progress, rank, processes, device).go(resume)
+
+
+def _check(c: Config) -> None:
+    import importlib.util
+
+    missing = [n for n in NEEDED if importlib.util.find_spec(n) is None]
+    if missing:
+        raise ValueError(f"training needs {' and '.join(missing)}: pip install fused-resnet[train]")
+
+    def one_of(option: str, value: str, allowed: Any) -> None:
+        if value not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+    one_of("--model", c.model, list_models())
+    one_of("--data", c.data, datasets.NAMES)
+    one_of("--optimizer", c.optimizer, optim.NAMES)
+    one_of("--amp", c.amp, AMP)
+    one_of("--activation-memory", c.activation_memory, LEVELS)
+    for option, value, least in (
+        ("--epochs", c.epochs, 1), ("--batch", c.batch, 2), ("--accumulate", c.accumulate, 1),
+        ("--checkpoint-every", c.checkpoint_every, 1), ("--workers", c.workers, 0),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+    if c.ema is not None and not 0 < c.ema < 1:
+        raise ValueError(f"--ema must be between 0 and 1, got {c.ema}")
+    if c.amp == "float16" and torch.device(c.device).type == "cpu":
+        raise ValueError("--amp float16 needs a GPU; on the CPU use bfloat16")
+
+
+@contextlib.contextmanager
+def _processes(c: Config) -> Iterator[tuple[int, int, torch.device]]:
+    """Rank, number of processes and device; torchrun's where its environment is there."""
+    device = torch.device(c.device)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield 0, 1, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    own = not dist.is_initialized()
+    if own:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size(), device
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+class _Run:
+    def __init__(
+        self, c: Config, say: Callable[[str], None], progress: Any, rank: int, processes: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        if c.batch % (processes * c.accumulate):
+            raise ValueError(
+                f"--batch must be a multiple of processes x --accumulate, {processes} x "
+                f"{c.accumulate}, got {c.batch}"
+            )
+        self.c, self.rank, self.processes, self.device = c, rank, processes, device
+        self.say = say if rank == 0 else (lambda line: None)
+        self.progress = progress if rank == 0 else (lambda step, steps, loss: None)
+        self.folder = Path(c.out or f"runs/{c.model}-{c.data}")
+        self.data = datasets.load(c.data, c.root, c.image_size)
+        self.per_epoch = len(self.data.train[0]) // c.batch
+        if self.per_epoch < 1:
+            raise ValueError(
+                f"--batch must be at most the {len(self.data.train[0])} images, got {c.batch}"
+            )
+        self.steps = self.per_epoch * c.epochs
+        torch.manual_seed(c.seed)
+        model = get_model(c.model, num_classes=len(self.data.classes))
+        layout = torch.channels_last if c.channels_last else torch.contiguous_format
+        self.layout = layout
+        self.model: nn.Module = model.to(device).to(memory_format=layout).train()
+        set_activation_memory(self.model, c.activation_memory)
+        if c.sync_bn:
+            self.model = convert_sync_batchnorm(self.model)
+        lr = c.lr
+        if lr is None:
+            lr = 0.1 * c.batch / 256 if c.optimizer == "sgd" else 1e-3
+        self.optimizer = optim.make_optimizer(
+            c.optimizer, self.model, lr, c.momentum, c.weight_decay
+        )
+        self.schedule = optim.make_schedule(
+            self.optimizer, self.steps, round(c.warmup * self.per_epoch)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "float16")
+        self.average: Any = None
+        if c.ema is not None:
+            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True
+            )
+        self.parallel: nn.Module = self.model
+        if processes > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(
+                self.model, static_graph=True, gradient_as_bucket_view=True,
+                device_ids=[device.index] if device.type == "cuda" else None,
+            )  # fmt: skip
+        self.step = 0
+        self.accuracy = 0.0
+        self.metrics: state.Metrics | None = None
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with."""
+        free = {"out", "device", "workers", "checkpoint_every", "activation_memory"}
+        return {k: v for k, v in dataclasses.asdict(self.c).items() if k not in free}
+
+    def start(self, resume: bool) -> None:
+        found = state.newest(self.folder) if self.folder.is_dir() else None
+        if found is not None and not resume:
+            raise ValueError(
+                f"--out {self.folder} holds a run of {found['step']} steps; go on with it "
+                f"(--resume) or choose another --out"
+            )
+        if found is None and resume:
+            raise ValueError(f"--resume: --out {self.folder} holds no checkpoint")
+        if found is not None:
+            self.restore(found)
+            self.say(f"going on after step {self.step} of {self.steps}")
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(dataclasses.asdict(self.c), indent=1) + "\n"
+            state.write_whole(self.folder / "config.json", lambda f: f.write(text.encode()))
+            self.metrics = state.Metrics(self.folder, self.step)
+
+    def save(self) -> None:
+        if self.rank != 0:
+            return
+        content = {
+            "config": self.settings(), "step": self.step, "accuracy": self.accuracy,
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
+        if self.average is not None:
+            content["average"] = self.average.state_dict()
+        state.save(self.folder, content)
+
+    def restore(self, found: dict[str, Any]) -> None:
+        mine = self.settings()
+        other = {k: v for k, v in found["config"].items() if mine.get(k) != v}
+        if other:
+            name, value = next(iter(other.items()))
+            raise CheckpointError(
+                f"checkpoint: --out {self.folder} holds a run with --{name.replace('_', '-')} "
+                f"{value}, not {mine.get(name)}"
+            )
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.schedule.load_state_dict(found["schedule"])
+        self.scaler.load_state_dict(found["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(found["average"])
+        self.step, self.accuracy = int(found["step"]), float(found["accuracy"])
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def go(self, resume: bool) -> Result:
+        self.start(resume)
+        try:
+            if self.step == self.steps:
+                self.say(f"finished before, after {self.steps} steps")
+            while self.step < self.steps:
+                self.epoch(self.step // self.per_epoch)
+        finally:
+            if self.metrics is not None:
+                self.metrics.close()
+        return Result(self.accuracy, self.step, self.folder)
+
+    def epoch(self, epoch: int) -> None:
+        c = self.c
+        first = self.step - epoch * self.per_epoch
+        batches = datasets.Batches(
+            len(self.data.train[0]), c.batch, seed=c.seed, epoch=epoch, first=first,
+            rank=self.rank, processes=self.processes,
+        )  # fmt: skip
+        began, images = time.perf_counter(), 0
+        for x, y in datasets.loader(self.data.train, batches, c.seed, c.workers):
+            loss, norm = self.one_step(x, y)
+            images += c.batch
+            self.progress(self.step, self.steps, loss)
+            self.add({"step": self.step, "epoch": epoch, "loss": loss, "gradient_norm": norm,
+                      "lr": self.optimizer.param_groups[0]["lr"]})  # fmt: skip
+            self.schedule.step()
+            if self.step % c.checkpoint_every == 0 and self.step % self.per_epoch:
+                self.save()
+        seconds = time.perf_counter() - began
+        self.accuracy = self.test()
+        self.add({"step": self.step, "epoch": epoch, "test_accuracy": self.accuracy,
+                  "images_per_s": images / seconds})  # fmt: skip
+        self.say(
+            f"epoch {epoch + 1} of {c.epochs}: test accuracy {self.accuracy:.2%}, "
+            f"{images / seconds:.0f} images/s"
+        )
+        self.save()
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.add(row)
+
+    def one_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
+        """Forward, backward and update for this process's part of a batch: the mean loss over all
+        processes, and the norm of the gradient."""
+        buffers = [b.clone() for b in self.model.buffers()]
+        try:
+            loss = self.backward(x, y)
+        except RuntimeError as error:
+            self.optimizer.zero_grad()
+            if not _is_out_of_memory(error):
+                raise
+            raise OutOfMemory(
+                f"step {self.step + 1} ran out of memory ({str(error).splitlines()[0]}); less is "
+                f"needed with --activation-memory low, lower or minimal, with --accumulate "
+                f"{2 * self.c.accumulate}, or with a --batch below {self.c.batch}"
+            ) from error
+        if self.processes > 1:
+            dist.all_reduce(loss, op=dist.ReduceOp.SUM)
+            loss /= self.processes
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = float("inf") if self.c.clip is None else self.c.clip
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        value = float(loss)
+        scaled = self.scaler.is_enabled()  # then an overflow is a step left out
+        if not torch.isfinite(loss) or not (scaled or norm < float("inf")):
+            self.stop_at(x, value, buffers)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        return value, norm
+
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        c = self.c
+        total = torch.zeros((), device=self.device)
+        parts = list(zip(x.chunk(c.accumulate), y.chunk(c.accumulate), strict=True))
+        for i, (images, labels) in enumerate(parts):
+            images = images.to(self.device, memory_format=self.layout, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            waits = i + 1 < len(parts) and self.processes > 1
+            with self.parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+                loss = self.loss(self.forward(self.parallel, images), labels) / len(parts)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        dtype = torch.bfloat16 if self.c.amp == "bfloat16" else torch.float16
+        with torch.autocast(self.device.type, dtype, enabled=self.c.amp != "no"):
+            return model(x).float()
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, label_smoothing=self.c.label_smoothing)
+
+    def stop_at(self, x: Tensor, loss: float, buffers: list[Tensor]) -> None:
+        """Writes the state before this step, and says where it went wrong."""
+        with torch.no_grad():
+            for b, before in zip(self.model.buffers(), buffers, strict=True):
+                b.copy_(before)
+        bad = [n for n, p in self.model.named_parameters() if _bad(p.grad)]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.save()
+        where = first_non_finite(self.model, x.to(self.device, memory_format=self.layout))
+        if where is None:
+            where = f"the gradient of {bad[-1]}" if bad else "the loss"
+        raise NonFinite(
+            f"step {self.step + 1}: the loss is {loss:g}; {where} is the first that is no finite "
+            f"number. The checkpoint in {self.folder} is of step {self.step}"
+        )
+
+    @torch.no_grad()
+    def test(self) -> float:
+        """The share of the test images that are told right, over all processes."""
+        from torchmetrics.classification import MulticlassAccuracy
+
+        model = self.average if self.average is not None else self.model
+        metric = MulticlassAccuracy(
+            num_classes=len(self.data.classes), average="micro", sync_on_compute=self.processes > 1
+        ).to(self.device)
+        batches = datasets.Batches(
+            len(self.data.test[0]), self.c.batch, seed=0, epoch=0, rank=self.rank,
+            processes=self.processes, shuffled=False,
+        )  # fmt: skip
+        model.eval()
+        for x, y in datasets.loader(self.data.test, batches, 0, self.c.workers):
+            x = x.to(self.device, memory_format=self.layout)
+            metric.update(self.forward(model, x), y.to(self.device))
+        model.train()
+        return float(metric.compute())
+
+
+def _bad(t: Tensor | None) -> bool:
+    return t is not None and not bool(t.isfinite().all())
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)

@@ -1,0 +1,474 @@
+"""`fused-resnet train`: it learns, survives a kill at any moment, and says what went wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import multiprocessing as mp
+
+import fused_resnet as fr
+from fused_resnet.checkpoint import CheckpointError
+from fused_resnet.train import Config, NonFinite, OutOfMemory, loop, optim, run, state
+from fused_resnet.train import data as datasets
+from fused_resnet.train.diagnose import first_non_finite
+
+for package in ("torchvision", "torchmetrics", "sklearn", "matplotlib", "typer"):
+    pytest.importorskip(package, reason="training needs the train extra")
+
+ROOT = Path(__file__).parent.parent
+SMALL = Config(image_size=16, epochs=2, batch=32, warmup=0.5, checkpoint_every=2)
+
+
+def some_digits(name: str = "digits", root: Any = None, size: int | None = None) -> datasets.Data:
+    """Of the real ones as many as a test has time for."""
+    found = datasets._digits(size or 16)
+    return found._replace(
+        train=(found.train[0][:160], found.train[1]), test=(found.test[0][:50], found.test[1])
+    )
+
+
+def short_resnet(name: str, **config: Any) -> fr.ResNet:
+    return fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], **config)
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load", some_digits)
+    monkeypatch.setattr(loop, "get_model", short_resnet)
+    torch.set_num_threads(1)
+
+
+def small(tmp_path: Path, **changes: Any) -> Config:
+    return dataclasses.replace(SMALL, out=str(tmp_path / "run"), **changes)
+
+
+def losses(config: Config) -> list[float]:
+    rows = state.read_metrics(Path(str(config.out)) / "metrics.jsonl")
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_it_learns(tmp_path):
+    lines: list[str] = []
+    config = small(tmp_path, epochs=6, label_smoothing=0.1, lr=0.05)
+    result = run(config, lines.append)
+    assert result.steps == 30 and len(lines) == 6
+    assert result.test_accuracy >= 0.2  # of ten classes, from 160 images; a guess has 0.1
+    found = losses(config)
+    assert len(found) == 30 and sum(found[-5:]) < 0.7 * sum(found[:5])
+    files = {p.name for p in result.folder.iterdir()}
+    assert files == {"checkpoint.pt", "checkpoint-before.pt", "config.json", "metrics.jsonl"}
+    assert json.loads((result.folder / "config.json").read_text())["epochs"] == 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "amp": "bfloat16"}, {"optimizer": "lamb", "clip": 1.0},
+        {"ema": 0.9, "accumulate": 2}, {"channels_last": False, "activation_memory": "minimal"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_option_trains(tmp_path, changes):
+    config = small(tmp_path, epochs=1, **changes)
+    result = run(config)
+    assert result.steps == 5 and all(map(_finite, losses(config)))
+
+
+def _finite(x: float) -> bool:
+    return x == x and abs(x) != float("inf")
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+
+def _train_until(config: Config, step: int, where: str, resume: bool) -> None:
+    datasets.load, loop.get_model = some_digits, short_resnet
+    torch.set_num_threads(1)
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if where == "writing":
+        save = torch.save
+
+        def half(content: Any, file: Any) -> None:
+            if content["step"] >= step:
+                file.write(b"half of a checkpoint")
+                file.flush()
+                die()
+            save(content, file)
+
+        torch.save = half
+    if where == "renaming":
+        replace = os.replace
+
+        def between(a: Any, b: Any) -> None:
+            replace(a, b)
+            if Path(b).name == state.BEFORE:
+                die()
+
+        os.replace = between
+    run(
+        config,
+        resume=resume,
+        progress=lambda at, *_: die() if where == "step" and at == step else None,
+    )
+
+
+def test_killed_at_any_moment(tmp_path):
+    """The same losses, to the last bit, as of a run that nobody killed."""
+    whole = dataclasses.replace(SMALL, out=str(tmp_path / "whole"), ema=0.8)
+    run(whole)
+    killed = dataclasses.replace(whole, out=str(tmp_path / "killed"), workers=0)
+    context = mp.get_context("spawn")
+    moments = [(3, "step"), (4, "writing"), (6, "renaming"), (99, "none")]
+    for i, (step, where) in enumerate(moments):
+        process = context.Process(target=_train_until, args=(killed, step, where, i > 0))
+        process.start()
+        process.join(120)
+        assert process.exitcode == (0 if where == "none" else -signal.SIGKILL), (step, where)
+    assert losses(killed) == losses(whole)
+    a, b = (state.read(Path(str(c.out)) / state.NEWEST) for c in (whole, killed))
+    for key in ("model", "average"):
+        assert all(torch.equal(a[key][k], b[key][k]) for k in a[key])
+    assert a["accuracy"] == b["accuracy"]
+
+
+def test_workers_change_nothing(tmp_path):
+    one = dataclasses.replace(SMALL, out=str(tmp_path / "one"), epochs=1)
+    two = dataclasses.replace(one, out=str(tmp_path / "two"), workers=1)
+    run(one)
+    run(two)
+    assert losses(one) == losses(two)
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    config = small(tmp_path, epochs=1)
+    first = run(config)
+    lines: list[str] = []
+    again = run(config, lines.append, resume=True)
+    assert again == first and any("finished before" in line for line in lines)
+    with pytest.raises(ValueError, match=r"holds a run of 5 steps; go on with it \(--resume\)"):
+        run(config)
+    with pytest.raises(CheckpointError, match="holds a run with --seed 0, not 1"):
+        run(dataclasses.replace(config, seed=1), resume=True)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        run(dataclasses.replace(config, out=str(tmp_path / "new")), resume=True)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "noise", "payload", "something else"])
+def test_damaged_checkpoints(tmp_path, damage):
+    config = small(tmp_path, epochs=1)
+    run(config)
+    folder = Path(str(config.out))
+    newest, marker = folder / state.NEWEST, tmp_path / "executed"
+
+    class Payload:
+        def __reduce__(self) -> Any:
+            return (os.system, (f"touch {marker}",))
+
+    def harm(path: Path) -> None:
+        content = path.read_bytes()
+        if damage == "payload":
+            torch.save({"model": Payload(), "config": {}, "step": 1}, path)
+        elif damage == "something else":
+            torch.save({"weights": torch.ones(2)}, path)
+        else:
+            path.write_bytes(
+                {
+                    "cut short": content[: len(content) // 2],
+                    "empty": b"",
+                    "noise": b"\x80\x02x" * 99,
+                }[damage]
+            )
+
+    harm(newest)
+    with pytest.warns(UserWarning, match=rf"{state.NEWEST}.*going on from {state.BEFORE}"):
+        result = run(config, resume=True)
+    assert result.steps == 5 and state.read(newest)["step"] == 5
+    for name in (state.NEWEST, state.BEFORE):
+        harm(folder / name)
+    with (
+        pytest.warns(UserWarning, match="going on"),
+        pytest.raises(CheckpointError, match=state.BEFORE),
+    ):
+        run(config, resume=True)
+    assert not marker.exists()
+
+
+# --- gone wrong -----------------------------------------------------------------------------------
+
+
+def test_not_a_number_names_step_and_layer(tmp_path, monkeypatch):
+    config = small(tmp_path)
+    step = loop._Run.one_step
+
+    def poisoned(self, x, y):
+        if self.step == 3:
+            with torch.no_grad():
+                self.model.layer2[0].conv1.weight[0, 0, 0, 0] = float("nan")
+        return step(self, x, y)
+
+    monkeypatch.setattr(loop._Run, "one_step", poisoned)
+    with pytest.raises(NonFinite, match=r"step 4: the loss is nan; layer2\.0\.conv1 is the first"):
+        run(config)
+    kept = state.read(Path(str(config.out)) / state.NEWEST)
+    assert kept["step"] == 3
+    statistics = {k: v for k, v in kept["model"].items() if "running" in k or "tracked" in k}
+    assert all(v.isfinite().all() for v in statistics.values())
+    assert kept["model"]["bn1.num_batches_tracked"] == 3
+    assert len(losses(config)) == 3
+
+
+def test_first_non_finite():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.ReLU())
+    x = torch.ones(3, 2)
+    before = model[1].running_mean.clone()
+    assert first_non_finite(model, x) is None
+    assert torch.equal(model[1].running_mean, before)
+    assert first_non_finite(model, x * float("inf")) == "the input"
+    model[1].weight.data[0] = float("inf")
+    model.eval()
+    assert first_non_finite(model, x + torch.randn(3, 2)) == "1"
+
+
+def test_out_of_memory_and_after(tmp_path, monkeypatch):
+    """FAULTS 45: an error that says what would need less, and a smaller batch then trains."""
+    config = small(tmp_path, epochs=1, batch=64)
+
+    def forward(self, model, x):
+        if len(x) > 32:
+            torch.empty(1 << 60)
+        return plain(self, model, x)
+
+    plain = loop._Run.forward
+    monkeypatch.setattr(loop._Run, "forward", forward)
+    with pytest.raises(
+        OutOfMemory, match=r"--activation-memory low.*--accumulate 2.*--batch below"
+    ):
+        run(config)
+    result = run(dataclasses.replace(config, batch=32, out=str(tmp_path / "smaller")))
+    assert result.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "vgg16"}, "--model must be one of resnet18, .* got 'vgg16'"),
+        ({"data": "mnist"}, "--data must be one of digits, cifar10, folder, got 'mnist'"),
+        ({"optimizer": "adam"}, "--optimizer must be one of sgd, adamw, lamb, got 'adam'"),
+        ({"amp": "fp8"}, "--amp must be one of no, bfloat16, float16, got 'fp8'"),
+        ({"amp": "float16"}, "--amp float16 needs a GPU"),
+        ({"activation_memory": "less"}, "--activation-memory must be one of full"),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"batch": 1}, "--batch must be at least 2, got 1"),
+        ({"batch": 33, "accumulate": 2}, "--batch must be a multiple of processes x --accumulate"),
+        ({"batch": 500}, "--batch must be at most the 160 images, got 500"),
+        ({"ema": 1.5}, "--ema must be between 0 and 1, got 1.5"),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        run(small(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def test_batches_are_shared_out_and_gone_on_with():
+    def batches(**changes: Any) -> list[list[tuple[int, int]]]:
+        return list(datasets.Batches(22, 4, **{"seed": 3, "epoch": 1, **changes}))
+
+    whole = batches()
+    assert len(whole) == len(datasets.Batches(22, 4, seed=3, epoch=1)) == 5
+    seen = [i for batch in whole for _, i in batch]
+    assert len(set(seen)) == 20 and {e for batch in whole for e, _ in batch} == {1}
+    assert batches() == whole and batches(epoch=2) != whole and batches(seed=4) != whole
+    assert batches(first=3) == whole[3:]
+    shares = [batches(rank=r, processes=2) for r in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert sorted(batch) == sorted(parts[0] + parts[1]) and len(parts[0]) == len(parts[1])
+    tested = batches(shuffled=False)
+    assert [i for batch in tested for _, i in batch] == list(range(22))
+
+
+def test_lamb_is_its_formula():
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
+    still = nn.Parameter(torch.zeros(4, dtype=torch.float64))  # of norm 0: ratio 1
+    lamb = optim.Lamb([w, still], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.02)
+    want = [w.detach().clone(), still.detach().clone()]
+    m, v = [[torch.zeros_like(t) for t in want] for _ in range(2)]
+    for t in range(1, 5):
+        for i, p in enumerate((w, still)):
+            p.grad = torch.randn_like(p)
+            m[i] = 0.8 * m[i] + 0.2 * p.grad
+            v[i] = 0.9 * v[i] + 0.1 * p.grad**2
+            r = m[i] / (1 - 0.8**t) / ((v[i] / (1 - 0.9**t)).sqrt() + 1e-3) + 0.02 * want[i]
+            size = want[i].norm()
+            want[i] = want[i] - 0.1 * (size / r.norm() if size > 0 else 1.0) * r
+        lamb.step()
+    for p, expected in zip((w, still), want, strict=True):
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_schedule_and_decay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    sgd = optim.make_optimizer("sgd", model, 1.0, 0.9, 0.1)
+    decayed = {id(p) for g in sgd.param_groups if g["weight_decay"] for p in g["params"]}
+    assert decayed == {id(model[0].weight)}
+    schedule = optim.make_schedule(sgd, 20, 5)
+    rates = []
+    for _ in range(20):
+        rates.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.01) and max(rates) == rates[5] == pytest.approx(1.0)
+    assert rates[5:] == sorted(rates[5:], reverse=True) and 0 < rates[-1] < 0.02
+
+
+def test_a_folder_with_broken_images(tmp_path, monkeypatch):
+    """FAULTS 48: the file is named, the others go on."""
+    from PIL import Image
+
+    monkeypatch.undo()
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            mode = ("RGB", "L", "RGBA", "CMYK", "I;16", "P")[i]
+            kind = "tiff" if mode in ("CMYK", "I;16") else "png"
+            Image.new(mode, (20 + i, 17)).save(tmp_path / name / f"{i}.{kind}")
+    (tmp_path / "cat" / "7.png").write_bytes((tmp_path / "cat" / "0.png").read_bytes()[:40])
+    found = datasets.load("folder", str(tmp_path), 16)
+    assert found.classes == ["cat", "dog"]
+    everything = found.train[0] + found.test[0]
+    assert len(everything) == 13
+    images = datasets._Images(everything, found.test[1], seed=0)
+    with pytest.warns(UserWarning, match=r"left out: .*7\.png"):
+        shapes = {images[0, i][0].shape for i in range(13)}
+    assert shapes == {(3, 16, 16)}
+    with pytest.raises(ValueError, match="--root must be a folder"):
+        datasets.load("folder", str(tmp_path / "nowhere"), None)
+    with pytest.raises(ValueError, match="CIFAR-10 is not there"):
+        datasets.load("cifar10", str(tmp_path), None)
+
+
+def test_augmentation_is_each_images_own():
+    found = some_digits()
+    images = datasets._Images(*found.train, seed=7)
+    torch.manual_seed(1)
+    first = images[3, 5][0]
+    after = torch.rand(2)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(2), after)  # nobody else's random numbers are used up
+    torch.rand(5)
+    assert torch.equal(images[3, 5][0], first)
+    assert not torch.equal(images[4, 5][0], first)
+
+
+# --- many processes -------------------------------------------------------------------------------
+
+SCRIPT = """
+    import os, signal, sys, torch
+    sys.path.insert(0, {tests!r})
+    from test_train import SMALL, datasets, dataclasses, loop, run, short_resnet, some_digits
+    datasets.load, loop.get_model = some_digits, short_resnet
+    torch.set_num_threads(1)
+    out, resume, dies_at = sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3])
+    step = loop._Run.one_step
+    def watched(self, x, y):
+        if self.step == dies_at and self.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, x, y)
+    loop._Run.one_step = watched
+    config = dataclasses.replace(SMALL, out=out, epochs=1, sync_bn=True, checkpoint_every=1)
+    run(config, print, resume=resume)
+"""
+
+
+def _torchrun(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests"))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*command, str(script), *words], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, cwd=tmp_path,
+    )  # fmt: skip
+
+
+def test_two_processes_are_as_one_and_a_killed_one_is_reported(tmp_path):
+    """With synchronised norms the losses are one process's; a worker that is killed ends the run
+    with an error in bounded time, and it goes on from its checkpoint."""
+    alone = small(tmp_path, epochs=1)
+    run(alone)
+    began = time.monotonic()
+    killed = _torchrun(tmp_path, str(tmp_path / "two"), "new", "3")
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-2000:]
+    assert time.monotonic() - began < 200
+    assert state.read(tmp_path / "two" / state.NEWEST)["step"] == 3
+    finished = _torchrun(tmp_path, str(tmp_path / "two"), "resume", "-1")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    found = losses(dataclasses.replace(alone, out=str(tmp_path / "two")))
+    want = losses(alone)
+    assert len(found) == len(want) == 5
+    # Sums in another order, through a few steps of training: 2e-5 was measured.
+    assert found == pytest.approx(want, rel=2e-3)
+
+
+def test_the_command(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from fused_resnet import train_command
+    from fused_resnet.commands import app
+
+    words = ["train", "--image-size", "16", "--batch", "32", "--epochs", "1", "--threads", "1"]
+    words += ["--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "test accuracy" in done.output and "after 5 steps" in done.output
+    picture = tmp_path / "run" / "metrics.png"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 2 and "--resume" in again.output
+    wrong = CliRunner().invoke(app, [*words, "--optimizer", "adam"])
+    assert wrong.exit_code == 2 and "--optimizer must be one of" in wrong.output
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install matplotlib" in train_command.plot_metrics([], tmp_path / "none.png")
+
+
+def test_average_of_the_weights(tmp_path):
+    """average = decay * average + (1 - decay) * weights, from the second step on."""
+    config = small(tmp_path, epochs=1, ema=0.75)
+    seen: list[dict[str, Tensor]] = []
+    step = loop._Run.one_step
+
+    def watched(self: Any, x: Tensor, y: Tensor) -> Any:
+        found = step(self, x, y)
+        seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Run, "one_step", watched)
+        patch.setattr(datasets, "load", some_digits)
+        run(config)
+    average = state.read(Path(str(config.out)) / state.NEWEST)["average"]
+    for key in ("conv1.weight", "layer3.0.bn1.running_var", "fc.bias"):
+        want = seen[0][key]
+        for weights in seen[1:]:
+            want = 0.75 * want + 0.25 * weights[key]
+        torch.testing.assert_close(average[f"module.{key}"], want, rtol=1e-4, atol=1e-6)
