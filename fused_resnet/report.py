@@ -29,9 +29,9 @@ NAMES = {
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "fused": "fused_resnet",
-    "fused-low": "fused_resnet, low activation memory",
-    "fused-lower": "fused_resnet, lower activation memory",
-    "fused-minimal": "fused_resnet, minimal activation memory",
+    "fused-low": "fused_resnet, low memory",
+    "fused-lower": "fused_resnet, lower memory",
+    "fused-minimal": "fused_resnet, minimal memory",
     "fused-graph": "fused_resnet, CUDA graph",
 }
 COLOURS = {
@@ -258,7 +258,7 @@ def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Pa
         labels,
         loc="upper left",
         bbox_to_anchor=(0.012, 1 - 0.42 / height),
-        ncols=len(names),
+        ncols=len(names) if len(names) <= 5 else 4,  # else in two rows
         frameon=False,
         fontsize=9.5,
         columnspacing=1.4,
