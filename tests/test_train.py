@@ -395,7 +395,9 @@ SCRIPT = """
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, x, y)
     loop._Run.one_step = watched
-    config = dataclasses.replace(SMALL, out=out, epochs=1, sync_bn=True, checkpoint_every=1)
+    config = dataclasses.replace(
+        SMALL, out=out, epochs=1, sync_bn=True, checkpoint_every=1, accumulate=2
+    )
     run(config, print, resume=resume)
 """
 
@@ -414,7 +416,7 @@ def _torchrun(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_are_as_one_and_a_killed_one_is_reported(tmp_path):
     """With synchronised norms the losses are one process's; a worker that is killed ends the run
     with an error in bounded time, and it goes on from its checkpoint."""
-    alone = small(tmp_path, epochs=1)
+    alone = small(tmp_path, epochs=1, accumulate=2)
     run(alone)
     began = time.monotonic()
     killed = _torchrun(tmp_path, str(tmp_path / "two"), "new", "3")

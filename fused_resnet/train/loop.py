@@ -192,7 +192,8 @@ class _Run:
         self.parallel: nn.Module = self.model
         if processes > 1:
             self.parallel = nn.parallel.DistributedDataParallel(
-                self.model, static_graph=True, gradient_as_bucket_view=True,
+                # A static graph counts a backward without a synchronisation as one with it.
+                self.model, static_graph=c.accumulate == 1, gradient_as_bucket_view=True,
                 device_ids=[device.index] if device.type == "cuda" else None,
             )  # fmt: skip
         self.step = 0
