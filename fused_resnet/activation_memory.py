@@ -43,20 +43,23 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
     Applies where blocks take their fused training path (`fused_resnet.explain`).
     Raises ValueError where level is none of these, or model holds no block of `fused_resnet`.
     """
+    from .cifar import CifarResNet
     from .resnet import BasicBlock, Bottleneck, ResNet
+
+    networks = (ResNet, CifarResNet)
 
     if level not in LEVELS:
         raise ValueError(
             f"set_activation_memory: level must be one of {', '.join(LEVELS)}, got {level!r}"
         )
-    found = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, ResNet))]
+    found = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, *networks))]
     if not found:
         raise ValueError(
             "set_activation_memory: model must hold residual blocks of fused_resnet, got a "
             f"{type(model).__name__} without any"
         )
     for m in found:
-        inside = "low" if level == "minimal" and not isinstance(m, ResNet) else level
+        inside = "low" if level == "minimal" and not isinstance(m, networks) else level
         m.activation_memory = inside  # type: ignore[assignment]
 
 

@@ -146,12 +146,13 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
 
 
 def stem_and_pool(model: Any, x: Tensor) -> Tensor:
-    """A network's stem and pooling, by whichever path takes them."""
-    y = run_pooled_stem(model, x)
+    """A network's stem, and pooling where it has some, by whichever path takes them."""
+    pool = getattr(model, "maxpool", None)
+    y = None if pool is None else run_pooled_stem(model, x)
     if y is None:
         y = run_stem(model, x)
         y = model.relu(model.bn1(model.conv1(x))) if y is None else y
-        y = model.maxpool(y)
+        y = y if pool is None else pool(y)
     return y
 
 
@@ -188,13 +189,17 @@ def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     parts = take_apart(block, names)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    whole = _train_block(block, parts, x, "projection" if parts.downsample else "identity")
+    given = None if parts.pad is None else parts.pad(x)
+    shortcut = "identity" if given is None else "given"
+    whole = _train_block(block, parts, x, "projection" if parts.downsample else shortcut, given)
     if whole is not None:
         return whole
     y = x
     for conv, bn in parts.main[:-1]:
         y = _unit(conv, bn, y, None, True)
-    residual = _unit(*parts.pairs[-1], x, None, False) if parts.downsample else x
+    residual = x if given is None else given
+    if parts.downsample:
+        residual = _unit(*parts.pairs[-1], x, None, False)
     return _unit(*parts.main[-1], y, residual, True)
 
 
@@ -229,13 +234,19 @@ def _prepare(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> _Prep
     return _Prepared(spec, x.to(dtype).contiguous(memory_format=inside), tensors)
 
 
-def _train_block(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> Tensor | None:
-    """The block, or the stem, as one node of autograd's graph; None where it cannot be."""
+def _train_block(
+    module: nn.Module, parts: Parts, x: Tensor, shortcut: str, given: Tensor | None = None
+) -> Tensor | None:
+    """The block, or the stem, as one node of autograd's graph; None where it cannot be.
+    given: (N, K, P, Q), the shortcut's value where `shortcut` is "given"."""
     prepared = _prepare(module, parts, x, shortcut)
     if prepared is None:
         return None
+    if given is not None:
+        inside = layout.memory_format(prepared.x)
+        given = given.to(prepared.x.dtype).contiguous(memory_format=inside)
     states: list[Any] = []
-    y = training.BlockFunction.apply(prepared.spec, states, prepared.x, None, *prepared.tensors)
+    y = training.BlockFunction.apply(prepared.spec, states, prepared.x, given, *prepared.tensors)
     prepared.track(parts, states)
     # A network goes on from its stem in the layout that its blocks compute in.
     outside = layout.memory_format(x)
@@ -271,6 +282,8 @@ def _trains_whole(
         if not plans.weights_fit(x_dtype, conv.weight):
             return False
         found = out
+    if parts.pad is not None:
+        return parts.pad.output_shape(tuple(shape)) == found
     return shortcut != "identity" or found == tuple(shape)
 
 

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    from . import train_command  # noqa: F401 - it registers its command
     from .commands import app
 
     app(args=_arguments(sys.argv[1:] if argv is None else argv), prog_name="fused-resnet")

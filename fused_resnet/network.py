@@ -41,15 +41,16 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
     """
     if model.training or call_reason(x) is not None or wants_grad(model, x):
         return None
-    network = _network_for(model, x.dtype, x.device)
+    pools = "maxpool" in model._modules  # those for small images do not
+    network = _network_for(model, x.dtype, x.device) if pools else None
     pooled = None if network is None else network.run(model, x)
     if pooled is None:
         walk = _Walk(x)
         if not walk.fused(model, STEM):
             return None
-        if not walk.max_pool(model.maxpool):
+        if pools and not walk.max_pool(model.maxpool):
             walk.call(model.maxpool)
-        for stage in (getattr(model, name) for name in _STAGES):
+        for stage in _stages_of(model):
             walk.stage(stage)
         pooled = model.avgpool(walk.leave())
     return model.fc(torch.flatten(pooled, 1))
@@ -67,8 +68,14 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
     if whole is None or not blocks.counts_once(whole[0], x):
         return None
     y = activation_memory.run_segment(partial(blocks.stem_and_pool, model), x)
-    y = activation_memory.run_stages([list(getattr(model, name)) for name in _STAGES], y)
+    y = activation_memory.run_stages([list(stage) for stage in _stages_of(model)], y)
     return model.fc(torch.flatten(model.avgpool(y), 1))
+
+
+def _stages_of(model: Any) -> list[Any]:
+    """Four, or the three of a network for small images."""
+    names = _STAGES if "layer4" in model._modules else _STAGES[:3]
+    return [getattr(model, name) for name in names]
 
 
 # --- every block fused ----------------------------------------------------------------------------
@@ -211,8 +218,10 @@ def _network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Networ
 def _whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
     """Stem, pool, stages and blocks as one set of parts, and what plans are made for."""
     members: list[tuple[nn.Module, Names]] = [(model, STEM)]
-    places = [Place(model._modules, "maxpool", model.maxpool, nn.MaxPool2d)]
-    for name in _STAGES:
+    places = []
+    if "maxpool" in model._modules:
+        places.append(Place(model._modules, "maxpool", model.maxpool, nn.MaxPool2d))
+    for name in _STAGES[: len(_stages_of(model))]:
         stage = model._modules.get(name)
         places.append(Place(model._modules, name, stage, nn.Sequential))
         if type(stage) is not nn.Sequential:

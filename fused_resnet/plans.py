@@ -65,6 +65,7 @@ class Plan:
         self.dtype = dtype
         convs = [_pack(conv, bn, dtype) for conv, bn in parts.pairs]
         self.downsample = convs.pop() if parts.downsample else None
+        self.pad = parts.pad
         self.convs = convs
         self.residual = len(convs) > 1
         self.all_convs = [*convs, self.downsample] if self.downsample else convs
@@ -89,7 +90,9 @@ class Plan:
                 return []
             shapes.append(out)
         if self.residual:
-            branch = self.downsample.output_shape(shape) if self.downsample else tuple(shape)
+            branch = tuple(shape)
+            if self.downsample or self.pad:
+                branch = (self.downsample or self.pad).output_shape(shape)
             if branch != shapes[-1]:
                 return []
         return shapes
@@ -123,6 +126,9 @@ class Plan:
             y = conv.run(y, None, True)
         if self.downsample is not None:
             residual, owned = self.downsample.run(residual, None, False), True
+        elif self.pad is not None:
+            padded = self.pad(residual)
+            residual, owned = padded.contiguous(memory_format=torch.channels_last), True
         return Flow(self.convs[-1].run(y, residual, True, overwrite=owned), bound, True)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .shortcut import PadShortcut
 from .sync_batch_norm import SyncBatchNorm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -47,11 +48,13 @@ class Place(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A block taken apart. pairs: (conv, bn) in order, the downsample's last if there is one."""
+    """A block taken apart. pairs: (conv, bn) in order, the downsample's last if there is one.
+    pad: the PadShortcut that takes a downsample's place, or None."""
 
     pairs: list[tuple[Any, Any]]
     downsample: bool
     places: list[Place]
+    pad: PadShortcut | None = None
 
     @property
     def main(self) -> list[tuple[Any, Any]]:
@@ -72,20 +75,23 @@ def take_apart(block: nn.Module, names: Names) -> Parts | str:
         (child(children, c, nn.Conv2d), child(children, b, nn.BatchNorm2d)) for c, b in names.pairs
     ]
     child(children, names.relu, nn.ReLU)
-    downsample = False
+    downsample, pad = False, None
     if names.downsample is not None:
         # A block without the branch keeps a plain None, which is no child module.
         child(block.__dict__, names.downsample, type(None))
         branch = children.get(names.downsample)
-        downsample = branch is not None
-        child(children, names.downsample, nn.Sequential if downsample else type(None))
+        if type(branch) is PadShortcut:
+            pad = child(children, names.downsample, PadShortcut)
+        else:
+            downsample = branch is not None
+            child(children, names.downsample, nn.Sequential if downsample else type(None))
         if downsample:
             if type(branch) is not nn.Sequential or len(branch) != 2:
                 return f"{names.downsample} is not a Sequential of a convolution and a norm"
             inner = branch._modules
             first, second = inner.keys()
             pairs.append((child(inner, first, nn.Conv2d), child(inner, second, nn.BatchNorm2d)))
-    parts = Parts(pairs, downsample, places)
+    parts = Parts(pairs, downsample, places, pad)
     return _structure_reason(parts) or parts
 
 
