@@ -283,7 +283,7 @@ def _trains_whole(
             return False
         found = out
     if parts.pad is not None:
-        return parts.pad.output_shape(tuple(shape)) == found
+        return parts.pad.output_shape(shape) == found
     return shortcut != "identity" or found == tuple(shape)
 
 

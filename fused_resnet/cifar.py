@@ -41,16 +41,9 @@ class CifarResNet(nn.Module):
         self.conv1 = conv3x3(3, WIDTHS[0])
         self.bn1 = norm_layer(WIDTHS[0])
         self.relu = nn.ReLU(inplace=True)
-        inside = WIDTHS[0]
-        for i, width in enumerate(WIDTHS):
-            stage = []
-            for j in range(blocks_per_stage):
-                stride = 2 if i > 0 and j == 0 else 1
-                changes = stride != 1 or inside != width
-                shortcut = PadShortcut(inside, width, stride) if changes else None
-                stage.append(BasicBlock(inside, width, stride, shortcut, norm_layer=norm_layer))
-                inside = width
-            self.add_module(f"layer{i + 1}", nn.Sequential(*stage))
+        self.layer1 = _stage(blocks_per_stage, WIDTHS[0], WIDTHS[0], 1, norm_layer)
+        self.layer2 = _stage(blocks_per_stage, WIDTHS[0], WIDTHS[1], 2, norm_layer)
+        self.layer3 = _stage(blocks_per_stage, WIDTHS[1], WIDTHS[2], 2, norm_layer)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(WIDTHS[-1], num_classes)
         for m in self.modules():
@@ -82,6 +75,16 @@ class CifarResNet(nn.Module):
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
+
+
+def _stage(
+    count: int, before: int, width: int, stride: int, norm_layer: Callable[..., nn.Module]
+) -> nn.Sequential:
+    """`count` blocks of `width` channels, the first of which comes from `before` channels."""
+    shortcut = None if stride == 1 and before == width else PadShortcut(before, width, stride)
+    first = BasicBlock(before, width, stride, shortcut, norm_layer=norm_layer)
+    rest = (BasicBlock(width, width, norm_layer=norm_layer) for _ in range(count - 1))
+    return nn.Sequential(first, *rest)
 
 
 def cifar_resnet(depth: int, num_classes: int = 10, **config: Any) -> CifarResNet:

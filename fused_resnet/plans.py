@@ -90,9 +90,11 @@ class Plan:
                 return []
             shapes.append(out)
         if self.residual:
-            branch = tuple(shape)
-            if self.downsample or self.pad:
-                branch = (self.downsample or self.pad).output_shape(shape)
+            branch: Sequence[int] | None = tuple(shape)
+            if self.downsample is not None:
+                branch = self.downsample.output_shape(shape)
+            elif self.pad is not None:
+                branch = self.pad.output_shape(shape)
             if branch != shapes[-1]:
                 return []
         return shapes

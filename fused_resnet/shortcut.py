@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -28,7 +30,7 @@ class PadShortcut(nn.Module):
         y = x[:, :, :: self.stride, :: self.stride]
         return pad(y, (0, 0, 0, 0, 0, self.out_channels - self.in_channels))
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Of an x of `shape` (N, in_channels, H, W)."""
         N, C, H, W = shape
         extra = self.out_channels - self.in_channels

@@ -13,7 +13,10 @@ from rich.console import Console
 
 from .commands import _clear_errors, _console, app
 
-Number, Text, Whole = Optional[float], Optional[str], Optional[int]  # noqa: UP045 - Python 3.10
+# None stands for a default that depends on other options; typer reads these on Python 3.10.
+Number = Optional[float]  # noqa: UP045
+Text = Optional[str]  # noqa: UP045
+Whole = Optional[int]  # noqa: UP045
 Say = typer.Option
 
 
@@ -25,7 +28,7 @@ def train(
     data: Annotated[str, Say(help="digits (scikit-learn's), cifar10, folder.")] = "digits",
     root: Annotated[Text, Say(help="Folder of CIFAR-10, or of images, a folder a class.")] = None,
     image_size: Annotated[Whole, Say(help="Pixels a side; default by model and data.")] = None,
-    epochs: Annotated[Whole, Say(help="Default: 20 of digits, 100 of cifar10, 90.")] = None,
+    epochs: Annotated[Whole, Say(help="Default: 15 of digits, 100 of cifar10, else 90.")] = None,
     batch: Annotated[int, Say(help="Images per optimizer step, over all processes.")] = 64,
     accumulate: Annotated[int, Say(help="Backward passes per step, which share --batch.")] = 1,
     optimizer: Annotated[str, Say(help="sgd (Nesterov), adamw, lamb.")] = "sgd",

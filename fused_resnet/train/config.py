@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..activation_memory import LEVELS
 from ..cifar import cifar_resnet, depth_of
 from ..machine import check_device
 from ..resnet import get_model, list_models
@@ -18,7 +19,6 @@ from ..resnet import get_model, list_models
 DATA = ("digits", "cifar10", "folder")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 AMP = ("no", "bfloat16", "float16")
-LEVELS = ("full", "low", "lower", "minimal")
 PARALLEL = ("ddp", "fsdp")
 
 # Fields that change nothing about the numbers a run computes, or only their last bits: a run may be
@@ -39,7 +39,7 @@ class Config:
     data: str = "digits"  # "digits", "cifar10" or "folder"
     root: str | None = None  # the folder that holds CIFAR-10 or the images
     image_size: int | None = None  # pixels a side; None: as `size` says
-    epochs: int | None = None  # None: 20 of digits, 100 of CIFAR-10, 90 of a folder
+    epochs: int | None = None  # None: 15 of digits, 100 of CIFAR-10, 90 of a folder
     batch: int = 64  # images per optimizer step, over all processes
     accumulate: int = 1  # backward passes per optimizer step, which share the batch
     optimizer: str = "sgd"  # "sgd" (Nesterov), "adamw" or "lamb"
@@ -126,7 +126,7 @@ class Config:
     @property
     def passes(self) -> int:
         """Epochs."""
-        return self.epochs or {"digits": 20, "cifar10": 100, "folder": 90}[self.data]
+        return self.epochs or {"digits": 15, "cifar10": 100, "folder": 90}[self.data]
 
     @property
     def size(self) -> int:

@@ -59,11 +59,11 @@ def locate(
             return f"the weight {name}, before the step,"
     blocks = [(n, m) for n, m in model.named_modules() if isinstance(m, (BasicBlock, Bottleneck))]
     outside = [(n, m) for n, m in model.named_children() if n in ("maxpool", "avgpool", "fc")]
-    name = first_module(model, lambda: run(x), blocks + outside)
+    found = first_module(model, lambda: run(x), blocks + outside)
     if inside:
         leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-        name = first_module(model, lambda: run(x), leaves) or name
-    return None if name is None else f"the output of {name}"
+        found = first_module(model, lambda: run(x), leaves) or found
+    return None if found is None else f"the output of {found}"
 
 
 def first_gradient(model: nn.Module) -> str | None:

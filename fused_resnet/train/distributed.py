@@ -96,7 +96,8 @@ def shard(model: nn.Module, place: Place) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, (BasicBlock, Bottleneck)):
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 @contextlib.contextmanager
@@ -105,20 +106,19 @@ def without_reduction(module: nn.Module) -> Iterator[None]:
     if isinstance(module, nn.parallel.DistributedDataParallel):
         with module.no_sync():
             yield
-    elif hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(False)
+    elif is_sharded(module):
+        sharded: Any = module
+        sharded.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            module.set_requires_gradient_sync(True)
+            sharded.set_requires_gradient_sync(True)
     else:
         yield
 
 
 def is_sharded(module: nn.Module) -> bool:
-    return hasattr(module, "set_requires_gradient_sync") and not isinstance(
-        module, nn.parallel.DistributedDataParallel
-    )
+    return hasattr(module, "set_requires_gradient_sync")  # FSDPModule, without importing it
 
 
 @torch.no_grad()

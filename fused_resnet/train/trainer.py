@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..activation_memory import set_activation_memory
+from ..activation_memory import LEVELS, set_activation_memory
 from . import distributed, optim
 from .config import Config, make_model
 from .data import Batches, Part, loader
@@ -70,7 +70,7 @@ class Trainer:
         self.taken = 0  # steps so far
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = make_model(config, classes) if model is None else model
-        model = model.to(device=place.device, memory_format=self.layout).train()
+        model = model.to(place.device).to(memory_format=self.layout).train()
         if config.activation_memory != "full":
             set_activation_memory(model, config.activation_memory)
         self.average: Any = None
@@ -80,7 +80,8 @@ class Trainer:
                 distributed.shard(self.average.module, place)
         self.parallel = distributed.prepare_distributed(model, config, place)
         wrapped = isinstance(self.parallel, nn.parallel.DistributedDataParallel)
-        self.model: nn.Module = self.parallel.module if wrapped else self.parallel
+        inner: Any = self.parallel.module if wrapped else self.parallel
+        self.model: nn.Module = inner
         self.optimizer = optim.make_optimizer(
             config.optimizer, self.model, config.peak_lr, config.momentum, config.decay
         )
@@ -126,8 +127,8 @@ class Trainer:
         total = torch.zeros((), device=self.place.device)
         for i, (images, labels) in enumerate(parts):
             last = i + 1 == len(parts)
-            alone = contextlib.nullcontext if last else distributed.without_reduction
-            with alone(self.parallel) if not last else contextlib.nullcontext():
+            alone = distributed.without_reduction(self.parallel)
+            with contextlib.nullcontext() if last else alone:
                 logits = self.forward(self.parallel, images)
                 labels = labels.to(self.place.device, non_blocking=True)
                 smoothing = self.config.label_smoothing
@@ -172,12 +173,14 @@ class Trainer:
         # block, and a sharded block's parameters are there only while the block runs.
         inside = not self.config.sync_bn and self.config.parallel == "ddp"
         model = self.parallel if self.config.parallel == "fsdp" else self.model
+
+        def run(part: Tensor) -> Tensor:
+            return self.forward(model, part)
+
         parts = x.to(self.place.device).chunk(self.config.accumulate)
-        found = (
-            locate(self.model, p, lambda p: self.forward(model, p), inside=inside) for p in parts
-        )
-        own = [where for where in list(found) if where is not None]
-        everywhere = distributed.gather(own[0] if own else None, self.place)
+        found = [locate(self.model, part, run, inside=inside) for part in parts]
+        own = next((where for where in found if where is not None), None)
+        everywhere = distributed.gather(own, self.place)
         for rank, where in enumerate(everywhere):
             if where is not None:
                 return where if self.place.processes == 1 else f"{where} (process {rank})"
@@ -199,13 +202,11 @@ class Trainer:
 
     def _advice(self, error: BaseException) -> str:
         c = self.config
-        levels = [x for x in ("low", "lower", "minimal") if x != c.activation_memory]
-        return (
-            f"step {self.taken + 1} did not fit in memory "
-            f"({(str(error).splitlines() or ['no message'])[0]}); needing less: --activation-memory "
-            f"{' or '.join(levels)}, --accumulate {2 * c.accumulate}, --amp bfloat16, or a --batch "
-            f"below {c.batch}"
-        )
+        levels = " or ".join(LEVELS[LEVELS.index(c.activation_memory) + 1 :])
+        less = [f"--activation-memory {levels}"] if levels else []
+        less += [f"--accumulate {2 * c.accumulate}", f"a --batch below {c.batch}"]
+        message = (str(error).splitlines() or ["no message"])[0]
+        return f"step {self.taken + 1} did not fit in memory ({message}); try {', '.join(less)}"
 
     # --- a test -----------------------------------------------------------------------------------
 
