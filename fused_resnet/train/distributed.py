@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import inspect
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -83,8 +84,15 @@ def prepare_distributed(model: nn.Module, config: Config, place: Place) -> nn.Mo
         static_graph=config.accumulate == 1,
         gradient_as_bucket_view=True,
         bucket_cap_mb=config.bucket_mb,
-        broadcast_buffers=False,
+        **_own_buffers(),
     )
+
+
+def _own_buffers() -> dict[str, Any]:
+    """DDP's argument against a broadcast of buffers in every forward, whose name has changed."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    names = ("forward_sync_buffers", "broadcast_buffers")
+    return {next(name for name in names if name in known): False}
 
 
 def shard(model: nn.Module, place: Place) -> nn.Module:
@@ -92,6 +100,7 @@ def shard(model: nn.Module, place: Place) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    model.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other parameters
     mesh = init_device_mesh(place.device.type, (place.processes,))
     for module in list(model.modules()):
         if isinstance(module, (BasicBlock, Bottleneck)):

@@ -283,7 +283,20 @@ def _averaged(model: nn.Module, decay: float) -> Any:
     (Polyak and Juditsky 1992; PyTorch's swa_utils)."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    ema = get_ema_multi_avg_fn(decay)
+
+    def apart(averaged: Any, current: Any, count: Any) -> None:
+        # PyTorch's function takes no list in which sharded weights and plain buffers are mixed.
+        for sharded in (True, False):
+            pairs = [
+                pair
+                for pair in zip(averaged, current, strict=True)
+                if hasattr(pair[0], "full_tensor") == sharded
+            ]
+            if pairs:
+                ema([a for a, _ in pairs], [c for _, c in pairs], count)
+
+    average = AveragedModel(model, multi_avg_fn=apart, use_buffers=True)
     return average.requires_grad_(False)
 
 
