@@ -146,9 +146,14 @@ class Trainer:
             return model(x).float()
 
     def _clip(self) -> float:
-        largest = float("inf") if self.config.clip is None else self.config.clip
-        norm: Any = nn.utils.clip_grad_norm_(self.model.parameters(), largest)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        """The norm of the whole gradient, which is then no longer than --clip."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm: Any = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        # Scaling by a norm that is not finite would hide which gradient was not.
+        if self.config.clip is not None and value < float("inf"):
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
+        return value
 
     def _check_finite(self, loss: float, norm: float, x: Tensor, before: list[Tensor]) -> None:
         finite = abs(loss) < float("inf") and abs(norm) < float("inf")  # False for NaN
