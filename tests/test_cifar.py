@@ -189,5 +189,5 @@ def test_names():
     assert [depth_of(f"resnet{n}") for n in (20, 110, 1202)] == [20, 110, 1202]
     assert [depth_of(n) for n in ("resnet50", "resnet18", "vgg16")] == [None] * 3
     # ResNet-50 is of the other family, though 50 = 6 * 8 + 2.
-    with pytest.raises(ValueError, match="no ResNet has 51 layers.* 44 or 56"):
+    with pytest.raises(ValueError, match=r"no ResNet has 51 layers.* 44 or 56"):
         depth_of("resnet51")

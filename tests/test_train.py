@@ -335,7 +335,7 @@ def test_bad_options_are_named(change, words):
 
 
 def test_options_that_only_the_data_or_the_processes_show_to_be_bad(tmp_path):
-    with pytest.raises(ValueError, match="--batch must be at most the 1437 .* got 2000"):
+    with pytest.raises(ValueError, match=r"--batch must be at most the 1437 .* got 2000"):
         run(config(tmp_path, batch=2000))
     with pytest.raises(ValueError, match="--parallel fsdp must be run by torchrun"):
         run(config(tmp_path, parallel="fsdp"))
@@ -347,12 +347,14 @@ def test_options_that_only_the_data_or_the_processes_show_to_be_bad(tmp_path):
 def test_the_core_imports_none_of_it():
     code = (
         "import sys, fused_resnet\n"
-        "found = {'torchvision', 'torchmetrics', 'sklearn', 'fused_resnet.train'} & set(sys.modules)\n"
+        "names = {'torchvision', 'torchmetrics', 'sklearn', 'fused_resnet.train'}\n"
+        "found = names & set(sys.modules)\n"
         "assert not found, found\n"
         "sys.modules['torchmetrics'] = None\n"
         "import importlib.util\n"
         "find = importlib.util.find_spec\n"
-        "importlib.util.find_spec = lambda n: None if n in ('torchmetrics', 'sklearn') else find(n)\n"
+        "gone = ('torchmetrics', 'sklearn')\n"
+        "importlib.util.find_spec = lambda n: None if n in gone else find(n)\n"
         "from fused_resnet.train import Config, run\n"
         "try: run(Config(out='never'))\n"
         "except ImportError as error: print(error)"
@@ -475,7 +477,7 @@ def test_where_numbers_first_stop_being_finite(name, words, changes):
 
 def test_a_run_that_blows_up_leaves_the_checkpoint_of_the_step_before(tmp_path):
     made = config(tmp_path, lr=1e30, warmup=0.0, checkpoint_every=100)
-    with pytest.raises(NonFinite, match="step 2: the loss is nan.*is of the step before") as error:
+    with pytest.raises(NonFinite, match=r"step 2: the loss is nan.*is of the step before") as error:
         run(made)
     (kept,) = checkpointing.files(tmp_path)
     assert str(kept) in str(error.value) and kept.name == "checkpoint-00000001.pt"
@@ -499,7 +501,7 @@ def test_out_of_memory_says_what_helps_and_the_next_step_works():
         trainer.step(x, y)
     assert all(p.grad is None for p in trainer.model.parameters())
     for small in (slice(0, 16), slice(16, 32)):
-        # As if nothing had happened: the same loss and the same statistics as one that never failed.
+        # As if nothing had happened: the loss and the statistics of one that never failed.
         assert trainer.step(x[small], y[small]) == twin.step(x[small], y[small])
     for a, b in zip(trainer.model.buffers(), twin.model.buffers(), strict=True):
         assert torch.equal(a, b)

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
 from fused_resnet.train import Config
 
-TIMEOUT_S = 100.0
+TIMEOUT_S = 60.0
 PRELOAD = [
     "fused_resnet.train", "torchvision.transforms.v2", "torchvision.datasets",
     "torchmetrics.classification", "sklearn.datasets", "torch.distributed.fsdp",
@@ -71,11 +72,17 @@ def together(target: Callable[..., None], count: int, folder: Path, *arguments: 
     processes = [
         start(_member, target, rank, count, port, folder, *arguments) for rank in range(count)
     ]
+    deadline = time.monotonic() + TIMEOUT_S
+    # One that fails leaves the others waiting for it.
+    while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
     for process in processes:
-        process.join(TIMEOUT_S)
-    for process in processes:
+        process.join(1.0)
         if process.is_alive():
             process.kill()
+            process.join()
     said = [p.read_text() for p in sorted(folder.glob("failed-*.txt"))]
     assert [p.exitcode for p in processes] == [0] * count, "\n".join(said)
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,7 +67,9 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint of `save`, on the CPU; only tensors and plain values are read, and nothing in
     the file is executed. CheckpointError names the file and says what is wrong with it."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error) and "global" not in str(error):
             raise CheckpointError(f"checkpoint: {path} is damaged") from None
