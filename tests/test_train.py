@@ -197,7 +197,9 @@ def test_damaged_checkpoints(tmp_path, damage):
     harm(newest)
     with pytest.warns(UserWarning, match=rf"{state.NEWEST}.*going on from {state.BEFORE}"):
         result = run(config, resume=True)
-    assert result.steps == 5 and state.read(newest)["step"] == 5
+    assert result.steps == 5 and state.read(folder / state.BEFORE)["step"] == 4
+    assert not newest.exists() or state.read(newest)["step"] == 5
+    assert (folder / "checkpoint.damaged").exists()
     for name in (state.NEWEST, state.BEFORE):
         harm(folder / name)
     with (
@@ -230,6 +232,20 @@ def test_not_a_number_names_step_and_layer(tmp_path, monkeypatch):
     assert all(v.isfinite().all() for v in statistics.values())
     assert kept["model"]["bn1.num_batches_tracked"] == 3
     assert len(losses(config)) == 3
+
+
+def test_a_gradient_that_is_no_number_is_named(tmp_path, monkeypatch):
+    config = small(tmp_path)
+    backward = loop._Run.backward
+
+    def poisoned(self: Any, x: Tensor, y: Tensor) -> Tensor:
+        loss = backward(self, x, y)
+        self.model.layer3[0].bn2.weight.grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(loop._Run, "backward", poisoned)
+    with pytest.raises(NonFinite, match=r"step 1: .*the gradient of layer3\.0\.bn2\.weight is the"):
+        run(config)
 
 
 def test_first_non_finite():

@@ -319,8 +319,11 @@ class _Run:
             loss /= self.processes
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = float("inf") if self.c.clip is None else self.c.clip
-        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        # Not with a norm that is no number, which would make every gradient one.
+        if self.c.clip is not None and norm < float("inf"):
+            nn.utils.clip_grads_with_norm_(parameters, self.c.clip, total)
         value = float(loss)
         scaled = self.scaler.is_enabled()  # then an overflow is a step left out
         if not torch.isfinite(loss) or not (scaled or norm < float("inf")):

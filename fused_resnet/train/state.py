@@ -3,6 +3,7 @@ with them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -72,6 +73,9 @@ def newest(folder: Path) -> dict[str, Any] | None:
             if i + 1 == len(found):
                 raise
             warnings.warn(f"{error}; going on from {found[i + 1].name}", stacklevel=2)
+            # Set aside, or the next save would put it in the place of the whole one.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, path.with_suffix(".damaged"))
     return None
 
 
