@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from .structure import is_frozen_bn
 
 LEVELS = ("full", "low", "lower", "minimal")
 
@@ -41,10 +43,17 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
     with less memory and more computation than the one before, and the same gradients. "minimal"
     splits each stage of a ResNet into O(sqrt(blocks)) segments, kept by torch.utils.checkpoint.
     Applies where blocks take their fused training path (`fused_resnet.explain`).
-    Raises ValueError where level is none of these, or model holds no block of `fused_resnet`.
+    Raises ValueError where level is none of these, or model holds no block of `fused_resnet`, and
+    TypeError where model is no module. At "minimal", as stock does at every level, backward raises
+    RuntimeError where a parameter was modified since forward.
     """
     from .resnet import BasicBlock, Bottleneck, ResNet
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "set_activation_memory: model must be a torch.nn.Module, got "
+            f"{type(model).__name__}"
+        )
     if level not in LEVELS:
         raise ValueError(
             f"set_activation_memory: level must be one of {', '.join(LEVELS)}, got {level!r}"
@@ -70,11 +79,19 @@ def segments(blocks: int) -> int:
     return math.ceil(math.sqrt(blocks / 2))
 
 
-def run_segment(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """run(x), of which only x is kept; run again in backward, where nothing is counted twice."""
+def run_segment(
+    run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module]
+) -> Tensor:
+    """run(x), of which only x is kept; run again in backward, where nothing is counted twice.
+
+    modules: what run computes by, and must still be in backward what they are now."""
     if not torch.is_grad_enabled():
         return run(x)
-    return checkpoint(run, x, use_reentrant=False, context_fn=_contexts, preserve_rng_state=False)
+    once_more = _OnceMore(_Made(modules))
+    return checkpoint(
+        run, x, use_reentrant=False, preserve_rng_state=False,
+        context_fn=lambda: (contextlib.nullcontext(), once_more),
+    )  # fmt: skip
 
 
 def run_stages(stages: list[list[nn.Module]], x: Tensor) -> Tensor:
@@ -86,7 +103,7 @@ def run_stages(stages: list[list[nn.Module]], x: Tensor) -> Tensor:
         count = segments(len(blocks))
         for i in range(count):
             some = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
-            x = run_segment(_Chain(some), x)
+            x = run_segment(_Chain(some), x, some)
     return x
 
 
@@ -100,15 +117,50 @@ class _Chain:
         return x
 
 
+class _Made:
+    """What a segment's activations were made from, beside its input.
+
+    Where a step keeps activations, autograd sees that a weight was modified before backward, and
+    raises. One that computes them again would take the new weight, and give wrong gradients.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [m for module in modules for m in module.modules()]
+        self._was = self._now()
+
+    def _now(self) -> list[Any]:
+        state: list[Any] = []
+        for m in self._modules:
+            tensors = list(m.parameters(recurse=False))
+            if not m.training or is_frozen_bn(m):  # else running statistics are written alone
+                tensors += m.buffers(recurse=False)
+            state += [(t, None if t.is_inference() else t._version) for t in tensors]
+            state.append((m, m.training))
+        return state
+
+    def check(self) -> None:
+        now = self._now()
+        if len(now) != len(self._was) or any(
+            a is not b or v != w for (a, v), (b, w) in zip(self._was, now, strict=True)
+        ):
+            raise RuntimeError(
+                "set_activation_memory: backward at level 'minimal' computes activations again, but "
+                "something they were computed from was replaced, modified by an inplace operation "
+                "or switched between train() and eval() since forward; do that after backward, or "
+                "choose another level"
+            )
+
+
 class _OnceMore:
     """A segment's runs after the first; as many as there are backwards through it."""
 
+    def __init__(self, made: _Made) -> None:
+        self._made = made
+        self._tokens: list[Token[bool]] = []
+
     def __enter__(self) -> None:
-        self._tokens = [*getattr(self, "_tokens", []), _recomputing.set(True)]
+        self._made.check()
+        self._tokens.append(_recomputing.set(True))
 
     def __exit__(self, *_: object) -> None:
         _recomputing.reset(self._tokens.pop())
-
-
-def _contexts() -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _OnceMore()

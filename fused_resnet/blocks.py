@@ -160,10 +160,17 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
     dtype = plans.output_dtype(x.dtype, x.device.type)
     if not _serves(True, x):
         return False
+    groups = [sync_batch_norm.group_of(bn) for _, bn in parts.pairs]
+    # A synchronised norm is computed here in a block that trains whole, and else by PyTorch.
+    whole = (
+        all(uses_batch_statistics(bn) and conv.bias is None for conv, bn in parts.pairs)
+        and all(group is groups[0] for group in groups)
+        and (groups[0] is None or x.device.type == "cpu")
+    )
     return all(
         not uses_batch_statistics(bn)
         or (
-            not is_frozen_bn(bn)
+            (whole or type(bn) is nn.BatchNorm2d)
             and bn.eps > 0
             and bn.num_features == conv.out_channels
             and plans.norm_fits(bn, dtype)

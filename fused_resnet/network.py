@@ -66,7 +66,9 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
     whole = _whole(model)
     if whole is None or not blocks.counts_once(whole[0], x):
         return None
-    y = activation_memory.run_segment(partial(blocks.stem_and_pool, model), x)
+    y = activation_memory.run_segment(
+        partial(blocks.stem_and_pool, model), x, [model.conv1, model.bn1]
+    )
     y = activation_memory.run_stages([list(getattr(model, name)) for name in _STAGES], y)
     return model.fc(torch.flatten(model.avgpool(y), 1))
 

@@ -219,6 +219,144 @@ def test_where_running_twice_would_show(edit):
             assert m.num_batches_tracked == 1
 
 
+def test_another_path_for_one_block_counts_once():
+    """A block that cannot be one node leaves a synchronised norm to PyTorch, which would count it
+    again with the segment."""
+    found = []
+    for level in ("full", "minimal"):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(make("basic", level))
+        conv = model.layer1[0].conv1
+        conv.bias = nn.Parameter(torch.linspace(-1, 1, conv.out_channels))
+        found.append(state_after(model, images()))
+        for m in model.modules():
+            if isinstance(m, nn.SyncBatchNorm):
+                assert m.num_batches_tracked == 1
+    same(*found)
+
+
+def test_synchronised_norms_of_one_process_in_segments(monkeypatch):
+    made: list[int] = []
+    plain = activation_memory.checkpoint
+    monkeypatch.setattr(
+        activation_memory, "checkpoint", lambda *a, **k: (made.append(1), plain(*a, **k))[1]
+    )
+    found = [
+        state_after(nn.SyncBatchNorm.convert_sync_batchnorm(make("basic", level)), images())
+        for level in ("full", "minimal")
+    ]
+    assert made
+    same(*found)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("where", ["layer1.0.conv1.weight", "layer2.0.conv2.weight"])
+def test_weights_changed_before_backward(where, level):
+    """An error that speaks of it, as stock's, and not the gradients of another network."""
+    model = make("basic", level)
+    loss = model(images()).square().mean()
+    with torch.no_grad():
+        model.get_parameter(where).mul_(1.01)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("change", ["eval", "replaced", "frozen statistics"])
+def test_changed_otherwise_before_backward(change):
+    model = make("basic", "minimal")
+    if change == "frozen statistics":
+        model.layer2[0].bn1.eval()
+    loss = model(images()).square().mean()
+    if change == "eval":
+        model.layer3.eval()
+    elif change == "replaced":
+        conv = model.layer1[0].conv2
+        conv.weight = nn.Parameter(conv.weight.detach() * 1.01)
+    else:
+        model.layer2[0].bn1.running_mean.add_(1)
+    with pytest.raises(RuntimeError, match="since forward"):
+        loss.backward()
+
+
+def test_backward_twice_and_steps_between():
+    """retain_graph runs a segment twice; an optimizer's step after backward is no change."""
+    found = []
+    for level in ("full", "minimal"):
+        model = make("basic", level)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        for _ in range(2):
+            loss = model(images()).square().mean()
+            loss.backward(retain_graph=True)
+            loss.backward()
+            optimizer.step()
+        found.append([*model.parameters(), *(p.grad for p in model.parameters())])
+        found[-1] += model.buffers()
+    same(*found)
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_scaled_losses(level):
+    """A GradScaler's steps, under autocast; the second of them overflows and is skipped."""
+    found = []
+    for each in ("full", level):
+        model = make("bottleneck", each)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for factor in (1.0, float("inf"), 1.0):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(images()).float().square().mean() * factor
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert scaler.get_scale() == 2.0**11
+        found.append([*model.parameters(), *model.buffers()])
+    same(*found)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_distributed_data_parallel(level, tmp_path):
+    """With a static graph, of one process: the gradients without it, to the last bit."""
+    from torch import distributed as dist
+
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    want = state_after(make("basic", level), images(), steps=2)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = make("basic", level)
+        parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
+        x = images().requires_grad_()
+        for step in range(2):
+            with torch.no_grad():
+                held = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+            parallel.zero_grad()
+            parallel(x).float().square().mean().backward()
+            if step:
+                for p, before in zip(model.parameters(), held, strict=True):
+                    p.grad.add_(before)
+        same([x.grad, *(p.grad for p in model.parameters()), *model.buffers()], want)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_deep_network_keeps_the_root():
+    """Eight times the blocks, at most a bit more than the root of that in memory."""
+    kept = {}
+    x = images(2, 32)
+    for depth in (9, 72):
+        found = []
+        for level in ("full", "minimal"):
+            torch.manual_seed(0)
+            model = fr.ResNet(fr.BasicBlock, [depth, 1, 1, 1], num_classes=3).train()
+            fr.set_activation_memory(model, level)
+            found.append(state_after(model, x))
+        same(*found)
+        kept[depth] = saved_bytes(Step(lambda model=model: model(x).sum(), model))
+    output = 2 * 64 * 8 * 8 * 4
+    assert kept[72] - kept[9] <= 5 * output
+
+
 def test_torchvisions_path_under_compile():
     """A tracer sees torchvision's path, whatever the level."""
     model = make("basic", "minimal")
@@ -252,6 +390,11 @@ def test_no_such_level(level):
         fr.set_activation_memory(make("basic"), level)
 
 
+def test_no_such_model():
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got NoneType"):
+        fr.set_activation_memory(None, "low")
+
+
 def test_no_such_blocks():
     with pytest.raises(ValueError, match="must hold residual blocks of fused_resnet, got a Linear"):
         fr.set_activation_memory(nn.Linear(2, 2), "low")
@@ -270,7 +413,8 @@ def test_stages_of_one_network_end_where_activations_are_small():
             order[-1].append(self.index)
             return x + 1
 
-    def segment(run, x):
+    def segment(run, x, modules):
+        assert all(isinstance(m, Counting) for m in modules)
         order.append([])
         return run(x)
 
