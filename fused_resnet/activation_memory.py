@@ -7,6 +7,9 @@
                the block's                             shortcut's
     minimal    the inputs of segments of blocks        each segment, then as "low"
 
+Segments are a ResNet's own forward's. Where blocks are called by something else, or one of them has
+a hook, "minimal" keeps the input of every block.
+
 Gradients are the same at every level, to the last bit, and so are running statistics, which each
 step updates once. Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (1604.06174).
 """
@@ -28,11 +31,18 @@ from .structure import is_frozen_bn
 LEVELS = ("full", "low", "lower", "minimal")
 
 _recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
+_in_segment: ContextVar[bool] = ContextVar("fused_resnet_in_segment", default=False)
 
 
 def recomputing() -> bool:
     """Whether a segment runs once more, for backward: nothing is to be counted twice."""
     return _recomputing.get()
+
+
+def level_of(module: nn.Module) -> str:
+    """What a block, or a network's stem, is to keep by itself: "low" inside a segment."""
+    level: str = getattr(module, "activation_memory", "full")
+    return "low" if level == "minimal" and _in_segment.get() else level
 
 
 def set_activation_memory(model: nn.Module, level: str) -> None:
@@ -41,7 +51,8 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
     model: any module that holds blocks of `fused_resnet` (a ResNet of the family, or one inside
     something else). level: "full" (the default of every model), "low", "lower" or "minimal", each
     with less memory and more computation than the one before, and the same gradients. "minimal"
-    splits each stage of a ResNet into O(sqrt(blocks)) segments, kept by torch.utils.checkpoint.
+    splits each stage of a ResNet into O(sqrt(blocks)) segments, kept by torch.utils.checkpoint; of
+    blocks that something else calls, it keeps the inputs.
     Applies where blocks take their fused training path (`fused_resnet.explain`).
     Raises ValueError where level is none of these, or model holds no block of `fused_resnet`, and
     TypeError where model is no module. At "minimal", as stock does at every level, backward raises
@@ -51,8 +62,7 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
 
     if not isinstance(model, nn.Module):
         raise TypeError(
-            "set_activation_memory: model must be a torch.nn.Module, got "
-            f"{type(model).__name__}"
+            f"set_activation_memory: model must be a torch.nn.Module, got {type(model).__name__}"
         )
     if level not in LEVELS:
         raise ValueError(
@@ -65,8 +75,7 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
             f"{type(model).__name__} without any"
         )
     for m in found:
-        inside = "low" if level == "minimal" and not isinstance(m, ResNet) else level
-        m.activation_memory = inside  # type: ignore[assignment]
+        m.activation_memory = level  # type: ignore[assignment]
 
 
 def segments(blocks: int) -> int:
@@ -79,17 +88,23 @@ def segments(blocks: int) -> int:
     return math.ceil(math.sqrt(blocks / 2))
 
 
-def run_segment(
-    run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module]
-) -> Tensor:
+def run_segment(run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn.Module]) -> Tensor:
     """run(x), of which only x is kept; run again in backward, where nothing is counted twice.
 
     modules: what run computes by, and must still be in backward what they are now."""
     if not torch.is_grad_enabled():
         return run(x)
     once_more = _OnceMore(_Made(modules))
+
+    def segment(x: Tensor) -> Tensor:
+        token = _in_segment.set(True)
+        try:
+            return run(x)
+        finally:
+            _in_segment.reset(token)
+
     return checkpoint(
-        run, x, use_reentrant=False, preserve_rng_state=False,
+        segment, x, use_reentrant=False, preserve_rng_state=False,
         context_fn=lambda: (contextlib.nullcontext(), once_more),
     )  # fmt: skip
 
@@ -131,7 +146,7 @@ class _Made:
     def _now(self) -> list[Any]:
         state: list[Any] = []
         for m in self._modules:
-            tensors = list(m.parameters(recurse=False))
+            tensors: list[Tensor] = list(m.parameters(recurse=False))
             if not m.training or is_frozen_bn(m):  # else running statistics are written alone
                 tensors += m.buffers(recurse=False)
             state += [(t, None if t.is_inference() else t._version) for t in tensors]
@@ -144,10 +159,10 @@ class _Made:
             a is not b or v != w for (a, v), (b, w) in zip(self._was, now, strict=True)
         ):
             raise RuntimeError(
-                "set_activation_memory: backward at level 'minimal' computes activations again, but "
-                "something they were computed from was replaced, modified by an inplace operation "
-                "or switched between train() and eval() since forward; do that after backward, or "
-                "choose another level"
+                "set_activation_memory: at level 'minimal' backward computes activations again, "
+                "and what they came from was replaced, modified by an inplace operation or "
+                "switched between train() and eval() since forward; do that after backward, or choose "
+                "another level"
             )
 
 

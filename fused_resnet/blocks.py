@@ -228,7 +228,7 @@ def _prepare(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> _Prep
         Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
     )
     eps = tuple(bn.eps for _, bn in parts.pairs)
-    level = getattr(module, "activation_memory", "full")
+    level = activation_memory.level_of(module)
     groups = tuple(sync_batch_norm.group_of(bn) for _, bn in parts.pairs)
     spec = training.Spec(kernels, geometries, eps, shortcut, level, dtype, groups)
     inside = torch.channels_last if device == "cpu" else layout.memory_format(x)

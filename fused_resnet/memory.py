@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -52,6 +53,8 @@ def activation_peak_bytes(step: Step) -> int:
     """
     parameters = list(step.model.parameters()) if step.model else []
     handles = [p.register_post_accumulate_grad_hook(_drop) for p in parameters]
+    # Of the profiler's start and end nobody needs to be told.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     before = native.memory().get("used_bytes", 0)
     native.reset_memory_peak()
     try:

@@ -10,6 +10,7 @@ inside the convolution's own gradient, and what is kept for backward is a matter
              computed again, in one elementwise pass, from the convolution's
     lower    besides, the outputs of widening 1x1 convolutions and of the shortcut's are computed
              again from their inputs
+    minimal  nothing but the block's input: all of it is computed again
 
 Recomputed tensors are, to the last bit, what they were. A backward that is itself to be
 differentiated runs the block's formula by PyTorch's own operations.
@@ -54,7 +55,7 @@ def _units(spec: Spec, tensors: Sequence[Any]) -> Units:
 
 def _recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
     """For each unit, whether its convolution's output is computed again in backward."""
-    found = [False] * len(weights)
+    found = [spec.level == "minimal"] * len(weights)
     if spec.level == "lower":
         last = len(weights) - 1
         if spec.shortcut == "projection":
@@ -112,7 +113,8 @@ class BlockFunction(torch.autograd.Function):
         ctx.spec = spec
         ctx.state_size = len(moments[0])
         ctx.save_for_backward(
-            x, given if spec.shortcut == "given" else None, y, *tensors, *kept,
+            x, given if spec.shortcut == "given" else None,
+            None if spec.level == "minimal" else y, *tensors, *kept,
             *(inner if spec.level == "full" else []), *(t for state in moments for t in state),
         )  # fmt: skip
         return y
@@ -125,16 +127,19 @@ class BlockFunction(torch.autograd.Function):
         tensors, rest = rest[: 3 * n], rest[3 * n :]
         if torch.is_grad_enabled():
             return _differentiable(ctx, x, given, tensors, dy)
-        return _Backward(ctx, x, y, tensors, rest).run(dy)
+        return _Backward(ctx, x, given, y, tensors, rest).run(dy)
 
 
 class _Backward:
     """One run of `BlockFunction.backward`, on what forward kept."""
 
-    def __init__(self, ctx: Any, x: Tensor, y: Tensor, tensors: Any, rest: Sequence[Any]) -> None:
+    def __init__(
+        self, ctx: Any, x: Tensor, given: Tensor | None, y: Tensor | None, tensors: Any,
+        rest: Sequence[Any],
+    ) -> None:  # fmt: skip
         self.spec: Spec = ctx.spec
         self.kernels = self.spec.kernels
-        self.x, self.y = x, y
+        self.x, self.given = x, given
         self.units = _units(self.spec, tensors)
         n = len(self.units)
         self.main = n - (self.spec.shortcut == "projection")
@@ -146,6 +151,7 @@ class _Backward:
         size = ctx.state_size
         self.states = [tuple(rest[i * size : (i + 1) * size]) for i in range(n)]
         _, _, self.need_x, self.need_given, *self.needs = ctx.needs_input_grad
+        self.y = self.output() if y is None else y
 
     def normed(self, i: int) -> Normed:
         """Unit i's convolution output, computed again where it was not kept."""
@@ -164,6 +170,15 @@ class _Backward:
         if h is None:
             h = self.inner[i - 1] = self.kernels.apply(self.normed(i - 1), None, relu=True)
         return h
+
+    def output(self) -> Tensor:
+        """The block's output, computed again."""
+        residual: Tensor | Normed | None = (
+            self.x if self.spec.shortcut == "identity" else self.given
+        )
+        if self.spec.shortcut == "projection":
+            residual = self.normed(self.main)
+        return self.kernels.apply(self.normed(self.main - 1), residual, relu=True)
 
     def run(self, dy: Tensor) -> tuple[Any, ...]:
         spec, kernels = self.spec, self.kernels
@@ -233,7 +248,8 @@ class StemFunction(torch.autograd.Function):
 
     apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) as the kernels
     take it; window: kernel, stride, padding, (height, width) each; `states` as in `BlockFunction`.
-    Kept for backward are x, the convolution's output, the pooled one and a byte per pixel of it.
+    Kept for backward are x, the convolution's output (at "minimal" computed again), the pooled one
+    and a byte per pixel of it.
     """
 
     @staticmethod
@@ -246,7 +262,8 @@ class StemFunction(torch.autograd.Function):
         y, index = spec.kernels.pool(normed, window)
         states.append((normed.state, spec.kernels.count(normed)))
         ctx.spec, ctx.window = spec, window
-        ctx.save_for_backward(x, *tensors, z, y, index, *normed.state)
+        kept = None if spec.level == "minimal" else z
+        ctx.save_for_backward(x, *tensors, kept, y, index, *normed.state)
         return y
 
     @staticmethod
@@ -264,6 +281,7 @@ class StemFunction(torch.autograd.Function):
             grads = iter(torch.autograd.grad(again, wanted, dy, create_graph=True))
             return None, None, None, *(next(grads) if need else None for need in needs)
         norm = Norm(norm_weight, norm_bias, spec.eps[0], spec.groups[0])
+        z = kernels.convolution(x, weight, geometry) if z is None else z
         if dy.stride() != y.stride():
             dy = torch.empty_like(y).copy_(dy)
         g = kernels.pool_gradient(dy, y, index, z, ctx.window)

@@ -486,7 +486,7 @@ def test_the_portable_maker_is_the_same_formula():
         )
         eps = tuple(b.eps for _, b in parts.pairs)
         shortcut = "projection" if parts.downsample else "identity"
-        for level in ("full", "low", "lower"):
+        for level in ("full", "low", "lower", "minimal"):
             spec = training.Spec(
                 Portable(), geometries, eps, shortcut, level, torch.float64, (None,) * len(eps)
             )
