@@ -161,8 +161,8 @@ class _Made:
             raise RuntimeError(
                 "set_activation_memory: at level 'minimal' backward computes activations again, "
                 "and what they came from was replaced, modified by an inplace operation or "
-                "switched between train() and eval() since forward; do that after backward, or choose "
-                "another level"
+                "switched between train() and eval() since forward; do that after backward, or "
+                "choose another level"
             )
 
 
