@@ -3,6 +3,7 @@
 from .activation_memory import set_activation_memory
 from .backends import use_backend
 from .blocks import Explanation, explain
+from .cifar import CifarResNet, PreactResNet, cifar_resnet
 from .inference import Inference, inference
 from .machine import info
 from .native import release_memory
@@ -31,12 +32,15 @@ __version__ = "0.1.0"
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "CifarResNet",
     "Explanation",
     "Inference",
+    "PreactResNet",
     "ResNet",
     "SyncBatchNorm",
     "add_relu",
     "bn_add_relu",
+    "cifar_resnet",
     "conv_bn_relu",
     "convert_sync_batchnorm",
     "explain",

@@ -58,7 +58,7 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
     TypeError where model is no module. At "minimal", as stock does at every level, backward raises
     RuntimeError where a parameter was modified since forward.
     """
-    from .resnet import BasicBlock, Bottleneck, ResNet
+    from .resnet import Planned
 
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -68,7 +68,7 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
         raise ValueError(
             f"set_activation_memory: level must be one of {', '.join(LEVELS)}, got {level!r}"
         )
-    found = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck, ResNet))]
+    found = [m for m in model.modules() if isinstance(m, Planned)]
     if not found:
         raise ValueError(
             "set_activation_memory: model must hold residual blocks of fused_resnet, got a "
@@ -109,8 +109,11 @@ def run_segment(run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn
     )  # fmt: skip
 
 
-def run_stages(stages: list[list[nn.Module]], x: Tensor) -> Tensor:
-    """The blocks of all stages in segments. A stage's first block, which makes the activation
+Run = Callable[[Tensor], Tensor]
+
+
+def run_stages(stages: list[list[Run]], x: Tensor) -> Tensor:
+    """What runs of all stages, in segments: blocks, or methods of them. A stage's first block, which makes the activation
     smaller, ends the segment before, so that its output is kept rather than its input."""
     firsts = [stage[:1] for stage in stages[1:]] + [[]]
     rests = stages[:1] + [stage[1:] for stage in stages[1:]]
@@ -118,12 +121,13 @@ def run_stages(stages: list[list[nn.Module]], x: Tensor) -> Tensor:
         count = segments(len(blocks))
         for i in range(count):
             some = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
-            x = run_segment(_Chain(some), x, some)
+            if some:
+                x = run_segment(_Chain(some), x, [getattr(run, "__self__", run) for run in some])
     return x
 
 
 class _Chain:
-    def __init__(self, blocks: list[nn.Module]) -> None:
+    def __init__(self, blocks: list[Run]) -> None:
         self._blocks = blocks
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from . import (
     ops,
     plans,
     pooling,
+    preact_training,
     sync_batch_norm,
     train_kernels,
     training,
@@ -42,6 +43,7 @@ from .structure import (
     Names,
     Parts,
     is_frozen_bn,
+    patched,
     take_apart,
     uses_batch_statistics,
 )
@@ -131,7 +133,7 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
     parts = take_apart(model, STEM)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    prepared = _prepare(model, parts, x, "none")
+    prepared = _prepare(model, STEM, parts, x)
     if prepared is None or not prepared.spec.kernels.pools:
         return None
     (conv, _), geometry = parts.pairs[0], prepared.spec.geometries[0]
@@ -146,12 +148,13 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
 
 
 def stem_and_pool(model: Any, x: Tensor) -> Tensor:
-    """A network's stem and pooling, by whichever path takes them."""
-    y = run_pooled_stem(model, x)
+    """A network's stem, and pooling where it has some, by whichever path takes them."""
+    pool = model._modules.get("maxpool")
+    y = None if pool is None else run_pooled_stem(model, x)
     if y is None:
         y = run_stem(model, x)
         y = model.relu(model.bn1(model.conv1(x))) if y is None else y
-        y = model.maxpool(y)
+        y = y if pool is None else pool(y)
     return y
 
 
@@ -160,10 +163,11 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
     dtype = plans.output_dtype(x.dtype, x.device.type)
     if not _serves(True, x):
         return False
-    groups = [sync_batch_norm.group_of(bn) for _, bn in parts.pairs]
+    groups = [sync_batch_norm.group_of(bn) for bn in parts.norms]
     # A synchronised norm is computed here in a block that trains whole, and else by PyTorch.
     whole = (
-        all(uses_batch_statistics(bn) and conv.bias is None for conv, bn in parts.pairs)
+        all(map(uses_batch_statistics, parts.norms))
+        and all(conv.bias is None for conv, _ in parts.pairs)
         and all(group is groups[0] for group in groups)
         and (groups[0] is None or x.device.type == "cpu")
     )
@@ -172,10 +176,11 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
         or (
             (whole or type(bn) is nn.BatchNorm2d)
             and bn.eps > 0
-            and bn.num_features == conv.out_channels
+            and bn.num_features in (conv.in_channels, conv.out_channels)
             and plans.norm_fits(bn, dtype)
         )
         for conv, bn in parts.pairs
+        if bn is not None
     )
 
 
@@ -186,8 +191,18 @@ def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
     parts = take_apart(model, STEM)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    y = _train_block(model, parts, x, "none")
+    # A network goes on from its stem in the layout that its blocks compute in.
+    y = _train_block(model, STEM, parts, x)
     return _unit(*parts.pairs[0], x, None, True) if y is None else y
+
+
+def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
+    """relu(bn(x)) of two modules by one op where the norm uses batch statistics, or None."""
+    if call_reason(x) is not None or type(bn) is not nn.BatchNorm2d or type(relu) is not nn.ReLU:
+        return None
+    if patched(bn) is not None or patched(relu) is not None or not uses_batch_statistics(bn):
+        return None
+    return _train_bn(bn, x, None, True) if _serves(True, x) and _bn_fits(bn, x, None) else None
 
 
 def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
@@ -195,13 +210,21 @@ def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     parts = take_apart(block, names)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    whole = _train_block(block, parts, x, "projection" if parts.downsample else "identity")
+    whole = _train_block(block, names, parts, x)
     if whole is not None:
-        return whole
+        return whole.contiguous(memory_format=layout.memory_format(x))
+    if names.norm_first:
+        return None
     y = x
     for conv, bn in parts.main[:-1]:
         y = _unit(conv, bn, y, None, True)
-    residual = _unit(*parts.pairs[-1], x, None, False) if parts.downsample else x
+    residual: Tensor | None = x
+    if parts.shortcut == "projection":
+        residual = _unit(*parts.pairs[-1], x, None, False)
+    elif parts.pad is not None:
+        residual = parts.pad(x)
+    elif parts.shortcut == "none":
+        residual = None
     return _unit(*parts.main[-1], y, residual, True)
 
 
@@ -213,48 +236,60 @@ class _Prepared(NamedTuple):
     tensors: list[Any]
 
     def track(self, parts: Parts, states: list[Any]) -> None:
-        for (_, bn), (state, count) in zip(parts.pairs, states, strict=True):
+        for bn, (state, count) in zip(parts.norms, states, strict=True):
             _track(bn, self.spec.kernels, state, count)
 
 
-def _prepare(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> _Prepared | None:
+def _prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> _Prepared | None:
     """For one node of autograd's graph; None where the block cannot be one."""
     device = x.device.type
     dtype = plans.output_dtype(x.dtype, device)
-    if not _trains_whole(parts, x.shape, shortcut, dtype, x.dtype):
+    if not _trains_whole(parts, names, x.shape, dtype, x.dtype):
         return None
     kernels = train_kernels.kernels_for(device, backends.choose("bn_add_relu", device))
     geometries = tuple(
         Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
     )
-    eps = tuple(bn.eps for _, bn in parts.pairs)
-    level = activation_memory.level_of(module)
-    groups = tuple(sync_batch_norm.group_of(bn) for _, bn in parts.pairs)
-    spec = training.Spec(kernels, geometries, eps, shortcut, level, dtype, groups)
+    spec = training.Spec(
+        kernels, geometries, tuple(bn.eps for bn in parts.norms), parts.shortcut,
+        activation_memory.level_of(module), dtype,
+        tuple(sync_batch_norm.group_of(bn) for bn in parts.norms),
+        1 if parts.pad is None else parts.pad.stride,
+        names.norm_first and module.activation_shared,
+    )  # fmt: skip
     inside = torch.channels_last if device == "cpu" else layout.memory_format(x)
-    tensors = [t for conv, bn in parts.pairs for t in (conv.weight, bn.weight, bn.bias)]
+    tensors = [
+        t
+        for conv, bn in parts.pairs
+        for t in (conv.weight, *((bn.weight, bn.bias) if bn is not None else (None, None)))
+    ]
+    survival = getattr(module, "survival", 1.0)
+    if survival < 1:
+        last = 3 * (len(parts.main) - 1)
+        for i in (last,) if names.norm_first else (last + 1, last + 2):
+            tensors[i] = tensors[i] / survival
     return _Prepared(spec, x.to(dtype).contiguous(memory_format=inside), tensors)
 
 
-def _train_block(module: nn.Module, parts: Parts, x: Tensor, shortcut: str) -> Tensor | None:
-    """The block, or the stem, as one node of autograd's graph; None where it cannot be."""
-    prepared = _prepare(module, parts, x, shortcut)
+def _train_block(module: nn.Module, names: Names, parts: Parts, x: Tensor) -> Tensor | None:
+    """The block, or the stem, as one node of autograd's graph, in the layout that it computes in;
+    None where it cannot be."""
+    prepared = _prepare(module, names, parts, x)
     if prepared is None:
         return None
+    function = preact_training.PreactFunction if names.norm_first else training.BlockFunction
     states: list[Any] = []
-    y = training.BlockFunction.apply(prepared.spec, states, prepared.x, None, *prepared.tensors)
+    y = function.apply(prepared.spec, states, prepared.x, *prepared.tensors)
     prepared.track(parts, states)
-    # A network goes on from its stem in the layout that its blocks compute in.
-    outside = layout.memory_format(x)
-    return y if shortcut == "none" else y.contiguous(memory_format=outside)
+    return y
 
 
 def _trains_whole(
-    parts: Parts, shape: Any, shortcut: str, dtype: torch.dtype, x_dtype: torch.dtype
+    parts: Parts, names: Names, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> bool:
     """Whether every unit normalises by the batch and is what stock would take as it is."""
     weight = parts.pairs[0][0].weight
-    groups = [sync_batch_norm.group_of(bn) for _, bn in parts.pairs]
+    groups = [sync_batch_norm.group_of(bn) for bn in parts.norms]
     synchronised = groups[0] is not None
     if not _serves(True, weight) or any(group is not groups[0] for group in groups):
         return False
@@ -267,18 +302,22 @@ def _trains_whole(
             shape if branch else found, conv.weight.shape, conv.stride, conv.padding,
             conv.dilation, conv.groups,
         )  # fmt: skip
-        if out is None or (out[0] * out[2] * out[3] < 2 and not synchronised):
+        if out is None or conv.bias is not None or not plans.weights_fit(x_dtype, conv.weight):
             return False
         if branch and out != found:
             return False
-        if not uses_batch_statistics(bn) or is_frozen_bn(bn) or conv.bias is not None:
-            return False
-        if not bn.eps > 0 or out[1] != bn.num_features or not plans.norm_fits(bn, dtype):
-            return False
-        if not plans.weights_fit(x_dtype, conv.weight):
-            return False
+        if bn is not None:
+            normed = found if names.norm_first else out
+            if normed[0] * normed[2] * normed[3] < 2 and not synchronised:
+                return False
+            if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
+                return False
+            if not bn.eps > 0 or not plans.norm_fits(bn, dtype):
+                return False
         found = out
-    return shortcut != "identity" or found == tuple(shape)
+    if parts.pad is not None:
+        return parts.pad.output_shape(shape) == found
+    return parts.shortcut != "identity" or found == tuple(shape)
 
 
 def _track(bn: Any, kernels: train_kernels.Portable, state: Any, count: int) -> None:
@@ -298,7 +337,7 @@ def _units_pay(parts: Parts, x: Tensor) -> bool:
     """Whether some unit of the block can be served by something faster than stock's operations."""
     if any(conv.weight.device != x.device for conv, _ in parts.pairs):
         return False
-    return any(_serves(uses_batch_statistics(bn), x) for _, bn in parts.pairs)
+    return any(_serves(uses_batch_statistics(bn), x) for bn in parts.norms)
 
 
 def _serves(batch_statistics: bool, x: Tensor) -> bool:
@@ -421,13 +460,13 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
         reason = "the block has its forward replaced"
     if reason is not None:
         return False, "stock", reason
-    if any(uses_batch_statistics(bn) for _, bn in parts.pairs):
+    if any(map(uses_batch_statistics, parts.norms)):
         why = None
         if not _serves(True, weight):
             why = backends.missing("bn_add_relu", "native", weight.device.type)
             why = why or "another backend is forced"
         elif weight.device.type != "cpu" and any(
-            sync_batch_norm.group_of(bn) is not None for _, bn in parts.pairs
+            sync_batch_norm.group_of(bn) is not None for bn in parts.norms
         ):
             why = "on GPUs a synchronised norm is PyTorch's"
         return (False, "stock", why) if why else (True, "training", "batch statistics")

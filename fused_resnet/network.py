@@ -43,16 +43,41 @@ def run_resnet(model: Any, x: Tensor) -> Tensor | None:
         return None
     network = _network_for(model, x.dtype, x.device)
     pooled = None if network is None else network.run(model, x)
-    if pooled is None:
-        walk = _Walk(x)
-        if not walk.fused(model, STEM):
-            return None
-        if not walk.max_pool(model.maxpool):
-            walk.call(model.maxpool)
-        for stage in (getattr(model, name) for name in _STAGES):
-            walk.stage(stage)
-        pooled = model.avgpool(walk.leave())
-    return model.fc(torch.flatten(pooled, 1))
+    if pooled is not None:
+        return model.fc(torch.flatten(pooled, 1))
+    walk = _Walk(x)
+    pool = model._modules.get("maxpool")
+    if not _has_stem(model):
+        walk.call(model.conv1)
+    elif not walk.fused(model, STEM):
+        return None
+    elif pool is not None and not walk.max_pool(pool):
+        walk.call(pool)
+    for stage in _stages(model):
+        walk.stage(stage)
+    return head(model, walk.leave())
+
+
+def _has_stem(model: Any) -> bool:
+    """Whether norm and ReLU follow the first convolution at once."""
+    return "bn1" in model._modules
+
+
+def _stages(model: Any) -> list[Any]:
+    return [model._modules[name] for name in _STAGES if name in model._modules]
+
+
+def enter_stages(model: Any, x: Tensor) -> Tensor:
+    """What a network's first stage reads, by whichever path takes it."""
+    return blocks.stem_and_pool(model, x) if _has_stem(model) else model.conv1(x)
+
+
+def head(model: Any, x: Tensor) -> Tensor:
+    """The last stage's output (N, C, H, W) -> (N, classes)."""
+    if not _has_stem(model):
+        y = blocks.run_norm(model.bn, model.relu, x)
+        x = model.relu(model.bn(x)) if y is None else y
+    return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
@@ -66,11 +91,14 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
     whole = _whole(model)
     if whole is None or not blocks.counts_once(whole[0], x):
         return None
-    y = activation_memory.run_segment(
-        partial(blocks.stem_and_pool, model), x, [model.conv1, model.bn1]
-    )
-    y = activation_memory.run_stages([list(getattr(model, name)) for name in _STAGES], y)
-    return model.fc(torch.flatten(model.avgpool(y), 1))
+    if _has_stem(model):
+        y = activation_memory.run_segment(
+            partial(blocks.stem_and_pool, model), x, [model.conv1, model.bn1]
+        )
+    else:
+        y = model.conv1(x)
+    running = model.running() if hasattr(model, "running") else map(list, _stages(model))
+    return head(model, activation_memory.run_stages(list(running), y))
 
 
 # --- every block fused ----------------------------------------------------------------------------
@@ -89,17 +117,20 @@ class Network:
     def __init__(self, guard: Guard, members: list[Plan], model: Any) -> None:
         self.plans = members
         self._guard = guard
-        self._pool = model.maxpool
-        self._pool_state = _pool_state(self._pool)
+        self._pool = model._modules.get("maxpool")
+        self._pool_state = self._pool_now()
         self._generation = plans.generation()
         self._levels: tuple[torch.Size, list[_Level]] | None = None
 
     def holds(self) -> bool:
         return (
             self._generation == plans.generation()
-            and _pool_state(self._pool) == self._pool_state
+            and self._pool_now() == self._pool_state
             and self._guard.holds()
         )
+
+    def _pool_now(self) -> Any:
+        return None if self._pool is None else _pool_state(self._pool)
 
     def run(self, model: Any, x: Tensor) -> Tensor | None:
         """What `model.avgpool` gives; None where x does not fit, or a bound is needed and none
@@ -134,7 +165,7 @@ class Network:
                 levels.append(_Level([], images))
             levels[-1].plans.append(plan)
             shape = shapes[-1]
-            if plan is self.plans[0]:
+            if plan is self.plans[0] and self._pool is not None:
                 pooled = pool_shape(self._pool, shape)
                 if pooled is None:
                     return []
@@ -149,7 +180,7 @@ class Network:
         for images in x.split(_evenly(len(x), level.images)):
             flow = self._through(before, images) if before else enter(images, self.plans[0])
             for plan in level.plans:
-                if plan is self.plans[0]:
+                if plan is self.plans[0] and self._pool is not None:
                     flow = None if flow is None else run_stem(plan, self._pool, flow)
                 else:
                     flow = None if flow is None else plan.run(flow)
@@ -188,7 +219,7 @@ def _network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Networ
         if network.holds() and plans.weights_fit(dtype, network.plans[0].weight):
             return network
         _networks.pop(model, None)
-    if inner is None:
+    if inner is None or not _has_stem(model):
         return None
     if not backends.gpu_kernels(device.type) and (backends.forced() or native.load()):
         return None  # the pooling between the blocks is native's
@@ -212,10 +243,12 @@ def _network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Networ
 
 def _whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
     """Stem, pool, stages and blocks as one set of parts, and what plans are made for."""
-    members: list[tuple[nn.Module, Names]] = [(model, STEM)]
-    places = [Place(model._modules, "maxpool", model.maxpool, nn.MaxPool2d)]
-    for name in _STAGES:
-        stage = model._modules.get(name)
+    members: list[tuple[nn.Module, Names]] = [(model, STEM)] if _has_stem(model) else []
+    places = []
+    if "maxpool" in model._modules:
+        places.append(Place(model._modules, "maxpool", model.maxpool, nn.MaxPool2d))
+    for name in [name for name in _STAGES if name in model._modules]:
+        stage = model._modules[name]
         places.append(Place(model._modules, name, stage, nn.Sequential))
         if type(stage) is not nn.Sequential:
             return None
@@ -236,7 +269,7 @@ def _whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
             return None
         pairs += parts.pairs
         places += parts.places
-    return Parts(pairs, False, places), members
+    return Parts(pairs, "none", places), members
 
 
 # --- block by block -------------------------------------------------------------------------------

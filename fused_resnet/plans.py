@@ -12,9 +12,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
-from . import backends
+from . import backends, native
 from .convolution import BOUND_LIMIT, FusedConv, keepable, max_abs
+from .shortcut import padded
 from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
 
 
@@ -34,11 +36,16 @@ def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
+    """conv, then bn, or nothing where bn is None."""
     shape, device = conv.weight.shape, conv.weight.device.type
     kind = backends.conv_kind(shape, dtype, conv.dilation, conv.groups, device)
     assert kind is not None  # reason_against has asked
     with torch.no_grad():
-        scale, shift = scale_and_shift(conv, bn, torch.float64)
+        if bn is None:
+            scale = torch.ones(shape[0], dtype=torch.float64, device=conv.weight.device)
+            shift = scale.new_zeros(shape[0]) if conv.bias is None else conv.bias.double()
+        else:
+            scale, shift = scale_and_shift(conv, bn, torch.float64)
         return kind(
             conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
         )
@@ -63,15 +70,20 @@ class Plan:
     def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype) -> None:
         self.guard = guard
         self.dtype = dtype
-        convs = [_pack(conv, bn, dtype) for conv, bn in parts.pairs]
+        convs = [_pack(conv, bn, dtype) for conv, bn in self._folds(parts)]
         self.downsample = convs.pop() if parts.downsample else None
+        self.pad = parts.pad
         self.convs = convs
-        self.residual = len(convs) > 1
+        self.shortcut = parts.shortcut
         self.all_convs = [*convs, self.downsample] if self.downsample else convs
         self._needs_bound = any(conv.needs_bound for conv in self.all_convs)
-        self.takes_any = not self.residual and convs[0].takes_any
+        self.takes_any = self.shortcut == "none" and convs[0].takes_any
         self.weight = parts.pairs[0][0].weight
         self._shapes: list[Sequence[int]] = []
+
+    def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
+        """Each convolution and the norm that follows it, or None."""
+        return parts.pairs
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The activations that an x of this shape becomes: x, then every convolution's output, the
@@ -88,10 +100,13 @@ class Plan:
             if out is None:
                 return []
             shapes.append(out)
-        if self.residual:
-            branch = self.downsample.output_shape(shape) if self.downsample else tuple(shape)
-            if branch != shapes[-1]:
-                return []
+        branch: Sequence[int] | None = tuple(shape)
+        if self.downsample is not None:
+            branch = self.downsample.output_shape(shape)
+        elif self.pad is not None:
+            branch = self.pad.output_shape(shape)
+        if self.shortcut != "none" and branch != shapes[-1]:
+            return []
         return shapes
 
     def bound(self, x_bound: float | None) -> float | None:
@@ -104,26 +119,84 @@ class Plan:
             bound = conv.bound(bound)
             if not bound <= BOUND_LIMIT:  # written so that NaN fails
                 return None
-        if self.residual:
+        if self.shortcut != "none":
             bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
         return bound if bound <= BOUND_LIMIT else None
 
     def run(self, flow: Flow) -> Flow | None:
         """The block's output, or None where a bound is needed and none rules out a NaN."""
-        residual, x_bound, owned = flow
-        bound = self.bound(x_bound)
+        bound = self.bound(flow.bound)
         if bound is None and self._needs_bound:
             bound = self.bound(max_abs(flow.x))
             if bound is None:
                 return None
         y = flow.x
-        if not self.residual:
-            return Flow(self.convs[0].run(y, None, True), bound, True)
         for conv in self.convs[:-1]:
             y = conv.run(y, None, True)
-        if self.downsample is not None:
-            residual, owned = self.downsample.run(residual, None, False), True
+        residual, owned = self._residual(flow.x, flow.owned)
         return Flow(self.convs[-1].run(y, residual, True, overwrite=owned), bound, True)
+
+    def _residual(self, x: Tensor, owned: bool) -> tuple[Tensor | None, bool]:
+        """What the shortcut makes of x, and whether it may be written to."""
+        if self.downsample is not None:
+            return self.downsample.run(x, None, False), True
+        if self.pad is not None:
+            return padded(x, self.pad.out_channels, self.pad.stride), True
+        return (None, False) if self.shortcut == "none" else (x, owned)
+
+
+class PreactPlan(Plan):
+    """A block whose norms come first: all but the first are folded into the convolution before."""
+
+    def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype, shared: bool) -> None:
+        super().__init__(parts, guard, dtype)
+        self.takes_any = False
+        self._shared = shared  # whether the shortcut starts from the first ReLU
+        self._norm = bn = parts.pairs[0][1]
+        mean, var = bn.running_mean.double(), bn.running_var.double()
+        weight, bias = (None if t is None else t.detach() for t in (bn.weight, bn.bias))
+        gain = torch.rsqrt(var + bn.eps) * (1 if weight is None else weight.double())
+        shift = (0 if bias is None else bias.double()) - mean * gain
+        self._gain, self._shift = max_abs(gain) * (1 + 2**-7), max_abs(shift)
+        self._native: tuple[Any, ...] | None = None
+        if mean.device.type == "cpu" and native.load() is None:
+            vectors = (None if t is None else t.float() for t in (weight, bias))
+            self._native = (torch.stack([mean, var]), *vectors, bn.eps)
+
+    def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
+        norms = [bn for _, bn in parts.main[1:]] + [None, None]
+        return [(conv, bn) for (conv, _), bn in zip(parts.pairs, norms, strict=False)]
+
+    def bound(self, x_bound: float | None) -> float | None:
+        if x_bound is None or not self._needs_bound:
+            return None
+        normed = x_bound * self._gain + self._shift
+        bound = super().bound(normed)
+        # The shortcut may start from x itself.
+        return None if bound is None or not bound + x_bound <= BOUND_LIMIT else bound + x_bound
+
+    def run(self, flow: Flow) -> Flow | None:
+        bound = self.bound(flow.bound)
+        if bound is None and self._needs_bound:
+            bound = self.bound(max_abs(flow.x))
+            if bound is None:
+                return None
+        h = y = self._normed(flow.x)
+        for conv in self.convs[:-1]:
+            y = conv.run(y, None, True)
+        source = (h, True) if self._shared else (flow.x, flow.owned)
+        residual, owned = self._residual(*source)
+        return Flow(self.convs[-1].run(y, residual, False, overwrite=owned), bound, True)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """relu(norm(x)) by the running statistics."""
+        if self._native is not None:
+            none = (None, None, None, None, 0.0)
+            return torch.ops.fused_resnet_native.bn_apply(x, *self._native, *none, True)
+        bn = self._norm
+        with torch.no_grad():
+            y = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+            return torch.relu_(y)
 
 
 def output_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -158,16 +231,16 @@ def reason_against(parts: Parts, dtype: torch.dtype, device: torch.device) -> st
     if backend == "triton" and device.type == "cpu":
         return "Triton's interpreter is for its kernels alone"
     for conv, bn in parts.pairs:
-        if uses_batch_statistics(bn):
+        if bn is not None and uses_batch_statistics(bn):
             return "batch norm uses batch statistics"
-        if bn.running_mean is None or bn.running_var is None:
+        if bn is not None and (bn.running_mean is None or bn.running_var is None):
             return "running statistics are absent"
         if conv.weight.device != device:
             return f"x is on {device}, a weight on {conv.weight.device}"
         if not weights_fit(dtype, conv.weight):
             return f"x is {dtype} and a weight is {conv.weight.dtype}"
         outer = output_dtype(dtype, device.type)
-        if not norm_fits(bn, outer):
+        if bn is not None and not norm_fits(bn, outer):
             return f"a norm's tensors are of another dtype than {outer}"
         shape = conv.weight.shape
         if backends.conv_kind(shape, inner, conv.dilation, conv.groups, device.type) is None:
@@ -220,7 +293,11 @@ def plan_for(
     guard = Guard(parts)
     if not guard.watchable:
         return "weights made in inference mode carry no version counter to watch"
-    plan = Plan(parts, guard, inner)
+    if names.norm_first:
+        shared: Any = block.activation_shared
+        plan: Plan = PreactPlan(parts, guard, inner, shared)
+    else:
+        plan = Plan(parts, guard, inner)
     if not keepable(plan.weight):  # good for this call alone
         return plan
     for conv in plan.all_convs:

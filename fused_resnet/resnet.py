@@ -59,15 +59,19 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
 
 
-class _Block(nn.Module):
-    """What both blocks share: a switch of mode drops what was precomputed for the other one."""
+class Planned(nn.Module):
+    """A module for which inference is made ready: a switch of mode drops what was precomputed."""
 
     def train(self, mode: bool = True) -> Any:
         plans.forget(self)
         return super().train(mode)
 
 
-class BasicBlock(_Block):
+class Block(Planned):
+    """A residual block, or the same layers without the shortcut."""
+
+
+class BasicBlock(Block):
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + x), two 3x3 convolutions.
 
     x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride); downsample brings x to that
@@ -126,7 +130,7 @@ class BasicBlock(_Block):
         return out
 
 
-class Bottleneck(_Block):
+class Bottleneck(Block):
     """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + x): 1x1, 3x3, 1x1.
 
     x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride). The stride is in the 3x3
@@ -189,7 +193,7 @@ class Bottleneck(_Block):
 blocks.FORWARDS.update({BasicBlock.forward: BASIC, Bottleneck.forward: BOTTLENECK})
 
 
-class ResNet(nn.Module):
+class ResNet(Planned):
     """A residual network for images: stem, four stages of blocks, average pooling, classifier.
 
     x: (N, 3, H, W), usually 224 x 224, normalised -> (N, num_classes) logits.
@@ -293,10 +297,6 @@ class ResNet(nn.Module):
                 )
             )
         return nn.Sequential(*stage)
-
-    def train(self, mode: bool = True) -> ResNet:
-        plans.forget(self)
-        return super().train(mode)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         pooled: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .shortcut import PadShortcut
 from .sync_batch_norm import SyncBatchNorm
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -21,20 +22,30 @@ _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 _conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _bn_state = attrgetter("eps", "training")
+_pad_state = attrgetter("in_channels", "out_channels", "stride")
 _version = attrgetter("_version")
 
 
 class Names(NamedTuple):
-    """Where a block keeps its parts: (convolution, batch norm) in order, and the rest."""
+    """Where a block keeps its parts: (convolution, batch norm) in order, and the rest.
+
+    downsample: what changes the shortcut's shape; None: there is no shortcut. norm_first: norm and
+    ReLU come before each convolution, and none after the addition."""
 
     pairs: tuple[tuple[str, str], ...]
     relu: str = "relu"
     downsample: str | None = "downsample"
+    norm_first: bool = False
 
 
 STEM = Names((("conv1", "bn1"),), downsample=None)
 BASIC = Names((("conv1", "bn1"), ("conv2", "bn2")))
 BOTTLENECK = Names((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
+PLAIN = BASIC._replace(downsample=None)
+PREACT = BASIC._replace(norm_first=True)
+PREACT_BOTTLENECK = BOTTLENECK._replace(norm_first=True)
+PREACT_PLAIN = PLAIN._replace(norm_first=True)
+PREACT_PLAIN_BOTTLENECK = BOTTLENECK._replace(norm_first=True, downsample=None)
 
 
 class Place(NamedTuple):
@@ -47,11 +58,23 @@ class Place(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A block taken apart. pairs: (conv, bn) in order, the downsample's last if there is one."""
+    """A block taken apart. pairs: (conv, bn) in order, those of a projecting shortcut last.
+
+    shortcut: "none", "identity", "projection" or "pad", which `pad` does. A projection of a block
+    whose norms come first has no norm, and None in its place."""
 
     pairs: list[tuple[Any, Any]]
-    downsample: bool
+    shortcut: str
     places: list[Place]
+    pad: PadShortcut | None = None
+
+    @property
+    def downsample(self) -> bool:
+        return self.shortcut == "projection"
+
+    @property
+    def norms(self) -> list[Any]:
+        return [bn for _, bn in self.pairs if bn is not None]
 
     @property
     def main(self) -> list[tuple[Any, Any]]:
@@ -72,21 +95,30 @@ def take_apart(block: nn.Module, names: Names) -> Parts | str:
         (child(children, c, nn.Conv2d), child(children, b, nn.BatchNorm2d)) for c, b in names.pairs
     ]
     child(children, names.relu, nn.ReLU)
-    downsample = False
+    shortcut, pad = "none", None
     if names.downsample is not None:
         # A block without the branch keeps a plain None, which is no child module.
         child(block.__dict__, names.downsample, type(None))
         branch = children.get(names.downsample)
-        downsample = branch is not None
-        child(children, names.downsample, nn.Sequential if downsample else type(None))
-        if downsample:
+        if branch is None:
+            shortcut = "identity"
+            child(children, names.downsample, type(None))
+        elif type(branch) is PadShortcut:
+            shortcut = "pad"
+            pad = child(children, names.downsample, PadShortcut)
+        elif names.norm_first:
+            shortcut = "projection"
+            pairs.append((child(children, names.downsample, nn.Conv2d), None))
+        else:
+            shortcut = "projection"
+            child(children, names.downsample, nn.Sequential)
             if type(branch) is not nn.Sequential or len(branch) != 2:
                 return f"{names.downsample} is not a Sequential of a convolution and a norm"
             inner = branch._modules
             first, second = inner.keys()
             pairs.append((child(inner, first, nn.Conv2d), child(inner, second, nn.BatchNorm2d)))
-    parts = Parts(pairs, downsample, places)
-    return _structure_reason(parts) or parts
+    parts = Parts(pairs, shortcut, places, pad)
+    return _structure_reason(parts, names.norm_first) or parts
 
 
 def has_hooks(m: nn.Module) -> bool:
@@ -114,7 +146,7 @@ def uses_batch_statistics(bn: Any) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def _structure_reason(parts: Parts) -> str | None:
+def _structure_reason(parts: Parts, norm_first: bool) -> str | None:
     for _, name, part, kind in parts.places:
         norm = kind is nn.BatchNorm2d and (type(part) in _SYNCHRONISED or is_frozen_bn(part))
         if type(part) is not kind and not norm:
@@ -130,8 +162,10 @@ def _structure_reason(parts: Parts) -> str | None:
                 continue
             if type(t) not in (Tensor, nn.Parameter):
                 return f"{name} is a {type(t).__name__}"
-            if name != "conv.weight" and t.shape != (conv.out_channels,):
-                return f"{name} is of shape {tuple(t.shape)} for {conv.out_channels} channels"
+            first = norm_first and name != "conv.bias"
+            channels = conv.in_channels if first else conv.out_channels
+            if name != "conv.weight" and t.shape != (channels,):
+                return f"{name} is of shape {tuple(t.shape)} for {channels} channels"
             if t.device != conv.weight.device:
                 return f"{name} is on {t.device}, conv.weight on {conv.weight.device}"
     return None
@@ -141,7 +175,7 @@ def tensors_of(conv: Any, bn: Any) -> Iterator[tuple[str, Tensor | None]]:
     """Every tensor that the pair computes with, by name."""
     yield "conv.weight", conv.weight
     yield "conv.bias", conv.bias
-    for name in _BN_TENSORS:
+    for name in _BN_TENSORS if bn is not None else ():
         yield f"bn.{name}", getattr(bn, name)
 
 
@@ -162,13 +196,16 @@ class Guard:
         self._children = [m._modules for m in modules]
         self._counts = list(map(len, self._children))
         self._convs = [conv for conv, _ in parts.pairs]
-        self._bns = [bn for _, bn in parts.pairs]
+        self._bns = [bn for _, bn in parts.pairs if bn is not None]
         self._conv_states = list(map(_conv_state, self._convs))
         self._bn_states = list(map(_bn_state, self._bns))
+        self._pads = [m for m in modules if type(m) is PadShortcut]
+        self._pad_states = list(map(_pad_state, self._pads))
         slots = [
             (home, name)
             for conv, bn in parts.pairs
             for m, names in ((conv, ("weight", "bias")), (bn, _BN_TENSORS))
+            if m is not None
             for name in names
             for home in (m._parameters, m._buffers)
             if name in home
@@ -194,6 +231,7 @@ class Guard:
                 and not any(map(contains, self._dicts, repeat("forward")))
                 and list(map(_conv_state, self._convs)) == self._conv_states
                 and list(map(_bn_state, self._bns)) == self._bn_states
+                and list(map(_pad_state, self._pads)) == self._pad_states
                 and list(map(len, self._children)) == self._counts
             )
         except (KeyError, AttributeError):  # a parameter or an attribute was taken away

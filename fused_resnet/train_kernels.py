@@ -180,9 +180,11 @@ class Native(Portable):
         self, x: Tensor, weight: Tensor, transposed: bool, residual: Tensor | None,
         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     ) -> Tensor:  # fmt: skip
+        """In the residual's memory where it is transposed."""
         weight = _channels_last(weight.detach().float())
+        overwrite = transposed and residual is not None
         return self._ops.convolution(
-            x, weight, transposed, residual, residual is not None, stride, padding, dilation
+            x, weight, transposed, residual, overwrite, stride, padding, dilation
         )
 
     def convolution(

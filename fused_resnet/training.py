@@ -18,20 +18,21 @@ differentiated runs the block's formula by PyTorch's own operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .shortcut import PadShortcut, add_padded_gradient, padded
 from .train_kernels import Geometry, Norm, Normed, Portable
 
 
 class Spec(NamedTuple):
     """A block without its tensors. geometries, eps: one per unit (convolution and norm), the
-    shortcut's last. shortcut: "identity", "projection" (a unit of its own), "given" (a tensor of
-    the caller's) or "none"."""
+    shortcut's last. shortcut: "identity", "projection" (a unit of its own), "pad" (a PadShortcut of
+    this stride) or "none"."""
 
     kernels: Portable
     geometries: tuple[Geometry, ...]
@@ -40,6 +41,9 @@ class Spec(NamedTuple):
     level: str
     dtype: torch.dtype  # of the activations
     groups: tuple[Any, ...]  # the norms' process groups, None where they need no other process
+    stride: int = 1  # of a PadShortcut
+    # Of norms that come first: whether the shortcut starts from the first of them, not from x.
+    shared: bool = False
 
 
 Units = list[tuple[Tensor, Norm]]
@@ -69,15 +73,12 @@ def _recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
 class BlockFunction(torch.autograd.Function):
     """y = relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)), batch statistics.
 
-    apply(spec, states, x, given, *tensors): x (N, C, H, W) of spec.dtype, channels_last or as the
-    kernels take it; given: the shortcut's value (N, K, P, Q) or None; `states` is filled with every
-    unit's statistics and number of values per channel.
+    apply(spec, states, x, *tensors): x (N, C, H, W) of spec.dtype, channels_last or as the kernels
+    take it; `states` is filled with every unit's statistics and number of values per channel.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, spec: Spec, states: list[Any], x: Tensor, given: Tensor | None, *tensors: Any
-    ) -> Tensor:
+    def forward(ctx: Any, spec: Spec, states: list[Any], x: Tensor, *tensors: Any) -> Tensor:
         kernels = spec.kernels
         units = _units(spec, tensors)
         projection = spec.shortcut == "projection"
@@ -96,7 +97,7 @@ class BlockFunction(torch.autograd.Function):
         weight, norm = units[main - 1]
         z = kernels.convolution(h, weight, spec.geometries[main - 1])
         outputs.append(z)
-        residual: Tensor | Normed | None = x if spec.shortcut == "identity" else given
+        residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
         if projection:
             branch = kernels.convolution(x, units[-1][0], spec.geometries[-1])
             residual = Normed(branch, units[-1][1], kernels.statistics(branch, units[-1][1].group))
@@ -113,8 +114,7 @@ class BlockFunction(torch.autograd.Function):
         ctx.spec = spec
         ctx.state_size = len(moments[0])
         ctx.save_for_backward(
-            x, given if spec.shortcut == "given" else None,
-            None if spec.level == "minimal" else y, *tensors, *kept,
+            x, None if spec.level == "minimal" else y, *tensors, *kept,
             *(inner if spec.level == "full" else []), *(t for state in moments for t in state),
         )  # fmt: skip
         return y
@@ -122,24 +122,24 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
-        x, given, y, *rest = ctx.saved_tensors
+        x, y, *rest = ctx.saved_tensors
         n = len(spec.eps)
         tensors, rest = rest[: 3 * n], rest[3 * n :]
         if torch.is_grad_enabled():
-            return _differentiable(ctx, x, given, tensors, dy)
-        return _Backward(ctx, x, given, y, tensors, rest).run(dy)
+            needs = ctx.needs_input_grad[2:]
+            return None, None, *differentiable(spec, x, tensors, dy, needs, formula)
+        return _Backward(ctx, x, y, tensors, rest).run(dy)
 
 
 class _Backward:
     """One run of `BlockFunction.backward`, on what forward kept."""
 
     def __init__(
-        self, ctx: Any, x: Tensor, given: Tensor | None, y: Tensor | None, tensors: Any,
-        rest: Sequence[Any],
-    ) -> None:  # fmt: skip
+        self, ctx: Any, x: Tensor, y: Tensor | None, tensors: Any, rest: Sequence[Any]
+    ) -> None:
         self.spec: Spec = ctx.spec
         self.kernels = self.spec.kernels
-        self.x, self.given = x, given
+        self.x = x
         self.units = _units(self.spec, tensors)
         n = len(self.units)
         self.main = n - (self.spec.shortcut == "projection")
@@ -150,7 +150,7 @@ class _Backward:
             self.inner, rest = list(rest[: self.main - 1]), rest[self.main - 1 :]
         size = ctx.state_size
         self.states = [tuple(rest[i * size : (i + 1) * size]) for i in range(n)]
-        _, _, self.need_x, self.need_given, *self.needs = ctx.needs_input_grad
+        _, _, self.need_x, *self.needs = ctx.needs_input_grad
         self.y = self.output() if y is None else y
 
     def normed(self, i: int) -> Normed:
@@ -173,9 +173,8 @@ class _Backward:
 
     def output(self) -> Tensor:
         """The block's output, computed again."""
-        residual: Tensor | Normed | None = (
-            self.x if self.spec.shortcut == "identity" else self.given
-        )
+        weight = self.units[self.main - 1][0]
+        residual: Tensor | Normed | None = free_shortcut(self.spec, self.x, weight)
         if self.spec.shortcut == "projection":
             residual = self.normed(self.main)
         return self.kernels.apply(self.normed(self.main - 1), residual, relu=True)
@@ -190,7 +189,7 @@ class _Backward:
         first = 0 if self.need_x else next(
             (i for i in range(self.main) if any(self.needs[3 * i : 3 * i + 3])), self.main
         )  # fmt: skip
-        masked = (spec.shortcut == "identity" and self.need_x) or self.need_given
+        masked = spec.shortcut in ("identity", "pad") and self.need_x
         last = self.main - 1
         other = self.normed(last + 1) if projection else None
         found: Any
@@ -205,8 +204,7 @@ class _Backward:
             if self.needs[3 * (last + 1)]:
                 grads[3 * (last + 1)] = self.weight_gradient(last + 1, branch.dx, self.x)
             self.outputs[last + 1] = other = None
-        dgiven = g if self.need_given else None
-        del g
+        g = g if spec.shortcut == "pad" else None
         for i in range(last, first - 1, -1):
             self.keep(grads, i, found)
             source = self.unit_input(i)
@@ -230,7 +228,9 @@ class _Backward:
             dx = kernels.input_gradient(
                 branch.dx, self.x, self.units[-1][0], spec.geometries[-1], dx
             )
-        return None, None, dx, dgiven, *grads
+        if dx is not None and g is not None:
+            dx = add_padded_gradient(dx, g, spec.stride)
+        return None, None, dx, *grads
 
     def keep(self, grads: list[Any], i: int, found: Any) -> None:
         norm = self.units[i][1]
@@ -274,12 +274,14 @@ class StemFunction(torch.autograd.Function):
         tensors = (weight, norm_weight, norm_bias)
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-            wanted = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
-            again = functional.max_pool2d(
-                formula(spec, x, None, tensors), ctx.window[:2], ctx.window[2:4], ctx.window[4:]
-            )
-            grads = iter(torch.autograd.grad(again, wanted, dy, create_graph=True))
-            return None, None, None, *(next(grads) if need else None for need in needs)
+
+            window = ctx.window
+
+            def pooled(*operands: Any) -> Tensor:
+                y = formula(*operands)
+                return functional.max_pool2d(y, window[:2], window[2:4], window[4:])
+
+            return None, None, None, *differentiable(spec, x, tensors, dy, needs, pooled)
         norm = Norm(norm_weight, norm_bias, spec.eps[0], spec.groups[0])
         z = kernels.convolution(x, weight, geometry) if z is None else z
         if dy.stride() != y.stride():
@@ -295,14 +297,15 @@ class StemFunction(torch.autograd.Function):
         return None, None, None, dx, dweight, *norms
 
 
-def formula(spec: Spec, x: Tensor, given: Tensor | None, tensors: Sequence[Any]) -> Tensor:
-    """The block by PyTorch's own differentiable operations."""
-    if any(group is not None for group in spec.groups):
-        raise NotImplementedError(
-            "fused_resnet: a synchronised batch norm is not differentiable twice; "
-            "differentiate it in one process, or freeze it (eval)"
-        )
+def free_shortcut(spec: Spec, x: Tensor, weight: Tensor) -> Tensor | None:
+    """A shortcut without parameters, (N, K, P, Q), K being the channels of the last weight."""
+    if spec.shortcut == "pad":
+        return padded(x, weight.shape[0], spec.stride)
+    return x if spec.shortcut == "identity" else None
 
+
+def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
+    """The block by PyTorch's own differentiable operations."""
     def unit(i: int, h: Tensor) -> Tensor:
         weight, norm = units[i]
         g = spec.geometries[i]
@@ -321,20 +324,25 @@ def formula(spec: Spec, x: Tensor, given: Tensor | None, tensors: Sequence[Any])
     y = unit(main - 1, h)
     if spec.shortcut == "projection":
         y = y + unit(main, x)
-    elif spec.shortcut != "none":
-        y = y + (x if given is None else given)
+    elif spec.shortcut == "pad":
+        y = y + PadShortcut(x.shape[1], y.shape[1], spec.stride)(x)
+    elif spec.shortcut == "identity":
+        y = y + x
     return torch.relu(y)
 
 
-def _differentiable(
-    ctx: Any, x: Tensor, given: Tensor | None, tensors: Sequence[Any], dy: Tensor
-) -> tuple[Any, ...]:
-    """Backward where somebody wants to differentiate it: written in differentiable operations."""
-    wanted = [
-        t
-        for t, needed in zip((x, given, *tensors), ctx.needs_input_grad[2:], strict=True)
-        if needed
-    ]
-    y = formula(ctx.spec, x, given, tensors)
+def differentiable(
+    spec: Spec, x: Tensor, tensors: Sequence[Any], dy: Tensor, needs: Sequence[bool],
+    formula: Callable[[Spec, Tensor, Sequence[Any]], Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """Backward where somebody wants to differentiate it, written in differentiable operations: the
+    gradients of x and of tensors, as far as each needs one."""
+    if any(group is not None for group in spec.groups):
+        raise NotImplementedError(
+            "fused_resnet: a synchronised batch norm is not differentiable twice; "
+            "differentiate it in one process, or freeze it (eval)"
+        )
+    wanted = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
+    y = formula(spec, x, tensors)
     grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return None, None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[2:])
+    return [next(grads) if need else None for need in needs]

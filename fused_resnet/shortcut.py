@@ -1,0 +1,58 @@
+"""The shortcut without parameters: He et al. 2015 (1512.03385), section 3.3, option A."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+__all__ = ["PadShortcut"]
+
+
+class PadShortcut(nn.Module):
+    """y[:, c] = x[:, c, ::stride, ::stride], and zeros in the channels that x does not have.
+
+    x: (N, in_channels, H, W) -> y: (N, out_channels, ceil(H / stride), ceil(W / stride)), in x's
+    dtype; the zeros come last. Raises ValueError where out_channels < in_channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        if not 0 < in_channels <= out_channels:
+            raise ValueError(
+                f"PadShortcut: out_channels must be at least in_channels, {in_channels}, "
+                f"got {out_channels}"
+            )
+        self.in_channels, self.out_channels, self.stride = in_channels, out_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[:, :, :: self.stride, :: self.stride]
+        return pad(y, [0, 0, 0, 0, 0, self.out_channels - self.in_channels])
+
+    def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Of an x of `shape` (N, in_channels, H, W)."""
+        N, C, H, W = shape
+        extra = self.out_channels - self.in_channels
+        return N, C + extra, -(-H // self.stride), -(-W // self.stride)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, stride={self.stride}"
+
+
+def padded(x: Tensor, channels: int, stride: int) -> Tensor:
+    """What PadShortcut makes of x (N, C, H, W), in x's layout: (N, channels, P, Q)."""
+    plain = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    inside = torch.contiguous_format if plain else torch.channels_last
+    some = x[:, :, ::stride, ::stride]
+    shape = (x.shape[0], channels, *some.shape[2:])
+    y = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=inside)
+    y[:, : x.shape[1]] = some
+    return y
+
+
+def add_padded_gradient(dx: Tensor, dy: Tensor, stride: int) -> Tensor:
+    """dx (N, C, H, W) plus what dy (N, channels, P, Q) of `padded` gives x, in place."""
+    dx[:, :, ::stride, ::stride] += dy[:, : dx.shape[1]]
+    return dx
