@@ -113,8 +113,9 @@ Run = Callable[[Tensor], Tensor]
 
 
 def run_stages(stages: list[list[Run]], x: Tensor) -> Tensor:
-    """What runs of all stages, in segments: blocks, or methods of them. A stage's first block, which makes the activation
-    smaller, ends the segment before, so that its output is kept rather than its input."""
+    """What runs of all stages, in segments: blocks, or methods of them. A stage's first block,
+    which makes the activation smaller, ends the segment before, so that its output is kept rather
+    than its input."""
     firsts = [stage[:1] for stage in stages[1:]] + [[]]
     rests = stages[:1] + [stage[1:] for stage in stages[1:]]
     for blocks in (rest + first for rest, first in zip(rests, firsts, strict=True)):
@@ -122,7 +123,8 @@ def run_stages(stages: list[list[Run]], x: Tensor) -> Tensor:
         for i in range(count):
             some = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
             if some:
-                x = run_segment(_Chain(some), x, [getattr(run, "__self__", run) for run in some])
+                modules: list[Any] = [getattr(run, "__self__", run) for run in some]
+                x = run_segment(_Chain(some), x, modules)
     return x
 
 

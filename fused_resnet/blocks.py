@@ -205,6 +205,17 @@ def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
     return _train_bn(bn, x, None, True) if _serves(True, x) and _bn_fits(bn, x, None) else None
 
 
+def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
+    """relu of a projecting shortcut alone, where its norm comes last and statistics are counted
+    here; None where PyTorch is to compute it."""
+    if call_reason(x) is not None or not wants_grad(block, x):
+        return None
+    parts = take_apart(block, names)
+    if isinstance(parts, str) or not _units_pay(parts, x):
+        return None
+    return _unit(*parts.pairs[-1], x, None, True)
+
+
 def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """The block unit by unit, differentiably; or None: run torchvision's."""
     parts = take_apart(block, names)

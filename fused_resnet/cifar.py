@@ -54,8 +54,10 @@ class CifarBlock(BasicBlock):
         """The block without what it adds to its shortcut; x (N, inplanes, H, W) is a ReLU's."""
         if self.downsample is None:
             return x
-        y = self.downsample(x)
-        return y if isinstance(self.downsample, PadShortcut) else self.relu(y)
+        if isinstance(self.downsample, PadShortcut):
+            return self.downsample(x)
+        y = blocks.run_projection(self, structure.BASIC, x)
+        return self.relu(self.downsample(x)) if y is None else y
 
 
 class PlainBlock(CifarBlock):
@@ -66,9 +68,7 @@ class PlainBlock(CifarBlock):
         return self.relu(self._residual(x)) if y is None else y
 
 
-blocks.FORWARDS.update(
-    {CifarBlock.forward: structure.BASIC, PlainBlock.forward: structure.PLAIN}
-)
+blocks.FORWARDS.update({CifarBlock.forward: structure.BASIC, PlainBlock.forward: structure.PLAIN})
 
 
 class CifarResNet(Planned):
@@ -117,7 +117,8 @@ class CifarResNet(Planned):
             stage = nn.Sequential()
             for j in range(blocks_per_stage):
                 stride = 2 if i > 0 and j == 0 else 1
-                made = _make_block(block, shortcut, channels, width, stride, norm_layer, i == j == 0)
+                first = i == j == 0
+                made = _make_block(block, shortcut, channels, width, stride, norm_layer, first)
                 channels = width * made.expansion
                 stage.append(made)
             setattr(self, f"layer{i + 1}", stage)

@@ -295,7 +295,7 @@ def plan_for(
         return "weights made in inference mode carry no version counter to watch"
     if names.norm_first:
         shared: Any = block.activation_shared
-        plan: Plan = PreactPlan(parts, guard, inner, shared)
+        plan = PreactPlan(parts, guard, inner, shared)
     else:
         plan = Plan(parts, guard, inner)
     if not keepable(plan.weight):  # good for this call alone

@@ -1,4 +1,5 @@
-"""Pre-activation blocks: He et al. 2016, "Identity Mappings in Deep Residual Networks" (1603.05027).
+"""Pre-activation blocks: He et al. 2016, "Identity Mappings in Deep Residual Networks"
+(1603.05027).
 
 Norm and ReLU come before each convolution, and nothing after the addition, so that a signal goes
 from any block to any later one unchanged, in both directions.
@@ -66,9 +67,10 @@ class PreactBlock(Block):
 
     def skip(self, x: Tensor) -> Tensor:
         """The block without what it adds to its shortcut."""
-        if self.downsample is None and not self.activation_shared:
-            return x
-        return self._shortcut(x, self.relu(self.bn1(x)) if self.activation_shared else x)
+        if not self.activation_shared:
+            return self._shortcut(x, x)
+        h = blocks.run_norm(self.bn1, self.relu, x)
+        return self._shortcut(x, self.relu(self.bn1(x)) if h is None else h)
 
 
 class PreactBottleneck(PreactBlock):

@@ -274,7 +274,6 @@ class StemFunction(torch.autograd.Function):
         tensors = (weight, norm_weight, norm_bias)
         needs = ctx.needs_input_grad[3:]
         if torch.is_grad_enabled():
-
             window = ctx.window
 
             def pooled(*operands: Any) -> Tensor:
@@ -306,6 +305,7 @@ def free_shortcut(spec: Spec, x: Tensor, weight: Tensor) -> Tensor | None:
 
 def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
     """The block by PyTorch's own differentiable operations."""
+
     def unit(i: int, h: Tensor) -> Tensor:
         weight, norm = units[i]
         g = spec.geometries[i]

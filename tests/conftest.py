@@ -11,6 +11,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+# Before torch loads OpenMP: a thread that waits for another gives its core away. Where tests run
+# side by side, each with as many threads as there are cores, spinning takes most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 if not torch.cuda.is_available():

@@ -6,91 +6,18 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from op_cases import close, lifted, randn, unchanged
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from training_helpers import BLOCKS, DTYPES, LAST, is_whole, make, needs_native, step, stock_step
 
 import fused_resnet as fr
-from fused_resnet import blocks, native, train_kernels, training
+from fused_resnet import blocks, native, preact_training, train_kernels, training
 from fused_resnet.train_kernels import Geometry, Native, Portable
-
-LAST = torch.channels_last
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WHOLE = native.load() is None  # the whole block in C++ on the CPU
-
-# name -> the block, and x's (N, C, H, W)
-BLOCKS = {
-    "basic": (lambda: fr.BasicBlock(16, 16), (3, 16, 9, 7)),
-    "basic, projection": (
-        lambda: fr.BasicBlock(16, 32, 2, _branch(16, 32, 2)),
-        (2, 16, 9, 10),
-    ),
-    "bottleneck": (lambda: fr.Bottleneck(64, 16), (2, 64, 7, 7)),
-    "bottleneck, projection": (
-        lambda: fr.Bottleneck(32, 16, 2, _branch(32, 64, 2)),
-        (2, 32, 10, 9),
-    ),
-    "bottleneck, groups": (
-        lambda: fr.Bottleneck(64, 16, groups=4, base_width=64),
-        (2, 64, 6, 5),
-    ),
-    "odd channels": (lambda: fr.BasicBlock(7, 7), (3, 7, 5, 6)),
-}
-
-
-def _branch(C: int, K: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
-
-
-def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    """The block in training, with affine parameters and statistics that a trained one might have,
-    and an x that requires grad."""
-    torch.manual_seed(0)
-    build, shape = BLOCKS[name]
-    block = build()
-    for m in block.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            with torch.no_grad():
-                m.weight.copy_(torch.rand_like(m.weight) + 0.5)
-                m.bias.copy_(torch.randn_like(m.bias) * 0.3)
-                m.running_mean.normal_()
-                m.running_var.uniform_(0.5, 2)
-    x = randn(shape, dtype).contiguous(memory_format=LAST).requires_grad_()
-    return block.to(dtype).to(memory_format=LAST).train(), x
-
-
-def stock_step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    with fr.use_backend("reference"):
-        return step(block, x, dy)
-
-
-def step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and buffers after one forward and backward."""
-    block.zero_grad()
-    x = x.detach().requires_grad_(x.requires_grad)
-    y = block(x)
-    y.backward(dy)
-    found = {"y": y.detach()}
-    if x.grad is not None:
-        found["dx"] = x.grad
-    found |= {f"d{n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
-    found |= {n: b.detach().clone() for n, b in block.named_buffers() if b.is_floating_point()}
-    return found
-
-
-def is_whole(y: Tensor) -> bool:
-    """Whether y, or what a copy into another layout was made of, comes from the one node."""
-    node = y.grad_fn
-    while type(node).__name__ == "CloneBackward0":
-        node = node.next_functions[0][0]
-    return type(node).__name__ == "BlockFunctionBackward"
-
-
-needs_native = pytest.mark.skipif(not WHOLE, reason="needs the native kernels")
 
 
 @needs_native
@@ -104,7 +31,8 @@ def test_against_float64(name, dtype, layout):
     ReLUs are pushed away from it by their biases."""
     block, x = make(name, dtype)
     with torch.no_grad():
-        for bn in [block.bn1, block.bn2][: 1 if isinstance(block, fr.BasicBlock) else 2]:
+        norms = [m for n, m in block.named_children() if n.startswith("bn")]
+        for bn in norms if name.startswith("preact") else norms[:-1]:
             # far from zero, some on either side
             bn.bias.copy_(torch.where(torch.arange(len(bn.bias)) % 2 == 0, 9.0, -9.0))
     x = x.detach().contiguous(memory_format=layout).requires_grad_()
@@ -133,7 +61,10 @@ def test_against_float64(name, dtype, layout):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["basic", "bottleneck, projection"])
+@pytest.mark.parametrize(
+    "name",
+    ["basic", "bottleneck, projection", "preact", "preact bottleneck, projection"],
+)
 @pytest.mark.parametrize(
     "frozen",
     [
@@ -144,9 +75,10 @@ def test_against_float64(name, dtype, layout):
 def test_only_what_is_asked_for(name, frozen, monkeypatch):
     """The same gradients for what is left, and no work for what is not."""
     block, x = make(name)
-    if name == "basic" and frozen == "the shortcut":
+    if "projection" not in name and frozen == "the shortcut":
         pytest.skip("it has none")
-    last = "bn3" if name.startswith("bottleneck") else "bn2"
+    last = "bn3" if "bottleneck" in name else "bn2"
+    norm_first = name.startswith("preact")
 
     def stays(parameter: str) -> bool:
         return {
@@ -176,10 +108,12 @@ def test_only_what_is_asked_for(name, frozen, monkeypatch):
             assert torch.equal(value, everything[key]), key
     weights = sum(p.requires_grad and p.dim() == 4 for p in block.parameters())
     assert calls.count("weight_gradient") == weights
-    if frozen == "all but the last norm":
-        assert calls == []
+    if frozen == "all but the last norm":  # the last convolution comes after it, or before
+        assert calls == (["input_gradient"] if norm_first else [])
     if frozen == "x":
-        assert calls.count("input_gradient") == (1 if name == "basic" else 2)
+        units = 3 if "bottleneck" in name else 2
+        shared = norm_first and "projection" in name  # whose input has the first norm to teach
+        assert calls.count("input_gradient") == units + shared - (not norm_first)
 
 
 @needs_native
@@ -200,7 +134,10 @@ def test_double_backward_is_stocks(name):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["basic", "bottleneck, projection"])
+@pytest.mark.parametrize(
+    "name",
+    ["basic", "bottleneck, projection", "basic, padding", "preact", "preact bottleneck, padding"],
+)
 def test_gradcheck(name):
     block, x = make(name, torch.float64)
     # Away from the ReLUs' corners, where a difference quotient says nothing.
@@ -477,26 +414,36 @@ def test_two_hundred_and_fifty_times_the_same():
 
 def test_the_portable_maker_is_the_same_formula():
     """What GPUs run, here by the reference: a block with it against PyTorch's operations."""
-    for name in ("basic", "bottleneck, projection"):
+    for name in BLOCKS:
         block, x = make(name, torch.float64)
         parts = blocks.take_apart(block, blocks.FORWARDS[type(block).forward])
-        tensors = [t for c, b in parts.pairs for t in (c.weight, b.weight, b.bias)]
+        tensors = [
+            t
+            for c, b in parts.pairs
+            for t in (c.weight, *((b.weight, b.bias) if b else 2 * (None,)))
+        ]
         geometries = tuple(
             Geometry(c.stride, c.padding, c.dilation, c.groups) for c, _ in parts.pairs
         )
-        eps = tuple(b.eps for _, b in parts.pairs)
-        shortcut = "projection" if parts.downsample else "identity"
+        eps = tuple(bn.eps for bn in parts.norms)
         for level in ("full", "low", "lower", "minimal"):
             spec = training.Spec(
-                Portable(), geometries, eps, shortcut, level, torch.float64, (None,) * len(eps)
-            )
-            y = training.BlockFunction.apply(spec, [], x, None, *tensors)
-            want = training.formula(spec, x, None, tensors)
+                Portable(), geometries, eps, parts.shortcut, level, torch.float64,
+                (None,) * len(eps), 1 if parts.pad is None else parts.pad.stride,
+                getattr(block, "activation_shared", False),
+            )  # fmt: skip
+            function: Any = training.BlockFunction
+            formula = training.formula
+            if name.startswith("preact"):
+                function, formula = preact_training.PreactFunction, preact_training.formula
+            y = function.apply(spec, [], x, *tensors)
+            want = formula(spec, x, tensors)
             torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
             dy = torch.randn_like(y)
+            wanted = [t for t in (x, *tensors) if t is not None]
             for a, b in zip(
-                torch.autograd.grad(y, [x, *tensors], dy),
-                torch.autograd.grad(want, [x, *tensors], dy),
+                torch.autograd.grad(y, wanted, dy),
+                torch.autograd.grad(want, wanted, dy),
                 strict=True,
             ):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
@@ -568,84 +515,3 @@ def test_out_of_memory_and_after():
     block, x = make("basic")
     block(x).sum().backward()
     assert block.conv1.weight.grad.isfinite().all()
-
-
-# --- the stem -------------------------------------------------------------------------------------
-
-
-@needs_native
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "window",
-    [
-        [3, 3, 2, 2, 1, 1], [2, 2, 2, 2, 0, 0], [3, 3, 1, 1, 1, 1], [5, 4, 3, 2, 2, 1],
-        [3, 3, 5, 5, 0, 0],
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("C", [16, 64, 5, 19])
-def test_norm_relu_and_pooling_in_one_pass(C, window, dtype):
-    """Bit by bit what the passes give one by one: ties, NaN and -0.0 included."""
-    ops = torch.ops.fused_resnet_native
-    wide = dtype == torch.float64
-    x = torch.randint(-3, 4, (2, C, 13, 10)).to(dtype).contiguous(memory_format=LAST)
-    x[0, 0, 3, 3], x[1, C - 1, 0, 0], x[1, 1] = float("nan"), float("inf"), -0.0
-    vector = torch.float64 if wide else torch.float32
-    weight, bias = torch.rand(C, dtype=vector) + 0.5, torch.randn(C, dtype=vector)
-    stats = torch.stack([torch.randn(C), torch.rand(C) + 0.5]).double()
-    y, index = ops.bn_pool(x, stats, weight, bias, 1e-5, window)
-    relu = ops.bn_apply(x, stats, weight, bias, 1e-5, None, None, None, None, 0.0, True)
-    relu.requires_grad_()
-    sizes = (window[:2], window[2:4], window[4:])
-    want, where = F.max_pool2d(relu, *sizes, return_indices=True)
-    assert torch.equal(y.isnan(), want.isnan())
-    assert torch.equal(y.nan_to_num(), want.detach().nan_to_num())
-    rows, columns = where // 10, where % 10
-    p, q = torch.meshgrid(*(torch.arange(n) for n in y.shape[2:]), indexing="ij")
-    taps = (rows - p * window[2] + window[4]) * window[1] + columns - q * window[3] + window[5]
-    assert torch.equal(index.long(), taps)
-    dy = torch.randint(-3, 4, y.shape).to(dtype).contiguous(memory_format=LAST)
-    g = ops.bn_pool_gradient(dy, y, index, x, window)
-    want.backward(dy)
-    # As ReLU's own backward: a NaN lets it through.
-    assert torch.equal(g, relu.grad.masked_fill(relu.detach() <= 0, 0))
-
-
-@needs_native
-def test_stem_is_one_node_and_differentiable_twice():
-    torch.manual_seed(0)
-    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).double().train()
-    x = torch.randn(2, 3, 33, 30, dtype=torch.float64, requires_grad=True)
-    results = []
-    for backend in ("native", "reference"):
-        net = copy.deepcopy(model)
-        with fr.use_backend(backend):
-            stem = blocks.stem_and_pool(net, x)
-        assert (type(stem.grad_fn).__name__ == "StemFunctionBackward") == (backend == "native")
-        wanted = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
-        grads = torch.autograd.grad(stem.square().sum(), wanted, create_graph=True)
-        again = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
-        with fr.use_backend(backend):
-            plain = torch.autograd.grad(blocks.stem_and_pool(net, x).square().sum(), wanted)
-        results.append([stem.detach(), *grads, *again, *plain])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
-
-
-@needs_native
-@pytest.mark.parametrize("pool", ["ceil", "average", "hooked", "dilated", "huge"])
-def test_other_pooling_stays_pytorchs(pool):
-    model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).train()
-    model.maxpool = {
-        "ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
-        "average": nn.AvgPool2d(3, 2, 1),
-        "hooked": nn.MaxPool2d(3, 2, 1),
-        "dilated": nn.MaxPool2d(2, 2, dilation=2),
-        "huge": nn.MaxPool2d(17, 2),
-    }[pool]
-    if pool == "hooked":
-        model.maxpool.register_forward_hook(lambda m, i, o: o * 2)
-    theirs = copy.deepcopy(model)
-    x = torch.randn(2, 3, 64, 64)
-    y = model(x)
-    with fr.use_backend("reference"):
-        torch.testing.assert_close(y, theirs(x), rtol=1e-3, atol=1e-3)
