@@ -1,5 +1,6 @@
 """Fused conv-BN-ReLU and residual-add-ReLU for PyTorch, with a drop-in ResNet family."""
 
+from . import depth
 from .activation_memory import set_activation_memory
 from .backends import use_backend
 from .blocks import Explanation, explain
@@ -43,6 +44,7 @@ __all__ = [
     "cifar_resnet",
     "conv_bn_relu",
     "convert_sync_batchnorm",
+    "depth",
     "explain",
     "get_model",
     "inference",

@@ -8,6 +8,7 @@ A 3x3 convolution with 16 channels and no pooling, then three stages of n blocks
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -251,3 +252,19 @@ def nearest_depths(depth: int, per_block: int) -> tuple[int, int]:
     """The two depths about `depth` that are a multiple of per_block, and two."""
     n = max(1, (depth - 2) // per_block)
     return n * per_block + 2, (n + 1) * per_block + 2
+
+
+def named(name: str) -> int | None:
+    """The depth of "cifar_resnet20" and the like; None where `name` is no such name.
+
+    Raises ValueError where there is no network of that depth."""
+    found = re.fullmatch(r"cifar_resnet(\d+)", name)
+    if found is None:
+        return None
+    depth = int(found[1])
+    if depth < 8 or depth % 6 != 2:
+        below, above = nearest_depths(depth, 6)
+        raise ValueError(
+            f"{name}: depth must be 6n + 2, as cifar_resnet{below} or cifar_resnet{above}"
+        )
+    return depth

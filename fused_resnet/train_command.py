@@ -20,7 +20,9 @@ _OPTION = typer.Option
 
 @app.command()
 def train(
-    model: Annotated[str, _OPTION(help="A model of the family.")] = "resnet18",
+    model: Annotated[
+        str, _OPTION(help="Of the family, or cifar_resnet20 (any 6n + 2).")
+    ] = "resnet18",
     data: Annotated[str, _OPTION(help="digits (scikit-learn's), cifar10 or folder.")] = "digits",
     root: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10

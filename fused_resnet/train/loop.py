@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from .. import cifar
 from ..activation_memory import LEVELS, set_activation_memory
 from ..checkpoint import CheckpointError
 from ..resnet import get_model, list_models
@@ -31,7 +32,7 @@ AMP = ("no", "bfloat16", "float16")
 class Config:
     """What is trained on what, and how. Each field is an option of `fused-resnet train`."""
 
-    model: str = "resnet18"  # of the family
+    model: str = "resnet18"  # of the family, or cifar_resnet20 and the like
     data: str = "digits"  # "digits", "cifar10" or "folder"
     root: str | None = None  # where cifar10 or the folder is
     image_size: int | None = None  # pixels; None: 32, of a folder 224
@@ -106,7 +107,8 @@ def _check(c: Config) -> None:
         if value not in allowed:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
-    one_of("--model", c.model, list_models())
+    if cifar.named(c.model) is None:
+        one_of("--model", c.model, [*list_models(), "cifar_resnet20 (any depth 6n + 2)"])
     one_of("--data", c.data, datasets.NAMES)
     one_of("--optimizer", c.optimizer, optim.NAMES)
     one_of("--amp", c.amp, AMP)
@@ -165,10 +167,15 @@ class _Run:
             )
         self.steps = self.per_epoch * c.epochs
         torch.manual_seed(c.seed)
-        model = get_model(c.model, num_classes=len(self.data.classes))
+        depth, classes = cifar.named(c.model), len(self.data.classes)
+        model: nn.Module = (
+            get_model(c.model, num_classes=classes)
+            if depth is None
+            else cifar.cifar_resnet(depth, classes)
+        )
         layout = torch.channels_last if c.channels_last else torch.contiguous_format
         self.layout = layout
-        self.model: nn.Module = model.to(device).to(memory_format=layout).train()
+        self.model = model.to(device).to(memory_format=layout).train()
         set_activation_memory(self.model, c.activation_memory)
         if c.sync_bn:
             self.model = convert_sync_batchnorm(self.model)

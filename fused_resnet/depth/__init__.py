@@ -1,0 +1,10 @@
+"""What depth does to a network: gradients, responses and the loss around a solution, by layers.
+
+    profile = gradient_profile(model, lambda m: cross_entropy(m(x), y))
+
+Plain functions that work on any model; `fused-resnet depth` runs the whole experiment.
+"""
+
+from .profiles import Layer, gradient_profile, loss_along, response_profile
+
+__all__ = ["Layer", "gradient_profile", "loss_along", "response_profile"]

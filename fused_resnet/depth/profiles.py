@@ -1,0 +1,132 @@
+"""Looking at a network layer by layer. Nothing of the model is changed: parameters, buffers, .grad
+and modes are afterwards what they were before, to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+class Layer(NamedTuple):
+    """name: as in named_modules(); value: what was measured of the layer."""
+
+    name: str
+    value: float
+
+
+def gradient_profile(model: nn.Module, loss: Loss) -> list[Layer]:
+    """The norm of the gradient of every layer's weight, |d loss / d W|, in the order of the layers.
+
+    loss: takes the model, runs it and returns a scalar, in the mode that the model is in:
+    `lambda m: cross_entropy(m(x), y)`. Layers are modules with a weight of two or more dimensions
+    (convolutions, linear layers); those whose weight takes no part in the loss have 0, and those
+    that are frozen are left out. Raises ValueError where loss returns no scalar, or nothing in the
+    model has a gradient to take.
+    """
+    layers = [
+        (name, m.weight)
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "weight", None), Tensor)
+        and m.weight.dim() > 1
+        and m.weight.requires_grad
+    ]
+    if not layers:
+        raise ValueError("gradient_profile: model must have a layer whose weight requires grad")
+    with _buffers_kept(model), torch.enable_grad():
+        value = _scalar("gradient_profile", loss(model))
+        weights = [weight for _, weight in layers]
+        grads = torch.autograd.grad(value, weights, allow_unused=True)
+    norms = [0.0 if g is None else float(g.detach().double().norm()) for g in grads]
+    return [Layer(name, norm) for (name, _), norm in zip(layers, norms, strict=True)]
+
+
+@torch.no_grad()
+def response_profile(model: nn.Module, x: Tensor) -> list[Layer]:
+    """The standard deviation of every norm's output, in the order in which the norms are called.
+
+    x: what the model takes. Norms are all of PyTorch's batch, group, layer and instance norms; what
+    follows them, addition and ReLU, is not in it: He et al. 2015 (1512.03385), figure 7. Raises
+    ValueError where the model has no norm.
+    """
+    kinds = (
+        nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm,
+        nn.modules.instancenorm._InstanceNorm,
+    )  # fmt: skip
+    norms = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
+    if not norms:
+        raise ValueError("response_profile: model must have a norm, got none")
+    found: list[Layer] = []
+
+    def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, inputs: object, y: Tensor) -> None:
+            found.append(Layer(name, float(y.double().std(correction=0))))
+
+        return hook
+
+    with contextlib.ExitStack() as stack, _buffers_kept(model):
+        for name, m in norms:
+            stack.callback(m.register_forward_hook(look(name)).remove)
+        model(x)
+    return found
+
+
+@torch.no_grad()
+def loss_along(
+    model: nn.Module, loss: Loss, distances: Sequence[float], seed: int = 0
+) -> list[float]:
+    """The loss at w + t d for each t of `distances`, d a random direction that is normalised filter
+    by filter: d[k] = |w[k]| r[k] / |r[k]| for the k-th filter of a weight of two or more
+    dimensions, r normal; 0 for biases and norms.
+
+    loss: as for gradient_profile. seed: of the direction. Raises ValueError where loss returns no
+    scalar. Source: Li et al. 2018, "Visualizing the Loss Landscape of Neural Nets" (1712.09913),
+    section 4.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    start = [p.clone() for p in weights]
+    directions = [_filter_normalised(p, generator) for p in weights]
+    values = []
+    try:
+        for t in distances:
+            with _buffers_kept(model):
+                for p, w, d in zip(weights, start, directions, strict=True):
+                    p.copy_(w + t * d)
+                values.append(float(_scalar("loss_along", loss(model))))
+    finally:
+        for p, w in zip(weights, start, strict=True):
+            p.copy_(w)
+    return values
+
+
+def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """weight (K, ...) -> a random direction whose K parts are as long as the weight's."""
+    r = torch.randn(weight.shape, generator=generator).to(weight)
+    dims = tuple(range(1, weight.dim()))
+    length = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    return r * (length / torch.linalg.vector_norm(r, dim=dims, keepdim=True).clamp_min(1e-12))
+
+
+def _scalar(what: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what}: loss must return a scalar, got {got}")
+    return value
+
+
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Running statistics and the like are afterwards what they were."""
+    before = [b.clone() for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, was in zip(model.buffers(), before, strict=True):
+                b.copy_(was)

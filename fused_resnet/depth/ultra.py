@@ -1,0 +1,161 @@
+"""Very deep residual networks: some steps of training, and what they cost in time and memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+import fused_resnet as fr
+
+from ..activation_memory import LEVELS, segments, set_activation_memory
+from ..contenders import Step
+from ..memory import activation_peak_bytes, saved_bytes
+
+if TYPE_CHECKING:
+    from .experiment import Config, Experiment
+
+_SHALLOW = 20  # layers, beside which time per layer is held
+_TIMED = 5  # steps
+
+
+class TooDeep(RuntimeError):
+    """The activations of a step would not fit; the message says what would."""
+
+
+def run(experiment: Experiment, depth: int) -> dict[str, Any]:
+    """Some steps of training a residual network of `depth` layers, and the cost of one."""
+    from .experiment import Steps, _number, make
+
+    c, data = experiment.config, experiment.data
+    assert c.batch is not None
+    estimates = {level: estimate_bytes(c, depth, c.batch, data.size, level) for level in LEVELS}
+    refuse_what_does_not_fit(depth, c.activation_memory, estimates, available_bytes())
+    model = make(c, "residual", depth, 0, data.classes)
+    set_activation_memory(model, c.activation_memory)
+    before = experiment.gradients(model)
+    steps = Steps(experiment, model, depth, 0)
+    # A linear warm-up to the peak: the few steps of a long cycle would stay at its beginning.
+    steps.schedule = torch.optim.lr_scheduler.LinearLR(
+        steps.optimizer, 0.01, 1.0, max(1, c.deep_steps // 2)
+    )
+    losses: list[float] = []
+    while len(losses) < c.deep_steps and (not losses or math.isfinite(losses[-1])):
+        for x, y in data.batches(c.batch, steps.generator):
+            losses.append(steps.step(x, y)[0])
+            if len(losses) == c.deep_steps or not math.isfinite(losses[-1]):
+                break
+    diverged = None if math.isfinite(losses[-1]) else len(losses)
+    found: dict[str, Any] = {
+        "depth": depth, "steps": len(losses), "losses": [_number(v) for v in losses],
+        "diverged": diverged, "gradients_before": before,
+        "gradients_after": None if diverged else experiment.gradients(model),
+        "estimated_bytes": estimates, "costs": costs(experiment, depth),
+    }  # fmt: skip
+    experiment.say(
+        f"residual {depth}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+    )
+    return found
+
+
+def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
+    """Of one step by level, and of stock's: time per layer beside that of a shallow network's, both
+    measured in turns, bytes saved for backward, peak of live activations."""
+    from .experiment import make
+
+    c, data = experiment.config, experiment.data
+    assert c.batch is not None
+    x, y = data.x[: c.batch], data.y[: c.batch]
+    rows = []
+    for level in ("eager", "full", "low", "minimal"):
+        models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
+        with fr.use_backend("reference" if level == "eager" else None):
+            for model in models:
+                set_activation_memory(model, "full" if level == "eager" else level)
+
+            def step(model: Any) -> torch.Tensor:
+                model.zero_grad(set_to_none=True)
+                loss = cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            times: list[list[float]] = [[], []]
+            for _ in range(_TIMED):
+                for model, own in zip(models, times, strict=True):
+                    began = time.perf_counter()
+                    step(model)
+                    own.append((time.perf_counter() - began) * 1e3)
+            shallow, deep = (statistics.median(own[1:]) for own in times)
+            model = models[1]
+            forward = Step(lambda model=model: cross_entropy(model(x), y), model)
+            rows.append({
+                "level": level, "step_ms": deep,
+                "layer_ms": deep / depth, "shallow_layer_ms": shallow / _SHALLOW,
+                "saved_bytes": saved_bytes(forward),
+                "peak_bytes": activation_peak_bytes(Step(lambda model=model: step(model), model)),
+            })  # fmt: skip
+    return rows
+
+
+def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str) -> int:
+    """About what a step of a residual network saves for backward, from what two small networks
+    save for two images; "minimal" grows with the square root of depth."""
+    from .experiment import make
+
+    per_block = 9 if config.block == "preact_bottleneck" else 6
+    stage_blocks = (2, 4)
+    x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+    sizes = []
+    for n in stage_blocks:
+        model = make(config, "residual", per_block * n + 2, 0, 10)
+        set_activation_memory(model, "low" if level == "minimal" else level)
+        sizes.append(saved_bytes(Step(lambda model=model: model(x).sum(), model)))
+    low, high = stage_blocks
+    per_n = (sizes[1] - sizes[0]) / (high - low)
+    n = (depth - 2) // per_block
+    if level == "minimal":
+        # The outputs of as many blocks as there are segments, and the blocks of one of those.
+        kept = segments(n)
+        return int((sizes[0] - low * per_n + per_n * (kept + math.ceil(n / kept) / 3)) * batch / 2)
+    return int((sizes[0] + per_n * (n - low)) * batch / 2)
+
+
+def available_bytes() -> int | None:
+    """Memory that this process could still get, None where the system does not say."""
+    try:
+        with open("/proc/meminfo") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        return int(rows["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+
+
+def refuse_what_does_not_fit(
+    depth: int, level: str, estimates: dict[str, int], available: int | None
+) -> None:
+    """TooDeep that names what was estimated, and the first level that would fit."""
+    if available is None or estimates[level] <= available:
+        return
+    fitting = [other for other in LEVELS if estimates[other] <= available]
+    use = f"--activation-memory {fitting[0]}" if fitting else "a smaller --batch"
+    need = estimates[fitting[0]] if fitting else estimates["minimal"]
+    raise TooDeep(
+        f"depth {depth}: activations need about {_gib(estimates[level])} with "
+        f"--activation-memory {level}, and {_gib(available)} are free; {use} would fit, "
+        f"with about {_gib(need)}" if fitting else
+        f"depth {depth}: activations need about {_gib(estimates[level])} with "
+        f"--activation-memory {level} and {_gib(need)} with minimal, and {_gib(available)} are "
+        f"free; use {use}"
+    )  # fmt: skip
+
+
+def _gib(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB"
