@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from . import train_command  # noqa: F401 - registers its command
+    from . import depth_command, train_command  # noqa: F401 - register their commands
     from .commands import app
 
     app(args=_arguments(sys.argv[1:] if argv is None else argv), prog_name="fused-resnet")

@@ -9,10 +9,12 @@ on where it was.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,13 @@ class Config:
     seeds: int = 3
     epochs: int | None = None  # None: 15, of cifar10 164
     batch: int | None = None  # None: 64, of cifar10 128
-    lr: float = 0.1
+    lr: float | None = None  # at its peak; None: 0.05, of cifar10 0.1
     block: str = "basic"  # or "preact", "preact_bottleneck"
     deep: tuple[int, ...] = (1202,)  # residual networks that are trained for some steps alone
     deep_steps: int = 60
     activation_memory: str = "low"  # of the deep ones
     stochastic_depth: float = 0.0  # of the residual ones
+    zero_init_residual: bool = False  # each of their blocks starts as its shortcut
     out: str = "runs/depth"
 
 
@@ -83,15 +86,17 @@ def _stacked(source: Iterable[Any], transform: Callable[[Any], Tensor]) -> tuple
 
 def make(
     config: Config, kind: str, depth: int, seed: int, classes: int, *, bn: bool = True,
-    init: str = "he",
+    init: str | None = None,
 ) -> Any:  # fmt: skip
-    """A network in training; init "default" is PyTorch's own of convolutions."""
+    """A network in training. init: "he" or "default", PyTorch's own of convolutions, for every
+    layer; None: He's, and where the settings say so each residual block as its shortcut."""
     torch.manual_seed(seed)
     options: dict[str, Any] = {}
     if not bn:
         options["norm_layer"] = lambda channels: nn.Identity()
     if kind == "residual":
         options["stochastic_depth"] = config.stochastic_depth
+        options["zero_init_residual"] = config.zero_init_residual and init is None
     shortcut = "none" if kind == "plain" else "identity"
     model = cifar_resnet(depth, classes, shortcut, config.block, **options)
     if init == "default":
@@ -137,23 +142,19 @@ class Experiment:
             config,
             epochs=config.epochs or (164 if cifar else 15),
             batch=config.batch or (128 if cifar else 64),
+            lr=config.lr or (0.1 if cifar else 0.05),
         )
         self.folder = Path(c.out) / "parts"
         self.data = Data(c)
         self._same_settings()
-        self.parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
-            *(
-                (f"train-{kind}-{depth}-{seed}", lambda k=kind, d=depth, s=seed: self.train(k, d, s))
-                for seed in range(c.seeds) for depth in c.depths for kind in KINDS
-            ),
-            *(
-                (f"start-{kind}-{depth}", lambda k=kind, d=depth: self.start(k, d))
-                for depth in (*c.depths, *c.deep) for kind in KINDS
-            ),
-            *(
-                (f"deep-{depth}", lambda d=depth: ultra.run(self, d)) for depth in c.deep
-            ),
-        ]  # fmt: skip
+        self.parts: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+        for seed, depth, kind in itertools.product(range(c.seeds), c.depths, KINDS):
+            name = f"train-{kind}-{depth}-{seed}"
+            self.parts.append((name, partial(self.train, kind, depth, seed)))
+        for depth, kind in itertools.product((*c.depths, *c.deep), KINDS):
+            self.parts.append((f"start-{kind}-{depth}", partial(self.start, kind, depth)))
+        for depth in c.deep:
+            self.parts.append((f"deep-{depth}", partial(ultra.run, self, depth)))
 
     def _same_settings(self) -> None:
         """Parts of other settings are no parts of this report."""
@@ -272,7 +273,7 @@ class Steps:
 
     def __init__(self, experiment: Experiment, model: nn.Module, depth: int, seed: int) -> None:
         c, self.data = experiment.config, experiment.data
-        assert c.epochs is not None and c.batch is not None
+        assert c.epochs is not None and c.batch is not None and c.lr is not None
         self.model, self.batch, self.epochs, self.lr = model, c.batch, c.epochs, c.lr
         self.taken = 0
         self.generator = torch.Generator().manual_seed(1000 + seed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +40,6 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     refuse_what_does_not_fit(depth, c.activation_memory, estimates, available_bytes())
     model = make(c, "residual", depth, 0, data.classes)
     set_activation_memory(model, c.activation_memory)
-    before = experiment.gradients(model)
     steps = Steps(experiment, model, depth, 0)
     # A linear warm-up to the peak: the few steps of a long cycle would stay at its beginning.
     steps.schedule = torch.optim.lr_scheduler.LinearLR(
@@ -53,7 +54,7 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     diverged = None if math.isfinite(losses[-1]) else len(losses)
     found: dict[str, Any] = {
         "depth": depth, "steps": len(losses), "losses": [_number(v) for v in losses],
-        "diverged": diverged, "gradients_before": before,
+        "diverged": diverged,
         "gradients_after": None if diverged else experiment.gradients(model),
         "estimated_bytes": estimates, "costs": costs(experiment, depth),
     }  # fmt: skip
@@ -72,18 +73,22 @@ def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
     assert c.batch is not None
     x, y = data.x[: c.batch], data.y[: c.batch]
     rows = []
+
+    def forward(model: Any) -> torch.Tensor:
+        return cross_entropy(model(x), y)
+
+    def step(model: Any) -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        loss = forward(model)
+        loss.backward()
+        return loss
+
     for level in ("eager", "full", "low", "minimal"):
         models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
-        with fr.use_backend("reference" if level == "eager" else None):
+        stock = level == "eager"
+        with fr.use_backend("reference") if stock else contextlib.nullcontext():
             for model in models:
-                set_activation_memory(model, "full" if level == "eager" else level)
-
-            def step(model: Any) -> torch.Tensor:
-                model.zero_grad(set_to_none=True)
-                loss = cross_entropy(model(x), y)
-                loss.backward()
-                return loss
-
+                set_activation_memory(model, "full" if stock else level)
             times: list[list[float]] = [[], []]
             for _ in range(_TIMED):
                 for model, own in zip(models, times, strict=True):
@@ -92,12 +97,12 @@ def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
                     own.append((time.perf_counter() - began) * 1e3)
             shallow, deep = (statistics.median(own[1:]) for own in times)
             model = models[1]
-            forward = Step(lambda model=model: cross_entropy(model(x), y), model)
+            model.zero_grad(set_to_none=True)  # or the profiler sees memory freed that it never saw
             rows.append({
                 "level": level, "step_ms": deep,
                 "layer_ms": deep / depth, "shallow_layer_ms": shallow / _SHALLOW,
-                "saved_bytes": saved_bytes(forward),
-                "peak_bytes": activation_peak_bytes(Step(lambda model=model: step(model), model)),
+                "saved_bytes": saved_bytes(Step(partial(forward, model), model)),
+                "peak_bytes": activation_peak_bytes(Step(partial(step, model), model)),
             })  # fmt: skip
     return rows
 
@@ -114,7 +119,7 @@ def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str
     for n in stage_blocks:
         model = make(config, "residual", per_block * n + 2, 0, 10)
         set_activation_memory(model, "low" if level == "minimal" else level)
-        sizes.append(saved_bytes(Step(lambda model=model: model(x).sum(), model)))
+        sizes.append(saved_bytes(Step(partial(model, x), model)))
     low, high = stage_blocks
     per_n = (sizes[1] - sizes[0]) / (high - low)
     n = (depth - 2) // per_block

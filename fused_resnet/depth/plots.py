@@ -1,0 +1,154 @@
+"""The depth report's plots; each takes pyplot and the summary and returns a figure."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+KINDS = ("plain", "residual")
+
+
+def _two(pyplot: Any, title: str, y: str, x: str) -> tuple[Any, Any]:
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure.suptitle(title)
+    for kind, a in zip(KINDS, axes, strict=True):
+        a.set_title(kind)
+        a.set_xlabel(x)
+        _open(a)
+    axes[0].set_ylabel(y)
+    return figure, axes
+
+
+def _open(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
+    """Errors against epoch: training dashed, test solid, the band from the best seed to the
+    worst."""
+    figure, axes = _two(pyplot, "Error against epoch", "error, %", "epoch")
+    for kind, a in zip(KINDS, axes, strict=True):
+        for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
+            runs = [
+                r for r in summary["curves"]
+                if r["kind"] == kind and r["depth"] == depth and r["diverged"] is None
+            ]  # fmt: skip
+            for key, style in (("train_error", "--"), ("test_error", "-")):
+                series = [[100 * v for v in values] for values in zip(*(r[key] for r in runs))]  # noqa: B905
+                epochs = range(1, len(series) + 1)
+                label = f"{depth} layers" if style == "-" else None
+                mean = [statistics.fmean(values) for values in series]
+                a.plot(epochs, mean, style, color=colour, label=label, lw=1.5)
+                if style == "-" and series:
+                    low, high = [min(v) for v in series], [max(v) for v in series]
+                    a.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
+        a.set_ylim(0, 100)
+    axes[0].plot([], [], "--", color="grey", label="training")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def degradation(pyplot: Any, summary: dict[str, Any]) -> Any:
+    """Final errors against depth."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    figure.suptitle("Final error against depth")
+    for key, title, a in zip(
+        ("train_error", "test_error"), ("training", "test"), axes, strict=True
+    ):
+        for kind, colour in zip(KINDS, (COLOURS[5], COLOURS[0]), strict=True):
+            rows = [r for r in summary["errors"] if r["kind"] == kind and r[key] is not None]
+            means = [100 * r[key]["mean"] for r in rows]
+            spread = [
+                [m - 100 * r[key]["min"] for m, r in zip(means, rows, strict=True)],
+                [100 * r[key]["max"] - m for m, r in zip(means, rows, strict=True)],
+            ]
+            a.errorbar(
+                [r["depth"] for r in rows], means, spread, color=colour, marker="o", capsize=3,
+                label=kind,
+            )  # fmt: skip
+        a.set_title(title)
+        a.set_xlabel("layers")
+        _open(a)
+    axes[0].set_ylabel("error, %")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def gradients(pyplot: Any, summary: dict[str, Any]) -> Any:
+    """Norm of the gradient by layer: before training with and without norms, and after."""
+    rows = [
+        ("start, batch norm", _start(summary, True, "he")),
+        ("start, no norm, He", _start(summary, False, "he")),
+        ("start, no norm, default", _start(summary, False, "default")),
+        ("trained", [(r["kind"], r["depth"], r["gradients"]) for r in summary["looks"]]),
+    ]
+    depths = sorted({d for _, lines in rows for _, d, _ in lines})
+    figure, axes = pyplot.subplots(
+        2, len(rows), figsize=(14, 6), sharex=True, sharey="col", layout="constrained"
+    )
+    figure.suptitle("Norm of the gradient of each layer's weight, from the first to the last")
+    for column, (title, lines) in enumerate(rows):
+        for row, kind in enumerate(KINDS):
+            a = axes[row][column]
+            for of, depth, values in sorted(lines, key=lambda line: line[1]):
+                if of != kind:
+                    continue
+                known = [(i, v) for i, v in enumerate(values[:-1]) if v]
+                places = [i / max(1, len(values) - 2) for i, _ in known]
+                colour = COLOURS[depths.index(depth) % len(COLOURS)]
+                a.plot(places, [v for _, v in known], color=colour, lw=1, label=f"{depth}")
+            a.set_yscale("log")
+            a.set_title(f"{kind}: {title}", fontsize=10)
+            _open(a)
+            if row:
+                a.set_xlabel("place in the network")
+    axes[0][0].legend(frameon=False, title="layers", fontsize=8)
+    return figure
+
+
+def _start(summary: dict[str, Any], bn: bool, init: str) -> list[tuple[str, int, list[Any]]]:
+    return [
+        (part["kind"], part["depth"], case["gradients"])
+        for part in summary["start"]
+        for case in part["cases"]
+        if case["bn"] == bn and case["init"] == init
+    ]
+
+
+def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
+    """Standard deviation of every norm's output in the trained network: He et al. 2015, figure
+    7."""
+    figure, axes = _two(
+        pyplot, "Responses of the trained layers", "standard deviation after the norm",
+        "place in the network",
+    )  # fmt: skip
+    for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
+        for kind, a in zip(KINDS, axes, strict=True):
+            for look in summary["looks"]:
+                if (look["kind"], look["depth"]) == (kind, depth):
+                    values = look["responses"]
+                    places = [i / max(1, len(values) - 1) for i in range(len(values))]
+                    a.plot(places, values, color=colour, lw=1.2, label=f"{depth} layers")
+    axes[1].legend(frameon=False)
+    return figure
+
+
+def around(pyplot: Any, summary: dict[str, Any]) -> Any:
+    """The loss along one random direction, normalised filter by filter: Li et al. 2018."""
+    figure, axes = _two(
+        pyplot, "The loss around the trained network", "training loss",
+        "distance, in lengths of each filter",
+    )  # fmt: skip
+    for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
+        for kind, a in zip(KINDS, axes, strict=True):
+            for look in summary["looks"]:
+                if (look["kind"], look["depth"]) == (kind, depth):
+                    a.plot(
+                        look["around"]["distances"], look["around"]["losses"], color=colour,
+                        label=f"{depth} layers",
+                    )  # fmt: skip
+    axes[1].legend(frameon=False)
+    return figure
