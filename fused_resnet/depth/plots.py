@@ -26,6 +26,11 @@ def _open(axes: Any) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
+def _legend(axes: Any) -> None:
+    if axes.get_legend_handles_labels()[0]:  # every network may have diverged
+        axes.legend(frameon=False)
+
+
 def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
     """Errors against epoch: training dashed, test solid, the band from the best seed to the
     worst."""
@@ -132,7 +137,7 @@ def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
                     values = look["responses"]
                     places = [i / max(1, len(values) - 1) for i in range(len(values))]
                     a.plot(places, values, color=colour, lw=1.2, label=f"{depth} layers")
-    axes[1].legend(frameon=False)
+    _legend(axes[1])
     return figure
 
 
@@ -150,5 +155,5 @@ def around(pyplot: Any, summary: dict[str, Any]) -> Any:
                         look["around"]["distances"], look["around"]["losses"], color=colour,
                         label=f"{depth} layers",
                     )  # fmt: skip
-    axes[1].legend(frameon=False)
+    _legend(axes[1])
     return figure

@@ -108,8 +108,8 @@ def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
 
 
 def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str) -> int:
-    """About what a step of a residual network saves for backward, from what two small networks
-    save for two images; "minimal" grows with the square root of depth."""
+    """About the activations that live at a time in a step of a residual network, from what two
+    small networks save for two images; "minimal" grows with the square root of depth."""
     from .experiment import make
 
     per_block = 9 if config.block == "preact_bottleneck" else 6
