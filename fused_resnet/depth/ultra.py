@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _SHALLOW = 20  # layers, beside which time per layer is held
 _TIMED = 5  # steps
+_WORKSPACE = 6 * 2**20  # bytes that a step's kernels need beside activations, as measured
 
 
 class TooDeep(RuntimeError):
@@ -126,8 +127,10 @@ def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str
     if level == "minimal":
         # The outputs of as many blocks as there are segments, and the blocks of one of those.
         kept = segments(n)
-        return int((sizes[0] - low * per_n + per_n * (kept + math.ceil(n / kept) / 3)) * batch / 2)
-    return int((sizes[0] + per_n * (n - low)) * batch / 2)
+        images = sizes[0] - low * per_n + per_n * (kept + math.ceil(n / kept) / 3)
+    else:
+        images = sizes[0] + per_n * (n - low)
+    return int(images * batch / 2) + _WORKSPACE
 
 
 def available_bytes() -> int | None:
