@@ -42,6 +42,7 @@ from .structure import (
     Names,
     Parts,
     is_frozen_bn,
+    is_fsdps,
     take_apart,
     uses_batch_statistics,
 )
@@ -378,7 +379,7 @@ def _scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Te
         return kept[2], kept[3]
     with torch.no_grad():
         scale, shift = plans.scale_and_shift(conv, bn, dtype)
-    if convolution.keepable(scale):
+    if convolution.keepable(scale) and not is_fsdps(bn):
         _folded[bn] = ((bn.eps, dtype), now, scale, shift)
     return scale, shift
 

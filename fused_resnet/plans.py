@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import backends
 from .convolution import BOUND_LIMIT, FusedConv, keepable, max_abs
-from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
+from .structure import Guard, Names, Parts, is_fsdps, take_apart, uses_batch_statistics
 
 
 def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -221,7 +221,8 @@ def plan_for(
     if not guard.watchable:
         return "weights made in inference mode carry no version counter to watch"
     plan = Plan(parts, guard, inner)
-    if not keepable(plan.weight):  # good for this call alone
+    if not keepable(plan.weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):
+        # good for this call alone
         return plan
     for conv in plan.all_convs:
         conv.lasting = True
