@@ -37,7 +37,7 @@ STEPS = 3
 TRAIN, BATCH, TEST = 32 * STEPS, 32, 33
 BASE = Config(epochs=1, batch=BATCH, warmup=0.5, checkpoint_every=1, sync_bn=True, lr=0.05)
 MIXED = dataclasses.replace(BASE, clip=1.0, ema=0.7, accumulate=2)
-DOUBLE = dataclasses.replace(BASE, optimizer="lamb", clip=1.0, lr=0.01)
+DOUBLE = dataclasses.replace(BASE, optimizer="lamb", clip=1.0, lr=0.01, image_size=16)
 # Synchronised norms on the CPU are the native kernels'.
 needs_native = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
 
@@ -333,15 +333,16 @@ def assert_near(found: Path, want: Path, rtol: float) -> None:
 @needs_native
 @pytest.mark.parametrize("sharding", distributed.SHARDINGS)
 def test_two_processes_are_as_one(launched, found, alone, sharding):
-    """Accumulating, clipping and averaging. Sums are in another order: 2e-7 of the losses and 2e-6
-    of the gradient norms was measured, and 2e-5 of the weights and momentum after three steps."""
+    """Accumulating, clipping and averaging. Sums are in another order: of the losses 2e-7 was
+    measured, of the gradient norms 8e-7, of weights, averages and momentum after three steps 2e-6.
+    """
     out = launched[0] / "everything" / sharding
     assert len(column(out, "loss")) == STEPS
     assert column(out, "loss") == pytest.approx(column(alone, "loss"), rel=2e-6)
     norms = column(out, "gradient_norm")
-    assert norms == pytest.approx(column(alone, "gradient_norm"), rel=2e-5)
+    assert norms == pytest.approx(column(alone, "gradient_norm"), rel=8e-6)
     assert min(norms) > 10  # all of them clipped
-    assert_near(out, alone, 2e-4)
+    assert_near(out, alone, 2e-5)
     one, two = found["everything"]
     assert one[sharding] == two[sharding] and (one["lines"], two["lines"]) == (2, 0)
     assert column(out, "test_images") == [TEST]
@@ -355,15 +356,16 @@ def test_each_keeps_its_part(found):
 
 @needs_native
 def test_lamb_takes_norms_of_whole_tensors(launched, found, tmp_path, monkeypatch):
-    """In float64; the losses are added up in float32, of which 1e-7 was measured, 3e-12 of the
-    weights."""
+    """In float64: 1e-14 of the norms and 5e-14 of the weights was measured; losses are added up in
+    float32."""
     monkeypatch.setattr(loop, "get_model", exact_resnet)
     monkeypatch.setattr(loop._Run, "forward", exact_forward)
     out, want = launched[0] / "exact" / "exact", tmp_path / "alone"
     run(dataclasses.replace(DOUBLE, out=str(want)))
-    for name in ("loss", "gradient_norm"):
-        assert column(out, name) == pytest.approx(column(want, name), rel=1e-6)
-    assert_near(out, want, 1e-9)
+    assert column(out, "loss") == pytest.approx(column(want, "loss"), rel=2e-7)
+    norms = column(want, "gradient_norm")
+    assert column(out, "gradient_norm") == pytest.approx(norms, rel=1e-12)
+    assert_near(out, want, 1e-12)
 
 
 @needs_native
@@ -377,7 +379,7 @@ def test_levels_give_the_same_losses(launched, found):
 def test_gone_on_with_the_other_way(launched, found, alone, way):
     out = launched[0] / "gone_on" / way
     assert column(out, "loss") == pytest.approx(column(alone, "loss"), rel=2e-6)
-    assert_near(out, alone, 2e-4)
+    assert_near(out, alone, 2e-5)
 
 
 @needs_native
@@ -390,7 +392,7 @@ def test_a_killed_process_is_reported_and_one_process_goes_on(launched, found, a
     assert checkpoint(out)["step"] == 2
     assert run(dataclasses.replace(MIXED, out=str(out)), resume=True).steps == STEPS
     assert column(out, "loss") == pytest.approx(column(alone, "loss"), rel=2e-6)
-    assert_near(out, alone, 2e-4)
+    assert_near(out, alone, 2e-5)
 
 
 @needs_native
@@ -417,8 +419,7 @@ def test_norms_of_each_process_are_the_firsts_in_tests(launched, found):
         for name, value in one[sharding].items():
             assert torch.equal(value, two[sharding][name]) and torch.equal(value, written[name])
     folders = [launched[0] / "unsynchronised" / sharding for sharding in distributed.SHARDINGS]
-    # Gradients are added in another order: 2e-7 was measured.
-    assert column(folders[0], "loss") == pytest.approx(column(folders[1], "loss"), rel=2e-6)
+    assert column(folders[0], "loss") == column(folders[1], "loss")  # of two, in any order
 
 
 def test_an_overflow_is_everybodys(found):
