@@ -400,7 +400,8 @@ def explain(model: nn.Module) -> list[Explanation]:
     """For each stem and residual block of `model`: fused or not, and the reason.
 
     Asked for an input of the weights' own dtype, in the mode the model is in now, without
-    gradients in eval. Runs nothing and changes nothing.
+    gradients in eval. Runs nothing and changes nothing. Where FSDP shares the weights out, ask
+    between its `unshard()` and `reshard()`, as a forward does.
     """
     found = []
     for name, m in model.named_modules():

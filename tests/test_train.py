@@ -470,6 +470,8 @@ def test_the_command(tmp_path, monkeypatch):
     assert again.exit_code == 2 and "--resume" in again.output
     wrong = CliRunner().invoke(app, [*words, "--optimizer", "adam"])
     assert wrong.exit_code == 2 and "--optimizer must be one of" in wrong.output
+    alone = CliRunner().invoke(app, [*words, "--sharding", "fsdp"])
+    assert alone.exit_code == 2 and "needs more than one process" in alone.output
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in train_command.plot_metrics([], tmp_path / "none.png")
 

@@ -187,6 +187,13 @@ class _Run:
 
     def start(self, resume: bool) -> None:
         found = state.newest(self.folder) if self.folder.is_dir() else None
+        if self.processes > 1:
+            steps = distributed.gather(None if found is None else int(found["step"]))
+            if len(set(steps)) > 1:  # each would wait for the others at another step
+                raise CheckpointError(
+                    f"checkpoint: --out {self.folder} holds one of step {steps[0]} for the first "
+                    f"process, of {steps} for all; it must be a folder that all of them see"
+                )
         if found is not None and not resume:
             raise ValueError(
                 f"--out {self.folder} holds a run of {found['step']} steps; go on with it "
