@@ -1,9 +1,10 @@
 """Training on many processes: DistributedDataParallel, or parameters sharded by FSDP2.
 
 Sharded, each process keeps a slice of every parameter, of its gradient and of the optimizer's
-state, along the first dimension. A residual block is put together before its forward and its
-backward, and taken apart after; batch norm's running statistics are each process's own in both.
-What is written is always whole, so that a run goes on with any number of processes and either way.
+state, along the first dimension. Hooks put a residual block together before its forward and its
+backward, and take it apart after; so "minimal" of activation memory keeps the input of every block,
+not of segments. Batch norm's running statistics are each process's own either way. What is written
+is always whole, so that a run goes on with any number of processes and either way.
 
 Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2304.11277).
 """
