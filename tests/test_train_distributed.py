@@ -36,9 +36,11 @@ ROOT = Path(__file__).parent.parent
 STEPS = 3
 # The last batch of the tests is of one image: the second process has none.
 TRAIN, BATCH, TEST = 32 * STEPS, 32, 33
-BASE = Config(epochs=1, batch=BATCH, warmup=0.5, checkpoint_every=1, sync_bn=True, lr=0.05)
-MIXED = dataclasses.replace(BASE, clip=1.0, ema=0.7, accumulate=2)
-DOUBLE = dataclasses.replace(BASE, optimizer="lamb", clip=1.0, lr=0.01, image_size=16)
+BASE = Config(
+    image_size=16, epochs=1, batch=BATCH, warmup=0.5, checkpoint_every=1, sync_bn=True, lr=0.05
+)
+MIXED = dataclasses.replace(BASE, image_size=32, clip=1.0, ema=0.7, accumulate=2)
+DOUBLE = dataclasses.replace(BASE, optimizer="lamb", clip=1.0, lr=0.01)
 # Synchronised norms on the CPU are the native kernels'.
 needs_native = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
 
