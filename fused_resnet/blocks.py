@@ -43,6 +43,7 @@ from .structure import (
     Names,
     Parts,
     is_frozen_bn,
+    is_fsdps,
     patched,
     take_apart,
     uses_batch_statistics,
@@ -428,7 +429,7 @@ def _scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Te
         return kept[2], kept[3]
     with torch.no_grad():
         scale, shift = plans.scale_and_shift(conv, bn, dtype)
-    if convolution.keepable(scale):
+    if convolution.keepable(scale) and not is_fsdps(bn):
         _folded[bn] = ((bn.eps, dtype), now, scale, shift)
     return scale, shift
 
@@ -449,7 +450,8 @@ def explain(model: nn.Module) -> list[Explanation]:
     """For each stem and residual block of `model`: fused or not, and the reason.
 
     Asked for an input of the weights' own dtype, in the mode the model is in now, without
-    gradients in eval. Runs nothing and changes nothing.
+    gradients in eval. Runs nothing and changes nothing. Where FSDP shares the weights out, ask
+    between its `unshard()` and `reshard()`, as a forward does.
     """
     found = []
     for name, m in model.named_modules():

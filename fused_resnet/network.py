@@ -22,7 +22,7 @@ from .blocks import FORWARDS, call_reason, enter, leave, wants_grad
 from .gpu_conv import GpuConv
 from .plans import Flow, Plan
 from .pooling import is_plain, pool_shape, window
-from .structure import STEM, Guard, Names, Parts, Place, patched, take_apart
+from .structure import STEM, Guard, Names, Parts, Place, is_fsdps, patched, take_apart
 
 _STAGES = ("layer1", "layer2", "layer3", "layer4")
 # Bytes of one activation. A convolution reads one or two and writes one, which a last-level cache
@@ -234,7 +234,8 @@ def _network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Networ
             return None
         made.append(plan)
     network = Network(Guard(whole), made, model)
-    if convolution.capturing(made[0].weight):  # what it was made from is the graph's
+    # What it was made from is the graph's, or FSDP's.
+    if convolution.capturing(made[0].weight) or any(is_fsdps(conv) for conv, _ in whole.pairs):
         return network
     others = {k: n for k, n in kept.items() if k != key and n.holds()}
     _networks[model] = {**others, key: network}

@@ -17,7 +17,7 @@ from torch.nn.functional import batch_norm
 from . import backends, native
 from .convolution import BOUND_LIMIT, FusedConv, keepable, max_abs
 from .shortcut import padded
-from .structure import Guard, Names, Parts, take_apart, uses_batch_statistics
+from .structure import Guard, Names, Parts, is_fsdps, take_apart, uses_batch_statistics
 
 
 def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -298,7 +298,8 @@ def plan_for(
         plan = PreactPlan(parts, guard, inner, shared)
     else:
         plan = Plan(parts, guard, inner)
-    if not keepable(plan.weight):  # good for this call alone
+    if not keepable(plan.weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):
+        # good for this call alone
         return plan
     for conv in plan.all_convs:
         conv.lasting = True

@@ -139,6 +139,12 @@ def is_frozen_bn(m: nn.Module) -> bool:
     return type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__ == "torchvision.ops.misc"
 
 
+def is_fsdps(m: nn.Module) -> bool:
+    """Whether FSDP puts m's parameters together for every forward. It does so behind the back of
+    their version counters, and often at the same address: nothing made from them can be kept."""
+    return "_is_fsdp_managed_module" in m.__dict__
+
+
 def uses_batch_statistics(bn: Any) -> bool:
     """Whether this norm would normalise by the batch now, as BatchNorm2d.forward decides it."""
     if is_frozen_bn(bn):

@@ -31,7 +31,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased var over (N, H, W) of every
     process; x, y: (N, C, H, W), N may differ between processes. The running variance is unbiased by
     the count of all. Inside a block of `fused_resnet` it is part of the fused step; by itself, and
-    on GPUs, it is PyTorch's (which has none on the CPU: RuntimeError).
+    on GPUs, it is PyTorch's (which has none on the CPU: RuntimeError where gradients are wanted).
     process_group: as torch.nn.SyncBatchNorm's; None: all processes.
     """
 
@@ -43,14 +43,29 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if group_of(self) is None:
             return super().forward(x)
         if x.device.type == "cpu":
+            return self._forward_on_cpu(x)
+        stock = nn.SyncBatchNorm.__new__(nn.SyncBatchNorm)
+        stock.__dict__ = self.__dict__  # the same parameters, buffers and settings
+        return nn.SyncBatchNorm.forward(stock, x)
+
+    def _forward_on_cpu(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "SyncBatchNorm: on the CPU it is computed inside the fused training step of a "
                 "fused_resnet block; this one runs torchvision's path (fused_resnet.explain says "
                 "why)"
             )
-        stock = nn.SyncBatchNorm.__new__(nn.SyncBatchNorm)
-        stock.__dict__ = self.__dict__  # the same parameters, buffers and settings
-        return nn.SyncBatchNorm.forward(stock, x)
+        values = x.double()
+        own = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
+        count = x.numel() // x.shape[1]
+        # A process without images has a mean of none: its count of 0 leaves it out of the sum.
+        (mean, variance), total = merge(own, count, group_of(self))
+        from . import blocks, train_kernels  # which import this module
+
+        blocks._track(self, train_kernels.PORTABLE, (mean, variance), int(total))
+        return nn.functional.batch_norm(
+            x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps
+        )
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:

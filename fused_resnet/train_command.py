@@ -56,6 +56,9 @@ def train(
     channels_last: bool = True,
     activation_memory: Annotated[str, _OPTION(help="full, low, lower or minimal.")] = "full",
     sync_bn: Annotated[bool, _OPTION("--sync-bn", help="Batch norm over all processes.")] = False,
+    sharding: Annotated[
+        str, _OPTION(help="none, or fsdp: weights shared out over torchrun's processes.")
+    ] = "none",
     seed: int = 0,
     workers: Annotated[int, _OPTION(help="Processes that load images.")] = 0,
     checkpoint_every: Annotated[int, _OPTION(help="Steps; and after every epoch.")] = 100,

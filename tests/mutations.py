@@ -41,6 +41,9 @@ TRAINING, KERNELS_PY = "fused_resnet/training.py", "fused_resnet/train_kernels.p
 MEMORY, SYNC = "fused_resnet/activation_memory.py", "fused_resnet/sync_batch_norm.py"
 STEP, LEVELS = "tests/test_training.py", "tests/test_activation_memory.py"
 CONVOLUTIONS, PROCESSES = "tests/test_train_convolution.py", "tests/test_sync_batch_norm.py"
+LOOP, DATA = "fused_resnet/train/loop.py", "fused_resnet/train/data.py"
+SHARED, LEARNING = "fused_resnet/train/distributed.py", "tests/test_train.py"
+TOGETHER = "tests/test_train_distributed.py"
 OPS, BLOCKS_PY = "fused_resnet/ops.py", "fused_resnet/blocks.py"
 
 PYTHON = [
@@ -96,6 +99,34 @@ PYTHON = [
     Mutation("sync: sums of one process alone", KERNELS_PY,
              "sums if norm.group is None else sync_batch_norm.reduce(sums, norm.group)", "sums",
              f"{PROCESSES} -k one_process"),
+    Mutation("sync: by itself of one process", SYNC,
+             "(mean, variance), total = merge(own, count, group_of(self))",
+             "(mean, variance), total = own, count", f"{PROCESSES} -k by_itself"),
+    Mutation("processes: norms of one's own part", SHARED,
+             "return t.full_tensor() if isinstance(t, DTensor) else t", "return _own(t)",
+             f"{TOGETHER} -k lamb"),
+    Mutation("processes: one's own part written", SHARED,
+             "full = value.full_tensor()", "full = value.to_local()", f"{TOGETHER} -k as_one"),
+    Mutation("processes: each tests its own statistics", SHARED, "dist.broadcast(b, 0)", "pass",
+             f"{TOGETHER} -k firsts"),
+    Mutation("processes: each tells of its own gradients", SHARED, "return found if alone else",
+             "return found if True else", f"{TOGETHER} -k told_by_all"),
+    Mutation("processes: each tells of its own layers", LOOP,
+             "if self.processes > 1:  # a process", "if False:  # a process",
+             f"{TOGETHER} -k told_by_all"),
+    Mutation("processes: gradients kept whole", SHARED, "    fully_shard(model, mesh=mesh)",
+             "    pass", f"{TOGETHER} -k its_part"),
+    Mutation("learning: a neighbour counts twice", DATA,
+             "range(len(self._source) if self._replaced else 1)", "range(len(self._source))",
+             f"{LEARNING} -k unreadable"),
+    Mutation("learning: everybody's random numbers", DATA,
+             "generator=torch.Generator().manual_seed(seed),", "", f"{LEARNING} -k nobodys"),
+    Mutation("FSDP's weights kept by blocks", PLANS,
+             "if not keepable(plan.weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):",
+             "if not keepable(plan.weight):", f"{STALE} -k fsdp"),
+    Mutation("FSDP's weights kept by networks", "fused_resnet/network.py",
+             " or any(is_fsdps(conv) for conv, _ in whole.pairs):", ":", f"{STALE} -k fsdp"),
+    Mutation("FSDP's norms kept", BLOCKS_PY, " and not is_fsdps(bn):", ":", f"{STALE} -k fsdp"),
     Mutation("eps left out of the fold", PLANS, "bn.running_var.to(dtype) + bn.eps",
              "bn.running_var.to(dtype)", f"{BLOCKS} -k eps"),
     Mutation("mean left out of the fold", PLANS, "mean = bn.running_mean.to(dtype)",

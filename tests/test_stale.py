@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from model_helpers import agree, clone, fused, images, pair, randomise, same_outputs, same_step
+from torch import distributed as dist
 from torch import nn
 
 import fused_resnet as fr
@@ -258,3 +259,33 @@ def test_training_drops_what_inference_packed():
     assert block in plans._plans
     block.train()
     assert block not in plans._plans
+
+
+@pytest.fixture
+def one_process():
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
+def test_weights_that_fsdp_puts_together(one_process, wanted):
+    """All-gathered into the same tensor, of the same version, where the allocator likes at the same
+    address: nothing tells of the step before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    stock, mine = pair("basic")
+    for model in (stock, mine):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.requires_grad_(False)
+    fully_shard(mine, mesh=init_device_mesh("cpu", (1,)))
+    with torch.set_grad_enabled(wanted):
+        for _ in range(4):
+            agree(mine(images()), stock(images()))
+            for model in (stock, mine):  # whole still: the outermost module is not taken apart
+                for p in model.parameters():
+                    p.data.mul_(1.1)

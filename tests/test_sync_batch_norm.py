@@ -138,6 +138,15 @@ def groups(rank: int, out: dict) -> None:
         out["mixed", rank] = str(error)
 
 
+def by_itself(rank: int, out: dict) -> None:
+    """In no block, and without gradients."""
+    norm = _convert(nn.BatchNorm2d(16).double())
+    x, _ = batch("basic")
+    with torch.no_grad():
+        y = norm(x[_share(rank, len(x), 4)])
+    out[rank] = {"y": y} | dict(norm.named_buffers())
+
+
 def network(rank: int, out: dict) -> None:
     """Three optimizer steps of a whole network under DistributedDataParallel."""
     torch.manual_seed(0)
@@ -191,7 +200,7 @@ def left_alone(rank: int, out: dict) -> None:
         out["error", rank] = str(error)
 
 
-JOBS = (everywhere, counted, groups, network, twice, autocast, left_alone)
+JOBS = (everywhere, counted, groups, by_itself, network, twice, autocast, left_alone)
 
 
 def _entry(rank: int, port: int, folder: str) -> None:
@@ -270,6 +279,16 @@ def test_process_groups(found):
         want = result(make("basic"), x[mine], dy[mine])
         assert all(torch.equal(found["alone", rank][k], want[k]) for k in want)
         assert "on the CPU it is computed inside the fused" in found["mixed", rank]
+
+
+def test_by_itself_without_gradients(found):
+    found = found["by_itself"]
+    norm = nn.BatchNorm2d(16).double()
+    want = norm(batch("basic")[0]).detach()
+    torch.testing.assert_close(torch.cat([found[0]["y"], found[1]["y"]]), want)
+    for name, value in norm.named_buffers():
+        assert torch.equal(found[0][name], found[1][name])
+        torch.testing.assert_close(found[0][name], value)
 
 
 def test_a_network_under_ddp(found):

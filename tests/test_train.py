@@ -6,10 +6,7 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,6 @@ from fused_resnet.train.diagnose import first_non_finite
 for package in ("torchvision", "torchmetrics", "sklearn", "matplotlib", "typer"):
     pytest.importorskip(package, reason="training needs the train extra")
 
-ROOT = Path(__file__).parent.parent
 SMALL = Config(image_size=16, epochs=2, batch=32, warmup=0.5, checkpoint_every=2)
 
 
@@ -292,6 +288,7 @@ def test_out_of_memory_and_after(tmp_path, monkeypatch):
         ({"batch": 1}, "--batch must be at least 2, got 1"),
         ({"batch": 33, "accumulate": 2}, "--batch must be a multiple of processes x --accumulate"),
         ({"batch": 500}, "--batch must be at most the 160 images, got 500"),
+        ({"sharding": "zero"}, "--sharding must be one of none, fsdp, got 'zero'"),
         ({"ema": 1.5}, "--ema must be between 0 and 1, got 1.5"),
     ],
     ids=str,
@@ -373,19 +370,76 @@ def test_a_folder_with_broken_images(tmp_path, monkeypatch):
     assert found.classes == ["cat", "dog"]
     everything = found.train[0] + found.test[0]
     assert len(everything) == 13
-    images = datasets._Images(everything, found.test[1], seed=0)
+    images = datasets._Images(everything, found.test[1], seed=0, replaced=True)
     with pytest.warns(UserWarning, match=r"left out: .*7\.png"):
         shapes = {images[0, i][0].shape for i in range(13)}
     assert shapes == {(3, 16, 16)}
+    batches = datasets.Batches(13, 4, seed=0, epoch=0, shuffled=False)
+    with pytest.warns(UserWarning, match=r"left out: .*7\.png"):
+        loaded = list(datasets.loader((everything, found.test[1]), batches, 0, 0, replaced=False))
+    assert sorted(len(y) for _, y in loaded) == [1, 3, 4, 4]
+    broken = [i for i, (path, _) in enumerate(everything) if path.endswith("7.png")]
+    alone = datasets.Batches(1, 1, seed=0, epoch=0, shuffled=False)
+    part = ([everything[broken[0]]], found.test[1])
+    with pytest.warns(UserWarning, match="left out"):
+        assert list(datasets.loader(part, alone, 0, 0, replaced=False)) == [None]
     with pytest.raises(ValueError, match="--root must be a folder"):
         datasets.load("folder", str(tmp_path / "nowhere"), None)
     with pytest.raises(ValueError, match="CIFAR-10 is not there"):
         datasets.load("cifar10", str(tmp_path), None)
 
 
+def test_an_unreadable_test_image_does_not_count(tmp_path, monkeypatch):
+    """Its neighbour must not count twice: all are told right, of those that can be read."""
+    from PIL import Image
+
+    monkeypatch.undo()
+    for part, name in ((p, n) for p in ("train", "val") for n in ("cat", "dog")):
+        (tmp_path / part / name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (16, 16), (250, 0, 0)).save(tmp_path / part / name / f"{i}.png")
+    for i in range(3):
+        (tmp_path / "val" / "dog" / f"{i}.png").write_bytes(b"no image")
+    monkeypatch.setattr(loop, "get_model", short_resnet)
+    monkeypatch.setattr(
+        loop._Run, "forward", lambda self, model, x: torch.tensor([[1.0, 0.0]]).repeat(len(x), 1)
+    )
+    monkeypatch.setattr(loop._Run, "one_step", lambda self, x, y: (_step(self), 1.0))
+    lines: list[str] = []
+    config = small(tmp_path, data="folder", root=str(tmp_path), epochs=1, batch=4)
+    with pytest.warns(UserWarning, match="left out: .*dog"):
+        result = run(config, lines.append)
+    assert result.test_accuracy == pytest.approx(4 / 5)  # of 4 cats and a dog; every one a cat
+    assert "test accuracy 80.00% of 5 images, 3 unreadable left out" in lines[-1]
+    rows = state.read_metrics(result.folder / "metrics.jsonl")
+    assert rows[-1]["test_images"] == 5
+    for path in (tmp_path / "val").glob("*/*"):
+        path.write_bytes(b"no image")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(ValueError, match="holds no readable test image"),
+    ):
+        run(dataclasses.replace(config, out=str(tmp_path / "none")))
+
+
+def _step(self: Any) -> float:
+    self.optimizer.step()  # of no gradients
+    self.step += 1
+    return 1.0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_takes_nobodys_random_numbers(workers):
+    found = some_digits()
+    batches = datasets.Batches(32, 8, seed=0, epoch=0)
+    before = torch.get_rng_state()
+    assert len(list(datasets.loader(found.train, batches, 0, workers, replaced=True))) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_augmentation_is_each_images_own():
     found = some_digits()
-    images = datasets._Images(*found.train, seed=7)
+    images = datasets._Images(*found.train, seed=7, replaced=True)
     torch.manual_seed(1)
     first = images[3, 5][0]
     after = torch.rand(2)
@@ -396,56 +450,7 @@ def test_augmentation_is_each_images_own():
     assert not torch.equal(images[4, 5][0], first)
 
 
-# --- many processes -------------------------------------------------------------------------------
-
-SCRIPT = """
-    import os, signal, sys, torch
-    sys.path.insert(0, {tests!r})
-    from test_train import SMALL, datasets, dataclasses, loop, run, short_resnet, some_digits
-    datasets.load, loop.get_model = some_digits, short_resnet
-    torch.set_num_threads(1)
-    out, resume, dies_at = sys.argv[1], sys.argv[2] == "resume", int(sys.argv[3])
-    step = loop._Run.one_step
-    def watched(self, x, y):
-        if self.step == dies_at and self.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step(self, x, y)
-    loop._Run.one_step = watched
-    config = dataclasses.replace(
-        SMALL, out=out, epochs=1, sync_bn=True, checkpoint_every=1, accumulate=2
-    )
-    run(config, print, resume=resume)
-"""
-
-
-def _torchrun(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT.format(tests=str(ROOT / "tests"))))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [*command, str(script), *words], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}, cwd=tmp_path,
-    )  # fmt: skip
-
-
-def test_two_processes_are_as_one_and_a_killed_one_is_reported(tmp_path):
-    """With synchronised norms the losses are one process's; a worker that is killed ends the run
-    with an error in bounded time, and it goes on from its checkpoint."""
-    alone = small(tmp_path, epochs=1, accumulate=2)
-    run(alone)
-    began = time.monotonic()
-    killed = _torchrun(tmp_path, str(tmp_path / "two"), "new", "3")
-    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr[-2000:]
-    assert time.monotonic() - began < 200
-    assert state.read(tmp_path / "two" / state.NEWEST)["step"] == 3
-    finished = _torchrun(tmp_path, str(tmp_path / "two"), "resume", "-1")
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    found = losses(dataclasses.replace(alone, out=str(tmp_path / "two")))
-    want = losses(alone)
-    assert len(found) == len(want) == 5
-    # Sums in another order, through a few steps of training: 2e-5 was measured.
-    assert found == pytest.approx(want, rel=2e-3)
+# --- the command, and averages -------------------------------------------------------------------
 
 
 def test_the_command(tmp_path, monkeypatch):
@@ -465,6 +470,8 @@ def test_the_command(tmp_path, monkeypatch):
     assert again.exit_code == 2 and "--resume" in again.output
     wrong = CliRunner().invoke(app, [*words, "--optimizer", "adam"])
     assert wrong.exit_code == 2 and "--optimizer must be one of" in wrong.output
+    alone = CliRunner().invoke(app, [*words, "--sharding", "fsdp"])
+    assert alone.exit_code == 2 and "needs more than one process" in alone.output
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in train_command.plot_metrics([], tmp_path / "none.png")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 NAMES = ("digits", "cifar10", "folder")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -146,24 +146,33 @@ def _mix(*numbers: int) -> int:
     return seed
 
 
-class _Images(Dataset[tuple[Tensor, int]]):
-    """Item (epoch, index): the image, augmented by random numbers of its own, and its class."""
+class _Images(Dataset["tuple[Tensor, int] | None"]):
+    """Item (epoch, index): the image, augmented by random numbers of its own, and its class.
 
-    def __init__(self, source: Sequence[Any], transform: Callable[[Any], Tensor], seed: int):
+    Of an unreadable file, which is named: where `replaced`, the next readable one's, so that every
+    batch of a training has its size; else None.
+    """
+
+    def __init__(
+        self, source: Sequence[Any], transform: Callable[[Any], Tensor], seed: int, replaced: bool
+    ) -> None:
         self._source, self._transform, self._seed = source, transform, seed
+        self._replaced = replaced
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | None:
         epoch, index = item
-        image, label = self._read(index)
+        found = self._read(index)
+        if found is None:
+            return None
+        image, label = found
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_mix(self._seed, epoch, index))
             return self._transform(image), label
 
-    def _read(self, index: int) -> tuple[Any, int]:
-        """An unreadable file is named, and the next readable one stands for it."""
+    def _read(self, index: int) -> tuple[Any, int] | None:
         from ..images import _open_rgb
 
-        for offset in range(len(self._source)):
+        for offset in range(len(self._source) if self._replaced else 1):
             image, label = self._source[(index + offset) % len(self._source)]
             if isinstance(image, Tensor):
                 return image, label
@@ -171,6 +180,8 @@ class _Images(Dataset[tuple[Tensor, int]]):
                 return _open_rgb(Path(image)), label
             except Exception as error:
                 warnings.warn(f"left out: {image}: {error}", stacklevel=2)
+        if not self._replaced:
+            return None
         raise ValueError("--root holds no readable image")
 
 
@@ -204,10 +215,21 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 def loader(
-    part: tuple[Sequence[Any], Callable[[Any], Tensor]], batches: Batches, seed: int, workers: int
-) -> DataLoader[Any]:
-    source, transform = part
+    part: tuple[Sequence[Any], Callable[[Any], Tensor]], batches: Batches, seed: int, workers: int,
+    *, replaced: bool,
+) -> DataLoader[Any]:  # fmt: skip
+    """Images (N, 3, H, W) and classes (N,) of each batch.
+
+    replaced: whether the next image stands for one that cannot be read. Else it is left out, and a
+    batch of which none is left is None.
+    """
     return DataLoader(
-        _Images(source, transform, seed), batch_sampler=batches, num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        _Images(*part, seed, replaced), batch_sampler=batches, num_workers=workers,
+        collate_fn=_together, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # else it takes numbers from everybody's
     )  # fmt: skip
+
+
+def _together(items: list[tuple[Tensor, int] | None]) -> Any:
+    readable = [item for item in items if item is not None]
+    return default_collate(readable) if readable else None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,8 @@ from ..checkpoint import CheckpointError
 from ..resnet import get_model, list_models
 from ..sync_batch_norm import convert_sync_batchnorm
 from . import data as datasets
-from . import optim, state
-from .diagnose import first_non_finite
+from . import distributed, optim, state
+from .diagnose import first_non_finite, first_of
 
 NEEDED = ("torchvision", "torchmetrics")
 AMP = ("no", "bfloat16", "float16")
@@ -51,6 +49,7 @@ class Config:
     channels_last: bool = True
     activation_memory: str = "full"  # set_activation_memory's level
     sync_bn: bool = False  # batch norm over all processes
+    sharding: str = "none"  # "none", or "fsdp": parameters shared out over all processes
     seed: int = 0
     workers: int = 0  # processes that load images
     checkpoint_every: int = 100  # steps; and after every epoch
@@ -92,7 +91,7 @@ def run(
     CheckpointError; NonFinite; OutOfMemory.
     """
     _check(config)
-    with _processes(config) as (rank, processes, device):
+    with distributed.processes(torch.device(config.device)) as (rank, processes, device):
         return _Run(config, say, progress, rank, processes, device).go(resume)
 
 
@@ -113,6 +112,7 @@ def _check(c: Config) -> None:
     one_of("--optimizer", c.optimizer, optim.NAMES)
     one_of("--amp", c.amp, AMP)
     one_of("--activation-memory", c.activation_memory, LEVELS)
+    one_of("--sharding", c.sharding, distributed.SHARDINGS)
     for option, value, least in (
         ("--epochs", c.epochs, 1), ("--batch", c.batch, 2), ("--accumulate", c.accumulate, 1),
         ("--checkpoint-every", c.checkpoint_every, 1), ("--workers", c.workers, 0),
@@ -125,26 +125,6 @@ def _check(c: Config) -> None:
         raise ValueError("--amp float16 needs a GPU; on the CPU use bfloat16")
 
 
-@contextlib.contextmanager
-def _processes(c: Config) -> Iterator[tuple[int, int, torch.device]]:
-    """Rank, number of processes and device; torchrun's where its environment is there."""
-    device = torch.device(c.device)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield 0, 1, device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    own = not dist.is_initialized()
-    if own:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size(), device
-    finally:
-        if own:
-            dist.destroy_process_group()
-
-
 class _Run:
     def __init__(
         self, c: Config, say: Callable[[str], None], progress: Any, rank: int, processes: int,
@@ -154,6 +134,10 @@ class _Run:
             raise ValueError(
                 f"--batch must be a multiple of processes x --accumulate, {processes} x "
                 f"{c.accumulate}, got {c.batch}"
+            )
+        if c.sharding != "none" and processes == 1:
+            raise ValueError(
+                f"--sharding {c.sharding} needs more than one process (torchrun), got one"
             )
         self.c, self.rank, self.processes, self.device = c, rank, processes, device
         self.say = say if rank == 0 else (lambda line: None)
@@ -179,6 +163,11 @@ class _Run:
         set_activation_memory(self.model, c.activation_memory)
         if c.sync_bn:
             self.model = convert_sync_batchnorm(self.model)
+        self.average: Any = None if c.ema is None else distributed.averaged(self.model, c.ema)
+        if c.sharding == "fsdp":
+            for m in (self.model, None if self.average is None else self.average.module):
+                if m is not None:
+                    distributed.shard(m, device)
         lr = c.lr
         if lr is None:
             lr = 0.1 * c.batch / 256 if c.optimizer == "sgd" else 1e-3
@@ -189,20 +178,9 @@ class _Run:
             self.optimizer, self.steps, round(c.warmup * self.per_epoch)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "float16")
-        self.average: Any = None
-        if c.ema is not None:
-            from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-            self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(c.ema), use_buffers=True
-            )
         self.parallel: nn.Module = self.model
         if processes > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(
-                # A static graph counts a backward without a synchronisation as one with it.
-                self.model, static_graph=c.accumulate == 1, gradient_as_bucket_view=True,
-                device_ids=[device.index] if device.type == "cuda" else None,
-            )  # fmt: skip
+            self.parallel = distributed.parallel(self.model, device, c.accumulate)
         self.step = 0
         self.accuracy = 0.0
         self.metrics: state.Metrics | None = None
@@ -211,11 +189,18 @@ class _Run:
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for a run to be gone on with."""
-        free = {"out", "device", "workers", "checkpoint_every", "activation_memory"}
+        free = {"out", "device", "workers", "checkpoint_every", "activation_memory", "sharding"}
         return {k: v for k, v in dataclasses.asdict(self.c).items() if k not in free}
 
     def start(self, resume: bool) -> None:
         found = state.newest(self.folder) if self.folder.is_dir() else None
+        if self.processes > 1:
+            steps = distributed.gather(None if found is None else int(found["step"]))
+            if len(set(steps)) > 1:  # each would wait for the others at another step
+                raise CheckpointError(
+                    f"checkpoint: --out {self.folder} holds one of step {steps[0]} for the first "
+                    f"process, of {steps} for all; it must be a folder that all of them see"
+                )
         if found is not None and not resume:
             raise ValueError(
                 f"--out {self.folder} holds a run of {found['step']} steps; go on with it "
@@ -233,16 +218,17 @@ class _Run:
             self.metrics = state.Metrics(self.folder, self.step)
 
     def save(self) -> None:
-        if self.rank != 0:
-            return
+        """Every process puts its parts together with the others'; the first one writes."""
         content = {
             "config": self.settings(), "step": self.step, "accuracy": self.accuracy,
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "model": distributed.model_state(self.model),
+            "optimizer": distributed.optimizer_state(self.optimizer, self.rank == 0),
             "schedule": self.schedule.state_dict(), "scaler": self.scaler.state_dict(),
         }  # fmt: skip
         if self.average is not None:
-            content["average"] = self.average.state_dict()
-        state.save(self.folder, content)
+            content["average"] = distributed.model_state(self.average)
+        if self.rank == 0:
+            state.save(self.folder, content)
 
     def restore(self, found: dict[str, Any]) -> None:
         mine = self.settings()
@@ -253,12 +239,12 @@ class _Run:
                 f"checkpoint: --out {self.folder} holds a run with --{name.replace('_', '-')} "
                 f"{value}, not {mine.get(name)}"
             )
-        self.model.load_state_dict(found["model"])
-        self.optimizer.load_state_dict(found["optimizer"])
+        distributed.load_model_state(self.model, found["model"])
+        distributed.load_optimizer_state(self.optimizer, found["optimizer"])
         self.schedule.load_state_dict(found["schedule"])
         self.scaler.load_state_dict(found["scaler"])
         if self.average is not None:
-            self.average.load_state_dict(found["average"])
+            distributed.load_model_state(self.average, found["average"])
         self.step, self.accuracy = int(found["step"]), float(found["accuracy"])
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -283,7 +269,7 @@ class _Run:
             rank=self.rank, processes=self.processes,
         )  # fmt: skip
         began, images = time.perf_counter(), 0
-        for x, y in datasets.loader(self.data.train, batches, c.seed, c.workers):
+        for x, y in datasets.loader(self.data.train, batches, c.seed, c.workers, replaced=True):
             loss, norm = self.one_step(x, y)
             images += c.batch
             self.progress(self.step, self.steps, loss)
@@ -293,11 +279,13 @@ class _Run:
             if self.step % c.checkpoint_every == 0 and self.step % self.per_epoch:
                 self.save()
         seconds = time.perf_counter() - began
-        self.accuracy = self.test()
+        self.accuracy, tested = self.test()
         self.add({"step": self.step, "epoch": epoch, "test_accuracy": self.accuracy,
-                  "images_per_s": images / seconds})  # fmt: skip
+                  "test_images": tested, "images_per_s": images / seconds})  # fmt: skip
+        missing = len(self.data.test[0]) - tested
+        left_out = f" of {tested} images, {missing} unreadable left out" if missing else ""
         self.say(
-            f"epoch {epoch + 1} of {c.epochs}: test accuracy {self.accuracy:.2%}, "
+            f"epoch {epoch + 1} of {c.epochs}: test accuracy {self.accuracy:.2%}{left_out}, "
             f"{images / seconds:.0f} images/s"
         )
         self.save()
@@ -326,7 +314,9 @@ class _Run:
             loss /= self.processes
         self.scaler.unscale_(self.optimizer)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        total = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total = distributed.whole(
+            nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        )
         norm = float(total)
         # Not with a norm that is no number, which would make every gradient one.
         if self.c.clip is not None and norm < float("inf"):
@@ -350,8 +340,7 @@ class _Run:
         for i, (images, labels) in enumerate(parts):
             images = images.to(self.device, memory_format=self.layout, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
-            waits = i + 1 < len(parts) and self.processes > 1
-            with self.parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+            with distributed.reducing(self.parallel, now=i + 1 == len(parts)):
                 loss = self.loss(self.forward(self.parallel, images), labels) / len(parts)
                 self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -370,10 +359,14 @@ class _Run:
         with torch.no_grad():
             for b, before in zip(self.model.buffers(), buffers, strict=True):
                 b.copy_(before)
-        bad = [n for n, p in self.model.named_parameters() if _bad(p.grad)]
+        names, parameters = zip(*self.model.named_parameters(), strict=True)
+        flags = distributed.non_finite([p.grad for p in parameters], alone=self.processes == 1)
+        bad = [name for name, flag in zip(names, flags, strict=True) if flag]
         self.optimizer.zero_grad(set_to_none=True)
         self.save()
         where = first_non_finite(self.model, x.to(self.device, memory_format=self.layout))
+        if self.processes > 1:  # a process whose own part is all finite knows of none
+            where = first_of(self.model, distributed.gather(where))
         if where is None:
             where = f"the gradient of {bad[-1]}" if bad else "the loss"
         raise NonFinite(
@@ -382,28 +375,38 @@ class _Run:
         )
 
     @torch.no_grad()
-    def test(self) -> float:
-        """The share of the test images that are told right, over all processes."""
+    def test(self) -> tuple[float, int]:
+        """The share of the test images that are told right, over all processes, and their number:
+        of those that can be read."""
         from torchmetrics.classification import MulticlassAccuracy
 
         model = self.average if self.average is not None else self.model
+        alone = self.processes == 1
         metric = MulticlassAccuracy(
-            num_classes=len(self.data.classes), average="micro", sync_on_compute=self.processes > 1
+            num_classes=len(self.data.classes), average="micro", sync_on_compute=not alone
         ).to(self.device)
         batches = datasets.Batches(
             len(self.data.test[0]), self.c.batch, seed=0, epoch=0, rank=self.rank,
             processes=self.processes, shuffled=False,
         )  # fmt: skip
-        model.eval()
-        for x, y in datasets.loader(self.data.test, batches, 0, self.c.workers):
-            x = x.to(self.device, memory_format=self.layout)
-            metric.update(self.forward(model, x), y.to(self.device))
-        model.train()
-        return float(metric.compute())
-
-
-def _bad(t: Tensor | None) -> bool:
-    return t is not None and not bool(t.isfinite().all())
+        tested = torch.zeros((), dtype=torch.int64, device=self.device)
+        with distributed.ready_for_testing(model, alone):
+            model.eval()
+            for batch in datasets.loader(
+                self.data.test, batches, 0, self.c.workers, replaced=False
+            ):
+                if batch is None:
+                    continue
+                x, y = batch
+                x = x.to(self.device, memory_format=self.layout)
+                metric.update(self.forward(model, x), y.to(self.device))
+                tested += len(y)
+            model.train()
+        if not alone:
+            dist.all_reduce(tested)
+        if not tested:
+            raise ValueError(f"--root {self.c.root} holds no readable test image")
+        return float(metric.compute()), int(tested)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+
+from .distributed import whole
 
 NAMES = ("sgd", "adamw", "lamb")
 
@@ -36,25 +38,31 @@ class Lamb(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                state = self.state[w]
-                if not state:
-                    state["step"] = torch.zeros(())
-                    state["m"], state["v"] = torch.zeros_like(w), torch.zeros_like(w)
-                state["step"] += 1
-                t = float(state["step"])
-                m, v = state["m"], state["v"]
-                m.lerp_(w.grad, 1 - b1)
-                v.mul_(b2).addcmul_(w.grad, w.grad, value=1 - b2)
-                r = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt_() + group["eps"])
-                r.add_(w, alpha=group["weight_decay"])
-                size, length = w.norm(), r.norm()
+            weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:
+                continue
+            directions = [self._direction(w, group) for w in weights]
+            # Of whole tensors; where processes have a part each, all norms in one collective.
+            norms = whole(torch.stack([t.norm() for t in (*weights, *directions)]))
+            for w, r, size, length in zip(weights, directions, *norms.chunk(2), strict=True):
                 ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
                 w.add_(r * ratio, alpha=-group["lr"])
         return loss
+
+    def _direction(self, w: Tensor, group: dict[str, Any]) -> Tensor:
+        """r, after an update of m and v."""
+        b1, b2 = group["betas"]
+        state = self.state[w]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["m"], state["v"] = torch.zeros_like(w), torch.zeros_like(w)
+        state["step"] += 1
+        t = float(state["step"])
+        m, v = state["m"], state["v"]
+        m.lerp_(w.grad, 1 - b1)
+        v.mul_(b2).addcmul_(w.grad, w.grad, value=1 - b2)
+        r = (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt_() + group["eps"])
+        return r.add_(w, alpha=group["weight_decay"])
 
 
 def make_optimizer(
