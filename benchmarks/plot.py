@@ -16,7 +16,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
 
 from fused_resnet.bench import pair_ratio
+from fused_resnet.depth import report as depth_report
 from fused_resnet.report import plot_bench
 from fused_resnet.resnet import get_model
 
@@ -31,7 +32,8 @@ HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parent / "README.md", HERE / "RESULTS.md"]
 MISSING = "not yet measured"
 MARKED = re.compile(
-    r"(<!-- table:(?P<name>[\w.-]+)(?P<what>:memory)? -->\n).*?(<!-- /table -->)", re.DOTALL
+    r"(<!-- table:(?P<name>[\w.-]+)(?P<what>:memory|:claims|:costs)? -->\n).*?(<!-- /table -->)",
+    re.DOTALL,
 )
 
 # The cells a whole-model table has, measured or not: models and contenders for each bench.
@@ -69,6 +71,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def make_table(name: str, content: dict[str, Any] | None) -> str:
     """The markdown of table NAME from its results, or with every cell missing."""
+    if content is not None and content.get("bench") == "depth":
+        return depth_text(content, depth_report.error_table)
+    if content is not None and "steps" in content:
+        return depth_steps_table(content)
     if content is not None and "benchmarks" in content:
         return op_table(content)
     if content is not None and "kernels" in content:
@@ -82,6 +88,43 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
     if content is None and bench not in EXPECTED:
         return f"{MISSING}\n"
     return model_table(bench, content)
+
+
+def depth_text(content: dict[str, Any] | None, section: Callable[[dict[str, Any]], str]) -> str:
+    """A section of `fused-resnet depth`'s report."""
+    if content is None:
+        return f"{MISSING}\n"
+    return (
+        f"{section(content)}\n\n{depth_report.settings(content)} "
+        f"{content['machine']['cpu']}, torch {content['torch']}, {commit(content)}. "
+        f"From `{content['path'].name}`.\n"
+    )
+
+
+def depth_steps_table(content: dict[str, Any]) -> str:
+    """bench_depth.py: a training step of each contender, against the better eager layout."""
+    names = list(content["steps"][0]["contenders"])
+    rows = []
+    for case in content["steps"]:
+        found = case["contenders"]
+        medians = {n: statistics.median(found[n]["times_ms"]) for n in names}
+        eager = min((n for n in names if n.startswith("eager")), key=medians.__getitem__)
+        ratio, spread = pair_ratio(found["fused"]["times_ms"], found[eager]["times_ms"])
+        saved = found["fused-minimal"]["saved_bytes"] / found[eager]["saved_bytes"]
+        rows.append([
+            f"{case['depth']} layers, batch {case['batch']}, {case['size']} x {case['size']}",
+            *(f"{medians[n]:.1f}" for n in names), f"{ratio:.2f} ± {spread / 2:.2f}",
+            f"{medians['fused'] / case['depth']:.3f}", f"{saved:.3f}",
+        ])  # fmt: skip
+    header = ["training step, ms", *names, "fused over better eager", "fused, ms per layer",
+              "minimal saves, of eager's"]  # fmt: skip
+    rounds = len(content["steps"][0]["contenders"]["fused"]["times_ms"])
+    text = (
+        f"{content['machine']['cpu']}, {content['threads']} threads, torch {content['torch']}, "
+        f"{commit(content)}: medians of {rounds} rounds in which the contenders, each in a process "
+        f"of its own, take turns. From `{content['path'].name}`."
+    )
+    return f"{markdown(header, rows)}\n\n{text}\n"
 
 
 def model_table(bench: str, content: dict[str, Any] | None) -> str:
@@ -351,9 +394,13 @@ def fill_page(text: str, results: dict[str, dict[str, Any]]) -> str:
     """`text` with every marked table made anew."""
 
     def table(match: re.Match[str]) -> str:
-        name = match["name"]
+        name, content = match["name"], results.get(match["name"])
+        if match["what"] in (":claims", ":costs"):
+            claims = match["what"] == ":claims"
+            section = depth_report.claim_list if claims else depth_report.cost_table
+            return f"{match[1]}{depth_text(content, section)}{match[4]}"
         make = memory_table if match["what"] else make_table
-        return f"{match[1]}{make(name, results.get(name))}{match[4]}"
+        return f"{match[1]}{make(name, content)}{match[4]}"
 
     return MARKED.sub(table, text)
 
@@ -379,6 +426,9 @@ def main() -> None:
     for content in results.values():
         if "cases" in content:
             print(plot_bench(content, content["path"].with_suffix(".png")))
+        elif content.get("bench") == "depth":
+            for name in ("curves", "gradients"):
+                print(depth_report.plot_one(content, name, content["path"].with_suffix("")))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,42 +206,54 @@ def _size(row: dict[str, Any]) -> str:
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The report as a page: claims, table, plots."""
+    """The report as a page: table, claims, costs, plots."""
+    sections = ["# Depth: plain and residual networks", settings(summary), error_table(summary)]
+    sections += ["## What it shows", claim_list(summary)]
+    if summary["deep"]:
+        sections += ["## What a step costs", cost_table(summary)]
+    sections += [f"![{name}]({name}.png)" for name in PLOTS]
+    return "\n\n".join(sections) + "\n"
+
+
+def settings(summary: dict[str, Any]) -> str:
     c = summary["settings"]
-    lines = [
-        "# Depth: plain and residual networks",
-        "",
+    return (
         f"{c['data']}, {c['block']} blocks, {c['epochs']} epochs, batch {c['batch']}, "
-        f"{c['seeds']} seeds; mean (smallest to largest).",
-        "",
-        "| layers | | training error | test error |",
-        "|---|---|---|---|",
-    ]
+        f"{c['seeds']} seeds: mean (smallest to largest)."
+    )
+
+
+def error_table(summary: dict[str, Any]) -> str:
+    """Final errors of every kind and depth."""
+    lines = ["| layers | | training error | test error |", "|--:|:--|--:|--:|"]
     for r in summary["errors"]:
         cells = [_cell(r[key], r["diverged"]) for key in ("train_error", "test_error")]
         lines.append(f"| {r['depth']} | {r['kind']} | {' | '.join(cells)} |")
-    lines += ["", "## What it shows", ""]
-    lines += [
+    return "\n".join(lines)
+
+
+def claim_list(summary: dict[str, Any]) -> str:
+    return "\n".join(
         f"- **{'Shown' if c['shown'] else 'Not shown'}**: {c['claim']}. {c['words']}"
         for c in summary["claims"]
+    )
+
+
+def cost_table(summary: dict[str, Any]) -> str:
+    """One step of the deep networks, by activation memory."""
+    lines = [
+        "| layers | | step, ms | ms per layer | of 20 layers' | saved, MiB | peak, MiB |",
+        "|--:|:--|--:|--:|--:|--:|--:|",
     ]
-    if summary["deep"]:
-        lines += ["", "## What a step costs", ""]
-        lines += [
-            "| layers | | step, ms | ms per layer | of 20 layers' | saved, MiB | peak, MiB |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for part in summary["deep"]:
-            for row in part["costs"]:
-                share = row["layer_ms"] / row["shallow_layer_ms"]
-                lines.append(
-                    f"| {part['depth']} | {row['level']} | {row['step_ms']:.0f} "
-                    f"| {row['layer_ms']:.3f} | {share:.2f} | {row['saved_bytes'] / 2**20:.1f} "
-                    f"| {row['peak_bytes'] / 2**20:.1f} |"
-                )
-    for name in PLOTS:
-        lines += ["", f"![{name}]({name}.png)"]
-    return "\n".join(lines) + "\n"
+    for part in summary["deep"]:
+        for row in part["costs"]:
+            share = row["layer_ms"] / row["shallow_layer_ms"]
+            lines.append(
+                f"| {part['depth']} | {row['level']} | {row['step_ms']:.0f} "
+                f"| {row['layer_ms']:.3f} | {share:.2f} | {row['saved_bytes'] / 2**20:.1f} "
+                f"| {row['peak_bytes'] / 2**20:.1f} |"
+            )
+    return "\n".join(lines)
 
 
 def _cell(value: dict[str, float] | None, diverged: dict[str, int]) -> str:
@@ -257,19 +270,22 @@ PLOTS = ("curves", "degradation", "gradients", "responses", "around")
 
 def plot(summary: dict[str, Any], folder: Path) -> list[str]:
     """The plots as PNG files in `folder`; their names, none without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    if importlib.util.find_spec("matplotlib") is None:
         return []
+    return [plot_one(summary, name, folder).name for name in PLOTS]
+
+
+def plot_one(summary: dict[str, Any], name: str, prefix: Path) -> Path:
+    """One of PLOTS as PREFIX/NAME.png where prefix is a folder, else PREFIX-NAME.png."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     from . import plots
 
-    names = []
-    for name in PLOTS:
-        figure = getattr(plots, name)(pyplot, summary)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-        pyplot.close(figure)
-        names.append(f"{name}.png")
-    return names
+    figure = getattr(plots, name)(pyplot, summary)
+    file = prefix / f"{name}.png" if prefix.is_dir() else Path(f"{prefix}-{name}.png")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+    return file
