@@ -47,8 +47,14 @@ void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
 }
 
 void run_winograd(const ConvBnRelu& conv) {
-  const auto kernel = cpu_kernels().conv_bn_relu_winograd;
   const int64_t tiles = conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
+  if (conv.C == 16 && conv.K == 16) {
+    Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
+      cpu_kernels().conv_winograd_16(conv, begin, end);
+    });
+    return;
+  }
+  const auto kernel = cpu_kernels().conv_bn_relu_winograd;
   const int64_t groups = (tiles + kTilePixels - 1) / kTilePixels;
   const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
   const int64_t threads = torch::stable::get_num_threads();

@@ -173,12 +173,15 @@ void sum_weight_gradient(const WeightGradient& g, DtypeIndex dtype, float* out) 
 bool sum_winograd_gradient(const WeightGradient& g, float* out) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t tiles = g.N * ((g.P + 1) / 2) * ((g.Q + 1) / 2), weights = g.K * 16 * g.C;
-  const bool by_outputs = g.pixels < 3 * g.K * 9;
-  const Split split(by_outputs ? g.K / 16 : tiles, 1, 1);
+  const bool sixteen = g.C == 16 && g.K == 16;
+  const bool by_outputs = !sixteen && g.pixels < 3 * g.K * 9;
+  const int64_t granule = sixteen ? kTilesOf16 : 1;
+  const Split split(by_outputs ? g.K / 16 : tiles, granule, granule);
   const int64_t parts = by_outputs ? 1 : split.tasks;
   const Scratch sums(parts * weights * 4);
   auto* sums_ptr = reinterpret_cast<float*>(sums.data());
   split.run([&](int64_t task, int64_t begin, int64_t end) {
+    if (sixteen) return kernels.winograd_gradient_16(g, begin, end, sums_ptr + task * weights);
     const int64_t outputs = by_outputs ? (end - begin) * 16 : g.K;
     const Scratch scratch(kernels.winograd_gradient_scratch(g, outputs));
     if (by_outputs)

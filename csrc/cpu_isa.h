@@ -34,6 +34,7 @@ namespace {
 #include "conv_weight_gradient_kernels.h"
 #include "conv_weight_gradient_narrow.h"
 #include "conv_weight_gradient_winograd.h"
+#include "conv_winograd_16.h"
 #endif
 
 }  // namespace
@@ -73,6 +74,8 @@ const CpuKernels kernels = {
     winograd_gradient_output,
     winograd_gradient_scratch,
     conv_bn_relu_winograd,
+    conv_winograd_16,
+    winograd_gradient_16,
 #else
     {},
     nullptr,
@@ -80,6 +83,8 @@ const CpuKernels kernels = {
     {},
     {},
     {},
+    nullptr,
+    nullptr,
     nullptr,
     nullptr,
     nullptr,

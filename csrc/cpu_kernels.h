@@ -142,6 +142,9 @@ constexpr int64_t winograd_scratch_bytes(int64_t C) {
   return winograd_groups(C) * winograd_group_bytes(C);
 }
 
+// Tiles that Winograd's form takes at a time where there are 16 channels in and out.
+constexpr int64_t kTilesOf16 = 16;
+
 // One column per dtype, in the order of DtypeIndex: float32, bfloat16, float16, float64.
 struct CpuKernels {
   const char* isa;
@@ -202,6 +205,9 @@ struct CpuKernels {
   // of 7 tiles of 2x2 pixels; null where not served
   void (*conv_bn_relu_winograd)(const ConvBnRelu&, void* scratch, int64_t block_begin,
                                 int64_t block_end, int64_t begin, int64_t end);
+  // The same two where C = K = 16: all of y, and the sums, of tiles [begin, end)
+  void (*conv_winograd_16)(const ConvBnRelu&, int64_t begin, int64_t end);
+  void (*winograd_gradient_16)(const WeightGradient&, int64_t begin, int64_t end, float* sums);
 };
 
 // Whether conv_bn_relu computes in this dtype (a column of the table) on this machine.

@@ -41,6 +41,8 @@ CASES = {
     # Channels and outputs in sixteens: by Winograd's form in float32.
     "3x3 in sixteens": ((2, 32, 9, 11), 80, (3, 3), 1, 1, 1, 1),
     "3x3 in sixteens, no padding": ((3, 16, 10, 8), 16, (3, 3), 1, 0, 1, 1),
+    "3x3 of 16 to 16": ((1, 16, 9, 11), 16, (3, 3), 1, 1, 1, 1),
+    "3x3 of 16 to 16, rows of 16 tiles": ((2, 16, 5, 31), 16, (3, 3), 1, 1, 1, 1),
     "3x3 in sixteens, wide padding": ((1, 48, 7, 30), 64, (3, 3), 1, (2, 0), 1, 1),
     "3x3 in sixteens, many tiles": ((2, 128, 34, 33), 32, (3, 3), 1, 1, 1, 1),
     "3x3 in sixteens, one pixel": ((2, 64, 1, 1), 64, (3, 3), 1, 1, 1, 1),

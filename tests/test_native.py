@@ -143,27 +143,28 @@ def test_convolution_refuses_what_does_not_fit():
         strided.run(x, None, True)
 
 
-def test_tiles_that_overflow_are_computed_directly():
+@pytest.mark.parametrize(("C", "K"), [(32, 48), (16, 16)])
+def test_tiles_that_overflow_are_computed_directly(C, K):
     """Winograd's sums overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
     if not native_conv.serves(torch.float32):
         pytest.skip("the native convolution needs a processor with AVX-512")
-    weight = torch.zeros(48, 32, 3, 3)
-    weight[:, :, 1, 1] = torch.eye(48, 32)
+    weight = torch.zeros(K, C, 3, 3)
+    weight[:, :, 1, 1] = torch.eye(K, C)
     conv = native_conv.NativeConv(
-        weight, torch.ones(48), torch.zeros(48), torch.float32, (1, 1), (1, 1), (1, 1), 1
+        weight, torch.ones(K), torch.zeros(K), torch.float32, (1, 1), (1, 1), (1, 1), 1
     )
     assert conv._winograd is not None
-    x = channels_last((2, 32, 12, 12), torch.float32)
+    x = channels_last((2, C, 12, 12), torch.float32)
     x[1, 3, 4, 4], x[1, 3, 4, 6] = 3e38, -3e38
-    residual = channels_last((2, 48, 12, 12), torch.float32)
-    want = x + residual[:, :32]
+    residual = channels_last((2, K, 12, 12), torch.float32)
+    want = x + residual[:, :C]
     got = conv.run(x, residual, False, overwrite=True)
     assert torch.isfinite(got).all() and torch.equal(got, residual)
     # Tiles that read one of the two, and whose sums are finite, are exact beside 3e38 only.
-    one_of_them = torch.zeros(2, 32, 12, 12, dtype=torch.bool)
+    one_of_them = torch.zeros(2, C, 12, 12, dtype=torch.bool)
     one_of_them[1, 3, 3:7, 2:4] = one_of_them[1, 3, 3:7, 6:8] = True
     one_of_them[1, 3, 4, 6] = False
-    torch.testing.assert_close(got[:, :32][~one_of_them], want[~one_of_them], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got[:, :C][~one_of_them], want[~one_of_them], rtol=1e-6, atol=1e-5)
 
 
 def test_overwriting_the_residual_gives_the_same():

@@ -32,6 +32,11 @@ CASES = {
     "3x3, no padding": ((2, 16, 10, 8), 16, (3, 3), (1, 1), (0, 0), (1, 1)),
     "3x3, wide padding": ((1, 48, 7, 30), 64, (3, 3), (1, 1), (2, 0), (1, 1)),
     "3x3, one pixel": ((4, 64, 1, 1), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    # 16 channels in and out have Winograd's kernels of their own: tiles in eights and sixteens.
+    "3x3 of 16, few tiles": ((1, 16, 7, 9), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 of 16, rows of 16 tiles": ((3, 16, 33, 32), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 of 16, wide padding": ((2, 16, 6, 31), 16, (3, 3), (1, 1), (2, 0), (1, 1)),
+    "3x3 of 16, one pixel": ((4, 16, 1, 1), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, dilated": ((2, 32, 13, 12), 32, (3, 3), (1, 1), (2, 2), (2, 2)),
     "3x3, dilated, stride 2": ((2, 16, 13, 12), 32, (3, 3), (2, 2), (2, 1), (2, 3)),
     "3x3, stride 3": ((2, 16, 14, 17), 32, (3, 3), (3, 3), (1, 1), (1, 1)),
@@ -123,8 +128,10 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "case", ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels"]
-)
+    "case",
+    ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels",
+     "3x3 of 16, few tiles"],
+)  # fmt: skip
 def test_what_is_added(case: str, dtype: torch.dtype) -> None:
     """conv + residual, in the residual's memory, with one rounding; and so the input's gradient."""
     mine, stock = makers()
@@ -172,8 +179,24 @@ def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("case", ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3"])
+def test_the_same_at_any_number_of_threads(case: str) -> None:
+    """Where a thread's tiles begin changes nothing in y and dx."""
+    mine, _ = makers()
+    x, weight, dy, g = operands(case, torch.float32)
+    found = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        found.append(run(mine, x, weight, dy, g)[:2])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("case", ["3x3, even", "pointwise", "3x3, stride 2"])
+@pytest.mark.parametrize(
+    "case", ["3x3, even", "pointwise", "3x3, stride 2", "3x3 of 16, few tiles"]
+)
 def test_not_a_number(case: str, value: float) -> None:
     """What is no finite number shows where stock shows it, in forward and both gradients."""
     mine, stock = makers()
@@ -187,10 +210,11 @@ def test_not_a_number(case: str, value: float) -> None:
             assert torch.equal(a.isfinite(), b.isfinite()), (name, which)
 
 
-def test_sums_that_overflow_in_winograds_form() -> None:
+@pytest.mark.parametrize("case", ["3x3, even", "3x3 of 16, few tiles"])
+def test_sums_that_overflow_in_winograds_form(case: str) -> None:
     """Winograd's sums of four values may overflow where the result does not."""
     mine, stock = makers()
-    x, weight, dy, g = operands("3x3, even", torch.float32)
+    x, weight, dy, g = operands(case, torch.float32)
     x = torch.full_like(x, 2e38)
     weight, dy = weight * 1e-3, dy * 1e-6
     exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
