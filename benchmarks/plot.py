@@ -73,6 +73,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
     """The markdown of table NAME from its results, or with every cell missing."""
     if content is not None and content.get("bench") == "depth":
         return depth_text(content, depth_report.error_table)
+    if content is not None and "accuracy" in content:
+        return accuracy_table(content)
     if content is not None and "steps" in content:
         return depth_steps_table(content)
     if content is not None and "benchmarks" in content:
@@ -99,6 +101,21 @@ def depth_text(content: dict[str, Any] | None, section: Callable[[dict[str, Any]
         f"{content['machine']['cpu']}, torch {content['torch']}, {commit(content)}. "
         f"From `{content['path'].name}`.\n"
     )
+
+
+def accuracy_table(content: dict[str, Any]) -> str:
+    """accuracy.py: test accuracy by seed."""
+    found = content["accuracy"]
+    seeds = [f"seed {i}" for i in range(len(found["stock"]))]
+    rows = [
+        [kind, *(f"{a:.2%}" for a in found[kind]), f"{statistics.fmean(found[kind]):.2%}"]
+        for kind in ("stock", "fused")
+    ]
+    text = (
+        f"{found['model']} on scikit-learn's digits, {found['epochs']} epochs; torch "
+        f"{content['torch']}, {commit(content)}. From `{content['path'].name}`."
+    )
+    return f"{markdown(['test accuracy', *seeds, 'mean'], rows)}\n\n{text}\n"
 
 
 def depth_steps_table(content: dict[str, Any]) -> str:
