@@ -59,6 +59,11 @@ bench: build
 	  --contender eager eager-channels_last compile fused fused-low fused-lower fused-minimal \
 	  --out $(RESULTS)
 	$(PY) benchmarks/bench_resnet.py --out $(RESULTS)
+	$(PY) benchmarks/bench_depth.py --out $(RESULTS)
+	$(PY) benchmarks/accuracy.py --out $(RESULTS)
+	$(VENV)/bin/fused-resnet depth --out build/depth
+	cp build/depth/report.json \
+	  $(RESULTS)/depth-cpu-torch$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])').json
 	$(MAKE) tables
 
 tables: build

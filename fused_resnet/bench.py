@@ -5,12 +5,14 @@
     bench.save(results, "benchmarks/results")
 
 In every round each contender is timed once, and who starts changes from round to round, so that a
-busy machine slows all of them alike. Figures are medians with the interquartile range; a ratio is
-taken pair by pair within the rounds and its median is reported.
+busy machine slows all of them alike. On the CPU each trains in a process of its own
+(bench_worker.py says why). Figures are medians with the interquartile range; a ratio is taken pair
+by pair within the rounds and its median is reported.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from . import contenders as entrants
 from . import machine, memory
+from .bench_worker import Worker
 from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable
 
 # Importing torch.utils.benchmark looks for a CUDA toolkit and warns where one is without a GPU.
@@ -87,6 +90,17 @@ class _Entry:
         for _ in range(self.repeats):
             self.step()
         self.times_s.append((timer() - start) / self.repeats)
+
+
+@dataclass
+class _Remote(_Entry):
+    """A contender in a process of its own."""
+
+    worker: Worker | None = None
+
+    def sample(self) -> None:
+        assert self.worker is not None
+        self.times_s.append(self.worker.ask("sample"))
 
 
 def run(
@@ -229,13 +243,25 @@ def _run_case(
     case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool
 ) -> Iterator[Event]:
     """Events with fractions of this case alone; building takes the first half of the bar."""
-    data = entrants.make_data(case)
+    with contextlib.ExitStack() as workers:
+        yield from _measure_case(case, contenders, seconds, rounds, with_memory, workers)
+
+
+def _measure_case(
+    case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool,
+    workers: contextlib.ExitStack,
+) -> Iterator[Event]:  # fmt: skip
+    apart = case.mode == "train" and torch.device(case.device).type == "cpu"
+    data = None if apart else entrants.make_data(case)
     entries: list[_Entry] = []
     skipped: dict[str, str] = {}
     for index, name in enumerate(contenders):
         yield Event(0.5 * index / len(contenders), f"{case.label}: first call of {name}")
         try:
-            entries.append(_enter(name, case, data))
+            if data is None:
+                entries.append(_enter_apart(name, case, workers))
+            else:
+                entries.append(_enter(name, case, data))
         except Unavailable as error:
             skipped[name] = str(error)
         except Exception as error:
@@ -279,6 +305,19 @@ def _enter(name: str, case: Case, data: entrants.Data) -> _Entry:
     return _Entry(name, step, t1 - t0, t2 - t1, t4 - t3, output, owned)
 
 
+def _enter_apart(name: str, case: Case, workers: contextlib.ExitStack) -> _Remote:
+    """The same in a process of its own, which lives as long as `workers`."""
+    worker = Worker(name, case, torch.get_num_threads())
+    workers.callback(worker.close)
+    found = worker.ask("enter")
+    output = torch.tensor(found["output"])
+    no_step = Step(lambda: output)  # it is the process that steps
+    return _Remote(
+        name, no_step, found["construct_s"], found["first_call_s"], found["call_s"], output, 0,
+        worker=worker,
+    )  # fmt: skip
+
+
 def _rounds(entries: Sequence[_Entry], seconds: float, rounds: int) -> int:
     per_round = sum(e.sample_s for e in entries)
     wanted = int(seconds / per_round) if per_round > 0 else rounds
@@ -299,10 +338,10 @@ def _one_round(entries: list[_Entry], index: int) -> None:
 
 def _memory(entry: _Entry, case: Case, with_memory: bool) -> dict[str, int]:
     found: dict[str, int] = {}
-    if case.mode == "train" and entry.step.model is not None:
+    if isinstance(entry, _Remote) and entry.worker is not None:
+        found |= entry.worker.ask("saved")
+    elif case.mode == "train" and entry.step.model is not None:
         found["saved_bytes"] = memory.saved_bytes(entry.step)
-        if torch.device(case.device).type == "cpu":
-            found["activation_peak_bytes"] = memory.activation_peak_bytes(entry.step)
     if torch.device(case.device).type == "cuda":
         if entry.step.model is not None:
             found["peak_bytes"] = memory.cuda_peak_bytes(entry.step, entry.owned_bytes, case.device)
