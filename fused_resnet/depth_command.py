@@ -49,8 +49,8 @@ def depth(
         float, _OPTION(help="Probability that a residual network's last block is left out.")
     ] = 0.0,
     zero_init_residual: Annotated[
-        bool, _OPTION("--zero-init-residual", help="Each residual block starts as its shortcut.")
-    ] = False,
+        bool, _OPTION(help="Each residual block starts as its shortcut.")
+    ] = True,
     out: Annotated[str, _OPTION(help="Folder; a report begun there goes on.")] = "runs/depth",
     threads: Threads = None,
 ) -> None:

@@ -50,7 +50,7 @@ class Config:
     deep_steps: int = 60
     activation_memory: str = "low"  # of the deep ones
     stochastic_depth: float = 0.0  # of the residual ones
-    zero_init_residual: bool = False  # each of their blocks starts as its shortcut
+    zero_init_residual: bool = True  # each of their blocks starts as its shortcut
     out: str = "runs/depth"
 
 

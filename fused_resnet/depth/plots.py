@@ -136,7 +136,7 @@ def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
                 if (look["kind"], look["depth"]) == (kind, depth):
                     values = look["responses"]
                     places = [i / max(1, len(values) - 1) for i in range(len(values))]
-                    a.plot(places, values, color=colour, lw=1.2, label=f"{depth} layers")
+                    a.plot(places, values, ".", color=colour, ms=5, label=f"{depth} layers")
     _legend(axes[1])
     return figure
 

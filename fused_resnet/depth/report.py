@@ -219,7 +219,8 @@ def settings(summary: dict[str, Any]) -> str:
     c = summary["settings"]
     return (
         f"{c['data']}, {c['block']} blocks, {c['epochs']} epochs, batch {c['batch']}, "
-        f"{c['seeds']} seeds: mean (smallest to largest)."
+        f"{c['seeds']} seeds: mean (smallest to largest). "
+        f"Residual blocks start as {'their shortcuts' if c['zero_init_residual'] else 'all others'}."
     )
 
 
