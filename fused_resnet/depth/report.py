@@ -217,10 +217,10 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def settings(summary: dict[str, Any]) -> str:
     c = summary["settings"]
+    start = "their shortcuts" if c["zero_init_residual"] else "all others"
     return (
         f"{c['data']}, {c['block']} blocks, {c['epochs']} epochs, batch {c['batch']}, "
-        f"{c['seeds']} seeds: mean (smallest to largest). "
-        f"Residual blocks start as {'their shortcuts' if c['zero_init_residual'] else 'all others'}."
+        f"{c['seeds']} seeds: mean (smallest to largest). Residual blocks start as {start}."
     )
 
 
