@@ -216,6 +216,8 @@ def test_degradation_is_told_from_its_absence():
     assert "1.00% at 20, 40.00% at 56" in found[plain]["words"]
     found = words([runs[0], curve("plain", 56, 0.01), runs[2], curve("residual", 56, 0.2)])
     assert not found[plain]["shown"] and not found[residual]["shown"]
+    tested = curve("residual", 56, 0.0) | {"test_error": [0.05]}
+    assert not words([*runs, tested])[residual]["shown"]
     lost = [curve("residual", 56, 0.0, seed=1, diverged=7), curve("residual", 56, 0.02)]
     found = words([*runs, *lost])
     assert "Diverged: 56 layers in step 7" in found[residual]["words"]
