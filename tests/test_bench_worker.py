@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from training_helpers import needs_native
 
 from fused_resnet import bench
 from fused_resnet.bench_worker import Worker
@@ -11,6 +12,7 @@ from fused_resnet.contenders import Case, Unavailable
 CASE = Case("resnet18", 1, "float32", "train", "cpu")
 
 
+@needs_native
 def test_a_training_case_is_measured_in_processes_of_their_own(monkeypatch):
     started: list[Worker] = []
 
