@@ -4,8 +4,7 @@ its own, taking turns.
     python benchmarks/bench_depth.py --out benchmarks/results [--case DEPTH,BATCH,SIZE ...]
 
 In a process of its own, because what one contender leaves behind in the allocator helps or hinders
-another: eager takes memory from the system again for every large activation, and is up to a third
-faster where a neighbour keeps the heap from shrinking. A step is forward, cross entropy, backward
+another (fused_resnet/bench_worker.py). A step is forward, cross entropy, backward
 and SGD, on random images. Bytes saved for backward are counted once, for every contender.
 """
 
