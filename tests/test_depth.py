@@ -3,6 +3,7 @@ memory foreseen, and the sentences it draws from figures."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -189,6 +190,16 @@ def test_clear_errors(arguments, message, tmp_path):
     result = CliRunner().invoke(app, ["depth", "--out", str(tmp_path), *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "sklearn" else find(name, *a)
+    )
+    result = CliRunner().invoke(app, ["depth", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "depth needs sklearn: pip install fused-resnet[train]" in result.output
 
 
 # --- what figures say -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from ..activation_memory import LEVELS, set_activation_memory
 from ..cifar import BLOCKS, cifar_resnet
 from ..train import data as datasets
+from ..train.loop import need
 from ..train.state import write_whole
 from . import profiles, ultra
 
@@ -110,6 +111,7 @@ def check(config: Config) -> None:
     """ValueError that names the option."""
     if config.data not in ("digits", "cifar10"):
         raise ValueError(f"--data must be one of digits, cifar10, got {config.data!r}")
+    need("depth", "torchvision", *(["sklearn"] if config.data == "digits" else []))
     if config.block not in BLOCKS:
         raise ValueError(f"--block must be one of {', '.join(BLOCKS)}, got {config.block!r}")
     if config.activation_memory not in LEVELS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -95,12 +96,15 @@ def run(
         return _Run(config, say, progress, rank, processes, device).go(resume)
 
 
-def _check(c: Config) -> None:
-    import importlib.util
-
-    missing = [n for n in NEEDED if importlib.util.find_spec(n) is None]
+def need(what: str, *packages: str) -> None:
+    """ValueError that says how to get those of the packages that are not installed."""
+    missing = [n for n in packages if importlib.util.find_spec(n) is None]
     if missing:
-        raise ValueError(f"training needs {' and '.join(missing)}: pip install fused-resnet[train]")
+        raise ValueError(f"{what} needs {' and '.join(missing)}: pip install fused-resnet[train]")
+
+
+def _check(c: Config) -> None:
+    need("training", *NEEDED)
 
     def one_of(option: str, value: str, allowed: Any) -> None:
         if value not in allowed:
