@@ -2,6 +2,7 @@
 // statistics merged over processes, two norms applied and added in one pass, an activation computed
 // again from the same statistics. Outputs lie in memory that comes back (memory_pool.h).
 #include "bn_cpu.h"
+#include "bn_train.h"
 #include "memory_pool.h"
 
 namespace fused_resnet {
@@ -14,6 +15,8 @@ Tensor to_rows(const Tensor& x, const std::vector<const std::vector<double>*>& r
   for (const auto* row : rows) p = std::copy(row->begin(), row->end(), p);
   return out;
 }
+
+}  // namespace
 
 // x (N, C, H, W) -> (2, C) float64: mean and biased variance
 Tensor bn_statistics(Tensor x) {
@@ -129,29 +132,43 @@ std::tuple<Tensor, Tensor> bn_parameter_gradients(Tensor sums, int64_t row, Tens
               : std::make_tuple(to_tensor<float>(sums, dweight), to_tensor<float>(sums, dbias));
 }
 
-// running = running * (1 - momentum) + now * momentum, the variance unbiased over `count` values;
-// running_mean, running_var: (C,) float32, contiguous; in place. The arithmetic is float32, in the
-// order of the formula.
-void bn_update_running(Tensor running_mean, Tensor running_var, Tensor stats, double momentum,
-                       double count) {
+// running = running * (1 - momentum) + now * momentum, the variance unbiased over `count` values,
+// norm by norm; means, vars: (C,) float32, contiguous; counters: () int64, one more after it, or
+// empty where a norm has none; in place. The arithmetic is float32, in the order of the formula.
+void bn_update_running(std::vector<Tensor> means, std::vector<Tensor> vars,
+                       std::vector<Tensor> counters, std::vector<Tensor> stats,
+                       std::vector<double> momenta, std::vector<double> counts) {
   constexpr const char* op = "bn_update_running";
-  const int64_t C = running_mean.numel();
-  check_rows(op, "statistics", stats, 2, C);
-  check_channel_vector(op, "running_mean", running_mean, C, ScalarType::Float, stats);
-  check_channel_vector(op, "running_var", running_var, C, ScalarType::Float, stats);
-  const auto* mean = static_cast<const double*>(stats.const_data_ptr());
-  auto* running_mean_ptr = static_cast<float*>(running_mean.mutable_data_ptr());
-  auto* running_var_ptr = static_cast<float*>(running_var.mutable_data_ptr());
-  const auto keep = static_cast<float>(1.0 - momentum), take = static_cast<float>(momentum);
-  for (int64_t c = 0; c < C; ++c) {
-    const auto now = static_cast<float>(mean[c]);
-    const auto var = static_cast<float>(static_cast<float>(mean[C + c]) * (count / (count - 1)));
-    running_mean_ptr[c] = running_mean_ptr[c] * keep + now * take;
-    running_var_ptr[c] = running_var_ptr[c] * keep + var * take;
+  const size_t norms = means.size();
+  check(vars.size() == norms && counters.size() == norms && stats.size() == norms &&
+            momenta.size() == norms && counts.size() == norms,
+        op, ": every argument must have ", norms, " values");
+  for (size_t i = 0; i < norms; ++i) {
+    const int64_t C = means[i].numel();
+    check_rows(op, "statistics", stats[i], 2, C);
+    check_channel_vector(op, "running_mean", means[i], C, ScalarType::Float, stats[i]);
+    check_channel_vector(op, "running_var", vars[i], C, ScalarType::Float, stats[i]);
+    check(counters[i].numel() <= 1 && counters[i].scalar_type() == ScalarType::Long &&
+              counters[i].is_cpu(),
+          op, ": a counter must be one int64, got ", name_of(counters[i].scalar_type()),
+          " of shape ", shape_of(counters[i]));
+  }
+  for (size_t i = 0; i < norms; ++i) {
+    const int64_t C = means[i].numel();
+    const auto* now = static_cast<const double*>(stats[i].const_data_ptr());
+    auto* mean = static_cast<float*>(means[i].mutable_data_ptr());
+    auto* var = static_cast<float*>(vars[i].mutable_data_ptr());
+    const auto keep = static_cast<float>(1.0 - momenta[i]), take = static_cast<float>(momenta[i]);
+    for (int64_t c = 0; c < C; ++c) {
+      const auto unbiased =
+          static_cast<float>(static_cast<float>(now[C + c]) * (counts[i] / (counts[i] - 1)));
+      mean[c] = mean[c] * keep + static_cast<float>(now[c]) * take;
+      var[c] = var[c] * keep + unbiased * take;
+    }
+    if (counters[i].numel() == 1) ++*static_cast<int64_t*>(counters[i].mutable_data_ptr());
   }
 }
 
-}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
@@ -170,8 +187,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "bn_parameter_gradients(Tensor sums, int row, Tensor stats, float eps, bool wide) -> "
       "(Tensor, Tensor)");
   m.def(
-      "bn_update_running(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor stats, "
-      "float momentum, float count) -> ()");
+      "bn_update_running(Tensor(a!)[] means, Tensor(b!)[] vars, Tensor(c!)[] counters, "
+      "Tensor[] stats, float[] momenta, float[] counts) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {

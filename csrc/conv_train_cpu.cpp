@@ -1,10 +1,17 @@
 // A training step's convolutions on the CPU: the convolution itself and the gradient of its input,
 // by the kernels of conv_bn_relu_kernels.h with weights packed anew, since every step changes them.
+#include <atomic>
+
 #include "conv_cpu.h"
+#include "conv_train.h"
 #include "memory_pool.h"
 
 namespace fused_resnet {
 namespace {
+std::atomic<int64_t> convolutions{0}, input_gradients{0}, weight_gradients{0};
+}
+
+ConvPasses conv_passes() { return {convolutions, input_gradients, weight_gradients}; }
 
 // x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
 // y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
@@ -58,6 +65,7 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                  ? *residual
                  : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
   if (y.numel() == 0) return y;
+  ++(transposed ? input_gradients : convolutions);
   const auto size = static_cast<int64_t>(x.element_size());
 
   const bool winograd = dtype == kFloat32 && R == 3 && S == 3 && winograd_pays(conv) &&
@@ -94,17 +102,18 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   return y;
 }
 
-// y[:, :, ::stride_h, ::stride_w] += x, in place; y (N, C, H, W), x (N, C, P, Q), channels_last
+// y[:, :, ::stride_h, ::stride_w] += x[:, :C], in place; y (N, C, H, W), x (N, K, P, Q) with K >=
+// C, channels_last
 void scatter_add(Tensor y, Tensor x, std::vector<int64_t> stride) {
   constexpr const char* op = "scatter_add";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Layout4d to = layout_of(op, y), from = layout_of(op, x);
-  check(stride.size() == 2 && to.channels_last && from.channels_last && to.C == from.C &&
+  check(stride.size() == 2 && to.channels_last && from.channels_last && to.C <= from.C &&
             to.N == from.N && y.scalar_type() == x.scalar_type() &&
             (y.size(2) - 1) / stride[0] + 1 == x.size(2) &&
             (y.size(3) - 1) / stride[1] + 1 == x.size(3),
-        op, ": x must be y's every stride-th pixel, channels_last, got shapes ", shape_of(x),
-        " and ", shape_of(y));
+        op, ": x must be y's every stride-th pixel and its channels, channels_last, got shapes ",
+        shape_of(x), " and ", shape_of(y));
   const int64_t C = to.C, P = x.size(2), Q = x.size(3), H = y.size(2), W = y.size(3);
   const auto size = static_cast<int64_t>(x.element_size());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
@@ -114,10 +123,13 @@ void scatter_add(Tensor y, Tensor x, std::vector<int64_t> stride) {
         for (int64_t row = begin; row < end; ++row)
           for (int64_t q = 0; q < Q; ++q) {
             const int64_t pixel = (row / P * H + row % P * stride[0]) * W + q * stride[1];
-            cpu_kernels().add[dtype](x_ptr + (row * Q + q) * C * size, y_ptr + pixel * C * size, C);
+            cpu_kernels().add[dtype](x_ptr + (row * Q + q) * from.C * size,
+                                     y_ptr + pixel * C * size, C);
           }
       });
 }
+
+namespace {
 
 // from (rows, columns) -> to (columns, rows), multiples of 16
 void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
@@ -225,6 +237,8 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
   return g;
 }
 
+}  // namespace
+
 // dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of
 // the convolution, float32, channels_last. K and C multiples of 16.
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
@@ -237,6 +251,7 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
         ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
         ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
   Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
+  ++weight_gradients;
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const bool pointwise =
       R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
@@ -269,6 +284,8 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
               static_cast<float*>(dweight.mutable_data_ptr()));
   return dweight;
 }
+
+namespace {
 
 // dy (N, K, P, Q), x (N, C, H, W) of few channels, channels_last, float32 or bfloat16 -> (R, S C,
 // K), float32: dweight of a convolution without dilation, (K, C, R, S) in another order.

@@ -2,6 +2,7 @@
 // other files do through the dispatcher; tensors never pass through here.
 #include <pybind11/pybind11.h>
 
+#include "conv_train.h"
 #include "cpu_kernels.h"
 #include "implicit_gemm_tiles.h"
 #include "kernel_list.h"
@@ -41,11 +42,29 @@ py::dict build_info() {
 
 py::list kernels() {
   py::list list;
-  for (const char* name :
-       {"add_relu", "add_relu_backward", "bn_add_relu", "bn_add_relu_backward", "conv_bn_relu",
-        "max_pool2d", "mean_pool", "pad_rows", "abs_max", "bn_statistics", "bn_apply", "bn_reduce",
-        "bn_gradient", "bn_pool", "bn_pool_gradient", "convolution", "convolution_weight_gradient",
-        "narrow_weight_gradient", "scatter_add"}) {
+  for (const char* name : {"add_relu",
+                           "add_relu_backward",
+                           "bn_add_relu",
+                           "bn_add_relu_backward",
+                           "conv_bn_relu",
+                           "max_pool2d",
+                           "mean_pool",
+                           "pad_rows",
+                           "abs_max",
+                           "bn_statistics",
+                           "bn_apply",
+                           "bn_reduce",
+                           "bn_gradient",
+                           "bn_pool",
+                           "bn_pool_gradient",
+                           "convolution",
+                           "convolution_weight_gradient",
+                           "narrow_weight_gradient",
+                           "scatter_add",
+                           "block_forward",
+                           "block_backward",
+                           "preact_forward",
+                           "preact_backward"}) {
     py::dict entry;
     entry["name"] = name;
     entry["device"] = "cpu";
@@ -94,6 +113,15 @@ py::dict memory() {
   return found;
 }
 
+py::dict conv_passes() {
+  const fused_resnet::ConvPasses passes = fused_resnet::conv_passes();
+  py::dict found;
+  found["convolutions"] = passes.convolutions;
+  found["input_gradients"] = passes.input_gradients;
+  found["weight_gradients"] = passes.weight_gradients;
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -108,6 +136,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("reset_memory_peak", &fused_resnet::reset_pool_peak, "Start peak_bytes anew.");
   m.def("release_memory", &fused_resnet::release_pool,
         "Give the free bytes back to the system; returns how many.");
+  m.def("conv_passes", &conv_passes,
+        "How many convolutions, gradients of their inputs and of their weights the CPU kernels of "
+        "training have run in this process.");
   m.def("kernels", &kernels,
         "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
         "this asks the CUDA runtime, which initialises it.");

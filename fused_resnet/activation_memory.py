@@ -75,7 +75,7 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
             f"{type(model).__name__} without any"
         )
     for m in found:
-        m.activation_memory = level  # type: ignore[assignment]
+        m.activation_memory = level
 
 
 def segments(blocks: int) -> int:

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import (
-    activation_memory,
     backends,
+    block_training,
     convolution,
     layout,
     ops,
     plans,
     pooling,
-    preact_training,
     sync_batch_norm,
     train_kernels,
     training,
 )
+from .block_training import serves, track
 from .plans import Flow
 from .pooling import is_plain, pool_shape
 from .reference import accumulate_dtype
@@ -42,13 +42,11 @@ from .structure import (
     STEM,
     Names,
     Parts,
-    is_frozen_bn,
     is_fsdps,
     patched,
     take_apart,
     uses_batch_statistics,
 )
-from .train_kernels import Geometry
 
 # forward of a block's class -> where such a block keeps its parts; resnet.py fills it.
 FORWARDS: dict[Callable[..., Tensor], Names] = {}
@@ -134,7 +132,7 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
     parts = take_apart(model, STEM)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    prepared = _prepare(model, STEM, parts, x)
+    prepared = block_training.prepare(model, STEM, parts, x)
     if prepared is None or not prepared.spec.kernels.pools:
         return None
     (conv, _), geometry = parts.pairs[0], prepared.spec.geometries[0]
@@ -143,8 +141,10 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
     if between is None or pool_shape(pool, between) is None or window[0] * window[1] > 256:
         return None
     states: list[Any] = []
-    y = training.StemFunction.apply(prepared.spec, window, states, prepared.x, *prepared.tensors)
-    prepared.track(parts, states)
+    y = training.StemFunction.apply(
+        prepared.spec, window, states, prepared.enter(x), *prepared.tensors()
+    )
+    prepared.track(states)
     return y
 
 
@@ -160,9 +160,9 @@ def stem_and_pool(model: Any, x: Tensor) -> Tensor:
 
 
 def counts_once(parts: Parts, x: Tensor) -> bool:
-    """Whether every norm that tracks statistics is one of which `_track` keeps count."""
+    """Whether every norm that tracks statistics is one of which `track` keeps count."""
     dtype = plans.output_dtype(x.dtype, x.device.type)
-    if not _serves(True, x):
+    if not serves(True, x):
         return False
     groups = [sync_batch_norm.group_of(bn) for bn in parts.norms]
     # A synchronised norm is computed here in a block that trains whole, and else by PyTorch.
@@ -193,8 +193,8 @@ def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
     # A network goes on from its stem in the layout that its blocks compute in.
-    y = _train_block(model, STEM, parts, x)
-    return _unit(*parts.pairs[0], x, None, True) if y is None else y
+    prepared = block_training.prepare(model, STEM, parts, x)
+    return _unit(*parts.pairs[0], x, None, True) if prepared is None else prepared.run(x)
 
 
 def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
@@ -203,7 +203,7 @@ def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
         return None
     if patched(bn) is not None or patched(relu) is not None or not uses_batch_statistics(bn):
         return None
-    return _train_bn(bn, x, None, True) if _serves(True, x) and _bn_fits(bn, x, None) else None
+    return _train_bn(bn, x, None, True) if serves(True, x) and _bn_fits(bn, x, None) else None
 
 
 def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
@@ -218,13 +218,16 @@ def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
 
 
 def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
-    """The block unit by unit, differentiably; or None: run torchvision's."""
+    """The block whole or unit by unit, differentiably; or None: run torchvision's."""
+    ready = block_training.kept(block, x)
+    if ready is not None:
+        return ready.run(x).contiguous(memory_format=layout.memory_format(x))
     parts = take_apart(block, names)
     if isinstance(parts, str) or not _units_pay(parts, x):
         return None
-    whole = _train_block(block, names, parts, x)
-    if whole is not None:
-        return whole.contiguous(memory_format=layout.memory_format(x))
+    prepared = block_training.prepare_block(block, names, parts, x)
+    if prepared is not None:
+        return prepared.run(x).contiguous(memory_format=layout.memory_format(x))
     if names.norm_first:
         return None
     y = x
@@ -240,137 +243,21 @@ def _run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     return _unit(*parts.main[-1], y, residual, True)
 
 
-class _Prepared(NamedTuple):
-    """A block's training step made ready: `x` as the kernels take it."""
-
-    spec: training.Spec
-    x: Tensor
-    tensors: list[Any]
-
-    def track(self, parts: Parts, states: list[Any]) -> None:
-        for bn, (state, count) in zip(parts.norms, states, strict=True):
-            _track(bn, self.spec.kernels, state, count)
-
-
-def _prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> _Prepared | None:
-    """For one node of autograd's graph; None where the block cannot be one."""
-    device = x.device.type
-    dtype = plans.output_dtype(x.dtype, device)
-    if not _trains_whole(parts, names, x.shape, dtype, x.dtype):
-        return None
-    kernels = train_kernels.kernels_for(device, backends.choose("bn_add_relu", device))
-    geometries = tuple(
-        Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
-    )
-    spec = training.Spec(
-        kernels, geometries, tuple(bn.eps for bn in parts.norms), parts.shortcut,
-        activation_memory.level_of(module), dtype,
-        tuple(sync_batch_norm.group_of(bn) for bn in parts.norms),
-        1 if parts.pad is None else parts.pad.stride,
-        names.norm_first and module.activation_shared,
-    )  # fmt: skip
-    inside = torch.channels_last if device == "cpu" else layout.memory_format(x)
-    tensors = [
-        t
-        for conv, bn in parts.pairs
-        for t in (conv.weight, *((bn.weight, bn.bias) if bn is not None else (None, None)))
-    ]
-    survival = getattr(module, "survival", 1.0)
-    if survival < 1:
-        last = 3 * (len(parts.main) - 1)
-        for i in (last,) if names.norm_first else (last + 1, last + 2):
-            tensors[i] = tensors[i] / survival
-    return _Prepared(spec, x.to(dtype).contiguous(memory_format=inside), tensors)
-
-
-def _train_block(module: nn.Module, names: Names, parts: Parts, x: Tensor) -> Tensor | None:
-    """The block, or the stem, as one node of autograd's graph, in the layout that it computes in;
-    None where it cannot be."""
-    prepared = _prepare(module, names, parts, x)
-    if prepared is None:
-        return None
-    function = preact_training.PreactFunction if names.norm_first else training.BlockFunction
-    states: list[Any] = []
-    y = function.apply(prepared.spec, states, prepared.x, *prepared.tensors)
-    prepared.track(parts, states)
-    return y
-
-
-def _trains_whole(
-    parts: Parts, names: Names, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
-) -> bool:
-    """Whether every unit normalises by the batch and is what stock would take as it is."""
-    weight = parts.pairs[0][0].weight
-    groups = [sync_batch_norm.group_of(bn) for bn in parts.norms]
-    synchronised = groups[0] is not None
-    if not _serves(True, weight) or any(group is not groups[0] for group in groups):
-        return False
-    if synchronised and weight.device.type != "cpu":
-        return False  # PyTorch's own norm knows how
-    found = tuple(shape)
-    for i, (conv, bn) in enumerate(parts.pairs):
-        branch = parts.downsample and i == len(parts.pairs) - 1
-        out = convolution.output_shape(
-            shape if branch else found, conv.weight.shape, conv.stride, conv.padding,
-            conv.dilation, conv.groups,
-        )  # fmt: skip
-        if out is None or conv.bias is not None or not plans.weights_fit(x_dtype, conv.weight):
-            return False
-        if branch and out != found:
-            return False
-        if bn is not None:
-            normed = found if names.norm_first else out
-            if normed[0] * normed[2] * normed[3] < 2 and not synchronised:
-                return False
-            if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
-                return False
-            if not bn.eps > 0 or not plans.norm_fits(bn, dtype):
-                return False
-        found = out
-    if parts.pad is not None:
-        return parts.pad.output_shape(shape) == found
-    return parts.shortcut != "identity" or found == tuple(shape)
-
-
-def _track(bn: Any, kernels: train_kernels.Portable, state: Any, count: int) -> None:
-    """A norm's running statistics, as BatchNorm2d keeps them."""
-    if not (bn.training and bn.track_running_stats) or activation_memory.recomputing():
-        return
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    with torch.no_grad():
-        kernels.update_running(bn.running_mean, bn.running_var, state, momentum or 0.0, count)
-
-
 def _units_pay(parts: Parts, x: Tensor) -> bool:
     """Whether some unit of the block can be served by something faster than stock's operations."""
     if any(conv.weight.device != x.device for conv, _ in parts.pairs):
         return False
-    return any(_serves(uses_batch_statistics(bn), x) for bn in parts.norms)
-
-
-def _serves(batch_statistics: bool, x: Tensor) -> bool:
-    """Whether kernels of ours serve a unit whose input is x."""
-    device = x.device.type
-    op = "bn_add_relu" if batch_statistics else "conv_bn_relu"
-    backend = backends.choose(op, device)
-    if backend == "reference" or (backend == "triton" and device == "cpu"):
-        return False
-    dtype = plans.output_dtype(x.dtype, device)
-    return batch_statistics or backends.conv_dtype(dtype, device) is not None
+    return any(serves(uses_batch_statistics(bn), x) for bn in parts.norms)
 
 
 def _unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """relu(bn(conv(x)) + residual), differentiably. x: (N, C, H, W), residual: (N, K, P, Q)."""
     if uses_batch_statistics(bn):
         y = conv(x)
-        if _serves(True, y) and _bn_fits(bn, y, residual):
+        if serves(True, y) and _bn_fits(bn, y, residual):
             return _train_bn(bn, y, residual, relu)
         y = bn(y)
-    elif _serves(False, x) and _conv_fits(conv, bn, x, residual):
+    elif serves(False, x) and _conv_fits(conv, bn, x, residual):
         scale, shift = _scale_and_shift(conv, bn, accumulate_dtype(x.dtype))
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         return ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
@@ -395,7 +282,7 @@ def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
 def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """relu(bn(x) + residual) with batch statistics; the running ones as BatchNorm2d keeps them."""
     y, *state = ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)
-    _track(bn, train_kernels.PORTABLE, state, x.numel() // x.shape[1])
+    track(bn, train_kernels.PORTABLE, state, x.numel() // x.shape[1])
     return y
 
 
@@ -475,7 +362,7 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
         return False, "stock", reason
     if any(map(uses_batch_statistics, parts.norms)):
         why = None
-        if not _serves(True, weight):
+        if not serves(True, weight):
             why = backends.missing("bn_add_relu", "native", weight.device.type)
             why = why or "another backend is forced"
         elif weight.device.type != "cpu" and any(

@@ -23,7 +23,7 @@ _SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 _conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
 _bn_state = attrgetter("eps", "training")
 _pad_state = attrgetter("in_channels", "out_channels", "stride")
-_version = attrgetter("_version")
+_version, _dtype = attrgetter("_version"), attrgetter("dtype")
 
 
 class Names(NamedTuple):
@@ -185,8 +185,8 @@ def tensors_of(conv: Any, bn: Any) -> Iterator[tuple[str, Tensor | None]]:
         yield f"bn.{name}", getattr(bn, name)
 
 
-class Guard:
-    """Everything a plan was made from; `holds` compares it with what is there now, at C speed.
+class Structure:
+    """What a block was taken apart into; `holds` compares it with what is there now, at C speed.
 
     It must not hold the block itself, beside which it is kept by a weak reference.
     """
@@ -202,7 +202,7 @@ class Guard:
         self._children = [m._modules for m in modules]
         self._counts = list(map(len, self._children))
         self._convs = [conv for conv, _ in parts.pairs]
-        self._bns = [bn for _, bn in parts.pairs if bn is not None]
+        self._bns = parts.norms
         self._conv_states = list(map(_conv_state, self._convs))
         self._bn_states = list(map(_bn_state, self._bns))
         self._pads = [m for m in modules if type(m) is PadShortcut]
@@ -219,18 +219,22 @@ class Guard:
         self._slots, self._keys = [h for h, _ in slots], [k for _, k in slots]
         self._values = [h[k] for h, k in slots]
         self._tensors = [t for t in self._values if t is not None]
-        # A tensor made in inference mode has no version counter to watch.
-        self.watchable = not any(t.is_inference() for t in self._tensors)
-        self._versions = list(map(_version, self._tensors)) if self.watchable else []
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._forms = self._forms_now()
+
+    def _forms_now(self) -> list[Any]:
+        """What a tensor can change without being replaced, but for its values."""
+        tensors = self._tensors
+        return [
+            *map(Tensor.data_ptr, tensors), *map(_dtype, tensors), *map(Tensor.size, tensors),
+            *map(Tensor.stride, tensors),
+        ]  # fmt: skip
 
     def holds(self) -> bool:
-        """Nothing was replaced, hooked, patched, re-configured or written to."""
+        """Nothing was replaced, hooked, patched or re-configured."""
         try:
             return (
                 all(map(is_, map(getitem, self._slots, self._keys), self._values))
-                and list(map(_version, self._tensors)) == self._versions
-                and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+                and self._forms_now() == self._forms
                 and all(map(is_, map(dict.get, self._homes, self._names), self._parts))
                 and list(map(type, self._modules)) == self._types
                 and not any(self._hooks)
@@ -242,3 +246,17 @@ class Guard:
             )
         except (KeyError, AttributeError):  # a parameter or an attribute was taken away
             return False
+
+
+class Guard(Structure):
+    """Everything a plan was made from, the tensors' values too."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        # A tensor made in inference mode has no version counter to watch.
+        self.watchable = not any(t.is_inference() for t in self._tensors)
+        self._versions = list(map(_version, self._tensors)) if self.watchable else []
+
+    def holds(self) -> bool:
+        """Nothing was replaced, hooked, patched, re-configured or written to."""
+        return list(map(_version, self._tensors)) == self._versions and super().holds()

@@ -60,9 +60,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
         count = x.numel() // x.shape[1]
         # A process without images has a mean of none: its count of 0 leaves it out of the sum.
         (mean, variance), total = merge(own, count, group_of(self))
-        from . import blocks, train_kernels  # which import this module
+        from . import block_training, train_kernels  # which import this module
 
-        blocks._track(self, train_kernels.PORTABLE, (mean, variance), int(total))
+        block_training.track(self, train_kernels.PORTABLE, (mean, variance), int(total))
         return nn.functional.batch_norm(
             x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps
         )

@@ -311,14 +311,23 @@ class Native(Portable):
             now = state[0] if wide else state[0].float()
             super().update_running(mean, var, now, momentum, count)
             return
-        self._ops.bn_update_running(mean, var, state[0], momentum, float(count))
-        for running in (mean, var):
-            if running is not None:
-                torch.autograd.graph.increment_version(running)
+        update_running_together([mean], [var], [], [state[0]], [momentum], [float(count)])
 
 
 def _plain(t: Tensor | None) -> bool:
     return t is not None and t.dtype == torch.float32 and t.is_contiguous()
+
+
+def update_running_together(
+    means: Any, variances: Any, counters: list[Tensor], stats: Sequence[Tensor],
+    momenta: list[float], counts: list[float],
+) -> None:  # fmt: skip
+    """Norm by norm, with what counts its batches, on the CPU; `_plain` tensors."""
+    counted = counters or [stats[0].new_empty(0, dtype=torch.int64)] * len(means)
+    torch.ops.fused_resnet_native.bn_update_running(
+        means, variances, counted, stats, momenta, counts
+    )
+    torch.autograd.graph.increment_version([*means, *variances, *counters])
 
 
 PORTABLE = Portable()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from training_helpers import Passes
 
 import fused_resnet as fr
-from fused_resnet import activation_memory, blocks, native
+from fused_resnet import activation_memory, native
 from fused_resnet.activation_memory import LEVELS, segments
+from fused_resnet.block_training import Prepared
 from fused_resnet.contenders import Step
 from fused_resnet.memory import saved_bytes
-from fused_resnet.train_kernels import Native
+from fused_resnet.train_kernels import Portable
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
 
@@ -222,17 +225,18 @@ def test_blocks_called_by_something_else(kind, dtype, layout):
 def test_a_segment_runs_twice(monkeypatch):
     """Every convolution once in forward and once in backward: nothing inside a segment is computed
     a third time."""
-    calls: list[tuple[int, ...]] = []
-    plain = Native.convolution
+    torchs: list[tuple[int, ...]] = []
+    plain = Portable.convolution
     monkeypatch.setattr(
-        Native, "convolution", lambda *a, **k: (calls.append(a[2].shape), plain(*a, **k))[1]
+        Portable, "convolution", lambda *a, **k: (torchs.append(a[2].shape), plain(*a, **k))[1]
     )
     for block_kind in ("basic", "bottleneck"):
         model = make(block_kind, "minimal")
-        calls.clear()
-        state_after(model, images())
+        torchs.clear()
+        with Passes() as passes:
+            state_after(model, images())
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        assert len(calls) == 2 * len(convolutions)
+        assert passes.convolutions + len(torchs) == 2 * len(convolutions)
 
 
 def test_a_hook_on_one_block_leaves_the_others_small():
@@ -491,16 +495,18 @@ def test_stages_of_one_network_end_where_activations_are_small():
     assert order == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_recomputing_ends_with_the_segment():
+def test_recomputing_ends_with_the_segment(monkeypatch):
     model = make("basic", "minimal")
     assert not activation_memory.recomputing()
     seen: list[bool] = []
-    track = blocks._track
-    blocks._track = lambda *a: (seen.append(activation_memory.recomputing()), track(*a))[1]
-    try:
-        state_after(model, images())
-    finally:
-        blocks._track = track
+    track = Prepared.track
+
+    def tracked(self: Prepared, states: list[Any]) -> None:
+        seen.extend([activation_memory.recomputing()] * len(states))
+        track(self, states)
+
+    monkeypatch.setattr(Prepared, "track", tracked)
+    state_after(model, images())
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
     # Forward, then segments once more, each as far as its last block's activations.
     assert seen[:norms] == [False] * norms

@@ -22,7 +22,8 @@ from model_helpers import (
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import backends, blocks, convolution, network, plans, vendor
+from fused_resnet import backends, convolution, network, plans, vendor
+from fused_resnet.block_training import Prepared
 
 pytestmark = pytest.mark.skipif(
     backends.choose("conv_bn_relu", "cpu") == "reference", reason="nothing is fused here"
@@ -96,9 +97,11 @@ def test_large_batches_go_through_in_parts(dilate, runs, monkeypatch):
 @pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
 def test_every_norm_of_a_training_network_is_fused(monkeypatch):
     stock, mine = pair("bottleneck")
-    calls = []
-    track = blocks._track
-    monkeypatch.setattr(blocks, "_track", lambda *a: (calls.append(a[0]), track(*a))[1])
+    calls: list[nn.Module] = []
+    track = Prepared.track
+    monkeypatch.setattr(
+        Prepared, "track", lambda self, s: (calls.extend(self.parts.norms), track(self, s))[1]
+    )
     assert {e.path for e in fr.explain(mine.train())} == {"training"}
     same_step(stock.train(), mine, images())
     assert set(calls) == {m for m in mine.modules() if isinstance(m, nn.BatchNorm2d)}

@@ -13,11 +13,31 @@ import torch
 from op_cases import close, lifted, randn, unchanged
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
-from training_helpers import BLOCKS, DTYPES, LAST, is_whole, make, needs_native, step, stock_step
+from training_helpers import (
+    BLOCKS,
+    DTYPES,
+    LAST,
+    ONE_OP,
+    Passes,
+    is_whole,
+    make,
+    needs_native,
+    step,
+    stock_step,
+)
 
 import fused_resnet as fr
-from fused_resnet import blocks, native, preact_training, train_kernels, training
+from fused_resnet import blocks, native, native_training, preact_training, train_kernels, training
+from fused_resnet.activation_memory import LEVELS
 from fused_resnet.train_kernels import Geometry, Native, Portable
+
+
+@pytest.fixture(params=["one op", "pass by pass"])
+def lane(request, monkeypatch):
+    """Both ways of running a block on the CPU."""
+    if request.param == "pass by pass":
+        monkeypatch.setattr(native_training, "layout_of", lambda *_: None)
+    return request.param
 
 
 @needs_native
@@ -72,7 +92,7 @@ def test_against_float64(name, dtype, layout):
         "all but the last norm", "all but x",
     ],
 )  # fmt: skip
-def test_only_what_is_asked_for(name, frozen, monkeypatch):
+def test_only_what_is_asked_for(name, frozen, lane, monkeypatch):
     """The same gradients for what is left, and no work for what is not."""
     block, x = make(name)
     if "projection" not in name and frozen == "the shortcut":
@@ -95,25 +115,87 @@ def test_only_what_is_asked_for(name, frozen, monkeypatch):
     for n, p in block.named_parameters():
         p.requires_grad_(stays(n))
     x = x.detach().requires_grad_(not frozen.startswith(("x", "all but the last")))
-    calls: list[str] = []
+    torchs: list[str] = []
     for op in ("weight_gradient", "input_gradient"):
-        plain = getattr(Native, op)
+        plain = getattr(Portable, op)
         monkeypatch.setattr(
-            Native, op, lambda *a, plain=plain, op=op, **k: (calls.append(op), plain(*a, **k))[1]
+            Portable, op, lambda *a, plain=plain, op=op: (torchs.append(op), plain(*a))[1]
         )
-    found = step(block, x, dy)
+    with Passes() as passes:
+        found = step(block, x, dy)
     for key, value in found.items():
         # Buffers have seen one forward more.
         if key == "dx" or (key.startswith("d") and key[1:] in dict(block.named_parameters())):
             assert torch.equal(value, everything[key]), key
     weights = sum(p.requires_grad and p.dim() == 4 for p in block.parameters())
-    assert calls.count("weight_gradient") == weights
+    assert passes.weight_gradients + torchs.count("weight_gradient") == weights
+    inputs = passes.input_gradients + torchs.count("input_gradient")
     if frozen == "all but the last norm":  # the last convolution comes after it, or before
-        assert calls == (["input_gradient"] if norm_first else [])
+        assert inputs == int(norm_first)
     if frozen == "x":
         units = 3 if "bottleneck" in name else 2
         shared = norm_first and "projection" in name  # whose input has the first norm to teach
-        assert calls.count("input_gradient") == units + shared - (not norm_first)
+        assert inputs == units + shared - (not norm_first)
+
+
+@needs_native
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_op_is_all_passes(name, dtype, level, monkeypatch):
+    """A block that is one op each way gives, bit for bit, what its passes give one by one."""
+    block, x = make(name)
+    fr.set_activation_memory(block, level)
+    other, function = copy.deepcopy(block), native_training.NativeBlockFunction
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = block(x)
+        dy = randn(y.shape, y.dtype).contiguous(memory_format=LAST)
+        block.load_state_dict(other.state_dict())  # the forward above moved its statistics
+        found = step(block, x, dy)
+        assert (type(y.grad_fn).__name__ == f"{function.__name__}Backward") == (name in ONE_OP)
+        monkeypatch.setattr(native_training, "layout_of", lambda *_: None)
+        want = step(other, x, dy)
+    assert found.keys() == want.keys()
+    for key in found:
+        assert torch.equal(found[key], want[key]), key
+        assert found[key].stride() == want[key].stride(), key
+
+
+@needs_native
+def test_what_was_made_ready_is_made_anew(monkeypatch):
+    """Whatever a block's step was made ready from may change between two steps."""
+
+    def wider(block: Any) -> None:
+        block.conv2.weight.data = block.conv2.weight.data.double().float().contiguous()
+
+    changes: dict[str, Any] = {
+        "momentum": lambda block: setattr(block.bn1, "momentum", 0.5),
+        "cumulative": lambda block: setattr(block.bn2, "momentum", None),
+        "eps": lambda block: setattr(block.bn2, "eps", 0.3),
+        "no tracking": lambda block: setattr(block.bn1, "track_running_stats", False),
+        "weight": lambda block: setattr(block, "conv1", copy.deepcopy(block.conv2)),
+        "data": wider,
+        "dilation": lambda block: setattr(block.conv1, "padding", (2, 2)) or setattr(
+            block.conv1, "dilation", (2, 2)),
+        "eval of a norm": lambda block: block.bn1.eval(),
+        "level": lambda block: fr.set_activation_memory(block, "minimal"),
+        "double": lambda block: block.double(),
+    }  # fmt: skip
+    for name, change in changes.items():
+        block, x = make("basic")
+        step(block, x, torch.ones(x.shape).contiguous(memory_format=LAST))
+        change(block)
+        other = copy.deepcopy(block)
+        x = x.detach().to(block.conv1.weight.dtype).requires_grad_()
+        dy = randn(x.shape, x.dtype).contiguous(memory_format=LAST)
+        found, want = step(block, x, dy), stock_step(other, x, dy)
+        for key in want:
+            torch.testing.assert_close(
+                found[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{name} {key}"
+            )
+        assert [int(b) for b in block.buffers() if b.dtype == torch.int64] == [
+            int(b) for b in other.buffers() if b.dtype == torch.int64
+        ]
 
 
 @needs_native

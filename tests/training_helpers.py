@@ -56,6 +56,11 @@ BLOCKS = {
     "preact, odd channels": (lambda: PreactBlock(7, 7), (3, 7, 5, 6)),
 }
 
+# Those whose every pass is a kernel of ours, so that a block is one op each way.
+ONE_OP = {
+    "basic", "bottleneck", "preact", "preact, shared", "preact bottleneck, padding",
+}  # fmt: skip
+
 
 def _branch(C: int, K: int, stride: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
@@ -102,4 +107,25 @@ def is_whole(y: Tensor) -> bool:
     node = y.grad_fn
     while type(node).__name__ == "CloneBackward0":
         node = node.next_functions[0][0]
-    return type(node).__name__ in ("BlockFunctionBackward", "PreactFunctionBackward")
+    return type(node).__name__ in (
+        "BlockFunctionBackward", "PreactFunctionBackward", "NativeBlockFunctionBackward",
+    )  # fmt: skip
+
+
+class Passes:
+    """The convolutions that kernels of ours run inside the `with`, by kind."""
+
+    def __enter__(self) -> Passes:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.convolutions, self.input_gradients, self.weight_gradients = (
+            now - before for now, before in zip(self._now(), self._before, strict=True)
+        )
+
+    @staticmethod
+    def _now() -> list[int]:
+        from fused_resnet import _C
+
+        return list(_C.conv_passes().values())
