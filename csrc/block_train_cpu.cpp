@@ -5,15 +5,35 @@
 // The passes are the same functions, so the results are too, to the last bit.
 #include <cstring>
 
+#include "block_cpu.h"
 #include "bn_train.h"
 #include "conv_train.h"
 #include "cpu_kernels.h"
 #include "memory_pool.h"
 
 namespace fused_resnet {
-namespace {
 
-enum Shortcut : int64_t { kNone = 0, kIdentity = 1, kProjection = 2, kPad = 3 };
+Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
+  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  const int64_t P = (H - 1) / stride + 1, Q = (W - 1) / stride + 1;
+  const auto size = static_cast<int64_t>(x.element_size());
+  Tensor y = pooled_channels_last(N, channels, P, Q, x.scalar_type());
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
+  Split(N * P, 1, std::max<int64_t>(int64_t{16384} / (Q * channels), 1))
+      .run([&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          for (int64_t q = 0; q < Q; ++q) {
+            const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
+            char* at = to + (row * Q + q) * channels * size;
+            std::memcpy(at, from + pixel * C * size, static_cast<size_t>(C * size));
+            std::memset(at + C * size, 0, static_cast<size_t>((channels - C) * size));
+          }
+      });
+  return y;
+}
+
+namespace {
 
 constexpr int64_t kSmallestRow = 16384;  // elements worth handing to another thread
 
@@ -108,27 +128,6 @@ BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Norme
   if (other) second = gradients(*other, 2);
   NormGradients first = gradients(n, 1);
   return {first, second, masked ? std::optional<Tensor>(dy) : std::nullopt};
-}
-
-// y (N, channels, P, Q): x's every stride-th pixel, and zeros in the channels that x does not have
-Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
-  const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
-  const int64_t P = (H - 1) / stride + 1, Q = (W - 1) / stride + 1;
-  const auto size = static_cast<int64_t>(x.element_size());
-  Tensor y = pooled_channels_last(N, channels, P, Q, x.scalar_type());
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  auto* to = static_cast<char*>(y.mutable_data_ptr());
-  Split(N * P, 1, std::max<int64_t>(kSmallestRow / (Q * channels), 1))
-      .run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t q = 0; q < Q; ++q) {
-            const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
-            char* at = to + (row * Q + q) * channels * size;
-            std::memcpy(at, from + pixel * C * size, static_cast<size_t>(C * size));
-            std::memset(at + C * size, 0, static_cast<size_t>((channels - C) * size));
-          }
-      });
-  return y;
 }
 
 void add_in_place(Tensor& to, const Tensor& from, DtypeIndex dtype) {

@@ -1,5 +1,7 @@
 // conv_bn_relu on the CPU: checks, allocation, splitting over threads. The kernel is in
 // conv_bn_relu_kernels.h; weights come packed from fused_resnet/native_conv.py.
+#include "conv_bn_relu_cpu.h"
+
 #include "conv_cpu.h"
 #include "memory_pool.h"
 
@@ -7,21 +9,6 @@ namespace fused_resnet {
 namespace {
 
 constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
-
-// R, S, stride, padding, dilation, K and the input channels that a tap reads
-enum Geometry {
-  kR,
-  kS,
-  kStrideH,
-  kStrideW,
-  kPadH,
-  kPadW,
-  kDilationH,
-  kDilationW,
-  kK,
-  kRun,
-  kCount
-};
 
 void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
   const auto kernel = cpu_kernels().conv_bn_relu[dtype];
@@ -115,6 +102,8 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
     for (int64_t c = 0; c < C; ++c) to[w * channels + c] = from[w * step_w + c * step_c];
 }
 
+}  // namespace
+
 // x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
 // and winograd, where there is one: packed by native_conv.py, flat. scale, shift: float32, (K,) and
 // zeros up to a multiple of 64. first_channel: int64, (K / 16,) up to a multiple of 4, where groups
@@ -200,6 +189,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   run_convolution(conv, dtype, static_cast<int64_t>(x.element_size()));
   return y;
 }
+
+namespace {
 
 // x (N, C, H, W), of any strides -> (N, channels, H + 2 padding, W + 2 padding), channels_last,
 // with zeros around the image and in the channels from C on

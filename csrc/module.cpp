@@ -64,7 +64,8 @@ py::list kernels() {
                            "block_forward",
                            "block_backward",
                            "preact_forward",
-                           "preact_backward"}) {
+                           "preact_backward",
+                           "block_inference"}) {
     py::dict entry;
     entry["name"] = name;
     entry["device"] = "cpu";

@@ -144,6 +144,14 @@ class NativeConv(FusedConv):
         self._shift = _padded(shift.detach().float(), 0, block).contiguous()
         self._geometry = [*taps, *self.stride, *pad, *dilate, K, run]
 
+    def operands(self) -> tuple[list[Tensor], list[int]] | None:
+        """Weight, Winograd's (empty where there is none), scale and shift, and the geometry, as the
+        op for whole blocks takes them; None where the convolution needs more than that."""
+        if self.takes_any or self._first_channel is not None:
+            return None
+        winograd = self._scale.new_empty(0) if self._winograd is None else self._winograd
+        return [self._weight, winograd, self._scale, self._shift], self._geometry
+
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import convolution, preact_training, training
+from .shortcut import SHORTCUTS
 from .train_kernels import (
     Geometry,
     Native,
@@ -24,8 +25,6 @@ from .train_kernels import (
     _plain,
     update_running_together,
 )
-
-_SHORTCUTS = {"none": 0, "identity": 1, "projection": 2, "pad": 3}
 
 
 class Layout(NamedTuple):
@@ -68,7 +67,7 @@ def layout_of(
         keep = [int(not a) for a in again] + [int(full)] * (main - 1)
     sizes: tuple[Any, ...] = (
         [n for g in spec.geometries for n in (*g.stride, *g.padding, *g.dilation)],
-        list(spec.eps), _SHORTCUTS[spec.shortcut], spec.stride,
+        list(spec.eps), SHORTCUTS[spec.shortcut], spec.stride,
     )  # fmt: skip
     return Layout(
         spec, (*sizes, spec.shared) if norm_first else sizes, keep,

@@ -16,7 +16,8 @@ from torch.nn.functional import batch_norm
 
 from . import backends, native
 from .convolution import BOUND_LIMIT, FusedConv, keepable, max_abs
-from .shortcut import padded
+from .native_conv import NativeConv
+from .shortcut import SHORTCUTS, padded
 from .structure import Guard, Names, Parts, is_fsdps, take_apart, uses_batch_statistics
 
 
@@ -80,10 +81,28 @@ class Plan:
         self.takes_any = self.shortcut == "none" and convs[0].takes_any
         self.weight = parts.pairs[0][0].weight
         self._shapes: list[Sequence[int]] = []
+        self._one_op = self._operands()
 
     def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
         """Each convolution and the norm that follows it, or None."""
         return parts.pairs
+
+    def _operands(self) -> tuple[Any, ...] | None:
+        """The convolutions as the CPU's op for whole blocks takes them, None where it cannot."""
+        if self.shortcut == "none" and len(self.convs) == 1:  # a stem: no block
+            return None
+        if not all(isinstance(conv, NativeConv) for conv in self.all_convs):
+            return None
+        found = [conv.operands() for conv in self.all_convs if isinstance(conv, NativeConv)]
+        tensors: list[Tensor] = []
+        geometry: list[int] = []
+        for operands in found:
+            if operands is None:
+                return None
+            tensors += operands[0]
+            geometry += operands[1]
+        stride = 1 if self.pad is None else self.pad.stride
+        return tensors, geometry, SHORTCUTS[self.shortcut], stride
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The activations that an x of this shape becomes: x, then every convolution's output, the
@@ -130,11 +149,18 @@ class Plan:
             bound = self.bound(max_abs(flow.x))
             if bound is None:
                 return None
-        y = flow.x
+        return Flow(self._run(flow.x, flow.owned), bound, True)
+
+    def _run(self, x: Tensor, owned: bool) -> Tensor:
+        """x: (N, C, H, W), which may be written to where it is owned."""
+        if self._one_op is not None:
+            op = torch.ops.fused_resnet_native.block_inference.default
+            return op(x, None, None, None, 0.0, *self._one_op, False, owned)
+        y = x
         for conv in self.convs[:-1]:
             y = conv.run(y, None, True)
-        residual, owned = self._residual(flow.x, flow.owned)
-        return Flow(self.convs[-1].run(y, residual, True, overwrite=owned), bound, True)
+        residual, owned = self._residual(x, owned)
+        return self.convs[-1].run(y, residual, True, overwrite=owned)
 
     def _residual(self, x: Tensor, owned: bool) -> tuple[Tensor | None, bool]:
         """What the shortcut makes of x, and whether it may be written to."""
@@ -175,18 +201,15 @@ class PreactPlan(Plan):
         # The shortcut may start from x itself.
         return None if bound is None or not bound + x_bound <= BOUND_LIMIT else bound + x_bound
 
-    def run(self, flow: Flow) -> Flow | None:
-        bound = self.bound(flow.bound)
-        if bound is None and self._needs_bound:
-            bound = self.bound(max_abs(flow.x))
-            if bound is None:
-                return None
-        h = y = self._normed(flow.x)
+    def _run(self, x: Tensor, owned: bool) -> Tensor:
+        if self._one_op is not None and self._native is not None:
+            op = torch.ops.fused_resnet_native.block_inference.default
+            return op(x, *self._native, *self._one_op, self._shared, owned)
+        h = y = self._normed(x)
         for conv in self.convs[:-1]:
             y = conv.run(y, None, True)
-        source = (h, True) if self._shared else (flow.x, flow.owned)
-        residual, owned = self._residual(*source)
-        return Flow(self.convs[-1].run(y, residual, False, overwrite=owned), bound, True)
+        residual, owned = self._residual(*((h, True) if self._shared else (x, owned)))
+        return self.convs[-1].run(y, residual, False, overwrite=owned)
 
     def _normed(self, x: Tensor) -> Tensor:
         """relu(norm(x)) by the running statistics."""

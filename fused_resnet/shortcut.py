@@ -10,6 +10,9 @@ from torch.nn.functional import pad
 
 __all__ = ["PadShortcut"]
 
+# As csrc/block_cpu.h numbers them.
+SHORTCUTS = {"none": 0, "identity": 1, "projection": 2, "pad": 3}
+
 
 class PadShortcut(nn.Module):
     """y[:, c] = x[:, c, ::stride, ::stride], and zeros in the channels that x does not have.

@@ -17,7 +17,6 @@ from training_helpers import (
     BLOCKS,
     DTYPES,
     LAST,
-    ONE_OP,
     Passes,
     is_whole,
     make,
@@ -28,7 +27,6 @@ from training_helpers import (
 
 import fused_resnet as fr
 from fused_resnet import blocks, native, native_training, preact_training, train_kernels, training
-from fused_resnet.activation_memory import LEVELS
 from fused_resnet.train_kernels import Geometry, Native, Portable
 
 
@@ -136,66 +134,6 @@ def test_only_what_is_asked_for(name, frozen, lane, monkeypatch):
         units = 3 if "bottleneck" in name else 2
         shared = norm_first and "projection" in name  # whose input has the first norm to teach
         assert inputs == units + shared - (not norm_first)
-
-
-@needs_native
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_one_op_is_all_passes(name, dtype, level, monkeypatch):
-    """A block that is one op each way gives, bit for bit, what its passes give one by one."""
-    block, x = make(name)
-    fr.set_activation_memory(block, level)
-    other, function = copy.deepcopy(block), native_training.NativeBlockFunction
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        y = block(x)
-        dy = randn(y.shape, y.dtype).contiguous(memory_format=LAST)
-        block.load_state_dict(other.state_dict())  # the forward above moved its statistics
-        found = step(block, x, dy)
-        assert (type(y.grad_fn).__name__ == f"{function.__name__}Backward") == (name in ONE_OP)
-        monkeypatch.setattr(native_training, "layout_of", lambda *_: None)
-        want = step(other, x, dy)
-    assert found.keys() == want.keys()
-    for key in found:
-        assert torch.equal(found[key], want[key]), key
-        assert found[key].stride() == want[key].stride(), key
-
-
-@needs_native
-def test_what_was_made_ready_is_made_anew(monkeypatch):
-    """Whatever a block's step was made ready from may change between two steps."""
-
-    def wider(block: Any) -> None:
-        block.conv2.weight.data = block.conv2.weight.data.double().float().contiguous()
-
-    changes: dict[str, Any] = {
-        "momentum": lambda block: setattr(block.bn1, "momentum", 0.5),
-        "cumulative": lambda block: setattr(block.bn2, "momentum", None),
-        "eps": lambda block: setattr(block.bn2, "eps", 0.3),
-        "no tracking": lambda block: setattr(block.bn1, "track_running_stats", False),
-        "weight": lambda block: setattr(block, "conv1", copy.deepcopy(block.conv2)),
-        "data": wider,
-        "dilation": lambda block: setattr(block.conv1, "padding", (2, 2)) or setattr(
-            block.conv1, "dilation", (2, 2)),
-        "eval of a norm": lambda block: block.bn1.eval(),
-        "level": lambda block: fr.set_activation_memory(block, "minimal"),
-        "double": lambda block: block.double(),
-    }  # fmt: skip
-    for name, change in changes.items():
-        block, x = make("basic")
-        step(block, x, torch.ones(x.shape).contiguous(memory_format=LAST))
-        change(block)
-        other = copy.deepcopy(block)
-        x = x.detach().to(block.conv1.weight.dtype).requires_grad_()
-        dy = randn(x.shape, x.dtype).contiguous(memory_format=LAST)
-        found, want = step(block, x, dy), stock_step(other, x, dy)
-        for key in want:
-            torch.testing.assert_close(
-                found[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{name} {key}"
-            )
-        assert [int(b) for b in block.buffers() if b.dtype == torch.int64] == [
-            int(b) for b in other.buffers() if b.dtype == torch.int64
-        ]
 
 
 @needs_native
