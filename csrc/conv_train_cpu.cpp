@@ -72,7 +72,8 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   pack.outputs = K, pack.inputs = C, pack.taps = taps;
   pack.output_stride = transposed ? 1 : taps * columns;
   pack.input_stride = transposed ? taps * columns : 1;
-  pack.tap_stride = columns;
+  for (int64_t tap = 0; tap < taps; ++tap)
+    pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
   pack.transposed = transposed;
   pack.bfloat = dtype == kBFloat16;
   Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
