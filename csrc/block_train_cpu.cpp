@@ -58,18 +58,7 @@ struct Conv {
     if (stride[0] * stride[1] == 1 && down >= 0 && right >= 0)
       return convolution(dy, weight, true, added, added.has_value(), {1, 1}, {down, right},
                          dilation);
-    // One pixel of x in so many has a gradient.
-    const Tensor some = convolution(dy, weight, true, {}, false, {1, 1}, {0, 0}, {1, 1});
-    Tensor dx = added ? *added : pooled_like(x);
-    if (!added) {
-      auto* p = static_cast<char*>(dx.mutable_data_ptr());
-      const auto size = static_cast<int64_t>(x.element_size());
-      Split(dx.numel(), kLineBytes, kSmallestRow).run([&](int64_t, int64_t begin, int64_t end) {
-        std::memset(p + begin * size, 0, static_cast<size_t>((end - begin) * size));
-      });
-    }
-    scatter_add(dx, some, stride);
-    return dx;
+    return strided_input_gradient(dy, weight, x.size(2), x.size(3), added, stride, padding);
   }
 };
 

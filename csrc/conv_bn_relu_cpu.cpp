@@ -9,28 +9,34 @@ namespace fused_resnet {
 namespace {
 
 constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
+// Of x, which convolutions of the same x take turns over, while it is in the second-level cache.
+constexpr int64_t kTurnBytes = 256 * 1024;
 
-void run_conv(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
+int64_t tiles_of(const ConvBnRelu& conv) {
+  return (conv.N * conv.P * conv.Q + kTilePixels - 1) / kTilePixels;
+}
+int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
+
+// Blocks of tiles [begin, end) of tiles_of() * blocks_of().
+void run_blocks(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes, int64_t begin,
+                int64_t end) {
   const auto kernel = cpu_kernels().conv_bn_relu[dtype];
-  const int64_t tiles = (conv.N * conv.P * conv.Q + kTilePixels - 1) / kTilePixels;
-  const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
+  const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
   // All blocks of channels pass over one superblock of pixels before the next begins. Its part of
   // x should stay in the second-level cache, beside the weights where those fit as well.
   const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
   const int64_t tile_bytes = kTilePixels * conv.stride_h * conv.stride_w * conv.C * element_bytes;
   const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
   const int64_t super = std::clamp<int64_t>(room / tile_bytes, 1, tiles);
-  Split(tiles * blocks, 1, kSmallestTask).run([&](int64_t, int64_t begin, int64_t end) {
-    while (begin < end) {
-      const int64_t start = begin / (super * blocks) * super;
-      const int64_t length = std::min(super, tiles - start);
-      const int64_t place = begin - start * blocks;
-      const int64_t block = place / length, tile = place % length;
-      const int64_t count = std::min(length - tile, end - begin);
-      kernel(conv, block, start + tile, start + tile + count);
-      begin += count;
-    }
-  });
+  while (begin < end) {
+    const int64_t start = begin / (super * blocks) * super;
+    const int64_t length = std::min(super, tiles - start);
+    const int64_t place = begin - start * blocks;
+    const int64_t block = place / length, tile = place % length;
+    const int64_t count = std::min(length - tile, end - begin);
+    kernel(conv, block, start + tile, start + tile + count);
+    begin += count;
+  }
 }
 
 void run_winograd(const ConvBnRelu& conv) {
@@ -80,7 +86,24 @@ void run_convolution(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_b
   if (conv.winograd && winograd_pays(conv))
     run_winograd(conv);
   else
-    run_conv(conv, dtype, element_bytes);
+    run_direct(&conv, 1, dtype, element_bytes);
+}
+
+void run_direct(const ConvBnRelu* convs, size_t count, DtypeIndex dtype, int64_t element_bytes) {
+  int64_t all = 0;
+  for (size_t i = 0; i < count; ++i) all = std::max(all, tiles_of(convs[i]) * blocks_of(convs[i]));
+  const Split split(all, 1, kSmallestTask);
+  const ConvBnRelu& first = convs[0];
+  const int64_t share = first.N * first.H * first.W * first.C * element_bytes / split.tasks;
+  const int64_t turns = count == 1 ? 1 : share / kTurnBytes + 1, parts = split.tasks * turns;
+  split.run([&](int64_t task, int64_t, int64_t) {
+    for (int64_t part = task * turns; part < (task + 1) * turns; ++part)
+      for (size_t i = 0; i < count; ++i) {
+        const int64_t total = tiles_of(convs[i]) * blocks_of(convs[i]);
+        run_blocks(convs[i], dtype, element_bytes, total * part / parts,
+                   total * (part + 1) / parts);
+      }
+  });
 }
 
 namespace {

@@ -244,13 +244,29 @@ FR_INLINE void follow(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
   for (int64_t i = 0; i < kTilePixels; ++i) pixel[i] = x + (i < pixels ? i : pixels - 1) * bytes;
 }
 
+// Where the pixels from `first` on lie in y.
+FR_INLINE void place(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
+  if (c.y_column == 0) {
+    for (int i = 0; i < kTilePixels; ++i) pixel[i] = first + i;
+    return;
+  }
+  int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
+  for (int i = 0; i < kTilePixels; ++i) {
+    pixel[i] = n * c.y_image + p * c.y_row + q * c.y_column;
+    if (++q == c.Q) {
+      q = 0;
+      if (++p == c.P) p = 0, ++n;
+    }
+  }
+}
+
 // y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
 template <typename D, int vectors>
-FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, int64_t first,
+FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, const int64_t* pixel,
                       int64_t pixels) {
   const bool whole = k + vectors * 16 <= c.K;
   for (int64_t i = 0; i < pixels; ++i) {
-    const int64_t at = (first + i) * c.K + k;
+    const int64_t at = pixel[i] * c.K + k;
     auto* y = static_cast<typename D::T*>(c.y) + at;
     const auto* residual = static_cast<const typename D::T*>(c.residual) + at;
 #pragma GCC unroll 4
@@ -302,7 +318,8 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
   const char* weight = static_cast<const char*>(c.weight) + block * 4 * vector_bytes;
   const char* pixel[kTilePixels * kMostTaps];
   alignas(64) vf sum[4 * kTilePixels];
-  int64_t row = 0, row_end = 1;
+  int64_t row = 0, row_end = 1, written[kTilePixels];
+  place(c, first, written);
   if (c.pointwise)
     follow<typename D::T>(c, first, count, pixel);
   else
@@ -311,7 +328,7 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
   const int64_t skipped = row * c.S * (steps + single) * 64;
   // The lines that are written last are fetched first.
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = (first + i) * c.K + k;
+    const int64_t at = written[i] * c.K + k;
     for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T))) {
       if (c.residual != c.y) __builtin_prefetch(static_cast<typename D::T*>(c.y) + at + j, 1);
       if (c.residual) __builtin_prefetch(static_cast<const typename D::T*>(c.residual) + at + j);
@@ -322,11 +339,11 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
       const int64_t channel = c.first_channel[block * 4 + v];
       sum_pieces<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
                          channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
-      finish<D, 1>(c, sum, k + v * 16, first, count);
+      finish<D, 1>(c, sum, k + v * 16, written, count);
     }
   } else {
     sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, sum);
-    finish<D, vectors>(c, sum, k, first, count);
+    finish<D, vectors>(c, sum, k, written, count);
   }
 }
 

@@ -30,4 +30,7 @@ constexpr int64_t kMostWinogradWeights = 256 * 256;
 // All of y, by whichever of the two kernels pays.
 void run_convolution(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes);
 
+// Several of the same x by the direct kernel, every thread a share of each.
+void run_direct(const ConvBnRelu* convs, size_t count, DtypeIndex dtype, int64_t element_bytes);
+
 }  // namespace fused_resnet

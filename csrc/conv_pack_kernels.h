@@ -1,6 +1,6 @@
 // Convolution weights as conv_bn_relu_kernels.h and conv_bn_relu_winograd.h read them, made anew at
 // every training step. From weight (K, R, S, C) in memory, either as it is or, for the gradient of
-// the input, with inputs and outputs changing places and the taps in reverse.
+// the input, with inputs and outputs changing places; its taps, or some of them, in any order.
 //
 // A tile of 16 outputs by 16 inputs of every tap is brought into vectors of outputs (a copy when
 // outputs lie next to each other in memory, else a transposition in registers), then written in the
@@ -82,9 +82,8 @@ void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
     const int64_t first = block * 64 * C;  // of this block, in elements of one tap
     for (int64_t c = 0; c < C; c += 16) {
       for (int64_t tap = 0; tap < p.taps; ++tap) {
-        const int64_t from = p.transposed ? p.taps - 1 - tap : tap;
         const float* source =
-            weight + from * p.tap_stride + v * 16 * p.output_stride + c * p.input_stride;
+            weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
         vf* t = tile + tap * 16;
         if (p.transposed) {
           for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(source + i * p.input_stride);

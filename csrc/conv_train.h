@@ -1,15 +1,17 @@
 // A training step's convolutions on the CPU, for what puts them together (conv_train_cpu.cpp).
 #pragma once
 
+#include <atomic>
+
 #include "common.h"
 
 namespace fused_resnet {
 
 // How many passes of each kind this process has run: what a step computes is a promise.
 struct ConvPasses {
-  int64_t convolutions, input_gradients, weight_gradients;
+  std::atomic<int64_t> convolutions, input_gradients, weight_gradients;
 };
-ConvPasses conv_passes();
+ConvPasses& conv_passes();
 
 Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -20,5 +22,13 @@ void scatter_add(Tensor y, Tensor x, std::vector<int64_t> stride);
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation);
+
+// dy (N, K, P, Q) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
+// dx (N, C, H, W) channels_last of dy's dtype: the gradient of the convolution, of any stride and
+// padding and without dilation, by its input, plus `added` (N, C, H, W), whose memory dx then
+// takes. K and C multiples of 16, R * S at most kMostPackedTaps; stride and padding (2,).
+Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
+                              std::optional<Tensor> added, std::vector<int64_t> stride,
+                              std::vector<int64_t> padding);
 
 }  // namespace fused_resnet

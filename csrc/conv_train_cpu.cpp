@@ -1,17 +1,15 @@
 // A training step's convolutions on the CPU: the convolution itself and the gradient of its input,
 // by the kernels of conv_bn_relu_kernels.h with weights packed anew, since every step changes them.
-#include <atomic>
-
 #include "conv_cpu.h"
 #include "conv_train.h"
 #include "memory_pool.h"
 
 namespace fused_resnet {
-namespace {
-std::atomic<int64_t> convolutions{0}, input_gradients{0}, weight_gradients{0};
-}
 
-ConvPasses conv_passes() { return {convolutions, input_gradients, weight_gradients}; }
+ConvPasses& conv_passes() {
+  static ConvPasses passes{};
+  return passes;
+}
 
 // x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
 // y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
@@ -65,7 +63,7 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                  ? *residual
                  : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
   if (y.numel() == 0) return y;
-  ++(transposed ? input_gradients : convolutions);
+  ++(transposed ? conv_passes().input_gradients : conv_passes().convolutions);
   const auto size = static_cast<int64_t>(x.element_size());
 
   const bool winograd = dtype == kFloat32 && R == 3 && S == 3 && winograd_pays(conv) &&
@@ -80,7 +78,8 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   pack.outputs = K, pack.inputs = C, pack.taps = taps;
   pack.output_stride = transposed ? 1 : taps * columns;
   pack.input_stride = transposed ? taps * columns : 1;
-  pack.tap_stride = columns;
+  for (int64_t tap = 0; tap < taps; ++tap)
+    pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
   pack.transposed = transposed;
   pack.bfloat = dtype == kBFloat16;
   Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
@@ -251,7 +250,7 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
         ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
         ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
   Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
-  ++weight_gradients;
+  ++conv_passes().weight_gradients;
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const bool pointwise =
       R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;

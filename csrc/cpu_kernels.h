@@ -94,6 +94,9 @@ struct ConvBnRelu {
   const void* zeros;             // C of them
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  // Pixels between y's images, rows and columns where they lie apart in a larger tensor (and the
+  // residual's with them); all 0 where y is dense.
+  int64_t y_image, y_row, y_column;
   int64_t run;  // input channels that a tap reads
   bool relu;
   bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
@@ -103,13 +106,14 @@ constexpr int64_t kMostPackedTaps = 9;  // of a convolution whose weights conv_p
 
 // Weights to be packed: inputs and outputs of the convolution that will read them, both multiples
 // of 16, and how far apart they lie in memory, in floats; whichever is not contiguous has stride 1
-// in the other. Reversed taps where `transposed`.
+// in the other. Its taps, in order, begin at `tap_offset` floats.
 struct ConvPack {
   const void* weight;
   void* direct;    // (outputs * inputs * taps) of float or bfloat16, or null
   void* winograd;  // (16 * outputs * inputs), or null
   int64_t outputs, inputs, taps;
-  int64_t output_stride, input_stride, tap_stride;
+  int64_t output_stride, input_stride;
+  int64_t tap_offset[kMostPackedTaps];
   bool transposed;  // outputs are contiguous, else inputs are
   bool bfloat;
 };

@@ -61,6 +61,7 @@ py::list kernels() {
                            "convolution_weight_gradient",
                            "narrow_weight_gradient",
                            "scatter_add",
+                           "strided_input_gradient",
                            "block_forward",
                            "block_backward",
                            "preact_forward",
@@ -115,11 +116,11 @@ py::dict memory() {
 }
 
 py::dict conv_passes() {
-  const fused_resnet::ConvPasses passes = fused_resnet::conv_passes();
+  const fused_resnet::ConvPasses& passes = fused_resnet::conv_passes();
   py::dict found;
-  found["convolutions"] = passes.convolutions;
-  found["input_gradients"] = passes.input_gradients;
-  found["weight_gradients"] = passes.weight_gradients;
+  found["convolutions"] = passes.convolutions.load();
+  found["input_gradients"] = passes.input_gradients.load();
+  found["weight_gradients"] = passes.weight_gradients.load();
   return found;
 }
 

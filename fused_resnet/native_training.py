@@ -92,12 +92,10 @@ def _counts(
 
 def _strides_serve(weight: Tensor, g: Geometry) -> bool:
     """Whether the gradient of such a convolution by its input is one of a kernel of ours."""
-    if g.stride == (1, 1):
-        return all(
-            d * (k - 1) >= p
-            for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
-        )
-    return weight.shape[2:] == (1, 1) and g.padding == (0, 0)
+    plain = g.stride == (1, 1) and all(
+        d * (k - 1) >= p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
+    )
+    return plain or g.dilation == (1, 1)
 
 
 class NativeBlockFunction(torch.autograd.Function):

@@ -200,17 +200,14 @@ class Native(Portable):
         padding = [
             d * (k - 1) - p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
         ]
-        plain = g.stride == (1, 1) and min(padding) >= 0
         serves = self._serves(weight, dy.dtype, g)
-        if serves and not plain and weight.shape[2:] == (1, 1) and g.padding == (0, 0):
-            # One pixel of x in so many has a gradient.
-            some = self._convolve(dy, weight, True, None, [1, 1], [0, 0], [1, 1])
-            dx = torch.zeros_like(x) if added is None else added
-            self._ops.scatter_add(dx, some, g.stride)
-            return dx
-        if not plain or not serves:
-            return _channels_last(super().input_gradient(dy, x, weight, g, added))
-        return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
+        if serves and g.stride == (1, 1) and min(padding) >= 0:
+            return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
+        if serves and g.dilation == (1, 1):
+            weight = _channels_last(weight.detach().float())
+            H, W = x.shape[2:]
+            return self._ops.strided_input_gradient(dy, weight, H, W, added, g.stride, g.padding)
+        return _channels_last(super().input_gradient(dy, x, weight, g, added))
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         K, C, R, S = weight.shape

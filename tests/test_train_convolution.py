@@ -40,16 +40,31 @@ CASES = {
     "3x3, dilated": ((2, 32, 13, 12), 32, (3, 3), (1, 1), (2, 2), (2, 2)),
     "3x3, dilated, stride 2": ((2, 16, 13, 12), 32, (3, 3), (2, 2), (2, 1), (2, 3)),
     "3x3, stride 3": ((2, 16, 14, 17), 32, (3, 3), (3, 3), (1, 1), (1, 1)),
+    # The strided layers of ResNet-50 and of the networks for small images.
+    "128 channels, 56 to 28": ((1, 128, 56, 56), 128, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "256 channels, 28 to 14": ((1, 256, 28, 28), 256, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "512 channels, 14 to 7": ((1, 512, 14, 14), 512, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "16 to 32 channels, 32 to 16": ((3, 16, 32, 32), 32, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "16 to 32 channels, 8 to 4": ((5, 16, 8, 8), 32, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "32 to 64 channels, 4 to 2": ((5, 32, 4, 4), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
+    # Of x's rows and columns, by their place in the stride: some beyond all taps, some with none.
+    "3x3, stride 2, no padding": ((3, 48, 14, 12), 16, (3, 3), (2, 2), (0, 0), (1, 1)),
+    "3x3, stride 2, wide padding": ((2, 16, 9, 12), 32, (3, 3), (2, 2), (2, 3), (1, 1)),
+    "3x3, stride 2, one pixel": ((5, 16, 1, 1), 32, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "3x3, stride 4": ((2, 32, 15, 18), 16, (3, 3), (4, 4), (1, 1), (1, 1)),
+    "3x3, strides 1 and 2": ((2, 80, 7, 10), 16, (3, 3), (1, 2), (1, 0), (1, 1)),
+    "2x3, strides 3 and 5": ((2, 16, 12, 13), 48, (2, 3), (3, 5), (0, 1), (1, 1)),
+    "pointwise, stride 2, padded": ((2, 16, 6, 7), 16, (1, 1), (2, 2), (1, 2), (1, 1)),
     "1x5": ((2, 32, 9, 12), 48, (1, 5), (2, 1), (0, 2), (1, 2)),
     "3x1": ((2, 32, 9, 12), 48, (3, 1), (1, 2), (1, 0), (1, 1)),
     "stem": ((2, 3, 33, 30), 64, (7, 7), (2, 2), (3, 3), (1, 1)),
     "stem of 3x3": ((2, 3, 12, 13), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "stem, many rows": ((2, 3, 131, 70), 80, (5, 5), (1, 1), (2, 2), (1, 1)),
     "stem, one channel": ((2, 1, 20, 17), 48, (7, 9), (3, 2), (3, 0), (1, 1)),
+    "padding wider than the kernel": ((2, 16, 6, 6), 16, (1, 1), (1, 1), (2, 2), (1, 1)),
     # PyTorch's, in the same layout.
     "odd channels": ((2, 33, 6, 5), 18, (3, 3), (1, 1), (1, 1), (1, 1)),
     "many taps": ((2, 16, 12, 12), 16, (5, 5), (1, 1), (2, 2), (1, 1)),
-    "padding wider than the kernel": ((2, 16, 6, 6), 16, (1, 1), (1, 1), (2, 2), (1, 1)),
 }
 PASSES = ("y", "dx", "dweight")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -130,7 +145,7 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "case",
     ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels",
-     "3x3 of 16, few tiles"],
+     "3x3 of 16, few tiles", "3x3, stride 2", "3x3, stride 2, no padding", "3x3, stride 4"],
 )  # fmt: skip
 def test_what_is_added(case: str, dtype: torch.dtype) -> None:
     """conv + residual, in the residual's memory, with one rounding; and so the input's gradient."""
@@ -179,7 +194,10 @@ def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("case", ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3"])
+@pytest.mark.parametrize(
+    "case",
+    ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3", "3x3, stride 2, many rows"],
+)
 def test_the_same_at_any_number_of_threads(case: str) -> None:
     """Where a thread's tiles begin changes nothing in y and dx."""
     mine, _ = makers()
@@ -254,6 +272,18 @@ def test_errors_name_the_argument() -> None:
         ops.convolution_weight_gradient(
             dy[:, :9].contiguous(memory_format=LAST), x, 3, 3, pair, pair, pair
         )
+    with pytest.raises(RuntimeError, match="strided_input_gradient: dy must be channels_last"):
+        ops.strided_input_gradient(dy.contiguous(), weight, 9, 11, None, pair, pair)
+    with pytest.raises(RuntimeError, match="is not of a 9 x 12 image"):
+        ops.strided_input_gradient(dy, weight, 9, 12, None, pair, pair)
+    with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
+        ops.strided_input_gradient(dy, weight.double(), 9, 11, None, pair, pair)
+    with pytest.raises(RuntimeError, match="weight must be channels_last"):
+        ops.strided_input_gradient(dy, weight.contiguous(), 9, 11, None, pair, pair)
+    with pytest.raises(RuntimeError, match=r"added must be float32 of shape \(2, 32, 9, 11\)"):
+        ops.strided_input_gradient(dy, weight, 9, 11, dy, pair, pair)
+    with pytest.raises(RuntimeError, match="no kernel for float16"):
+        ops.strided_input_gradient(dy.half(), weight, 9, 11, None, pair, pair)
     with pytest.raises(RuntimeError, match="scatter_add: x must be y's every stride-th pixel"):
         ops.scatter_add(x, dy, [2, 2])
     with pytest.raises(RuntimeError, match="narrow_weight_gradient: dy must have"):
@@ -262,7 +292,7 @@ def test_errors_name_the_argument() -> None:
 
 def test_no_image() -> None:
     mine, _ = makers()
-    for dtype, case in itertools.product(DTYPES, ("3x3", "pointwise", "stem")):
+    for dtype, case in itertools.product(DTYPES, ("3x3", "3x3, stride 2", "pointwise", "stem")):
         x, weight, dy, g = operands(case, dtype)
         y, dx, dweight = run(mine, x[:0], weight, dy[:0], g)
         assert y.shape[0] == dx.shape[0] == 0

@@ -57,9 +57,7 @@ BLOCKS = {
 }
 
 # Those whose every pass is a kernel of ours, so that a block is one op each way.
-ONE_OP = {
-    "basic", "bottleneck", "preact", "preact, shared", "preact bottleneck, padding",
-}  # fmt: skip
+ONE_OP = {name for name in BLOCKS if "odd channels" not in name and "groups" not in name}
 
 
 def _branch(C: int, K: int, stride: int) -> nn.Sequential:
