@@ -3,6 +3,7 @@ memory foreseen, and the sentences it draws from figures."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -118,6 +119,26 @@ def test_a_report_goes_on(finished, tmp_path, monkeypatch):
     assert len(more.parts) == 16
     with pytest.raises(ValueError, match=r"--out .* --epochs 1, not 2; choose another --out"):
         Experiment(small(tmp_path, epochs=2))
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_the_deep_warm_up_to_the_peak(data, tmp_path, monkeypatch):
+    """Linearly over half of their steps, with the paper's momentum, whatever the depth."""
+    made = Experiment(small(tmp_path, deep_steps=6, lr=0.3))
+    made.config = dataclasses.replace(made.config, data=data)
+    monkeypatch.setattr(ultra, "costs", lambda *_: [])
+    monkeypatch.setattr(experiment, "WARM_UP_DEPTH", 8)
+    taken: list[tuple[float, float]] = []
+    plain_step = experiment.Steps.step
+
+    def step(self: experiment.Steps, x: torch.Tensor, y: torch.Tensor) -> tuple[float, int]:
+        taken.extend((g["lr"], g["momentum"]) for g in self.optimizer.param_groups)
+        return plain_step(self, x, y)
+
+    monkeypatch.setattr(experiment.Steps, "step", step)
+    ultra.run(made, 8)
+    assert [momentum for _, momentum in taken] == [0.9] * 6
+    assert [lr for lr, _ in taken] == pytest.approx([0.003, 0.102, 0.201, 0.3, 0.3, 0.3])
 
 
 def test_divergence_is_a_result(tmp_path, monkeypatch):

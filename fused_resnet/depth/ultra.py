@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LinearLR
 
 import fused_resnet as fr
 
@@ -41,11 +42,9 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     refuse_what_does_not_fit(depth, c.activation_memory, estimates, available_bytes())
     model = make(c, "residual", depth, 0, data.classes)
     set_activation_memory(model, c.activation_memory)
-    steps = Steps(experiment, model, depth, 0)
     # A linear warm-up to the peak: the few steps of a long cycle would stay at its beginning.
-    steps.schedule = torch.optim.lr_scheduler.LinearLR(
-        steps.optimizer, 0.01, 1.0, max(1, c.deep_steps // 2)
-    )
+    warm_up = partial(LinearLR, start_factor=0.01, total_iters=max(1, c.deep_steps // 2))
+    steps = Steps(experiment, model, depth, 0, warm_up)
     losses: list[float] = []
     while len(losses) < c.deep_steps and (not losses or math.isfinite(losses[-1])):
         for x, y in data.batches(c.batch, steps.generator):
