@@ -240,35 +240,35 @@ class Experiment:
 
     # --- looking at a network ---------------------------------------------------------------------
 
-    def probe(self) -> tuple[Tensor, Tensor]:
-        return self.data.x[:_PROBE], self.data.y[:_PROBE]
+    def loss(self, model: nn.Module, images: int = _PROBE) -> Tensor:
+        return cross_entropy(model(self.data.x[:images]), self.data.y[:images])
 
-    def loss(self, model: nn.Module) -> Tensor:
-        x, y = self.probe()
-        return cross_entropy(model(x), y)
-
-    def gradients(self, model: nn.Module) -> list[float | None]:
-        return [_number(layer.value) for layer in profiles.gradient_profile(model, self.loss)]
+    def gradients(self, model: nn.Module, images: int = _PROBE) -> list[float | None]:
+        found = profiles.gradient_profile(model, partial(self.loss, images=images))
+        return [_number(layer.value) for layer in found]
 
     def looks(self, model: nn.Module) -> dict[str, Any]:
         """A trained network's gradients and responses, and the loss around it."""
         model.train()
         found: dict[str, Any] = {"gradients": self.gradients(model)}
-        responses = profiles.response_profile(model, self.probe()[0])
+        responses = profiles.response_profile(model, self.data.x[:_PROBE])
         found["responses"] = [_number(layer.value) for layer in responses]
         losses = profiles.loss_along(model, self.loss, _DISTANCES, seed=0)
         found["around"] = {"distances": _DISTANCES, "losses": [_number(v) for v in losses]}
         return found
 
     def start(self, kind: str, depth: int) -> dict[str, Any]:
-        """Gradients before training, with and without norms, by both initialisations."""
+        """Gradients before training, with and without norms, by both initialisations; of fewer
+        images where so many would not fit in memory."""
+        images = ultra.images_that_fit(self.config, depth, _PROBE, self.data.size)
         cases = []
         for bn in (True, False):
             for init in ("he", "default"):
                 model = make(self.config, kind, depth, 0, self.data.classes, bn=bn, init=init)
                 set_activation_memory(model, "low")
-                cases.append({"bn": bn, "init": init, "gradients": self.gradients(model)})
-        return {"kind": kind, "depth": depth, "cases": cases}
+                gradients = self.gradients(model, images)
+                cases.append({"bn": bn, "init": init, "gradients": gradients})
+        return {"kind": kind, "depth": depth, "images": images, "cases": cases}
 
 
 def _number(value: float) -> float | None:

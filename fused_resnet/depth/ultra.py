@@ -55,8 +55,8 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "depth": depth, "steps": len(losses), "losses": [_number(v) for v in losses],
         "diverged": diverged,
-        "gradients_after": None if diverged else experiment.gradients(model),
-        "estimated_bytes": estimates, "costs": costs(experiment, depth),
+        "gradients_after": None if diverged else experiment.gradients(model, c.batch),
+        "estimated_bytes": estimates, "costs": costs(experiment, depth, estimates),
     }  # fmt: skip
     experiment.say(
         f"residual {depth}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -64,15 +64,16 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     return found
 
 
-def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
+def costs(experiment: Experiment, depth: int, estimates: dict[str, int]) -> list[dict[str, Any]]:
     """Of one step by level, and of stock's: time per layer beside that of a shallow network's, both
-    measured in turns, bytes saved for backward, peak of live activations."""
+    measured in turns, bytes saved for backward, peak of live activations. Of one whose estimate is
+    more than there is free now, that estimate alone."""
     from .experiment import make
 
     c, data = experiment.config, experiment.data
     assert c.batch is not None
     x, y = data.x[: c.batch], data.y[: c.batch]
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def forward(model: Any) -> torch.Tensor:
         return cross_entropy(model(x), y)
@@ -84,8 +85,12 @@ def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
         return loss
 
     for level in ("eager", "full", "low", "minimal"):
-        models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
         stock = level == "eager"
+        needed, available = estimates["full" if stock else level], available_bytes()
+        if available is not None and needed > available:
+            rows.append({"level": level, "needed_bytes": needed})
+            continue
+        models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
         with fr.use_backend("reference") if stock else contextlib.nullcontext():
             for model in models:
                 set_activation_memory(model, "full" if stock else level)
@@ -143,6 +148,16 @@ def available_bytes() -> int | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             return None
+
+
+def images_that_fit(config: Config, depth: int, images: int, size: int) -> int:
+    """`images`, halved until a step that keeps all of their activations fits in memory."""
+    available = available_bytes()
+    while available is not None and images > 1:
+        if estimate_bytes(config, depth, images, size, "full") <= available:
+            break
+        images //= 2
+    return images
 
 
 def refuse_what_does_not_fit(
