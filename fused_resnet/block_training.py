@@ -17,6 +17,7 @@ from . import (
     activation_memory,
     backends,
     convolution,
+    empty_batch,
     layout,
     native_training,
     plans,
@@ -88,9 +89,11 @@ def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | No
     """None where the block cannot be one node of autograd's graph."""
     device = x.device.type
     dtype = plans.output_dtype(x.dtype, device)
-    if not _trains_whole(parts, names, x.shape, dtype, x.dtype):
+    if not trains_whole(parts, names, x.shape, dtype, x.dtype):
         return None
     kernels = train_kernels.kernels_for(device, backends.choose("bn_add_relu", device))
+    if x.shape[0] == 0:
+        kernels = empty_batch.kernels()
     geometries = tuple(
         Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
     )
@@ -144,7 +147,7 @@ def prepare_block(block: nn.Module, names: Names, parts: Parts, x: Tensor) -> Pr
     return prepared
 
 
-def _trains_whole(
+def trains_whole(
     parts: Parts, names: Names, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> bool:
     """Whether every unit normalises by the batch and is what stock would take as it is."""
@@ -155,6 +158,8 @@ def _trains_whole(
         return False
     if synchronised and weight.device.type != "cpu":
         return False  # PyTorch's own norm knows how
+    if synchronised:
+        shape = (max(1, shape[0]), *shape[1:])  # of no image: the others may have some
     found = tuple(shape)
     for i, (conv, bn) in enumerate(parts.pairs):
         branch = parts.downsample and i == len(parts.pairs) - 1

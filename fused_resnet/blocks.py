@@ -57,15 +57,17 @@ _GLOBAL_HOOKS = [
 ]
 
 
-def call_reason(x: Any) -> str | None:
-    """None when this call may take a fused path, else why it runs torchvision's."""
+def call_reason(x: Any, training: bool = False) -> str | None:
+    """None when this call may take a fused path, else why it runs torchvision's. In training a
+    batch may hold no image, since another process's may."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing, and fuses by itself"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}, not a plain Tensor"
     if x.device.type not in ("cpu", "cuda"):
         return f"no block of {x.device.type} tensors is fused"
-    if x.dim() != 4 or x.numel() == 0 or x.layout != torch.strided:
+    empty = x.dim() == 4 and 0 in x.shape[training:]
+    if x.dim() != 4 or empty or x.layout != torch.strided:
         return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
     if torch.jit.is_tracing():
         return "torch.jit.trace is tracing"
@@ -107,7 +109,7 @@ def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> 
 
 def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """A residual block's output (N, K, P, Q) by a fused path, or None: run torchvision's."""
-    if call_reason(x) is not None:
+    if call_reason(x, block.training) is not None:
         return None
     if wants_grad(block, x):
         return _run_units(block, names, x)
@@ -187,7 +189,7 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
 
 def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
     """relu(bn1(conv1(x))) of a network by a fused path, or None: run torchvision's."""
-    if call_reason(x) is not None:
+    if call_reason(x, model.training) is not None:
         return None
     parts = take_apart(model, STEM)
     if isinstance(parts, str) or not _units_pay(parts, x):
@@ -354,7 +356,8 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
     parts = take_apart(block, names)
     if isinstance(parts, str):
         return False, "stock", parts
-    weight = parts.pairs[0][0].weight
+    first = parts.pairs[0][0]
+    weight = first.weight
     reason = call_reason(weight.detach())
     if reason is None and names is not STEM and "forward" in block.__dict__:
         reason = "the block has its forward replaced"
@@ -365,10 +368,13 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
         if not serves(True, weight):
             why = backends.missing("bn_add_relu", "native", weight.device.type)
             why = why or "another backend is forced"
-        elif weight.device.type != "cpu" and any(
-            sync_batch_norm.group_of(bn) is not None for bn in parts.norms
-        ):
-            why = "on GPUs a synchronised norm is PyTorch's"
+        elif any(sync_batch_norm.group_of(bn) is not None for bn in parts.norms):
+            shape = (2, first.in_channels, 224, 224)
+            if weight.device.type != "cpu":
+                why = "on GPUs a synchronised norm is PyTorch's"
+            elif not block_training.trains_whole(parts, names, shape, weight.dtype, weight.dtype):
+                why = "on the CPU a synchronised norm needs a block that trains as a whole: all of "
+                why += "its norms by the same group's batches, no bias of a convolution"
         return (False, "stock", why) if why else (True, "training", "batch statistics")
     why = plans.reason_against(parts, weight.dtype, weight.device)
     return (False, "stock", why) if why else (True, "inference", "")

@@ -45,9 +45,10 @@ class CifarBlock(BasicBlock):
         return z / self.survival if self.training and self.survival < 1 else z
 
     def forward(self, x: Tensor) -> Tensor:
-        y = blocks.run_block(self, structure.BASIC, x)
-        if y is not None:
-            return y
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.BASIC, x)
+            if y is not None:
+                return y
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(self._residual(x) + shortcut)
 
@@ -65,8 +66,11 @@ class PlainBlock(CifarBlock):
     """BasicBlock's layers without its shortcut: y = relu(bn2(conv2(relu(bn1(conv1(x))))))."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = blocks.run_block(self, structure.PLAIN, x)
-        return self.relu(self._residual(x)) if y is None else y
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PLAIN, x)
+            if y is not None:
+                return y
+        return self.relu(self._residual(x))
 
 
 blocks.FORWARDS.update({CifarBlock.forward: structure.BASIC, PlainBlock.forward: structure.PLAIN})
@@ -81,10 +85,13 @@ class CifarResNet(Planned):
     network: the same layers without shortcuts). stochastic_depth: the probability with which the
     last block is left out of a training step; it grows linearly from the first on (Huang et al.
     2016, 1603.09382). A block left out computes and keeps nothing. zero_init_residual: each block
-    starts as its shortcut. norm_layer: as for ResNet.
+    starts as its shortcut. norm_layer: as for ResNet. block: "basic" (None). torch.jit.script takes
+    the network, but not to train it with stochastic depth.
     """
 
+    kinds: tuple[str, ...] = ("basic",)  # of blocks, the default first
     first_norm = True  # whether norm and ReLU follow the first convolution
+    __constants__ = ("first_norm",)
 
     def __init__(
         self,
@@ -95,9 +102,14 @@ class CifarResNet(Planned):
         stochastic_depth: float = 0.0,
         zero_init_residual: bool = False,
         norm_layer: Callable[..., nn.Module] | None = None,
-        block: str = "basic",
+        block: str | None = None,
     ) -> None:
         super().__init__()
+        block = self.kinds[0] if block is None else block
+        if block not in self.kinds:
+            raise ValueError(
+                f"{type(self).__name__}: block must be {' or '.join(self.kinds)}, got {block!r}"
+            )
         if shortcut not in SHORTCUTS:
             raise ValueError(
                 f"cifar_resnet: shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}"
@@ -114,15 +126,15 @@ class CifarResNet(Planned):
             self.bn1 = norm_layer(WIDTHS[0])
             self.relu = nn.ReLU(inplace=True)
         channels = WIDTHS[0]
-        for i, width in enumerate(WIDTHS):
-            stage = nn.Sequential()
+        stages = [nn.Sequential() for _ in WIDTHS]
+        for i, (width, stage) in enumerate(zip(WIDTHS, stages, strict=True)):
             for j in range(blocks_per_stage):
                 stride = 2 if i > 0 and j == 0 else 1
                 first = i == j == 0
                 made = _make_block(block, shortcut, channels, width, stride, norm_layer, first)
                 channels = width * made.expansion
                 stage.append(made)
-            setattr(self, f"layer{i + 1}", stage)
+        self.layer1, self.layer2, self.layer3 = stages
         if not self.first_norm:
             self.bn = norm_layer(channels)
             self.relu = nn.ReLU(inplace=True)
@@ -160,34 +172,37 @@ class CifarResNet(Planned):
         return stages
 
     def forward(self, x: Tensor) -> Tensor:
-        y = network.run_resnet(self, x)
-        if y is None:
-            y = network.run_in_segments(self, x)
-        if y is not None:
-            return y
-        x = network.enter_stages(self, x)
-        for stage in self.running():
-            for run in stage:
-                x = run(x)
-        return network.head(self, x)
+        if not torch.jit.is_scripting():
+            y = network.run_resnet(self, x)
+            if y is None:
+                y = network.run_in_segments(self, x)
+            if y is not None:
+                return y
+            x = network.enter_stages(self, x)
+            for stage in self.running():
+                for run in stage:
+                    x = run(x)
+            return network.head(self, x)
+        assert not (self.training and self._drops), "stochastic_depth is not scripted: call eval()"
+        x = self.conv1(x)
+        if self.first_norm:
+            x = self.relu(self.bn1(x))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        if not self.first_norm:
+            x = self.relu(self.bn(x))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 class PreactResNet(CifarResNet):
     """A network of pre-activation blocks: after the first convolution come blocks at once, and
     after the last block a norm and a ReLU. As CifarResNet otherwise.
 
-    block: "preact" or "preact_bottleneck". A projection has no norm, and starts from the block's
-    first ReLU, as the identity of the network's first block does.
+    block: "preact" (None) or "preact_bottleneck". A projection has no norm, and starts from the
+    block's first ReLU, as the identity of the network's first block does.
     """
 
+    kinds = BLOCKS[1:]
     first_norm = False
-
-    def __init__(
-        self, blocks_per_stage: int, num_classes: int = 10, shortcut: str = "identity",
-        **options: Any,
-    ) -> None:  # fmt: skip
-        options.setdefault("block", "preact")
-        super().__init__(blocks_per_stage, num_classes, shortcut, **options)
 
 
 _CLASSES: dict[str, tuple[Any, Any]] = {

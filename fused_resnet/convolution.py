@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -154,6 +155,16 @@ def keepable(t: Tensor) -> bool:
     return True
 
 
+def fsdp_is_there() -> bool:
+    """Whether FSDP2 shares out the parameters of some living module of this process.
+
+    It puts a parameter together in the same tensor for every forward, without a trace in its
+    version counter and often at the same address; and the tensor itself does not tell whose it is.
+    """
+    composable = sys.modules.get("torch.distributed._composable_state")
+    return bool(getattr(composable, "_module_state_mapping", None))
+
+
 def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:
     """What must be unchanged for something made from these tensors to be still good.
 
@@ -194,7 +205,8 @@ def kept(
     """The convolution of these operands by `kind`, kept while the weight lives.
 
     It is kept from the second call with the same operands on: in training the weights change at
-    every step, and a copy nobody reads again would only cost memory.
+    every step, and a copy nobody reads again would only cost memory. Not where FSDP2 may have
+    changed the weight unnoticed.
     """
     # The weight itself is left to the weak reference: a stamp that held it would keep it alive.
     now = stamp((scale, shift))
@@ -209,6 +221,7 @@ def kept(
         and state is not None
         and entry[2] == state
         and same_stamp(entry[1], now)
+        and not fsdp_is_there()
     )
     if again and entry is not None and entry[3] is not None:
         return entry[3]

@@ -86,7 +86,7 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
     count or call something twice: hooks, or norms that PyTorch has to compute."""
     if getattr(model, "activation_memory", "full") != "minimal":
         return None
-    if call_reason(x) is not None or not wants_grad(model, x):
+    if call_reason(x, model.training) is not None or not wants_grad(model, x):
         return None
     whole = _whole(model)
     if whole is None or not blocks.counts_once(whole[0], x):

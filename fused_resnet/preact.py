@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from . import blocks, structure
@@ -62,8 +63,11 @@ class PreactBlock(Block):
         return self._residual(h) + self._shortcut(x, h)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = blocks.run_block(self, structure.PREACT, x)
-        return self._run(x) if y is None else y
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT, x)
+            if y is not None:
+                return y
+        return self._run(x)
 
     def skip(self, x: Tensor) -> Tensor:
         """The block without what it adds to its shortcut."""
@@ -104,8 +108,11 @@ class PreactBottleneck(PreactBlock):
         return z / self.survival if self.training and self.survival < 1 else z
 
     def forward(self, x: Tensor) -> Tensor:
-        y = blocks.run_block(self, structure.PREACT_BOTTLENECK, x)
-        return self._run(x) if y is None else y
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT_BOTTLENECK, x)
+            if y is not None:
+                return y
+        return self._run(x)
 
 
 class PlainPreactBlock(PreactBlock):
@@ -115,8 +122,11 @@ class PlainPreactBlock(PreactBlock):
         return self._residual(self.relu(self.bn1(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = blocks.run_block(self, structure.PREACT_PLAIN, x)
-        return self._run(x) if y is None else y
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT_PLAIN, x)
+            if y is not None:
+                return y
+        return self._run(x)
 
 
 class PlainPreactBottleneck(PreactBottleneck):
@@ -126,8 +136,11 @@ class PlainPreactBottleneck(PreactBottleneck):
         return self._residual(self.relu(self.bn1(x)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = blocks.run_block(self, structure.PREACT_PLAIN_BOTTLENECK, x)
-        return self._run(x) if y is None else y
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT_PLAIN_BOTTLENECK, x)
+            if y is not None:
+                return y
+        return self._run(x)
 
 
 blocks.FORWARDS.update(

@@ -9,8 +9,8 @@ values of all processes of its group. One collective per norm and pass:
     backward   all_reduce of sum g, sum g (x - mean), of both norms of a block's end at once
 
 Sums of x and x^2 would need one all_reduce and cancel for a channel whose mean is large; counts may
-differ between processes. Gradients of weight and bias stay each process's own, as PyTorch's are:
-DistributedDataParallel averages them.
+differ between processes, and be 0 on some (empty_batch.py). Gradients of weight and bias stay each
+process's own, as PyTorch's are: DistributedDataParallel averages them.
 
 Source: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing
 Sample Variances".
@@ -70,10 +70,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
     """`module` with every BatchNorm2d replaced by a `SyncBatchNorm` of the same parameters, buffers
-    and settings, as torch.nn.SyncBatchNorm.convert_sync_batchnorm does for GPUs; returns it, or the
-    norm that stands for it where it is one itself. Convert before DistributedDataParallel.
+    and settings, synchronised ones too, which then are of this group, as
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm does for GPUs; returns it, or the norm that stands
+    for it where it is one itself. Convert before DistributedDataParallel.
     """
-    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm):
         norm = SyncBatchNorm.__new__(SyncBatchNorm)
         norm.__dict__ = module.__dict__.copy()
         norm.process_group = process_group
@@ -96,7 +97,8 @@ def group_of(bn: Any) -> Any:
 
 def merge(stats: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
     """This process's mean and biased variance over `count` values, (2, C) float64 -> those over all
-    processes, and how many values they have: a float64 of shape ()."""
+    processes, and how many values they have: a float64 of shape (). ValueError, on every process,
+    where none of them has a value."""
     own = torch.cat([stats.flatten(), stats.new_tensor([float(count)])])
     gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, own, group=group)
@@ -111,6 +113,11 @@ def merge(stats: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
         off = other - mean
         mean = mean + off * (n / total)
         squares = squares + variance * n + off.square() * (n * (total - n) / total)
+    if total == 0:
+        raise ValueError(
+            "SyncBatchNorm: x must hold an image on one process at least, got none on all of "
+            f"{len(gathered)}"
+        )
     return torch.stack([mean, squares / total]), stats.new_tensor(total)
 
 

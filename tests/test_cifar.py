@@ -181,6 +181,46 @@ def test_what_there_is_not(arguments, message):
         PadShortcut(8, 4, 1)
 
 
+@pytest.mark.parametrize(
+    ("cls", "block", "allowed"),
+    [
+        (fr.CifarResNet, "preact", "basic"),
+        (fr.PreactResNet, "basic", "preact or preact_bottleneck"),
+        (fr.PreactResNet, "", "preact or preact_bottleneck"),
+    ],
+)  # fmt: skip
+def test_blocks_of_the_other_network(cls, block, allowed):
+    message = f"{cls.__name__}: block must be {allowed}, got {block!r}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        cls(1, block=block)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("block", "shortcut"), KINDS)
+def test_scripted(block, shortcut, training, tmp_path):
+    """torch.jit.script computes what the modules do one by one, running statistics too, and what it
+    saves can be loaded."""
+    model = make(block, shortcut).train(training)
+    x = images()
+    torch.jit.script(copy.deepcopy(model)).save(tmp_path / "model.pt")
+    scripted = torch.jit.load(tmp_path / "model.pt")
+    with fr.use_backend("reference"):
+        want = model(x)
+    torch.testing.assert_close(scripted(x), want)
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(dict(scripted.named_buffers())[name], buffer)
+
+
+def test_scripted_stochastic_depth():
+    """It is refused in training, where a scripted block would always take part."""
+    model = fr.cifar_resnet(8, stochastic_depth=0.5).eval()
+    x = images()
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(torch.jit.Error, match="stochastic_depth is not scripted"):
+        scripted.train()(x)
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("block", "shortcut"), KINDS)

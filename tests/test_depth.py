@@ -3,6 +3,7 @@ memory foreseen, and the sentences it draws from figures."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -31,7 +32,7 @@ from fused_resnet.depth import experiment, report, ultra
 from fused_resnet.depth.experiment import Config, Experiment
 from fused_resnet.memory import activation_peak_bytes
 
-SMALL = dict(depths=(8, 14), deep=(20,), deep_steps=3, seeds=2, epochs=1)
+SMALL = dict(depths=(8, 14), deep=(20, 26), deep_steps=3, seeds=2, epochs=1)
 
 
 def small(out: Path, **changes: Any) -> Config:
@@ -39,8 +40,8 @@ def small(out: Path, **changes: Any) -> Config:
 
 
 def command(out: Path, *more: str) -> Any:
-    arguments = ["depth", "--depths", "8,14", "--deep", "20", "--deep-steps", "3", "--seeds", "2"]
-    return CliRunner().invoke(app, [*arguments, "--epochs", "1", "--out", str(out), *more])
+    arguments = ["--depths", "8,14", "--deep", "20,26", "--deep-steps", "3", "--seeds", "2"]
+    return CliRunner().invoke(app, ["depth", *arguments, "--epochs", "1", "--out", str(out), *more])
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +76,21 @@ def test_the_report(finished):
         here = around["losses"][around["distances"].index(0.0)]
         assert here < min(around["losses"][0], around["losses"][-1])
     assert {(p["kind"], p["depth"]) for p in summary["start"]} == {
-        (kind, depth) for kind in ("plain", "residual") for depth in (8, 14, 20)
+        (kind, depth) for kind in ("plain", "residual") for depth in (8, 14, 20, 26)
     }
-    (deep,) = summary["deep"]
-    assert deep["steps"] == 3 and len(deep["gradients_after"]) == 20
-    rows = {row["level"]: row for row in deep["costs"]}
-    assert (
-        rows["minimal"]["saved_bytes"] < rows["low"]["saved_bytes"] < rows["eager"]["saved_bytes"]
-    )
+    assert [deep["depth"] for deep in summary["deep"]] == [20, 26]
+    for deep in summary["deep"]:
+        assert deep["steps"] == 3 and len(deep["gradients_after"]) == deep["depth"]
+        rows = {row["level"]: row for row in deep["costs"]}
+        saved = [rows[level]["saved_bytes"] for level in ("minimal", "low", "eager")]
+        assert saved == sorted(set(saved))
     page = (out / "report.md").read_text()
+    for depth in (20, 26):
+        claims = [c for c in summary["claims"] if f"of {depth} layers trains" in c["claim"]]
+        assert len(claims) == 1 and page.count(f"\n| {depth} | minimal | ") == 1
     for claim in summary["claims"]:
         assert claim["words"] in page and claim["words"] in output.replace("\n", "")
-    for name in report.PLOTS:
+    for name in report.plot_names(summary):
         assert (out / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
 
 
@@ -118,6 +122,26 @@ def test_a_report_goes_on(finished, tmp_path, monkeypatch):
     assert len(more.parts) == 16
     with pytest.raises(ValueError, match=r"--out .* --epochs 1, not 2; choose another --out"):
         Experiment(small(tmp_path, epochs=2))
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_the_deep_warm_up_to_the_peak(data, tmp_path, monkeypatch):
+    """Linearly over half of their steps, with the paper's momentum, whatever the depth."""
+    made = Experiment(small(tmp_path, deep_steps=6, lr=0.3))
+    made.config = dataclasses.replace(made.config, data=data)
+    monkeypatch.setattr(ultra, "costs", lambda *_: [])
+    monkeypatch.setattr(experiment, "WARM_UP_DEPTH", 8)
+    taken: list[tuple[float, float]] = []
+    plain_step = experiment.Steps.step
+
+    def step(self: experiment.Steps, x: torch.Tensor, y: torch.Tensor) -> tuple[float, int]:
+        taken.extend((g["lr"], g["momentum"]) for g in self.optimizer.param_groups)
+        return plain_step(self, x, y)
+
+    monkeypatch.setattr(experiment.Steps, "step", step)
+    ultra.run(made, 8)
+    assert [momentum for _, momentum in taken] == [0.9] * 6
+    assert [lr for lr, _ in taken] == pytest.approx([0.003, 0.102, 0.201, 0.3, 0.3, 0.3])
 
 
 def test_divergence_is_a_result(tmp_path, monkeypatch):
@@ -165,6 +189,27 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ultra.TooDeep, match=r"1.0 GiB with minimal, .*; use a smaller --batch"):
         ultra.refuse_what_does_not_fit(1202, "full", sizes, 2**29)
     assert ultra.available_bytes() is None or ultra.available_bytes() > 2**20
+
+
+def test_stock_that_does_not_fit_is_not_measured(tmp_path, monkeypatch):
+    """What would be needed stands in its row; the rest is measured."""
+    made = Experiment(small(tmp_path))
+    sizes = {"full": 3 * 2**30, "low": 2**30, "lower": 2**30, "minimal": 2**20}
+    monkeypatch.setattr(ultra, "available_bytes", lambda: 2 * 2**30)
+    rows = ultra.costs(made, 8, sizes)
+    assert [(r["level"], r.get("needed_bytes")) for r in rows] == [
+        ("eager", 3 * 2**30), ("full", 3 * 2**30), ("low", None), ("minimal", None),
+    ]  # fmt: skip
+    table = report.cost_table({"deep": [{"depth": 8, "costs": rows}]}).splitlines()
+    assert table[2] == "| 8 | eager | not measured: would need 3.0 GiB | | | | |"
+    assert {line.count("|") for line in table} == {8}
+
+
+def test_probes_that_fit(monkeypatch):
+    whole = ultra.estimate_bytes(Config(), 110, 256, 8, "full")
+    for available, images in ((None, 256), (whole, 256), (whole - 1, 128), (1, 1)):
+        monkeypatch.setattr(ultra, "available_bytes", lambda a=available: a)
+        assert ultra.images_that_fit(Config(), 110, 256, 8) == images
 
 
 def test_too_deep_ends_the_command(tmp_path, monkeypatch):

@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from model_helpers import agree, clone, fused, images, pair, randomise, same_outputs, same_step
 from torch import distributed as dist
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import network, plans
+from fused_resnet import convolution, native, network, plans
 
 
 def _optimizer(model):
@@ -289,3 +290,47 @@ def test_weights_that_fsdp_puts_together(one_process, wanted):
             for model in (stock, mine):  # whole still: the outermost module is not taken apart
                 for p in model.parameters():
                     p.data.mul_(1.1)
+
+
+class Fused(nn.Module):
+    """One call of the op, with a fixed scale and shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32, 3, 3))
+        self.fixed = torch.ones(32), torch.zeros(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fr.conv_bn_relu(x, self.weight, *self.fixed, None, False, (1, 1), (1, 1), (1, 1), 1)
+
+
+def test_an_op_on_weights_that_fsdp_puts_together(one_process, monkeypatch):
+    """The same tensor, version and address in every forward, here by force. Where the last sharded
+    module is gone, packed weights are kept again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import _fully_shard, fully_shard
+
+    monkeypatch.setattr(_fully_shard._fsdp_param, "free_storage", lambda tensor: None)
+    mine = fully_shard(Fused(), mesh=init_device_mesh("cpu", (1,)))
+    x = torch.randn(2, 32, 8, 8)
+    seen = set()
+    hook = mine.register_forward_hook(
+        lambda m, *_: seen.add((id(m.weight), m.weight._version, m.weight.data_ptr()))
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            y = mine(x)
+            mine.reshard()
+            weight = mine.weight.to_local()
+            torch.testing.assert_close(y, F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-3)
+            weight.mul_(1.5)
+    assert len(seen) == 1
+    hook.remove()
+    del mine, weight
+    gc.collect()
+    plain = Fused()
+    with torch.no_grad():
+        for _ in range(3):
+            plain(x)
+    if native.load() is None:
+        assert convolution._kept[id(plain.weight)][3] is not None

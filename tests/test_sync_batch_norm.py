@@ -16,6 +16,7 @@ from torch import multiprocessing as mp
 
 import fused_resnet as fr
 from fused_resnet import native, sync_batch_norm
+from fused_resnet.preact import PreactBlock
 
 pytestmark = [
     pytest.mark.skipif(native.load() is not None, reason="needs the native kernels"),
@@ -138,6 +139,71 @@ def groups(rank: int, out: dict) -> None:
         out["mixed", rank] = str(error)
 
 
+def explained(rank: int, out: dict) -> None:
+    """What would raise on the CPU is not told to train."""
+    own = [dist.new_group([0, 1]) for _ in range(2)]
+    whole, bias, frozen, two = (_convert(make("basic, projection")) for _ in range(4))
+    bias.conv1.bias = nn.Parameter(torch.zeros(32, dtype=torch.float64))
+    frozen.bn2.eval()
+    two.bn1.process_group, two.bn2.process_group = own
+    x, _ = batch("basic, projection", 4)
+    for name, block in {"whole": whole, "bias": bias, "frozen": frozen, "two": two}.items():
+        (e,) = fr.explain(block)
+        try:
+            block(x)
+            raised = ""
+        except RuntimeError as error:
+            raised = str(error)
+        out[name, rank] = (e.fused, e.path, e.reason, raised)
+
+
+def none_here(rank: int, out: dict) -> None:
+    """Process 1 has no image: it computes with the others, at every level and without gradients."""
+    for case in CASES:
+        x, dy = batch(case)
+        mine = slice(0, 5 if rank == 0 else 0)
+        for level in ("full", "low", "lower", "minimal"):
+            block = _convert(make(case))
+            fr.set_activation_memory(block, level)
+            out[case, level, rank] = result(block, x[mine], dy[mine])
+        with torch.no_grad():
+            out[case, "no_grad", rank] = {"y": block(x[mine])} | dict(block.named_buffers())
+    for level in ("full", "minimal"):
+        torch.manual_seed(0)
+        for model in (
+            fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3),
+            fr.cifar_resnet(8, num_classes=3),
+        ):
+            fr.set_activation_memory(_convert(model), level)
+            torch.manual_seed(rank)
+            x = torch.randn(3 if rank == 0 else 0, 3, 33, 33)
+            parallel = nn.parallel.DistributedDataParallel(model, static_graph=True)
+            parallel(x).square().sum().backward()
+            out[type(model).__name__, level, rank] = {
+                n: p.grad for n, p in model.named_parameters()
+            } | dict(model.named_buffers())
+    try:
+        _convert(make("basic"))(batch("basic")[0][:0])
+    except ValueError as error:
+        out["error", rank] = str(error)
+
+
+def preact(rank: int, out: dict) -> None:
+    """A block whose norms come first, with no image on process 1."""
+    for shortcut in (None, nn.Conv2d(16, 32, 1, 2, bias=False).double()):
+        torch.manual_seed(0)
+        planes, stride = (16, 1) if shortcut is None else (32, 2)
+        block = PreactBlock(16, planes, stride, copy.deepcopy(shortcut)).double().train()
+        if shortcut is not None:
+            nn.init.constant_(block.downsample.weight, 0.1)
+        x, _ = batch("basic")
+        dy = torch.ones(5, planes, 8 // stride, 6 // stride, dtype=torch.float64)
+        if rank == 0:
+            out[planes, "want"] = result(copy.deepcopy(block), x, dy)
+        mine = slice(0, 5 if rank == 0 else 0)
+        out[planes, rank] = result(_convert(block), x[mine], dy[mine])
+
+
 def by_itself(rank: int, out: dict) -> None:
     """In no block, and without gradients."""
     norm = _convert(nn.BatchNorm2d(16).double())
@@ -200,7 +266,10 @@ def left_alone(rank: int, out: dict) -> None:
         out["error", rank] = str(error)
 
 
-JOBS = (everywhere, counted, groups, by_itself, network, twice, autocast, left_alone)
+JOBS = (
+    everywhere, counted, groups, explained, none_here, preact, by_itself, network, twice, autocast,
+    left_alone,
+)  # fmt: skip
 
 
 def _entry(rank: int, port: int, folder: str) -> None:
@@ -279,6 +348,67 @@ def test_process_groups(found):
         want = result(make("basic"), x[mine], dy[mine])
         assert all(torch.equal(found["alone", rank][k], want[k]) for k in want)
         assert "on the CPU it is computed inside the fused" in found["mixed", rank]
+
+
+def test_what_would_raise_is_explained(found):
+    found = found["explained"]
+    for rank in range(2):
+        assert found["whole", rank] == (True, "training", "batch statistics", "")
+        for name in ("bias", "frozen", "two"):
+            fused, path, reason, raised = found[name, rank]
+            assert (fused, path) == (False, "stock")
+            assert "on the CPU a synchronised norm needs a block that trains as a whole" in reason
+            assert "on the CPU it is computed inside the fused training step" in raised
+
+
+def close(got: Tensor, want: Tensor) -> bool:
+    return torch.equal(got, want) or (got - want).norm() <= 1e-9 * want.norm()
+
+
+def test_a_process_without_images(found):
+    found = found["none_here"]
+    for case in CASES:
+        x, dy = batch(case)
+        block = make(case)
+        want = result(block, x, dy)
+        parameters = {f"d{n}" for n, _ in block.named_parameters()}
+        for level in ("full", "low", "lower", "minimal"):
+            some, none = found[case, level, 0], found[case, level, 1]
+            assert all(close(some[k], want[k]) for k in want), (case, level)
+            for key in want:
+                if key in ("y", "dx"):
+                    assert none[key].shape == (0, *want[key].shape[1:])
+                elif key in parameters:
+                    assert none[key].shape == want[key].shape and not none[key].any()
+                else:
+                    assert torch.equal(none[key], some[key]), key
+        some, none = found[case, "no_grad", 0], found[case, "no_grad", 1]
+        for name, _ in block.named_buffers():
+            assert torch.equal(some[name], none[name]), name
+        assert none["y"].shape == (0, *want["y"].shape[1:])
+    for name in ("ResNet", "CifarResNet"):
+        for level in ("full", "minimal"):
+            some, none = found[name, level, 0], found[name, level, 1]
+            assert all(torch.equal(some[k], none[k]) for k in some)  # averaged by DDP
+            assert all(v.isfinite().all() for v in some.values())
+            assert all(close(v, found[name, "full", 0][k]) for k, v in some.items())
+    for rank in range(2):
+        assert (
+            "x must hold an image on one process at least, got none on all"
+            in (found["error", rank])
+        )
+
+
+def test_preactivation_on_a_process_without_images(found):
+    found = found["preact"]
+    for planes in (16, 32):
+        want, some, none = found[planes, "want"], found[planes, 0], found[planes, 1]
+        assert all(close(some[k], want[k]) for k in want), planes
+        for name in want:
+            if "running" in name:
+                assert torch.equal(some[name], none[name])
+            elif name.startswith("d") and "." in name:
+                assert not none[name].any()
 
 
 def test_by_itself_without_gradients(found):
@@ -361,6 +491,13 @@ def test_conversion_keeps_what_there_is():
     assert {type(m) for m in copy.deepcopy(model).modules() if "Norm" in type(m).__name__} == {
         fr.SyncBatchNorm
     }
+    group, other = object(), object()
+    again = fr.convert_sync_batchnorm(fr.convert_sync_batchnorm(model, group), other)
+    stock = nn.SyncBatchNorm.convert_sync_batchnorm(
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), group), other
+    )
+    assert again.bn1.process_group is stock[0].process_group is other
+    assert again.bn1.weight is parameters[1] and again.bn1.momentum is None
     norm = fr.convert_sync_batchnorm(nn.BatchNorm2d(4))
     x = torch.randn(3, 4, 5, 5)
     assert torch.equal(norm(x), nn.BatchNorm2d(4)(x))

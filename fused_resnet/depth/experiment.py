@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from ..activation_memory import LEVELS, set_activation_memory
 from ..cifar import BLOCKS, cifar_resnet
@@ -30,7 +32,8 @@ from ..train.state import write_whole
 from . import profiles, ultra
 
 KINDS = ("plain", "residual")
-WARM_UP_DEPTH = 110  # from here on the paper starts with a tenth of the learning rate
+WARM_UP_DEPTH = 110  # from here on the paper starts with a tenth of the learning rate,
+WARM_UP_ERROR = 0.8  # until a batch's error is below this
 _PROBE = 256  # images that profiles are taken on
 _DISTANCES = tuple(round(-1 + 0.125 * i, 3) for i in range(17))
 
@@ -148,6 +151,10 @@ class Experiment:
         )
         self.folder = Path(c.out) / "parts"
         self.data = Data(c)
+        if c.batch is not None and c.batch > len(self.data.x):
+            raise ValueError(
+                f"--batch must be at most {len(self.data.x)}, the images there are, got {c.batch}"
+            )
         self._same_settings()
         self.parts: list[tuple[str, Callable[[], dict[str, Any]]]] = []
         for seed, depth, kind in itertools.product(range(c.seeds), c.depths, KINDS):
@@ -233,35 +240,35 @@ class Experiment:
 
     # --- looking at a network ---------------------------------------------------------------------
 
-    def probe(self) -> tuple[Tensor, Tensor]:
-        return self.data.x[:_PROBE], self.data.y[:_PROBE]
+    def loss(self, model: nn.Module, images: int = _PROBE) -> Tensor:
+        return cross_entropy(model(self.data.x[:images]), self.data.y[:images])
 
-    def loss(self, model: nn.Module) -> Tensor:
-        x, y = self.probe()
-        return cross_entropy(model(x), y)
-
-    def gradients(self, model: nn.Module) -> list[float | None]:
-        return [_number(layer.value) for layer in profiles.gradient_profile(model, self.loss)]
+    def gradients(self, model: nn.Module, images: int = _PROBE) -> list[float | None]:
+        found = profiles.gradient_profile(model, partial(self.loss, images=images))
+        return [_number(layer.value) for layer in found]
 
     def looks(self, model: nn.Module) -> dict[str, Any]:
         """A trained network's gradients and responses, and the loss around it."""
         model.train()
         found: dict[str, Any] = {"gradients": self.gradients(model)}
-        responses = profiles.response_profile(model, self.probe()[0])
+        responses = profiles.response_profile(model, self.data.x[:_PROBE])
         found["responses"] = [_number(layer.value) for layer in responses]
         losses = profiles.loss_along(model, self.loss, _DISTANCES, seed=0)
         found["around"] = {"distances": _DISTANCES, "losses": [_number(v) for v in losses]}
         return found
 
     def start(self, kind: str, depth: int) -> dict[str, Any]:
-        """Gradients before training, with and without norms, by both initialisations."""
+        """Gradients before training, with and without norms, by both initialisations; of fewer
+        images where so many would not fit in memory."""
+        images = ultra.images_that_fit(self.config, depth, _PROBE, self.data.size)
         cases = []
         for bn in (True, False):
             for init in ("he", "default"):
                 model = make(self.config, kind, depth, 0, self.data.classes, bn=bn, init=init)
                 set_activation_memory(model, "low")
-                cases.append({"bn": bn, "init": init, "gradients": self.gradients(model)})
-        return {"kind": kind, "depth": depth, "cases": cases}
+                gradients = self.gradients(model, images)
+                cases.append({"bn": bn, "init": init, "gradients": gradients})
+        return {"kind": kind, "depth": depth, "images": images, "cases": cases}
 
 
 def _number(value: float) -> float | None:
@@ -269,29 +276,42 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class Steps:
-    """SGD with momentum, as in the paper, its learning rate by one cycle over all epochs (Smith and
-    Topin 2017, 1708.07120), of cifar10 by the paper's steps and, from 110 layers on, warm-up."""
+def paper_factor(step: int, steps: int, warming: bool) -> float:
+    """The learning rate of step `step` of `steps`, both from 0, over its peak: a tenth from half of
+    the steps on, a hundredth from three quarters on (32k and 48k of 64k); at most a tenth while
+    warming. Source: He et al. 2015 (1512.03385), section 4.2."""
+    factor = 0.01 if step >= steps * 3 // 4 else 0.1 if step >= steps // 2 else 1.0
+    return min(factor, 0.1) if warming else factor
 
-    def __init__(self, experiment: Experiment, model: nn.Module, depth: int, seed: int) -> None:
+
+class Steps:
+    """SGD with momentum, as in the paper. Its learning rate: `schedule` of the optimizer where that
+    is given, else the paper's on cifar10, else one cycle over all epochs (Smith and Topin 2017,
+    1708.07120)."""
+
+    def __init__(
+        self, experiment: Experiment, model: nn.Module, depth: int, seed: int,
+        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:  # fmt: skip
         c, self.data = experiment.config, experiment.data
         assert c.epochs is not None and c.batch is not None and c.lr is not None
-        self.model, self.batch, self.epochs, self.lr = model, c.batch, c.epochs, c.lr
+        self.model, self.batch, self.epochs = model, c.batch, c.epochs
         self.taken = 0
         self.generator = torch.Generator().manual_seed(1000 + seed)
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=c.lr, momentum=0.9, weight_decay=1e-4
         )
-        steps = max(1, len(self.data.x) // c.batch) * c.epochs
-        self.warming = c.data == "cifar10" and depth >= WARM_UP_DEPTH
-        self.schedule: Any
-        if c.data == "cifar10":
-            milestones = [steps // 2, steps * 3 // 4]
-            self.schedule = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, milestones)
-        else:
-            self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimizer, c.lr, total_steps=steps
+        steps = len(self.data.x) // c.batch * c.epochs
+        self.warming = depth >= WARM_UP_DEPTH
+        self.schedule: LRScheduler
+        if schedule is not None:
+            self.schedule = schedule(self.optimizer)
+        elif c.data == "cifar10":
+            self.schedule = LambdaLR(
+                self.optimizer, lambda step: paper_factor(step, steps, self.warming)
             )
+        else:
+            self.schedule = OneCycleLR(self.optimizer, c.lr, total_steps=steps)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int]:
         """The loss and how many images were told wrong, before the update."""
@@ -304,15 +324,8 @@ class Steps:
         if not math.isfinite(value):
             return value, wrong
         loss.backward()
-        if self.warming:
-            # 0.01 until the training error is below 80%: section 4.2, about 400 iterations.
-            self.warming = wrong >= 0.8 * len(y)
-        for group in self.optimizer.param_groups:
-            kept = group["lr"]
-            group["lr"] = kept / 10 if self.warming else kept
         self.optimizer.step()
-        for group in self.optimizer.param_groups:
-            group["lr"] = kept
+        self.warming = self.warming and wrong >= WARM_UP_ERROR * len(y)
         self.schedule.step()
         return value, wrong
 

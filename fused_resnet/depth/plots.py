@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from typing import Any
 
@@ -156,4 +157,20 @@ def around(pyplot: Any, summary: dict[str, Any]) -> Any:
                         label=f"{depth} layers",
                     )  # fmt: skip
     _legend(axes[1])
+    return figure
+
+
+def deep(pyplot: Any, summary: dict[str, Any]) -> Any:
+    """The training loss of the deep networks by step."""
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure.suptitle("The first steps of very deep residual networks")
+    for colour, part in zip(COLOURS, summary["deep"], strict=False):
+        losses = [math.nan if v is None else v for v in part["losses"]]
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color=colour, label=f"{part['depth']} layers")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    _open(axes)
+    _legend(axes)
     return figure

@@ -213,7 +213,7 @@ def markdown(summary: dict[str, Any]) -> str:
     sections += ["## What it shows", claim_list(summary)]
     if summary["deep"]:
         sections += ["## What a step costs", cost_table(summary)]
-    sections += [f"![{name}]({name}.png)" for name in PLOTS]
+    sections += [f"![{name}]({name}.png)" for name in plot_names(summary)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -250,6 +250,10 @@ def cost_table(summary: dict[str, Any]) -> str:
     ]
     for part in summary["deep"]:
         for row in part["costs"]:
+            if "needed_bytes" in row:
+                needed = f"not measured: would need {row['needed_bytes'] / 2**30:.1f} GiB"
+                lines.append(f"| {part['depth']} | {row['level']} | {needed} | | | | |")
+                continue
             share = row["layer_ms"] / row["shallow_layer_ms"]
             lines.append(
                 f"| {part['depth']} | {row['level']} | {row['step_ms']:.0f} "
@@ -268,18 +272,21 @@ def _cell(value: dict[str, float] | None, diverged: dict[str, int]) -> str:
     return f"{_percent(value['mean'])} {spread}{suffix}"
 
 
-PLOTS = ("curves", "degradation", "gradients", "responses", "around")
+def plot_names(summary: dict[str, Any]) -> list[str]:
+    """What `plot_one` can draw of this summary."""
+    deep = ["deep"] if summary["deep"] else []
+    return ["curves", "degradation", "gradients", "responses", "around", *deep]
 
 
 def plot(summary: dict[str, Any], folder: Path) -> list[str]:
     """The plots as PNG files in `folder`; their names, none without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
-    return [plot_one(summary, name, folder).name for name in PLOTS]
+    return [plot_one(summary, name, folder).name for name in plot_names(summary)]
 
 
 def plot_one(summary: dict[str, Any], name: str, prefix: Path) -> Path:
-    """One of PLOTS as PREFIX/NAME.png where prefix is a folder, else PREFIX-NAME.png."""
+    """One of `plot_names` as PREFIX/NAME.png where prefix is a folder, else PREFIX-NAME.png."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LinearLR
 
 import fused_resnet as fr
 
@@ -41,11 +42,9 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     refuse_what_does_not_fit(depth, c.activation_memory, estimates, available_bytes())
     model = make(c, "residual", depth, 0, data.classes)
     set_activation_memory(model, c.activation_memory)
-    steps = Steps(experiment, model, depth, 0)
     # A linear warm-up to the peak: the few steps of a long cycle would stay at its beginning.
-    steps.schedule = torch.optim.lr_scheduler.LinearLR(
-        steps.optimizer, 0.01, 1.0, max(1, c.deep_steps // 2)
-    )
+    warm_up = partial(LinearLR, start_factor=0.01, total_iters=max(1, c.deep_steps // 2))
+    steps = Steps(experiment, model, depth, 0, warm_up)
     losses: list[float] = []
     while len(losses) < c.deep_steps and (not losses or math.isfinite(losses[-1])):
         for x, y in data.batches(c.batch, steps.generator):
@@ -56,8 +55,8 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "depth": depth, "steps": len(losses), "losses": [_number(v) for v in losses],
         "diverged": diverged,
-        "gradients_after": None if diverged else experiment.gradients(model),
-        "estimated_bytes": estimates, "costs": costs(experiment, depth),
+        "gradients_after": None if diverged else experiment.gradients(model, c.batch),
+        "estimated_bytes": estimates, "costs": costs(experiment, depth, estimates),
     }  # fmt: skip
     experiment.say(
         f"residual {depth}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
@@ -65,15 +64,16 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     return found
 
 
-def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
+def costs(experiment: Experiment, depth: int, estimates: dict[str, int]) -> list[dict[str, Any]]:
     """Of one step by level, and of stock's: time per layer beside that of a shallow network's, both
-    measured in turns, bytes saved for backward, peak of live activations."""
+    measured in turns, bytes saved for backward, peak of live activations. Of one whose estimate is
+    more than there is free now, that estimate alone."""
     from .experiment import make
 
     c, data = experiment.config, experiment.data
     assert c.batch is not None
     x, y = data.x[: c.batch], data.y[: c.batch]
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def forward(model: Any) -> torch.Tensor:
         return cross_entropy(model(x), y)
@@ -85,8 +85,12 @@ def costs(experiment: Experiment, depth: int) -> list[dict[str, Any]]:
         return loss
 
     for level in ("eager", "full", "low", "minimal"):
-        models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
         stock = level == "eager"
+        needed, available = estimates["full" if stock else level], available_bytes()
+        if available is not None and needed > available:
+            rows.append({"level": level, "needed_bytes": needed})
+            continue
+        models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
         with fr.use_backend("reference") if stock else contextlib.nullcontext():
             for model in models:
                 set_activation_memory(model, "full" if stock else level)
@@ -144,6 +148,16 @@ def available_bytes() -> int | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (ValueError, OSError, AttributeError):
             return None
+
+
+def images_that_fit(config: Config, depth: int, images: int, size: int) -> int:
+    """`images`, halved until a step that keeps all of their activations fits in memory."""
+    available = available_bytes()
+    while available is not None and images > 1:
+        if estimate_bytes(config, depth, images, size, "full") <= available:
+            break
+        images //= 2
+    return images
 
 
 def refuse_what_does_not_fit(
