@@ -45,6 +45,13 @@ def runs(monkeypatch):
             return _run(self, *args, **kwargs)
 
         monkeypatch.setattr(kind, "run", run)
+
+    def run_block(self, *args, _run=plans.Plan._run):
+        if self._one_op is not None:  # all of them in one
+            seen.extend(type(conv).__name__ for conv in self.all_convs)
+        return _run(self, *args)
+
+    monkeypatch.setattr(plans.Plan, "_run", run_block)
     return seen
 
 
