@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -131,13 +132,10 @@ def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
         pyplot, "Responses of the trained layers", "standard deviation after the norm",
         "place in the network",
     )  # fmt: skip
-    for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
-        for kind, a in zip(KINDS, axes, strict=True):
-            for look in summary["looks"]:
-                if (look["kind"], look["depth"]) == (kind, depth):
-                    values = look["responses"]
-                    places = [i / max(1, len(values) - 1) for i in range(len(values))]
-                    a.plot(places, values, ".", color=colour, ms=5, label=f"{depth} layers")
+    for a, look, line in _looks(axes, summary):
+        values = look["responses"]
+        places = [i / max(1, len(values) - 1) for i in range(len(values))]
+        a.plot(places, values, ".", ms=5, **line)
     _legend(axes[1])
     return figure
 
@@ -148,16 +146,20 @@ def around(pyplot: Any, summary: dict[str, Any]) -> Any:
         pyplot, "The loss around the trained network", "training loss",
         "distance, in lengths of each filter",
     )  # fmt: skip
-    for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
-        for kind, a in zip(KINDS, axes, strict=True):
-            for look in summary["looks"]:
-                if (look["kind"], look["depth"]) == (kind, depth):
-                    a.plot(
-                        look["around"]["distances"], look["around"]["losses"], color=colour,
-                        label=f"{depth} layers",
-                    )  # fmt: skip
+    for a, look, line in _looks(axes, summary):
+        a.plot(look["around"]["distances"], look["around"]["losses"], **line)
     _legend(axes[1])
     return figure
+
+
+def _looks(axes: Any, summary: dict[str, Any]) -> Iterator[tuple[Any, Any, dict[str, str]]]:
+    """Of each trained network, the shallow ones first: where to draw it, what was seen, and the
+    colour and label of its line."""
+    for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
+        for look in summary["looks"]:
+            if look["depth"] == depth:
+                line = {"color": colour, "label": f"{depth} layers"}
+                yield axes[KINDS.index(look["kind"])], look, line
 
 
 def deep(pyplot: Any, summary: dict[str, Any]) -> Any:
