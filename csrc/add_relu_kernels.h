@@ -28,12 +28,3 @@ void add_relu_backward(const void* dy_ptr, const void* y_ptr, void* dx_ptr, int6
     memory.store(dx + i, masked_by(memory.load(dy + i), memory.load(y + i)), stream);
   });
 }
-
-template <typename D>
-void add(const void* x_ptr, void* y_ptr, int64_t n) {
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
-  auto* y = static_cast<typename D::T*>(y_ptr);
-  for_vectors<D>(n, [&](int64_t i, auto memory) FR_LAMBDA {
-    memory.store(y + i, memory.load(y + i) + memory.load(x + i), false);
-  });
-}

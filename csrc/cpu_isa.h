@@ -46,7 +46,6 @@ const CpuKernels kernels = {
     FR_ISA_NAME,
     FR_ALL_DTYPES(add_relu),
     FR_ALL_DTYPES(add_relu_backward),
-    FR_ALL_DTYPES(add),
     FR_ALL_DTYPES(bn_stats_rows),
     FR_ALL_DTYPES(bn_stats_planes),
     FR_ALL_DTYPES(bn_stats_rows_double),

@@ -154,7 +154,6 @@ struct CpuKernels {
   const char* isa;
   void (*add_relu[4])(const void* x, const void* residual, void* y, int64_t n, bool stream);
   void (*add_relu_backward[4])(const void* dy, const void* y, void* dx, int64_t n, bool stream);
-  void (*add[4])(const void* x, void* y, int64_t n);  // y += x
   // s1 += sum(x - centre), s2 += sum((x - centre)^2), all double (period,)
   void (*bn_stats_rows[4])(const Walk&, const void* x, int64_t begin, int64_t end,
                            const double* centre, double* s1, double* s2);

@@ -41,26 +41,11 @@ py::dict build_info() {
 
 py::list kernels() {
   py::list list;
-  for (const char* name : {"add_relu",
-                           "add_relu_backward",
-                           "bn_add_relu",
-                           "bn_add_relu_backward",
-                           "conv_bn_relu",
-                           "max_pool2d",
-                           "mean_pool",
-                           "pad_rows",
-                           "abs_max",
-                           "bn_statistics",
-                           "bn_apply",
-                           "bn_reduce",
-                           "bn_gradient",
-                           "bn_pool",
-                           "bn_pool_gradient",
-                           "convolution",
-                           "convolution_weight_gradient",
-                           "narrow_weight_gradient",
-                           "scatter_add",
-                           "strided_input_gradient"}) {
+  for (const char* name :
+       {"add_relu", "add_relu_backward", "bn_add_relu", "bn_add_relu_backward", "conv_bn_relu",
+        "max_pool2d", "mean_pool", "pad_rows", "abs_max", "bn_statistics", "bn_apply", "bn_reduce",
+        "bn_gradient", "bn_pool", "bn_pool_gradient", "convolution", "convolution_weight_gradient",
+        "narrow_weight_gradient", "strided_input_gradient"}) {
     py::dict entry;
     entry["name"] = name;
     entry["device"] = "cpu";

@@ -461,8 +461,6 @@ CPP = [
              "if (c.residual) value +=", "if (false) value +=", f"{CONVOLUTIONS} -k added"),
     Mutation("training: a thread's sums lost", "csrc/conv_train_cpu.cpp",
              "out[i] += from[i];", "out[i] = from[i];", CONVOLUTIONS),
-    Mutation("training: pixels scattered without their stride", "csrc/conv_train_cpu.cpp",
-             "q * stride[1]", "q", CONVOLUTIONS),
     Mutation("training: the second norm's mean", "csrc/bn_add_relu_kernels.h",
              "(memory.load(residual + base + j) - load_any<V>(mean2 + j))",
              "memory.load(residual + base + j)", STEP),
