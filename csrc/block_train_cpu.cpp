@@ -119,6 +119,24 @@ BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Norme
   return {first, second, masked ? std::optional<Tensor>(dy) : std::nullopt};
 }
 
+// dx[:, :, ::stride, ::stride] += dy[:, :C], in place: what `padded` passes back. dx (N, C, H, W),
+// dy (N, K, P, Q)
+void add_unpadded(Tensor& dx, const Tensor& dy, int64_t stride, DtypeIndex dtype) {
+  const int64_t N = dx.size(0), C = dx.size(1), H = dx.size(2), W = dx.size(3);
+  const int64_t K = dy.size(1), P = dy.size(2), Q = dy.size(3);
+  const auto size = static_cast<int64_t>(dx.element_size());
+  auto* to = static_cast<char*>(dx.mutable_data_ptr());
+  const auto* from = static_cast<const char*>(dy.const_data_ptr());
+  Split(N * P, 1, std::max<int64_t>(kSmallestRow / (Q * C), 1))
+      .run([&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          for (int64_t q = 0; q < Q; ++q) {
+            const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
+            cpu_kernels().add[dtype](from + (row * Q + q) * K * size, to + pixel * C * size, C);
+          }
+      });
+}
+
 void add_in_place(Tensor& to, const Tensor& from, DtypeIndex dtype) {
   const auto size = static_cast<int64_t>(to.element_size());
   auto* to_ptr = static_cast<char*>(to.mutable_data_ptr());
@@ -342,7 +360,7 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
     inner[i - 1].reset(), outputs[i - 1].reset();
   }
   if (end.other && grads.wants_x()) dx = block.convs[main].input_gradient(end.other->dx, x, dx);
-  if (dx && g) scatter_add(*dx, *g, {pad_stride, pad_stride});
+  if (dx && g) add_unpadded(*dx, *g, pad_stride, dtype_index(op, "x", x));
   if (dx) grads.found[0] = dx;
   return grads.packed(op);
 }
@@ -412,7 +430,7 @@ std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> ope
   // `added`, in whose memory this may be, plus the gradient of the shortcut's source.
   const auto shortcut_gradient = [&](const Tensor& from, Tensor added) {
     if (block.shortcut == kProjection) return block.convs[main].input_gradient(dy, from, added);
-    if (block.shortcut == kPad) scatter_add(added, dy, {pad_stride, pad_stride});
+    if (block.shortcut == kPad) add_unpadded(added, dy, pad_stride, dtype);
     if (block.shortcut == kIdentity) add_in_place(added, dy, dtype);
     return added;
   };

@@ -17,8 +17,6 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation);
 
-void scatter_add(Tensor y, Tensor x, std::vector<int64_t> stride);
-
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation);

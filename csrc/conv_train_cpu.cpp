@@ -101,33 +101,6 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   return y;
 }
 
-// y[:, :, ::stride_h, ::stride_w] += x[:, :C], in place; y (N, C, H, W), x (N, K, P, Q) with K >=
-// C, channels_last
-void scatter_add(Tensor y, Tensor x, std::vector<int64_t> stride) {
-  constexpr const char* op = "scatter_add";
-  const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Layout4d to = layout_of(op, y), from = layout_of(op, x);
-  check(stride.size() == 2 && to.channels_last && from.channels_last && to.C <= from.C &&
-            to.N == from.N && y.scalar_type() == x.scalar_type() &&
-            (y.size(2) - 1) / stride[0] + 1 == x.size(2) &&
-            (y.size(3) - 1) / stride[1] + 1 == x.size(3),
-        op, ": x must be y's every stride-th pixel and its channels, channels_last, got shapes ",
-        shape_of(x), " and ", shape_of(y));
-  const int64_t C = to.C, P = x.size(2), Q = x.size(3), H = y.size(2), W = y.size(3);
-  const auto size = static_cast<int64_t>(x.element_size());
-  const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  auto* y_ptr = static_cast<char*>(y.mutable_data_ptr());
-  Split(to.N * P, 1, std::max<int64_t>(16384 / (Q * C), 1))
-      .run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t q = 0; q < Q; ++q) {
-            const int64_t pixel = (row / P * H + row % P * stride[0]) * W + q * stride[1];
-            cpu_kernels().add[dtype](x_ptr + (row * Q + q) * from.C * size,
-                                     y_ptr + pixel * C * size, C);
-          }
-      });
-}
-
 namespace {
 
 // from (rows, columns) -> to (columns, rows), multiples of 16
@@ -320,7 +293,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "convolution_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
-  m.def("scatter_add(Tensor(a!) y, Tensor x, int[] stride) -> ()");
   m.def(
       "narrow_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, int[] padding) -> "
       "Tensor");
@@ -328,7 +300,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
-  m.impl("scatter_add", TORCH_BOX(fused_resnet::scatter_add));
   m.impl("narrow_weight_gradient", TORCH_BOX(fused_resnet::narrow_weight_gradient));
   m.impl("convolution_weight_gradient", TORCH_BOX(fused_resnet::convolution_weight_gradient));
 }

@@ -60,7 +60,7 @@ py::list kernels() {
                            "convolution",
                            "convolution_weight_gradient",
                            "narrow_weight_gradient",
-                           "scatter_add",
+
                            "strided_input_gradient",
                            "block_forward",
                            "block_backward",
