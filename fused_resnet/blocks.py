@@ -373,8 +373,8 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
             if weight.device.type != "cpu":
                 why = "on GPUs a synchronised norm is PyTorch's"
             elif not block_training.trains_whole(parts, names, shape, weight.dtype, weight.dtype):
-                why = "on the CPU a synchronised norm needs a block that trains as a whole: all of "
-                why += "its norms by the same group's batches, no bias of a convolution"
+                why = "with synchronised norms a block is fused as a whole: all of its norms by "
+                why += "the same group's batches, no bias of a convolution"
         return (False, "stock", why) if why else (True, "training", "batch statistics")
     why = plans.reason_against(parts, weight.dtype, weight.device)
     return (False, "stock", why) if why else (True, "inference", "")

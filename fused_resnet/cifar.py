@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import blocks, network, structure
+from . import blocks, network, structure, sync_batch_norm
 from .preact import PlainPreactBlock, PlainPreactBottleneck, PreactBlock, PreactBottleneck
 from .resnet import BasicBlock, Planned, conv1x1, conv3x3
 from .shortcut import PadShortcut
@@ -159,7 +159,8 @@ class CifarResNet(Planned):
         their shortcut does."""
         if not (self.training and self._drops):
             return [list(stage) for stage in self.stages()]
-        draws = iter(torch.rand(sum(map(len, self.stages()))).tolist())
+        drawn = torch.rand(sum(map(len, self.stages())))
+        draws = iter(sync_batch_norm.agreed(drawn, self.modules()).tolist())
         stages = []
         for stage in self.stages():
             some: list[Callable[[Tensor], Tensor]] = []

@@ -18,6 +18,7 @@ Sample Variances".
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased var over (N, H, W) of every
     process; x, y: (N, C, H, W), N may differ between processes. The running variance is unbiased by
-    the count of all. Inside a block of `fused_resnet` it is part of the fused step; by itself, and
-    on GPUs, it is PyTorch's (which has none on the CPU: RuntimeError where gradients are wanted).
+    the count of all. Inside a block of `fused_resnet` it is part of the fused step; by itself it is
+    on GPUs PyTorch's, and on the CPU, where PyTorch has none, made of PyTorch's operations.
     process_group: as torch.nn.SyncBatchNorm's; None: all processes.
     """
 
@@ -49,23 +50,55 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return nn.SyncBatchNorm.forward(stock, x)
 
     def _forward_on_cpu(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "SyncBatchNorm: on the CPU it is computed inside the fused training step of a "
-                "fused_resnet block; this one runs torchvision's path (fused_resnet.explain says "
-                "why)"
-            )
-        values = x.double()
-        own = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
-        count = x.numel() // x.shape[1]
-        # A process without images has a mean of none: its count of 0 leaves it out of the sum.
-        (mean, variance), total = merge(own, count, group_of(self))
         from . import block_training, train_kernels  # which import this module
 
-        block_training.track(self, train_kernels.PORTABLE, (mean, variance), int(total))
-        return nn.functional.batch_norm(
-            x, mean.to(x.dtype), variance.to(x.dtype), self.weight, self.bias, eps=self.eps
-        )
+        states: list[Any] = []
+        group = group_of(self)
+        y = _Synchronised.apply(x, self.weight, self.bias, self.eps, group, states)
+        (state, total), *_ = states
+        block_training.track(self, train_kernels.PORTABLE, state, total)
+        return y
+
+
+class _Synchronised(torch.autograd.Function):
+    """A norm over the processes of a group, in float64 inside.
+
+    apply(x, weight, bias, eps, group, states): states is filled with ((mean, variance), count)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any,
+        states: list[Any],
+    ) -> Tensor:  # fmt: skip
+        values = x.double()
+        own = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
+        # A process without images has a mean of none: its count of 0 leaves it out of the sum.
+        (mean, variance), total = merge(own, x.numel() // x.shape[1], group)
+        states.append(((mean, variance), int(total)))
+        invstd = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.group, ctx.total = group, float(total)
+        scale = invstd if weight is None else invstd * weight.double()
+        y = (values - _channels(mean)) * _channels(scale)
+        return (y if bias is None else y + _channels(bias.double())).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        g, centred = dy.double(), x.double() - _channels(mean)
+        own = torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3)), torch.zeros_like(mean)])
+        sum_g, sum_gx, _ = reduce(own, ctx.group) / ctx.total
+        scale = invstd if weight is None else invstd * weight.double()
+        slope = invstd.square() * sum_gx
+        dx = (g - _channels(sum_g) - centred * _channels(slope)) * _channels(scale)
+        dweight = None if weight is None else (own[1] * invstd).to(weight.dtype)
+        dbias = None if bias is None else own[0].to(bias.dtype)
+        return dx.to(x.dtype), dweight, dbias, None, None, None
+
+
+def _channels(t: Tensor) -> Tensor:
+    return t.view(1, -1, 1, 1)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -93,6 +126,15 @@ def group_of(bn: Any) -> Any:
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def agreed(draws: Tensor, norms: Iterable[Any]) -> Tensor:
+    """Random numbers by which processes choose what they compute: where one of the norms is
+    synchronised, those of its group's first process, since all must meet at the same norms."""
+    group = next((g for g in map(group_of, norms) if g is not None), None)
+    if group is not None:
+        dist.broadcast(draws, dist.get_global_rank(group, 0), group=group)
+    return draws
 
 
 def merge(stats: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
