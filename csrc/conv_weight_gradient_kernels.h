@@ -8,7 +8,8 @@
 // channels, pixel by pixel (bfloat16: two pixels interleaved). Both are laid out so, some rows at a
 // time, in scratch memory that the second-level cache holds; the columns that a strided convolution
 // reads together lie together. Rows that a tap would read outside x are left out; columns outside
-// are zeros.
+// are zeros. Where a tap's rows are x's own, as with up to 64 channels of a pointwise convolution
+// in float32, x is read where it lies (0.8 to 0.9 of the time).
 //
 // bfloat16: a tap that begins at an odd column of x begins one column earlier, and dy one pixel
 // earlier, where there is a zero; so x stays paired as it is.
@@ -36,7 +37,8 @@ template <typename Dot>
 FR_INLINE GradientPanel gradient_panel(const WeightGradient& g) {
   constexpr int64_t pair = Dot::pair;
   GradientPanel panel{};
-  panel.rows = kGradientPixels * pair / g.Q > 0 ? kGradientPixels * pair / g.Q : 1;
+  const int64_t pixels = gradient_pixels(pair) * pair;
+  panel.rows = pixels / g.Q > 0 ? pixels / g.Q : 1;
   panel.lead = pair == 2 ? 2 : 0;
   panel.pitch = panel.lead + (g.Q + 2 * (pair - 1) + pair - 1) / pair * pair;
   // A cache line more, or else the rows of all outputs would fall into the same sets of the cache.
@@ -204,8 +206,12 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
   char* x = scratch + gradient_dy_bytes<Dot>(panel, k_end - k_begin);
   auto** table = reinterpret_cast<const char**>(x + gradient_x_bytes<Dot>(panel));
   const int64_t apart = panel.apart;
+  const bool as_it_lies = Dot::pair == 1 && g.R * g.S * g.stride_h * g.stride_w == 1 &&
+                          g.pad_h == 0 && g.pad_w == 0 && g.C <= 64;
   for (int64_t first = begin; first < end; first += panel.rows) {
     const int64_t rows = end - first < panel.rows ? end - first : panel.rows;
+    // A last row that is shorter than the others needs the zeros of a copy.
+    const bool in_place = as_it_lies && (first + rows) * g.Q <= g.x_pixels;
     gather_dy<Dot>(g, panel, first, rows, k_begin, k_end, dy);
     for (int64_t c = 0; c < g.C; c += 64) {
       const int64_t vectors = (g.C - c) / 16 < 4 ? (g.C - c) / 16 : 4;
@@ -223,7 +229,7 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
         // With one row of taps, the slots are those of the rows that it reads.
         const int64_t origin = g.R == 1 && top < 0 ? top + (-top + step - 1) / step * step : low;
         const int64_t used = high < origin ? 0 : (high - origin) / step + 1;
-        for (int64_t i = 0; i < used; ++i)
+        for (int64_t i = 0; i < used && !in_place; ++i)
           gather_x_row<Dot>(g, panel, n * g.H + origin + i * step, c, vectors,
                             x + (slot + i) * row_bytes);
         for (int64_t r = 0; r < g.R; ++r)
@@ -233,7 +239,8 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
             const char** entry = table + (r * panel.rows + entries[r]++) * 8;
             for (int64_t j = 0; j < kTilePixels; ++j)
               entry[j] = reinterpret_cast<const char*>(dy + j * apart + (row + i) * panel.pitch);
-            entry[7] = x + (slot + (h - origin) / step) * row_bytes;
+            entry[7] = in_place ? static_cast<const char*>(g.x) + (n * g.H + h) * g.W * g.C * 4
+                                : x + (slot + (h - origin) / step) * row_bytes;
           }
         slot += used;
         row += some;

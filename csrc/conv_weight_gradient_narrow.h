@@ -11,6 +11,9 @@
 
 #include "conv_weight_gradient_kernels.h"
 
+// Laid out at a time. Fewer read x's rows around the taps too often: 512 take 1.03 of the time.
+constexpr int64_t kNarrowPixels = 2048;
+
 struct NarrowPanel {
   int64_t rows, slots;  // of dy and x laid out at a time
   int64_t values;       // S C
@@ -20,7 +23,7 @@ struct NarrowPanel {
 
 FR_INLINE NarrowPanel narrow_panel(const WeightGradient& g) {
   NarrowPanel panel{};
-  panel.rows = kGradientPixels / g.Q > 0 ? kGradientPixels / g.Q : 1;
+  panel.rows = kNarrowPixels / g.Q > 0 ? kNarrowPixels / g.Q : 1;
   panel.slots = panel.rows * g.stride_h + (panel.rows / g.P + 2) * g.R;
   panel.values = g.S * g.C;
   panel.pitch = (g.Q + 1) / 2 * 2;

