@@ -31,7 +31,7 @@ def depth(
     seeds: int = 3,
     epochs: Annotated[
         Optional[int],  # noqa: UP045
-        _OPTION(help="Default: 15, of cifar10 164."),
+        _OPTION(help="Default: 30, of cifar10 164."),
     ] = None,
     batch: Annotated[
         Optional[int],  # noqa: UP045
