@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import native
 
@@ -152,6 +153,18 @@ def keepable(t: Tensor) -> bool:
     if t.is_cuda:
         torch.cuda.current_stream(t.device).synchronize()
     return True
+
+
+def _move_versions(optimizer: Any, *_: Any) -> None:
+    """PyTorch's fused optimizers (SGD, Adam, ... with fused=True) write parameters without moving
+    their version counters, by which everything here is told apart from what it was."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            written = [p for p in group["params"] if p.grad is not None and not p.is_inference()]
+            torch.autograd.graph.increment_version(written)
+
+
+register_optimizer_step_post_hook(_move_versions)
 
 
 def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:

@@ -289,3 +289,27 @@ def test_weights_that_fsdp_puts_together(one_process, wanted):
             for model in (stock, mine):  # whole still: the outermost module is not taken apart
                 for p in model.parameters():
                     p.data.mul_(1.1)
+
+
+FUSED = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
+def test_fused_optimizers(kind, wanted):
+    """They move no version counter by themselves; and with frozen norms nobody switches to train()
+    and back."""
+    _, mine = pair("basic")
+    for m in mine.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
+    optimizer = FUSED[kind]([p for p in mine.parameters() if p.requires_grad])
+    for _ in range(4):
+        with torch.set_grad_enabled(wanted):
+            agree(mine(images()), clone(mine)(images()))
+        mine(images()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()

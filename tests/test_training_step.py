@@ -378,19 +378,24 @@ def test_what_steps_write_may_be_written(model, graphs):
     assert len(graphs) == 1
 
 
-def test_evaluation_between_replays_sees_new_weights(model, graphs):
+@pytest.mark.parametrize("switched", [False, True], ids=["in eval all along", "train and eval"])
+def test_evaluation_between_replays_sees_new_weights(model, graphs, switched):
+    """train() and eval() drop what inference packed; a step in eval, of frozen norms, does not."""
+    model.train(switched)
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
     data = batches(9)
     for x, target in data[:5]:
         step(x, target)
     for x, target in data[5:]:
-        model.eval()
+        if switched:
+            model.eval()
         with torch.no_grad():
             for _ in range(2):  # packed weights are kept from the second call on
                 y = model(x)
             want = copy.deepcopy(model)(x)
         assert torch.equal(y, want)
-        model.train()
+        if switched:
+            model.train()
         step(x, target)
     assert len(graphs) == 1
 
