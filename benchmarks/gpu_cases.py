@@ -12,6 +12,7 @@ Each is made when its turn comes; one that is not there raises `Absent` with the
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import backends, cudnn_conv, gemm, tuning
+from fused_resnet import backends, cuda_training, cudnn_conv, gemm, train_kernels, tuning
 from fused_resnet.gemm import Geometry, Layer
 from fused_resnet.gpu_conv import GpuConv
 
@@ -429,6 +430,98 @@ def conv_case(
     )
 
 
+def conv_train_case(
+    place: Place,
+    times: int,
+    like: Tensor,
+    seconds: Callable[[Callable[[], Any]], float] | None,
+) -> Case:
+    """A convolution and the training norm behind it, forward: the statistics taken in the
+    convolution's epilogue ("native"), or from its output by bn_add_relu ("fused", as models do
+    where no winner was measured)."""
+    layer, relu = place.layer, place.relu
+    K, C, R, S = layer.weight_shape
+    x = randn(layer.x_shape, like)
+    weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
+    residual = randn(layer.y_shape, like) if place.residual else None
+    norm = train_kernels.Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
+    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
+    problem = gemm.problem_of(layer, like.dtype)
+
+    def by(maker: Any, convolve: Callable[[], Any]) -> list[Tensor]:
+        z, state = convolve()
+        return [maker.normalise_by(state, z, norm, residual, relu)[0]]
+
+    def fused() -> Ready:
+        maker = train_kernels.PORTABLE
+        return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
+
+    def native() -> Ready:
+        kernels("conv_bn_relu", "native", like.device)
+        module = tuning.contender("native")
+        capability = gemm.capability(like.device)
+        if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
+            raise Absent("it does not cover this convolution")
+        maker = cuda_training.CUDA
+
+        def call(config: Any) -> Call:
+            def run() -> list[Tensor]:
+                emulated = like.device.type == "cpu"
+                with fr.use_backend("emulated") if emulated else contextlib.nullcontext():
+                    return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
+
+            return run
+
+        def time_s(config: Any) -> float:
+            try:
+                call(config)()
+                return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
+            except Exception:  # not for this GPU
+                return math.inf
+
+        listed = [
+            c for c in module.candidates(problem, capability)
+            if c.tile >= 0 and module.tiles()[c.tile]["architecture"] == 80
+        ]  # fmt: skip
+        if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
+            processors = gemm.multiprocessors(like.device)
+            listed = [module.choose_tile(problem, capability, processors, reached=False)]
+        best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
+        return Ready(call(best), best.label())
+
+    def chain(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
+        z = F.conv2d(x, weight, None, *geometry)
+        return bn_chain(z, norm.weight.to(z.dtype), norm.bias.to(z.dtype), residual, relu)
+
+    def eager() -> list[Tensor]:
+        z = F.conv2d(x, weight, None, *geometry)
+        return [bn_chain(z, norm.weight, norm.bias, residual, relu)]
+
+    def exact() -> list[Exact]:
+        wide = (x.double(), weight.double(), None if residual is None else residual.double())
+        return [Exact("y", chain(*wide))]
+
+    y_size = math.prod(layer.y_shape)
+    return Case(
+        "conv_bn_train",
+        f"conv_bn_train {title(layer)}"
+        + (", residual" if place.residual else "")
+        + ("" if relu else ", no relu"),
+        times,
+        # z is written, and read once to be normalised.
+        (x.numel() + weight.numel() + y_size * (3 + place.residual)) * x.element_size(),
+        2 * y_size * C * R * S,
+        torch.no_grad()(eager),
+        torch.no_grad()(exact),
+        {
+            name: inference(maker)
+            for name, maker in {
+                "fused": fused, "native": native, "unfused": lambda: Ready(eager)
+            }.items()
+        },
+    )  # fmt: skip
+
+
 def inference(maker: Callable[[], Ready]) -> Callable[[], Ready]:
     """Made and called without gradients."""
 
@@ -489,6 +582,9 @@ def cases(
     if wanted("conv_bn_relu"):
         for place, times in found.items():
             yield lambda p=place, n=times: conv_case(p, n, like, seconds, each_tile)
+    if wanted("conv_bn_train"):
+        for place, times in found.items():
+            yield lambda p=place, n=times: conv_train_case(p, n, like, seconds)
     norms: Counter[Any] = Counter()
     for place, times in found.items():
         norms[place.layer.y_shape, place.residual, place.relu] += times

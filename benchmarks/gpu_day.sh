@@ -226,10 +226,14 @@ section_batches() {
 
 section_train() {
   whole --model resnet50 --batch 256 --dtype bfloat16 --mode train --seconds 10 --out "$1" \
-    --name train --contender eager-channels_last fused
+    --name train --contender eager-channels_last fused fused-graph
   ops --op conv_backward --contender triton unfused --rounds 9 --out "$1" --name gpu_ops_backward
+  ops --op conv_bn_train --contender fused native unfused --rounds 9 --out "$1" \
+    --name gpu_ops_statistics
   whole --model resnet50 resnet18 --batch 128 --dtype bfloat16 --mode train --out "$1" \
-    --name train_compile --contender eager-channels_last compile fused
+    --name train_compile --contender eager-channels_last compile fused fused-graph
+  whole --model resnet50 resnet18 --batch 16 --dtype bfloat16 --mode train --seconds 5 --out "$1" \
+    --name train_small --contender eager-channels_last fused fused-graph
 }
 
 section_ncu() {

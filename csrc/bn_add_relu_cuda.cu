@@ -123,6 +123,45 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
   return {y, mean, var};
 }
 
+// x (N, C, H, W), mean, var, rest (C,) as bn_merge_statistics gives them, weight?, bias? (C,),
+// residual? (N, C, H, W) -> y (N, C, H, W)
+Tensor bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, std::optional<Tensor> weight,
+                    std::optional<Tensor> bias, std::optional<Tensor> residual, double eps,
+                    bool relu) {
+  constexpr const char* op = "bn_normalise";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  const Layout4d layout = layout_of(op, x);
+  const ScalarType vector_dtype = statistics_dtype(dtype);
+  for (const auto& [name, t] : {std::pair{"mean", &mean}, {"var", &var}, {"rest", &rest}})
+    check_channel_vector(op, name, *t, layout.C, vector_dtype, x);
+  if (weight) check_channel_vector(op, "weight", *weight, layout.C, vector_dtype, x);
+  if (bias) check_channel_vector(op, "bias", *bias, layout.C, vector_dtype, x);
+  if (residual) check_same_layout(op, "residual", *residual, "x", x);
+  const DeviceScope scope(x);
+  Tensor y = torch::stable::empty_like(x);
+  if (x.numel() == 0) return y;
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    using A = Accumulate<T>;
+    BnForward<T> bn{};
+    bn.x = data_of<T>(x);
+    bn.residual = data_of<T>(residual);
+    bn.y = written<T>(y);
+    const CutFor how = how_to_cut(scope, x, 1, {bn.x, bn.residual, bn.y});
+    bn.cut = cut_for(layout, how);
+    bn.cut.kept = false;
+    bn.weight = data_of<A>(weight);
+    bn.bias = data_of<A>(bias);
+    bn.mean = const_cast<A*>(data_of<A>(mean));
+    bn.var = const_cast<A*>(data_of<A>(var));
+    bn.rest = data_of<A>(rest);
+    bn.eps = static_cast<A>(eps);
+    bn.relu = relu;
+    launch_bn_normalise(scope, bn, shared_bytes_of(bn.cut, how));
+  });
+  return y;
+}
+
 // dy, x (N, C, H, W), y? (N, C, H, W), weight? (C,), mean (C,), var (C,)
 //   -> dx (N, C, H, W), dweight (C,), dbias (C,), dresidual (N, C, H, W)
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
@@ -165,5 +204,6 @@ void list_bn_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu) {
 
 FUSED_RESNET_CUDA_OPS(m) {
   m.impl("bn_add_relu", TORCH_BOX(fused_resnet::bn_add_relu));
+  m.impl("bn_normalise", TORCH_BOX(fused_resnet::bn_normalise));
   m.impl("bn_add_relu_backward", TORCH_BOX(fused_resnet::bn_add_relu_backward));
 }

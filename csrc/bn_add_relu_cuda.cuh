@@ -65,6 +65,15 @@ void launch_bn_forward(const DeviceScope& scope, const BnForward<T>& bn, int sha
   });
 }
 
+template <typename T>
+void launch_bn_normalise(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes) {
+  with_constants<T>(bn.cut, [&](auto channels_last, auto packet) {
+    constexpr bool last = channels_last;
+    scope.launch({bn.cut.blocks(), bn.cut.threads, shared_bytes},
+                 bn_forward_kernel<T, last, packet, Phase::given>, bn);
+  });
+}
+
 // What the output reads after a launch that made the sums, and dresidual or the mask as well: one
 // of these in place of dy and y, or of y.
 template <typename T>
@@ -116,6 +125,8 @@ void list_bn_kernels(std::vector<CudaKernel>& list, const std::string& dtype, bo
                         gpu);
         describe_kernel(list, "bn_add_relu_output" + suffix,
                         bn_forward_kernel<T, L, P, Phase::output>, gpu);
+        describe_kernel(list, "bn_add_relu_given" + suffix,
+                        bn_forward_kernel<T, L, P, Phase::given>, gpu);
         describe_kernel(list, "bn_add_relu_backward_together" + suffix,
                         bn_backward_kernel<T, L, P, Phase::together>, gpu);
         describe_kernel(list, "bn_add_relu_backward_sums" + suffix,
@@ -128,6 +139,7 @@ void list_bn_kernels(std::vector<CudaKernel>& list, const std::string& dtype, bo
 
 #define FUSED_RESNET_BN_KERNELS(T)                                                 \
   template void launch_bn_forward(const DeviceScope&, const BnForward<T>&, int);   \
+  template void launch_bn_normalise(const DeviceScope&, const BnForward<T>&, int); \
   template void launch_bn_backward(const DeviceScope&, const BnBackward<T>&, int); \
   template void list_bn_kernels<T>(std::vector<CudaKernel>&, const std::string&, bool);
 

@@ -16,8 +16,9 @@ struct BnForward {
   T* y;               // as x
   const A* weight;    // (C,) or null
   const A* bias;      // (C,) or null
-  A* mean;            // (C,)
-  A* var;             // (C,)
+  A* mean;            // (C,), written; read where the statistics are given
+  A* var;             // (C,), likewise
+  const A* rest;      // (C,), given: what the mean's rounding took off; else null
   A* partial;         // (parts, 3, C): centre, sum of x - centre, squares about the part's mean
   A eps;
   bool relu;
@@ -48,6 +49,9 @@ struct BnBackward {
 // shared_bytes: shared_bytes_of(bn.cut, ...).
 template <typename T>
 void launch_bn_forward(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes);
+// y alone, by statistics that are given; the cut keeps nothing.
+template <typename T>
+void launch_bn_normalise(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes);
 template <typename T>
 void launch_bn_backward(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes);
 template <typename T>

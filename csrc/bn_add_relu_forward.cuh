@@ -142,8 +142,35 @@ __device__ __forceinline__ void merge_forward(const BnForward<T>& bn, int64_t sl
   });
 }
 
-// y = (x - mean) * scale + shift. The mean is one rounded number, near which x - mean is exact;
-// what its rounding took off is in the shift.
+// The mean, from a centre and the mean of x - centre, as one rounded number, near which x - mean is
+// exact, and what its rounding took off.
+template <typename A>
+struct Mean {
+  A value, rest;
+  __device__ Mean(A centre, A offset) {
+    value = centre + offset;
+    const A back = value - centre;
+    rest = (centre - (value - back)) + (offset - back);
+    if (!is_finite(value)) rest = 0;
+  }
+};
+
+// y = (x - mean) * scale + shift; the mean's rest is in the shift.
+template <typename T>
+__device__ __forceinline__ void fold_channel(const BnForward<T>& bn, int64_t slab_channel, int j,
+                                             Accumulate<T> mean, Accumulate<T> rest,
+                                             Accumulate<T> var,
+                                             const ForwardScratch<Accumulate<T>>& scratch) {
+  using A = Accumulate<T>;
+  const int64_t c = slab_channel + j;
+  const A weight = bn.weight && c < bn.cut.C ? bn.weight[c] : A{1};
+  const A bias = bn.bias && c < bn.cut.C ? bn.bias[c] : A{0};
+  const A scale = weight / std::sqrt(var + bn.eps);
+  scratch.mean[j] = mean;
+  scratch.scale[j] = scale;
+  scratch.shift[j] = bias - rest * scale;
+}
+
 template <typename T>
 __device__ __forceinline__ void fold_forward(const BnForward<T>& bn, int64_t slab_channel,
                                              bool write,
@@ -153,22 +180,28 @@ __device__ __forceinline__ void fold_forward(const BnForward<T>& bn, int64_t sla
   const A m = static_cast<A>(cut.values(cut.rows));
   for (int j = threadIdx.x; j < cut.channels(); j += cut.threads) {
     const int64_t c = slab_channel + j;
-    const A centre = scratch.centre[j], offset = scratch.total[j] / m;
-    const A mean = centre + offset, back = mean - centre;
-    A lost = (centre - (mean - back)) + (offset - back);
-    if (!is_finite(mean)) lost = 0;
+    const Mean<A> mean(scratch.centre[j], scratch.total[j] / m);
     // Inf in x: the variance is NaN.
-    const A var = scratch.squares[j] / m + (mean - mean);
-    const A weight = bn.weight && c < cut.C ? bn.weight[c] : A{1};
-    const A bias = bn.bias && c < cut.C ? bn.bias[c] : A{0};
-    const A scale = weight / std::sqrt(var + bn.eps);
-    scratch.mean[j] = mean;
-    scratch.scale[j] = scale;
-    scratch.shift[j] = bias - lost * scale;
+    const A var = scratch.squares[j] / m + (mean.value - mean.value);
+    fold_channel(bn, slab_channel, j, mean.value, mean.rest, var, scratch);
     if (write && c < cut.C) {
-      bn.mean[c] = mean;
+      bn.mean[c] = mean.value;
       bn.var[c] = var;
     }
+  }
+  __syncthreads();
+}
+
+// The same by statistics that are given.
+template <typename T>
+__device__ __forceinline__ void fold_given(const BnForward<T>& bn, int64_t slab_channel,
+                                           const ForwardScratch<Accumulate<T>>& scratch) {
+  using A = Accumulate<T>;
+  for (int j = threadIdx.x; j < bn.cut.channels(); j += bn.cut.threads) {
+    const int64_t c = slab_channel + j;
+    const bool inside = c < bn.cut.C;
+    fold_channel(bn, slab_channel, j, inside ? bn.mean[c] : A{0}, inside ? bn.rest[c] : A{0},
+                 inside ? bn.var[c] : A{1}, scratch);
   }
   __syncthreads();
 }
@@ -234,7 +267,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bn_forward_kernel(const BnForw
   auto* kept = reinterpret_cast<Row*>(shared_memory());
   const ForwardScratch<A> scratch(
       reinterpret_cast<A*>(shared_memory() + (kept_bytes + 15) / 16 * 16), cut.channels());
-  if constexpr (kPhase != Phase::output) {
+  if constexpr (kPhase == Phase::given) {
+    fold_given(bn, share.slab_channel, scratch);
+    output_forward<T, kChannelsLast, kPacket, false>(bn, share, kept, scratch);
+    return;
+  }
+  if constexpr (kPhase == Phase::together || kPhase == Phase::sums) {
     sum_forward<T, kChannelsLast, kPacket, keep>(bn, share, kept, scratch);
     if (!keep || cut.parts > 1) {
       for (int j = threadIdx.x; j < cut.channels(); j += cut.threads) {
@@ -248,7 +286,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) bn_forward_kernel(const BnForw
       }
     }
   }
-  if constexpr (kPhase != Phase::sums) {
+  if constexpr (kPhase == Phase::together || kPhase == Phase::output) {
     if (keep && cut.parts > 1) sync_grid();
     if (!keep || cut.parts > 1) merge_forward(bn, share.slab_channel, scratch);
     fold_forward(bn, share.slab_channel, share.part == 0, scratch);

@@ -6,8 +6,9 @@
 
 namespace fused_resnet {
 
-// Together: sums and output in one launch, the part in shared memory in between.
-enum class Phase { together, sums, output };
+// Together: sums and output in one launch, the part in shared memory in between. Given: output by
+// statistics that somebody else made.
+enum class Phase { together, sums, output, given };
 
 template <typename T, int kPacket>
 using Bits = std::conditional_t<kPacket == 1, T, uint4>;

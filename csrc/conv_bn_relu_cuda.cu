@@ -20,14 +20,19 @@ void check_matrix(const char* name, const Tensor& t, const Tensor& x,
   check(aligned16(t.const_data_ptr()), kOp, ": ", name, " must be aligned to 16 bytes");
 }
 
-// x (N, C, H, W) channels_last, weight (K, R, S, C / groups) contiguous, scale, shift (K,) float32,
-// residual, y (N, K, P, Q) channels_last -> y is written. tile: a row of kGemmTiles.
-void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
-                   std::optional<Tensor> residual, Tensor y, bool relu, std::vector<int64_t> stride,
-                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                   int64_t tile, int64_t splits) {
-  const DtypeIndex dtype = dtype_index(kOp, "x", x);
-  check(dtype != kFloat64, kOp, ": x must be float32, bfloat16 or float16, got float64");
+void check_rows(const char* name, const Tensor& t) {
+  check(layout_of(kOp, t).channels_last, kOp, ": ", name, " must be channels_last, got strides ",
+        strides_of(t), " for shape ", shape_of(t));
+}
+
+// x (N, C, H, W) channels_last, weight (K, R, S, C / groups) contiguous, y (N, K, P, Q)
+// channels_last, and how they meet; tile: a row of kGemmTiles. All checked.
+ConvProblem problem_of(const Tensor& x, const Tensor& weight, const Tensor& y,
+                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                       const std::vector<int64_t>& dilation, int64_t groups, int64_t tile,
+                       int64_t splits) {
+  check(dtype_index(kOp, "x", x) != kFloat64, kOp,
+        ": x must be float32, bfloat16 or float16, got float64");
   check(tile >= 0 && tile < kGemmTileCount, kOp, ": tile must be below ", kGemmTileCount, ", got ",
         tile);
   check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kOp,
@@ -76,45 +81,92 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
     check(weight.size(d) <= 1 || weight.stride(d) == row, kOp,
           ": weight must be contiguous, got strides ", strides_of(weight));
   check_matrix("y", y, x, {N, K, problem.P, problem.Q});
-  if (residual) check_matrix("residual", *residual, x, {N, K, problem.P, problem.Q});
-  check_channel_vector(kOp, "scale", scale, K, ScalarType::Float, x);
-  check_channel_vector(kOp, "shift", shift, K, ScalarType::Float, x);
   // The last tile may end some pixels later, in an int too.
   check(problem.M() < std::numeric_limits<int>::max() - 1024, kOp, ": y has ", problem.M(),
         " pixels, too many for an int");
   check(aligned16(x.const_data_ptr()), kOp, ": x must be aligned to 16 bytes");
-  const auto check_rows = [](const char* name, const Tensor& t) {
-    check(layout_of(kOp, t).channels_last, kOp, ": ", name, " must be channels_last, got strides ",
-          strides_of(t), " for shape ", shape_of(t));
-  };
   check_rows("x", x);
   check_rows("y", y);
-  if (residual) check_rows("residual", *residual);
+  check(splits >= 1, kOp, ": splits must be positive, got ", splits);
+  check(splits == 1 || kGemmTiles[tile].architecture == 80, kOp,
+        ": splits must be 1 for Hopper's kernel, got ", splits);
+  return problem;
+}
+
+void launch_sm80(const DeviceScope& scope, const ConvProblem& problem, const ConvOperands& operands,
+                 int64_t tile, int64_t splits, const Tensor& x) {
+  std::optional<Tensor> partial;
+  if (splits > 1)
+    partial = torch::stable::new_empty(
+        x, {splits, problem.M(), int64_t{problem.groups} * problem.K}, ScalarType::Float);
+  launch_implicit_gemm_sm80(scope, problem, operands, kGemmTiles[tile], static_cast<int>(splits),
+                            partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
+}
+
+// x (N, C, H, W), weight (K, R, S, C / groups), scale, shift (K,) float32, residual, y (N, K, P, Q)
+// -> y is written.
+void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
+                   std::optional<Tensor> residual, Tensor y, bool relu, std::vector<int64_t> stride,
+                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                   int64_t tile, int64_t splits) {
+  const ConvProblem problem =
+      problem_of(x, weight, y, stride, padding, dilation, groups, tile, splits);
+  const int64_t K = weight.size(0);
+  if (residual) {
+    check_matrix("residual", *residual, x, {problem.N, K, problem.P, problem.Q});
+    check_rows("residual", *residual);
+  }
+  check_channel_vector(kOp, "scale", scale, K, ScalarType::Float, x);
+  check_channel_vector(kOp, "shift", shift, K, ScalarType::Float, x);
   if (y.numel() == 0) return;
-  const ConvOperands operands{dtype,
+  const ConvOperands operands{dtype_index(kOp, "x", x),
                               x.const_data_ptr(),
                               weight.const_data_ptr(),
                               static_cast<const float*>(scale.const_data_ptr()),
                               static_cast<const float*>(shift.const_data_ptr()),
                               residual ? residual->const_data_ptr() : nullptr,
                               y.mutable_data_ptr(),
-                              relu};
+                              relu,
+                              nullptr};
   const DeviceScope scope(x);
-  const GemmTile& chosen = kGemmTiles[tile];
-  if (chosen.architecture == 90) {
-    check(splits == 1, kOp, ": splits must be 1 for Hopper's kernel, got ", splits);
-    launch_implicit_gemm_sm90(scope, problem, operands, chosen);
-    return;
-  }
-  check(splits >= 1, kOp, ": splits must be positive, got ", splits);
-  std::optional<Tensor> partial;
-  if (splits > 1)
-    partial = torch::stable::new_empty(scale, {splits, problem.M(), K}, ScalarType::Float);
-  launch_implicit_gemm_sm80(scope, problem, operands, chosen, static_cast<int>(splits),
-                            partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
+  if (kGemmTiles[tile].architecture == 90)
+    launch_implicit_gemm_sm90(scope, problem, operands, kGemmTiles[tile]);
+  else
+    launch_sm80(scope, problem, operands, tile, splits, x);
+}
+
+// x (N, C, H, W), weight (K, R, S, C / groups), z (N, K, P, Q) -> z, the convolution, is written;
+// statistics (parts, 3, K) float32 of it (implicit_gemm_statistics.cuh), and pixels of a part.
+std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tensor z,
+                                                   std::vector<int64_t> stride,
+                                                   std::vector<int64_t> padding,
+                                                   std::vector<int64_t> dilation, int64_t groups,
+                                                   int64_t tile, int64_t splits) {
+  const ConvProblem problem =
+      problem_of(x, weight, z, stride, padding, dilation, groups, tile, splits);
+  check(kGemmTiles[tile].architecture == 80, kOp, ": Hopper's kernel takes no statistics");
+  check(z.numel() > 0, kOp, ": an empty z has no statistics");
+  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].block_m;
+  const DeviceScope scope(x);
+  Tensor statistics = torch::stable::new_empty(
+      x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
+  const ConvOperands operands{dtype_index(kOp, "x", x),
+                              x.const_data_ptr(),
+                              weight.const_data_ptr(),
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              z.mutable_data_ptr(),
+                              false,
+                              static_cast<float*>(statistics.mutable_data_ptr())};
+  launch_sm80(scope, problem, operands, tile, splits, x);
+  return {statistics, pixels};
 }
 
 }  // namespace
 }  // namespace fused_resnet
 
-FUSED_RESNET_CUDA_OPS(m) { m.impl("implicit_gemm", TORCH_BOX(fused_resnet::implicit_gemm)); }
+FUSED_RESNET_CUDA_OPS(m) {
+  m.impl("implicit_gemm", TORCH_BOX(fused_resnet::implicit_gemm));
+  m.impl("convolution_statistics", TORCH_BOX(fused_resnet::convolution_statistics));
+}

@@ -19,6 +19,7 @@ std::vector<CudaKernel> cuda_kernels() {
   list_implicit_gemm_kernels(list, gpu);
   list_implicit_gemm_sm90_kernels(list, gpu);
   list_bn_add_relu_kernels(list, gpu);
+  list_bn_statistics_kernels(list, gpu);
   return list;
 }
 

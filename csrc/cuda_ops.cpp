@@ -6,5 +6,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
       "Tensor(a!) y, bool relu, int[] stride, int[] padding, int[] dilation, int groups, int tile, "
       "int splits) -> ()");
+  m.def(
+      "convolution_statistics(Tensor x, Tensor weight, Tensor(a!) z, int[] stride, int[] padding, "
+      "int[] dilation, int groups, int tile, int splits) -> (Tensor, int)");
+  m.def(
+      "bn_merge_statistics(Tensor statistics, int pixels, int part_pixels) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, float eps, bool relu) -> Tensor");
   m.def("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) -> Tensor");
 }

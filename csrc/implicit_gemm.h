@@ -37,7 +37,13 @@ struct ConvOperands {
   const void* residual;  // (N, P, Q, groups * K) or null
   void* y;               // (N, P, Q, groups * K)
   bool relu;
+  // Not null: y is the convolution itself (scale and shift are null, as is the residual), and what
+  // implicit_gemm_statistics.cuh says of it goes here, (parts, 3, groups * K).
+  float* statistics;
 };
+
+// Pixels of a part of the statistics where parts are added up; else they are a tile's.
+constexpr int kMergedPixels = 64;
 
 // splits > 1: so many blocks share a tile's steps; `partial` has room for splits * M * groups * K
 // float32 sums, which a second kernel adds in order.

@@ -13,6 +13,8 @@
 // residual and y are read and written 16 bytes at a time.
 // Bytes from memory: x and weight once, where L2 holds what tiles share, residual once, y once.
 // Splits write float32 sums and a second kernel adds them in order: the same bits every time.
+// In training y is the convolution alone, and the tile's statistics for the norm behind it are
+// taken on the way, 12 bytes of every output and block_m pixels (implicit_gemm_statistics.cuh).
 // Constraints: C and K multiples of 16 bytes, operands aligned to 16 bytes, M < 2^31.
 //
 // Predicted balance. A multiprocessor with 1024 multiply-adds of 16 bits a cycle (sm_80) takes
@@ -35,6 +37,7 @@
 
 #include "implicit_gemm.h"
 #include "implicit_gemm_index.h"
+#include "implicit_gemm_statistics.cuh"
 
 namespace fused_resnet {
 
@@ -47,6 +50,7 @@ struct GemmArguments {
   const uint8_t* residual;  // (M, groups * K) or null
   uint8_t* y;               // (M, groups * K)
   float* partial;           // (splits, M, groups * K) or null
+  float* statistics;        // (parts, 3, groups * K) or null: then there is no scale and no shift
   Window window;
   int M, K, groups;
   uint32_t chunks, pixel_chunks;  // 16 bytes of: a filter, the whole sum; a pixel of x
@@ -188,13 +192,16 @@ __device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
 // The block's sums, in shared memory -> y, or the split's part of `partial`. What it reads from
 // memory is on its way from its making on, while the sums are put into shared memory.
 // first_m: the tile's first pixel; first_n: its first output within the group.
-template <typename T, class Shape>
+// kStatistics: of the sums themselves, with the tile's statistics.
+template <typename T, class Shape, bool kStatistics>
 struct Finish {
   static constexpr int kSize = Pack<T>::size;
   static constexpr int kRowPacks = Shape::kBlockN / kSize;
   static constexpr int kRows = Shape::kThreads / kRowPacks;  // that the threads do at once
   static constexpr int kPacks = Shape::kBlockM / kRows;      // of a thread, in one column
   static constexpr int kAhead = kPacks < 4 ? kPacks : 4;     // loads of the residual in flight
+  using Statistics = PartStatistics<T, kRowPacks, Shape::kThreads, kPacks>;
+  static_assert(Statistics::kScratchBytes <= Shape::kSharedBytes);
   static_assert(Shape::kThreads % kRowPacks == 0 && Shape::kBlockM % kRows == 0);
 
   const GemmArguments& a;
@@ -214,12 +221,14 @@ struct Finish {
     const int64_t outputs = int64_t{a.groups} * a.K;
     first = (int64_t{first_m} + row) * outputs + k;
     step = kRows * outputs;
+    if constexpr (!kStatistics) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) load_residual(i);
+      for (int i = 0; i < kAhead; ++i) load_residual(i);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      scale[j] = rows > 0 ? a.scale[k + j] : 0.0f;
-      shift[j] = rows > 0 ? a.shift[k + j] : 0.0f;
+      for (int j = 0; j < kSize; ++j) {
+        scale[j] = rows > 0 ? a.scale[k + j] : 0.0f;
+        shift[j] = rows > 0 ? a.shift[k + j] : 0.0f;
+      }
     }
   }
   __device__ __forceinline__ bool inside(int i) const { return row + i * kRows < rows; }
@@ -229,9 +238,13 @@ struct Finish {
   }
   __device__ __forceinline__ void load_sums(const uint8_t* shared, int i,
                                             float (&sums)[kSize]) const {
+    load_row(shared, row + i * kRows, sums);
+  }
+  __device__ __forceinline__ void load_row(const uint8_t* shared, int row_of_tile,
+                                           float (&sums)[kSize]) const {
 #pragma unroll
     for (int part = 0; part < kSize / 4; ++part) {
-      const int offset = sum_offset(row + i * kRows, column + part * 4, Shape::kBlockN);
+      const int offset = sum_offset(row_of_tile, column + part * 4, Shape::kBlockN);
       const auto four = unpack<float>(load_shared<uint4>(shared + offset));
 #pragma unroll
       for (int j = 0; j < 4; ++j) sums[part * 4 + j] = four.values[j];
@@ -262,9 +275,33 @@ struct Finish {
       if (inside(i)) store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
     }
   }
+  // y is the sums themselves; and the tile's statistics. All threads.
+  __device__ __forceinline__ void write_with_statistics(uint8_t* shared, int first_m, int group,
+                                                        int first_n) {
+    uint4 pixels[kPacks];
+    float sums[kSize];
+    load_row(shared, 0, sums);
+    const uint4 first_pixel = rounded<T>(sums);
+    int mine = 0;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      load_sums(shared, i, sums);
+      pixels[i] = rounded<T>(sums);
+      if (!inside(i)) continue;
+      store_global<uint4>(a.y + (first + i * step) * sizeof(T), pixels[i]);
+      ++mine;
+    }
+    __syncthreads();  // the sums have been read, their memory is free
+    const int left = a.M - first_m;
+    const int64_t outputs = int64_t{a.groups} * a.K;
+    const Statistics statistics{shared};
+    statistics.write(pixels, mine, first_pixel, left < Shape::kBlockM ? left : Shape::kBlockM,
+                     a.statistics + first_m / Shape::kBlockM * 3 * outputs + group * a.K + first_n,
+                     outputs, a.K - first_n);
+  }
 };
 
-template <typename T, int kTile, bool kPointwise>
+template <typename T, int kTile, bool kPointwise, bool kStatistics>
 __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::kBlocksPerSm)
     implicit_gemm_sm80_kernel(const GemmArguments a) {
   using Shape = TileShape<kTile>;
@@ -341,7 +378,7 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
     write_slot = write_slot + 1 < Shape::kStages ? write_slot + 1 : 0;
   }
 
-  Finish<T, Shape> finish(a, first_m, group, first_n);
+  Finish<T, Shape, kStatistics> finish(a, first_m, group, first_n);
   copy_async_wait<0>();
   __syncthreads();  // the ring has been read, its memory is free
 #pragma unroll
@@ -357,13 +394,31 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
                             {float_bits(pair[0]), float_bits(pair[1])});
       }
   __syncthreads();
-  if (a.partial != nullptr)
+  if constexpr (kStatistics)
+    finish.write_with_statistics(shared, first_m, group, first_n);
+  else if (a.partial != nullptr)
     finish.write_partial(shared, tile.split);
   else
     finish.write(shared);
 }
 
 constexpr int kMergeThreads = 256;
+
+// sums: of 16 bytes of y, those of every split, in order.
+template <typename T>
+__device__ __forceinline__ void add_splits(const GemmArguments& a, int64_t pack, int64_t packs,
+                                           float (&sums)[Pack<T>::size]) {
+  constexpr int size = Pack<T>::size;
+  for (int split = 0; split < a.splits; ++split) {
+    const float* part = a.partial + (split * packs + pack) * size;
+#pragma unroll
+    for (int j = 0; j < size; j += 4) {
+      const auto four = unpack<float>(load_global_once<uint4>(part + j));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j + i] += four.values[i];
+    }
+  }
+}
 
 // partial (splits, M, groups * K) -> y: a thread adds 16 bytes of y of every split, in order.
 template <typename T>
@@ -377,19 +432,51 @@ __global__ void __launch_bounds__(kMergeThreads)
   uint4 residual{};
   if (a.residual != nullptr) residual = load_global_once<uint4>(a.residual + pack * 16);
   float sums[size] = {}, scale[size], shift[size];
-  for (int split = 0; split < a.splits; ++split) {
-    const float* part = a.partial + (int64_t{split} * packs + pack) * size;
-#pragma unroll
-    for (int j = 0; j < size; j += 4) {
-      const auto four = unpack<float>(load_global_once<uint4>(part + j));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sums[j + i] += four.values[i];
-    }
-  }
+  add_splits<T>(a, pack, packs, sums);
 #pragma unroll
   for (int j = 0; j < size; ++j) scale[j] = a.scale[k + j], shift[j] = a.shift[k + j];
   store_global<uint4>(a.y + pack * 16,
                       finished<T>(sums, scale, shift, a.residual != nullptr, residual, a.relu));
+}
+
+constexpr int kMergeColumns = 8;  // of 16 bytes, that a block has of kMergedPixels pixels
+constexpr int kMergePacks = kMergedPixels * kMergeColumns / kMergeThreads;
+
+// The same without scale, shift and residual, and with the part's statistics.
+template <typename T>
+__global__ void __launch_bounds__(kMergeThreads)
+    implicit_gemm_merge_statistics_kernel(const GemmArguments a, int row_packs, int slabs) {
+  constexpr int size = Pack<T>::size, pixels = kMergeThreads / kMergeColumns, each = kMergePacks;
+  using Statistics = PartStatistics<T, kMergeColumns, kMergeThreads, each>;
+  uint8_t* const shared = shared_memory();
+  const int thread = static_cast<int>(threadIdx.x);
+  const int part = static_cast<int>(blockIdx.x) / slabs;
+  const int first_pack = (static_cast<int>(blockIdx.x) - part * slabs) * kMergeColumns;
+  const int first_m = part * kMergedPixels;
+  const int left = a.M - first_m < kMergedPixels ? a.M - first_m : kMergedPixels;
+  const int column = thread % kMergeColumns, row = thread / kMergeColumns;
+  const int rows = first_pack + column < row_packs ? left : 0;
+  uint4 y[each] = {};
+  int mine = 0;
+#pragma unroll
+  for (int i = 0; i < each; ++i) {
+    if (row + i * pixels >= rows) continue;
+    const int64_t pack = int64_t{first_m + row + i * pixels} * row_packs + first_pack + column;
+    float sums[size] = {};
+    add_splits<T>(a, pack, int64_t{a.M} * row_packs, sums);
+    y[i] = rounded<T>(sums);
+    store_global<uint4>(a.y + pack * 16, y[i]);
+    ++mine;
+  }
+  if (row == 0) store_shared<uint4>(shared + column * 16, y[0]);
+  __syncthreads();
+  const auto first_pixel = load_shared<uint4>(shared + column * 16);
+  __syncthreads();
+  const int64_t outputs = int64_t{row_packs} * size;
+  const int first = first_pack * size;
+  const Statistics statistics{shared};
+  statistics.write(y, mine, first_pixel, left, a.statistics + part * 3 * outputs + first, outputs,
+                   static_cast<int>(outputs) - first);
 }
 
 // --- host ----------------------------------------------------------------------------------------
@@ -400,10 +487,13 @@ void launch_tile(const DeviceScope& scope, bool pointwise, const GemmArguments& 
   const int64_t blocks = int64_t{arguments.tiles_m} * arguments.tiles_n * arguments.splits;
   check(blocks <= std::numeric_limits<int>::max(), "implicit_gemm: ", blocks, " blocks");
   const Grid grid{blocks, Shape::kThreads, Shape::kSharedBytes};
-  scope.launch(grid,
-               pointwise ? implicit_gemm_sm80_kernel<T, kTile, true>
-                         : implicit_gemm_sm80_kernel<T, kTile, false>,
-               arguments);
+  const auto kernel = [&](auto statistics) {
+    constexpr bool with = decltype(statistics)::value;
+    return pointwise ? implicit_gemm_sm80_kernel<T, kTile, true, with>
+                     : implicit_gemm_sm80_kernel<T, kTile, false, with>;
+  };
+  const bool statistics = arguments.statistics != nullptr && arguments.partial == nullptr;
+  scope.launch(grid, statistics ? kernel(std::true_type{}) : kernel(std::false_type{}), arguments);
 }
 
 // The tile's row of the table is a constant in its kernels: the first one that is alike.
@@ -446,6 +536,7 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.residual = static_cast<const uint8_t*>(operands.residual);
   arguments.y = static_cast<uint8_t*>(operands.y);
   arguments.partial = splits > 1 ? partial : nullptr;
+  arguments.statistics = operands.statistics;
   arguments.window = Window::of(problem, sizeof(T));
   arguments.M = static_cast<int>(problem.M());
   arguments.K = problem.K;
@@ -461,10 +552,22 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   if (splits == 1) return launch_tile_alike<T>(scope, tile, problem.pointwise(), arguments);
   GemmArguments parts = arguments;
   parts.residual = nullptr;  // which the merging kernel adds: not read here too
+  // Read and not used; with statistics there are none, and any numbers will do.
+  if (operands.statistics != nullptr)
+    parts.scale = parts.shift = static_cast<const float*>(operands.weight);
   launch_tile_alike<T>(scope, tile, problem.pointwise(), parts);
   const int64_t row_packs = int64_t{problem.groups} * problem.K / Pack<T>::size;
   const int64_t packs = problem.M() * row_packs;
   check(packs <= std::numeric_limits<int>::max(), "implicit_gemm: too many outputs to split");
+  if (operands.statistics != nullptr) {
+    constexpr int shared_bytes =
+        PartStatistics<T, kMergeColumns, kMergeThreads, kMergePacks>::kScratchBytes;
+    const int64_t slabs = ceil_div(row_packs, kMergeColumns);
+    scope.launch({ceil_div(problem.M(), kMergedPixels) * slabs, kMergeThreads, shared_bytes},
+                 implicit_gemm_merge_statistics_kernel<T>, arguments, static_cast<int>(row_packs),
+                 static_cast<int>(slabs));
+    return;
+  }
   scope.launch({ceil_div(packs, kMergeThreads), kMergeThreads}, implicit_gemm_merge_kernel<T>,
                arguments, FastDivision::by(static_cast<int>(row_packs)), static_cast<int>(packs));
 }
@@ -475,14 +578,21 @@ void list_implicit_gemm_sm80_of(std::vector<CudaKernel>& list, const char* type,
   if constexpr (kTile == kGemmTileCount) {
     describe_kernel(list, std::string("implicit_gemm_merge_") + type, implicit_gemm_merge_kernel<T>,
                     gpu);
+    describe_kernel(list, std::string("implicit_gemm_merge_statistics_") + type,
+                    implicit_gemm_merge_statistics_kernel<T>, gpu);
   } else {
     constexpr GemmTile tile = kGemmTiles[kTile];
     if constexpr (tile.architecture == 80) {
       const std::string name = "implicit_gemm_sm80_" + std::to_string(tile.block_m) + "x" +
                                std::to_string(tile.block_n) + "_" + std::to_string(tile.warps) +
                                "_warps_" + type;
-      describe_kernel(list, name, implicit_gemm_sm80_kernel<T, kTile, false>, gpu);
-      describe_kernel(list, name + "_pointwise", implicit_gemm_sm80_kernel<T, kTile, true>, gpu);
+      describe_kernel(list, name, implicit_gemm_sm80_kernel<T, kTile, false, false>, gpu);
+      describe_kernel(list, name + "_pointwise", implicit_gemm_sm80_kernel<T, kTile, true, false>,
+                      gpu);
+      describe_kernel(list, name + "_statistics", implicit_gemm_sm80_kernel<T, kTile, false, true>,
+                      gpu);
+      describe_kernel(list, name + "_pointwise_statistics",
+                      implicit_gemm_sm80_kernel<T, kTile, true, true>, gpu);
     }
     list_implicit_gemm_sm80_of<T, kTile + 1>(list, type, gpu);
   }

@@ -27,6 +27,7 @@ from .resnet import (
     wide_resnet101_2,
 )
 from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from .training_step import TrainingStep, training_step
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "PreactResNet",
     "ResNet",
     "SyncBatchNorm",
+    "TrainingStep",
     "add_relu",
     "bn_add_relu",
     "cifar_resnet",
@@ -60,6 +62,7 @@ __all__ = [
     "resnext101_32x8d",
     "resnext101_64x4d",
     "set_activation_memory",
+    "training_step",
     "use_backend",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import native
 
@@ -163,6 +164,18 @@ def fsdp_is_there() -> bool:
     """
     composable = sys.modules.get("torch.distributed._composable_state")
     return bool(getattr(composable, "_module_state_mapping", None))
+
+
+def _move_versions(optimizer: Any, *_: Any) -> None:
+    """PyTorch's fused optimizers (SGD, Adam, ... with fused=True) write parameters without moving
+    their version counters, by which everything here is told apart from what it was."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            written = [p for p in group["params"] if p.grad is not None and not p.is_inference()]
+            torch.autograd.graph.increment_version(written)
+
+
+register_optimizer_step_post_hook(_move_versions)
 
 
 def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:

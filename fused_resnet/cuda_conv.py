@@ -204,7 +204,7 @@ def run_stem(conv: Any, x: Tensor, pool: bool) -> Tensor:
     if x.dtype not in (torch.float32, conv.dtype):
         x = x.to(conv.dtype)
     weight = conv.kept("stem", lambda: pack_stem(conv.weight))
-    return _ops().stem(x, weight, conv.scale, conv.shift, pool)
+    return ops().stem(x, weight, conv.scale, conv.shift, pool)
 
 
 def run_conv(
@@ -222,7 +222,7 @@ def run_conv(
     rows = weight.as_strided((K, R, S, C), (R * S * C, S * C, C, 1))
     if residual is not None:
         residual = aligned(residual)
-    _ops().implicit_gemm(
+    ops().implicit_gemm(
         x, rows, conv.scale, conv.shift, residual, y, relu,
         *conv.geometry, conv.groups, config.tile, config.splits,
     )  # fmt: skip
@@ -233,6 +233,6 @@ def aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
 
 
-def _ops() -> Any:
+def ops() -> Any:
     """The kernels: emulated ones where a test forces those."""
     return backends.KERNELS["emulated" if backends.forced() == "emulated" else "native"]()

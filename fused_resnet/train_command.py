@@ -55,6 +55,9 @@ def train(
     ] = None,
     channels_last: bool = True,
     activation_memory: Annotated[str, _OPTION(help="full, low, lower or minimal.")] = "full",
+    cuda_graph: Annotated[
+        bool, _OPTION("--cuda-graph", help="On a GPU: a step as one CUDA graph, sgd and adamw.")
+    ] = False,
     sync_bn: Annotated[bool, _OPTION("--sync-bn", help="Batch norm over all processes.")] = False,
     sharding: Annotated[
         str, _OPTION(help="none, or fsdp: weights shared out over torchrun's processes.")

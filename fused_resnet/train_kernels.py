@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, sync_batch_norm
+from . import backends, native, sync_batch_norm
 from .reference import accumulate_dtype
 
 
@@ -52,7 +52,8 @@ class NormGradients(NamedTuple):
     dbias: Tensor
 
 
-def _vector(t: Tensor | None, x: Tensor) -> Tensor | None:
+def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
+    """A norm's parameter (C,) in the dtype that x's sums are kept in."""
     return None if t is None else t.detach().to(accumulate_dtype(x.dtype)).contiguous()
 
 
@@ -81,6 +82,13 @@ class Portable:
             x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, False, [0, 0], g.groups
         )
         return y if residual is None else y.add_(residual)
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        """`convolution`, and the statistics of it that a norm normalises by, where they come with
+        it."""
+        return self.convolution(x, weight, g), None
 
     def _gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: Any) -> Any:
         return torch.ops.aten.convolution_backward(
@@ -111,6 +119,15 @@ class Portable:
             x, norm.weight, norm.bias, residual, norm.eps, relu
         )
         return y, (mean, var)
+
+    def normalise_by(
+        self, state: tuple[Any, ...] | None, x: Tensor, norm: Norm,
+        residual: Tensor | Normed | None, relu: bool,
+    ) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
+        """`normalise` by the statistics that came with x's convolution, or None: by x's own."""
+        if state is None:
+            return self.normalise(x, norm, residual, relu)
+        return self.apply(Normed(x, norm, state), residual, relu), state
 
     def statistics(self, x: Tensor, group: Any = None) -> tuple[Tensor, ...]:
         """What `normalise` would normalise x by; over a process group where that is given."""
@@ -241,9 +258,9 @@ class Native(Portable):
         other: tuple[Any, ...] = (residual, None, None, None, 0.0)
         if isinstance(residual, Normed):
             r, n, s = residual
-            other = (r, s[0], _vector(n.weight, x), _vector(n.bias, x), n.eps)
+            other = (r, s[0], vector(n.weight, x), vector(n.bias, x), n.eps)
         return self._ops.bn_apply(
-            x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, *other, relu
+            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, *other, relu
         )
 
     def norm_gradients(
@@ -265,7 +282,7 @@ class Native(Portable):
         y = None if own else y
         x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
         sums, g = self._ops.bn_reduce(
-            dy, y, x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, own,
+            dy, y, x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, own,
             x2, stats2, masked and y is not None,
         )  # fmt: skip
         count = float(self.count(normed))
@@ -275,8 +292,8 @@ class Native(Portable):
 
         def gradients(of: Normed, row: int) -> NormGradients:
             dx = self._ops.bn_gradient(
-                dy, y, of.x, of.state[0], everywhere, row, count, _vector(of.norm.weight, of.x),
-                _vector(of.norm.bias, of.x), of.norm.eps, own,
+                dy, y, of.x, of.state[0], everywhere, row, count, vector(of.norm.weight, of.x),
+                vector(of.norm.bias, of.x), of.norm.eps, own,
             )  # fmt: skip
             wide = of.x.dtype == torch.float64
             dweight, dbias = self._ops.bn_parameter_gradients(
@@ -291,7 +308,7 @@ class Native(Portable):
         """relu(norm(x)) and max pooling -> y (N, C, P, Q) and the taps that won, uint8."""
         x, norm, (stats, *_) = normed
         return self._ops.bn_pool(
-            x, stats, _vector(norm.weight, x), _vector(norm.bias, x), norm.eps, window
+            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, window
         )
 
     def pool_gradient(
@@ -333,6 +350,10 @@ _native: list[Native] = []
 
 def kernels_for(device_type: str, backend: str) -> Portable:
     """The maker for tensors on such a device, where `backend` computes bn_add_relu."""
+    if backends.gpu_kernels(device_type) and backend in ("native", "emulated"):
+        from .cuda_training import CUDA
+
+        return CUDA
     if device_type != "cpu" or backend != "native":
         return PORTABLE
     if not _native:

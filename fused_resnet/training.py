@@ -89,19 +89,20 @@ class BlockFunction(torch.autograd.Function):
         h = x
         for i in range(main - 1):
             weight, norm = units[i]
-            z = kernels.convolution(h, weight, spec.geometries[i])
-            h, state = kernels.normalise(z, norm, None, True)
+            z, made = kernels.convolve(h, weight, spec.geometries[i])
+            h, state = kernels.normalise_by(made, z, norm, None, True)
             outputs.append(z)
             inner.append(h)
             moments.append(state)
         weight, norm = units[main - 1]
-        z = kernels.convolution(h, weight, spec.geometries[main - 1])
+        z, made = kernels.convolve(h, weight, spec.geometries[main - 1])
         outputs.append(z)
         residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
         if projection:
-            branch = kernels.convolution(x, units[-1][0], spec.geometries[-1])
-            residual = Normed(branch, units[-1][1], kernels.statistics(branch, units[-1][1].group))
-        y, state = kernels.normalise(z, norm, residual, True)
+            branch, its = kernels.convolve(x, units[-1][0], spec.geometries[-1])
+            its = kernels.statistics(branch, units[-1][1].group) if its is None else its
+            residual = Normed(branch, units[-1][1], its)
+        y, state = kernels.normalise_by(made, z, norm, residual, True)
         moments.append(state)
         if isinstance(residual, Normed):
             outputs.append(residual.x)

@@ -10,6 +10,8 @@ GEMM = "tests/test_implicit_gemm.py -k"
 S90, SCHEDULE = "csrc/implicit_gemm_sm90.cuh", "csrc/implicit_gemm_sm90.h"
 LAUNCH90, HOPPER = "csrc/implicit_gemm_sm90_cuda.cu", "csrc/cuda_hopper.cuh"
 H = "tests/test_hopper.py -k"
+SUMS_H, MERGE = "csrc/implicit_gemm_statistics.cuh", "csrc/bn_statistics_cuda.cu"
+SUMS = "tests/test_conv_statistics.py -k"
 FORWARD, BACKWARD = "csrc/bn_add_relu_forward.cuh", "csrc/bn_add_relu_backward.cuh"
 ROWS, CUT = "csrc/bn_add_relu_rows.cuh", "csrc/bn_add_relu_cut.h"
 EM, BN = "tests/test_emulated.py -k bn_add_relu", "tests/test_bn_add_relu.py -k"
@@ -35,7 +37,7 @@ CUDA = [
      "__syncthreads();  // the ring has been read, its memory is free", "",
      f"{GEMM} 'small_integers or every_tile'"),
     ("sm80: sums read before they are written", S80,
-     "  __syncthreads();\n  if (a.partial != nullptr)", "  if (a.partial != nullptr)",
+     "  __syncthreads();\n  if constexpr (kStatistics)", "  if constexpr (kStatistics)",
      f"{GEMM} 'small_integers or every_tile'"),
     ("sm80: stride of the other dimension", INDEX, "p * window.stride_h", "p * window.stride_w",
      f"{GEMM} 'small_integers and asymmetric'"),
@@ -60,8 +62,8 @@ CUDA = [
      "c -= chunks, w += 1", f"{GEMM} 'small_integers and dilated'"),
     ("sm80: TF32 cut off", S80, "    if constexpr (std::is_same_v<T, float>) {",
      "    if constexpr (false) {", f"{GEMM} tf32"),
-    ("sm80: the first split counted for all", S80, "(int64_t{split} * packs + pack)",
-     "(int64_t{0} * packs + pack)", f"{GEMM} test_splits"),
+    ("sm80: the first split counted for all", S80, "(split * packs + pack)",
+     "(0 * packs + pack)", f"{GEMM} test_splits"),
     ("sm80: first group's x for all", S80, "start[i].at += group * a.window.chunks.divisor;", "",
      f"{GEMM} 'small_integers and groups'"),
     ("sm80: wrong half of a fragment", S80, "b[2 * j][1] = pair[1];", "b[2 * j][1] = pair[2];",
@@ -77,6 +79,42 @@ CUDA = [
      "(first_n + copy_row) * a.chunks", f"{GEMM} 'small_integers and groups'"),
     ("sm80: rows past the end read", S80, "i * kCopyRows < rows ? kChunkBytes : 0",
      "rows > 0 ? kChunkBytes : 0", f"{GEMM} address"),
+    # --- statistics in its epilogue
+    ("statistics: of sums that are not rounded", S80, "pixels[i] = rounded<T>(sums);\n",
+     "pixels[i] = rounded<T>(sums);\n      for (float& sum : sums) sum *= 1.001f;\n"
+     "      pixels[i] = rounded<T>(sums);\n", f"{SUMS} every_tile"),
+    ("statistics: about the first pixel alone", SUMS_H,
+     "centre[i] = moved - moved == 0 ? moved : centre[i];", "(void)moved;", f"{SUMS} far_from"),
+    ("statistics: pixels past the last one", SUMS_H, "if (p < mine) {\n#pragma unroll\n"
+     "        for (int i = 0; i < kSize; ++i) sums[i]", "{\n#pragma unroll\n"
+     "        for (int i = 0; i < kSize; ++i) sums[i]", f"{SUMS} every_tile"),
+    ("statistics: a tile counted whole", S80,
+     "left < Shape::kBlockM ? left : Shape::kBlockM", "left > 0 ? Shape::kBlockM : left",
+     f"{SUMS} every_tile"),
+    ("statistics: outputs past the last one", SUMS_H, "if (k >= width) continue;", "",
+     f"{SUMS} every_tile"),
+    ("statistics: the first group's place for all", S80,
+     "3 * outputs + group * a.K + first_n", "3 * outputs + first_n", f"{SUMS} every_tile"),
+    ("statistics: the ring written while it is read", S80,
+     "__syncthreads();  // the sums have been read, their memory is free", "",
+     f"{SUMS} 'every_tile or values'"),
+    ("statistics: no barrier before the warps' sums are read", SUMS_H,
+     "    __syncthreads();\n    for (int j = thread; j < kSums * kRow", "    for (int j = thread; "
+     "j < kSums * kRow", f"{SUMS} 'every_tile or values'"),
+    ("statistics: the last part counted whole", MERGE,
+     "left < part_pixels ? left : part_pixels", "left > 0 ? part_pixels : left",
+     f"{SUMS} many_parts"),
+    ("statistics: parts as if of one centre", MERGE,
+     "of(part, 1) + bn.pixels(part) * (of(part, 0) - start)", "of(part, 1)",
+     f"{SUMS} many_parts"),
+    ("statistics: within parts alone", MERGE, "of(part, 2) + n * (from_mean * from_mean)",
+     "of(part, 2) + 0 * (from_mean * from_mean)", f"{SUMS} many_parts"),
+    ("statistics: a second launch counts the first's parts", MERGE,
+     "part_pixels *= kPartsOfBlock;", "", f"{SUMS} many_parts"),
+    ("statistics: the mean's rest not written", MERGE, "bn.rest[k] = mean.rest;",
+     "bn.rest[k] = 1;", f"{SUMS} values"),
+    ("statistics: the mean's rest not used", FORWARD, "inside ? bn.rest[c] : A{0}", "A{0}",
+     f"{SUMS} rest_of_the_mean"),
     # --- Hopper's convolution
     ("sm90: residual dropped", S90, "if (gemm.residual) load_matrix_x4(added, place);", "",
      f"{H} test_values"),
@@ -173,8 +211,8 @@ CUDA = [
     ("bn: no centre", FORWARD,
      "centre[k % channels] += x.v[k] * (A{channels} / (unroll * kPacket));",
      "centre[k % channels] += 0 * x.v[k];", f"{BN} 'emulated and large_mean'"),
-    ("bn: the mean's rounding lost", FORWARD, "scratch.shift[j] = bias - lost * scale;",
-     "scratch.shift[j] = bias - 0 * lost;", f"{BN} 'emulated and large_mean'"),
+    ("bn: the mean's rounding lost", FORWARD, "scratch.shift[j] = bias - rest * scale;",
+     "scratch.shift[j] = bias - 0 * rest;", f"{BN} 'emulated and large_mean'"),
     ("bn: last part counted whole", CUT, "return end < rows ? end : rows;", "return end;", EM),
     ("bn: mask wrong in backward", BACKWARD, "g.v[k] = y.v[k] <= 0 ? Accumulate<T>{0} : g.v[k];",
      "g.v[k] = y.v[k] <= -1 ? Accumulate<T>{0} : g.v[k];", EM),

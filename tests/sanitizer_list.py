@@ -91,6 +91,29 @@ def convolutions() -> Calls:
             yield f"implicit_gemm sm_{tile.architecture} {tile}, {dtype}, {splits} splits", run
 
 
+def statistics() -> Calls:
+    """A training norm's, from the convolution to its output; by tiles, and by splits."""
+    for tile, dtype in itertools.product(gemm_cases.tiles(80), FLOATS):
+        if machines.skip_reason(80) is not None:
+            continue
+        x, weight = randn((2, 48, 9, 15), dtype), randn((144, 24, 1, 3), dtype)
+        weight = machines.here(weight.permute(0, 2, 3, 1).contiguous())
+        x = machines.here(x.contiguous(memory_format=torch.channels_last))
+        z = torch.empty_like(x.new_empty(2, 144, 9, 15), memory_format=torch.channels_last)
+        geometry = ([1, 1], [0, 1], [1, 1], 2)
+        for splits in (1, 2):
+
+            def run(
+                operands: tuple = (x, weight, z, *geometry, tile.number, splits), z: Tensor = z
+            ) -> list[Tensor]:
+                ops = machines.ops()
+                parts, pixels = ops.convolution_statistics(*operands)
+                found = ops.bn_merge_statistics(parts, 2 * 9 * 15, pixels)
+                return [*found, ops.bn_normalise(z, *found, None, None, None, 1e-5, True)]
+
+            yield f"convolution_statistics {tile}, {dtype}, {splits} splits", run
+
+
 def stem() -> Calls:
     for dtype, pool, wide in itertools.product(FLOATS[:2], (True, False), (True, False)):
         x = machines.here(randn((2, 3, 45, 71), torch.float32 if wide else dtype))
@@ -112,7 +135,7 @@ def main() -> int:
     torch.manual_seed(0)
     count = 0
     with machines.running_on(args.device):
-        for part in (elementwise, batch_norm, convolutions, stem):
+        for part in (elementwise, batch_norm, convolutions, statistics, stem):
             for name, run in part():
                 if args.only not in name:
                     continue

@@ -56,10 +56,10 @@ def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
     rows = found["benchmarks"]
     assert status == 0, [row["notes"] for row in rows]
     ops = ("conv_bn_relu", "bn_add_relu", "bn_add_relu with backward", "add_relu")
-    assert {row["op"] for row in rows} == {*ops, "add_relu with backward", "conv_backward"}
+    some = {"conv_backward": ("triton", "unfused"), "conv_bn_train": ("fused", "native", "unfused")}
+    assert {row["op"] for row in rows} == {*ops, "add_relu with backward", *some}
     for row in rows:
-        names = four if row["op"] != "conv_backward" else ("triton", "unfused")
-        assert list(row["contenders"]) == list(names), row
+        assert list(row["contenders"]) == list(some.get(row["op"], four)), row
         assert all(figures["share"] > 0 for figures in row["contenders"].values())
         assert row["extra_info"]["share of the limit"] > 0
         assert set(row["notes"]) == ({"cudnn"} if row["op"] == "conv_bn_relu" else set())

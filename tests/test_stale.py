@@ -334,3 +334,27 @@ def test_an_op_on_weights_that_fsdp_puts_together(one_process, monkeypatch):
             plain(x)
     if native.load() is None:
         assert convolution._kept[id(plain.weight)][3] is not None
+
+
+FUSED = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
+def test_fused_optimizers(kind, wanted):
+    """They move no version counter by themselves; and with frozen norms nobody switches to train()
+    and back."""
+    _, mine = pair("basic")
+    for m in mine.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
+    optimizer = FUSED[kind]([p for p in mine.parameters() if p.requires_grad])
+    for _ in range(4):
+        with torch.set_grad_enabled(wanted):
+            agree(mine(images()), clone(mine)(images()))
+        mine(images()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()

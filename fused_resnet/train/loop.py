@@ -19,6 +19,7 @@ from ..activation_memory import LEVELS, set_activation_memory
 from ..checkpoint import CheckpointError
 from ..resnet import get_model, list_models
 from ..sync_batch_norm import convert_sync_batchnorm
+from ..training_step import training_step
 from . import data as datasets
 from . import distributed, optim, state
 from .diagnose import first_non_finite, first_of
@@ -49,6 +50,7 @@ class Config:
     clip: float | None = None  # longest gradient
     channels_last: bool = True
     activation_memory: str = "full"  # set_activation_memory's level
+    cuda_graph: bool = False  # whether a step is recorded and replayed (training_step)
     sync_bn: bool = False  # batch norm over all processes
     sharding: str = "none"  # "none", or "fsdp": parameters shared out over all processes
     seed: int = 0
@@ -125,6 +127,11 @@ def _check(c: Config) -> None:
             raise ValueError(f"{option} must be at least {least}, got {value}")
     if c.ema is not None and not 0 < c.ema < 1:
         raise ValueError(f"--ema must be between 0 and 1, got {c.ema}")
+    if c.cuda_graph and (c.optimizer == "lamb" or c.accumulate > 1):
+        raise ValueError(
+            "--cuda-graph is for --optimizer sgd or adamw and --accumulate 1, got "
+            f"{c.optimizer} and {c.accumulate}"
+        )
     if c.amp == "float16" and torch.device(c.device).type == "cpu":
         raise ValueError("--amp float16 needs a GPU; on the CPU use bfloat16")
 
@@ -176,7 +183,7 @@ class _Run:
         if lr is None:
             lr = 0.1 * c.batch / 256 if c.optimizer == "sgd" else 1e-3
         self.optimizer = optim.make_optimizer(
-            c.optimizer, self.model, lr, c.momentum, c.weight_decay
+            c.optimizer, self.model, lr, c.momentum, c.weight_decay, c.cuda_graph
         )
         self.schedule = optim.make_schedule(
             self.optimizer, self.steps, round(c.warmup * self.per_epoch)
@@ -185,6 +192,14 @@ class _Run:
         self.parallel: nn.Module = self.model
         if processes > 1:
             self.parallel = distributed.parallel(self.model, device, c.accumulate)
+        # It leaves an update out where the loop would stop before it, and keep that state.
+        self.recorded = training_step(
+            self.model, lambda y, labels: self.loss(y.float(), labels), self.optimizer,
+            dtype=None if c.amp == "no" else getattr(torch, c.amp), scaler=self.scaler,
+            max_norm=c.clip, skip_nonfinite=True,
+        ) if c.cuda_graph else None  # fmt: skip
+        if self.recorded is not None and self.recorded.reason is not None:
+            raise ValueError(f"--cuda-graph {self.recorded.reason}")
         self.step = 0
         self.accuracy = 0.0
         self.metrics: state.Metrics | None = None
@@ -303,7 +318,7 @@ class _Run:
         processes, and the norm of the gradient."""
         buffers = [b.clone() for b in self.model.buffers()]
         try:
-            loss = self.backward(x, y)
+            loss = self.backward(x, y) if self.recorded is None else self.replay(x, y)
         except RuntimeError as error:
             self.optimizer.zero_grad()
             if not _is_out_of_memory(error):
@@ -313,6 +328,8 @@ class _Run:
                 f"needed with --activation-memory low, lower or minimal, with --accumulate "
                 f"{2 * self.c.accumulate}, or with a --batch below {self.c.batch}"
             ) from error
+        if self.recorded is not None:
+            return self.finish_recorded(x, y, float(loss), buffers)
         if self.processes > 1:
             dist.all_reduce(loss, op=dist.ReduceOp.SUM)
             loss /= self.processes
@@ -332,10 +349,31 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.count()
+        return value, norm
+
+    def count(self) -> None:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        return value, norm
+
+    def replay(self, x: Tensor, y: Tensor) -> Tensor:
+        """The whole step as `training_step` takes it: its loss."""
+        assert self.recorded is not None
+        images = x.to(self.device, memory_format=self.layout, non_blocking=True)
+        return self.recorded(images, y)
+
+    def finish_recorded(
+        self, x: Tensor, y: Tensor, loss: float, buffers: list[Tensor]
+    ) -> tuple[float, float]:
+        assert self.recorded is not None and self.recorded.gradient_norm is not None
+        norm = float(self.recorded.gradient_norm)
+        finite = float("-inf") < loss < float("inf")
+        if not finite or not (self.scaler.is_enabled() or norm < float("inf")):
+            self.backward(x, y)  # the update was left out: the gradients that would not do, anew
+            self.stop_at(x, loss, buffers)
+        self.count()
+        return loss, norm
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.c

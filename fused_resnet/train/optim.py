@@ -66,9 +66,12 @@ class Lamb(Optimizer):
 
 
 def make_optimizer(
-    name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float
-) -> Optimizer:
-    """Weight decay on tensors of more than one dimension alone: not on biases and norms."""
+    name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float,
+    recorded: bool = False,
+) -> Optimizer:  # fmt: skip
+    """Weight decay on tensors of more than one dimension alone: not on biases and norms.
+
+    recorded: as a CUDA graph needs them, SGD and AdamW."""
     if name not in NAMES:
         raise ValueError(f"--optimizer must be one of {', '.join(NAMES)}, got {name!r}")
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -77,8 +80,11 @@ def make_optimizer(
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     if name == "sgd":
-        return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
-    return AdamW(groups, lr=lr) if name == "adamw" else Lamb(groups, lr=lr)
+        fused = recorded or None
+        return SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
+    if name == "adamw":
+        return AdamW(groups, lr=lr, fused=recorded or None, capturable=recorded)
+    return Lamb(groups, lr=lr)
 
 
 def make_schedule(optimizer: Optimizer, steps: int, warmup: int) -> LRScheduler:

@@ -1,0 +1,127 @@
+"""A training step's convolutions by this package's CUDA kernels, which take the statistics of the
+norm behind them on the way: z is not read once more for those.
+
+    z = conv(x, weight),   mean[k], var[k] = over pixels of z[., k] as it is stored
+
+Who computes a convolution is decided by `tuning`, from what `fused-resnet tune` has measured: these
+kernels serve where native was the fastest, by a tile of sm_80's; Hopper's own takes no statistics
+yet. What nobody has measured is cuDNN's, with `bn_add_relu` behind it, as everywhere else, unless
+the native backend is forced.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from . import backends, cuda_conv, tuning
+from .convolution import output_shape
+from .gemm import (
+    Problem,
+    capability,
+    channels_last_empty,
+    channels_last_strides,
+    multiprocessors,
+    operands_of,
+)
+from .train_kernels import Geometry, Norm, Normed, Portable, vector
+
+
+class Cuda(Portable):
+    """State of a norm: mean and variance (C,), and what the mean's rounding took off; that is None
+    where the statistics came with no convolution."""
+
+    def _config(self, x: Tensor, weight: Tensor, g: Geometry) -> Any:
+        """The tile and splits by which the kernel computes it for this x, or None: cuDNN does."""
+        out = output_shape(x.shape, weight.shape, *g)
+        if out is None or x.stride() != channels_last_strides(x.shape):
+            return None
+        K, C, R, S = weight.shape
+        if C * x.element_size() % 16 or not backends.gpu_kernels(x.device.type):
+            return None
+        pixels = out[0] * out[2] * out[3]
+        problem = Problem(pixels, K, C, R, S, g.groups, g.stride[1], operands_of(x.dtype))
+        found = tuning.choice(problem, x.device, backends.conv_contenders())
+        forced = backends.forced() is not None
+        if found is None or found.backend != "native":
+            return None
+        if not forced and math.isinf(found.time_s):
+            return None
+        config = found.config
+        if config.tile == cuda_conv.STEM or cuda_conv.tiles()[config.tile]["architecture"] != 80:
+            if not forced:
+                return None
+            device = capability(x.device), multiprocessors(x.device)
+            config = cuda_conv.choose_tile(problem, *device, reached=False)
+        return config
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        config = self._config(x, weight, g)
+        if config is None:
+            return super().convolution(x, weight, g), None
+        return self.convolve_by(config, x, weight, g)
+
+    def convolve_by(
+        self, config: cuda_conv.CudaConfig, x: Tensor, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`convolve` by a tile of sm_80's, and splits. x: channels_last."""
+        out = output_shape(x.shape, weight.shape, *g)
+        assert out is not None
+        z = channels_last_empty(out, x)
+        rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, R, S, C)
+        statistics, pixels = cuda_conv.ops().convolution_statistics(
+            cuda_conv.aligned(x), cuda_conv.aligned(rows), z, g.stride, g.padding, g.dilation,
+            g.groups, config.tile, config.splits,
+        )  # fmt: skip
+        count = z.numel() // z.shape[1]
+        return z, tuple(cuda_conv.ops().bn_merge_statistics(statistics, count, pixels))
+
+    def convolution(
+        self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
+    ) -> Tensor:
+        """By whoever computed it before: in backward some are computed again, to the last bit."""
+        if residual is not None:
+            return super().convolution(x, weight, g, residual)
+        return self.convolve(x, weight, g)[0]
+
+    def normalise(
+        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        y, state = super().normalise(x, norm, residual, relu)
+        return y, (*state, None)
+
+    def statistics(self, x: Tensor, group: Any = None) -> tuple[Any, ...]:
+        return (*super().statistics(x, group), None)
+
+    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+        x, norm, (mean, var, rest) = normed
+        if rest is None:
+            return super().apply(normed, residual, relu)
+        if isinstance(residual, Normed):
+            residual = self.apply(residual, None, relu=False)
+        return cuda_conv.ops().bn_normalise(
+            x, mean, var, rest, vector(norm.weight, x), vector(norm.bias, x), residual, norm.eps,
+            relu,
+        )  # fmt: skip
+
+    def norm_gradients(
+        self,
+        dy: Tensor,
+        y: Tensor | None,
+        normed: Normed,
+        other: Normed | None = None,
+        *,
+        alone: bool,
+        masked: bool = False,
+    ) -> Any:
+        normed = normed._replace(state=normed.state[:2])
+        if other is not None:
+            other = other._replace(state=other.state[:2])
+        return super().norm_gradients(dy, y, normed, other, alone=alone, masked=masked)
+
+
+CUDA = Cuda()
