@@ -62,6 +62,7 @@ def work(contender: str, depth: int, batch: int, size: int) -> None:
         step()
         print(json.dumps({"saved_bytes": saved_bytes(Step(forward, model))}), flush=True)
         for _ in sys.stdin:
+            step()  # caches, and memory that the host took back, are the others' until then
             print(step(), flush=True)
 
 
