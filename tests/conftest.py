@@ -113,6 +113,14 @@ def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "options", quick)
 
 
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of every recording of a training step; on the CPU they are played ones."""
+    import recorded_steps
+
+    return recorded_steps.play(monkeypatch)
+
+
 @pytest.fixture(autouse=True)
 def same_start() -> Iterator[None]:
     """Every test starts from one seed and leaves the global switches as it found them."""

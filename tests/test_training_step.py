@@ -1,135 +1,23 @@
-"""`fr.training_step`: one callable for a step of training, by CUDA graph on a GPU.
-
-Without a GPU a recording is played: recording does nothing, as on a GPU, but what Python counts; a
-replay computes the step again from the memory it was recorded with, by the settings it was recorded
-with, and leaves no version counter moved.
-"""
+"""`fr.training_step`: one callable for a step of training, by CUDA graph on a GPU; without one a
+recording is played (recorded_steps.py)."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
 import torch
 from model_helpers import randomise
+from recorded_steps import DEVICE, LOG, module
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import fused_resnet as fr
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-module = __import__("sys").modules["fused_resnet.training_step"]
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 BIG = 1.5 * 2.0**127  # a scale that overflows
 loss_of = nn.functional.cross_entropy
-
-
-class Stream:
-    """Stands for a CUDA stream, and notes who waited for whom."""
-
-    def __init__(self, name="side"):
-        self.name = name
-
-    def wait_stream(self, other):
-        LOG.append(f"{self.name} waits for {other.name}")
-
-    def wait_event(self, event):
-        LOG.append(f"{self.name} waits for the last turn")
-
-
-class Event:
-    def record(self, stream):
-        LOG.append(f"{stream.name} ends its turn")
-
-
-class Graph:
-    """Stands for a CUDA graph of the step whose `_run` was called while it recorded."""
-
-    def replay(self):
-        LOG.append("replay")
-        step, x, target, loss, norm, groups = self.call
-        optimizer = step.optimizer
-        now = [dict(group) for group in optimizer.param_groups]
-        versions = [(t, t._version) for t in world(step)]
-        for group, then in zip(optimizer.param_groups, groups, strict=True):
-            group.update(then)
-        again = RUN(step, x, target)
-        loss.data.copy_(again)
-        if norm is not None:
-            norm.data.copy_(step.gradient_norm)
-        for group, then in zip(optimizer.param_groups, now, strict=True):
-            group.update(then)
-        for t, version in versions:
-            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
-
-
-LOG: list[str] = []
-RUN = module.TrainingStep._run
-
-
-def world(step):
-    """Every tensor that a step may write."""
-    states = [t for s in step.optimizer.state.values() for t in s.values()]
-    scaler = [] if step.scaler is None else [step.scaler._scale, step.scaler._growth_tracker]
-    return [*step.model.parameters(), *step.model.buffers(), *states, *scaler]
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """The shapes of every recording made; on the CPU played ones."""
-    made, recording = [], []
-    record = module.TrainingStep._record
-
-    def noted(step, memory, x, target):
-        made.append(tuple(x.shape))
-        return record(step, memory, x, target)
-
-    monkeypatch.setattr(module.TrainingStep, "_record", noted)
-    if DEVICE == "cuda":
-        return made
-    LOG.clear()
-    current = [Stream("main")]
-
-    @contextlib.contextmanager
-    def stream(on):
-        current.append(on)
-        yield
-        current.pop()
-
-    @contextlib.contextmanager
-    def graph(made, *, pool, stream, capture_error_mode):
-        LOG.append(f"record on {stream.name}")
-        recording.append(made)
-        yield
-        recording.pop()
-        LOG.append("recorded")
-
-    def run(step, x, target):
-        LOG.append(f"step on {current[-1].name}")
-        if not recording:
-            return RUN(step, x, target)
-        assert all(p.grad is None for p in step.model.parameters())
-        before = [(t, t.detach().clone()) for t in world(step)]
-        groups = [{k: v for k, v in g.items() if k != "params"}
-                  for g in step.optimizer.param_groups]  # fmt: skip
-        loss = RUN(step, x, target)
-        for t, content in before:
-            t.data.copy_(content)
-        loss.data.fill_(float("nan"))
-        recording[-1].call = (step, x, target, loss, step.gradient_norm, groups)
-        return loss
-
-    monkeypatch.setattr(module.TrainingStep, "_run", run)
-    monkeypatch.setattr(module, "_on_gpu", lambda device: True)
-    for name, fake in {
-        "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph, "stream": stream,
-        "current_stream": lambda: current[-1], "graph_pool_handle": object,
-        "device": lambda device: contextlib.nullcontext(),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return made
 
 
 @pytest.fixture
@@ -628,75 +516,3 @@ def test_dropout_draws_anew(graphs):
     x, target = torch.randn(8, 64, device=DEVICE), torch.zeros(8, dtype=torch.int64, device=DEVICE)
     losses = {float(step(x, target)) for _ in range(8)}
     assert len(losses) == 8 and len(graphs) == 1
-
-
-# --- `fused-resnet train --cuda-graph` ------------------------------------------------------------
-
-
-@pytest.fixture
-def trains(tmp_path, monkeypatch):
-    """run(resume=, **options of train.Config) on a few digits -> losses."""
-    for package in ("torchvision", "torchmetrics", "sklearn"):
-        pytest.importorskip(package, reason="training needs the train extra")
-    from fused_resnet import train
-    from fused_resnet.train import data, state
-
-    found = data._digits(16)
-    few = found._replace(train=(found.train[0][:160], found.train[1]),
-                         test=(found.test[0][:50], found.test[1]))  # fmt: skip
-    monkeypatch.setattr(data, "load", lambda *_: few)
-    shared = dict(model="cifar_resnet8", image_size=16, batch=32, warmup=0.5, device=DEVICE)
-
-    def run(name="run", resume=False, **options):
-        config = train.Config(**{**shared, "epochs": 2, "out": str(tmp_path / name), **options})
-        train.run(config, resume=resume)
-        rows = state.read_metrics(tmp_path / name / "metrics.jsonl")
-        return [row["loss"] for row in rows if "loss" in row]
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"clip": 0.5, "ema": 0.9}, {"optimizer": "adamw", "amp": "bfloat16", "label_smoothing": 0.1}],
-    ids=str,
-)
-def test_the_command_trains_as_without(trains, graphs, options):
-    want = trains("without", **options)
-    found = trains(cuda_graph=True, **options)
-    assert len(found) == 10 and graphs == [(32, 3, 16, 16)]
-    assert found == pytest.approx(want, rel=1e-3 if DEVICE == "cpu" else 0.1)
-
-
-def test_the_command_goes_on(trains, graphs, monkeypatch):
-    """With the optimizer's state loaded anew; and a step of no finite number is the one it stops
-    at, as if it had not been taken."""
-    from fused_resnet.train import NonFinite, loop
-
-    options = {"optimizer": "adamw", "cuda_graph": True, "checkpoint_every": 2}
-    want = trains("whole", **options)
-    replay = loop._Run.replay
-
-    def poisoned(run, x, y):
-        return replay(run, x * float("nan") if run.step == 4 and not done else x, y)
-
-    done, seen = [], len(graphs)
-    monkeypatch.setattr(loop._Run, "replay", poisoned)
-    with pytest.raises(NonFinite, match=r"step 5: the loss is nan; .* is of step 4"):
-        trains(**options)
-    assert len(graphs) == seen + 1
-    done.append(1)
-    found = trains(resume=True, **options)
-    assert found == pytest.approx(want, rel=1e-4 if DEVICE == "cpu" else 0.1)
-    assert len(graphs) == seen + 2
-
-
-def test_the_commands_refusals(trains, tmp_path):
-    for options, words in (
-        ({"optimizer": "lamb"}, "--cuda-graph is for --optimizer sgd or adamw"),
-        ({"accumulate": 2}, "and --accumulate 1, got sgd and 2"),
-        ({"device": "cpu"}, "--cuda-graph needs a GPU, the parameters are on cpu"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            trains(cuda_graph=True, **options)
-    assert not (tmp_path / "run").exists()

@@ -1,0 +1,118 @@
+"""A played recording, for the tests of `fr.training_step` without a GPU: recording does nothing,
+as on a GPU, but what Python counts; a replay computes the step again from the memory it was
+recorded with, by the settings it was recorded with, and leaves no version counter moved."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+import torch
+
+module = importlib.import_module("fused_resnet.training_step")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Stream:
+    """Stands for a CUDA stream, and notes who waited for whom."""
+
+    def __init__(self, name="side"):
+        self.name = name
+
+    def wait_stream(self, other):
+        LOG.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event):
+        LOG.append(f"{self.name} waits for the last turn")
+
+
+class Event:
+    def record(self, stream):
+        LOG.append(f"{stream.name} ends its turn")
+
+
+class Graph:
+    """Stands for a CUDA graph of the step whose `_run` was called while it recorded."""
+
+    def replay(self):
+        LOG.append("replay")
+        step, x, target, loss, norm, groups = self.call
+        optimizer = step.optimizer
+        now = [dict(group) for group in optimizer.param_groups]
+        versions = [(t, t._version) for t in world(step)]
+        for group, then in zip(optimizer.param_groups, groups, strict=True):
+            group.update(then)
+        again = RUN(step, x, target)
+        loss.data.copy_(again)
+        if norm is not None:
+            norm.data.copy_(step.gradient_norm)
+        for group, then in zip(optimizer.param_groups, now, strict=True):
+            group.update(then)
+        for t, version in versions:
+            torch._C._autograd._unsafe_set_version_counter((t,), (version,))
+
+
+LOG: list[str] = []
+RUN = module.TrainingStep._run
+
+
+def world(step):
+    """Every tensor that a step may write."""
+    states = [t for s in step.optimizer.state.values() for t in s.values()]
+    scaler = [] if step.scaler is None else [step.scaler._scale, step.scaler._growth_tracker]
+    return [*step.model.parameters(), *step.model.buffers(), *states, *scaler]
+
+
+def play(monkeypatch):
+    """The shapes of every recording made; on the CPU played ones."""
+    made, recording = [], []
+    record = module.TrainingStep._record
+
+    def noted(step, memory, x, target):
+        made.append(tuple(x.shape))
+        return record(step, memory, x, target)
+
+    monkeypatch.setattr(module.TrainingStep, "_record", noted)
+    if DEVICE == "cuda":
+        return made
+    LOG.clear()
+    current = [Stream("main")]
+
+    @contextlib.contextmanager
+    def stream(on):
+        current.append(on)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def graph(made, *, pool, stream, capture_error_mode):
+        LOG.append(f"record on {stream.name}")
+        recording.append(made)
+        yield
+        recording.pop()
+        LOG.append("recorded")
+
+    def run(step, x, target):
+        LOG.append(f"step on {current[-1].name}")
+        if not recording:
+            return RUN(step, x, target)
+        assert all(p.grad is None for p in step.model.parameters())
+        before = [(t, t.detach().clone()) for t in world(step)]
+        groups = [{k: v for k, v in g.items() if k != "params"}
+                  for g in step.optimizer.param_groups]  # fmt: skip
+        loss = RUN(step, x, target)
+        for t, content in before:
+            t.data.copy_(content)
+        loss.data.fill_(float("nan"))
+        recording[-1].call = (step, x, target, loss, step.gradient_norm, groups)
+        return loss
+
+    monkeypatch.setattr(module.TrainingStep, "_run", run)
+    monkeypatch.setattr(module, "_on_gpu", lambda device: True)
+    for name, fake in {
+        "Stream": Stream, "Event": Event, "CUDAGraph": Graph, "graph": graph, "stream": stream,
+        "current_stream": lambda: current[-1], "graph_pool_handle": object,
+        "device": lambda device: contextlib.nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return made
