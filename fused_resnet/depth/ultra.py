@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _SHALLOW = 20  # layers, beside which time per layer is held
 _TIMED = 5  # steps
-_WORKSPACE = 6 * 2**20  # bytes that a step's kernels need beside activations, as measured
+_WORKSPACE = 4 * 2**20  # bytes that a step's kernels need beside activations, as measured
 
 
 class TooDeep(RuntimeError):
