@@ -131,6 +131,8 @@ def group_of(bn: Any) -> Any:
 def agreed(draws: Tensor, norms: Iterable[Any]) -> Tensor:
     """Random numbers by which processes choose what they compute: where one of the norms is
     synchronised, those of its group's first process, since all must meet at the same norms."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return draws  # before going through every module, at every step
     group = next((g for g in map(group_of, norms) if g is not None), None)
     if group is not None:
         dist.broadcast(draws, dist.get_global_rank(group, 0), group=group)

@@ -119,7 +119,7 @@ class Passes:
 
     def __exit__(self, *_: object) -> None:
         self.convolutions, self.input_gradients, self.weight_gradients = (
-            now - before for now, before in zip(self._now(), self._before, strict=True)
+            after - before for before, after in zip(self._before, self._now(), strict=True)
         )
 
     @staticmethod
