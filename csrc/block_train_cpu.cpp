@@ -45,6 +45,10 @@ struct Conv {
     return convolution(x, weight, false, residual, false, stride, padding, dilation);
   }
 
+  std::tuple<Tensor, Tensor> run_with_statistics(const Tensor& x) const {
+    return convolution_and_statistics(x, weight, stride, padding, dilation);
+  }
+
   Tensor weight_gradient(const Tensor& dy, const Tensor& x) const {
     return convolution_weight_gradient(dy, x, weight.size(2), weight.size(3), stride, padding,
                                        dilation);
@@ -222,23 +226,24 @@ std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
         " numbers, got ", keep.size());
   Kept kept{{}, std::vector<std::optional<Tensor>>(main - 1), {}};
   kept.outputs.resize(n);
-  const auto normed = [&](size_t i, const Tensor& z) {
+  const auto normed = [&](size_t i, const Tensor& source) {
+    auto [z, found] = block.convs[i].run_with_statistics(source);
     if (keep[i]) kept.outputs[i] = z;
-    return Normed{z, bn_statistics(z), &block.norms[i]};
+    return Normed{z, found, &block.norms[i]};
   };
   std::vector<std::optional<Tensor>> statistics(n);
   Tensor h = x;
   for (size_t i = 0; i + 1 < main; ++i) {
-    const Normed found = normed(i, block.convs[i].run(h));
+    const Normed found = normed(i, h);
     statistics[i] = found.statistics;
     h = normalised(found);
     if (keep[n + i]) kept.inner[i] = h;
   }
-  const Normed last = normed(main - 1, block.convs[main - 1].run(h));
+  const Normed last = normed(main - 1, h);
   statistics[main - 1] = last.statistics;
   std::optional<Tensor> y;
   if (block.shortcut == kProjection) {
-    const Normed branch = normed(main, block.convs[main].run(x));
+    const Normed branch = normed(main, x);
     statistics[main] = branch.statistics;
     y = normalised(last, branch);
   } else {
@@ -379,15 +384,15 @@ std::vector<Tensor> preact_forward(Tensor x, std::vector<Tensor> operands,
         " numbers, got ", keep.size());
   Kept kept{
       std::vector<std::optional<Tensor>>(main - 1), std::vector<std::optional<Tensor>>(main), {}};
-  Tensor z = x, h = x, source = x;
+  Tensor z = x, h = x, source = x, statistics = bn_statistics(x);
   for (size_t i = 0; i < main; ++i) {
-    const Normed normed{z, bn_statistics(z), &block.norms[i]};
+    const Normed normed{z, statistics, &block.norms[i]};
     kept.statistics.push_back(normed.statistics);
     h = normalised(normed);
     if (keep[main - 1 + i]) kept.inner[i] = h;
     if (i == 0 && shared) source = h;
     if (i + 1 < main) {
-      z = block.convs[i].run(h);
+      std::tie(z, statistics) = block.convs[i].run_with_statistics(h);
       if (keep[i]) kept.outputs[i] = z;
     }
   }

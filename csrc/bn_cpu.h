@@ -16,6 +16,14 @@ constexpr int64_t kCentreValues = 16;  // values per channel that a first guess 
 constexpr int64_t kPadding = 16;       // the widest vector's lanes
 constexpr int64_t kShortRow = 256;     // rows shorter than this are joined into longer ones
 
+// How many rows of C values are taken for one: short rows are joined into longer ones that are a
+// multiple of a vector, as if there were so many times as many channels: no lanes idle, and a sum
+// is not needed again at once.
+inline int64_t rows_joined(int64_t C) {
+  const int64_t whole = kPadding / std::gcd(std::max<int64_t>(C, 1), kPadding);
+  return C > 0 && C < kShortRow ? (kShortRow / C + whole - 1) / whole * whole : 1;
+}
+
 // The pieces of a tensor that threads take: rows or segments of planes.
 struct Plan {
   Layout4d layout;
@@ -28,11 +36,7 @@ struct Plan {
     const auto [N, C, HW, channels_last] = layout;
     count = N * HW;
     if (channels_last) {
-      // Short rows are joined into longer ones that are a multiple of a vector, as if there were
-      // `joined` times as many channels: no lanes idle, and a sum is not needed again at once.
-      const int64_t whole = kPadding / std::gcd(std::max<int64_t>(C, 1), kPadding);
-      const int64_t joined =
-          C > 0 && C < kShortRow ? (kShortRow / C + whole - 1) / whole * whole : 1;
+      const int64_t joined = rows_joined(C);
       walk.period = C * joined;
       items = count / joined;
       leftover = count % joined;
@@ -104,55 +108,144 @@ struct Statistics {
   std::vector<double> mean, var;  // (C,)
 };
 
-inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype) {
+// Mean and variance of `count` values with s1 = sum(x - centre) and s2 = sum((x - centre)^2), into
+// channel c; false where they are no finite numbers.
+inline bool set_moments(Statistics& to, int64_t c, double count, double centre, double s1,
+                        double s2) {
+  const double shift = s1 / count;
+  to.mean[c] = centre + shift;
+  // An infinite sum of squares stays infinite instead of Inf - Inf.
+  const double squares = std::isfinite(s2) ? s2 - s1 * shift : s2;
+  to.var[c] = squares < 0 ? 0.0 : squares / count;
+  return std::isfinite(to.mean[c]) && std::isfinite(s2);
+}
+
+inline Statistics no_statistics(int64_t C) {
+  const std::vector<double> zeros(static_cast<size_t>(C), 0.0);
+  return {zeros, zeros};
+}
+
+// Statistics of x (N, C, H, W), channels_last, not float64, whose pixels tasks come by piece by
+// piece. Each task adds up about a centre of its own, the mean of its first few pixels: near enough
+// to the mean for sums in double, and exact for a constant channel.
+class RowStatistics {
+ public:
+  RowStatistics(const Tensor& x, int64_t tasks)
+      : C_(x.size(1)),
+        bytes_(static_cast<int64_t>(x.element_size())),
+        dtype_(dtype_index("statistics", "x", x)),
+        joined_(rows_joined(C_)),
+        tasks_(static_cast<size_t>(tasks)) {}
+
+  // x: the first of `rows` pixels that no task has added before
+  void add(int64_t task, const char* x, int64_t rows) {
+    if (rows == 0) return;
+    Sums& sums = tasks_[task];
+    if (sums.rows == 0) start(sums, x, rows);
+    sums.rows += rows;
+    const auto kernel = cpu_kernels().bn_stats_rows[dtype_];
+    const int64_t whole = rows / joined_, rest = rows % joined_;
+    kernel(Walk{C_ * joined_, 0, 0, 0}, x, 0, whole, sums.centre.data(), sums.s1.data(),
+           sums.s2.data());
+    if (rest > 0)
+      kernel(Walk{C_ * rest, 0, 0, 0}, x + whole * joined_ * C_ * bytes_, 0, 1, sums.centre.data(),
+             sums.s1.data(), sums.s2.data());
+  }
+
+  // Of all pixels; nothing where squares overflow float32 or a value is no finite number.
+  std::optional<Statistics> finish() const {
+    Statistics result = no_statistics(C_);
+    const Sums* first = nullptr;
+    std::vector<double> s1(static_cast<size_t>(C_), 0.0), s2(s1);
+    double count = 0;
+    for (const Sums& sums : tasks_) {
+      if (sums.rows == 0) continue;
+      if (!first) first = &sums;
+      count += static_cast<double>(sums.rows);
+      for (int64_t c = 0; c < C_; ++c) {
+        double t1 = 0, t2 = 0;
+        for (int64_t j = c; j < C_ * joined_; j += C_) t1 += sums.s1[j], t2 += sums.s2[j];
+        const double d = sums.centre[c] - first->centre[c];
+        s1[c] += t1 + static_cast<double>(sums.rows) * d;
+        s2[c] += t2 + d * (2 * t1 + static_cast<double>(sums.rows) * d);
+      }
+    }
+    if (!first) return result;
+    bool finite = true;
+    for (int64_t c = 0; c < C_; ++c)
+      finite = set_moments(result, c, count, first->centre[c], s1[c], s2[c]) && finite;
+    return finite ? std::optional<Statistics>(result) : std::nullopt;
+  }
+
+ private:
+  struct Sums {
+    int64_t rows = 0;
+    std::vector<double> centre, s1, s2;  // (joined * C,)
+  };
+
+  void start(Sums& sums, const char* x, int64_t rows) const {
+    const auto period = static_cast<size_t>(C_ * joined_);
+    const int64_t some = std::min(kCentreValues, rows);
+    std::vector<double> unused(static_cast<size_t>(C_), 0.0);
+    const std::vector<double> zeros(unused);
+    sums.centre.assign(period, 0.0), sums.s1.assign(period, 0.0), sums.s2.assign(period, 0.0);
+    cpu_kernels().bn_stats_rows_double[dtype_](Walk{C_, 0, 0, 0}, x, 0, some, zeros.data(),
+                                               sums.centre.data(), unused.data());
+    for (int64_t c = 0; c < C_; ++c) sums.centre[c] /= static_cast<double>(some);
+    for (int64_t j = C_; j < C_ * joined_; ++j) sums.centre[j] = sums.centre[j - C_];
+  }
+
+  int64_t C_, bytes_;
+  DtypeIndex dtype_;
+  int64_t joined_;
+  std::vector<Sums> tasks_;
+};
+
+// The same of all of x at a time, and of planes. `twice`: float64, or squares that overflow
+// float32, or Inf and NaN in x: two passes in double.
+inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype,
+                             bool twice = false) {
   const CpuKernels& kernels = cpu_kernels();
   const bool rows = plan.layout.channels_last;
   const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
   const double count = static_cast<double>(plan.count);
-  Statistics result{std::vector<double>(static_cast<size_t>(C), 0.0),
-                    std::vector<double>(static_cast<size_t>(C), 0.0)};
+  Statistics result = no_statistics(C);
   if (plan.count == 0) return result;
   std::array<std::vector<double>, 2> sums;
   const auto& [s1, s2] = sums;
   const auto pass = [&](const std::vector<double>& centre, bool in_double) {
     const std::vector<double> centres = spread<double>(plan, centre);
-    const auto kernel =
-        rows ? (in_double ? kernels.bn_stats_rows_double : kernels.bn_stats_rows)[dtype]
-             : (in_double ? kernels.bn_stats_planes_double : kernels.bn_stats_planes)[dtype];
+    const auto kernel = rows        ? kernels.bn_stats_rows_double[dtype]
+                        : in_double ? kernels.bn_stats_planes_double[dtype]
+                                    : kernels.bn_stats_planes[dtype];
     add_up(plan, sums, [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& own) {
       kernel(walk, x_ptr + first * size, begin, end, centres.data(), own[0], own[1]);
     });
     bool finite = true;
-    for (int64_t c = 0; c < C; ++c) {
-      const double shift = s1[c] / count;
-      result.mean[c] = centre[c] + shift;
-      // An infinite sum of squares stays infinite instead of Inf - Inf.
-      const double squares = std::isfinite(s2[c]) ? s2[c] - s1[c] * shift : s2[c];
-      result.var[c] = squares < 0 ? 0.0 : squares / count;
-      finite = finite && std::isfinite(result.mean[c]) && std::isfinite(s2[c]);
-    }
+    for (int64_t c = 0; c < C; ++c)
+      finite = set_moments(result, c, count, centre[c], s1[c], s2[c]) && finite;
     return finite;
   };
-  if (dtype != kFloat64) {
-    // The centre is the mean of each channel's first few values: near enough to the mean for sums
-    // in double, and exact for a constant channel.
+  if (dtype != kFloat64 && !twice && rows) {
+    const Split split(plan.count, 1, kSmallestPiece / std::max<int64_t>(C, 1));
+    RowStatistics found(x, split.tasks);
+    split.run([&](int64_t task, int64_t begin, int64_t end) {
+      found.add(task, x_ptr + begin * C * size, end - begin);
+    });
+    if (auto done = found.finish()) return *done;
+  } else if (dtype != kFloat64 && !twice) {
+    // The centre is the mean of each channel's first few values.
     std::vector<double> centre(static_cast<size_t>(C), 0.0);
     std::vector<double> unused(static_cast<size_t>(C), 0.0);
     const std::vector<double> zeros(static_cast<size_t>(C), 0.0);
-    const auto add = kernels.bn_stats_rows_double[dtype];
-    const int64_t some = std::min(kCentreValues, rows ? plan.count : plan.layout.HW);
-    if (rows) {
-      add(Walk{C, 0, 0, 0}, x_ptr, 0, some, zeros.data(), centre.data(), unused.data());
-    } else {
-      for (int64_t c = 0; c < C; ++c)
-        add(Walk{1, 0, 0, 0}, x_ptr + c * plan.layout.HW * size, 0, some, zeros.data(), &centre[c],
-            &unused[c]);
-    }
+    const int64_t some = std::min(kCentreValues, plan.layout.HW);
+    for (int64_t c = 0; c < C; ++c)
+      kernels.bn_stats_rows_double[dtype](Walk{1, 0, 0, 0}, x_ptr + c * plan.layout.HW * size, 0,
+                                          some, zeros.data(), &centre[c], &unused[c]);
     for (double& c : centre) c /= static_cast<double>(some);
     if (pass(centre, false)) return result;
   }
-  // float64, or squares that overflow float32, or Inf and NaN in x: two passes in double.
   pass(std::vector<double>(static_cast<size_t>(C), 0.0), true);
   const Statistics first = result;
   pass(first.mean, true);
@@ -208,6 +301,16 @@ inline void check_rows(const char* op, const char* name, const Tensor& t, int64_
             t.size(1) == C && t.is_cpu() && is_dense(t) && (C <= 1 || t.stride(1) == 1),
         op, ": ", name, " must be float64 of shape (", rows, ", ", C, "), got ",
         name_of(t.scalar_type()), " of shape ", shape_of(t));
+}
+
+// A new (rows, C) tensor, float64.
+inline Tensor to_rows(const Tensor& x, const std::vector<const std::vector<double>*>& rows,
+                      int64_t C) {
+  Tensor out =
+      torch::stable::new_empty(x, {static_cast<int64_t>(rows.size()), C}, ScalarType::Double);
+  auto* p = static_cast<double*>(out.mutable_data_ptr());
+  for (const auto* row : rows) p = std::copy(row->begin(), row->end(), p);
+  return out;
 }
 
 inline std::vector<double> row_of(const Tensor& t, int64_t row) {

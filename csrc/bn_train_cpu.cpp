@@ -6,18 +6,6 @@
 #include "memory_pool.h"
 
 namespace fused_resnet {
-namespace {
-
-Tensor to_rows(const Tensor& x, const std::vector<const std::vector<double>*>& rows, int64_t C) {
-  Tensor out =
-      torch::stable::new_empty(x, {static_cast<int64_t>(rows.size()), C}, ScalarType::Double);
-  auto* p = static_cast<double*>(out.mutable_data_ptr());
-  for (const auto* row : rows) p = std::copy(row->begin(), row->end(), p);
-  return out;
-}
-
-}  // namespace
-
 // x (N, C, H, W) -> (2, C) float64: mean and biased variance
 Tensor bn_statistics(Tensor x) {
   constexpr const char* op = "bn_statistics";

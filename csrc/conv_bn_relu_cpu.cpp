@@ -2,6 +2,8 @@
 // conv_bn_relu_kernels.h; weights come packed from fused_resnet/native_conv.py.
 #include "conv_bn_relu_cpu.h"
 
+#include <numeric>
+
 #include "conv_cpu.h"
 #include "memory_pool.h"
 
@@ -17,17 +19,22 @@ int64_t tiles_of(const ConvBnRelu& conv) {
 }
 int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
 
+// All blocks of channels pass over one superblock of pixels, of so many tiles, before the next
+// begins. Its part of x should stay in the second-level cache, beside the weights where those fit
+// as well.
+int64_t superblock_of(const ConvBnRelu& conv, int64_t element_bytes) {
+  const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
+  const int64_t tile_bytes = kTilePixels * conv.stride_h * conv.stride_w * conv.C * element_bytes;
+  const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
+  return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
+}
+
 // Blocks of tiles [begin, end) of tiles_of() * blocks_of().
 void run_blocks(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes, int64_t begin,
                 int64_t end) {
   const auto kernel = cpu_kernels().conv_bn_relu[dtype];
   const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
-  // All blocks of channels pass over one superblock of pixels before the next begins. Its part of
-  // x should stay in the second-level cache, beside the weights where those fit as well.
-  const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
-  const int64_t tile_bytes = kTilePixels * conv.stride_h * conv.stride_w * conv.C * element_bytes;
-  const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
-  const int64_t super = std::clamp<int64_t>(room / tile_bytes, 1, tiles);
+  const int64_t super = superblock_of(conv, element_bytes);
   while (begin < end) {
     const int64_t start = begin / (super * blocks) * super;
     const int64_t length = std::min(super, tiles - start);
@@ -39,31 +46,100 @@ void run_blocks(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes,
   }
 }
 
+int64_t winograd_tiles_of(const ConvBnRelu& conv) {
+  return conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
+}
+bool is_16(const ConvBnRelu& conv) { return conv.C == 16 && conv.K == 16; }
+
+// All blocks of groups [begin, end) of tiles, or of 16 channels tiles [begin, end); of the first,
+// blocks [block_begin, block_end) alone.
+class Winograd {
+ public:
+  explicit Winograd(const ConvBnRelu& conv) : conv_(conv) {}
+
+  void run(int64_t begin, int64_t end) const {
+    if (is_16(conv_))
+      cpu_kernels().conv_winograd_16(conv_, begin, end);
+    else
+      run_blocks(0, blocks_of(conv_), begin, end);
+  }
+
+  void run_blocks(int64_t block_begin, int64_t block_end, int64_t begin, int64_t end) const {
+    thread_local std::vector<char> memory;
+    memory.resize(static_cast<size_t>(winograd_scratch_bytes(conv_.C) + kLineBytes));
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
+    cpu_kernels().conv_bn_relu_winograd(conv_, scratch, block_begin, block_end, begin, end);
+  }
+
+ private:
+  const ConvBnRelu& conv_;
+};
+
 void run_winograd(const ConvBnRelu& conv) {
-  const int64_t tiles = conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
-  if (conv.C == 16 && conv.K == 16) {
+  const int64_t tiles = winograd_tiles_of(conv);
+  const Winograd winograd(conv);
+  if (is_16(conv)) {
     Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
-      cpu_kernels().conv_winograd_16(conv, begin, end);
+      winograd.run(begin, end);
     });
     return;
   }
-  const auto kernel = cpu_kernels().conv_bn_relu_winograd;
-  const int64_t groups = (tiles + kTilePixels - 1) / kTilePixels;
-  const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
+  const int64_t groups = (tiles + kTilePixels - 1) / kTilePixels, blocks = blocks_of(conv);
   const int64_t threads = torch::stable::get_num_threads();
   // Groups, or where they are too few to be shared out evenly, blocks; x is then transformed by
   // every thread.
   const bool by_blocks = groups < 8 * threads && blocks % threads == 0;
   Split(by_blocks ? blocks : groups, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
-    thread_local std::vector<char> memory;
-    memory.resize(static_cast<size_t>(winograd_scratch_bytes(conv.C) + kLineBytes));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
     if (by_blocks)
-      kernel(conv, scratch, begin, end, 0, groups);
+      winograd.run_blocks(begin, end, 0, groups);
     else
-      kernel(conv, scratch, 0, blocks, begin, end);
+      winograd.run(begin, end);
   });
+}
+
+// Tasks take whole rows of tiles, that is, whole rows of y.
+bool run_winograd_watched(const ConvBnRelu& conv, const Written& written) {
+  const int64_t tiles = winograd_tiles_of(conv);
+  const int64_t tiles_h = (conv.P + 1) / 2, tiles_w = (conv.Q + 1) / 2;
+  const int64_t group = is_16(conv) ? kTilesOf16 : kTilePixels;  // what is computed together
+  const int64_t granule = std::lcm(group, tiles_w);
+  if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
+  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(conv.C);
+  const auto first_pixel = [&](int64_t row) {  // of a row of tiles
+    return (row / tiles_h * conv.P + row % tiles_h * 2) * conv.Q;
+  };
+  const Winograd winograd(conv);
+  Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
+    int64_t told = begin / tiles_w;
+    for (int64_t tile = begin; tile < end; tile += at_once * group) {
+      const int64_t stop = std::min(tile + at_once * group, end);
+      if (is_16(conv))
+        winograd.run(tile, stop);
+      else
+        winograd.run(tile / group, (stop + group - 1) / group);
+      const int64_t done = stop / tiles_w;
+      if (done > told) written(task, first_pixel(told), first_pixel(done));
+      told = std::max(told, done);
+    }
+  });
+  return true;
+}
+
+bool run_direct_watched(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes,
+                        const Written& written) {
+  const int64_t tiles = tiles_of(conv), pixels = conv.N * conv.P * conv.Q;
+  if (tiles < 8 * torch::stable::get_num_threads()) return false;
+  const auto kernel = cpu_kernels().conv_bn_relu[dtype];
+  const int64_t super = superblock_of(conv, element_bytes), blocks = blocks_of(conv);
+  Split(tiles, 1, kSmallestTask).run([&](int64_t task, int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile += super) {
+      const int64_t stop = std::min(tile + super, end);
+      for (int64_t block = 0; block < blocks; ++block) kernel(conv, block, tile, stop);
+      written(task, tile * kTilePixels, std::min(stop * kTilePixels, pixels));
+    }
+  });
+  return true;
 }
 
 }  // namespace
@@ -87,6 +163,12 @@ void run_convolution(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_b
     run_winograd(conv);
   else
     run_direct(&conv, 1, dtype, element_bytes);
+}
+
+bool run_convolution_watched(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes,
+                             const Written& written) {
+  if (conv.winograd && winograd_pays(conv)) return run_winograd_watched(conv, written);
+  return run_direct_watched(conv, dtype, element_bytes, written);
 }
 
 void run_direct(const ConvBnRelu* convs, size_t count, DtypeIndex dtype, int64_t element_bytes) {

@@ -1,6 +1,8 @@
 // What the host code of convolutions on the CPU shares.
 #pragma once
 
+#include <functional>
+
 #include "common.h"
 #include "cpu_kernels.h"
 
@@ -29,6 +31,15 @@ constexpr int64_t kMostWinogradWeights = 256 * 256;
 
 // All of y, by whichever of the two kernels pays.
 void run_convolution(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes);
+
+// Told by a task of y's pixels [begin, end), all channels, as soon as it has written them, while
+// they are in its cache. Tasks are fewer than threads.
+using Written = std::function<void(int64_t task, int64_t begin, int64_t end)>;
+
+// The same, pixel for pixel, with `written` told of all of y; false, with nothing done, where there
+// is too little of it to be shared out by pixels.
+bool run_convolution_watched(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes,
+                             const Written& written);
 
 // Several of the same x by the direct kernel, every thread a share of each.
 void run_direct(const ConvBnRelu* convs, size_t count, DtypeIndex dtype, int64_t element_bytes);

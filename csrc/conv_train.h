@@ -17,6 +17,12 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation);
 
+// y = convolution(x, weight), and what bn_statistics says of it.
+std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
+                                                      std::vector<int64_t> stride,
+                                                      std::vector<int64_t> padding,
+                                                      std::vector<int64_t> dilation);
+
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation);

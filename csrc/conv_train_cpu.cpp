@@ -1,5 +1,7 @@
 // A training step's convolutions on the CPU: the convolution itself and the gradient of its input,
 // by the kernels of conv_bn_relu_kernels.h with weights packed anew, since every step changes them.
+#include "bn_cpu.h"
+#include "bn_train.h"
 #include "conv_cpu.h"
 #include "conv_train.h"
 #include "memory_pool.h"
@@ -11,14 +13,12 @@ ConvPasses& conv_passes() {
   return passes;
 }
 
-// x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
-// y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
-// is (C, K, R, S) in that notation and its taps are reversed: the gradient of a convolution of
-// stride 1 by its input. residual (N, K, P, Q), which y overwrites where `overwrite`.
-// K and C multiples of 16; padding and dilation (2,), stride (2,).
-Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
-                   bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                   std::vector<int64_t> dilation) {
+namespace {
+
+// `convolution`, and where `statistics` is given the statistics of y, (2, K) float64.
+Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
+                bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                std::vector<int64_t> dilation, std::optional<Tensor>* statistics) {
   constexpr const char* op = "convolution";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
@@ -62,7 +62,10 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   Tensor y = overwrite && residual
                  ? *residual
                  : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) {
+    if (statistics) *statistics = bn_statistics(y);
+    return y;
+  }
   ++(transposed ? conv_passes().input_gradients : conv_passes().convolutions);
   const auto size = static_cast<int64_t>(x.element_size());
 
@@ -97,8 +100,43 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   if (residual) conv.residual = residual->const_data_ptr();
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
-  run_convolution(conv, dtype, size);
+  if (!statistics) {
+    run_convolution(conv, dtype, size);
+    return y;
+  }
+  // Of what has just been written, and is still in a cache: one reading of y from memory less.
+  RowStatistics sums(y, torch::stable::get_num_threads());
+  const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
+  const bool watched =
+      run_convolution_watched(conv, dtype, size, [&](int64_t task, int64_t begin, int64_t end) {
+        sums.add(task, y_ptr + begin * K * size, end - begin);
+      });
+  if (!watched) run_convolution(conv, dtype, size);
+  const auto found = watched ? sums.finish() : std::nullopt;
+  *statistics = found ? to_rows(y, {&found->mean, &found->var}, K) : bn_statistics(y);
   return y;
+}
+
+}  // namespace
+
+// x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
+// y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
+// is (C, K, R, S) in that notation and its taps are reversed: the gradient of a convolution of
+// stride 1 by its input. residual (N, K, P, Q), which y overwrites where `overwrite`.
+// K and C multiples of 16; padding and dilation (2,), stride (2,).
+Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
+                   bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                   std::vector<int64_t> dilation) {
+  return convolve(x, weight, transposed, residual, overwrite, stride, padding, dilation, nullptr);
+}
+
+std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
+                                                      std::vector<int64_t> stride,
+                                                      std::vector<int64_t> padding,
+                                                      std::vector<int64_t> dilation) {
+  std::optional<Tensor> statistics;
+  Tensor y = convolve(x, weight, false, {}, false, stride, padding, dilation, &statistics);
+  return {y, *statistics};
 }
 
 namespace {
@@ -291,6 +329,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "convolution(Tensor x, Tensor weight, bool transposed, Tensor? residual, bool overwrite, "
       "int[] stride, int[] padding, int[] dilation) -> Tensor");
   m.def(
+      "convolution_and_statistics(Tensor x, Tensor weight, int[] stride, int[] padding, "
+      "int[] dilation) -> (Tensor, Tensor)");
+  m.def(
       "convolution_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
   m.def(
@@ -300,6 +341,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
+  m.impl("convolution_and_statistics", TORCH_BOX(fused_resnet::convolution_and_statistics));
   m.impl("narrow_weight_gradient", TORCH_BOX(fused_resnet::narrow_weight_gradient));
   m.impl("convolution_weight_gradient", TORCH_BOX(fused_resnet::convolution_weight_gradient));
 }

@@ -94,8 +94,10 @@ class Cuda(Portable):
         y, state = super().normalise(x, norm, residual, relu)
         return y, (*state, None)
 
-    def statistics(self, x: Tensor, group: Any = None) -> tuple[Any, ...]:
-        return (*super().statistics(x, group), None)
+    def statistics(
+        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+    ) -> tuple[Any, ...]:
+        return made or (*super().statistics(x, group), None)
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
         x, norm, (mean, var, rest) = normed

@@ -29,7 +29,14 @@ class Empty(Native):
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         return torch.zeros_like(weight)
 
-    def statistics(self, x: Tensor, group: Any = None) -> tuple[Tensor, ...]:
+    def convolve(
+        self, x: Tensor, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        return self.convolution(x, weight, g), None
+
+    def statistics(
+        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+    ) -> tuple[Any, ...]:
         none = torch.zeros(2, x.shape[1], dtype=torch.float64)
         return sync_batch_norm.merge(none, 0, group)
 

@@ -76,13 +76,15 @@ class PreactFunction(torch.autograd.Function):
         block, kernels = _Block(spec, tensors), spec.kernels
         last = len(block.units) - 1
         outputs, inner, moments = [x], [], []
-        for i, (_, norm) in enumerate(block.units):
-            h, state = kernels.normalise(outputs[i], norm, None, True)
+        made = None
+        for i, (weight, norm) in enumerate(block.units):
+            h, state = kernels.normalise_by(made, outputs[i], norm, None, True)
             states.append((state, kernels.count(Normed(outputs[i], norm, state))))
             inner.append(h)
             moments.append(state)
             if i < last:
-                outputs.append(block.convolve(i, h))
+                z, made = kernels.convolve(h, weight, spec.geometries[i])
+                outputs.append(z)
         y = block.convolve(last, inner[last], block.shortcut(inner[0] if spec.shared else x))
         ctx.spec = spec
         ctx.save_for_backward(

@@ -121,16 +121,22 @@ class Portable:
         return y, (mean, var)
 
     def normalise_by(
-        self, state: tuple[Any, ...] | None, x: Tensor, norm: Norm,
+        self, made: tuple[Any, ...] | None, x: Tensor, norm: Norm,
         residual: Tensor | Normed | None, relu: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
         """`normalise` by the statistics that came with x's convolution, or None: by x's own."""
-        if state is None:
+        if made is None:
             return self.normalise(x, norm, residual, relu)
+        state = self.statistics(x, norm.group, made)
         return self.apply(Normed(x, norm, state), residual, relu), state
 
-    def statistics(self, x: Tensor, group: Any = None) -> tuple[Tensor, ...]:
-        """What `normalise` would normalise x by; over a process group where that is given."""
+    def statistics(
+        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+    ) -> tuple[Any, ...]:
+        """What `normalise` would normalise x by; over a process group where that is given. `made`:
+        what came with x's convolution."""
+        if made is not None:
+            return made
         return torch.ops.fused_resnet.bn_add_relu(x, None, None, None, 1.0, False)[1:]
 
     def count(self, normed: Normed) -> int:
@@ -211,6 +217,15 @@ class Native(Portable):
             return _channels_last(super().convolution(x, weight, g, residual))
         return self._convolve(x, weight, False, residual, g.stride, g.padding, g.dilation)
 
+    def convolve(
+        self, x: Tensor, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        if not self._serves(weight, x.dtype, g):
+            return super().convolve(x, weight, g)
+        weight = _channels_last(weight.detach().float())
+        y, stats = self._ops.convolution_and_statistics(x, weight, g.stride, g.padding, g.dilation)
+        return y, (stats,)
+
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
@@ -238,8 +253,10 @@ class Native(Portable):
             dy, x, R, S, g.stride, g.padding, g.dilation
         ).to(weight.dtype)
 
-    def statistics(self, x: Tensor, group: Any = None) -> tuple[Tensor, ...]:
-        stats = self._ops.bn_statistics(x)
+    def statistics(
+        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+    ) -> tuple[Any, ...]:
+        stats = self._ops.bn_statistics(x) if made is None else made[0]
         if group is None:
             return (stats,)
         return sync_batch_norm.merge(stats, x.numel() // x.shape[1], group)

@@ -100,7 +100,7 @@ class BlockFunction(torch.autograd.Function):
         residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
         if projection:
             branch, its = kernels.convolve(x, units[-1][0], spec.geometries[-1])
-            its = kernels.statistics(branch, units[-1][1].group) if its is None else its
+            its = kernels.statistics(branch, units[-1][1].group, its)
             residual = Normed(branch, units[-1][1], its)
         y, state = kernels.normalise_by(made, z, norm, residual, True)
         moments.append(state)

@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .experiment import Config, Experiment
 
 _SHALLOW = 20  # layers, beside which time per layer is held
-_TIMED = 5  # steps
+_TIMED = 3  # steps
 _WORKSPACE = 4 * 2**20  # bytes that a step's kernels need beside activations, as measured
 
 
@@ -84,25 +85,37 @@ def costs(experiment: Experiment, depth: int, estimates: dict[str, int]) -> list
         loss.backward()
         return loss
 
-    for level in ("eager", "full", "low", "minimal"):
+    models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
+
+    @contextlib.contextmanager
+    def at(level: str) -> Iterator[None]:
         stock = level == "eager"
-        needed, available = estimates["full" if stock else level], available_bytes()
+        for model in models:
+            set_activation_memory(model, "full" if stock else level)
+        with fr.use_backend("reference") if stock else contextlib.nullcontext():
+            yield
+
+    available = available_bytes()
+    times: dict[str, list[list[float]]] = {}
+    for level in ("eager", "full", "low", "minimal"):
+        needed = estimates["full" if level == "eager" else level]
         if available is not None and needed > available:
             rows.append({"level": level, "needed_bytes": needed})
             continue
-        models = [make(c, "residual", d, 0, data.classes) for d in (_SHALLOW, depth)]
-        with fr.use_backend("reference") if stock else contextlib.nullcontext():
-            for model in models:
-                set_activation_memory(model, "full" if stock else level)
-            times: list[list[float]] = [[], []]
-            for _ in range(_TIMED):
-                for model, own in zip(models, times, strict=True):
+        times[level] = [[], []]
+    for _ in range(_TIMED):  # in turns: a busy machine slows all of them alike
+        for level, both in times.items():
+            with at(level):
+                for model, own in zip(models, both, strict=True):
+                    step(model)  # memory as this level leaves it
                     began = time.perf_counter()
                     step(model)
                     own.append((time.perf_counter() - began) * 1e3)
-            shallow, deep = (statistics.median(own[1:]) for own in times)
-            model = models[1]
-            model.zero_grad(set_to_none=True)  # or the profiler sees memory freed that it never saw
+    model = models[1]
+    for level, both in times.items():
+        shallow, deep = map(statistics.median, both)
+        model.zero_grad(set_to_none=True)  # or the profiler sees memory freed that it never saw
+        with at(level):
             rows.append({
                 "level": level, "step_ms": deep,
                 "layer_ms": deep / depth, "shallow_layer_ms": shallow / _SHALLOW,
