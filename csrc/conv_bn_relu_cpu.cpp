@@ -2,6 +2,7 @@
 // conv_bn_relu_kernels.h; weights come packed from fused_resnet/native_conv.py.
 #include "conv_bn_relu_cpu.h"
 
+#include <atomic>
 #include <numeric>
 
 #include "conv_cpu.h"
@@ -22,26 +23,45 @@ int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1)
 // All blocks of channels pass over one superblock of pixels, of so many tiles, before the next
 // begins. Its part of x should stay in the second-level cache, beside the weights where those fit
 // as well.
-int64_t superblock_of(const ConvBnRelu& conv, int64_t element_bytes) {
+int64_t superblock_of(const ConvBnRelu& conv, ConvForm form) {
+  const int64_t element_bytes = operand_bytes(form);
   const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
   const int64_t tile_bytes = kTilePixels * conv.stride_h * conv.stride_w * conv.C * element_bytes;
   const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
   return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
 }
 
+// conv for tiles [begin, end): where its x is yet to be widened, with that part of it as x, in this
+// thread's memory.
+ConvBnRelu widened(const ConvBnRelu& conv, int64_t begin, int64_t end) {
+  ConvBnRelu found = conv;
+  if (!conv.narrow) return found;
+  thread_local std::vector<float> memory;
+  const int64_t first = begin * kTilePixels;
+  const int64_t count = std::min(end * kTilePixels, conv.N * conv.P * conv.Q) - first;
+  memory.resize(std::max(memory.size(), static_cast<size_t>(count * conv.C)));
+  cpu_kernels().widen(static_cast<const char*>(conv.narrow) + first * conv.C * 2, memory.data(),
+                      count * conv.C);
+  found.x = memory.data() - first * conv.C;
+  return found;
+}
+
 // Blocks of tiles [begin, end) of tiles_of() * blocks_of().
-void run_blocks(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes, int64_t begin,
-                int64_t end) {
-  const auto kernel = cpu_kernels().conv_bn_relu[dtype];
+void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t end) {
+  const auto kernel = cpu_kernels().conv_bn_relu[form];
   const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
-  const int64_t super = superblock_of(conv, element_bytes);
+  const int64_t super = superblock_of(conv, form);
+  ConvBnRelu ready = conv;
+  int64_t ready_start = -1;
   while (begin < end) {
     const int64_t start = begin / (super * blocks) * super;
     const int64_t length = std::min(super, tiles - start);
+    if (start != ready_start) ready = widened(conv, start, start + length);
+    ready_start = start;
     const int64_t place = begin - start * blocks;
     const int64_t block = place / length, tile = place % length;
     const int64_t count = std::min(length - tile, end - begin);
-    kernel(conv, block, start + tile, start + tile + count);
+    kernel(ready, block, start + tile, start + tile + count);
     begin += count;
   }
 }
@@ -55,11 +75,11 @@ bool is_16(const ConvBnRelu& conv) { return conv.C == 16 && conv.K == 16; }
 // blocks [block_begin, block_end) alone.
 class Winograd {
  public:
-  explicit Winograd(const ConvBnRelu& conv) : conv_(conv) {}
+  Winograd(const ConvBnRelu& conv, ConvForm form) : conv_(conv), form_(form) {}
 
   void run(int64_t begin, int64_t end) const {
     if (is_16(conv_))
-      cpu_kernels().conv_winograd_16(conv_, begin, end);
+      cpu_kernels().conv_winograd_16[form_](conv_, begin, end);
     else
       run_blocks(0, blocks_of(conv_), begin, end);
   }
@@ -69,16 +89,17 @@ class Winograd {
     memory.resize(static_cast<size_t>(winograd_scratch_bytes(conv_.C) + kLineBytes));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
-    cpu_kernels().conv_bn_relu_winograd(conv_, scratch, block_begin, block_end, begin, end);
+    cpu_kernels().conv_bn_relu_winograd[form_](conv_, scratch, block_begin, block_end, begin, end);
   }
 
  private:
   const ConvBnRelu& conv_;
+  ConvForm form_;
 };
 
-void run_winograd(const ConvBnRelu& conv) {
+void run_winograd(const ConvBnRelu& conv, ConvForm form) {
   const int64_t tiles = winograd_tiles_of(conv);
-  const Winograd winograd(conv);
+  const Winograd winograd(conv, form);
   if (is_16(conv)) {
     Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
       winograd.run(begin, end);
@@ -99,7 +120,7 @@ void run_winograd(const ConvBnRelu& conv) {
 }
 
 // Tasks take whole rows of tiles, that is, whole rows of y.
-bool run_winograd_watched(const ConvBnRelu& conv, const Written& written) {
+bool run_winograd_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
   const int64_t tiles = winograd_tiles_of(conv);
   const int64_t tiles_h = (conv.P + 1) / 2, tiles_w = (conv.Q + 1) / 2;
   const int64_t group = is_16(conv) ? kTilesOf16 : kTilePixels;  // what is computed together
@@ -109,7 +130,7 @@ bool run_winograd_watched(const ConvBnRelu& conv, const Written& written) {
   const auto first_pixel = [&](int64_t row) {  // of a row of tiles
     return (row / tiles_h * conv.P + row % tiles_h * 2) * conv.Q;
   };
-  const Winograd winograd(conv);
+  const Winograd winograd(conv, form);
   Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
     int64_t told = begin / tiles_w;
     for (int64_t tile = begin; tile < end; tile += at_once * group) {
@@ -126,16 +147,16 @@ bool run_winograd_watched(const ConvBnRelu& conv, const Written& written) {
   return true;
 }
 
-bool run_direct_watched(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes,
-                        const Written& written) {
+bool run_direct_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
   const int64_t tiles = tiles_of(conv), pixels = conv.N * conv.P * conv.Q;
   if (tiles < 8 * torch::stable::get_num_threads()) return false;
-  const auto kernel = cpu_kernels().conv_bn_relu[dtype];
-  const int64_t super = superblock_of(conv, element_bytes), blocks = blocks_of(conv);
+  const auto kernel = cpu_kernels().conv_bn_relu[form];
+  const int64_t super = superblock_of(conv, form), blocks = blocks_of(conv);
   Split(tiles, 1, kSmallestTask).run([&](int64_t task, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile += super) {
       const int64_t stop = std::min(tile + super, end);
-      for (int64_t block = 0; block < blocks; ++block) kernel(conv, block, tile, stop);
+      const ConvBnRelu ready = widened(conv, tile, stop);
+      for (int64_t block = 0; block < blocks; ++block) kernel(ready, block, tile, stop);
       written(task, tile * kTilePixels, std::min(stop * kTilePixels, pixels));
     }
   });
@@ -144,46 +165,66 @@ bool run_direct_watched(const ConvBnRelu& conv, DtypeIndex dtype, int64_t elemen
 
 }  // namespace
 
-bool conv_serves(DtypeIndex dtype) {
-  if (cpu_kernels().conv_bn_relu[dtype] == nullptr) return false;
+namespace {
+
+std::atomic<int> bfloat16_choice{-1};  // -1: none
+
+// Whether there is a dot product of bfloat16, and whether it is the faster way.
+struct BFloat16Dot {
+  bool there = false, pays = false;
+  BFloat16Dot() {
 #if defined(__x86_64__)
-  return dtype != kBFloat16 || __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
+    there = __builtin_cpu_supports("avx512bf16");
+    pays = there && __builtin_cpu_is("amd");
 #endif
+  }
+};
+
+}  // namespace
+
+std::optional<ConvForm> conv_form(DtypeIndex dtype) {
+  static const BFloat16Dot dot;
+  if (!cpu_kernels().conv_bn_relu[kFloat]) return std::nullopt;
+  if (dtype == kFloat32) return kFloat;
+  if (dtype != kBFloat16) return std::nullopt;
+  const int choice = bfloat16_choice.load();
+  const bool pairs = choice < 0 ? dot.pays : dot.there && choice == 0;
+  return pairs ? kBFloatPairs : kBFloatWidened;
 }
+
+bool widens_bfloat16() { return conv_form(kBFloat16) == kBFloatWidened; }
+
+void widen_bfloat16(int choice) { bfloat16_choice = choice; }
 
 bool winograd_pays(const ConvBnRelu& c) {
   const int64_t tiles = c.N * ((c.P + 1) / 2) * ((c.Q + 1) / 2);
   return 16 * 6 * round_up(tiles, kTilePixels) < 9 * 5 * round_up(c.N * c.P * c.Q, kTilePixels);
 }
 
-void run_convolution(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes) {
+void run_convolution(const ConvBnRelu& conv, ConvForm form) {
   if (conv.winograd && winograd_pays(conv))
-    run_winograd(conv);
+    run_winograd(conv, form);
   else
-    run_direct(&conv, 1, dtype, element_bytes);
+    run_direct(&conv, 1, form);
 }
 
-bool run_convolution_watched(const ConvBnRelu& conv, DtypeIndex dtype, int64_t element_bytes,
-                             const Written& written) {
-  if (conv.winograd && winograd_pays(conv)) return run_winograd_watched(conv, written);
-  return run_direct_watched(conv, dtype, element_bytes, written);
+bool run_convolution_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
+  if (conv.winograd && winograd_pays(conv)) return run_winograd_watched(conv, form, written);
+  return run_direct_watched(conv, form, written);
 }
 
-void run_direct(const ConvBnRelu* convs, size_t count, DtypeIndex dtype, int64_t element_bytes) {
+void run_direct(const ConvBnRelu* convs, size_t count, ConvForm form) {
   int64_t all = 0;
   for (size_t i = 0; i < count; ++i) all = std::max(all, tiles_of(convs[i]) * blocks_of(convs[i]));
   const Split split(all, 1, kSmallestTask);
   const ConvBnRelu& first = convs[0];
-  const int64_t share = first.N * first.H * first.W * first.C * element_bytes / split.tasks;
+  const int64_t share = first.N * first.H * first.W * first.C * operand_bytes(form) / split.tasks;
   const int64_t turns = count == 1 ? 1 : share / kTurnBytes + 1, parts = split.tasks * turns;
   split.run([&](int64_t task, int64_t, int64_t) {
     for (int64_t part = task * turns; part < (task + 1) * turns; ++part)
       for (size_t i = 0; i < count; ++i) {
         const int64_t total = tiles_of(convs[i]) * blocks_of(convs[i]);
-        run_blocks(convs[i], dtype, element_bytes, total * part / parts,
-                   total * (part + 1) / parts);
+        run_blocks(convs[i], form, total * part / parts, total * (part + 1) / parts);
       }
   });
 }
@@ -227,13 +268,18 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   const int64_t C = layout.C, H = x.size(2), W = x.size(3), K = g[kK];
   check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
         strides_of(x), " for shape ", shape_of(x));
-  const int64_t padded = round_up(K, kBlockChannels), pair = dtype == kBFloat16 ? 2 : 1;
-  check(weight.scalar_type() == x.scalar_type() && weight.dim() == 1 && is_dense(weight) &&
+  // bfloat16 with weights in float32 is multiplied so.
+  const ConvForm form = dtype == kFloat32                           ? kFloat
+                        : weight.scalar_type() == ScalarType::Float ? kBFloatWidened
+                                                                    : kBFloatPairs;
+  const int64_t padded = round_up(K, kBlockChannels), pair = form == kBFloatPairs ? 2 : 1;
+  check((weight.scalar_type() == x.scalar_type() || form == kBFloatWidened) && weight.dim() == 1 &&
+            is_dense(weight) &&
             weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
-        op, ": weight must be packed in x's dtype for ", K, " outputs, got ",
+        op, ": weight must be packed in x's dtype or float32 for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));
   if (winograd)
-    check(dtype == kFloat32 && winograd->scalar_type() == ScalarType::Float &&
+    check(form != kBFloatPairs && winograd->scalar_type() == ScalarType::Float &&
               winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
               g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
               g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0 && winograd->numel() == 16 * C * K,
@@ -272,9 +318,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   if (!(overwrite && residual) && !pooled)
     advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
   if (y.numel() == 0) return y;
-  const std::vector<char> zeros(static_cast<size_t>(C) * x.element_size(), 0);
+  const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(form)), 0);
   ConvBnRelu conv{};
-  conv.x = x.const_data_ptr();
   conv.weight = weight.const_data_ptr();
   if (winograd) conv.winograd = winograd->const_data_ptr();
   conv.scale = static_cast<const float*>(scale.const_data_ptr());
@@ -291,7 +336,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
   conv.pointwise = conv.R * conv.S * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
                    conv.pad_w == 0 && conv.run <= C;
-  run_convolution(conv, dtype, static_cast<int64_t>(x.element_size()));
+  const Source source(conv, x, form);
+  run_convolution(conv, form);
   return y;
 }
 

@@ -29,22 +29,36 @@
 constexpr int64_t kMostTaps = 128;  // R * S of a convolution served
 constexpr int64_t kPiece = 256;     // steps in one chain of additions
 
+// How products are made. D: of the tensors in memory; X: of x and the weights as they are
+// multiplied. Widened: where the processor's dot product of bfloat16 is slower than the two
+// multiply-adds of float32 that it stands for, or missing.
 struct DotFloat32 {
   typedef Float32 D;
+  typedef Float32 X;
   static constexpr int pair = 1;
 };
 struct DotBFloat16 {
   typedef BFloat16 D;
+  typedef BFloat16 X;
   static constexpr int pair = 2;
+};
+struct DotWidened {
+  typedef BFloat16 D;
+  typedef Float32 X;
+  static constexpr int pair = 1;
 };
 
 // Stores of whole vectors. The processor's own rounding to bfloat16 is one instruction to the six
 // of BFloat16::store, of which it differs in flushing subnormal numbers to zero, as vdpbf16ps does.
-FR_INLINE void store_rounded(float* y, vf v) { store_any(y, v); }
-FR_INLINE void store_rounded(uint16_t* y, vf v) {
-  vh rounded;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
-  store_any(y, rounded);
+template <typename Dot>
+FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
+  if constexpr (Dot::pair == 2) {
+    vh rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+    store_any(y, rounded);
+  } else {
+    Dot::D::store(y, v);
+  }
 }
 
 // clang-format off
@@ -261,9 +275,10 @@ FR_INLINE void place(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
 }
 
 // y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
-template <typename D, int vectors>
+template <typename Dot, int vectors>
 FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, const int64_t* pixel,
                       int64_t pixels) {
+  typedef typename Dot::D D;
   const bool whole = k + vectors * 16 <= c.K;
   for (int64_t i = 0; i < pixels; ++i) {
     const int64_t at = pixel[i] * c.K + k;
@@ -275,7 +290,7 @@ FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, const int64
       vf value = sum[4 * i + v] * load_any<vf>(c.scale + k + j) + load_any<vf>(c.shift + k + j);
       if (__builtin_expect(whole, 1)) {
         if (c.residual) value += D::load(residual + j);
-        store_rounded(y + j, c.relu ? relu_of(value) : value);
+        store_rounded<Dot>(y + j, c.relu ? relu_of(value) : value);
       } else if (k + j < c.K) {
         const int64_t lanes = c.K - k - j < 16 ? c.K - k - j : 16;
         if (c.residual) value += D::load_n(residual + j, lanes);
@@ -321,9 +336,9 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
   int64_t row = 0, row_end = 1, written[kTilePixels];
   place(c, first, written);
   if (c.pointwise)
-    follow<typename D::T>(c, first, count, pixel);
+    follow<typename Dot::X::T>(c, first, count, pixel);
   else
-    locate<typename D::T>(c, first, count, pixel, &row, &row_end);
+    locate<typename Dot::X::T>(c, first, count, pixel, &row, &row_end);
   const int64_t taps = (row_end - row) * c.S;
   const int64_t skipped = row * c.S * (steps + single) * 64;
   // The lines that are written last are fetched first.
@@ -338,12 +353,12 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
     for (int v = 0; v < vectors; ++v) {
       const int64_t channel = c.first_channel[block * 4 + v];
       sum_pieces<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
-                         channel * static_cast<int64_t>(sizeof(typename D::T)), sum);
-      finish<D, 1>(c, sum, k + v * 16, written, count);
+                         channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), sum);
+      finish<Dot, 1>(c, sum, k + v * 16, written, count);
     }
   } else {
     sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, sum);
-    finish<D, vectors>(c, sum, k, written, count);
+    finish<Dot, vectors>(c, sum, k, written, count);
   }
 }
 
@@ -354,6 +369,13 @@ void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) 
     const int64_t first = tile * kTilePixels, left = pixels - first;
     conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels);
   }
+}
+
+void widen(const void* from, float* to, int64_t n) {
+  const auto* x = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_any(to + i, BFloat16::load(x + i));
+  for (; i < n; ++i) to[i] = BFloat16::get(x + i);
 }
 
 template <typename Dot>

@@ -1,5 +1,5 @@
-// The 3x3, stride 1 convolutions of conv_bn_relu_kernels.h in float32 by Winograd's minimal
-// filtering, F(2x2, 3x3): 16 multiplications for the 36 of a 2x2 tile of outputs.
+// The 3x3, stride 1 convolutions of conv_bn_relu_kernels.h, multiplied in float32, by Winograd's
+// minimal filtering, F(2x2, 3x3): 16 multiplications for the 36 of a 2x2 tile of outputs.
 //
 //   Y = A^T [(G g G^T) * (B^T d B)] A     d: 4x4 of x, g: 3x3 of the weights, Y: 2x2
 //
@@ -66,7 +66,7 @@ FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, 
 
 // Y = A^T M A of one tile and up to 64 outputs; m: its sums, the 16 of them 4 * kTilePixels vectors
 // apart. False where one is no finite number: then nothing was written.
-template <int vectors>
+template <typename Dot, int vectors>
 FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, const vf* m) {
   vf y[4][4], finite = {};
 #pragma GCC unroll 4
@@ -95,33 +95,32 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
   for (int i = 0; i < 4; ++i) {
     if (p + i / 2 >= c.P || q + i % 2 >= c.Q) continue;
     const int64_t pixel = (n * c.P + p + i / 2) * c.Q + q + i % 2;
-    float* out = static_cast<float*>(c.y) + pixel * c.K + k;
-    const float* residual = static_cast<const float*>(c.residual) + pixel * c.K + k;
+    auto* out = static_cast<typename Dot::D::T*>(c.y) + pixel * c.K + k;
+    const auto* residual = static_cast<const typename Dot::D::T*>(c.residual) + pixel * c.K + k;
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
       const int64_t j = v * 16;
       vf value = y[i][v] * load_any<vf>(c.scale + k + j) + load_any<vf>(c.shift + k + j);
-      if (c.residual) value += load_any<vf>(residual + j);
-      store_any(out + j, c.relu ? relu_of(value) : value);
+      if (c.residual) value += Dot::D::load(residual + j);
+      Dot::D::store(out + j, c.relu ? relu_of(value) : value);
     }
   }
   return true;
 }
 
 // The two rows of a tile, directly.
-template <int vectors>
+template <typename Dot, int vectors>
 FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t tile) {
   const int64_t tiles_w = winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
   const int64_t n = tile / (tiles_h * tiles_w);
   const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
   for (int64_t i = 0; i < 2 && p + i < c.P; ++i)
-    conv_pixels<DotFloat32, vectors>(c, block, (n * c.P + p + i) * c.Q + q,
-                                     c.Q - q < 2 ? c.Q - q : 2);
+    conv_pixels<Dot, vectors>(c, block, (n * c.P + p + i) * c.Q + q, c.Q - q < 2 ? c.Q - q : 2);
 }
 
 // One block of outputs for tiles [first, first + count): v as winograd_input left it, `room` tiles
 // apart; m: room for the sums.
-template <int vectors>
+template <typename Dot, int vectors>
 FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
                               const float* v, int64_t room, vf* m) {
   const int64_t groups = (count + kTilePixels - 1) / kTilePixels;
@@ -139,13 +138,14 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
     }
   for (int64_t tile = 0; tile < count; ++tile) {
     const vf* sums = m + tile / kTilePixels * 16 * 4 * kTilePixels + tile % kTilePixels * 4;
-    if (!winograd_output<vectors>(c, first + tile, block * 64, sums))
-      winograd_directly<vectors>(c, block, first + tile);
+    if (!winograd_output<Dot, vectors>(c, first + tile, block * 64, sums))
+      winograd_directly<Dot, vectors>(c, block, first + tile);
   }
 }
 
 // y's channels of blocks [block_begin, block_end) in tiles [7 begin, 7 end); scratch: as
 // winograd_scratch_bytes says, aligned to 64 bytes.
+template <typename Dot>
 void conv_bn_relu_winograd(const ConvBnRelu& c, void* scratch, int64_t block_begin,
                            int64_t block_end, int64_t begin, int64_t end) {
   const int64_t tiles = c.N * winograd_tiles_h(c) * winograd_tiles_w(c);
@@ -161,10 +161,10 @@ void conv_bn_relu_winograd(const ConvBnRelu& c, void* scratch, int64_t block_beg
       winograd_input(c, first + tile, 0, c.C, v + tile * c.C, room * c.C);
     for (int64_t block = block_begin; block < block_end; ++block) {
       const int64_t vectors = c.K / 16 - block * 4;
-      const auto run = vectors >= 4   ? winograd_block<4>
-                       : vectors == 3 ? winograd_block<3>
-                       : vectors == 2 ? winograd_block<2>
-                                      : winograd_block<1>;
+      const auto run = vectors >= 4   ? winograd_block<Dot, 4>
+                       : vectors == 3 ? winograd_block<Dot, 3>
+                       : vectors == 2 ? winograd_block<Dot, 2>
+                                      : winograd_block<Dot, 1>;
       run(c, block, first, count, v, room, m);
     }
   }

@@ -81,14 +81,17 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
   Tensor dx = added ? *added : pooled_channels_last(N, C, H, W, dy.scalar_type());
   if (dx.numel() == 0) return dx;
   ++conv_passes().input_gradients;
+  const ConvForm form = *conv_form(dtype);
   const auto size = static_cast<int64_t>(dy.element_size());
+  const int64_t operand_size = operand_bytes(form);
+  const Operand source(dy, form);
   auto* dx_ptr = static_cast<char*>(dx.mutable_data_ptr());
 
   // Per tap, K * C weights in the order in which the phases read them.
-  const Scratch packed(R * S * K * C * size);
+  const Scratch packed(R * S * K * C * operand_size);
   const auto padded = static_cast<size_t>(round_up(C, kBlockChannels));
   const std::vector<float> ones(padded, 1.0f), none(padded, 0.0f);
-  const std::vector<char> zeros(static_cast<size_t>(K * size), 0);
+  const std::vector<char> zeros(static_cast<size_t>(K * operand_size), 0);
   std::vector<ConvPack> packs;
   std::vector<ConvBnRelu> convs;
   int64_t taps_before = 0;
@@ -102,7 +105,7 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
       }
       ConvPack& pack = packs.emplace_back();
       pack.weight = weight.const_data_ptr();
-      pack.direct = packed.data() + taps_before * K * C * size;
+      pack.direct = packed.data() + taps_before * K * C * operand_size;
       pack.outputs = C, pack.inputs = K, pack.taps = rows.taps * columns.taps;
       pack.output_stride = 1, pack.input_stride = R * S * C;
       for (int64_t r = 0; r < rows.taps; ++r)
@@ -110,11 +113,11 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
           pack.tap_offset[r * columns.taps + s] =
               ((rows.last_tap - r * stride[0]) * S + columns.last_tap - s * stride[1]) * C;
       pack.transposed = true;
-      pack.bfloat = dtype == kBFloat16;
+      pack.form = form;
       taps_before += pack.taps;
 
       ConvBnRelu& conv = convs.emplace_back();
-      conv.x = dy.const_data_ptr(), conv.weight = pack.direct, conv.zeros = zeros.data();
+      conv.x = source.data(), conv.weight = pack.direct, conv.zeros = zeros.data();
       conv.scale = ones.data(), conv.shift = none.data();
       conv.y = dx_ptr + (a * W + b) * C * size;
       if (added) conv.residual = conv.y;
@@ -127,7 +130,7 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
   Split(C / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     for (const ConvPack& pack : packs) cpu_kernels().conv_pack(pack, begin, end);
   });
-  run_direct(convs.data(), convs.size(), dtype, size);
+  run_direct(convs.data(), convs.size(), form);
   return dx;
 }
 

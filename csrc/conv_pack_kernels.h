@@ -47,13 +47,16 @@ void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
   for (int i = 0; i < 16; ++i) store_any(to + i * to_row, t[i]);
 }
 
-// Two vectors rounded to bfloat16 (to nearest even), interleaved: a's in the lower halves.
+// Rounded to bfloat16 (to nearest even), in the upper halves; what the lower ones hold is no part
+// of it.
+FR_INLINE vu bfloat_bits(vf x) {
+  const vu bits = (vu)x;
+  return (vu)(x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u));
+}
+FR_INLINE vf rounded_to_bfloat(vf x) { return (vf)(bfloat_bits(x) & 0xffff0000u); }
+// Two vectors rounded, interleaved: a's in the lower halves.
 FR_INLINE vu interleave_bfloat(vf a, vf b) {
-  const auto rounded = [](vf x) FR_LAMBDA {
-    const vu bits = (vu)x;
-    return (vu)(x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u));
-  };
-  return (rounded(a) >> 16) | (rounded(b) & 0xffff0000u);
+  return (bfloat_bits(a) >> 16) | (bfloat_bits(b) & 0xffff0000u);
 }
 
 // G g G^T of 9 vectors of taps, each the 3x3 of its 16 outputs.
@@ -92,7 +95,9 @@ void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
           transpose_16x16(t);
         }
       }
-      if (p.direct && !p.bfloat) {
+      if (p.form == kBFloatWidened)
+        for (int64_t i = 0; i < p.taps * 16; ++i) tile[i] = rounded_to_bfloat(tile[i]);
+      if (p.direct && p.form != kBFloatPairs) {
         for (int64_t tap = 0; tap < p.taps; ++tap) {
           auto* out = static_cast<float*>(p.direct) + first * p.taps +
                       ((tap * C + c) * vectors + v % 4) * 16;

@@ -67,9 +67,10 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
     return y;
   }
   ++(transposed ? conv_passes().input_gradients : conv_passes().convolutions);
-  const auto size = static_cast<int64_t>(x.element_size());
+  const ConvForm form = *conv_form(dtype);
+  const int64_t size = operand_bytes(form);
 
-  const bool winograd = dtype == kFloat32 && R == 3 && S == 3 && winograd_pays(conv) &&
+  const bool winograd = form != kBFloatPairs && R == 3 && S == 3 && winograd_pays(conv) &&
                         stride[0] * stride[1] * dilation[0] * dilation[1] == 1 &&
                         C * K <= kMostWinogradWeights;
   const int64_t direct_bytes = round_up(K * C * taps * size, 4096);
@@ -84,7 +85,7 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
   for (int64_t tap = 0; tap < taps; ++tap)
     pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
   pack.transposed = transposed;
-  pack.bfloat = dtype == kBFloat16;
+  pack.form = form;
   Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     cpu_kernels().conv_pack(pack, begin, end);
   });
@@ -92,7 +93,7 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
   const auto padded = static_cast<size_t>(round_up(K, kBlockChannels));
   const std::vector<float> ones(padded, 1.0f), none(padded, 0.0f);
   const std::vector<char> zeros(static_cast<size_t>(C * size), 0);
-  conv.x = x.const_data_ptr();
+  const Source source(conv, x, form);
   conv.weight = pack.direct;
   conv.winograd = pack.winograd;
   conv.scale = ones.data();
@@ -101,17 +102,17 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
   if (!statistics) {
-    run_convolution(conv, dtype, size);
+    run_convolution(conv, form);
     return y;
   }
   // Of what has just been written, and is still in a cache: one reading of y from memory less.
   RowStatistics sums(y, torch::stable::get_num_threads());
   const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
   const bool watched =
-      run_convolution_watched(conv, dtype, size, [&](int64_t task, int64_t begin, int64_t end) {
-        sums.add(task, y_ptr + begin * K * size, end - begin);
+      run_convolution_watched(conv, form, [&](int64_t task, int64_t begin, int64_t end) {
+        sums.add(task, y_ptr + begin * K * static_cast<int64_t>(y.element_size()), end - begin);
       });
-  if (!watched) run_convolution(conv, dtype, size);
+  if (!watched) run_convolution(conv, form);
   const auto found = watched ? sums.finish() : std::nullopt;
   *statistics = found ? to_rows(y, {&found->mean, &found->var}, K) : bn_statistics(y);
   return y;
@@ -169,9 +170,9 @@ void sum_over_rows(int64_t rows, int64_t count, float* out, const Body& body) {
 }
 
 // out (K, R, S, C) float32 <- the gradient of the weights, over all rows and outputs
-void sum_weight_gradient(const WeightGradient& g, DtypeIndex dtype, float* out) {
-  const auto kernel = cpu_kernels().conv_weight_gradient[dtype];
-  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[dtype];
+void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
+  const auto kernel = cpu_kernels().conv_weight_gradient[form];
+  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[form];
   const int64_t taps = g.R * g.S, rows = g.N * g.P, weights = g.K * taps * g.C;
   if (g.pixels == 0) {
     std::fill_n(out, weights, 0.0f);
@@ -262,13 +263,14 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
         ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
   Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
   ++conv_passes().weight_gradients;
+  const ConvForm form = *conv_form(dtype);
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const bool pointwise =
       R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
   if (pointwise) {
     // Rows as long as one chain of additions, or a little shorter, so that threads get equal
     // shares.
-    const int64_t pair = dtype == kBFloat16 ? 2 : 1, longest = gradient_piece(pair) * pair;
+    const int64_t pair = form == kBFloatPairs ? 2 : 1, longest = gradient_piece(pair) * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
     g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
     g.P = (g.pixels + g.Q - 1) / g.Q;
@@ -279,16 +281,21 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   Tensor result = dweight;
   const std::vector<float> zeros(static_cast<size_t>(g.C), 0.0f);
   g.zeros = zeros.data();
-  const bool winograd = dtype == kFloat32 && R == 3 && S == 3 && g.pixels > 0 &&
+  const bool winograd = form != kBFloatPairs && R == 3 && S == 3 && g.pixels > 0 &&
                         g.stride_h * g.stride_w * g.dilation_h * g.dilation_w == 1 &&
                         g.C * g.K <= kMostWinogradWeights;
-  if (winograd && sum_winograd_gradient(g, static_cast<float*>(dweight.mutable_data_ptr())))
-    return dweight;
+  if (winograd) {
+    const Operand wide_x(x, form), wide_dy(dy, form);
+    WeightGradient wide = g;
+    wide.x = wide_x.data(), wide.dy = wide_dy.data();
+    if (sum_winograd_gradient(wide, static_cast<float*>(dweight.mutable_data_ptr())))
+      return dweight;
+  }
   if (swapped) {
     std::swap(g.x, g.dy), std::swap(g.C, g.K);
     result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);
   }
-  sum_weight_gradient(g, dtype, static_cast<float*>(result.mutable_data_ptr()));
+  sum_weight_gradient(g, form, static_cast<float*>(result.mutable_data_ptr()));
   if (swapped)
     transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
               static_cast<float*>(dweight.mutable_data_ptr()));
@@ -303,7 +310,7 @@ Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                               std::vector<int64_t> stride, std::vector<int64_t> padding) {
   constexpr const char* op = "narrow_weight_gradient";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, {1, 1});
+  WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, {1, 1});
   check(g.K % 16 == 0 && R <= kMostNarrowRows && S * g.C >= kTilePixels, op,
         ": dy must have a multiple of 16 channels, x and taps must make ", int{kTilePixels},
         " values or more a row, in at most ", kMostNarrowRows, " rows, got dy of shape ",
@@ -314,9 +321,13 @@ Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
     std::fill_n(sums_ptr, sums.numel(), 0.0f);
     return sums;
   }
+  const ConvForm form = *conv_form(dtype);
+  const Operand wide_x(x, form), wide_dy(dy, form);
+  g.x = wide_x.data(), g.dy = wide_dy.data();
+  const auto kernel = cpu_kernels().narrow_gradient[form == kBFloatPairs ? form : kFloat];
   sum_over_rows(g.N * g.P, sums.numel(), sums_ptr, [&](int64_t begin, int64_t end, float* out) {
     const Scratch scratch(cpu_kernels().narrow_gradient_scratch(g));
-    cpu_kernels().narrow_gradient[dtype](g, scratch.data(), begin, end, out);
+    kernel(g, scratch.data(), begin, end, out);
   });
   return sums;
 }

@@ -57,7 +57,7 @@ FR_INLINE GradientPanel gradient_panel(const WeightGradient& g) {
 FR_INLINE int64_t lines_of(int64_t bytes) { return (bytes + 127) / 64 * 64; }
 template <typename Dot>
 FR_INLINE int64_t gradient_dy_bytes(const GradientPanel& panel, int64_t outputs) {
-  return lines_of(outputs * panel.apart * static_cast<int64_t>(sizeof(typename Dot::D::T)));
+  return lines_of(outputs * panel.apart * static_cast<int64_t>(sizeof(typename Dot::X::T)));
 }
 template <typename Dot>
 FR_INLINE int64_t gradient_x_bytes(const GradientPanel& panel) {
@@ -71,15 +71,16 @@ int64_t weight_gradient_scratch(const WeightGradient& g, int64_t outputs) {
          lines_of(g.R * panel.rows * 64) + 64;
 }
 
-FR_INLINE vu load_32(const float* p) { return load_any<vu>(p); }
 FR_INLINE vu load_32(const uint16_t* p) { return __builtin_convertvector(load_any<vh>(p), vu); }
 
 // `count` pixels of dy, K apart, 16 outputs from p on: to[16][...] becomes each output's pixels.
-FR_INLINE void gather_outputs(const float* p, int64_t K, int64_t count, float* to, int64_t apart) {
+template <typename Dot>
+FR_INLINE void gather_outputs(const typename Dot::D::T* p, int64_t K, int64_t count, float* to,
+                              int64_t apart) {
   for (int64_t q = 0; q < count; q += 16) {
     const int64_t some = count - q < 16 ? count - q : 16;
     vf t[16];
-    for (int i = 0; i < 16; ++i) t[i] = i < some ? load_any<vf>(p + (q + i) * K) : vf{};
+    for (int i = 0; i < 16; ++i) t[i] = i < some ? Dot::D::load(p + (q + i) * K) : vf{};
     transpose_16x16(t);
     if (some == 16) {
       for (int i = 0; i < 16; ++i) store_any(to + i * apart + q, t[i]);
@@ -89,6 +90,7 @@ FR_INLINE void gather_outputs(const float* p, int64_t K, int64_t count, float* t
     }
   }
 }
+template <typename Dot>
 FR_INLINE void gather_outputs(const uint16_t* p, int64_t K, int64_t count, uint16_t* to,
                               int64_t apart) {
   for (int64_t q = 0; q < count; q += 32) {
@@ -108,20 +110,19 @@ FR_INLINE void gather_outputs(const uint16_t* p, int64_t K, int64_t count, uint1
 // dy's rows [first, first + rows) for outputs [k_begin, k_end): (output, row, pitch)
 template <typename Dot>
 FR_INLINE void gather_dy(const WeightGradient& g, const GradientPanel& panel, int64_t first,
-                         int64_t rows, int64_t k_begin, int64_t k_end, typename Dot::D::T* to) {
-  typedef typename Dot::D::T T;
-  const auto* dy = static_cast<const T*>(g.dy);
+                         int64_t rows, int64_t k_begin, int64_t k_end, typename Dot::X::T* to) {
+  const auto* dy = static_cast<const typename Dot::D::T*>(g.dy);
   const int64_t apart = panel.apart;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t pixel = (first + row) * g.Q;
     const int64_t left = g.pixels - pixel, count = left < g.Q ? left : g.Q;
     for (int64_t k = k_begin; k < k_end; k += 16) {
-      T* out = to + (k - k_begin) * apart + row * panel.pitch;
+      typename Dot::X::T* out = to + (k - k_begin) * apart + row * panel.pitch;
       for (int64_t i = 0; i < 16; ++i) {
         for (int64_t j = 0; j < panel.lead; ++j) out[i * apart + j] = 0;
         for (int64_t j = panel.lead + count; j < panel.pitch; ++j) out[i * apart + j] = 0;
       }
-      gather_outputs(dy + pixel * g.K + k, g.K, count, out + panel.lead, apart);
+      gather_outputs<Dot>(dy + pixel * g.K + k, g.K, count, out + panel.lead, apart);
     }
   }
 }
@@ -142,7 +143,7 @@ FR_INLINE void gather_x_row(const WeightGradient& g, const GradientPanel& panel,
       const T* a = at(phase, column);
       if constexpr (Dot::pair == 1) {
         for (int64_t v = 0; v < vectors; ++v, to += 64)
-          store_any(to, a ? load_32(a + v * 16) : vu{});
+          store_any(to, a ? Dot::D::load(a + v * 16) : vf{});
       } else {
         const T* b = at(phase, column + 1);
         for (int64_t v = 0; v < vectors; ++v, to += 64) {
@@ -158,7 +159,7 @@ template <typename Dot, int vectors>
 FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& panel, int64_t rows,
                               int64_t c, int64_t k_begin, int64_t k_end, const char* const* table,
                               const int64_t* entries, bool again, float* out) {
-  constexpr int64_t size = sizeof(typename Dot::D::T), pair = Dot::pair;
+  constexpr int64_t size = sizeof(typename Dot::X::T), pair = Dot::pair;
   const int64_t apart = panel.apart * size, outputs = k_end - k_begin;
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t s = 0; s < g.S; ++s) {
@@ -200,14 +201,14 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
 template <typename Dot>
 void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin, int64_t end,
                           int64_t k_begin, int64_t k_end, float* out) {
-  typedef typename Dot::D::T T;
   const GradientPanel panel = gradient_panel<Dot>(g);
-  auto* dy = reinterpret_cast<T*>(scratch);
+  auto* dy = reinterpret_cast<typename Dot::X::T*>(scratch);
   char* x = scratch + gradient_dy_bytes<Dot>(panel, k_end - k_begin);
   auto** table = reinterpret_cast<const char**>(x + gradient_x_bytes<Dot>(panel));
   const int64_t apart = panel.apart;
-  const bool as_it_lies = Dot::pair == 1 && g.R * g.S * g.stride_h * g.stride_w == 1 &&
-                          g.pad_h == 0 && g.pad_w == 0 && g.C <= 64;
+  constexpr bool floats = sizeof(typename Dot::D::T) == 4;
+  const bool as_it_lies = floats && g.R * g.S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 &&
+                          g.pad_w == 0 && g.C <= 64;
   for (int64_t first = begin; first < end; first += panel.rows) {
     const int64_t rows = end - first < panel.rows ? end - first : panel.rows;
     // A last row that is shorter than the others needs the zeros of a copy.

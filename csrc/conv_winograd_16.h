@@ -36,9 +36,9 @@ FR_INLINE void add_product(vf& sum, const float* x, vf y) {
 
 // The 2x2 pixels under those at p, which the row of tiles below will need: a quarter of the time
 // where x and y are in memory.
-template <int write>
-FR_INLINE void fetch_below(const float* p, int64_t width) {
-  const float* const below = p + 2 * width * 16;
+template <int write, typename T>
+FR_INLINE void fetch_below(const T* p, int64_t width) {
+  const T* const below = p + 2 * width * 16;
   __builtin_prefetch(below, write), __builtin_prefetch(below + 16, write);
   __builtin_prefetch(below + width * 16, write), __builtin_prefetch(below + width * 16 + 16, write);
 }
@@ -115,14 +115,16 @@ __attribute__((noinline)) void products_of_16(const ConvBnRelu& c, int64_t count
 }
 
 // y of a row's `tiles` tiles from (n, p, q) on
+template <typename Dot>
 FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q, int64_t tiles,
                             const float* m) {
+  typedef typename Dot::D::T T;
   const vf scale = load_any<vf>(c.scale), shift = load_any<vf>(c.shift);
   int64_t pixel = (n * c.P + p) * c.Q + q;
   const bool two_rows = p + 1 < c.P;
   for (int64_t tile = 0; tile < tiles; ++tile, m += 16, pixel += 2, q += 2) {
     vf s[2][4], y[4], finite = {};
-    fetch_below<1>(static_cast<const float*>(c.y) + pixel * 16, c.Q);
+    fetch_below<1>(static_cast<const T*>(c.y) + pixel * 16, c.Q);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const auto at = [&](int i) FR_LAMBDA { return load_any<vf>(m + (4 * i + j) * kPitch16); };
@@ -138,13 +140,13 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
     const bool two_columns = q + 1 < c.Q;
     if (__builtin_expect(_mm512_cmp_ps_mask((__m512)finite, (__m512)finite, _CMP_UNORD_Q), 0)) {
       for (int64_t i = 0; i < 1 + two_rows; ++i)
-        conv_pixels<DotFloat32, 1>(c, 0, pixel + i * c.Q, 1 + two_columns);
+        conv_pixels<Dot, 1>(c, 0, pixel + i * c.Q, 1 + two_columns);
       continue;
     }
     const auto write = [&](vf value, int64_t to) FR_LAMBDA {
       value = value * scale + shift;
-      if (c.residual) value += load_any<vf>(static_cast<const float*>(c.residual) + to * 16);
-      store_any(static_cast<float*>(c.y) + to * 16, c.relu ? relu_of(value) : value);
+      if (c.residual) value += Dot::D::load(static_cast<const T*>(c.residual) + to * 16);
+      Dot::D::store(static_cast<T*>(c.y) + to * 16, c.relu ? relu_of(value) : value);
     };
     write(y[0], pixel);
     if (two_columns) write(y[1], pixel + 1);
@@ -155,6 +157,7 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
 }
 
 // y of tiles [begin, end)
+template <typename Dot>
 void conv_winograd_16(const ConvBnRelu& c, int64_t begin, int64_t end) {
   const int64_t tiles_h = winograd_tiles_h(c), tiles_w = winograd_tiles_w(c);
   alignas(64) float v[16 * kPitch16];
@@ -171,7 +174,7 @@ void conv_winograd_16(const ConvBnRelu& c, int64_t begin, int64_t end) {
     for_rows_of_tiles(
         tiles_h, tiles_w, first, count,
         [&](int64_t n, int64_t row, int64_t column, int64_t some, int64_t before)
-            FR_LAMBDA { output_of_16(c, n, 2 * row, 2 * column, some, v + before * 16); });
+            FR_LAMBDA { output_of_16<Dot>(c, n, 2 * row, 2 * column, some, v + before * 16); });
     first += count;
   }
 }

@@ -80,10 +80,15 @@ struct MeanPool {
   int64_t C, pixels;
 };
 
+// How a convolution's products are made (conv_bn_relu_kernels.h): of float32; of bfloat16 by the
+// processor's dot product of pairs; of bfloat16 in float32.
+enum ConvForm : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
+constexpr int kConvForms = 3;
+
 constexpr int kTilePixels = 7;  // of a convolution's tile; in Winograd's form, tiles of a group
 
 struct ConvBnRelu {
-  const void* x;                 // (N, H, W, C) in memory
+  const void* x;                 // (N, H, W, C) in memory; widened: float32
   const void* weight;            // packed, see conv_bn_relu_kernels.h
   const void* winograd;          // packed, see conv_bn_relu_winograd.h, or null
   const float* scale;            // (K,), zeros up to a multiple of 64
@@ -91,7 +96,8 @@ struct ConvBnRelu {
   const int64_t* first_channel;  // grouped: where each 16 outputs' input channels start, else null
   const void* residual;          // (N, P, Q, K) in memory, or null; may be y
   void* y;                       // (N, P, Q, K) in memory
-  const void* zeros;             // C of them
+  const void* zeros;             // C of them, like x
+  const void* narrow;            // pointwise: x of bfloat16, of which x is to be made, else null
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   // Pixels between y's images, rows and columns where they lie apart in a larger tensor (and the
@@ -109,13 +115,13 @@ constexpr int64_t kMostPackedTaps = 9;  // of a convolution whose weights conv_p
 // in the other. Its taps, in order, begin at `tap_offset` floats.
 struct ConvPack {
   const void* weight;
-  void* direct;    // (outputs * inputs * taps) of float or bfloat16, or null
+  void* direct;    // (outputs * inputs * taps) of float, in pairs of bfloat16, or null
   void* winograd;  // (16 * outputs * inputs), or null
   int64_t outputs, inputs, taps;
   int64_t output_stride, input_stride;
   int64_t tap_offset[kMostPackedTaps];
   bool transposed;  // outputs are contiguous, else inputs are
-  bool bfloat;
+  ConvForm form;
 };
 
 // The gradient of a convolution's weights. A pointwise convolution's pixels are given as rows of Q
@@ -185,20 +191,22 @@ struct CpuKernels {
   // images [begin, end): the mean over each one's pixels
   void (*mean_pool[4])(const MeanPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);
-  // y's channels [64 block, 64 block + 64) of pixels [7 begin, 7 end); null where not served
-  void (*conv_bn_relu[4])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
+  void (*widen)(const void* from, float* to, int64_t n);  // of bfloat16
+  // By ConvForm: y's channels [64 block, 64 block + 64) of pixels [7 begin, 7 end); null where not
+  // served
+  void (*conv_bn_relu[kConvForms])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
   // vectors of 16 outputs [begin, end); null where convolutions are not served
   void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end);
   // 16 rows of 16 floats -> their transpose, rows so many floats apart
   void (*transpose)(const float* from, int64_t from_row, float* to, int64_t to_row);
   // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over
   // output rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
-  void (*conv_weight_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
-                                  int64_t k_begin, int64_t k_end, float* out);
-  int64_t (*weight_gradient_scratch[4])(const WeightGradient&, int64_t outputs);
+  void (*conv_weight_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
+                                           int64_t end, int64_t k_begin, int64_t k_end, float* out);
+  int64_t (*weight_gradient_scratch[kConvForms])(const WeightGradient&, int64_t outputs);
   // The same for few input channels, dilation 1: out (R, S C, K) over output rows [begin, end)
-  void (*narrow_gradient[4])(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
-                             float* out);
+  void (*narrow_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
+                                      int64_t end, float* out);
   int64_t (*narrow_gradient_scratch)(const WeightGradient&);
   // The same in Winograd's form, for 3x3, stride 1, float32: sums (k_end - k_begin, 16, C) over
   // tiles [begin, end) of 2x2 pixels of dy; and dweight of the sum of several, part floats apart,
@@ -208,17 +216,22 @@ struct CpuKernels {
   bool (*winograd_gradient_output)(const float* sums, int64_t parts, int64_t part, int64_t outputs,
                                    int64_t C, float* out);
   int64_t (*winograd_gradient_scratch)(const WeightGradient&, int64_t outputs);
-  // 3x3, stride 1, float32: y's channels of blocks [block_begin, block_end) in groups [begin, end)
-  // of 7 tiles of 2x2 pixels; null where not served
-  void (*conv_bn_relu_winograd)(const ConvBnRelu&, void* scratch, int64_t block_begin,
-                                int64_t block_end, int64_t begin, int64_t end);
+  // 3x3, stride 1, by ConvForm: y's channels of blocks [block_begin, block_end) in groups [begin,
+  // end) of 7 tiles of 2x2 pixels; null where not served
+  void (*conv_bn_relu_winograd[kConvForms])(const ConvBnRelu&, void* scratch, int64_t block_begin,
+                                            int64_t block_end, int64_t begin, int64_t end);
   // The same two where C = K = 16: all of y, and the sums, of tiles [begin, end)
-  void (*conv_winograd_16)(const ConvBnRelu&, int64_t begin, int64_t end);
+  void (*conv_winograd_16[kConvForms])(const ConvBnRelu&, int64_t begin, int64_t end);
   void (*winograd_gradient_16)(const WeightGradient&, int64_t begin, int64_t end, float* sums);
 };
 
 // Whether conv_bn_relu computes in this dtype (a column of the table) on this machine.
 bool conv_bn_relu_serves(int dtype);
+
+// Whether convolutions of bfloat16 are multiplied in float32 (conv_cpu.h).
+bool widens_bfloat16();
+// From now on: 1 yes, 0 no where there is a dot product, -1 where that is faster.
+void widen_bfloat16(int choice);
 
 // The table for this machine, chosen on the first call.
 const CpuKernels& cpu_kernels();

@@ -37,6 +37,7 @@ py::dict build_info() {
   for (int i = 0; i < 4; ++i)
     if (fused_resnet::conv_bn_relu_serves(i)) conv_dtypes.append(dtypes[i]);
   info["conv_dtypes"] = conv_dtypes;
+  info["conv_bfloat16"] = fused_resnet::widens_bfloat16() ? "in float32" : "by dot product";
   return info;
 }
 
@@ -141,6 +142,17 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_passes", &conv_passes,
         "How many convolutions, gradients of their inputs and of their weights the CPU kernels of "
         "training have run in this process.");
+  m.def("widens_bfloat16", &fused_resnet::widens_bfloat16,
+        "Whether convolutions of bfloat16 on the CPU are multiplied in float32, not by the "
+        "processor's dot product: where that is slower, or there is none.");
+  m.def(
+      "widen_bfloat16",
+      [](const py::object& choice) {
+        fused_resnet::widen_bfloat16(choice.is_none() ? -1 : int{choice.cast<bool>()});
+      },
+      py::arg("choice"),
+      "Multiply them so from now on (True), by the dot product where there is one (False), or by "
+      "whichever is faster (None).");
   m.def("kernels", &kernels,
         "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
         "this asks the CUDA runtime, which initialises it.");

@@ -148,6 +148,8 @@ def _run(
     name: str,
 ) -> Iterator[Event]:
     device, names = cases[0].device, list(dict.fromkeys(case.dtype for case in cases))
+    if device == "cpu":
+        names = list(dict.fromkeys(["float32", *names]))  # all can be multiplied so
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -400,7 +402,10 @@ def _difference(output: Tensor, eager: Tensor) -> float:
 
 
 def _add_share_of_limit(case: dict[str, Any], limits: dict[str, Any]) -> None:
-    """share_of_limit = FLOP/s reached / FLOP/s of the best large matrix product."""
+    """share_of_limit = FLOP/s reached / FLOP/s of the best large matrix product: of those in the
+    case's dtype and in float32, in which numbers of 16 bits can be multiplied too."""
     work = entrants.flops(case["model"], case["mode"])
+    rates = limits["flops"]
+    limit = max(rates[case["dtype"]], rates.get("float32", 0.0))
     for row in case["contenders"].values():
-        row["share_of_limit"] = row["images_per_s"] * work / limits["flops"][case["dtype"]]
+        row["share_of_limit"] = row["images_per_s"] * work / limit

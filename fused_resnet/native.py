@@ -73,6 +73,21 @@ def runs_on(capability: tuple[int, int]) -> bool:
     return False
 
 
+def widens_bfloat16() -> bool:
+    """Whether convolutions of bfloat16 on the CPU are multiplied in float32: where the processor's
+    dot product of bfloat16 is the slower way, or there is none."""
+    module = _import_extension()[0]
+    return module is not None and bool(module.widens_bfloat16())
+
+
+def widen_bfloat16(choice: bool | None) -> None:
+    """Multiply them so (True), by the dot product where there is one (False), or by whichever is
+    faster (None), from now on. Weights that are packed already stay as they are."""
+    module = _import_extension()[0]
+    if module is not None:
+        module.widen_bfloat16(choice)
+
+
 def kernels() -> list[dict[str, object]]:
     """One entry per kernel: name, device, architecture; for CUDA kernels, on a machine with a
     GPU, registers and shared memory too (asking for those initialises CUDA)."""

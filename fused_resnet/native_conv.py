@@ -1,9 +1,10 @@
 """The fused convolution of csrc/conv_bn_relu_kernels.h: how weights are packed for it.
 
-An implicit GEMM over channels_last activations for processors with AVX-512; bfloat16 where they
-have its dot product. Weights are packed as they are: scale, shift, residual and ReLU are applied to
-the float32 sums, with one rounding at the end, and one packing serves every input size. 3x3
-convolutions of stride 1 in float32 have a second one, transformed for Winograd's minimal filtering;
+An implicit GEMM over channels_last activations for processors with AVX-512. bfloat16 is multiplied
+by the processor's dot product where that is the faster way, else in float32 (`widens`). Weights are
+packed as they are: scale, shift, residual and ReLU are applied to the float32 sums, with one
+rounding at the end, and one packing serves every input size. 3x3 convolutions of stride 1 that are
+multiplied in float32 have a second one, transformed for Winograd's minimal filtering;
 csrc/conv_bn_relu_cpu.cpp chooses by the size of the input.
 """
 
@@ -34,13 +35,18 @@ def serves(dtype: torch.dtype) -> bool:
     return str(dtype)[6:] in native.build_info().get("conv_dtypes", ())  # type: ignore[operator]
 
 
+def widens(dtype: torch.dtype) -> bool:
+    """Whether convolutions of `dtype` are multiplied in float32 without being of it."""
+    return dtype == torch.bfloat16 and native.widens_bfloat16()
+
+
 def covers(
     weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
 ) -> bool:
     """Whether the kernel does such a convolution: in bfloat16 channels come in pairs, and a vector
     of 16 outputs reads one group's channels."""
     K, C_per_group, R, S = weight_shape
-    paired = dtype != torch.bfloat16 or C_per_group % 2 == 0
+    paired = dtype != torch.bfloat16 or widens(dtype) or C_per_group % 2 == 0
     whole = groups == 1 or K // groups % _LANES == 0
     return R * S <= _MOST_TAPS and whole and (paired or _merges(weight_shape, dilation, groups))
 
@@ -60,7 +66,7 @@ def winograd_fits(
     """Whether such a convolution has a form with 16 multiplications for 36."""
     K, C, R, S = weight_shape
     return (
-        dtype == torch.float32
+        (dtype == torch.float32 or widens(dtype))
         and (R, S, groups) == (3, 3, 1)
         and (*stride, *dilation) == (1, 1, 1, 1)
         and C % _LANES == K % _LANES == 0
@@ -114,8 +120,10 @@ class NativeConv(FusedConv):
         super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
         self.measure_gain(weight, scale, shift)
         K, C_per_group, R, S = weight.shape
-        pair = 2 if dtype == torch.bfloat16 else 1
         weight = _padded(weight.detach().to(dtype), 0, _LANES)
+        if widens(dtype):
+            weight = weight.float()
+        pair = 2 if weight.dtype == torch.bfloat16 else 1
         self._first_channel: Tensor | None = None
         self.takes_any = _merges(self.weight_shape, dilation, groups)
         self._channels = C_per_group
@@ -159,6 +167,8 @@ class NativeConv(FusedConv):
             x = torch.ops.fused_resnet_native.pad_rows(
                 x.to(self.dtype), self._channels, self.padding
             )
+        elif x.dtype != self.dtype:
+            raise RuntimeError(f"conv_bn_relu: x must be {self.dtype}, got {x.dtype}")
         return torch.ops.fused_resnet_native.conv_bn_relu(
             x, self._weight, self._winograd, self._scale, self._shift, self._first_channel,
             residual, overwrite, relu, False, self._geometry,

@@ -10,6 +10,7 @@ STEP = "tests/test_training.py"
 OPS = "tests/test_block_ops.py"
 BLOCK = "csrc/block_train_cpu.cpp"
 CONVOLUTIONS = "tests/test_train_convolution.py"
+STATISTICS = f"{CONVOLUTIONS} -k statistics"
 
 CPP = [
     ("training: taps not reversed", "csrc/conv_train_cpu.cpp",
@@ -23,6 +24,29 @@ CPP = [
      "if (!added) clear(", "if (false) clear(", CONVOLUTIONS),
     ("strided: a thread's later turns lost", "csrc/conv_bn_relu_cpu.cpp",
      "part < (task + 1) * turns;", "part < task * turns + 1;", CONVOLUTIONS),
+    ("statistics: each task's centre taken for the first's", "csrc/bn_cpu.h",
+     "const double d = sums.centre[c] - first->centre[c];", "const double d = 0;", STATISTICS),
+    ("statistics: pixels that fill no joined row lost", "csrc/bn_cpu.h",
+     "    if (rest > 0)\n", "    if (false)\n", STATISTICS),
+    ("statistics: values that are no numbers", "csrc/bn_cpu.h",
+     "return finite ? std::optional<Statistics>(result) : std::nullopt;", "return result;",
+     STATISTICS),
+    ("statistics: a superblock's last tile not told of", "csrc/conv_bn_relu_cpu.cpp",
+     "std::min(stop * kTilePixels, pixels)", "std::min(stop * kTilePixels - 1, pixels)",
+     STATISTICS),
+    ("statistics: Winograd's first rows not told of", "csrc/conv_bn_relu_cpu.cpp",
+     "written(task, first_pixel(told), ", "written(task, first_pixel(told) + 1, ", STATISTICS),
+    ("widened: weights not rounded", "csrc/conv_pack_kernels.h",
+     "if (p.form == kBFloatWidened)", "if (false)", f"{CONVOLUTIONS} -k rounded"),
+    ("widened: pixels of the superblock before", "csrc/conv_bn_relu_cpu.cpp",
+     "if (start != ready_start)", "if (ready_start < 0)", f"{CONVOLUTIONS} -k float32"),
+    ("widened: the last few values lost", "csrc/conv_bn_relu_kernels.h",
+     "for (; i < n; ++i) to[i] = BFloat16::get(x + i);", "", f"{NATIVE} -k dot_product"),
+    ("widened: results cut off instead of rounded", "csrc/cpu_vec.h",
+     "FR_INLINE void store(uint16_t* p, vf v) { store_any(p, float_to_bfloat(v)); }",
+     "FR_INLINE void store(uint16_t* p, vf v) {"
+     " store_any(p, __builtin_convertvector((vu)v >> 16, vh)); }",
+     f"{NATIVE} -k dot_product"),
     ("one op: the shortcut's gradient dropped", BLOCK,
      "if (block.shortcut == kIdentity && grads.wants_x()) dx = end.g;", "", OPS),
     ("one op: nothing masked at the block's end", BLOCK,

@@ -126,8 +126,8 @@ def test_convolution_refuses_what_does_not_fit():
     for bad, words in (
         (x.contiguous(), "must be channels_last"),
         (x[:, :31].contiguous(memory_format=LAST), "must have 32 channels, got 31"),
-        (x.double(), "no kernel for float64"),
-        (x.bfloat16(), "weight must be packed in x's dtype|no kernel"),
+        (x.double(), "x must be torch.float32, got torch.float64"),
+        (x.bfloat16(), "x must be torch.float32, got torch.bfloat16"),
     ):
         with pytest.raises(RuntimeError, match=f"conv_bn_relu: .*{words}|{words}"):
             conv.run(bad, None, True)
@@ -143,21 +143,75 @@ def test_convolution_refuses_what_does_not_fit():
         strided.run(x, None, True)
 
 
+# name -> x's (N, C, H, W), K, kernel, stride, padding, dilation, groups
+FORMS_OF = {
+    "pointwise": ((2, 48, 13, 9), 80, (1, 1), 1, 0, 1, 1),
+    "pointwise, many pixels": ((2, 64, 61, 59), 144, (1, 1), 1, 0, 1, 1),
+    "pointwise, stride 2": ((2, 48, 13, 9), 64, (1, 1), 2, 0, 1, 1),
+    "odd channels": ((2, 33, 6, 5), 18, (3, 3), 1, 1, 1, 1),
+    "Winograd's": ((3, 48, 13, 14), 80, (3, 3), 1, 1, 1, 1),
+    "Winograd's of 16": ((2, 16, 33, 17), 16, (3, 3), 1, 1, 1, 1),
+    "3x3, stride 2, dilated": ((2, 32, 17, 20), 70, (3, 3), 2, 2, 2, 1),
+    "grouped": ((2, 64, 9, 8), 64, (3, 3), 1, 1, 1, 4),
+    "stem": ((2, 3, 37, 30), 64, (7, 7), 2, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("case", FORMS_OF)
+def test_bfloat16_by_dot_product_and_in_float32(case, widened):
+    """Either is within one rounding of float64, whose relu(conv * scale + shift + residual) it is;
+    in place of the residual too."""
+    if not native_conv.serves(torch.bfloat16):
+        pytest.skip("the native convolution needs a processor with AVX-512")
+    shape, K, kernel, *geometry = FORMS_OF[case]
+    try:
+        native.widen_bfloat16(widened)
+        if native.widens_bfloat16() != widened:
+            pytest.skip("this processor has no dot product of bfloat16")
+        weight = torch.randn(K, shape[1] // geometry[-1], *kernel) / 8
+        scale, shift = torch.rand(K) + 0.5, torch.randn(K)
+        if not native_conv.covers(weight.shape, torch.bfloat16, (geometry[2],) * 2, geometry[3]):
+            assert not widened
+            pytest.skip("left to others")
+        pairs = [(n, n) for n in geometry[:3]]
+        conv = native_conv.NativeConv(weight, scale, shift, torch.bfloat16, *pairs, geometry[3])
+        assert (conv._winograd is not None) == (widened and case.startswith("Winograd"))
+        x = channels_last(shape, torch.bfloat16)
+        rounded = weight.bfloat16().double()
+        sums = torch.nn.functional.conv2d(x.double(), rounded, None, *geometry)
+        residual = channels_last(tuple(sums.shape), torch.bfloat16)
+        exact = sums * scale.double()[:, None, None] + shift.double()[:, None, None]
+        exact = torch.relu(exact + residual.double())
+        y = conv.run(x, residual, True, overwrite=True)
+    finally:
+        native.widen_bfloat16(None)
+    assert y.data_ptr() == residual.data_ptr()
+    # Half a unit in the last place of bfloat16, and what float32's sums lose: measured 4e-8.
+    error = (y.double() - exact).abs()
+    assert (error <= exact.abs() * 2.0**-8 + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("C", "K"), [(32, 48), (16, 16)])
-def test_tiles_that_overflow_are_computed_directly(C, K):
+def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
     """Winograd's sums overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
-    if not native_conv.serves(torch.float32):
+    if not native_conv.serves(dtype):
         pytest.skip("the native convolution needs a processor with AVX-512")
     weight = torch.zeros(K, C, 3, 3)
     weight[:, :, 1, 1] = torch.eye(K, C)
-    conv = native_conv.NativeConv(
-        weight, torch.ones(K), torch.zeros(K), torch.float32, (1, 1), (1, 1), (1, 1), 1
-    )
+    native.widen_bfloat16(True)
+    try:
+        conv = native_conv.NativeConv(
+            weight, torch.ones(K), torch.zeros(K), dtype, (1, 1), (1, 1), (1, 1), 1
+        )
+    finally:
+        native.widen_bfloat16(None)
     assert conv._winograd is not None
-    x = channels_last((2, C, 12, 12), torch.float32)
+    x = channels_last((2, C, 12, 12), dtype)
     x[1, 3, 4, 4], x[1, 3, 4, 6] = 3e38, -3e38
-    residual = channels_last((2, K, 12, 12), torch.float32)
-    want = x + residual[:, :C]
+    residual = channels_last((2, K, 12, 12), dtype)
+    want = (x.float() + residual[:, :C].float()).to(dtype)
     got = conv.run(x, residual, False, overwrite=True)
     assert torch.isfinite(got).all() and torch.equal(got, residual)
     # Tiles that read one of the two, and whose sums are finite, are exact beside 3e38 only.

@@ -4,6 +4,7 @@ each geometry that they serve and in those that they hand to PyTorch."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -69,6 +70,20 @@ CASES = {
 }
 PASSES = ("y", "dx", "dweight")
 DTYPES = (torch.float32, torch.bfloat16)
+FORMS = ("float32", "bfloat16 by dot product", "bfloat16 in float32")
+
+
+@pytest.fixture
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """Of a convolution that is multiplied in one of the FORMS."""
+    makers()
+    name, _, form = request.param.partition(" ")
+    if form:
+        native.widen_bfloat16(form == "in float32")
+        if native.widens_bfloat16() != (form == "in float32"):
+            pytest.skip("this processor has no dot product of bfloat16")
+    yield getattr(torch, name)
+    native.widen_bfloat16(None)
 
 
 def makers() -> tuple[Native, Portable]:
@@ -112,7 +127,7 @@ def poison_pool() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: str, dtype: torch.dtype, threads: int) -> None:
     mine, stock = makers()
@@ -130,7 +145,7 @@ def test_against_float64(case: str, dtype: torch.dtype, threads: int) -> None:
         assert t.is_contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
     """Every index: sums of small integers leave no room for a wrong one. dweight and, in float32,
@@ -142,7 +157,7 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
         assert torch.equal(t, e.to(t.dtype)), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize(
     "case",
     ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels",
@@ -203,7 +218,7 @@ def test_weights_of_any_kind(weights: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["3x3", "pointwise, many pixels", "stem", "3x3, stride 2"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
     mine, _ = makers()
     x, weight, dy, g = operands(case, dtype)
@@ -316,6 +331,19 @@ def test_no_image() -> None:
         assert torch.equal(dweight, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("dtype", FORMS[1:], indirect=True)
+@pytest.mark.parametrize("case", ["pointwise", "3x3", "3x3, stride 2", "3x3 of 16, few tiles"])
+def test_weights_are_rounded(case: str, dtype: torch.dtype) -> None:
+    """To the dtype of what they are multiplied with, as autocast rounds them."""
+    mine, _ = makers()
+    x, weight, dy, g = operands(case, dtype)
+    weight = weight * 1.001
+    rounded = weight.to(dtype).float()
+    assert not torch.equal(weight, rounded)
+    for a, b in zip(run(mine, x, weight, dy, g), run(mine, x, rounded, dy, g), strict=True):
+        same(a, b)
+
+
 def statistics_of(z: Tensor) -> Tensor:
     """(2, K) float64: mean and biased variance, by float64."""
     wide = lifted(z)
@@ -323,7 +351,7 @@ def statistics_of(z: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_statistics_come_with_it(case: str, dtype: torch.dtype, threads: int) -> None:
     """z as without them, to the last bit; mean and variance of z as it was rounded. A pixel left
