@@ -18,8 +18,9 @@ _WORSE = 0.01  # of errors: above this a difference is called one
 def summarise(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Everything that the report shows; `claims` are its sentences."""
     runs = [part for name, part in parts.items() if name.startswith("train-")]
+    paths = ("root", "out")  # of this machine, and nothing to anybody else
     summary: dict[str, Any] = {
-        "settings": dataclasses.asdict(config),
+        "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in paths},
         "errors": [_errors(runs, kind, depth) for depth in config.depths for kind in KINDS],
         "curves": [
             {k: run[k] for k in ("kind", "depth", "seed", "train_error", "test_error", "diverged")}
