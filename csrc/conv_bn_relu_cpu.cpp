@@ -71,8 +71,8 @@ int64_t winograd_tiles_of(const ConvBnRelu& conv) {
 }
 bool is_16(const ConvBnRelu& conv) { return conv.C == 16 && conv.K == 16; }
 
-// All blocks of groups [begin, end) of tiles, or of 16 channels tiles [begin, end); of the first,
-// blocks [block_begin, block_end) alone.
+// run: all of groups [begin, end) of tiles, or, of 16 channels, of tiles [begin, end). run_blocks:
+// of groups, blocks [block_begin, block_end) alone.
 class Winograd {
  public:
   Winograd(const ConvBnRelu& conv, ConvForm form) : conv_(conv), form_(form) {}

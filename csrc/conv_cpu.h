@@ -33,11 +33,11 @@ inline int64_t operand_bytes(ConvForm form) { return form == kBFloatPairs ? 2 : 
 // A dense tensor as it is multiplied: itself, or its float32 copy.
 class Operand {
  public:
-  Operand(const Tensor& t, ConvForm form)
-      : copy_(form == kBFloatWidened ? t.numel() * 4 : 0), data_(t.const_data_ptr()) {
+  Operand(const Tensor& t, ConvForm form) : data_(t.const_data_ptr()) {
     if (form != kBFloatWidened) return;
     const auto* from = static_cast<const char*>(data_);
-    auto* to = reinterpret_cast<float*>(copy_.data());
+    copy_.emplace(t.numel() * 4);
+    auto* to = reinterpret_cast<float*>(copy_->data());
     Split(t.numel(), kLineBytes, 65536).run([&](int64_t, int64_t begin, int64_t end) {
       cpu_kernels().widen(from + begin * 2, to + begin, end - begin);
     });
@@ -46,7 +46,7 @@ class Operand {
   const void* data() const { return data_; }
 
  private:
-  Scratch copy_;
+  std::optional<Scratch> copy_;
   const void* data_;
 };
 
