@@ -127,14 +127,24 @@ FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
 #define FR_ZERO(z) "vpxord %%zmm" z ", %%zmm" z ", %%zmm" z "\n\t"
 #define FR_ZERO_4(a, b, c, d) FR_ZERO(a) FR_ZERO(b) FR_ZERO(c) FR_ZERO(d)
 #define FR_SAVE(i, z) "vmovaps %%zmm" z ", 64*" i "(%%rax)\n\t"
-#define FR_SAVE_4(i, j, k, l, a, b, c, d) FR_SAVE(i, a) FR_SAVE(j, b) FR_SAVE(k, c) FR_SAVE(l, d)
+#define FR_ADD(i, z) "vaddps 64*" i "(%%rax), %%zmm" z ", %%zmm" z "\n\t"
+#define FR_ADD_SAVE(i, z) FR_ADD(i, z) FR_SAVE(i, z)
+#define FR_EACH_4(end, i, j, k, l, a, b, c, d) end(i, a) end(j, b) end(k, c) end(l, d)
+#define FR_EACH(end) \
+  FR_EACH_4(end, "0", "1", "2", "3", "4", "5", "6", "7") \
+  FR_EACH_4(end, "4", "5", "6", "7", "8", "9", "10", "11") \
+  FR_EACH_4(end, "8", "9", "10", "11", "12", "13", "14", "15") \
+  FR_EACH_4(end, "12", "13", "14", "15", "16", "17", "18", "19") \
+  FR_EACH_4(end, "16", "17", "18", "19", "20", "21", "22", "23") \
+  FR_EACH_4(end, "20", "21", "22", "23", "24", "25", "26", "27") \
+  FR_EACH_4(end, "24", "25", "26", "27", "28", "29", "30", "31")
 
 // After a tap's pointers: its weights follow those of the tap before, or, in the gradient of the
 // weights, where an eighth pointer says, plus `offset`.
 #define FR_FOLLOWING "addq $56, %[pixel]\n\t"
 #define FR_POINTED "movq 56(%[pixel]), %[weight]\n\taddq %[offset], %[weight]\n\taddq $64, %[pixel]\n\t"
 
-// All taps of a tile; the sums end in `out`.
+// All taps of a tile; the sums end in `out`, or, `again`, are added to what is there.
 #define FR_TILE(op, n, next) \
   asm volatile(                                                                                   \
       FR_ZERO_4("4", "5", "6", "7") FR_ZERO_4("8", "9", "10", "11")                               \
@@ -158,15 +168,12 @@ FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
       "5:\n\t"                                                                                    \
       "decq %[taps]\n\tjnz 1b\n\t"                                                                \
       "movq %[out], %%rax\n\t"                                                                    \
-      FR_SAVE_4("0", "1", "2", "3", "4", "5", "6", "7")                                           \
-      FR_SAVE_4("4", "5", "6", "7", "8", "9", "10", "11")                                         \
-      FR_SAVE_4("8", "9", "10", "11", "12", "13", "14", "15")                                     \
-      FR_SAVE_4("12", "13", "14", "15", "16", "17", "18", "19")                                   \
-      FR_SAVE_4("16", "17", "18", "19", "20", "21", "22", "23")                                   \
-      FR_SAVE_4("20", "21", "22", "23", "24", "25", "26", "27")                                   \
-      FR_SAVE_4("24", "25", "26", "27", "28", "29", "30", "31")                                   \
+      "cmpq $0, %[again]\n\tjne 4f\n\t"                                                           \
+      FR_EACH(FR_SAVE) "jmp 9f\n\t"                                                               \
+      "4:\n\t" FR_EACH(FR_ADD_SAVE)                                                              \
+      "9:\n\t"                                                                                    \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
-      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [offset] "m"(offset) \
+      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [again] "m"(again), [offset] "m"(offset) \
       : "rax", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
@@ -184,7 +191,7 @@ FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
 // which `channel` bytes are added. The first of the 7, or else the last, may be null: left out.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                        int64_t single, int64_t channel, vf* out) {
+                        int64_t single, int64_t channel, int64_t again, vf* out) {
   const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
   if constexpr (Dot::pair == 1) {
     FR_TILES("vfmadd231ps", FR_FOLLOWING)
@@ -196,7 +203,7 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
 // The same with 8 pointers per tap, the eighth, plus `offset`, to what `weight` is above.
 template <typename Dot, int vectors>
 FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, int64_t channel,
-                        int64_t offset, vf* out) {
+                        int64_t offset, int64_t again, vf* out) {
   const int64_t quads = steps / 4, rest = steps % 4, single = 0;
   const char* weight = nullptr;
   if constexpr (Dot::pair == 1) {
@@ -305,21 +312,15 @@ FR_INLINE void finish(const ConvBnRelu& c, const vf* sum, int64_t k, const int64
 template <typename Dot, int vectors>
 FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
                           int64_t single, int64_t channel, vf* sum) {
-  vf piece[4 * kTilePixels];
   const int64_t taps_at_once = steps < kPiece ? kPiece / steps : 1;
-  vf* out = sum;
   for (int64_t tap = 0; tap < taps; tap += taps_at_once) {
     const int64_t some = taps - tap < taps_at_once ? taps - tap : taps_at_once;
     for (int64_t begin = 0; begin < steps; begin += kPiece) {
       const int64_t count = steps - begin < kPiece ? steps - begin : kPiece;
       const int64_t last = begin + count == steps ? single : 0;
       sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, last,
-                             channel + begin * 4, out);
+                             channel + begin * 4, tap + begin > 0, sum);
       weight += some * (count + last) * vectors * 64;
-      if (out == piece)
-        for (int i = 0; i < kTilePixels; ++i)
-          for (int v = 0; v < vectors; ++v) sum[4 * i + v] += piece[4 * i + v];
-      out = piece;
     }
   }
 }

@@ -173,15 +173,11 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
       for (int64_t k = 0; k < outputs; k += kTilePixels) {
         // The last tile starts earlier and leaves out what the one before it has done.
         const int64_t start = k + kTilePixels <= outputs ? k : outputs - kTilePixels;
-        vf sum[4 * kTilePixels], piece[4 * kTilePixels];
+        alignas(64) vf sum[4 * kTilePixels];
         const int64_t channel = start * apart + (panel.lead - odd) * size;
         for (int64_t row = 0; row < entries[r]; row += at_once) {
           const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
-          sum_rows<Dot, vectors>(pointers + row * 8, some, steps, channel, offset,
-                                 row ? piece : sum);
-          if (row)
-            for (int i = 0; i < kTilePixels; ++i)
-              for (int v = 0; v < vectors; ++v) sum[4 * i + v] += piece[4 * i + v];
+          sum_rows<Dot, vectors>(pointers + row * 8, some, steps, channel, offset, row > 0, sum);
         }
         for (int64_t i = k - start; i < kTilePixels; ++i) {
           float* to = out + (((start + i) * g.R + r) * g.S + s) * g.C + c;

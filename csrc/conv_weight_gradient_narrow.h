@@ -70,14 +70,11 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t j = 0; j < panel.values; j += kTilePixels) {
       const int64_t start = j + kTilePixels <= panel.values ? j : panel.values - kTilePixels;
-      vf sum[4 * kTilePixels], piece[4 * kTilePixels];
+      alignas(64) vf sum[4 * kTilePixels];
       for (int64_t row = 0; row < entries[r]; row += at_once) {
         const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
         sum_rows<Dot, vectors>(table + (r * panel.rows + row) * 8, some, steps,
-                               start * panel.pitch * size, 0, row ? piece : sum);
-        if (row)
-          for (int i = 0; i < kTilePixels; ++i)
-            for (int v = 0; v < vectors; ++v) sum[4 * i + v] += piece[4 * i + v];
+                               start * panel.pitch * size, 0, row > 0, sum);
       }
       for (int64_t i = j - start; i < kTilePixels; ++i) {
         float* to = out + (r * panel.values + start + i) * g.K + k;
