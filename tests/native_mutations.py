@@ -81,7 +81,7 @@ CPP = [
      "for (int64_t i = 0; i < kTilePixels; ++i) {", CONVOLUTIONS),
     ("training: odd rows of dy in Winograd's tiles", "csrc/conv_weight_gradient_winograd.h",
      "below = row > 0 && p + 1 < g.P;", "below = row > 0;", CONVOLUTIONS),
-    ("training: a row of Winograd's tiles with the other sign", "csrc/conv_weight_gradient_winograd.h",
+    ("training: a sign of Winograd's rows", "csrc/conv_weight_gradient_winograd.h",
      "{2, 1}, {1, 3}", "{1, 2}, {1, 3}", CONVOLUTIONS),
     ("training: a row of Winograd's sums begun again", "csrc/conv_weight_gradient_winograd.h",
      "const bool again = first > begin;", "const bool again = false;", CONVOLUTIONS),
