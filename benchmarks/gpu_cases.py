@@ -479,13 +479,11 @@ def conv_train_case(
             except Exception:  # not for this GPU
                 return math.inf
 
-        listed = [
-            c for c in module.candidates(problem, capability)
-            if c.tile >= 0 and module.tiles()[c.tile]["architecture"] == 80
-        ]  # fmt: skip
+        listed = [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
         if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
             processors = gemm.multiprocessors(like.device)
-            listed = [module.choose_tile(problem, capability, processors, reached=False)]
+            reached = module.reaches(problem, layer.geometry)
+            listed = [module.choose_tile(problem, capability, processors, reached)]
         best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
         return Ready(call(best), best.label())
 

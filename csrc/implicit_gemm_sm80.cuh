@@ -294,7 +294,7 @@ struct Finish {
     __syncthreads();  // the sums have been read, their memory is free
     const int left = a.M - first_m;
     const int64_t outputs = int64_t{a.groups} * a.K;
-    const Statistics statistics{shared};
+    const Statistics statistics{shared, {}};
     statistics.write(pixels, mine, first_pixel, left < Shape::kBlockM ? left : Shape::kBlockM,
                      a.statistics + first_m / Shape::kBlockM * 3 * outputs + group * a.K + first_n,
                      outputs, a.K - first_n);
@@ -474,7 +474,7 @@ __global__ void __launch_bounds__(kMergeThreads)
   __syncthreads();
   const int64_t outputs = int64_t{row_packs} * size;
   const int first = first_pack * size;
-  const Statistics statistics{shared};
+  const Statistics statistics{shared, {}};
   statistics.write(y, mine, first_pixel, left, a.statistics + part * 3 * outputs + first, outputs,
                    static_cast<int>(outputs) - first);
 }
