@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet import tuning
+from fused_resnet import native, tuning
 
 ROOT = Path(__file__).parent.parent
 DAY = ROOT / "benchmarks" / "gpu_day.sh"
@@ -38,7 +38,7 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def kernels_on_the_cpu(quick_interpreter):
+def kernels_on_the_cpu(quick_interpreter, monkeypatch):
     if emulation.unavailable() is not None:
         pytest.skip(str(emulation.unavailable()))
     support = pytest.importorskip("fused_resnet.triton_kernels.support")
@@ -46,6 +46,7 @@ def kernels_on_the_cpu(quick_interpreter):
         pytest.skip(support.unavailable("cpu"))
     emulation.load()
     emulation.seed(0)
+    monkeypatch.setattr(native, "built_for", lambda arch: True)  # as the emulator is
 
 
 def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
