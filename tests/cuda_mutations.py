@@ -113,6 +113,8 @@ CUDA = [
      "    Pack<T> z = unpack<T>(pixels[i]);\n"
      "    for (T& v : z.values) v = narrow<T>(widen(v) * 1.01f);\n"
      "    pixels[i] = packed(z);\n    mine += row + i * rows < count;", f"{SUMS} of_hopper"),
+    ("statistics: Hopper's of a half without pixels", S90, "if (m < gemm.M) write_statistics",
+     "write_statistics", f"{SUMS} every_tile"),
     ("statistics: Hopper's store not waited for", S90,
      "  if (leader) store_wait_read();\n  __syncwarp();\n  threads.sync();", "  threads.sync();",
      f"{SUMS} blocks_stay"),
