@@ -382,7 +382,7 @@ def cases(
             yield lambda p=place, n=times: conv_case(p, n, like, seconds, each_tile)
     if wanted("conv_bn_train"):
         for place, times in found.items():
-            yield lambda p=place, n=times: conv_train_case(p, n, like, seconds)
+            yield lambda p=place, n=times: conv_train_case(p, n, like, seconds, each_tile)
     norms: Counter[Any] = Counter()
     for place, times in found.items():
         norms[place.layer.y_shape, place.residual, place.relu] += times

@@ -36,6 +36,7 @@ def conv_train_case(
     times: int,
     like: Tensor,
     seconds: Callable[[Callable[[], Any]], float] | None,
+    each_tile: bool,
 ) -> Case:
     """A convolution and the training norm behind it, forward: the statistics taken in the
     convolution's epilogue ("native"), or from its output by bn_add_relu ("fused", as models do
@@ -57,22 +58,25 @@ def conv_train_case(
         maker = train_kernels.PORTABLE
         return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
 
-    def native() -> Ready:
+    module, capability = tuning.contender("native"), gemm.capability(like.device)
+
+    def candidates() -> list[Any]:
         kernels("conv_bn_relu", "native", like.device)
-        module = tuning.contender("native")
-        capability = gemm.capability(like.device)
         if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
             raise Absent("it does not cover this convolution")
+        return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
+
+    def call(config: Any) -> Call:
         maker = cuda_training.CUDA
 
-        def call(config: Any) -> Call:
-            def run() -> list[Tensor]:
-                emulated = like.device.type == "cpu"
-                with fr.use_backend("emulated") if emulated else contextlib.nullcontext():
-                    return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
+        def run() -> list[Tensor]:
+            emulated = like.device.type == "cpu"
+            with fr.use_backend("emulated") if emulated else contextlib.nullcontext():
+                return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
 
-            return run
+        return run
 
+    def native() -> Ready:
         def time_s(config: Any) -> float:
             try:
                 call(config)()
@@ -80,7 +84,7 @@ def conv_train_case(
             except Exception:  # not for this GPU
                 return math.inf
 
-        listed = [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
+        listed = candidates()
         if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
             processors = gemm.multiprocessors(like.device)
             reached = module.reaches(problem, layer.geometry)
@@ -100,6 +104,14 @@ def conv_train_case(
         wide = (x.double(), weight.double(), None if residual is None else residual.double())
         return [Exact("y", chain(*wide))]
 
+    makers: dict[str, Callable[[], Ready]] = {"fused": fused, "native": native}
+    if each_tile:
+        with contextlib.suppress(Absent):
+            for config in candidates():
+                if config.splits == 1:
+                    ready = Ready(call(config), config.label())
+                    makers[f"native {config.label()}"] = lambda ready=ready: ready
+    makers["unfused"] = lambda: Ready(eager)
     y_size = math.prod(layer.y_shape)
     return Case(
         "conv_bn_train",
@@ -112,13 +124,8 @@ def conv_train_case(
         2 * y_size * C * R * S,
         torch.no_grad()(eager),
         torch.no_grad()(exact),
-        {
-            name: inference(maker)
-            for name, maker in {
-                "fused": fused, "native": native, "unfused": lambda: Ready(eager)
-            }.items()
-        },
-    )  # fmt: skip
+        {name: inference(maker) for name, maker in makers.items()},
+    )
 
 
 def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:

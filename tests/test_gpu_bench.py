@@ -74,14 +74,17 @@ def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
     assert total["network ms"] == pytest.approx(ms) and total["layers"] == "4 of 4"
 
 
-def test_every_tile_and_the_compiler(bench, kernels_on_the_cpu, tmp_path):
-    words = ("--contender", "native", "compile", "--tiles", "--op", "conv_bn_relu")
+@pytest.mark.parametrize(
+    "op, others", [("conv_bn_relu", {"native", "compile"}), ("conv_bn_train", {"native"})]
+)
+def test_every_tile_and_the_compiler(bench, kernels_on_the_cpu, tmp_path, op, others):
+    words = ("--contender", "native", "compile", "--tiles", "--op", op)
     status, found = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 64, 1x1")
     (row,) = found["benchmarks"]
     assert status == 0, row["notes"]
     tiles = [name for name in row["contenders"] if name.startswith("native ")]
     assert len(tiles) == len({*tiles}) >= 10 and {"sm_80", "sm_90"} == {t.split()[1] for t in tiles}
-    assert {"native", "compile"} <= set(row["contenders"])
+    assert set(row["contenders"]) == {*others, *tiles}
 
 
 def test_who_fails_or_is_wrong_is_said_and_stops_nobody(bench, tmp_path, monkeypatch, capsys):
