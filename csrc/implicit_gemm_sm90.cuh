@@ -230,6 +230,7 @@ struct WarpgroupThreads {
   int warpgroup;
   __device__ __forceinline__ static int index() { return thread_now() % 128; }
   __device__ __forceinline__ void sync() const {
+    __syncwarp();  // whatever only some lanes did before: the barrier is for whole warps
     barrier_sync(1 + static_cast<uint32_t>(warpgroup), 128);
   }
 };
@@ -258,7 +259,6 @@ __device__ __forceinline__ void write_statistics(const GemmSm90& gemm, const Til
     mine += row + i * rows < count;
   }
   if (leader) store_wait_read();
-  __syncwarp();
   threads.sync();  // all have read the buffer, its memory is free
   const int64_t outputs = int64_t{gemm.groups} * gemm.K;
   const Statistics statistics{output, threads};

@@ -116,7 +116,7 @@ CUDA = [
     ("statistics: Hopper's of a half without pixels", S90, "if (m < gemm.M) write_statistics",
      "write_statistics", f"{SUMS} every_tile"),
     ("statistics: Hopper's store not waited for", S90,
-     "  if (leader) store_wait_read();\n  __syncwarp();\n  threads.sync();", "  threads.sync();",
+     "  if (leader) store_wait_read();\n  threads.sync();", "  threads.sync();",
      f"{SUMS} blocks_stay"),
     ("statistics: Hopper's outputs written while they are read", S90,
      "  threads.sync();  // all have read the buffer, its memory is free\n", "",
