@@ -30,7 +30,7 @@ from typing import Any
 
 import gpu_cases
 import torch
-from gpu_cases import Absent, Case, Exact, Ready
+from gpu_contenders import Absent, Case, Exact, Ready
 from torch import Tensor
 
 from fused_resnet.bench import pair_ratio, save

@@ -12,63 +12,36 @@ Each is made when its turn comes; one that is not there raises `Absent` with the
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from gpu_contenders import (
+    EPS,
+    Absent,
+    Case,
+    Exact,
+    Place,
+    Ready,
+    bn_chain,
+    compiled,
+    inference,
+    kernels,
+    randn,
+    title,
+)
+from gpu_train_cases import conv_backward_case, conv_train_case
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import backends, cuda_training, cudnn_conv, gemm, train_kernels, tuning
+from fused_resnet import backends, cudnn_conv, gemm, tuning
 from fused_resnet.gemm import Geometry, Layer
 from fused_resnet.gpu_conv import GpuConv
 
-EPS = 1e-5
 CHECKED_IMAGES = 32  # of a convolution, from the first to the last: each is computed by itself
-Call = Callable[[], list[Tensor]]
-
-
-class Absent(RuntimeError):
-    """This contender does not take part; the message says why."""
-
-
-class Ready(NamedTuple):
-    call: Call
-    how: str = ""  # what was chosen: a tile
-
-
-class Exact(NamedTuple):
-    """A result in float64. terms: for sums that may cancel, the largest sum of magnitudes."""
-
-    name: str
-    value: Tensor
-    terms: float = 0.0
-
-
-@dataclass
-class Case:
-    op: str
-    name: str
-    times: int  # that the network has it
-    moved_bytes: int  # what fused kernels cannot do without
-    operations: int
-    stock: Call
-    exact: Callable[[], list[Exact]]
-    makers: dict[str, Callable[[], Ready]] = field(default_factory=dict)
-    images: Tensor | None = None  # those whose results are compared; None: all
-
-
-class Place(NamedTuple):
-    """A convolution in a network, and what follows its batch norm."""
-
-    layer: Layer
-    residual: bool
-    relu: bool
 
 
 def places(model: str, batch: int, size: int) -> Counter[Place]:
@@ -100,29 +73,6 @@ def places(model: str, batch: int, size: int) -> Counter[Place]:
                 conv.register_forward_hook(see)
         net(torch.empty(batch, 3, size, size))
     return Counter(found)
-
-
-def randn(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """channels_last, of `like`'s dtype and device."""
-    x = torch.randn(shape, dtype=like.dtype, device=like.device)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def kernels(op: str, backend: str, device: torch.device) -> Any:
-    """The kernels of "native" (CUDA; emulated where a test has loaded the emulator) or "triton"."""
-    if backend == "native" and device.type == "cpu":
-        if "emulated" not in backends.KERNELS:
-            raise Absent("the CUDA kernels need a GPU")
-        return backends.KERNELS["emulated"]()
-    reason = backends.missing(op, backend, device.type)
-    if reason is not None:
-        raise Absent(reason)
-    return backends.KERNELS[backend]()
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch.compiler.reset()  # every case's function has one code: a few more, and it runs eagerly
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 # --- elementwise ----------------------------------------------------------------------------------
@@ -180,14 +130,6 @@ def add_relu_case(shape: tuple[int, ...], times: int, like: Tensor, backward: bo
             "compile": by_compiler,
         },
     )
-
-
-def bn_chain(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, relu: bool
-) -> Tensor:
-    y = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
-    y = y if residual is None else y + residual
-    return torch.relu(y) if relu else y
 
 
 def bn_case(
@@ -271,12 +213,6 @@ def bn_case(
 
 
 # --- convolutions ---------------------------------------------------------------------------------
-
-
-def title(layer: Layer) -> str:
-    K, _, R, S = layer.weight_shape
-    groups = f", {layer.groups} groups" if layer.groups > 1 else ""
-    return f"{layer.x_shape} -> {K}, {R}x{S}/{layer.geometry.stride[0]}{groups}"
 
 
 def evenly(batch: int, device: torch.device) -> Tensor:
@@ -430,144 +366,6 @@ def conv_case(
     )
 
 
-def conv_train_case(
-    place: Place,
-    times: int,
-    like: Tensor,
-    seconds: Callable[[Callable[[], Any]], float] | None,
-) -> Case:
-    """A convolution and the training norm behind it, forward: the statistics taken in the
-    convolution's epilogue ("native"), or from its output by bn_add_relu ("fused", as models do
-    where no winner was measured)."""
-    layer, relu = place.layer, place.relu
-    K, C, R, S = layer.weight_shape
-    x = randn(layer.x_shape, like)
-    weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
-    residual = randn(layer.y_shape, like) if place.residual else None
-    norm = train_kernels.Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
-    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
-    problem = gemm.problem_of(layer, like.dtype)
-
-    def by(maker: Any, convolve: Callable[[], Any]) -> list[Tensor]:
-        z, state = convolve()
-        return [maker.normalise_by(state, z, norm, residual, relu)[0]]
-
-    def fused() -> Ready:
-        maker = train_kernels.PORTABLE
-        return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
-
-    def native() -> Ready:
-        kernels("conv_bn_relu", "native", like.device)
-        module = tuning.contender("native")
-        capability = gemm.capability(like.device)
-        if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
-            raise Absent("it does not cover this convolution")
-        maker = cuda_training.CUDA
-
-        def call(config: Any) -> Call:
-            def run() -> list[Tensor]:
-                emulated = like.device.type == "cpu"
-                with fr.use_backend("emulated") if emulated else contextlib.nullcontext():
-                    return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
-
-            return run
-
-        def time_s(config: Any) -> float:
-            try:
-                call(config)()
-                return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
-            except Exception:  # not for this GPU
-                return math.inf
-
-        listed = [
-            c for c in module.candidates(problem, capability)
-            if c.tile >= 0 and module.tiles()[c.tile]["architecture"] == 80
-        ]  # fmt: skip
-        if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
-            processors = gemm.multiprocessors(like.device)
-            listed = [module.choose_tile(problem, capability, processors, reached=False)]
-        best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
-        return Ready(call(best), best.label())
-
-    def chain(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
-        z = F.conv2d(x, weight, None, *geometry)
-        return bn_chain(z, norm.weight.to(z.dtype), norm.bias.to(z.dtype), residual, relu)
-
-    def eager() -> list[Tensor]:
-        z = F.conv2d(x, weight, None, *geometry)
-        return [bn_chain(z, norm.weight, norm.bias, residual, relu)]
-
-    def exact() -> list[Exact]:
-        wide = (x.double(), weight.double(), None if residual is None else residual.double())
-        return [Exact("y", chain(*wide))]
-
-    y_size = math.prod(layer.y_shape)
-    return Case(
-        "conv_bn_train",
-        f"conv_bn_train {title(layer)}"
-        + (", residual" if place.residual else "")
-        + ("" if relu else ", no relu"),
-        times,
-        # z is written, and read once to be normalised.
-        (x.numel() + weight.numel() + y_size * (3 + place.residual)) * x.element_size(),
-        2 * y_size * C * R * S,
-        torch.no_grad()(eager),
-        torch.no_grad()(exact),
-        {
-            name: inference(maker)
-            for name, maker in {
-                "fused": fused, "native": native, "unfused": lambda: Ready(eager)
-            }.items()
-        },
-    )  # fmt: skip
-
-
-def inference(maker: Callable[[], Ready]) -> Callable[[], Ready]:
-    """Made and called without gradients."""
-
-    def made() -> Ready:
-        with torch.no_grad():
-            ready = maker()
-        return Ready(torch.no_grad()(ready.call), ready.how)
-
-    return made
-
-
-def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
-    """Both gradients of the convolution: this package's Triton kernels, and the vendor's."""
-    _, C, R, S = layer.weight_shape
-    x, g = randn(layer.x_shape, like), randn(layer.y_shape, like)
-    weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
-    geometry, mask = (*map(list, layer.geometry), layer.groups), [True, True, False]
-
-    def stock(g: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
-        *sizes, groups = geometry
-        backward = torch.ops.aten.convolution_backward
-        found = backward(g, x, weight, None, *sizes, False, [0, 0], groups, mask)
-        return list(found[:2])
-
-    def triton() -> Ready:
-        kernels("conv_bn_relu", "triton", like.device)
-        run = torch.ops.fused_resnet.convolution_backward_triton
-        return Ready(lambda: list(run(g, x, weight, *geometry, mask)))
-
-    def exact() -> list[Exact]:
-        dx, dweight = stock(g.double(), x.double(), weight.double())
-        terms = stock(g.double().abs(), x.double().abs(), weight.double())[1].max().item()
-        return [Exact("dx", dx), Exact("dweight", dweight, terms)]
-
-    return Case(
-        "conv_backward",
-        f"conv_backward {title(layer)}",
-        times,
-        2 * (x.numel() + weight.numel() + g.numel()) * x.element_size(),
-        4 * g.numel() * C * R * S,
-        lambda: stock(g, x, weight),
-        exact,
-        {"triton": triton, "unfused": lambda: Ready(lambda: stock(g, x, weight))},
-    )
-
-
 def cases(
     model: str,
     batch: int,
@@ -584,7 +382,7 @@ def cases(
             yield lambda p=place, n=times: conv_case(p, n, like, seconds, each_tile)
     if wanted("conv_bn_train"):
         for place, times in found.items():
-            yield lambda p=place, n=times: conv_train_case(p, n, like, seconds)
+            yield lambda p=place, n=times: conv_train_case(p, n, like, seconds, each_tile)
     norms: Counter[Any] = Counter()
     for place, times in found.items():
         norms[place.layer.y_shape, place.residual, place.relu] += times

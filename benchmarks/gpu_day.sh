@@ -141,7 +141,8 @@ sys.exit("\n".join(filter(None, missing)) or None)' "$1/info.json"
 }
 
 section_device-tests() {
-  tests_of 7 280 "$1" tests/test_{add_relu,bn_add_relu,conv_bn_relu,implicit_gemm,hopper,stem,repeats}.py \
+  tests_of 8 280 "$1" \
+    tests/test_{add_relu,bn_add_relu,conv_bn_relu,implicit_gemm,hopper,conv_statistics,stem,repeats}.py \
     -- -m gpu -k "not triton"
 }
 
@@ -234,6 +235,8 @@ section_train() {
     --name train_compile --contender eager-channels_last compile fused fused-graph
   whole --model resnet50 resnet18 --batch 16 --dtype bfloat16 --mode train --seconds 5 --out "$1" \
     --name train_small --contender eager-channels_last fused fused-graph
+  ops --op conv_bn_train --contender native --tiles --rounds 9 --out "$1" \
+    --name gpu_ops_statistics_tiles
 }
 
 section_ncu() {

@@ -93,8 +93,11 @@ ConvProblem problem_of(const Tensor& x, const Tensor& weight, const Tensor& y,
   return problem;
 }
 
-void launch_sm80(const DeviceScope& scope, const ConvProblem& problem, const ConvOperands& operands,
-                 int64_t tile, int64_t splits, const Tensor& x) {
+void launch(const ConvProblem& problem, const ConvOperands& operands, int64_t tile, int64_t splits,
+            const Tensor& x) {
+  const DeviceScope scope(x);
+  if (kGemmTiles[tile].architecture == 90)
+    return launch_implicit_gemm_sm90(scope, problem, operands, kGemmTiles[tile]);
   std::optional<Tensor> partial;
   if (splits > 1)
     partial = torch::stable::new_empty(
@@ -128,11 +131,7 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
                               y.mutable_data_ptr(),
                               relu,
                               nullptr};
-  const DeviceScope scope(x);
-  if (kGemmTiles[tile].architecture == 90)
-    launch_implicit_gemm_sm90(scope, problem, operands, kGemmTiles[tile]);
-  else
-    launch_sm80(scope, problem, operands, tile, splits, x);
+  launch(problem, operands, tile, splits, x);
 }
 
 // x (N, C, H, W), weight (K, R, S, C / groups), z (N, K, P, Q) -> z, the convolution, is written;
@@ -144,10 +143,8 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
                                                    int64_t tile, int64_t splits) {
   const ConvProblem problem =
       problem_of(x, weight, z, stride, padding, dilation, groups, tile, splits);
-  check(kGemmTiles[tile].architecture == 80, kOp, ": Hopper's kernel takes no statistics");
   check(z.numel() > 0, kOp, ": an empty z has no statistics");
-  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].block_m;
-  const DeviceScope scope(x);
+  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
   Tensor statistics = torch::stable::new_empty(
       x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
   const ConvOperands operands{dtype_index(kOp, "x", x),
@@ -159,7 +156,7 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
                               z.mutable_data_ptr(),
                               false,
                               static_cast<float*>(statistics.mutable_data_ptr())};
-  launch_sm80(scope, problem, operands, tile, splits, x);
+  launch(problem, operands, tile, splits, x);
   return {statistics, pixels};
 }
 

@@ -42,7 +42,7 @@ struct ConvOperands {
   float* statistics;
 };
 
-// Pixels of a part of the statistics where parts are added up; else they are a tile's.
+// Pixels of a part of the statistics where splits are added up; else GemmTile::part_pixels.
 constexpr int kMergedPixels = 64;
 
 // splits > 1: so many blocks share a tile's steps; `partial` has room for splits * M * groups * K

@@ -1,5 +1,5 @@
 // The sm_80 convolution by dtype; its kernels are compiled in files of their own.
-#include "implicit_gemm_sm80.cuh"
+#include "implicit_gemm_sm80_launch.cuh"
 
 namespace fused_resnet {
 

@@ -10,10 +10,16 @@
 // tile's rows; the next tile's copies still overlap. A thread owns block_m / warps * block_n / 32
 // sums. The residual comes by TMA into the output's own buffer while the tile is multiplied, each
 // value is replaced where it lies, and TMA takes the buffer away.
+// In training y is the convolution alone, and a warpgroup takes its rows' statistics for the norm
+// behind it (implicit_gemm_statistics.cuh): it reads them back as they are rounded, 16 bytes at a
+// time, while TMA does, and adds them up in the buffer that TMA has left.
 // Bytes: x R * S / (stride_h * stride_w) times and weights once per tile of pixels, from L2 but for
 // the first; residual and y once.
 // Constraints: covers_sm90; 227 KiB of shared memory, one block per multiprocessor.
 // Speed: not yet measured.
+// Rejected before measuring: statistics of the sums where they lie, in registers: three shuffles
+// for every output of a thread and each of its sums, where columns of 16 bytes need two at most for
+// eight; memory of their own for adding them up: a stage of the pipeline.
 // Rejected: scale and shift staged in shared memory: a pipeline stage fewer for what L1 holds.
 // Rejected: weights as (groups * K, R * S * C): a step past a tap's last channel reads the next
 // tap. Groups as a fifth dimension of x, for im2col on groups that end within a step: their stride
@@ -22,6 +28,7 @@
 #pragma once
 
 #include "implicit_gemm_sm90.h"
+#include "implicit_gemm_statistics.cuh"
 
 namespace fused_resnet {
 
@@ -34,8 +41,8 @@ template <int kTile>
 struct Sm90Shape {
   static constexpr GemmTile tile = kGemmTiles[kTile];
   static constexpr int block_m = tile.block_m, block_n = tile.block_n, stages = tile.stages;
-  static constexpr bool halves = tile.warps == 8;              // of a tile, one for each warpgroup
-  static constexpr int rows = halves ? block_m / 2 : block_m;  // of a warpgroup
+  static constexpr bool halves = tile.warps == 8;  // of a tile, one for each warpgroup
+  static constexpr int rows = tile.part_pixels();  // of a warpgroup
   static constexpr int row_blocks = rows / 64;
   static constexpr int x_bytes = block_m * kSwizzleRowBytes;
   static constexpr int stage_bytes = x_bytes + block_n * kSwizzleRowBytes;
@@ -107,6 +114,16 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
   }
 }
 
+// Products read their sums, the first ones too, for all that the assembler knows: without this, it
+// keeps the registers of one tile's for the next tile's over all that is done between.
+template <int kBlocks, int kCount>
+__device__ __forceinline__ void forget(float (&sums)[kBlocks][kCount]) {
+#pragma unroll
+  for (auto& block : sums)
+#pragma unroll
+    for (float& sum : block) sum = 0;
+}
+
 // A warpgroup: sums (rows, block_n) of one tile. Returns with all its stages given back. Wakes the
 // other warpgroup, if `next_turn` is not null, once its own copies have all come: by a barrier's
 // parity a step could not be told from the one two turns before. Every warp has to say so: with one
@@ -165,8 +182,9 @@ struct ChannelPairs {
   }
 };
 
-// A warpgroup: sums to outputs in its buffer, in the residual's place.
-template <typename T, int kTile>
+// A warpgroup: sums to outputs in its buffer, in the residual's place. kStatistics: the sums
+// themselves.
+template <typename T, int kTile, bool kStatistics>
 __device__ __forceinline__ void finish_tile(
     const GemmSm90& gemm, const TileStart& start, uint8_t* output,
     const float (&sums)[Sm90Shape<kTile>::row_blocks][Sm90Shape<kTile>::block_n / 2]) {
@@ -174,34 +192,84 @@ __device__ __forceinline__ void finish_tile(
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32 % 4);
   const float floor = gemm.relu ? 0.0f : -INFINITY;
-  ChannelPairs next = ChannelPairs::load(gemm, start.group, start.k);
+  ChannelPairs next{};
+  if constexpr (!kStatistics) next = ChannelPairs::load(gemm, start.group, start.k);
 #pragma unroll
   for (int column = 0; column < Shape::block_n; column += 16) {
     const ChannelPairs pairs = next;  // loaded while the last 16 were finished
-    if (column + 16 < Shape::block_n)
-      next = ChannelPairs::load(gemm, start.group, start.k + column + 16);
+    if constexpr (!kStatistics)
+      if (column + 16 < Shape::block_n)
+        next = ChannelPairs::load(gemm, start.group, start.k + column + 16);
 #pragma unroll
     for (int i = 0; i < Shape::row_blocks; ++i) {
       // Lanes 0 to 15: rows of the first eight columns; 16 to 31: of the second.
       uint8_t* place = output + column / 64 * Shape::chunk_bytes +
                        swizzled_offset(i * 64 + warp * 16 + lane % 16, column % 64 / 8 + lane / 16);
       uint32_t added[4] = {}, out[4];
-      if (gemm.residual) load_matrix_x4(added, place);
+      if (!kStatistics && gemm.residual) load_matrix_x4(added, place);
 #pragma unroll
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const float2 a = pairs.scale[matrix / 2], b = pairs.shift[matrix / 2];
-        const float2 r = widen_pair<T>(added[matrix]);
-        const float low = sums[i][column / 2 + 2 * matrix] * a.x + b.x + r.x;
-        const float high = sums[i][column / 2 + 2 * matrix + 1] * a.y + b.y + r.y;
-        out[matrix] = narrow_pair<T>(max_nan(low, floor), max_nan(high, floor));
+        const float* pair = &sums[i][column / 2 + 2 * matrix];
+        if constexpr (kStatistics) {
+          out[matrix] = narrow_pair<T>(pair[0], pair[1]);
+        } else {
+          const float2 a = pairs.scale[matrix / 2], b = pairs.shift[matrix / 2];
+          const float2 r = widen_pair<T>(added[matrix]);
+          const float low = pair[0] * a.x + b.x + r.x;
+          const float high = pair[1] * a.y + b.y + r.y;
+          out[matrix] = narrow_pair<T>(max_nan(low, floor), max_nan(high, floor));
+        }
       }
       store_matrix_x4(place, out);
     }
   }
 }
 
-// A warpgroup that multiplies: its tiles, one after the other.
+// A warpgroup: its 128 threads, by themselves.
+struct WarpgroupThreads {
+  int warpgroup;
+  __device__ __forceinline__ static int index() { return thread_now() % 128; }
+  __device__ __forceinline__ void sync() const {
+    __syncwarp();  // whatever only some lanes did before: the barrier is for whole warps
+    barrier_sync(1 + static_cast<uint32_t>(warpgroup), 128);
+  }
+};
+
+// A warpgroup: the statistics of its rows of a tile, from its buffer, which TMA reads too. m: the
+// first of them, below gemm.M; leader: the thread that waits for TMA. Returns with the buffer free.
 template <typename T, int kTile>
+__device__ __forceinline__ void write_statistics(const GemmSm90& gemm, const TileStart& start,
+                                                 int m, uint8_t* output, int warpgroup,
+                                                 bool leader) {
+  using Shape = Sm90Shape<kTile>;
+  constexpr int columns = Shape::block_n / Pack<T>::size, rows = 128 / columns;
+  constexpr int packs = Shape::rows / rows;
+  using Statistics = PartStatistics<T, columns, 128, packs, WarpgroupThreads>;
+  static_assert(Statistics::kScratchBytes <= Shape::output_bytes);
+  const WarpgroupThreads threads{warpgroup};
+  const int column = threads.index() % columns, row = threads.index() / columns;
+  const int left = gemm.M - m, count = left < Shape::rows ? left : Shape::rows;
+  const uint8_t* chunk = output + column / 8 * Shape::chunk_bytes;
+  const auto first = load_shared<uint4>(chunk + swizzled_offset(0, column % 8));
+  uint4 pixels[packs];
+  int mine = 0;
+#pragma unroll
+  for (int i = 0; i < packs; ++i) {
+    pixels[i] = load_shared<uint4>(chunk + swizzled_offset(row + i * rows, column % 8));
+    mine += row + i * rows < count;
+  }
+  if (leader) store_wait_read();
+  threads.sync();  // all have read the buffer, its memory is free
+  const int64_t outputs = int64_t{gemm.groups} * gemm.K;
+  const Statistics statistics{output, threads};
+  statistics.write(pixels, mine, first, count,
+                   gemm.statistics + m / Shape::rows * 3 * outputs + start.group * gemm.K + start.k,
+                   outputs, gemm.K - start.k);
+  threads.sync();  // the sums have been read, too
+}
+
+// A warpgroup that multiplies: its tiles, one after the other.
+template <typename T, int kTile, bool kStatistics>
 __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
                                                const TensorMap& residual_map,
                                                const TensorMap& y_map, const GemmSm90& gemm,
@@ -235,6 +303,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     }
     __syncwarp();
     float sums[Shape::row_blocks][Shape::block_n / 2];
+    if constexpr (kStatistics) forget(sums);
     if constexpr (Shape::halves) {
       multiply_tile<T, kTile>(block, ring, first_row, steps, nullptr, sums);
     } else {
@@ -250,7 +319,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     mbarrier_wait(output_ready, output_parity);
     output_parity ^= 1;
     __syncwarp();
-    finish_tile<T, kTile>(gemm, start, output, sums);
+    finish_tile<T, kTile, kStatistics>(gemm, start, output, sums);
     fence_proxy_async();
     barrier_sync(1 + static_cast<uint32_t>(warpgroup), 128);
     if (leader) {
@@ -259,6 +328,8 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
       store_commit();
     }
     __syncwarp();
+    if constexpr (kStatistics)
+      if (m < gemm.M) write_statistics<T, kTile>(gemm, start, m, output, warpgroup, leader);
   }
   if (leader) store_wait_read();  // shared memory goes with the block
 }
@@ -266,7 +337,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
 #endif  // FUSED_RESNET_HOPPER
 
 // x_map: input's; weight_map (C, R * S, groups * K); residual_map, y_map (K, groups, M)
-template <typename T, int kTile>
+template <typename T, int kTile, bool kStatistics>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     implicit_gemm_sm90_kernel(const __grid_constant__ TensorMap x_map,
                               const __grid_constant__ TensorMap weight_map,
@@ -299,7 +370,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     take_registers<kSm90MultiplyRegisters>();
     // From lane 0, so that the compiler knows it for the same in the whole warp.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128) - 1, 0);
-    multiply_tiles<T, kTile>(block, residual_map, y_map, gemm, warpgroup);
+    multiply_tiles<T, kTile, kStatistics>(block, residual_map, y_map, gemm, warpgroup);
   }
 #else
   __trap();
@@ -325,8 +396,9 @@ void Sm90Kernels<T>::launch(const DeviceScope& scope, int tile, const Sm90Maps& 
     found = true;
     const int64_t blocks = std::min(gemm.tiles, scope.multiprocessors());
     scope.launch({blocks, kSm90Threads, Sm90Shape<kTile>::shared_bytes},
-                 implicit_gemm_sm90_kernel<T, kTile>, maps.x, maps.weight, maps.residual, maps.y,
-                 gemm);
+                 gemm.statistics != nullptr ? implicit_gemm_sm90_kernel<T, kTile, true>
+                                            : implicit_gemm_sm90_kernel<T, kTile, false>,
+                 maps.x, maps.weight, maps.residual, maps.y, gemm);
   });
   check(found, "implicit_gemm: no Hopper kernel for tile ", tile);
 }
@@ -339,7 +411,8 @@ void Sm90Kernels<T>::list(std::vector<CudaKernel>& list, bool gpu) {
     const std::string name = std::string("implicit_gemm_sm90_") +
                              (std::is_same_v<T, half_t> ? "float16_" : "bfloat16_") +
                              std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n);
-    describe_kernel(list, name, implicit_gemm_sm90_kernel<T, kTile>, gpu);
+    describe_kernel(list, name, implicit_gemm_sm90_kernel<T, kTile, false>, gpu);
+    describe_kernel(list, name + "_statistics", implicit_gemm_sm90_kernel<T, kTile, true>, gpu);
   });
 }
 

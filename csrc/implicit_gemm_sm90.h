@@ -27,6 +27,8 @@ struct GemmSm90 {
   const float* scale;  // (groups * K,)
   const float* shift;  // (groups * K,)
   bool residual, relu;
+  int M;              // pixels
+  float* statistics;  // (parts, 3, groups * K) or null: then there is no scale and no shift
 
   __host__ __device__ int steps() const { return R * S * channel_blocks; }
 };

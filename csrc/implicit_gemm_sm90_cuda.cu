@@ -111,8 +111,10 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   gemm.shift = operands.shift;
   gemm.residual = operands.residual != nullptr;
   gemm.relu = operands.relu;
+  gemm.M = static_cast<int>(p.M());
+  gemm.statistics = operands.statistics;
 
-  const int rows = tile.warps == 8 ? tile.block_m / 2 : tile.block_m;
+  const int rows = tile.part_pixels();  // of a warpgroup
   const Sm90Maps maps{
       input_map(p, operands, tile.block_m),
       tiled_map<3>({operands.dtype,

@@ -1,6 +1,6 @@
 // What training's batch norm needs to know of a convolution's output z, taken while z is written,
-// so that nobody reads z once more for it. Of every part of M, a stretch of n pixels, and every
-// output:
+// so that nobody reads z once more for it. Of every part of M, a stretch of n pixels
+// (GemmTile::part_pixels, kMergedPixels), and every output:
 //   centre  = the part's mean, or nearly: one float32
 //   sum     = sum over the part of z - centre
 //   squares = sum over the part of (z - the part's mean)^2
@@ -16,9 +16,15 @@
 
 namespace fused_resnet {
 
+// Threads that take a part's statistics together: a whole block.
+struct BlockThreads {
+  __device__ __forceinline__ static int index() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ static void sync() { __syncthreads(); }
+};
+
 // A thread's share: of a tile whose rows are kColumns columns of 16 bytes one column, of every
-// (kThreads / kColumns)th of its pixels, kPacks at most.
-template <typename T, int kColumns, int kThreads, int kPacks>
+// (kThreads / kColumns)th of its pixels, kPacks at most. Threads: kThreads of them, whole warps.
+template <typename T, int kColumns, int kThreads, int kPacks, class Threads = BlockThreads>
 struct PartStatistics {
   static constexpr int kSize = Pack<T>::size, kWarps = kThreads / 32;
   static constexpr int kRow = kSize * kColumns;  // numbers, one for each of a tile's outputs
@@ -27,14 +33,15 @@ struct PartStatistics {
   static_assert(kColumns <= 32 && 32 % kColumns == 0 && kThreads % 32 == 0);
 
   uint8_t* scratch;  // kScratchBytes of shared memory, aligned to 4, that nobody uses
+  Threads threads;
 
   __device__ __forceinline__ uint8_t* place(int row, int i, int column) const {
     return scratch + (row * kRow + i * kColumns + column) * 4;
   }
-  // The sums over the block, to rows `result`, ... of what comes after the warps' rows.
+  // The sums over the threads, to rows `result`, ... of what comes after the warps' rows.
   template <int kSums>
   __device__ __forceinline__ void add_up(float (&values)[kSums * kSize], int result) const {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+    const int thread = threads.index(), lane = thread % 32, warp = thread / 32;
 #pragma unroll
     for (int delta = 16; delta >= kColumns; delta /= 2)
 #pragma unroll
@@ -45,20 +52,20 @@ struct PartStatistics {
       for (int i = 0; i < kSums * kSize; ++i)
         store_shared<float>(place(kSums * warp, i, lane), values[i]);
     }
-    __syncthreads();
+    threads.sync();
     for (int j = thread; j < kSums * kRow; j += kThreads) {
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += load_shared<float>(place(kSums * w, 0, j));
       store_shared<float>(place(2 * kWarps + result, 0, j), sum);
     }
-    __syncthreads();
+    threads.sync();
   }
   // All threads. pixels: the first `mine` of them are there; first: this column of the part's first
   // one; count: the part's pixels. To part (3, outputs), of which the tile has `width`.
   __device__ __forceinline__ void write(const uint4 (&pixels)[kPacks], int mine, uint4 first,
                                         int count, float* part, int64_t outputs, int width) const {
-    const int thread = static_cast<int>(threadIdx.x), column = thread % kColumns;
+    const int thread = threads.index(), column = thread % kColumns;
     const float n = static_cast<float>(count);
     const Pack<T> start = unpack<T>(first);
     float centre[kSize], sums[kSize] = {}, both[2 * kSize] = {};

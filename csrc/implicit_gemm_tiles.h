@@ -12,6 +12,12 @@ struct GemmTile {
   int block_m, block_n;
   int warps;   // that multiply a tile; sm_90's blocks have 8, 4 to a tile: two take turns
   int stages;  // steps in flight
+
+  // Of a part of the statistics (implicit_gemm_statistics.cuh): those whose sums meet. The halves
+  // of sm_90's tile by 8 warps do not.
+  constexpr int part_pixels() const {
+    return architecture == 90 && warps == 8 ? block_m / 2 : block_m;
+  }
 };
 
 constexpr int kStepBytes = 128;

@@ -4,9 +4,8 @@ norm behind them on the way: z is not read once more for those.
     z = conv(x, weight),   mean[k], var[k] = over pixels of z[., k] as it is stored
 
 Who computes a convolution is decided by `tuning`, from what `fused-resnet tune` has measured: these
-kernels serve where native was the fastest, by a tile of sm_80's; Hopper's own takes no statistics
-yet. What nobody has measured is cuDNN's, with `bn_add_relu` behind it, as everywhere else, unless
-the native backend is forced.
+kernels serve where native was the fastest, by the tile that was. What nobody has measured is
+cuDNN's, with `bn_add_relu` behind it, as everywhere else, unless the native backend is forced.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from .gemm import (
     capability,
     channels_last_empty,
     channels_last_strides,
+    geometry_of,
     multiprocessors,
     operands_of,
 )
@@ -49,13 +49,11 @@ class Cuda(Portable):
             return None
         if not forced and math.isinf(found.time_s):
             return None
-        config = found.config
-        if config.tile == cuda_conv.STEM or cuda_conv.tiles()[config.tile]["architecture"] != 80:
-            if not forced:
-                return None
-            device = capability(x.device), multiprocessors(x.device)
-            config = cuda_conv.choose_tile(problem, *device, reached=False)
-        return config
+        reached = cuda_conv.reaches(problem, geometry_of(*g[:3]))
+        device = capability(x.device), multiprocessors(x.device)
+        config = cuda_conv.fitting(found.config, problem, *device, reached)
+        # The stem's kernel takes no statistics; a tile in its stead, nobody has measured.
+        return config if forced or config == found.config else None
 
     def convolve(
         self, x: Tensor, weight: Tensor, g: Geometry
@@ -68,7 +66,7 @@ class Cuda(Portable):
     def convolve_by(
         self, config: cuda_conv.CudaConfig, x: Tensor, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`convolve` by a tile of sm_80's, and splits. x: channels_last."""
+        """`convolve` by a tile, and splits. x: channels_last."""
         out = output_shape(x.shape, weight.shape, *g)
         assert out is not None
         z = channels_last_empty(out, x)

@@ -93,15 +93,19 @@ def convolutions() -> Calls:
 
 def statistics() -> Calls:
     """A training norm's, from the convolution to its output; by tiles, and by splits."""
-    for tile, dtype in itertools.product(gemm_cases.tiles(80), FLOATS):
-        if machines.skip_reason(80) is not None:
+    tiles = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
+    tiles = [tile for tile in tiles if machines.skip_reason(tile.architecture) is None]
+    for tile, dtype in itertools.product(tiles, FLOATS):
+        if tile.architecture == 90 and dtype == torch.float32:
             continue
-        x, weight = randn((2, 48, 9, 15), dtype), randn((144, 24, 1, 3), dtype)
+        # Hopper's kernel reads whole steps of a group's channels.
+        C = 24 if tile.architecture == 80 else 64
+        x, weight = randn((2, 2 * C, 9, 15), dtype), randn((144, C, 1, 3), dtype)
         weight = machines.here(weight.permute(0, 2, 3, 1).contiguous())
         x = machines.here(x.contiguous(memory_format=torch.channels_last))
         z = torch.empty_like(x.new_empty(2, 144, 9, 15), memory_format=torch.channels_last)
         geometry = ([1, 1], [0, 1], [1, 1], 2)
-        for splits in (1, 2):
+        for splits in (1, 2) if tile.architecture == 80 else (1,):
 
             def run(
                 operands: tuple = (x, weight, z, *geometry, tile.number, splits), z: Tensor = z
@@ -111,7 +115,8 @@ def statistics() -> Calls:
                 found = ops.bn_merge_statistics(parts, 2 * 9 * 15, pixels)
                 return [*found, ops.bn_normalise(z, *found, None, None, None, 1e-5, True)]
 
-            yield f"convolution_statistics {tile}, {dtype}, {splits} splits", run
+            name = f"convolution_statistics sm_{tile.architecture} {tile}"
+            yield f"{name}, {dtype}, {splits} splits", run
 
 
 def stem() -> Calls:

@@ -4,6 +4,7 @@ the emulator, and on a GPU where there is one; the training path that uses them.
 from __future__ import annotations
 
 import copy
+import itertools
 
 import emulation
 import machines
@@ -14,18 +15,30 @@ from torch import Tensor
 from training_helpers import make, step, stock_step
 
 import fused_resnet as fr
-from fused_resnet import gemm
+from fused_resnet import gemm, native
 from fused_resnet.tolerance import measure_error
 
 if emulation.unavailable() is not None:
     pytest.skip(emulation.unavailable(), allow_module_level=True)
 
 import gemm_cases
+import test_hopper
 from gemm_cases import GUARD, guarded, padded, pairs
 from test_conv_bn_relu import CASES, exact
 from test_implicit_gemm import BEYOND_ONE_TILE, DTYPES, SMALLEST, TILES, random, small_integers
 
 on_a_gpu_too = pytest.mark.usefixtures("kernels")
+HOPPER = gemm_cases.tiles(90)
+# Hopper's tiles read whole steps of 64 channels of a group, where they read windows.
+RAGGED = {**BEYOND_ONE_TILE, "two groups of 64": ((1, 128, 9, 15), 144, (1, 3), 1, (0, 1), 1, 2)}
+
+
+def label(tile: gemm_cases.Tile) -> str:
+    return f"sm_{tile.architecture} {tile}"
+
+
+def multiplies(tile: gemm_cases.Tile, dtype: torch.dtype) -> bool:
+    return tile.architecture == 80 or dtype != torch.float32
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +53,8 @@ def convolve(
 ) -> tuple[Tensor, Tensor, int]:
     """x (N, C, H, W), weight (K, C / groups, R, S) -> z (N, K, P, Q), statistics (parts, 3, K) and
     the pixels of a part, on padded copies with NaN around x and z."""
+    if (reason := machines.skip_reason(tile.architecture)) is not None:
+        pytest.skip(reason)
     stride, padding, dilation, groups = pairs(geometry)
     size, K = 16 // x.element_size(), weight.shape[0]
     out = torch.nn.functional.conv2d(
@@ -102,24 +117,54 @@ def test_values(case, dtype):
 
 
 @on_a_gpu_too
-@pytest.mark.parametrize("splits", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("name", BEYOND_ONE_TILE)
-def test_every_tile(monkeypatch, name, tile, dtype, splits):
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", test_hopper.CASES)
+def test_values_of_hopper(case, dtype):
+    """The same by Hopper's tiles in turn, over their own cases."""
+    (x, weight, *_), geometry = test_hopper.operands(case, dtype)
+    for i in range(2):
+        number = list(test_hopper.CASES).index(case) + 2 * i
+        tile = HOPPER[number % len(HOPPER)]
+        z, statistics, pixels = convolve(x, weight, *geometry, tile=tile)
+        ones, zeros = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0])
+        same(z, gemm_cases.run(x, weight, ones, zeros, None, False, *geometry, tile=tile))
+        if z.numel() > z.shape[1]:
+            check_statistics(z, statistics, pixels)
+
+
+# By splits, once: the kernel that adds parts up is the same for all tiles.
+RAGGED_RUNS = [
+    pytest.param(name, tile, splits, dtype, id=f"{name}, {label(tile)}, {splits} splits, {dtype}")
+    for name, tile, splits, dtype in itertools.product(RAGGED, [*TILES, *HOPPER], (1, 2, 3), DTYPES)
+    if (splits == 1 or tile == SMALLEST)
+    and multiplies(tile, dtype)
+    and (name in BEYOND_ONE_TILE if tile.architecture == 80 else name != "two groups")
+]
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("name, tile, splits, dtype", RAGGED_RUNS)
+def test_every_tile(monkeypatch, name, tile, splits, dtype):
     """Ragged in pixels and outputs, groups too; small integers: sums are exact."""
-    if splits > 1 and tile != SMALLEST:
-        pytest.skip("the kernel that adds parts up is the same for all tiles")
-    monkeypatch.setitem(CASES, name, BEYOND_ONE_TILE[name])
-    (
-        (
-            x,
-            weight,
-            *_,
-        ),
-        _,
-    ) = small_integers(name, dtype)
-    geometry = BEYOND_ONE_TILE[name][3:]
+    check_exactly(monkeypatch, name, tile, splits, dtype)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+@pytest.mark.parametrize("tile", HOPPER, ids=label)
+def test_blocks_stay_for_many_tiles(monkeypatch, tile, multiprocessors):
+    """Of one step, so that a warp may run ahead of another that still reads what it writes."""
+    case = ((2, 40, 20, 11), 584, (1, 1), 1, 0, 1, 1)
+    monkeypatch.setitem(RAGGED, "many tiles of one step", case)
+    with emulation.device(multiprocessors=multiprocessors):
+        for number in range(3):
+            emulation.seed(number)
+            check_exactly(monkeypatch, "many tiles of one step", tile, 1, torch.bfloat16)
+
+
+def check_exactly(monkeypatch, name, tile, splits, dtype) -> None:
+    monkeypatch.setitem(CASES, name, RAGGED[name])
+    (x, weight, *_), _ = small_integers(name, dtype)
+    geometry = RAGGED[name][3:]
     z, statistics, pixels = convolve(x, weight, *geometry, tile=tile, splits=splits)
     ones, zeros = torch.ones(weight.shape[0]), torch.zeros(weight.shape[0])
     same(z, exact(x, weight, ones, zeros, None, False, *geometry).to(dtype))
@@ -134,11 +179,24 @@ def test_every_tile(monkeypatch, name, tile, dtype, splits):
     check_statistics(z, statistics, pixels)
 
 
+# A tile and splits: each of the kernels, and of the shares that a thread has.
+KINDS = [(SMALLEST, 1), (SMALLEST, 2), *((tile, 1) for tile in HOPPER)]
+each_kind = pytest.mark.parametrize(
+    "tile, splits", KINDS, ids=[f"{label(tile)}, {splits} splits" for tile, splits in KINDS]
+)
+
+
 @on_a_gpu_too
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, tile, splits",
+    [
+        pytest.param(dtype, tile, splits, id=f"{label(tile)}, {splits} splits, {dtype}")
+        for dtype, (tile, splits) in itertools.product(DTYPES, KINDS)
+        if multiplies(tile, dtype)
+    ],
+)
 @pytest.mark.parametrize("offset", [0, 30, 1000])
-def test_a_mean_far_from_zero(dtype, offset, splits):
+def test_a_mean_far_from_zero(dtype, offset, tile, splits):
     """Where a plain sum of squares would have lost the variance: 1000 +- 1 (in 16 bits, what is
     left of it after rounding). And a first pixel far from all others."""
     x = torch.cat([randn((3, 8, 12, 11), torch.float32) / 8, torch.ones(3, 8, 12, 11)], 1)
@@ -147,7 +205,7 @@ def test_a_mean_far_from_zero(dtype, offset, splits):
         if outlier:
             x[0, :8, 0, 0] = 100.0
         z, statistics, pixels = convolve(
-            gemm_cases.to_tf32(x).to(dtype), weight.to(dtype), 1, 0, 1, 1, tile=SMALLEST,
+            gemm_cases.to_tf32(x).to(dtype), weight.to(dtype), 1, 0, 1, 1, tile=tile,
             splits=splits,
         )  # fmt: skip
         check_statistics(z, statistics, pixels)
@@ -176,10 +234,10 @@ def test_many_parts_are_merged(parts):
 
 
 @on_a_gpu_too
-@pytest.mark.parametrize("splits", [1, 2])
+@each_kind
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [0, 70])
-def test_special_values_stay_in_their_channel(value, at, splits):
+def test_special_values_stay_in_their_channel(value, at, tile, splits):
     x = randn((1, 16, 9, 10), torch.bfloat16)
     x[0, 3].view(-1)[at] = value
     weight = torch.eye(16, dtype=torch.bfloat16)[:, :, None, None].clone()
@@ -189,7 +247,7 @@ def test_special_values_stay_in_their_channel(value, at, splits):
     one = torch.where(torch.arange(16)[None, :, None, None] == 3, x, x0)
     z = one.clone()
     statistics = torch.zeros(1)
-    z, statistics, pixels = convolve(one[:, 3:4], weight[3:4, 3:4], 1, 0, 1, 1, tile=SMALLEST,
+    z, statistics, pixels = convolve(one[:, 3:4], weight[3:4, 3:4], 1, 0, 1, 1, tile=tile,
                                      splits=splits)  # fmt: skip
     mean, var, _ = merge(statistics, z, pixels)
     assert var.isnan().all() and mean.isnan().all() == (value != value)
@@ -199,7 +257,7 @@ def test_special_values_stay_in_their_channel(value, at, splits):
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_the_order_of_threads_changes_nothing(splits):
-    for tile in TILES:
+    for tile in [*TILES, *HOPPER] if splits == 1 else TILES:
         (x, weight, *_), geometry = random("3x3, stride 2", torch.bfloat16)
         first = convolve(x, weight, *geometry, tile=tile, splits=splits)
         found = merge(first[1], *first[::2])
@@ -209,14 +267,20 @@ def test_the_order_of_threads_changes_nothing(splits):
         assert machines.equal(found, merge(again[1], *again[::2]))
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize(
+    "tile, dtype",
+    [
+        pytest.param(tile, dtype, id=f"{label(tile)}, {dtype}")
+        for tile, dtype in itertools.product([*TILES, *HOPPER], (torch.float16, torch.float32))
+        if multiplies(tile, dtype)
+    ],
+)
 def test_no_bank_conflicts(tile, dtype):
     for case in ("3x3", "pointwise"):
         (x, weight, *_), _ = small_integers(case, dtype)
         with emulation.wavefronts() as found:
             convolve(x, weight, *CASES[case][3:], tile=tile)
-        for access in ("async_store", "ldmatrix", "store", "load"):
+        for access in ("async_store", "ldmatrix", "stmatrix", "store", "load"):
             needed, ideal = found[access]
             # Where some lanes of a warp store less, its later stores are counted out of step.
             room = 0.05 * ideal if access == "store" else 0
@@ -264,10 +328,13 @@ def test_errors():
     weight = machines.here(torch.zeros(8, 1, 1, 8))
     ops = machines.ops()
     hopper = gemm_cases.tiles(90)[0].number
-    for tile, splits, words in ((hopper, 1, "takes no statistics"), (hopper, 2, "must be 1 for")):
-        with pytest.raises(RuntimeError, match=words):
-            half = x.half(), weight.half(), x.half()
-            ops.convolution_statistics(*half, [1, 1], [0, 0], [1, 1], 1, tile, splits)
+    geometry = ([1, 1], [0, 0], [1, 1], 1)
+    with pytest.raises(RuntimeError, match="splits must be 1 for Hopper's"):
+        half = x.half(), weight.half(), x.half()
+        ops.convolution_statistics(*half, *geometry, hopper, 2)
+    if machines.skip_reason(90) is None:
+        with pytest.raises(RuntimeError, match="takes float16 or bfloat16"):
+            ops.convolution_statistics(x, weight, x.clone(), *geometry, hopper, 1)
     with pytest.raises(RuntimeError, match="9 pixels in parts of 4 are not 2 parts"):
         ops.bn_merge_statistics(machines.here(torch.zeros(2, 3, 8)), 9, 4)
     with pytest.raises(RuntimeError, match=r"must be a contiguous float32 \(parts, 3, K\)"):
@@ -365,7 +432,8 @@ def problem_of_block(x: Tensor, weight: Tensor) -> gemm.Problem:
 
 
 def test_only_measured_winners_serve_unforced(monkeypatch, counted):
-    """As a GPU would decide: nobody measured, another backend won, Hopper's tile won, ours won."""
+    """As a GPU would decide: nobody measured, another backend won, Hopper's tile won where it is
+    built and where it is not, ours won."""
     from fused_resnet import cuda_conv, cuda_training, tuning
     from fused_resnet.train_kernels import Geometry
 
@@ -379,7 +447,12 @@ def test_only_measured_winners_serve_unforced(monkeypatch, counted):
     rows = {
         "nobody": ({}, False),
         "another": ({"native": ours, "vendor": tuning.Choice("vendor", None, 1e-6)}, False),
-        "hopper": ({"native": ours._replace(config=cuda_conv.CudaConfig(hopper))}, False),
+        "hopper": ({"native": ours._replace(config=cuda_conv.CudaConfig(hopper))}, True),
+        "hopper, not built": (
+            {"native": ours._replace(config=cuda_conv.CudaConfig(hopper))},
+            False,
+        ),
+        "stem": ({"native": ours._replace(config=cuda_conv.CudaConfig(cuda_conv.STEM))}, False),
         "ours": ({"native": ours, "vendor": tuning.Choice("vendor", None, 1e-4)}, True),
     }
     monkeypatch.setattr(cuda_training.backends, "gpu_kernels", lambda kind: True)
@@ -389,10 +462,23 @@ def test_only_measured_winners_serve_unforced(monkeypatch, counted):
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     for name, (measured, serves) in rows.items():
         monkeypatch.setattr(tuning, "winners", lambda device, m=measured: {problem: m})
+        monkeypatch.setattr(native, "built_for", lambda arch, n=name: "not built" not in n)
         tuning.choice.cache_clear()
         config = cuda_training.CUDA._config(x.detach(), weight, geometry)
         assert (config is not None) == serves, name
-        assert not serves or config == ours.config
+        assert not serves or config == measured["native"].config
+    # The same problem, of a padding that Hopper's kernel does not reach.
+    measured, _ = rows["hopper"]
+    geometry = Geometry((1, 1), (129, 1), (1, 1), 1)
+    H, W = x.shape[2] + 2 * 129 - 2, x.shape[3]
+    far = problem._replace(M=x.shape[0] * H * W)
+    monkeypatch.setattr(tuning, "winners", lambda device: {far: measured})
+    monkeypatch.setattr(native, "built_for", lambda arch: True)
+    tuning.choice.cache_clear()
+    assert cuda_training.CUDA._config(x.detach(), weight, geometry) is None
+    with fr.use_backend("emulated"):
+        config = cuda_training.CUDA._config(x.detach(), weight, geometry)
+    assert cuda_conv.tiles()[config.tile]["architecture"] == 80
     tuning.choice.cache_clear()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet import tuning
+from fused_resnet import native, tuning
 
 ROOT = Path(__file__).parent.parent
 DAY = ROOT / "benchmarks" / "gpu_day.sh"
@@ -38,7 +38,7 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def kernels_on_the_cpu(quick_interpreter):
+def kernels_on_the_cpu(quick_interpreter, monkeypatch):
     if emulation.unavailable() is not None:
         pytest.skip(str(emulation.unavailable()))
     support = pytest.importorskip("fused_resnet.triton_kernels.support")
@@ -46,6 +46,7 @@ def kernels_on_the_cpu(quick_interpreter):
         pytest.skip(support.unavailable("cpu"))
     emulation.load()
     emulation.seed(0)
+    monkeypatch.setattr(native, "built_for", lambda arch: True)  # as the emulator is
 
 
 def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
@@ -73,14 +74,17 @@ def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
     assert total["network ms"] == pytest.approx(ms) and total["layers"] == "4 of 4"
 
 
-def test_every_tile_and_the_compiler(bench, kernels_on_the_cpu, tmp_path):
-    words = ("--contender", "native", "compile", "--tiles", "--op", "conv_bn_relu")
+@pytest.mark.parametrize(
+    "op, others", [("conv_bn_relu", {"native", "compile"}), ("conv_bn_train", {"native"})]
+)
+def test_every_tile_and_the_compiler(bench, kernels_on_the_cpu, tmp_path, op, others):
+    words = ("--contender", "native", "compile", "--tiles", "--op", op)
     status, found = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 64, 1x1")
     (row,) = found["benchmarks"]
     assert status == 0, row["notes"]
     tiles = [name for name in row["contenders"] if name.startswith("native ")]
     assert len(tiles) == len({*tiles}) >= 10 and {"sm_80", "sm_90"} == {t.split()[1] for t in tiles}
-    assert {"native", "compile"} <= set(row["contenders"])
+    assert set(row["contenders"]) == {*others, *tiles}
 
 
 def test_who_fails_or_is_wrong_is_said_and_stops_nobody(bench, tmp_path, monkeypatch, capsys):

@@ -106,6 +106,25 @@ def test_implicit_gemm(tile, kernel):
         check(run)
 
 
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"sm_{t.architecture} {t}")
+def test_convolution_statistics(tile):
+    if (reason := machines.skip_reason(tile.architecture)) is not None:
+        pytest.skip(reason)
+    N, C, H, W = size((2, 72, 13, 11), (32, 256, 28, 28))
+    (K,) = size((136,), (512,))
+    x, z = last((N, C, H, W)), last((N, K, H, W))
+    weight = machines.here(randn((K, 1, 1, C), torch.bfloat16) / C**0.5)
+    for splits in (1, 3) if tile.architecture == 80 else (1,):
+
+        def run(splits: int = splits) -> list[Tensor]:
+            geometry = ([1, 1], [0, 0], [1, 1], 1)
+            ops = machines.ops()
+            parts, pixels = ops.convolution_statistics(x, weight, z, *geometry, tile.number, splits)
+            return [z, parts, *ops.bn_merge_statistics(parts, N * H * W, pixels)]
+
+        check(run)
+
+
 @pytest.mark.parametrize("pool", [True, False], ids=["pooled", "not pooled"])
 def test_stem(pool):
     x = last(size((2, 3, 45, 71), (32, 3, 224, 224)))
