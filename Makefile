@@ -56,7 +56,7 @@ bench: build
 	$(PY) benchmarks/bench_resnet.py --model resnet18 resnet50 --memory --name peers \
 	  --contender eager eager-channels_last compile onnxruntime openvino fused --out $(RESULTS)
 	$(PY) benchmarks/bench_resnet.py --model resnet18 resnet50 --batch 8 --mode train --name train \
-	  --contender eager eager-channels_last compile fused fused-low fused-lower fused-minimal \
+	  --contender eager eager-channels_last compile fused fused-full fused-lower fused-minimal \
 	  --out $(RESULTS)
 	$(PY) benchmarks/bench_resnet.py --out $(RESULTS)
 	$(PY) benchmarks/bench_depth.py --out $(RESULTS)

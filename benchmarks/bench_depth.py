@@ -29,7 +29,7 @@ from fused_resnet.bench import write_json
 from fused_resnet.contenders import Step
 from fused_resnet.memory import saved_bytes
 
-CONTENDERS = ("eager", "eager-channels_last", "fused", "fused-low", "fused-minimal")
+CONTENDERS = ("eager", "eager-channels_last", "fused", "fused-full", "fused-minimal")
 # (depth, images, their size): the paper's setting, and scikit-learn's digits.
 CASES = ((20, 128, 32), (110, 128, 32), (110, 64, 8), (1202, 64, 8))
 

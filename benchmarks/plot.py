@@ -191,15 +191,15 @@ def train_memory_table(content: dict[str, Any]) -> str:
     """What each contender's training step saves for backward and keeps alive, and its time."""
     header = [
         "MiB", "saved for backward", "of eager's", "live at most", "of eager's",
-        "time over fused's",
+        "time over full's",
     ]  # fmt: skip
     rows = []
     for case in content["cases"]:
         found = case["contenders"]
-        eager, fused = found[case["better_eager"]], found["fused"]
+        eager, full = found[case["better_eager"]], found["fused-full"]
         for name in (case["better_eager"], *(n for n in found if n.startswith("fused"))):
             row = found[name]
-            pairs = [t / f for t, f in zip(row["times_ms"], fused["times_ms"], strict=True)]
+            pairs = [t / f for t, f in zip(row["times_ms"], full["times_ms"], strict=True)]
             rows.append(
                 [
                     f"{case['model']}, batch {case['batch']}, {case['dtype']}: {name}",

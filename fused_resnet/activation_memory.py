@@ -7,6 +7,12 @@
                the block's                             shortcut's
     minimal    the inputs of segments of blocks        each segment, then as "low"
 
+"auto", of every model until it is told otherwise, is "low" where the convolutions are the CPU
+kernels of this package, and "full" elsewhere. A CPU's step waits for memory: an activation computed
+again lies in a cache, where one that was kept is written to memory, read from it and holds it
+meanwhile. On the two processors where both were measured, "low" was as fast as "full" or faster
+(benchmarks/RESULTS.md).
+
 Segments are a ResNet's own forward's. Where blocks are called by something else, or one of them has
 a hook, "minimal" keeps the input of every block.
 
@@ -29,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from .structure import is_frozen_bn
 
 LEVELS = ("full", "low", "lower", "minimal")
+CHOICES = ("auto", *LEVELS)
 
 _recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
 _in_segment: ContextVar[bool] = ContextVar("fused_resnet_in_segment", default=False)
@@ -40,8 +47,8 @@ def recomputing() -> bool:
 
 
 def level_of(module: nn.Module) -> str:
-    """What a block, or a network's stem, is to keep by itself: "low" inside a segment."""
-    level: str = getattr(module, "activation_memory", "full")
+    """What a block is to keep by itself: "low" inside a segment."""
+    level: str = getattr(module, "activation_memory", "auto")
     return "low" if level == "minimal" and _in_segment.get() else level
 
 
@@ -49,10 +56,11 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
     """What training keeps of the activations of `model`'s blocks, from the next forward on.
 
     model: any module that holds blocks of `fused_resnet` (a ResNet of the family, or one inside
-    something else). level: "full" (the default of every model), "low", "lower" or "minimal", each
-    with less memory and more computation than the one before, and the same gradients. "minimal"
-    splits each stage of a ResNet into O(sqrt(blocks)) segments, kept by torch.utils.checkpoint; of
-    blocks that something else calls, it keeps the inputs.
+    something else). level: "full", "low", "lower" or "minimal", each with less memory and more
+    computation than the one before, and the same gradients; or "auto", every model's default: "low"
+    where the convolutions are this package's CPU kernels, "full" elsewhere. "minimal" splits each
+    stage of a ResNet into O(sqrt(blocks)) segments, kept by torch.utils.checkpoint; of blocks that
+    something else calls, it keeps the inputs.
     Applies where blocks take their fused training path (`fused_resnet.explain`).
     Raises ValueError where level is none of these, or model holds no block of `fused_resnet`, and
     TypeError where model is no module. At "minimal", as stock does at every level, backward raises
@@ -64,9 +72,9 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
         raise TypeError(
             f"set_activation_memory: model must be a torch.nn.Module, got {type(model).__name__}"
         )
-    if level not in LEVELS:
+    if level not in CHOICES:
         raise ValueError(
-            f"set_activation_memory: level must be one of {', '.join(LEVELS)}, got {level!r}"
+            f"set_activation_memory: level must be one of {', '.join(CHOICES)}, got {level!r}"
         )
     found = [m for m in model.modules() if isinstance(m, Planned)]
     if not found:

@@ -94,12 +94,15 @@ def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | No
     kernels = train_kernels.kernels_for(device, backends.choose("bn_add_relu", device))
     if x.shape[0] == 0:
         kernels = empty_batch.kernels()
+    level = activation_memory.level_of(module)
+    if level == "auto":
+        level = "low" if isinstance(kernels, train_kernels.Native) else "full"
     geometries = tuple(
         Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
     )
     spec = training.Spec(
         kernels, geometries, tuple(bn.eps for bn in parts.norms), parts.shortcut,
-        activation_memory.level_of(module), dtype,
+        level, dtype,
         tuple(sync_batch_norm.group_of(bn) for bn in parts.norms),
         1 if parts.pad is None else parts.pad.stride,
         names.norm_first and module.activation_shared,

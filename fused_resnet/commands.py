@@ -223,8 +223,8 @@ def bench(
         list[str],
         typer.Option(
             "--contender",
-            help="eager, eager-channels_last, compile, onnxruntime, openvino, fused, fused-low, "
-            "fused-lower, fused-minimal, fused-graph; default all.",
+            help="eager, eager-channels_last, compile, onnxruntime, openvino, fused, fused-full, "
+            "fused-low, fused-lower, fused-minimal, fused-graph; default all.",
             metavar="NAME",
         ),
     ] = [],  # noqa: B006

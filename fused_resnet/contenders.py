@@ -199,7 +199,7 @@ def _fused(case: Case, data: Data) -> Step:
 
 
 def _fused_keeping(case: Case, data: Data, level: str) -> Step:
-    """`fused` with less activation memory."""
+    """`fused` at a level of activation memory that is chosen, instead of "auto"."""
     if case.mode != "train":
         raise Unavailable(f"fused-{level}: training only")
     from .activation_memory import set_activation_memory
@@ -315,6 +315,7 @@ _BUILDERS: dict[str, Callable[[Case, Data], Step]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "fused": _fused,
+    "fused-full": functools.partial(_fused_keeping, level="full"),
     "fused-low": functools.partial(_fused_keeping, level="low"),
     "fused-lower": functools.partial(_fused_keeping, level="lower"),
     "fused-minimal": functools.partial(_fused_keeping, level="minimal"),

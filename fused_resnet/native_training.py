@@ -23,6 +23,7 @@ from .train_kernels import (
     Native,
     _channels_last,
     _plain,
+    gradient_padding,
     update_running_together,
 )
 
@@ -92,10 +93,7 @@ def _counts(
 
 def _strides_serve(weight: Tensor, g: Geometry) -> bool:
     """Whether the gradient of such a convolution by its input is one of a kernel of ours."""
-    plain = g.stride == (1, 1) and all(
-        d * (k - 1) >= p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
-    )
-    return plain or g.dilation == (1, 1)
+    return gradient_padding(weight, g) is not None or g.dilation == (1, 1)
 
 
 class NativeBlockFunction(torch.autograd.Function):

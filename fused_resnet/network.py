@@ -84,7 +84,7 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
     """A network's forward (N, classes) that keeps the inputs of segments of blocks alone, where its
     activation memory is "minimal"; None where it is not, or where running a segment once more would
     count or call something twice: hooks, or norms that PyTorch has to compute."""
-    if getattr(model, "activation_memory", "full") != "minimal":
+    if getattr(model, "activation_memory", "auto") != "minimal":
         return None
     if call_reason(x, model.training) is not None or not wants_grad(model, x):
         return None

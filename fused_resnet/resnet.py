@@ -62,7 +62,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 class Planned(nn.Module):
     """A module for which inference is made ready: a switch of mode drops what was precomputed."""
 
-    activation_memory = "full"  # see activation_memory.py
+    activation_memory = "auto"  # see activation_memory.py
 
     def train(self, mode: bool = True) -> Any:
         plans.forget(self)

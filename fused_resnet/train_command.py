@@ -54,7 +54,7 @@ def train(
         _OPTION(help="Longest gradient."),
     ] = None,
     channels_last: bool = True,
-    activation_memory: Annotated[str, _OPTION(help="full, low, lower or minimal.")] = "full",
+    activation_memory: Annotated[str, _OPTION(help="auto, full, low, lower or minimal.")] = "auto",
     cuda_graph: Annotated[
         bool, _OPTION("--cuda-graph", help="On a GPU: a step as one CUDA graph, sgd and adamw.")
     ] = False,

@@ -185,6 +185,15 @@ class Portable:
                 running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
 
 
+def gradient_padding(weight: Tensor, g: Geometry) -> list[int] | None:
+    """Padding of dy in the convolution of stride 1, by weights with their taps reversed, that is
+    the gradient of g's by its input: dilation * (taps - 1) - padding, (2,). None where there is no
+    such convolution: g has strides, or pads beyond its taps."""
+    taps = zip(g.dilation, weight.shape[2:], g.padding, strict=True)
+    padding = [d * (k - 1) - p for d, k, p in taps]
+    return padding if g.stride == (1, 1) and min(padding) >= 0 else None
+
+
 class Native(Portable):
     """By this package's C++ on the CPU: outputs in memory that comes back from step to step."""
 
@@ -229,11 +238,9 @@ class Native(Portable):
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
-        padding = [
-            d * (k - 1) - p for d, k, p in zip(g.dilation, weight.shape[2:], g.padding, strict=True)
-        ]
+        padding = gradient_padding(weight, g)
         serves = self._serves(weight, dy.dtype, g)
-        if serves and g.stride == (1, 1) and min(padding) >= 0:
+        if serves and padding is not None:
             return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
         if serves and g.dilation == (1, 1):
             weight = _channels_last(weight.detach().float())

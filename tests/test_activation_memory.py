@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from training_helpers import Passes
 
 import fused_resnet as fr
-from fused_resnet import activation_memory, native
+from fused_resnet import activation_memory, native, train_kernels
 from fused_resnet.activation_memory import LEVELS, segments
 from fused_resnet.block_training import Prepared
 from fused_resnet.contenders import Step
 from fused_resnet.memory import saved_bytes
+from fused_resnet.resnet import Planned
 from fused_resnet.train_kernels import Portable
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
@@ -109,6 +110,22 @@ def test_each_level_saves_less():
         assert saved["low"] <= 0.85 * saved["stock"]
         assert saved["lower"] <= (0.85 if kind == "basic" else 0.6) * saved["stock"]
         assert saved["minimal"] <= 0.25 * saved["stock"]
+
+
+def test_every_models_own_level(monkeypatch):
+    """ "auto": "low" where the CPU's kernels compute convolutions, "full" by PyTorch's own."""
+    x = images(2, 64)
+
+    def saved(level: str) -> int:
+        model = make("bottleneck", level)
+        return saved_bytes(Step(lambda: model(x).sum(), model))
+
+    assert {m.activation_memory for m in fr.resnet18().modules() if isinstance(m, Planned)} == {
+        "auto"
+    }
+    assert saved("auto") == saved("low") < saved("full")
+    monkeypatch.setattr(train_kernels, "kernels_for", lambda *_: train_kernels.PORTABLE)
+    assert saved("auto") == saved("full") > saved("low")
 
 
 def test_nothing_is_recomputed_without_gradients(monkeypatch):
@@ -452,7 +469,7 @@ def test_random_numbers_are_not_touched():
 
 @pytest.mark.parametrize("level", ["none", "Full", None, 1])
 def test_no_such_level(level):
-    with pytest.raises(ValueError, match=r"level must be one of full, low, lower, minimal, got"):
+    with pytest.raises(ValueError, match=r"level must be one of auto, full, low, lower, minimal, got"):
         fr.set_activation_memory(make("basic"), level)
 
 

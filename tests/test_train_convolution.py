@@ -27,7 +27,7 @@ CASES = {
     "3x3": ((2, 32, 9, 11), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, even": ((3, 64, 14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, odd": ((4, 48, 13, 13), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
-    "3x3, many tiles": ((2, 16, 66, 35), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3, many tiles": ((2, 32, 66, 35), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, many weights": ((2, 272, 7, 7), 256, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, stride 2": ((2, 48, 15, 12), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
     "3x3, stride 2, many rows": ((2, 16, 90, 76), 16, (3, 3), (2, 2), (1, 1), (1, 1)),
@@ -37,6 +37,7 @@ CASES = {
     # 16 channels in and out have Winograd's kernels of their own: tiles in eights and sixteens.
     "3x3 of 16, few tiles": ((1, 16, 7, 9), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3 of 16, rows of 16 tiles": ((3, 16, 33, 32), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 of 16, many tiles": ((2, 16, 66, 35), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3 of 16, wide padding": ((2, 16, 6, 31), 16, (3, 3), (1, 1), (2, 0), (1, 1)),
     "3x3 of 16, one pixel": ((4, 16, 1, 1), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, dilated": ((2, 32, 13, 12), 32, (3, 3), (1, 1), (2, 2), (2, 2)),
@@ -184,7 +185,9 @@ def test_what_is_added(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("case", ["pointwise", "pointwise, many pixels", "3x3, many tiles"])
+@pytest.mark.parametrize(
+    "case", ["pointwise", "pointwise, many pixels", "3x3, many tiles", "3x3 of 16, many tiles"]
+)
 def test_what_lies_beyond_is_not_read(case: str, threads: int) -> None:
     """x and dy between tensors that are no numbers."""
     mine, _ = makers()

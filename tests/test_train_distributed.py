@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 import fused_resnet as fr
 from fused_resnet import native
+from fused_resnet.activation_memory import LEVELS
 from fused_resnet.checkpoint import CheckpointError
 from fused_resnet.train import Config, NonFinite, OutOfMemory, distributed, loop, run, state
 from fused_resnet.train import data as datasets
@@ -154,7 +155,7 @@ def exact(out: Path) -> dict[str, Any]:
 
 def levels(out: Path) -> dict[str, Any]:
     """The same losses at every level, under autocast."""
-    for level in loop.LEVELS:
+    for level in LEVELS:
         config = dataclasses.replace(
             BASE, out=str(out / level), sharding="fsdp", optimizer="adamw", amp="bfloat16",
             activation_memory=level, checkpoint_every=9,
@@ -396,8 +397,8 @@ def test_lamb_takes_norms_of_whole_tensors(launched, found, tmp_path, monkeypatc
 
 @needs_native
 def test_levels_give_the_same_losses(launched, found):
-    losses = [column(launched[0] / "levels" / level, "loss") for level in loop.LEVELS]
-    assert len(losses[0]) == 2 and losses.count(losses[0]) == len(loop.LEVELS)
+    losses = [column(launched[0] / "levels" / level, "loss") for level in LEVELS]
+    assert len(losses[0]) == 2 and losses.count(losses[0]) == len(LEVELS)
 
 
 @needs_native

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from .. import cifar
-from ..activation_memory import LEVELS, set_activation_memory
+from ..activation_memory import CHOICES, set_activation_memory
 from ..checkpoint import CheckpointError
 from ..resnet import get_model, list_models
 from ..sync_batch_norm import convert_sync_batchnorm
@@ -49,7 +49,7 @@ class Config:
     ema: float | None = None  # decay per step of an average of the weights, which is then tested
     clip: float | None = None  # longest gradient
     channels_last: bool = True
-    activation_memory: str = "full"  # set_activation_memory's level
+    activation_memory: str = "auto"  # set_activation_memory's level
     cuda_graph: bool = False  # whether a step is recorded and replayed (training_step)
     sync_bn: bool = False  # batch norm over all processes
     sharding: str = "none"  # "none", or "fsdp": parameters shared out over all processes
@@ -117,7 +117,7 @@ def _check(c: Config) -> None:
     one_of("--data", c.data, datasets.NAMES)
     one_of("--optimizer", c.optimizer, optim.NAMES)
     one_of("--amp", c.amp, AMP)
-    one_of("--activation-memory", c.activation_memory, LEVELS)
+    one_of("--activation-memory", c.activation_memory, CHOICES)
     one_of("--sharding", c.sharding, distributed.SHARDINGS)
     for option, value, least in (
         ("--epochs", c.epochs, 1), ("--batch", c.batch, 2), ("--accumulate", c.accumulate, 1),
