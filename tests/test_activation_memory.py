@@ -469,7 +469,9 @@ def test_random_numbers_are_not_touched():
 
 @pytest.mark.parametrize("level", ["none", "Full", None, 1])
 def test_no_such_level(level):
-    with pytest.raises(ValueError, match=r"level must be one of auto, full, low, lower, minimal, got"):
+    with pytest.raises(
+        ValueError, match=r"level must be one of auto, full, low, lower, minimal, got"
+    ):
         fr.set_activation_memory(make("basic"), level)
 
 
