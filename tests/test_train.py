@@ -283,7 +283,7 @@ def test_out_of_memory_and_after(tmp_path, monkeypatch):
         ({"optimizer": "adam"}, "--optimizer must be one of sgd, adamw, lamb, got 'adam'"),
         ({"amp": "fp8"}, "--amp must be one of no, bfloat16, float16, got 'fp8'"),
         ({"amp": "float16"}, "--amp float16 needs a GPU"),
-        ({"activation_memory": "less"}, "--activation-memory must be one of full"),
+        ({"activation_memory": "less"}, "--activation-memory must be one of auto"),
         ({"epochs": 0}, "--epochs must be at least 1, got 0"),
         ({"batch": 1}, "--batch must be at least 2, got 1"),
         ({"batch": 33, "accumulate": 2}, "--batch must be a multiple of processes x --accumulate"),
