@@ -8,10 +8,9 @@
     minimal    the inputs of segments of blocks        each segment, then as "low"
 
 "auto", of every model until it is told otherwise, is "low" where the convolutions are the CPU
-kernels of this package, and "full" elsewhere. A CPU's step waits for memory: an activation computed
-again lies in a cache, where one that was kept is written to memory, read from it and holds it
-meanwhile. On the two processors where both were measured, "low" was as fast as "full" or faster
-(benchmarks/RESULTS.md).
+kernels of this package, and "full" elsewhere. There "low" takes as long as "full", within what
+machines vary (benchmarks/RESULTS.md): an activation computed again lies in a cache, where one that
+was kept is written to memory and read from it.
 
 Segments are a ResNet's own forward's. Where blocks are called by something else, or one of them has
 a hook, "minimal" keeps the input of every block.
