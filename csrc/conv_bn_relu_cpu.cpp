@@ -15,8 +15,9 @@ constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
 // Of x, which convolutions of the same x take turns over, while it is in the second-level cache.
 constexpr int64_t kTurnBytes = 256 * 1024;
 
+int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
 int64_t tiles_of(const ConvBnRelu& conv) {
-  return (conv.N * conv.P * conv.Q + kTilePixels - 1) / kTilePixels;
+  return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
 }
 int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
 
@@ -26,7 +27,7 @@ int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1)
 int64_t superblock_of(const ConvBnRelu& conv, ConvForm form) {
   const int64_t element_bytes = operand_bytes(form);
   const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
-  const int64_t tile_bytes = kTilePixels * conv.stride_h * conv.stride_w * conv.C * element_bytes;
+  const int64_t tile_bytes = tile_pixels() * conv.stride_h * conv.stride_w * conv.C * element_bytes;
   const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
   return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
 }
@@ -37,8 +38,8 @@ ConvBnRelu widened(const ConvBnRelu& conv, int64_t begin, int64_t end) {
   ConvBnRelu found = conv;
   if (!conv.narrow) return found;
   thread_local std::vector<float> memory;
-  const int64_t first = begin * kTilePixels;
-  const int64_t count = std::min(end * kTilePixels, conv.N * conv.P * conv.Q) - first;
+  const int64_t first = begin * tile_pixels();
+  const int64_t count = std::min(end * tile_pixels(), conv.N * conv.P * conv.Q) - first;
   memory.resize(std::max(memory.size(), static_cast<size_t>(count * conv.C)));
   cpu_kernels().widen(static_cast<const char*>(conv.narrow) + first * conv.C * 2, memory.data(),
                       count * conv.C);
@@ -69,7 +70,9 @@ void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t en
 int64_t winograd_tiles_of(const ConvBnRelu& conv) {
   return conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
 }
-bool is_16(const ConvBnRelu& conv) { return conv.C == 16 && conv.K == 16; }
+bool is_16(const ConvBnRelu& conv) {
+  return conv.C == 16 && conv.K == 16 && cpu_kernels().conv_winograd_16[kFloat];
+}
 
 // run: all of groups [begin, end) of tiles, or, of 16 channels, of tiles [begin, end). run_blocks:
 // of groups, blocks [block_begin, block_end) alone.
@@ -86,7 +89,7 @@ class Winograd {
 
   void run_blocks(int64_t block_begin, int64_t block_end, int64_t begin, int64_t end) const {
     thread_local std::vector<char> memory;
-    memory.resize(static_cast<size_t>(winograd_scratch_bytes(conv_.C) + kLineBytes));
+    memory.resize(static_cast<size_t>(winograd_scratch_bytes(tile_pixels(), conv_.C) + kLineBytes));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
     cpu_kernels().conv_bn_relu_winograd[form_](conv_, scratch, block_begin, block_end, begin, end);
@@ -106,7 +109,7 @@ void run_winograd(const ConvBnRelu& conv, ConvForm form) {
     });
     return;
   }
-  const int64_t groups = (tiles + kTilePixels - 1) / kTilePixels, blocks = blocks_of(conv);
+  const int64_t groups = (tiles + tile_pixels() - 1) / tile_pixels(), blocks = blocks_of(conv);
   const int64_t threads = torch::stable::get_num_threads();
   // Groups, or where they are too few to be shared out evenly, blocks; x is then transformed by
   // every thread.
@@ -123,10 +126,10 @@ void run_winograd(const ConvBnRelu& conv, ConvForm form) {
 bool run_winograd_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
   const int64_t tiles = winograd_tiles_of(conv);
   const int64_t tiles_h = (conv.P + 1) / 2, tiles_w = (conv.Q + 1) / 2;
-  const int64_t group = is_16(conv) ? kTilesOf16 : kTilePixels;  // what is computed together
+  const int64_t group = is_16(conv) ? kTilesOf16 : tile_pixels();  // what is computed together
   const int64_t granule = std::lcm(group, tiles_w);
   if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
-  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(conv.C);
+  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(tile_pixels(), conv.C);
   const auto first_pixel = [&](int64_t row) {  // of a row of tiles
     return (row / tiles_h * conv.P + row % tiles_h * 2) * conv.Q;
   };
@@ -157,7 +160,7 @@ bool run_direct_watched(const ConvBnRelu& conv, ConvForm form, const Written& wr
       const int64_t stop = std::min(tile + super, end);
       const ConvBnRelu ready = widened(conv, tile, stop);
       for (int64_t block = 0; block < blocks; ++block) kernel(ready, block, tile, stop);
-      written(task, tile * kTilePixels, std::min(stop * kTilePixels, pixels));
+      written(task, tile * tile_pixels(), std::min(stop * tile_pixels(), pixels));
     }
   });
   return true;
@@ -169,12 +172,12 @@ namespace {
 
 std::atomic<int> bfloat16_choice{-1};  // -1: none
 
-// Whether there is a dot product of bfloat16, and whether it is the faster way.
+// Whether there are kernels by a dot product of bfloat16, and whether they are the faster way.
 struct BFloat16Dot {
   bool there = false, pays = false;
   BFloat16Dot() {
 #if defined(__x86_64__)
-    there = __builtin_cpu_supports("avx512bf16");
+    there = cpu_kernels().conv_bn_relu[kBFloatPairs] && __builtin_cpu_supports("avx512bf16");
     pays = there && __builtin_cpu_is("amd");
 #endif
   }
@@ -198,7 +201,7 @@ void widen_bfloat16(int choice) { bfloat16_choice = choice; }
 
 bool winograd_pays(const ConvBnRelu& c) {
   const int64_t tiles = c.N * ((c.P + 1) / 2) * ((c.Q + 1) / 2);
-  return 16 * 6 * round_up(tiles, kTilePixels) < 9 * 5 * round_up(c.N * c.P * c.Q, kTilePixels);
+  return 16 * 6 * round_up(tiles, tile_pixels()) < 9 * 5 * round_up(c.N * c.P * c.Q, tile_pixels());
 }
 
 void run_convolution(const ConvBnRelu& conv, ConvForm form) {

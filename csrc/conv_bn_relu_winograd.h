@@ -9,10 +9,10 @@
 //         0  1  0 -1         0    0    1
 //
 // Layout: x (N, H, W, C) in memory, the transformed weights (blocks of K, 16, C, vectors, 16) as
-// native_conv.py packs them. For some groups of 7 tiles at a time: the transformed x, (16, tiles,
-// C), then per block of 64 outputs 16 matrix products by the same assembly as the direct
-// convolution, their sums (groups, 16, 7, 4 vectors), and the transform back with scale, shift,
-// residual, ReLU. Both buffers and one product's weights stay in the second-level cache.
+// native_conv.py packs them. For some groups of kTilePixels tiles at a time: the transformed x,
+// (16, tiles, C), then per block of 64 outputs 16 matrix products by the same assembly as the
+// direct convolution, their sums (groups, 16, 7, 4 vectors), and the transform back with scale,
+// shift, residual, ReLU. Both buffers and one product's weights stay in the second-level cache.
 //
 // Error: sums of C instead of 9 C products and four-term sums around them: on layers of ResNets
 // nearer to float64 than stock's (the parity table of README.md). It is relative to the largest
@@ -45,7 +45,7 @@ FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, 
                           static_cast<uint64_t>(w) < static_cast<uint64_t>(c.W);
       d_ptr[i][j] = inside ? x + (h * c.W + w) * c.C : static_cast<const float*>(c.zeros);
     }
-  for (int64_t channel = begin; channel < end; channel += 16) {
+  for (int64_t channel = begin; channel < end; channel += kLanes) {
     vf t[4][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -64,14 +64,15 @@ FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, 
   }
 }
 
-// Y = A^T M A of one tile and up to 64 outputs; m: its sums, the 16 of them 4 * kTilePixels vectors
-// apart. False where one is no finite number: then nothing was written.
+// Y = A^T M A of one tile and up to 64 outputs; m: its sums, the 16 of them kSums apart. False
+// where one is no finite number: then nothing was written.
 template <typename Dot, int vectors>
-FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, const vf* m) {
-  vf y[4][4], finite = {};
+FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, const float* m) {
+  constexpr int parts = vectors * 16 / kLanes;
+  vf y[4][parts], finite = {};
 #pragma GCC unroll 4
-  for (int v = 0; v < vectors; ++v) {
-    const auto at = [&](int i) FR_LAMBDA { return m[i * 4 * kTilePixels + v]; };
+  for (int v = 0; v < parts; ++v) {
+    const auto at = [&](int i) FR_LAMBDA { return load_any<vf>(m + i * kSums + v * kLanes); };
     vf s[2][4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -85,10 +86,7 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
       finite += y[2 * i][v] * 0 + y[2 * i + 1][v] * 0;  // 0, or NaN
     }
   }
-  const vi unlike = finite != finite;
-  int32_t any = 0;
-  for (int lane = 0; lane < 16; ++lane) any |= unlike[lane];
-  if (any) return false;
+  if (has_nan(finite)) return false;
   const int64_t tiles_w = winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
   const int64_t n = tile / (tiles_h * tiles_w);
   const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
@@ -97,9 +95,9 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
     const int64_t pixel = (n * c.P + p + i / 2) * c.Q + q + i % 2;
     auto* out = static_cast<typename Dot::D::T*>(c.y) + pixel * c.K + k;
     const auto* residual = static_cast<const typename Dot::D::T*>(c.residual) + pixel * c.K + k;
-#pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t j = v * 16;
+#pragma GCC unroll 8
+    for (int v = 0; v < parts; ++v) {
+      const int64_t j = v * kLanes;
       vf value = y[i][v] * load_any<vf>(c.scale + k + j) + load_any<vf>(c.shift + k + j);
       if (c.residual) value += Dot::D::load(residual + j);
       Dot::D::store(out + j, c.relu ? relu_of(value) : value);
@@ -122,7 +120,7 @@ FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t til
 // apart; m: room for the sums.
 template <typename Dot, int vectors>
 FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
-                              const float* v, int64_t room, vf* m) {
+                              const float* v, int64_t room, float* m) {
   const int64_t groups = (count + kTilePixels - 1) / kTilePixels;
   const auto* weight = static_cast<const char*>(c.winograd) + block * 4 * 16 * c.C * 64;
   for (int64_t i = 0; i < 16; ++i)
@@ -134,24 +132,24 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
             reinterpret_cast<const char*>(v + (i * room + (tile < count ? tile : count - 1)) * c.C);
       }
       sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0,
-                                      m + (group * 16 + i) * 4 * kTilePixels);
+                                      m + (group * 16 + i) * kSums);
     }
   for (int64_t tile = 0; tile < count; ++tile) {
-    const vf* sums = m + tile / kTilePixels * 16 * 4 * kTilePixels + tile % kTilePixels * 4;
+    const float* sums = m + tile / kTilePixels * 16 * kSums + tile % kTilePixels * 64;
     if (!winograd_output<Dot, vectors>(c, first + tile, block * 64, sums))
       winograd_directly<Dot, vectors>(c, block, first + tile);
   }
 }
 
-// y's channels of blocks [block_begin, block_end) in tiles [7 begin, 7 end); scratch: as
+// y's channels of blocks [block_begin, block_end) in groups [begin, end); scratch: as
 // winograd_scratch_bytes says, aligned to 64 bytes.
 template <typename Dot>
 void conv_bn_relu_winograd(const ConvBnRelu& c, void* scratch, int64_t block_begin,
                            int64_t block_end, int64_t begin, int64_t end) {
   const int64_t tiles = c.N * winograd_tiles_h(c) * winograd_tiles_w(c);
-  const int64_t at_once = winograd_groups(c.C), room = at_once * kTilePixels;
+  const int64_t at_once = winograd_groups(kTilePixels, c.C), room = at_once * kTilePixels;
   auto* v = static_cast<float*>(scratch);
-  auto* m = reinterpret_cast<vf*>(v + 16 * room * c.C);
+  float* m = v + 16 * room * c.C;
   for (int64_t group = begin; group < end; group += at_once) {
     const int64_t first = group * kTilePixels;
     const int64_t groups = end - group < at_once ? end - group : at_once;

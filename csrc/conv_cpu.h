@@ -20,10 +20,10 @@ inline int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pa
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-// How convolutions of this dtype are multiplied; nothing where they are not served. The kernels are
-// AVX-512's. bfloat16 goes by the processor's dot product where that is the faster way: by AMD's.
-// Intel's takes four times as long as a multiply-add of float32, for two products (measured on a
-// Xeon of family 6, model 207: 0.78 ns beside 0.19), and earlier processors have none.
+// How convolutions of this dtype are multiplied; nothing where they are not served. bfloat16 goes
+// by the processor's dot product where that is the faster way: by AMD's. Intel's takes four times
+// as long as a multiply-add of float32, for two products (measured on a Xeon of family 6, model
+// 207: 0.78 ns beside 0.19), and earlier processors have none.
 std::optional<ConvForm> conv_form(DtypeIndex dtype);
 inline bool conv_serves(DtypeIndex dtype) { return conv_form(dtype).has_value(); }
 
@@ -68,7 +68,7 @@ class Source {
 };
 
 // Whether Winograd's form multiplies less: 16 products per tile, and a fifth more for the
-// transforms, to 9 per pixel; both go by sevens.
+// transforms, to 9 per pixel; both go by tiles of the kernel.
 bool winograd_pays(const ConvBnRelu& c);
 
 // Above, the transformed weights of a layer with few pixels cost more than is saved.

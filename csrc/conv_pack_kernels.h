@@ -7,10 +7,11 @@
 // form asked for. Bytes: the weight read once, each form written once.
 #pragma once
 
-#include "cpu_vec.h"
+#include "conv_bn_relu_kernels.h"
 
-// t[j][i] <- t[i][j] of 16 vectors of 16 floats.
-FR_INLINE void transpose_16x16(vf* t) {
+// t[j][i] <- t[i][j] of as many vectors as they have lanes.
+FR_INLINE void transpose_square(vf* t) {
+#if FR_VECTOR_BYTES == 64
   __m512 a[16], b[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -38,13 +39,45 @@ FR_INLINE void transpose_16x16(vf* t) {
     t[8 + i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0xdd);
     t[12 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0xdd);
   }
+#else
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps((__m256)t[2 * i], (__m256)t[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps((__m256)t[2 * i], (__m256)t[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    t[4 + i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  }
+#endif
+}
+
+// The transpose of 16 rows of 16 floats. load(i, j): of row i, those from j on; store(i, j, v): the
+// same of the result; vectors of the instruction set's.
+template <typename Load, typename Store>
+FR_INLINE void transpose_16x16(const Load& load, const Store& store) {
+  for (int64_t row = 0; row < 16; row += kLanes)
+    for (int64_t column = 0; column < 16; column += kLanes) {
+      vf t[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) t[i] = load(row + i, column);
+      transpose_square(t);
+      for (int64_t i = 0; i < kLanes; ++i) store(column + i, row, t[i]);
+    }
 }
 
 void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
-  vf t[16];
-  for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(from + i * from_row);
-  transpose_16x16(t);
-  for (int i = 0; i < 16; ++i) store_any(to + i * to_row, t[i]);
+  transpose_16x16([&](int64_t i, int64_t j)
+                      FR_LAMBDA { return load_any<vf>(from + i * from_row + j); },
+                  [&](int64_t i, int64_t j, vf v) FR_LAMBDA { store_any(to + i * to_row + j, v); });
 }
 
 // Rounded to bfloat16 (to nearest even), in the upper halves; what the lower ones hold is no part
@@ -59,7 +92,11 @@ FR_INLINE vu interleave_bfloat(vf a, vf b) {
   return (bfloat_bits(a) >> 16) | (bfloat_bits(b) & 0xffff0000u);
 }
 
-// G g G^T of 9 vectors of taps, each the 3x3 of its 16 outputs.
+FR_INLINE void copy_16(const float* from, float* to) {
+  for (int64_t j = 0; j < 16; j += kLanes) store_any(to + j, load_any<vf>(from + j));
+}
+
+// G g G^T of 9 vectors of taps, each the 3x3 of as many outputs as it has lanes.
 FR_INLINE void winograd_weight(const vf* g, vf* out) {
   vf t[4][3];
 #pragma GCC unroll 3
@@ -79,7 +116,7 @@ FR_INLINE void winograd_weight(const vf* g, vf* out) {
 void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
   const int64_t K = p.outputs, C = p.inputs;
   const auto* weight = static_cast<const float*>(p.weight);
-  alignas(64) vf tile[kMostPackedTaps * 16];  // (tap, input): vectors of 16 outputs
+  alignas(64) float tile[kMostPackedTaps * 256];  // (tap, input, 16 outputs)
   for (int64_t v = begin; v < end; ++v) {
     const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
     const int64_t first = block * 64 * C;  // of this block, in elements of one tap
@@ -87,39 +124,44 @@ void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
       for (int64_t tap = 0; tap < p.taps; ++tap) {
         const float* source =
             weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
-        vf* t = tile + tap * 16;
+        float* t = tile + tap * 256;
         if (p.transposed) {
-          for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(source + i * p.input_stride);
+          for (int64_t i = 0; i < 16; ++i) copy_16(source + i * p.input_stride, t + i * 16);
         } else {
-          for (int i = 0; i < 16; ++i) t[i] = load_any<vf>(source + i * p.output_stride);
-          transpose_16x16(t);
+          transpose(source, p.output_stride, t, 16);
         }
       }
       if (p.form == kBFloatWidened)
-        for (int64_t i = 0; i < p.taps * 16; ++i) tile[i] = rounded_to_bfloat(tile[i]);
+        for (int64_t i = 0; i < p.taps * 256; i += kLanes)
+          store_any(tile + i, rounded_to_bfloat(load_any<vf>(tile + i)));
       if (p.direct && p.form != kBFloatPairs) {
         for (int64_t tap = 0; tap < p.taps; ++tap) {
           auto* out = static_cast<float*>(p.direct) + first * p.taps +
                       ((tap * C + c) * vectors + v % 4) * 16;
-          for (int i = 0; i < 16; ++i) store_any(out + i * vectors * 16, tile[tap * 16 + i]);
+          for (int64_t i = 0; i < 16; ++i)
+            copy_16(tile + (tap * 16 + i) * 16, out + i * vectors * 16);
         }
       } else if (p.direct) {
         for (int64_t tap = 0; tap < p.taps; ++tap) {
           auto* out = static_cast<uint16_t*>(p.direct) + first * p.taps +
                       ((tap * C + c) / 2 * vectors + v % 4) * 32;
-          for (int i = 0; i < 8; ++i)
-            store_any(out + i * vectors * 32,
-                      interleave_bfloat(tile[tap * 16 + 2 * i], tile[tap * 16 + 2 * i + 1]));
+          for (int64_t i = 0; i < 8; ++i)
+            for (int64_t j = 0; j < 16; j += kLanes) {
+              const float* pair = tile + (tap * 16 + 2 * i) * 16 + j;
+              store_any(out + i * vectors * 32 + 2 * j,
+                        interleave_bfloat(load_any<vf>(pair), load_any<vf>(pair + 16)));
+            }
         }
       }
       if (p.winograd) {
         auto* out = static_cast<float*>(p.winograd) + first * 16 + (c * vectors + v % 4) * 16;
-        for (int i = 0; i < 16; ++i) {
-          vf g[9], u[16];
-          for (int tap = 0; tap < 9; ++tap) g[tap] = tile[tap * 16 + i];
-          winograd_weight(g, u);
-          for (int j = 0; j < 16; ++j) store_any(out + (j * C + i) * vectors * 16, u[j]);
-        }
+        for (int64_t i = 0; i < 16; ++i)
+          for (int64_t j = 0; j < 16; j += kLanes) {
+            vf g[9], u[16];
+            for (int tap = 0; tap < 9; ++tap) g[tap] = load_any<vf>(tile + (tap * 16 + i) * 16 + j);
+            winograd_weight(g, u);
+            for (int64_t m = 0; m < 16; ++m) store_any(out + (m * C + i) * vectors * 16 + j, u[m]);
+          }
       }
     }
   }

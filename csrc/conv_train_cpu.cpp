@@ -196,7 +196,7 @@ void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
 bool sum_winograd_gradient(const WeightGradient& g, float* out) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t tiles = g.N * ((g.P + 1) / 2) * ((g.Q + 1) / 2), weights = g.K * 16 * g.C;
-  const bool sixteen = g.C == 16 && g.K == 16;
+  const bool sixteen = g.C == 16 && g.K == 16 && kernels.winograd_gradient_16;
   const bool by_outputs = !sixteen && g.pixels < 3 * g.K * 9;
   const int64_t granule = sixteen ? kTilesOf16 : 1;
   const Split split(by_outputs ? g.K / 16 : tiles, granule, granule);
@@ -270,7 +270,8 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   if (pointwise) {
     // Rows as long as one chain of additions, or a little shorter, so that threads get equal
     // shares.
-    const int64_t pair = form == kBFloatPairs ? 2 : 1, longest = gradient_piece(pair) * pair;
+    const int64_t pair = form == kBFloatPairs ? 2 : 1,
+                  longest = cpu_kernels().gradient_piece[form] * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
     g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
     g.P = (g.pixels + g.Q - 1) / g.Q;
@@ -311,10 +312,11 @@ Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
   constexpr const char* op = "narrow_weight_gradient";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, {1, 1});
-  check(g.K % 16 == 0 && R <= kMostNarrowRows && S * g.C >= kTilePixels, op,
-        ": dy must have a multiple of 16 channels, x and taps must make ", int{kTilePixels},
-        " values or more a row, in at most ", kMostNarrowRows, " rows, got dy of shape ",
-        shape_of(dy), ", x of shape ", shape_of(x), ", taps ", R, " x ", S);
+  check(g.K % 16 == 0 && R <= kMostNarrowRows && S * g.C >= cpu_kernels().tile_pixels, op,
+        ": dy must have a multiple of 16 channels, x and taps must make ",
+        cpu_kernels().tile_pixels, " values or more a row, in at most ", kMostNarrowRows,
+        " rows, got dy of shape ", shape_of(dy), ", x of shape ", shape_of(x), ", taps ", R, " x ",
+        S);
   Tensor sums = torch::stable::new_empty(x, {R, S * g.C, g.K}, ScalarType::Float);
   auto* sums_ptr = static_cast<float*>(sums.mutable_data_ptr());
   if (g.pixels == 0) {

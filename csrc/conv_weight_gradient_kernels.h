@@ -2,14 +2,14 @@
 // c], over channels_last tensors: x (N, H, W, C), dy (N, P, Q, K) in memory -> float32 (K, R, S,
 // C).
 //
-// The assembly of conv_bn_relu_kernels.h with other operands: a tile is 7 outputs k by up to 64
-// channels c, a step one pixel (two for bfloat16), a "tap" one row of pixels. What it broadcasts is
-// dy with every k's pixels next to each other; what it reads in vectors is x in blocks of 64
-// channels, pixel by pixel (bfloat16: two pixels interleaved). Both are laid out so, some rows at a
-// time, in scratch memory that the second-level cache holds; the columns that a strided convolution
-// reads together lie together. Rows that a tap would read outside x are left out; columns outside
-// are zeros. Where a tap's rows are x's own, as with up to 64 channels of a pointwise convolution
-// in float32, x is read where it lies (0.8 to 0.9 of the time).
+// The assembly of conv_bn_relu_kernels.h with other operands: a tile is 7 outputs k (AVX2: 6) by up
+// to 64 channels c, a step one pixel (two for bfloat16), a "tap" one row of pixels. What it
+// broadcasts is dy with every k's pixels next to each other; what it reads in vectors is x in
+// blocks of 64 channels, pixel by pixel (bfloat16: two pixels interleaved). Both are laid out so,
+// some rows at a time, in scratch memory that the second-level cache holds; the columns that a
+// strided convolution reads together lie together. Rows that a tap would read outside x are left
+// out; columns outside are zeros. Where a tap's rows are x's own, as with up to 64 channels of a
+// pointwise convolution in float32, x is read where it lies (0.8 to 0.9 of the time).
 //
 // bfloat16: a tap that begins at an odd column of x begins one column earlier, and dy one pixel
 // earlier, where there is a zero; so x stays paired as it is.
@@ -21,6 +21,14 @@
 
 #include "conv_bn_relu_kernels.h"
 #include "conv_pack_kernels.h"
+
+// Steps in one chain of additions: stock sums the few, long sums of a gradient in shorter ones than
+// those of a convolution, and on processors without AVX-512 in ones still shorter (with 128, 126
+// pixels had 2.5 times its rms error there); beside bfloat16's own rounding of what it returns the
+// length is nothing.
+constexpr int64_t gradient_piece(int64_t pair) {
+  return pair == 2 ? 512 : FR_VECTOR_BYTES == 64 ? 128 : 48;
+}
 
 // What one thread lays out at a time, and where.
 struct GradientPanel {
@@ -71,25 +79,33 @@ int64_t weight_gradient_scratch(const WeightGradient& g, int64_t outputs) {
          lines_of(g.R * panel.rows * 64) + 64;
 }
 
-FR_INLINE vu load_32(const uint16_t* p) { return __builtin_convertvector(load_any<vh>(p), vu); }
-
 // `count` pixels of dy, K apart, 16 outputs from p on: to[16][...] becomes each output's pixels.
 template <typename Dot>
 FR_INLINE void gather_outputs(const typename Dot::D::T* p, int64_t K, int64_t count, float* to,
                               int64_t apart) {
   for (int64_t q = 0; q < count; q += 16) {
     const int64_t some = count - q < 16 ? count - q : 16;
-    vf t[16];
-    for (int i = 0; i < 16; ++i) t[i] = i < some ? Dot::D::load(p + (q + i) * K) : vf{};
-    transpose_16x16(t);
+    const auto load = [&](int64_t i, int64_t k)
+                          FR_LAMBDA { return Dot::D::load(p + (q + i) * K + k); };
+    const auto store = [&](int64_t k, int64_t i, vf v)
+                           FR_LAMBDA { store_any(to + k * apart + q + i, v); };
     if (some == 16) {
-      for (int i = 0; i < 16; ++i) store_any(to + i * apart + q, t[i]);
-    } else {
-      for (int i = 0; i < 16; ++i)
-        __builtin_memcpy(to + i * apart + q, &t[i], static_cast<uint64_t>(some) * 4);
+      transpose_16x16(load, store);
+      continue;
     }
+    transpose_16x16([&](int64_t i, int64_t k) FR_LAMBDA { return i < some ? load(i, k) : vf{}; },
+                    [&](int64_t k, int64_t i, vf v) FR_LAMBDA {
+                      if (i + kLanes <= some)
+                        store(k, i, v);
+                      else if (i < some)
+                        __builtin_memcpy(to + k * apart + q + i, &v,
+                                         static_cast<uint64_t>(some - i) * 4);
+                    });
   }
 }
+#if FR_VECTOR_BYTES == 64
+FR_INLINE vu load_32(const uint16_t* p) { return __builtin_convertvector(load_any<vh>(p), vu); }
+
 template <typename Dot>
 FR_INLINE void gather_outputs(const uint16_t* p, int64_t K, int64_t count, uint16_t* to,
                               int64_t apart) {
@@ -101,11 +117,12 @@ FR_INLINE void gather_outputs(const uint16_t* p, int64_t K, int64_t count, uint1
       const vu high = 2 * i + 1 < some ? load_32(p + (q + 2 * i + 1) * K) : vu{};
       t[i] = (vf)(low | (high << 16));
     }
-    transpose_16x16(t);
+    transpose_square(t);
     for (int i = 0; i < 16; ++i)
       __builtin_memcpy(to + i * apart + q, &t[i], static_cast<uint64_t>(some) * 2);
   }
 }
+#endif
 
 // dy's rows [first, first + rows) for outputs [k_begin, k_end): (output, row, pitch)
 template <typename Dot>
@@ -142,8 +159,8 @@ FR_INLINE void gather_x_row(const WeightGradient& g, const GradientPanel& panel,
     for (int64_t column = 0; column < panel.columns; column += Dot::pair) {
       const T* a = at(phase, column);
       if constexpr (Dot::pair == 1) {
-        for (int64_t v = 0; v < vectors; ++v, to += 64)
-          store_any(to, a ? Dot::D::load(a + v * 16) : vf{});
+        for (int64_t j = 0; j < vectors * 16; j += kLanes, to += kLanes * 4)
+          store_any(to, a ? Dot::D::load(a + j) : vf{});
       } else {
         const T* b = at(phase, column + 1);
         for (int64_t v = 0; v < vectors; ++v, to += 64) {
@@ -173,7 +190,7 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
       for (int64_t k = 0; k < outputs; k += kTilePixels) {
         // The last tile starts earlier and leaves out what the one before it has done.
         const int64_t start = k + kTilePixels <= outputs ? k : outputs - kTilePixels;
-        alignas(64) vf sum[4 * kTilePixels];
+        alignas(64) float sum[kSums];
         const int64_t channel = start * apart + (panel.lead - odd) * size;
         for (int64_t row = 0; row < entries[r]; row += at_once) {
           const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
@@ -181,11 +198,11 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
         }
         for (int64_t i = k - start; i < kTilePixels; ++i) {
           float* to = out + (((start + i) * g.R + r) * g.S + s) * g.C + c;
-#pragma GCC unroll 4
-          for (int v = 0; v < vectors; ++v) {
-            vf value = entries[r] > 0 ? sum[4 * i + v] : vf{};
-            if (again) value += load_any<vf>(to + v * 16);
-            store_any(to + v * 16, value);
+#pragma GCC unroll 8
+          for (int64_t j = 0; j < vectors * 16; j += kLanes) {
+            vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + j) : vf{};
+            if (again) value += load_any<vf>(to + j);
+            store_any(to + j, value);
           }
         }
       }

@@ -70,7 +70,7 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t j = 0; j < panel.values; j += kTilePixels) {
       const int64_t start = j + kTilePixels <= panel.values ? j : panel.values - kTilePixels;
-      alignas(64) vf sum[4 * kTilePixels];
+      alignas(64) float sum[kSums];
       for (int64_t row = 0; row < entries[r]; row += at_once) {
         const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
         sum_rows<Dot, vectors>(table + (r * panel.rows + row) * 8, some, steps,
@@ -78,11 +78,11 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
       }
       for (int64_t i = j - start; i < kTilePixels; ++i) {
         float* to = out + (r * panel.values + start + i) * g.K + k;
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; ++v) {
-          vf value = entries[r] > 0 ? sum[4 * i + v] : vf{};
-          if (again) value += load_any<vf>(to + v * 16);
-          store_any(to + v * 16, value);
+#pragma GCC unroll 8
+        for (int64_t lane = 0; lane < vectors * 16; lane += kLanes) {
+          vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + lane) : vf{};
+          if (again) value += load_any<vf>(to + lane);
+          store_any(to + lane, value);
         }
       }
     }

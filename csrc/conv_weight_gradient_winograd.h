@@ -52,7 +52,7 @@ FR_INLINE void winograd_input_row(const WeightGradient& g, int64_t tile, int64_t
                           static_cast<uint64_t>(w) < static_cast<uint64_t>(g.W);
       d[i][j] = inside ? x + (h * g.W + w) * g.C : static_cast<const float*>(g.zeros);
     }
-  for (int64_t channel = begin; channel < end; channel += 16) {
+  for (int64_t channel = begin; channel < end; channel += kLanes) {
     vf t[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -74,36 +74,38 @@ FR_INLINE void winograd_dy_row(const WeightGradient& g, int64_t first, int64_t c
                                float* to, int64_t pitch) {
   const int64_t tiles_w = (g.Q + 1) / 2, tiles_h = (g.P + 1) / 2;
   const auto* dy = static_cast<const float*>(g.dy);
-  for (int64_t t = 0; t < count; t += 16) {
-    alignas(64) vf m[4][16];  // (of the 4, tile): vectors of outputs
-    for (int64_t i = 0; i < 16; ++i) {
-      vf d[2][2] = {};
-      const int64_t tile = first + t + i;
-      if (t + i < count) {
-        const int64_t n = tile / (tiles_h * tiles_w);
-        const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
-        const float* from = dy + ((n * g.P + p) * g.Q + q) * g.K + k;
-        const bool right = q + 1 < g.Q, below = row > 0 && p + 1 < g.P;
-        if (row < 3) d[0][0] = load_any<vf>(from);
-        if (row < 3 && right) d[0][1] = load_any<vf>(from + g.K);
-        if (below) d[1][0] = load_any<vf>(from + g.Q * g.K);
-        if (below && right) d[1][1] = load_any<vf>(from + (g.Q + 1) * g.K);
-      }
-      vf r[2];
+  for (int64_t t = 0; t < count; t += kLanes)
+    for (int64_t lane = 0; lane < 16; lane += kLanes) {
+      alignas(64) vf m[4][kLanes];  // (of the 4, tile): vectors of outputs
+      for (int64_t i = 0; i < kLanes; ++i) {
+        vf d[2][2] = {};
+        const int64_t tile = first + t + i;
+        if (t + i < count) {
+          const int64_t n = tile / (tiles_h * tiles_w);
+          const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
+          const float* from = dy + ((n * g.P + p) * g.Q + q) * g.K + k + lane;
+          const bool right = q + 1 < g.Q, below = row > 0 && p + 1 < g.P;
+          if (row < 3) d[0][0] = load_any<vf>(from);
+          if (row < 3 && right) d[0][1] = load_any<vf>(from + g.K);
+          if (below) d[1][0] = load_any<vf>(from + g.Q * g.K);
+          if (below && right) d[1][1] = load_any<vf>(from + (g.Q + 1) * g.K);
+        }
+        vf r[2];
 #pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        if (row == 0) r[j] = d[0][j];
-        if (row == 1) r[j] = d[0][j] + d[1][j];
-        if (row == 2) r[j] = d[0][j] - d[1][j];
-        if (row == 3) r[j] = -d[1][j];
+        for (int j = 0; j < 2; ++j) {
+          if (row == 0) r[j] = d[0][j];
+          if (row == 1) r[j] = d[0][j] + d[1][j];
+          if (row == 2) r[j] = d[0][j] - d[1][j];
+          if (row == 3) r[j] = -d[1][j];
+        }
+        m[0][i] = r[0], m[1][i] = r[0] + r[1], m[2][i] = r[0] - r[1], m[3][i] = -r[1];
       }
-      m[0][i] = r[0], m[1][i] = r[0] + r[1], m[2][i] = r[0] - r[1], m[3][i] = -r[1];
+      for (int64_t j = 0; j < 4; ++j) {
+        transpose_square(m[j]);
+        for (int64_t i = 0; i < kLanes; ++i)
+          store_any(to + j * pitch + (lane + i) * kTilesApart + t, m[j][i]);
+      }
     }
-    for (int64_t j = 0; j < 4; ++j) {
-      transpose_16x16(m[j]);
-      for (int64_t i = 0; i < 16; ++i) store_any(to + j * pitch + i * kTilesApart + t, m[j][i]);
-    }
-  }
 }
 
 // sums (outputs, 16, C) += or, at first, = over `count` tiles, for a block of channels from c on; x
@@ -119,18 +121,18 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
   for (int64_t k = 0; k < outputs; k += kTilePixels) {
     const int64_t start = k + kTilePixels <= outputs ? k : outputs - kTilePixels;
     const int64_t channel = start * kTilesApart * 4;
-    alignas(64) vf sum[4 * kTilePixels];
+    alignas(64) float sum[kSums];
     for (int64_t t = 0; t < count; t += kTilesSummed) {
       const int64_t steps = count - t < kTilesSummed ? count - t : kTilesSummed;
       sum_rows<DotFloat32, vectors>(table, 1, steps, channel + t * 4, t * vectors * 64, t > 0, sum);
     }
     for (int64_t i = k - start; i < kTilePixels; ++i) {
       float* to = sums + ((start + i) * 16 + which) * g.C + c;
-#pragma GCC unroll 4
-      for (int v = 0; v < vectors; ++v) {
-        vf value = sum[4 * i + v];
-        if (again) value += load_any<vf>(to + v * 16);
-        store_any(to + v * 16, value);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < vectors * 16; j += kLanes) {
+        vf value = load_any<vf>(sum + 64 * i + j);
+        if (again) value += load_any<vf>(to + j);
+        store_any(to + j, value);
       }
     }
   }
@@ -184,7 +186,7 @@ bool winograd_gradient_output(const float* sums, int64_t parts, int64_t part, in
                               int64_t C, float* out) {
   vf finite = {};
   for (int64_t k = 0; k < outputs; ++k)
-    for (int64_t c = 0; c < C; c += 16) {
+    for (int64_t c = 0; c < C; c += kLanes) {
       vf m[4][4];
       for (int64_t i = 0; i < 16; ++i) {
         const float* from = sums + (k * 16 + i) * C + c;
@@ -209,8 +211,5 @@ bool winograd_gradient_output(const float* sums, int64_t parts, int64_t part, in
         }
       }
     }
-  const vi unlike = finite != finite;
-  int32_t any = 0;
-  for (int lane = 0; lane < 16; ++lane) any |= unlike[lane];
-  return any == 0;
+  return !has_nan(finite);
 }

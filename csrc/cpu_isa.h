@@ -27,19 +27,28 @@ namespace {
 #include "bn_add_relu_kernels.h"
 #include "bn_pool_kernels.h"
 #include "max_pool2d_kernels.h"
-#if FR_VECTOR_BYTES == 64
+#if FR_VECTOR_BYTES >= 32
 #include "conv_bn_relu_kernels.h"
 #include "conv_bn_relu_winograd.h"
 #include "conv_pack_kernels.h"
 #include "conv_weight_gradient_kernels.h"
 #include "conv_weight_gradient_narrow.h"
 #include "conv_weight_gradient_winograd.h"
+#endif
+#if FR_VECTOR_BYTES == 64
 #include "conv_winograd_16.h"
 #endif
 
 }  // namespace
 
 #define FR_ALL_DTYPES(kernel) {kernel<Float32>, kernel<BFloat16>, kernel<Float16>, kernel<Float64>}
+
+#if FR_VECTOR_BYTES == 64
+#define FR_PAIRS(kernel) kernel<DotBFloat16>
+#else
+#define FR_PAIRS(kernel) nullptr
+#endif
+#define FR_CONV_FORMS(kernel) {kernel<DotFloat32>, FR_PAIRS(kernel), kernel<DotWidened>}
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -62,38 +71,25 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(bn_pool_gradient),
     FR_ALL_DTYPES(mean_pool),
     {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
-#if FR_VECTOR_BYTES == 64
+#if FR_VECTOR_BYTES >= 32
+    kTilePixels,
+    {gradient_piece(1), gradient_piece(2), gradient_piece(1)},
     widen,
-    {conv_bn_relu<DotFloat32>, conv_bn_relu<DotBFloat16>, conv_bn_relu<DotWidened>},
+    FR_CONV_FORMS(conv_bn_relu),
     conv_pack,
     transpose,
-    {conv_weight_gradient<DotFloat32>, conv_weight_gradient<DotBFloat16>,
-     conv_weight_gradient<DotWidened>},
-    {weight_gradient_scratch<DotFloat32>, weight_gradient_scratch<DotBFloat16>,
-     weight_gradient_scratch<DotWidened>},
-    {narrow_gradient<DotFloat32>, narrow_gradient<DotBFloat16>, nullptr},
+    FR_CONV_FORMS(conv_weight_gradient),
+    FR_CONV_FORMS(weight_gradient_scratch),
+    {narrow_gradient<DotFloat32>, FR_PAIRS(narrow_gradient), nullptr},
     narrow_gradient_scratch,
     winograd_gradient,
     winograd_gradient_output,
     winograd_gradient_scratch,
     {conv_bn_relu_winograd<DotFloat32>, nullptr, conv_bn_relu_winograd<DotWidened>},
+#endif
+#if FR_VECTOR_BYTES == 64
     {conv_winograd_16<DotFloat32>, nullptr, conv_winograd_16<DotWidened>},
     winograd_gradient_16,
-#else
-    nullptr,
-    {},
-    nullptr,
-    nullptr,
-    {},
-    {},
-    {},
-    nullptr,
-    nullptr,
-    nullptr,
-    nullptr,
-    {},
-    {},
-    nullptr,
 #endif
 };
 

@@ -85,8 +85,6 @@ struct MeanPool {
 enum ConvForm : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
 constexpr int kConvForms = 3;
 
-constexpr int kTilePixels = 7;  // of a convolution's tile; in Winograd's form, tiles of a group
-
 struct ConvBnRelu {
   const void* x;                 // (N, H, W, C) in memory; widened: float32
   const void* weight;            // packed, see conv_bn_relu_kernels.h
@@ -139,20 +137,20 @@ struct WeightGradient {
 // KiB for 64 -> 256 channels at 56 x 56). bfloat16 reads half as much for the same products, and
 // pieces so short cost narrow layers 2%.
 constexpr int64_t gradient_pixels(int64_t pair) { return pair == 2 ? 2048 : 512; }
-// Steps in one chain of additions: stock sums the few, long sums of a gradient in shorter ones than
-// those of a convolution; beside bfloat16's own rounding of what it returns the length is nothing.
-constexpr int64_t gradient_piece(int64_t pair) { return pair == 2 ? 512 : 128; }
 constexpr int64_t kMostNarrowRows = 16;  // R of a convolution of few channels
 constexpr int64_t kGradientTiles = 224;  // the same, of Winograd's form
 
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
 // sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
-constexpr int64_t winograd_group_bytes(int64_t C) { return kTilePixels * 16 * 4 * (C + 64); }
-constexpr int64_t winograd_groups(int64_t C) {
-  return winograd_group_bytes(C) < 768 * 1024 ? 768 * 1024 / winograd_group_bytes(C) : 1;
+constexpr int64_t winograd_group_bytes(int64_t tile_pixels, int64_t C) {
+  return tile_pixels * 16 * 4 * (C + 64);
 }
-constexpr int64_t winograd_scratch_bytes(int64_t C) {
-  return winograd_groups(C) * winograd_group_bytes(C);
+constexpr int64_t winograd_groups(int64_t tile_pixels, int64_t C) {
+  const int64_t bytes = winograd_group_bytes(tile_pixels, C);
+  return bytes < 768 * 1024 ? 768 * 1024 / bytes : 1;
+}
+constexpr int64_t winograd_scratch_bytes(int64_t tile_pixels, int64_t C) {
+  return winograd_groups(tile_pixels, C) * winograd_group_bytes(tile_pixels, C);
 }
 
 // Tiles that Winograd's form takes at a time where there are 16 channels in and out.
@@ -191,38 +189,42 @@ struct CpuKernels {
   // images [begin, end): the mean over each one's pixels
   void (*mean_pool[4])(const MeanPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);
-  void (*widen)(const void* from, float* to, int64_t n);  // of bfloat16
-  // By ConvForm: y's channels [64 block, 64 block + 64) of pixels [7 begin, 7 end); null where not
-  // served
-  void (*conv_bn_relu[kConvForms])(const ConvBnRelu&, int64_t block, int64_t begin, int64_t end);
-  // vectors of 16 outputs [begin, end); null where convolutions are not served
-  void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end);
+  // Convolutions, null where an instruction set has none.
+  int64_t tile_pixels = 0;  // of a convolution's tile; in Winograd's form, tiles of a group
+  int64_t gradient_piece[kConvForms] = {};                     // conv_weight_gradient_kernels.h
+  void (*widen)(const void* from, float* to, int64_t n) = {};  // of bfloat16
+  // By ConvForm: y's channels [64 block, 64 block + 64) of the pixels of tiles [begin, end)
+  void (*conv_bn_relu[kConvForms])(const ConvBnRelu&, int64_t block, int64_t begin,
+                                   int64_t end) = {};
+  // vectors of 16 outputs [begin, end)
+  void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end) = {};
   // 16 rows of 16 floats -> their transpose, rows so many floats apart
-  void (*transpose)(const float* from, int64_t from_row, float* to, int64_t to_row);
+  void (*transpose)(const float* from, int64_t from_row, float* to, int64_t to_row) = {};
   // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over
   // output rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
   void (*conv_weight_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
-                                           int64_t end, int64_t k_begin, int64_t k_end, float* out);
-  int64_t (*weight_gradient_scratch[kConvForms])(const WeightGradient&, int64_t outputs);
+                                           int64_t end, int64_t k_begin, int64_t k_end,
+                                           float* out) = {};
+  int64_t (*weight_gradient_scratch[kConvForms])(const WeightGradient&, int64_t outputs) = {};
   // The same for few input channels, dilation 1: out (R, S C, K) over output rows [begin, end)
   void (*narrow_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
-                                      int64_t end, float* out);
-  int64_t (*narrow_gradient_scratch)(const WeightGradient&);
+                                      int64_t end, float* out) = {};
+  int64_t (*narrow_gradient_scratch)(const WeightGradient&) = {};
   // The same in Winograd's form, for 3x3, stride 1, float32: sums (k_end - k_begin, 16, C) over
   // tiles [begin, end) of 2x2 pixels of dy; and dweight of the sum of several, part floats apart,
   // false where it holds something that is no finite number.
   void (*winograd_gradient)(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
-                            int64_t k_begin, int64_t k_end, float* sums);
+                            int64_t k_begin, int64_t k_end, float* sums) = {};
   bool (*winograd_gradient_output)(const float* sums, int64_t parts, int64_t part, int64_t outputs,
-                                   int64_t C, float* out);
-  int64_t (*winograd_gradient_scratch)(const WeightGradient&, int64_t outputs);
+                                   int64_t C, float* out) = {};
+  int64_t (*winograd_gradient_scratch)(const WeightGradient&, int64_t outputs) = {};
   // 3x3, stride 1, by ConvForm: y's channels of blocks [block_begin, block_end) in groups [begin,
-  // end) of 7 tiles of 2x2 pixels; null where not served
+  // end) of tile_pixels tiles of 2x2 pixels
   void (*conv_bn_relu_winograd[kConvForms])(const ConvBnRelu&, void* scratch, int64_t block_begin,
-                                            int64_t block_end, int64_t begin, int64_t end);
+                                            int64_t block_end, int64_t begin, int64_t end) = {};
   // The same two where C = K = 16: all of y, and the sums, of tiles [begin, end)
-  void (*conv_winograd_16[kConvForms])(const ConvBnRelu&, int64_t begin, int64_t end);
-  void (*winograd_gradient_16)(const WeightGradient&, int64_t begin, int64_t end, float* sums);
+  void (*conv_winograd_16[kConvForms])(const ConvBnRelu&, int64_t begin, int64_t end) = {};
+  void (*winograd_gradient_16)(const WeightGradient&, int64_t begin, int64_t end, float* sums) = {};
 };
 
 // Whether conv_bn_relu computes in this dtype (a column of the table) on this machine.

@@ -150,6 +150,13 @@ FR_INLINE V relu_of(V v) {
   return v < 0 ? V{} : v;
 }
 
+FR_INLINE bool has_nan(vf v) {
+  const vi unlike = v != v;
+  int32_t any = 0;
+  for (int lane = 0; lane < FR_VECTOR_BYTES / 4; ++lane) any |= unlike[lane];
+  return any != 0;
+}
+
 // dy where the ReLU's output y lets it through; a NaN in y does, as in torch's threshold_backward.
 template <typename V>
 FR_INLINE V masked_by(V dy, V y) {

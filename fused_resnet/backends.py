@@ -82,7 +82,7 @@ def missing(op: str, backend: str, device_type: str) -> str | None:
             archs = native.build_info()["cuda_archs"]
             return f"the native build ({archs}) has no code for sm_{capability[0]}{capability[1]}"
     if op == "conv_bn_relu" and not gemm and not native_conv.serves(torch.float32):
-        return "the native convolution needs a processor with AVX-512"
+        return "the native convolution needs a processor with AVX2"
     return None
 
 

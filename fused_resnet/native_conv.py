@@ -1,10 +1,10 @@
 """The fused convolution of csrc/conv_bn_relu_kernels.h: how weights are packed for it.
 
-An implicit GEMM over channels_last activations for processors with AVX-512. bfloat16 is multiplied
-by the processor's dot product where that is the faster way, else in float32 (`widens`). Weights are
-packed as they are: scale, shift, residual and ReLU are applied to the float32 sums, with one
-rounding at the end, and one packing serves every input size. 3x3 convolutions of stride 1 that are
-multiplied in float32 have a second one, transformed for Winograd's minimal filtering;
+An implicit GEMM over channels_last activations for processors with AVX-512 or AVX2. bfloat16 is
+multiplied by the processor's dot product where that is the faster way, else in float32 (`widens`).
+Weights are packed as they are: scale, shift, residual and ReLU are applied to the float32 sums,
+with one rounding at the end, and one packing serves every input size. 3x3 convolutions of stride 1
+that are multiplied in float32 have a second one, transformed for Winograd's minimal filtering;
 csrc/conv_bn_relu_cpu.cpp chooses by the size of the input.
 """
 

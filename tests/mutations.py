@@ -22,8 +22,10 @@ from typing import NamedTuple
 
 from cuda_mutations import CUDA
 from gpu_mutations import GPU_PYTHON
-from native_mutations import CPP
+from native_mutations import AVX2, AVX512, CPP
 from python_mutations import PYTHON
+
+from fused_resnet import native as native_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +95,8 @@ def main() -> int:
     survivors = 0
     native = ["setup.py", "-q", "build_ext", "--inplace", "--force"]
     table: list[tuple[tuple[str, ...], list[str]]] = [(row, []) for row in PYTHON + GPU_PYTHON]
-    table += [(row, native) for row in CPP if args.native]
+    of_isa = {"avx512": AVX512, "avx2": AVX2}.get(str(native_kernels.build_info()["cpu_isa"]), [])
+    table += [(row, native) for row in CPP + of_isa if args.native]
     table += [(row, ["-c", EMULATE]) for row in CUDA if args.cuda]
     for row, build in table:
         mutation = Mutation(*row)

@@ -116,7 +116,7 @@ def test_pad_rows(dtype):
 
 def test_convolution_refuses_what_does_not_fit():
     if not native_conv.serves(torch.float32):
-        pytest.skip("the native convolution needs a processor with AVX-512")
+        pytest.skip("the native convolution needs a processor with AVX2")
     conv = native_conv.NativeConv(
         torch.randn(70, 32, 3, 3), torch.ones(70), torch.zeros(70), torch.float32,
         (1, 1), (1, 1), (1, 1), 1,
@@ -163,7 +163,7 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
     """Either is within one rounding of float64, whose relu(conv * scale + shift + residual) it is;
     in place of the residual too."""
     if not native_conv.serves(torch.bfloat16):
-        pytest.skip("the native convolution needs a processor with AVX-512")
+        pytest.skip("the native convolution needs a processor with AVX2")
     shape, K, kernel, *geometry = FORMS_OF[case]
     try:
         native.widen_bfloat16(widened)
@@ -197,7 +197,7 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
 def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
     """Winograd's sums overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
     if not native_conv.serves(dtype):
-        pytest.skip("the native convolution needs a processor with AVX-512")
+        pytest.skip("the native convolution needs a processor with AVX2")
     weight = torch.zeros(K, C, 3, 3)
     weight[:, :, 1, 1] = torch.eye(K, C)
     native.widen_bfloat16(True)
@@ -223,7 +223,7 @@ def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
 
 def test_overwriting_the_residual_gives_the_same():
     if not native_conv.serves(torch.float32):
-        pytest.skip("the native convolution needs a processor with AVX-512")
+        pytest.skip("the native convolution needs a processor with AVX2")
     for dtype in filter(native_conv.serves, (torch.float32, torch.bfloat16)):
         for groups in (1, 5):
             conv = native_conv.NativeConv(
