@@ -25,7 +25,7 @@ from bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
 
 from fused_resnet.bench import pair_ratio
 from fused_resnet.depth import report as depth_report
-from fused_resnet.report import plot_bench
+from fused_resnet.report import device_name, plot_bench, processor_name
 from fused_resnet.resnet import get_model
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +44,7 @@ EXPECTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
         ("eager", "eager-channels_last", "compile", "onnxruntime", "openvino", "fused"),
     ),
     "resnet": (MODELS, FAMILY_CONTENDERS),
+    "avx2": (("resnet18", "resnet50"), ("eager", "eager-channels_last", "compile", "fused")),
 }
 
 
@@ -98,7 +99,7 @@ def depth_text(content: dict[str, Any] | None, section: Callable[[dict[str, Any]
         return f"{MISSING}\n"
     return (
         f"{section(content)}\n\n{depth_report.settings(content)} "
-        f"{content['machine']['cpu']}, torch {content['torch']}, {commit(content)}. "
+        f"{processor_name(content['machine'])}, torch {content['torch']}, {commit(content)}. "
         f"From `{content['path'].name}`.\n"
     )
 
@@ -137,8 +138,8 @@ def depth_steps_table(content: dict[str, Any]) -> str:
               "minimal saves, of eager's"]  # fmt: skip
     rounds = len(content["steps"][0]["contenders"]["fused"]["times_ms"])
     text = (
-        f"{content['machine']['cpu']}, {content['threads']} threads, torch {content['torch']}, "
-        f"{commit(content)}: medians of {rounds} rounds in which the contenders, each in a process "
+        f"{device_name(content)}, torch {content['torch']}, {commit(content)}: "
+        f"medians of {rounds} rounds in which the contenders, each in a process "
         f"of its own, take turns. From `{content['path'].name}`."
     )
     return f"{markdown(header, rows)}\n\n{text}\n"
@@ -239,7 +240,7 @@ def parity_table(content: dict[str, Any]) -> str:
                 f"{kept} of {len(report['rows'])}",
             ]
         )
-    where = content["machine"].get("gpu") or content["machine"]["cpu"]
+    where = processor_name(content["machine"])
     images = content["parity"][0]["input_shape"][0]
     command = "fused-resnet parity --model resnet18,resnet50 --dtype float32,bfloat16,float16"
     return (
@@ -367,14 +368,12 @@ def speedup(contenders: dict[str, Any], name: str, other: str | None) -> str:
 def caption(content: dict[str, Any] | None) -> str:
     if content is None:
         return f"Whole-model benchmark: {MISSING}."
-    machine = content["machine"]
-    where = machine.get("gpu") or f"{machine['cpu']}, {content['threads']} threads"
     limits = ", ".join(
         f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in content["limits"]["flops"].items()
     )
     rounds = [case["rounds"] for case in content["cases"]]
     return (
-        f"{where}, torch {content['torch']}, {commit(content)}: "
+        f"{device_name(content)}, torch {content['torch']}, {commit(content)}: "
         f"medians of {min(rounds)} to {max(rounds)} rounds in which the contenders "
         f"take turns, speed-ups pair by pair with half their interquartile range. "
         f"Best matrix product in the same run: {limits}; "

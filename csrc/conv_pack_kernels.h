@@ -112,57 +112,64 @@ FR_INLINE void winograd_weight(const vf* g, vf* out) {
   }
 }
 
-// Vectors of outputs [begin, end), K / 16 of them in all.
-void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
+// 16 inputs from c on of vector v of outputs; tile: memory for them, (tap, input, 16 outputs)
+FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
   const int64_t K = p.outputs, C = p.inputs;
   const auto* weight = static_cast<const float*>(p.weight);
-  alignas(64) float tile[kMostPackedTaps * 256];  // (tap, input, 16 outputs)
-  for (int64_t v = begin; v < end; ++v) {
-    const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
-    const int64_t first = block * 64 * C;  // of this block, in elements of one tap
-    for (int64_t c = 0; c < C; c += 16) {
-      for (int64_t tap = 0; tap < p.taps; ++tap) {
-        const float* source =
-            weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
-        float* t = tile + tap * 256;
-        if (p.transposed) {
-          for (int64_t i = 0; i < 16; ++i) copy_16(source + i * p.input_stride, t + i * 16);
-        } else {
-          transpose(source, p.output_stride, t, 16);
-        }
-      }
-      if (p.form == kBFloatWidened)
-        for (int64_t i = 0; i < p.taps * 256; i += kLanes)
-          store_any(tile + i, rounded_to_bfloat(load_any<vf>(tile + i)));
-      if (p.direct && p.form != kBFloatPairs) {
-        for (int64_t tap = 0; tap < p.taps; ++tap) {
-          auto* out = static_cast<float*>(p.direct) + first * p.taps +
-                      ((tap * C + c) * vectors + v % 4) * 16;
-          for (int64_t i = 0; i < 16; ++i)
-            copy_16(tile + (tap * 16 + i) * 16, out + i * vectors * 16);
-        }
-      } else if (p.direct) {
-        for (int64_t tap = 0; tap < p.taps; ++tap) {
-          auto* out = static_cast<uint16_t*>(p.direct) + first * p.taps +
-                      ((tap * C + c) / 2 * vectors + v % 4) * 32;
-          for (int64_t i = 0; i < 8; ++i)
-            for (int64_t j = 0; j < 16; j += kLanes) {
-              const float* pair = tile + (tap * 16 + 2 * i) * 16 + j;
-              store_any(out + i * vectors * 32 + 2 * j,
-                        interleave_bfloat(load_any<vf>(pair), load_any<vf>(pair + 16)));
-            }
-        }
-      }
-      if (p.winograd) {
-        auto* out = static_cast<float*>(p.winograd) + first * 16 + (c * vectors + v % 4) * 16;
-        for (int64_t i = 0; i < 16; ++i)
-          for (int64_t j = 0; j < 16; j += kLanes) {
-            vf g[9], u[16];
-            for (int tap = 0; tap < 9; ++tap) g[tap] = load_any<vf>(tile + (tap * 16 + i) * 16 + j);
-            winograd_weight(g, u);
-            for (int64_t m = 0; m < 16; ++m) store_any(out + (m * C + i) * vectors * 16 + j, u[m]);
-          }
-      }
+  const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
+  const int64_t first = block * 64 * C;  // of this block, in elements of one tap
+  for (int64_t tap = 0; tap < p.taps; ++tap) {
+    const float* source =
+        weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
+    float* t = tile + tap * 256;
+    if (p.transposed) {
+      for (int64_t i = 0; i < 16; ++i) copy_16(source + i * p.input_stride, t + i * 16);
+    } else {
+      transpose(source, p.output_stride, t, 16);
     }
+  }
+  if (p.form == kBFloatWidened)
+    for (int64_t i = 0; i < p.taps * 256; i += kLanes)
+      store_any(tile + i, rounded_to_bfloat(load_any<vf>(tile + i)));
+  if (p.direct && p.form != kBFloatPairs) {
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      auto* out =
+          static_cast<float*>(p.direct) + first * p.taps + ((tap * C + c) * vectors + v % 4) * 16;
+      for (int64_t i = 0; i < 16; ++i) copy_16(tile + (tap * 16 + i) * 16, out + i * vectors * 16);
+    }
+  } else if (p.direct) {
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      auto* out = static_cast<uint16_t*>(p.direct) + first * p.taps +
+                  ((tap * C + c) / 2 * vectors + v % 4) * 32;
+      for (int64_t i = 0; i < 8; ++i)
+        for (int64_t j = 0; j < 16; j += kLanes) {
+          const float* pair = tile + (tap * 16 + 2 * i) * 16 + j;
+          store_any(out + i * vectors * 32 + 2 * j,
+                    interleave_bfloat(load_any<vf>(pair), load_any<vf>(pair + 16)));
+        }
+    }
+  }
+  if (p.winograd) {
+    auto* out = static_cast<float*>(p.winograd) + first * 16 + (c * vectors + v % 4) * 16;
+    for (int64_t i = 0; i < 16; ++i)
+      for (int64_t j = 0; j < 16; j += kLanes) {
+        vf g[9], u[16];
+        for (int tap = 0; tap < 9; ++tap) g[tap] = load_any<vf>(tile + (tap * 16 + i) * 16 + j);
+        winograd_weight(g, u);
+        for (int64_t m = 0; m < 16; ++m) store_any(out + (m * C + i) * vectors * 16 + j, u[m]);
+      }
+  }
+}
+
+// Vectors of outputs [begin, end), K / 16 of them in all. Where outputs lie next to each other in
+// memory, those of a block are taken together: 256 bytes of every row of weights instead of 64.
+void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
+  alignas(64) float tile[kMostPackedTaps * 256];
+  const int64_t together = p.transposed ? 4 : 1;
+  for (int64_t v = begin; v < end;) {
+    const int64_t next = (v / together + 1) * together, stop = next < end ? next : end;
+    for (int64_t c = 0; c < p.inputs; c += 16)
+      for (int64_t u = v; u < stop; ++u) pack_16(p, u, c, tile);
+    v = stop;
   }
 }

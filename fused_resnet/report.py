@@ -274,10 +274,17 @@ def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Pa
     return path
 
 
+def processor_name(machine: dict[str, Any]) -> str:
+    """The GPU, or the CPU with its instruction set: names of server processors hide it."""
+    isa = str(machine.get("isa", "")).replace("AVX512", "AVX-512")
+    return machine.get("gpu") or (f"{machine['cpu']} ({isa})" if isa else machine["cpu"])
+
+
 def device_name(results: dict[str, Any]) -> str:
     """The GPU, or the CPU with its threads."""
     machine = results["machine"]
-    return machine.get("gpu") or f"{machine['cpu']}, {results['threads']} threads"
+    threads = "" if "gpu" in machine else f", {results['threads']} threads"
+    return processor_name(machine) + threads
 
 
 def _footnote(results: dict[str, Any]) -> str:
