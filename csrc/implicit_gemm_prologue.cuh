@@ -26,6 +26,8 @@
 // element (4 bytes of 15 a cycle), this 0.04 for every 128 outputs where nothing hides it: from
 // about K = 1024 on it may lose. Fragments of A in registers (wgmma's other form) would save 128
 // cycles of writing and 128 of wgmma's reading, for 128 more of L1.
+// Compiled (nvcc 13.0): sm_80's of 128x128 by 8 warps has 144 instructions more than without, and
+// 128 registers as before; by 4 warps 252, 128x64 163, 64x128 161, 64x64 120; no spills anywhere.
 // Speed: not yet measured.
 // Rejected before measuring: the table in shared memory (a stage of Hopper's ring, and a third
 // block on a multiprocessor of sm_80's 128x64, for what L1 holds); the division and the root in

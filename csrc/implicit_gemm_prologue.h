@@ -23,8 +23,8 @@ __host__ __device__ constexpr int norm_place(int number, int half, int chunk, in
 // table: kNormNumbers * C float32.
 void launch_fold_norm(const DeviceScope& scope, const NormOperands& norm, int C, float* table);
 
-// A kernel's prologue. load(step): gets ready, while the step is on its way; apply(chunks): the step
-// has come, and lies there. This one is every other kernel's: x is multiplied as it is.
+// A kernel's prologue. load(step): gets ready, while the step is on its way; apply(chunks): the
+// step has come, and lies there. This one is every other kernel's: x is multiplied as it is.
 struct NoPrologue {
   __device__ __forceinline__ NoPrologue(const float*, int, int) {}
   __device__ __forceinline__ void load(int) {}
