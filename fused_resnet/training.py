@@ -178,6 +178,7 @@ class _Backward:
         return Normed(self.outputs[i], self.units[i][1], self.states[i])
 
     def convolved(self, i: int) -> Tensor:
+        """Unit i's convolution, computed again as forward did."""
         weight, g = self.units[i][0], self.spec.geometries[i]
         if 0 < i < self.main and self.inner[i - 1] is None:
             found = self.kernels.convolve_normed(self.normed(i - 1), weight, g)
