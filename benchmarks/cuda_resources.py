@@ -41,6 +41,12 @@ MUST_SHOW: dict[str, dict[str, tuple[str, ...]]] = {
     r"stem_kernel": {"80 90a": (r"HMMA", r"LDSM", r"STG\S*\.128")},
     r"implicit_gemm_sm80_kernel": {"80 90a": (r"HMMA", r"LDSM", r"LDGSTS\S*\.128", r"STG\S*\.128")},
     r"implicit_gemm_sm90_kernel": {"90a": (r"HGMMA", r"UTMALDG", r"UTMASTG", r"USETMAXREG")},
+    r"implicit_gemm_sm80_kernel.*NormPrologue": {
+        "80 90a": (r"LDG\S*\.128", r"LDS\S*\.128", r"STS\S*\.128")
+    },
+    r"implicit_gemm_sm90_kernel.*Sm90Prologue": {
+        "90a": (r"LDG\S*\.128", r"LDS\S*\.128", r"STS\S*\.128")
+    },
 }
 
 

@@ -2,8 +2,10 @@
 
     fused      this package as a model runs it: whatever `backends` and `tuning` choose
     native     its CUDA kernels, a convolution with its fastest tile ("native TILE": each by itself)
+    apart      the same tile, with what "native" has in its prologue as a pass of its own
     triton     its Triton kernels
-    cudnn      what cuDNN fuses: batch norm folded into weights and bias
+    cudnn      what cuDNN fuses: batch norm folded into weights and bias; in training its
+               convolution, between passes of this package
     unfused    PyTorch's own chain of cuDNN's convolution, batch norm, addition, ReLU; channels_last
     compile    torch.compile of that chain
 
@@ -33,7 +35,7 @@ from gpu_contenders import (
     randn,
     title,
 )
-from gpu_train_cases import conv_backward_case, conv_train_case
+from gpu_train_cases import conv_backward_case, conv_train_case, prologue_case
 from torch import Tensor, nn
 
 import fused_resnet as fr
@@ -383,6 +385,11 @@ def cases(
     if wanted("conv_bn_train"):
         for place, times in found.items():
             yield lambda p=place, n=times: conv_train_case(p, n, like, seconds, each_tile)
+    if wanted("norm_conv_train"):
+        for place, times in found.items():
+            layer = place.layer
+            if place.residual and layer.weight_shape[2:] == (1, 1) and layer.groups == 1:
+                yield lambda p=place, n=times: prologue_case(p, n, like, seconds, each_tile)
     norms: Counter[Any] = Counter()
     for place, times in found.items():
         norms[place.layer.y_shape, place.residual, place.relu] += times

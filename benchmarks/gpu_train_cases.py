@@ -1,5 +1,5 @@
 """The cases of gpu_cases.py that are of training alone: a convolution with the statistics of the
-norm behind it, and a convolution's gradients."""
+norm behind it, with the norm before it as well, and a convolution's gradients."""
 
 from __future__ import annotations
 
@@ -27,15 +27,53 @@ from gpu_contenders import (
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import cuda_training, gemm, train_kernels, tuning
+from fused_resnet import cuda_conv, cuda_training, gemm, train_kernels, tuning
 from fused_resnet.gemm import Layer
+
+Seconds = Callable[[Callable[[], Any]], float] | None
+
+
+def tiles_of(layer: Layer, like: Tensor) -> list[Any]:
+    """The configurations of the CUDA kernels that take statistics of such a convolution."""
+    kernels("conv_bn_relu", "native", like.device)
+    module, problem = tuning.contender("native"), gemm.problem_of(layer, like.dtype)
+    capability = gemm.capability(like.device)
+    if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
+        raise Absent("it does not cover this convolution")
+    return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
+
+
+def fastest(
+    layer: Layer, like: Tensor, seconds: Seconds, listed: list[Any], call: Callable[[Any], Call]
+) -> Ready:
+    """call(config) of the fastest configuration listed; of the one by heuristic, unmeasured."""
+
+    def time_s(config: Any) -> float:
+        try:
+            call(config)()
+            return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
+        except Exception:  # not for this GPU
+            return math.inf
+
+    if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
+        module, problem = tuning.contender("native"), gemm.problem_of(layer, like.dtype)
+        capability, processors = gemm.capability(like.device), gemm.multiprocessors(like.device)
+        reached = module.reaches(problem, layer.geometry)
+        listed = [module.choose_tile(problem, capability, processors, reached)]
+    best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
+    return Ready(call(best), best.label())
+
+
+def own(like: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within it the CUDA kernels serve: emulated ones on the CPU."""
+    return fr.use_backend("emulated") if like.device.type == "cpu" else contextlib.nullcontext()
 
 
 def conv_train_case(
     place: Place,
     times: int,
     like: Tensor,
-    seconds: Callable[[Callable[[], Any]], float] | None,
+    seconds: Seconds,
     each_tile: bool,
 ) -> Case:
     """A convolution and the training norm behind it, forward: the statistics taken in the
@@ -48,7 +86,6 @@ def conv_train_case(
     residual = randn(layer.y_shape, like) if place.residual else None
     norm = train_kernels.Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
     geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
-    problem = gemm.problem_of(layer, like.dtype)
 
     def by(maker: Any, convolve: Callable[[], Any]) -> list[Tensor]:
         z, state = convolve()
@@ -58,39 +95,17 @@ def conv_train_case(
         maker = train_kernels.PORTABLE
         return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
 
-    module, capability = tuning.contender("native"), gemm.capability(like.device)
-
-    def candidates() -> list[Any]:
-        kernels("conv_bn_relu", "native", like.device)
-        if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
-            raise Absent("it does not cover this convolution")
-        return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
-
     def call(config: Any) -> Call:
         maker = cuda_training.CUDA
 
         def run() -> list[Tensor]:
-            emulated = like.device.type == "cpu"
-            with fr.use_backend("emulated") if emulated else contextlib.nullcontext():
+            with own(like):
                 return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
 
         return run
 
     def native() -> Ready:
-        def time_s(config: Any) -> float:
-            try:
-                call(config)()
-                return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
-            except Exception:  # not for this GPU
-                return math.inf
-
-        listed = candidates()
-        if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
-            processors = gemm.multiprocessors(like.device)
-            reached = module.reaches(problem, layer.geometry)
-            listed = [module.choose_tile(problem, capability, processors, reached)]
-        best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
-        return Ready(call(best), best.label())
+        return fastest(layer, like, seconds, tiles_of(layer, like), call)
 
     def chain(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
         z = F.conv2d(x, weight, None, *geometry)
@@ -107,7 +122,7 @@ def conv_train_case(
     makers: dict[str, Callable[[], Ready]] = {"fused": fused, "native": native}
     if each_tile:
         with contextlib.suppress(Absent):
-            for config in candidates():
+            for config in tiles_of(layer, like):
                 if config.splits == 1:
                     ready = Ready(call(config), config.label())
                     makers[f"native {config.label()}"] = lambda ready=ready: ready
@@ -122,6 +137,89 @@ def conv_train_case(
         # z is written, and read once to be normalised.
         (x.numel() + weight.numel() + y_size * (3 + place.residual)) * x.element_size(),
         2 * y_size * C * R * S,
+        torch.no_grad()(eager),
+        torch.no_grad()(exact),
+        {name: inference(maker) for name, maker in makers.items()},
+    )
+
+
+def prologue_case(
+    place: Place, times: int, like: Tensor, seconds: Seconds, each_tile: bool
+) -> Case:
+    """A training norm and a ReLU, the 1x1 convolution behind them and its own norm, forward: norm
+    and ReLU in the convolution's prologue ("native"), or written by a pass of their own and read by
+    the same tile ("apart") or by cuDNN's convolution ("cudnn"), whose statistics are taken from its
+    output. Predicted bytes, with K = 4 C as in ResNet-50, in C elements of a pixel: x 1, z written
+    and read, residual and y 4 each: 17; apart 19, a being written and read; by cuDNN 23, z being
+    read once more. So up to 11% where memory is the limit, and nothing or less where products
+    are."""
+    layer = place.layer
+    K, C = layer.weight_shape[:2]
+    x, residual = randn(layer.x_shape, like), randn(layer.y_shape, like)
+    weight = randn(layer.weight_shape, like) / math.sqrt(C)
+    before, after = (
+        train_kernels.Norm(*(torch.rand(2, n, device=like.device) + 0.5).unbind(), EPS)
+        for n in (C, K)
+    )
+    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    normed = train_kernels.Normed(x, before, (mean, var, torch.zeros_like(mean)))
+    maker = cuda_training.CUDA
+
+    def ending(convolve: Callable[[], Any]) -> Call:
+        def run() -> list[Tensor]:
+            with own(like):
+                z, state = convolve()
+                return [maker.normalise_by(state, z, after, residual, True)[0]]
+
+        return run
+
+    def native(config: Any) -> Call:
+        return ending(lambda: maker.convolve_normed_by(config, normed, weight))
+
+    def apart(config: Any) -> Call:
+        return ending(
+            lambda: maker.convolve_by(config, maker.apply(normed, None, True), weight, geometry)
+        )
+
+    def cudnn() -> Ready:
+        kernels("bn_add_relu", "native", like.device)
+        stock = train_kernels.PORTABLE
+        return Ready(
+            ending(lambda: stock.convolve(maker.apply(normed, None, True), weight, geometry))
+        )
+
+    def listed() -> list[Any]:
+        return [c for c in tiles_of(layer, like) if cuda_conv.normalises(c)]
+
+    def of_tiles(call: Callable[[Any], Call]) -> Callable[[], Ready]:
+        return lambda: fastest(layer, like, seconds, listed(), call)
+
+    def chain(x: Tensor, weight: Tensor, residual: Tensor, *norms: Any) -> Tensor:
+        a = bn_chain(x, norms[0], norms[1], None, True)
+        return bn_chain(F.conv2d(a, weight, None, *geometry), norms[2], norms[3], residual, True)
+
+    vectors = (before.weight, before.bias, after.weight, after.bias)
+
+    def eager() -> list[Tensor]:
+        return [chain(x, weight, residual, *vectors)]
+
+    def exact() -> list[Exact]:
+        return [Exact("y", chain(*(t.double() for t in (x, weight, residual, *vectors))))]
+
+    makers = {"native": of_tiles(native), "apart": of_tiles(apart), "cudnn": cudnn}
+    if each_tile:
+        with contextlib.suppress(Absent):
+            for config in listed():
+                ready = Ready(native(config), config.label())
+                makers[f"native {config.label()}"] = lambda ready=ready: ready
+    makers["unfused"] = lambda: Ready(eager)
+    return Case(
+        "norm_conv_train",
+        f"norm_conv_train {title(layer)}",
+        times,
+        (x.numel() + weight.numel() + 4 * residual.numel()) * x.element_size(),
+        2 * residual.numel() * C,
         torch.no_grad()(eager),
         torch.no_grad()(exact),
         {name: inference(maker) for name, maker in makers.items()},

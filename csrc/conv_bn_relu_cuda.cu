@@ -1,7 +1,7 @@
 // conv_bn_relu on CUDA devices: checks, and the kernel that the tile belongs to.
 #include <limits>
 
-#include "implicit_gemm.h"
+#include "implicit_gemm_prologue.h"
 
 namespace fused_resnet {
 namespace {
@@ -160,10 +160,55 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
   return {statistics, pixels};
 }
 
+// The same of relu(norm(x)), which is not written: mean, var, rest (C,) as bn_merge_statistics
+// gives them, norm_weight?, norm_bias? (C,), all float32; weight (K, 1, 1, C), z (N, K, H, W).
+std::tuple<Tensor, int64_t> normalised_convolution_statistics(
+    Tensor x, Tensor mean, Tensor var, Tensor rest, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, double eps, Tensor weight, Tensor z, int64_t tile) {
+  const ConvProblem problem = problem_of(x, weight, z, {1, 1}, {0, 0}, {1, 1}, 1, tile, 1);
+  check(problem.pointwise(), kOp, ": a norm is applied to x in a 1x1 convolution, got ", problem.R,
+        "x", problem.S);
+  const DtypeIndex dtype = dtype_index(kOp, "x", x);
+  check(dtype == kFloat16 || dtype == kBFloat16, kOp,
+        ": a norm is applied to x of float16 or bfloat16, got ", name_of(x.scalar_type()));
+  check(kGemmTiles[tile].normalises(), kOp, ": no kernel of tile ", tile, " normalises x");
+  check(z.numel() > 0, kOp, ": an empty z has no statistics");
+  for (const auto& [name, t] : {std::pair{"mean", &mean}, {"var", &var}, {"rest", &rest}})
+    check_channel_vector(kOp, name, *t, problem.C, ScalarType::Float, x);
+  if (norm_weight)
+    check_channel_vector(kOp, "norm_weight", *norm_weight, problem.C, ScalarType::Float, x);
+  if (norm_bias)
+    check_channel_vector(kOp, "norm_bias", *norm_bias, problem.C, ScalarType::Float, x);
+  const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  const int64_t pixels = kGemmTiles[tile].part_pixels();
+  Tensor statistics = torch::stable::new_empty(
+      x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
+  Tensor table = torch::stable::new_empty(x, {kNormNumbers, problem.C}, ScalarType::Float);
+  auto* const numbers = static_cast<float*>(table.mutable_data_ptr());
+  launch_fold_norm(DeviceScope(x),
+                   {data(mean), data(var), data(rest), norm_weight ? data(*norm_weight) : nullptr,
+                    norm_bias ? data(*norm_bias) : nullptr, static_cast<float>(eps)},
+                   problem.C, numbers);
+  const ConvOperands operands{dtype,
+                              x.const_data_ptr(),
+                              weight.const_data_ptr(),
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              z.mutable_data_ptr(),
+                              false,
+                              static_cast<float*>(statistics.mutable_data_ptr()),
+                              numbers};
+  launch(problem, operands, tile, 1, x);
+  return {statistics, pixels};
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
 FUSED_RESNET_CUDA_OPS(m) {
   m.impl("implicit_gemm", TORCH_BOX(fused_resnet::implicit_gemm));
   m.impl("convolution_statistics", TORCH_BOX(fused_resnet::convolution_statistics));
+  m.impl("normalised_convolution_statistics",
+         TORCH_BOX(fused_resnet::normalised_convolution_statistics));
 }

@@ -18,6 +18,7 @@ std::vector<CudaKernel> cuda_kernels() {
   list_stem_kernels(list, gpu);
   list_implicit_gemm_kernels(list, gpu);
   list_implicit_gemm_sm90_kernels(list, gpu);
+  list_prologue_kernels(list, gpu);
   list_bn_add_relu_kernels(list, gpu);
   list_bn_statistics_kernels(list, gpu);
   return list;

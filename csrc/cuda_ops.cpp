@@ -10,6 +10,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "convolution_statistics(Tensor x, Tensor weight, Tensor(a!) z, int[] stride, int[] padding, "
       "int[] dilation, int groups, int tile, int splits) -> (Tensor, int)");
   m.def(
+      "normalised_convolution_statistics(Tensor x, Tensor mean, Tensor var, Tensor rest, "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor(a!) z, int tile) "
+      "-> "
+      "(Tensor, int)");
+  m.def(
       "bn_merge_statistics(Tensor statistics, int pixels, int part_pixels) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(

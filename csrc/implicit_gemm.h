@@ -40,6 +40,9 @@ struct ConvOperands {
   // Not null: y is the convolution itself (scale and shift are null, as is the residual), and what
   // implicit_gemm_statistics.cuh says of it goes here, (parts, 3, groups * K).
   float* statistics;
+  // Not null: a norm's table (implicit_gemm_prologue.h), which is applied to x, and a ReLU. Of one
+  // group's pointwise convolution of 16-bit operands, with statistics, in one split.
+  const float* norm = nullptr;
 };
 
 // Pixels of a part of the statistics where splits are added up; else GemmTile::part_pixels.

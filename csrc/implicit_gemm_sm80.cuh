@@ -35,6 +35,7 @@
 
 #include "implicit_gemm.h"
 #include "implicit_gemm_index.h"
+#include "implicit_gemm_prologue.h"
 #include "implicit_gemm_statistics.cuh"
 
 namespace fused_resnet {
@@ -49,6 +50,7 @@ struct GemmArguments {
   uint8_t* y;               // (M, groups * K)
   float* partial;           // (splits, M, groups * K) or null
   float* statistics;        // (parts, 3, groups * K) or null: then there is no scale and no shift
+  const float* norm;        // (3, 2, C / 8, 4): what a prologue normalises x by
   Window window;
   int M, K, groups;
   uint32_t chunks, pixel_chunks;  // 16 bytes of: a filter, the whole sum; a pixel of x
@@ -299,7 +301,8 @@ struct Finish {
   }
 };
 
-template <typename T, int kTile, bool kPointwise, bool kStatistics>
+// Prologue: what is done with a step of x when it has come (implicit_gemm_prologue.h).
+template <typename T, int kTile, bool kPointwise, bool kStatistics, class Prologue = NoPrologue>
 __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::kBlocksPerSm)
     implicit_gemm_sm80_kernel(const GemmArguments a) {
   using Shape = TileShape<kTile>;
@@ -346,6 +349,7 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
   const int b_offset = operand_offset(warp_n + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   float sums[Shape::kWarpM / 16][kProducts][4] = {};
   Fragments<Shape> fragments[2];
+  Prologue prologue(a.norm, static_cast<int>(a.chunks), thread % kStepChunks);
 
 #pragma unroll
   for (int i = 0; i < Shape::kStages - 1; ++i) {
@@ -354,9 +358,11 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
   }
   int read_slot = 0, write_slot = Shape::kStages - 1;
   for (int step = steps.first; step < steps.last; ++step) {
+    prologue.load(step);
     // This step has come, for every thread; and every thread has read the one before, whose slot
     // is written next.
     copy_async_wait<Shape::kStages - 2>();
+    prologue.apply(shared + read_slot * Shape::kStageBytes + copy_offset);
     __syncthreads();
     const uint8_t* stage = shared + read_slot * Shape::kStageBytes;
     fragments[0].template load<T>(stage, a_offset, b_offset, 0);

@@ -27,6 +27,8 @@ void list_implicit_gemm_kernels(std::vector<CudaKernel>& list, bool gpu) {
   list_implicit_gemm_sm80_of<half_t>(list, "float16", gpu);
   list_implicit_gemm_sm80_of<bfloat16_t>(list, "bfloat16", gpu);
   list_implicit_gemm_sm80_of<float>(list, "float32", gpu);
+  Sm80Prologues<half_t>::list(list, gpu);
+  Sm80Prologues<bfloat16_t>::list(list, gpu);
 }
 
 }  // namespace fused_resnet

@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "implicit_gemm_prologue.h"
 #include "implicit_gemm_sm80.cuh"
 
 namespace fused_resnet {
@@ -64,6 +65,7 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.y = static_cast<uint8_t*>(operands.y);
   arguments.partial = splits > 1 ? partial : nullptr;
   arguments.statistics = operands.statistics;
+  arguments.norm = operands.norm;
   arguments.window = Window::of(problem, sizeof(T));
   arguments.M = static_cast<int>(problem.M());
   arguments.K = problem.K;
@@ -76,6 +78,8 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.tiles_per_group = static_cast<int>(ceil_div(problem.K, tile.block_n));
   arguments.tiles_n = problem.groups * arguments.tiles_per_group;
   arguments.relu = operands.relu;
+  if constexpr (sizeof(T) == 2)
+    if (operands.norm != nullptr) return Sm80Prologues<T>::launch(scope, tile, arguments);
   if (splits == 1) return launch_tile_alike<T>(scope, tile, problem.pointwise(), arguments);
   GemmArguments parts = arguments;
   parts.residual = nullptr;  // which the merging kernel adds: not read here too

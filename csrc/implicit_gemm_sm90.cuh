@@ -27,6 +27,7 @@
 // and narrow groups fill little of a tile of 64 outputs or more.
 #pragma once
 
+#include "implicit_gemm_prologue.h"
 #include "implicit_gemm_sm90.h"
 #include "implicit_gemm_statistics.cuh"
 
@@ -129,16 +130,19 @@ __device__ __forceinline__ void forget(float (&sums)[kBlocks][kCount]) {
 // parity a step could not be told from the one two turns before. Every warp has to say so: with one
 // step to a tile, the others could go on to the next turn while a late warp still waits for this
 // one, whose parity it would never see again.
-template <typename T, int kTile>
+// prologue: what is done with the warpgroup's rows of a step of x when it has come.
+template <typename T, int kTile, class Prologue>
 __device__ __forceinline__ void multiply_tile(
     const Sm90Block<kTile>& block, StageRing<Sm90Shape<kTile>::stages>& ring, int first_row,
-    int steps, uint64_t* next_turn,
+    int steps, uint64_t* next_turn, Prologue& prologue,
     float (&sums)[Sm90Shape<kTile>::row_blocks][Sm90Shape<kTile>::block_n / 2]) {
   using Shape = Sm90Shape<kTile>;
   const bool first_lane = threadIdx.x % 32 == 0;
   int previous = 0;
   for (int step = 0; step < steps; ++step) {
+    prologue.load(step);
     mbarrier_wait(block.full + ring.stage, ring.parity);
+    prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);
     const uint32_t stage = shared_address(block.stage(ring.stage));
     const uint32_t x_tile = stage + first_row * kSwizzleRowBytes;
     products_fence();
@@ -269,7 +273,7 @@ __device__ __forceinline__ void write_statistics(const GemmSm90& gemm, const Til
 }
 
 // A warpgroup that multiplies: its tiles, one after the other.
-template <typename T, int kTile, bool kStatistics>
+template <typename T, int kTile, bool kStatistics, class Prologue>
 __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
                                                const TensorMap& residual_map,
                                                const TensorMap& y_map, const GemmSm90& gemm,
@@ -283,6 +287,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
   uint64_t* output_ready = block.output_ready + warpgroup;
   uint32_t output_parity = 0, turn_parity = warpgroup == 0;  // warpgroup 0 begins
   StageRing<Shape::stages> ring;
+  Prologue prologue(gemm.norm, gemm.C / 8, warpgroup);
   const auto blocks = static_cast<int>(gridDim.x);
   int tile = static_cast<int>(blockIdx.x);
   if (!Shape::halves && warpgroup == 1) {
@@ -305,11 +310,12 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     float sums[Shape::row_blocks][Shape::block_n / 2];
     if constexpr (kStatistics) forget(sums);
     if constexpr (Shape::halves) {
-      multiply_tile<T, kTile>(block, ring, first_row, steps, nullptr, sums);
+      multiply_tile<T, kTile>(block, ring, first_row, steps, nullptr, prologue, sums);
     } else {
       mbarrier_wait(block.turn + warpgroup, turn_parity);
       turn_parity ^= 1;
-      multiply_tile<T, kTile>(block, ring, first_row, steps, block.turn + (1 - warpgroup), sums);
+      multiply_tile<T, kTile>(block, ring, first_row, steps, block.turn + (1 - warpgroup), prologue,
+                              sums);
       ring.advance(steps);  // the other's
     }
     if (!gemm.residual && leader) {
@@ -337,7 +343,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
 #endif  // FUSED_RESNET_HOPPER
 
 // x_map: input's; weight_map (C, R * S, groups * K); residual_map, y_map (K, groups, M)
-template <typename T, int kTile, bool kStatistics>
+template <typename T, int kTile, bool kStatistics, class Prologue = NoPrologue>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     implicit_gemm_sm90_kernel(const __grid_constant__ TensorMap x_map,
                               const __grid_constant__ TensorMap weight_map,
@@ -370,7 +376,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     take_registers<kSm90MultiplyRegisters>();
     // From lane 0, so that the compiler knows it for the same in the whole warp.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128) - 1, 0);
-    multiply_tiles<T, kTile, kStatistics>(block, residual_map, y_map, gemm, warpgroup);
+    multiply_tiles<T, kTile, kStatistics, Prologue>(block, residual_map, y_map, gemm, warpgroup);
   }
 #else
   __trap();

@@ -29,6 +29,7 @@ struct GemmSm90 {
   bool residual, relu;
   int M;              // pixels
   float* statistics;  // (parts, 3, groups * K) or null: then there is no scale and no shift
+  const float* norm;  // (3, 2, C / 8, 4) or null: what a prologue normalises x by
 
   __host__ __device__ int steps() const { return R * S * channel_blocks; }
 };
@@ -84,6 +85,13 @@ struct Sm90Maps {
 // By dtype; defined in implicit_gemm_sm90.cuh, instantiated in implicit_gemm_sm90_*_cuda.cu.
 template <typename T>
 struct Sm90Kernels {
+  static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
+                     const GemmSm90& gemm);
+  static void list(std::vector<CudaKernel>& list, bool gpu);
+};
+// Those that normalise x: implicit_gemm_sm90_prologue.cuh, implicit_gemm_sm90_prologue_*_cuda.cu.
+template <typename T>
+struct Sm90Prologues {
   static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
                      const GemmSm90& gemm);
   static void list(std::vector<CudaKernel>& list, bool gpu);

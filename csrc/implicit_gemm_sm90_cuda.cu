@@ -113,6 +113,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   gemm.relu = operands.relu;
   gemm.M = static_cast<int>(p.M());
   gemm.statistics = operands.statistics;
+  gemm.norm = operands.norm;
 
   const int rows = tile.part_pixels();  // of a warpgroup
   const Sm90Maps maps{
@@ -125,6 +126,10 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
       output_map(p, operands.dtype, gemm.residual ? operands.residual : operands.y, rows),
       output_map(p, operands.dtype, operands.y, rows)};
   const auto number = static_cast<int>(&tile - kGemmTiles);
+  if (gemm.norm != nullptr)
+    return (operands.dtype == kFloat16
+                ? Sm90Prologues<half_t>::launch
+                : Sm90Prologues<bfloat16_t>::launch)(scope, number, maps, gemm);
   (operands.dtype == kFloat16 ? Sm90Kernels<half_t>::launch : Sm90Kernels<bfloat16_t>::launch)(
       scope, number, maps, gemm);
 }
@@ -132,6 +137,8 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
 void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu) {
   Sm90Kernels<half_t>::list(list, gpu);
   Sm90Kernels<bfloat16_t>::list(list, gpu);
+  Sm90Prologues<half_t>::list(list, gpu);
+  Sm90Prologues<bfloat16_t>::list(list, gpu);
 }
 
 }  // namespace fused_resnet

@@ -18,6 +18,9 @@ struct GemmTile {
   constexpr int part_pixels() const {
     return architecture == 90 && warps == 8 ? block_m / 2 : block_m;
   }
+  // Whether there are kernels that normalise x in their prologue (implicit_gemm_prologue.cuh): not
+  // of the tiles for narrow groups and for single images, which training has no use for.
+  constexpr bool normalises() const { return block_m >= 64 && block_n >= 64; }
 };
 
 constexpr int kStepBytes = 128;

@@ -21,6 +21,7 @@ void list_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_stem_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_implicit_gemm_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu);
+void list_prologue_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_bn_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_bn_statistics_kernels(std::vector<CudaKernel>& list, bool gpu);
 

@@ -102,6 +102,7 @@ py::list gemm_tiles() {
     entry["block_n"] = tile.block_n;
     entry["warps"] = tile.warps;
     entry["stages"] = tile.stages;
+    entry["normalises"] = tile.normalises();
     list.append(entry);
   }
   return list;
@@ -132,7 +133,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, flags, versions and the CPU instruction set in use.");
   m.def(
       "gemm_tiles", &gemm_tiles,
-      "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages.");
+      "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages, "
+      "normalises.");
   m.def("memory", &memory,
         "Bytes of the CPU memory that training steps take again and again: used_bytes, by tensors "
         "that live; free_bytes; peak_bytes, the most used since reset_memory_peak().");

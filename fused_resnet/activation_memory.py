@@ -10,7 +10,8 @@
 "auto", of every model until it is told otherwise, is "low" where the convolutions are the CPU
 kernels of this package, and "full" elsewhere. There "low" takes as long as "full", within what
 machines vary (benchmarks/RESULTS.md): an activation computed again lies in a cache, where one that
-was kept is written to memory and read from it.
+was kept is written to memory and read from it. On a GPU nobody has measured it: there "low" spares
+writing what a 1x1 convolution normalises as it reads (cuda_training.py).
 
 Segments are a ResNet's own forward's. Where blocks are called by something else, or one of them has
 a hook, "minimal" keeps the input of every block.

@@ -86,7 +86,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
-    """None where the block cannot be one node of autograd's graph."""
+    """None where the block cannot be one node of autograd's graph.
+
+    "auto" is "low" where that has been measured to take no longer: by the CPU's kernels. On a GPU
+    "low" computes activations again but spares writing those that a 1x1 convolution normalises as
+    it reads (cuda_training.py): a measurement of the two would decide there."""
     device = x.device.type
     dtype = plans.output_dtype(x.dtype, device)
     if not trains_whole(parts, names, x.shape, dtype, x.dtype):

@@ -49,7 +49,7 @@ CONFIG = CudaConfig
 
 @functools.cache
 def tiles() -> list[dict[str, int]]:
-    """The tiles that were built: architecture, block_m, block_n, warps, stages."""
+    """The tiles that were built: architecture, block_m, block_n, warps, stages, normalises."""
     return native.gemm_tiles()
 
 
@@ -226,6 +226,11 @@ def run_conv(
         x, rows, conv.scale, conv.shift, residual, y, relu,
         *conv.geometry, conv.groups, config.tile, config.splits,
     )  # fmt: skip
+
+
+def normalises(config: CudaConfig) -> bool:
+    """Whether there is a kernel of this tile that applies a norm and a ReLU to what it reads."""
+    return config.tile != STEM and config.splits == 1 and bool(tiles()[config.tile]["normalises"])
 
 
 def aligned(t: Tensor) -> Tensor:

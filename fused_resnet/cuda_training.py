@@ -6,6 +6,18 @@ norm behind them on the way: z is not read once more for those.
 Who computes a convolution is decided by `tuning`, from what `fused-resnet tune` has measured: these
 kernels serve where native was the fastest, by the tile that was. What nobody has measured is
 cuDNN's, with `bn_add_relu` behind it, as everywhere else, unless the native backend is forced.
+
+Where the next convolution is 1x1 and one of these kernels computes it too, and the activation
+between is not kept for backward ("low" and below, activation_memory.py), the norm and the ReLU are
+applied as it reads z, and the activation is never written:
+
+    z' = conv(a, weight),   a = relu(norm(z))
+
+An activation is written and read by nobody then, 4 bytes an element of 6, but normalised once for
+every tile of outputs. By prediction (csrc/implicit_gemm_prologue.cuh) that pays for up to about 512
+outputs, the first two stages of a bottleneck network; nobody has measured it. What would change
+with a measurement (`gpu_ops_prologue` of benchmarks/gpu_day.sh): for which convolutions
+`convolve_normed` serves, and whether "auto", a model's default, is "low" here too.
 """
 
 from __future__ import annotations
@@ -13,6 +25,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import backends, cuda_conv, tuning
@@ -75,8 +88,37 @@ class Cuda(Portable):
             cuda_conv.aligned(x), cuda_conv.aligned(rows), z, g.stride, g.padding, g.dilation,
             g.groups, config.tile, config.splits,
         )  # fmt: skip
+        return z, self._merged(statistics, z, pixels)
+
+    def convolve_normed(
+        self, normed: Normed, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None] | None:
+        x, _, state = normed
+        pointwise = (*weight.shape[2:], *g) == (1, 1, (1, 1), (0, 0), (1, 1), 1)
+        # Statistics that came with no convolution lack the rest, which `apply` knows from x.
+        if not pointwise or state[2] is None or x.dtype not in (torch.float16, torch.bfloat16):
+            return None
+        config = self._config(x, weight, g)
+        if config is None or not cuda_conv.normalises(config):
+            return None
+        return self.convolve_normed_by(config, normed, weight)
+
+    def convolve_normed_by(
+        self, config: cuda_conv.CudaConfig, normed: Normed, weight: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`convolve_normed` by a tile. normed: channels_last; weight (K, C, 1, 1)."""
+        x, norm, (mean, var, rest) = normed
+        z = channels_last_empty((x.shape[0], weight.shape[0], *x.shape[2:]), x)
+        rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, 1, 1, C)
+        statistics, pixels = cuda_conv.ops().normalised_convolution_statistics(
+            cuda_conv.aligned(x), mean, var, rest, vector(norm.weight, x), vector(norm.bias, x),
+            norm.eps, cuda_conv.aligned(rows), z, config.tile,
+        )  # fmt: skip
+        return z, self._merged(statistics, z, pixels)
+
+    def _merged(self, statistics: Tensor, z: Tensor, pixels: int) -> tuple[Tensor, ...]:
         count = z.numel() // z.shape[1]
-        return z, tuple(cuda_conv.ops().bn_merge_statistics(statistics, count, pixels))
+        return tuple(cuda_conv.ops().bn_merge_statistics(statistics, count, pixels))
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None

@@ -46,7 +46,8 @@ def build_info() -> dict[str, object]:
 
 def gemm_tiles() -> list[dict[str, int]]:
     """The tiles that the CUDA convolutions were built for, in the order of their numbers:
-    architecture, block_m, block_n, warps, stages. Empty when the extension is missing."""
+    architecture, block_m, block_n, warps, stages, and whether there are kernels that apply a norm
+    and a ReLU to what they read. Empty when the extension is missing."""
     module = _import_extension()[0]
     return list(module.gemm_tiles()) if module is not None else []
 

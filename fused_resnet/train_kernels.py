@@ -90,6 +90,13 @@ class Portable:
         it."""
         return self.convolution(x, weight, g), None
 
+    def convolve_normed(
+        self, normed: Normed, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None] | None:
+        """`convolve` of relu(norm(x)), which is not written, with the bits that `apply` and
+        `convolve` have; None where no kernel does that."""
+        return None
+
     def _gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: Any) -> Any:
         return torch.ops.aten.convolution_backward(
             dy, x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, False, [0, 0],

@@ -70,6 +70,26 @@ def _recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
     return found
 
 
+def _convolve_next(
+    spec: Spec, made: Any, z: Tensor, units: Units, i: int
+) -> tuple[Tensor | None, tuple[Any, ...], tuple[Tensor, Any]]:
+    """h = relu(norm(z)) of the unit before main unit i, by what came with z, and i's convolution of
+    it: h, or None where it was not written, as nobody keeps it; the norm's state; what `convolve`
+    returns."""
+    kernels, norm = spec.kernels, units[i - 1][1]
+    weight, g = units[i][0], spec.geometries[i]
+    if made is None:
+        h, state = kernels.normalise(z, norm, None, True)
+        return h, state, kernels.convolve(h, weight, g)
+    state = kernels.statistics(z, norm.group, made)
+    normed = Normed(z, norm, state)
+    found = kernels.convolve_normed(normed, weight, g) if spec.level != "full" else None
+    if found is not None:
+        return None, state, found
+    h = kernels.apply(normed, None, True)
+    return h, state, kernels.convolve(h, weight, g)
+
+
 class BlockFunction(torch.autograd.Function):
     """y = relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)), batch statistics.
 
@@ -84,19 +104,16 @@ class BlockFunction(torch.autograd.Function):
         projection = spec.shortcut == "projection"
         main = len(units) - projection
         outputs: list[Tensor] = []  # of convolutions
-        inner: list[Tensor] = []  # ReLUs inside the block
+        inner: list[Tensor | None] = []  # ReLUs inside the block; None: never written
         moments: list[tuple[Tensor, ...]] = []
-        h = x
-        for i in range(main - 1):
-            weight, norm = units[i]
-            z, made = kernels.convolve(h, weight, spec.geometries[i])
-            h, state = kernels.normalise_by(made, z, norm, None, True)
+        z, made = kernels.convolve(x, units[0][0], spec.geometries[0])
+        outputs.append(z)
+        for i in range(1, main):
+            h, state, (z, made) = _convolve_next(spec, made, z, units, i)
             outputs.append(z)
             inner.append(h)
             moments.append(state)
         weight, norm = units[main - 1]
-        z, made = kernels.convolve(h, weight, spec.geometries[main - 1])
-        outputs.append(z)
         residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
         if projection:
             branch, its = kernels.convolve(x, units[-1][0], spec.geometries[-1])
@@ -157,11 +174,18 @@ class _Backward:
     def normed(self, i: int) -> Normed:
         """Unit i's convolution output, computed again where it was not kept."""
         if self.outputs[i] is None:
-            source = self.x if i >= self.main else self.unit_input(i)
-            self.outputs[i] = self.kernels.convolution(
-                source, self.units[i][0], self.spec.geometries[i]
-            )
+            self.outputs[i] = self.convolved(i)
         return Normed(self.outputs[i], self.units[i][1], self.states[i])
+
+    def convolved(self, i: int) -> Tensor:
+        """Unit i's convolution, computed again as forward did."""
+        weight, g = self.units[i][0], self.spec.geometries[i]
+        if 0 < i < self.main and self.inner[i - 1] is None:
+            found = self.kernels.convolve_normed(self.normed(i - 1), weight, g)
+            if found is not None:
+                return found[0]
+        source = self.x if i >= self.main else self.unit_input(i)
+        return self.kernels.convolution(source, weight, g)
 
     def unit_input(self, i: int) -> Tensor:
         """What main unit i read: x, or the ReLU before it, computed again where it was not kept."""

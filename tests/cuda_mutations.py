@@ -13,6 +13,9 @@ H = "tests/test_hopper.py -k"
 SUMS_H, MERGE = "csrc/implicit_gemm_statistics.cuh", "csrc/bn_statistics_cuda.cu"
 SUMS = "tests/test_conv_statistics.py -k"
 FORWARD, BACKWARD = "csrc/bn_add_relu_forward.cuh", "csrc/bn_add_relu_backward.cuh"
+CHANNEL, PROLOGUE = "csrc/bn_channel.cuh", "csrc/implicit_gemm_prologue.cuh"
+PROLOGUE90 = "csrc/implicit_gemm_sm90_prologue.cuh"
+FOLD, PRO = "csrc/implicit_gemm_prologue_cuda.cu", "tests/test_conv_prologue.py -k"
 ROWS, CUT = "csrc/bn_add_relu_rows.cuh", "csrc/bn_add_relu_cut.h"
 EM, BN = "tests/test_emulated.py -k bn_add_relu", "tests/test_bn_add_relu.py -k"
 STEM_CU, STEM = "csrc/stem_cuda.cu", "tests/test_stem.py"
@@ -31,8 +34,8 @@ CUDA = [
     ("sm80: a step read before it came", S80, "copy_async_wait<Shape::kStages - 2>();",
      "copy_async_wait<Shape::kStages - 1>();", f"{GEMM} 'small_integers or every_tile'"),
     ("sm80: no barrier before a step", S80,
-     "copy_async_wait<Shape::kStages - 2>();\n    __syncthreads();",
-     "copy_async_wait<Shape::kStages - 2>();", f"{GEMM} 'small_integers or every_tile'"),
+     "    __syncthreads();\n    const uint8_t* stage", "    const uint8_t* stage",
+     f"{GEMM} 'small_integers or every_tile'"),
     ("sm80: sums written over the ring", S80,
      "__syncthreads();  // the ring has been read, its memory is free", "",
      f"{GEMM} 'small_integers or every_tile'"),
@@ -141,6 +144,53 @@ CUDA = [
      "bn.rest[k] = 1;", f"{SUMS} values"),
     ("statistics: the mean's rest not used", FORWARD, "inside ? bn.rest[c] : A{0}", "A{0}",
      f"{SUMS} rest_of_the_mean"),
+    # --- a norm and a ReLU in its prologue
+    ("prologue: channels past the end normalised", PROLOGUE, "if (!inside) return;", "",
+     f"{PRO} past_the_end"),
+    ("prologue: numbers past the end read", PROLOGUE, "const int at = inside ? chunk : 0;",
+     "const int at = chunk;\n    inside = true;", f"{PRO} past_the_end"),
+    ("prologue: the first step's channels for all", PROLOGUE,
+     "const int chunk = step * kStepChunks + column;", "const int chunk = column + 0 * step;",
+     f"{PRO} one_after"),
+    ("prologue: a thread's first row for all", PROLOGUE, "first + i * kApart * kStepBytes",
+     "first + 0 * i * kApart", f"{PRO} one_after"),
+    ("prologue: a chunk's halves exchanged", PROLOGUE, "numbers[half * 4 + i] =",
+     "numbers[(1 - half) * 4 + i] =", f"{PRO} one_after"),
+    ("prologue: NaN killed by ReLU", PROLOGUE, "narrow<T>(rectified(y))",
+     "narrow<T>(y > 0 ? y : 0.0f)", f"{PRO} special"),
+    ("prologue: no ReLU", PROLOGUE, "narrow<T>(rectified(y))", "narrow<T>(y)", f"{PRO} one_after"),
+    ("prologue: the mean's rest not used", FOLD, "norm.rest[c]", "0 * norm.rest[c]",
+     f"{PRO} one_after"),
+    ("prologue: weight needed", FOLD, "norm.weight != nullptr ? norm.weight[c] : 1.0f",
+     "norm.weight != nullptr ? norm.weight[c] : 0.0f", f"{PRO} without"),
+    ("prologue: bias needed", FOLD, "norm.bias != nullptr ? norm.bias[c] : 0.0f",
+     "norm.bias != nullptr ? norm.bias[c] : 1.0f", f"{PRO} without"),
+    ("prologue: a step read while it is normalised", S80,
+     "    prologue.apply(shared + read_slot * Shape::kStageBytes + copy_offset);\n"
+     "    __syncthreads();",
+     "    __syncthreads();\n"
+     "    prologue.apply(shared + read_slot * Shape::kStageBytes + copy_offset);",
+     f"{PRO} one_after"),
+    ("prologue: a step normalised before it came", S80,
+     "    copy_async_wait<Shape::kStages - 2>();\n    prologue.apply",
+     "    copy_async_wait<Shape::kStages - 1>();\n    prologue.apply", f"{PRO} one_after"),
+    ("prologue: another slot's step", S80, "prologue.apply(shared + read_slot *",
+     "prologue.apply(shared + 0 * read_slot *", f"{PRO} one_after"),
+    ("prologue: Hopper's rows multiplied before all are normalised", PROLOGUE90,
+     "    threads.sync();\n", "    (void)threads;\n", f"{PRO} 'one_after or blocks_stay'"),
+    ("prologue: Hopper's products without a proxy fence", PROLOGUE90, "    fence_proxy_async();\n",
+     "", f"{PRO} one_after"),
+    ("prologue: Hopper's first rows for both halves", S90,
+     "prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);",
+     "prologue.apply(block.stage(ring.stage));", f"{PRO} one_after"),
+    ("prologue: Hopper's chunks not swizzled", PROLOGUE90,
+     "swizzled_offset(WarpgroupThreads::index() / kStepChunks, chunks.column)",
+     "WarpgroupThreads::index() * 16", f"{PRO} one_after"),
+    ("prologue: Hopper's step normalised before it came", S90,
+     "    mbarrier_wait(block.full + ring.stage, ring.parity);\n    prologue.apply("
+     "block.stage(ring.stage) + first_row * kSwizzleRowBytes);\n",
+     "    prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);\n"
+     "    mbarrier_wait(block.full + ring.stage, ring.parity);\n", f"{PRO} one_after"),
     # --- Hopper's convolution
     ("sm90: residual dropped", S90,
      "if (!kStatistics && gemm.residual) load_matrix_x4(added, place);", "",
@@ -211,7 +261,7 @@ CUDA = [
     # --- batch norm
     ("bn: residual dropped", FORWARD, "y.v[k] += residual.v[k];", "y.v[k] += 0 * residual.v[k];",
      EM),
-    ("bn: eps = 0", FORWARD, "std::sqrt(var + bn.eps)", "std::sqrt(var)",
+    ("bn: eps = 0", CHANNEL, "std::sqrt(var + eps)", "std::sqrt(var + 0 * eps)",
      f"{BN} 'emulated and eps_counts'"),
     ("bn: eps = 0 in backward", BACKWARD, "std::sqrt(bn.var[c] + bn.eps)", "std::sqrt(bn.var[c])",
      EM),
@@ -238,8 +288,8 @@ CUDA = [
     ("bn: no centre", FORWARD,
      "centre[k % channels] += x.v[k] * (A{channels} / (unroll * kPacket));",
      "centre[k % channels] += 0 * x.v[k];", f"{BN} 'emulated and large_mean'"),
-    ("bn: the mean's rounding lost", FORWARD, "scratch.shift[j] = bias - rest * scale;",
-     "scratch.shift[j] = bias - 0 * rest;", f"{BN} 'emulated and large_mean'"),
+    ("bn: the mean's rounding lost", CHANNEL, "multiply_add(-rest, scale, bias)",
+     "bias - 0 * rest", f"{BN} 'emulated and large_mean'"),
     ("bn: last part counted whole", CUT, "return end < rows ? end : rows;", "return end;", EM),
     ("bn: mask wrong in backward", BACKWARD, "g.v[k] = y.v[k] <= 0 ? Accumulate<T>{0} : g.v[k];",
      "g.v[k] = y.v[k] <= -1 ? Accumulate<T>{0} : g.v[k];", EM),

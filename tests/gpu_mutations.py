@@ -18,6 +18,7 @@ GPU = "fused_resnet/gpu_conv.py"
 CUDA_PY = "fused_resnet/cuda_conv.py"
 TUNING = "fused_resnet/tuning.py"
 GEMM = "tests/test_implicit_gemm.py"
+TRAIN_PY, PRO = "fused_resnet/cuda_training.py", "tests/test_conv_prologue.py"
 
 STEP_PY, ON_GRAPHS = "fused_resnet/training_step.py", "tests/test_training_step.py"
 
@@ -127,12 +128,31 @@ GPU_PYTHON = [
     ("cuda: the stem's fourth channel first", CUDA_PY,
      "F.pad(weight, (0, 1, 0, 0, 0, 1))", "F.pad(weight, (0, 1, 0, 0, 1, 0))",
      "tests/test_stem.py -k conv_bn_relu"),
-    ("training: a tile that nobody measured", "fused_resnet/cuda_training.py",
+    ("training: a tile that nobody measured", TRAIN_PY,
      "config if forced or config == found.config else None", "config",
      "tests/test_conv_statistics.py -k measured_winners"),
-    ("training: a tile that does not reach", "fused_resnet/cuda_training.py",
+    ("training: a tile that does not reach", TRAIN_PY,
      "cuda_conv.reaches(problem, geometry_of(*g[:3]))", "True",
      "tests/test_conv_statistics.py -k measured_winners"),
+    ("prologue: an activation that is kept", "fused_resnet/training.py",
+     'if spec.level != "full" else None', "if spec.level else None", f"{PRO} -k block_trains"),
+    ("prologue: never in forward", "fused_resnet/training.py",
+     'if spec.level != "full" else None', "if False else None", f"{PRO} -k block_trains"),
+    ("prologue: never in backward", "fused_resnet/training.py",
+     "if 0 < i < self.main and self.inner[i - 1] is None:", "if False:", f"{PRO} -k block_trains"),
+    ("prologue: statistics of x's own", TRAIN_PY, "not pointwise or state[2] is None or",
+     "not pointwise or", f"{PRO} -k not_served"),
+    ("prologue: of any stride and padding", TRAIN_PY,
+     "(*weight.shape[2:], *g) == (1, 1, (1, 1), (0, 0), (1, 1), 1)", "weight.shape[2] == 1",
+     f"{PRO} -k not_served"),
+    ("prologue: of any dtype", TRAIN_PY, "x.dtype not in (torch.float16, torch.bfloat16)", "False",
+     f"{PRO} -k not_served"),
+    ("prologue: of any tile", TRAIN_PY, "config is None or not cuda_conv.normalises(config)",
+     "config is None", f"{PRO} -k not_served"),
+    ("prologue: splits not added up", CUDA_PY, "config.splits == 1 and bool(tiles()",
+     "bool(tiles()", f"{PRO} -k not_served"),
+    ("prologue: another norm's eps", TRAIN_PY, "norm.eps, cuda_conv.aligned(rows)",
+     "0.1, cuda_conv.aligned(rows)", f"{PRO} -k block_trains"),
     ("cuda: the slowest tile", CUDA_PY, "return min(_tile_configs(problem, hopper)",
      "return max(_tile_configs(problem, hopper)",
      f"{GEMM} -k chosen"),

@@ -119,6 +119,26 @@ def statistics() -> Calls:
             yield f"{name}, {dtype}, {splits} splits", run
 
 
+def prologues() -> Calls:
+    """A norm and a ReLU in the next convolution's prologue; channels end within a step."""
+    tiles = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
+    tiles = [tile for tile in tiles if machines.skip_reason(tile.architecture) is None]
+    for tile, dtype in itertools.product(tiles, FLOATS[:2]):
+        if min(tile.block_m, tile.block_n) < 64:
+            continue
+        x, weight = randn((2, 72, 9, 15), dtype), machines.here(randn((144, 1, 1, 72), dtype))
+        x = machines.here(x.contiguous(memory_format=torch.channels_last))
+        z = torch.empty_like(x.new_empty(2, 144, 9, 15), memory_format=torch.channels_last)
+        numbers = [machines.here(t) for t in torch.rand(5, 72).unbind()]
+
+        def run(
+            operands: tuple = (x, *numbers, 1e-5, weight, z, tile.number), z: Tensor = z
+        ) -> list[Tensor]:
+            return [machines.ops().normalised_convolution_statistics(*operands)[0], z]
+
+        yield f"normalised_convolution_statistics sm_{tile.architecture} {tile}, {dtype}", run
+
+
 def stem() -> Calls:
     for dtype, pool, wide in itertools.product(FLOATS[:2], (True, False), (True, False)):
         x = machines.here(randn((2, 3, 45, 71), torch.float32 if wide else dtype))
@@ -140,7 +160,7 @@ def main() -> int:
     torch.manual_seed(0)
     count = 0
     with machines.running_on(args.device):
-        for part in (elementwise, batch_norm, convolutions, statistics, stem):
+        for part in (elementwise, batch_norm, convolutions, statistics, prologues, stem):
             for name, run in part():
                 if args.only not in name:
                     continue

@@ -87,6 +87,15 @@ def test_every_tile_and_the_compiler(bench, kernels_on_the_cpu, tmp_path, op, ot
     assert set(row["contenders"]) == {*others, *tiles}
 
 
+def test_a_prologue_beside_what_it_replaces(bench, kernels_on_the_cpu, tmp_path):
+    words = ("--contender", "native", "apart", "cudnn", "unfused", "--op", "norm_conv_train")
+    status, found = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 256, 1x1")
+    (row,) = found["benchmarks"]
+    assert status == 0 and not row["notes"], row["notes"]
+    assert set(row["contenders"]) == {"native", "apart", "cudnn", "unfused"}
+    assert row["how"]["native"] == row["how"]["apart"] and row["times"] == 3
+
+
 def test_who_fails_or_is_wrong_is_said_and_stops_nobody(bench, tmp_path, monkeypatch, capsys):
     right = fr.conv_bn_relu
 

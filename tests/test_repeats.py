@@ -125,6 +125,29 @@ def test_convolution_statistics(tile):
         check(run)
 
 
+@pytest.mark.parametrize(
+    "tile",
+    [tile for tile in TILES if min(tile.block_m, tile.block_n) >= 64],
+    ids=lambda t: f"sm_{t.architecture} {t}",
+)
+def test_normalised_convolution_statistics(tile):
+    if (reason := machines.skip_reason(tile.architecture)) is not None:
+        pytest.skip(reason)
+    N, C, H, W = size((1, 72, 9, 8), (32, 256, 28, 28))
+    (K,) = size((72,), (512,))
+    x, z = last((N, C, H, W)), last((N, K, H, W))
+    weight = machines.here(randn((K, 1, 1, C), torch.bfloat16) / C**0.5)
+    numbers = [machines.here(t) for t in torch.rand(5, C).unbind()]
+
+    def run() -> list[Tensor]:
+        parts, _ = machines.ops().normalised_convolution_statistics(
+            x, *numbers, 1e-5, weight, z, tile.number
+        )
+        return [z, parts]
+
+    check(run)
+
+
 @pytest.mark.parametrize("pool", [True, False], ids=["pooled", "not pooled"])
 def test_stem(pool):
     x = last(size((2, 3, 45, 71), (32, 3, 224, 224)))

@@ -278,6 +278,9 @@ inline void emulated_check_descriptor(uint64_t descriptor, int rows) {
   if (start < 128) ::emulated::fault("wgmma: an address before shared memory");
   const unsigned last = start - 128 + static_cast<unsigned>(rows / 8 - 1) * stride + 7 * 128;
   ::emulated::shared_offset(::emulated::shared_at(last + 31));
+  // Whole rows: the swizzle moves chunks within them.
+  const unsigned first = (start - 128) / 128 * 128;
+  ::emulated::check_fenced(::emulated::shared_at(first), last / 128 * 128 + 128 - first);
 }
 
 template <typename T, int kN>

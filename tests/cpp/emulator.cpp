@@ -498,7 +498,7 @@ void check_fenced(const void* p, unsigned bytes) {
   for (const Thread* thread : self().block->threads) {
     const auto written = thread->unfenced.lower_bound(at / 16 * 16);
     if (written != thread->unfenced.end() && *written < at + bytes)
-      fault("the copy engine reads what a thread wrote without a proxy fence");
+      fault("the asynchronous proxy reads what a thread wrote without a proxy fence");
   }
 }
 

@@ -76,8 +76,9 @@ void finish(Queue queue, unsigned groups_left);     // waits until only so many 
 void start_alone(std::function<void()> operation);  // of the copy engine: in no order at all
 
 // Discipline that real hardware needs and this machine would not miss. A thread's own writes to
-// shared memory (`record`ed) need its proxy_fence before the copy engine reads them; a warpgroup's
-// products need its threads' products_fence after they were last waited for.
+// shared memory (`record`ed) need its proxy_fence before the copy engine or a product reads them
+// (PTX ISA, "Async proxy": both are of it); a warpgroup's products need its threads' products_fence
+// after they were last waited for.
 void proxy_fence();
 void check_fenced(const void* p, unsigned bytes);  // a fault if any thread's writes there are not
 void products_fence();
