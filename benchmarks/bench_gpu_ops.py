@@ -39,8 +39,11 @@ from fused_resnet.tolerance import TOLERANCE, assert_close, measure_error
 
 FLUSH_BYTES = 256 * 2**20  # more than any last-level cache
 SLEEP_CYCLES = 2_000_000  # about a millisecond: kernels are launched meanwhile, none waits
-OPS = ("conv_bn_relu", "conv_bn_train", "bn_add_relu", "add_relu", "conv_backward")
-CONTENDERS = ("fused", "native", "triton", "cudnn", "unfused", "compile")
+OPS = (
+    "conv_bn_relu", "conv_bn_train", "bn_add_relu", "add_relu", "conv_backward",
+    "conv_norm_backward",
+)  # fmt: skip
+CONTENDERS = ("fused", "native", "apart", "triton", "cudnn", "unfused", "compile")
 
 
 class Clock:

@@ -1,5 +1,5 @@
 """The cases of gpu_cases.py that are of training alone: a convolution with the statistics of the
-norm behind it, and a convolution's gradients."""
+norm behind it, a convolution's gradients, and its input's with the norm's before it."""
 
 from __future__ import annotations
 
@@ -27,8 +27,47 @@ from gpu_contenders import (
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import cuda_training, gemm, train_kernels, tuning
+from fused_resnet import cuda_conv, cuda_training, gemm, train_kernels, tuning
 from fused_resnet.gemm import Layer
+
+
+def tile_candidates(layer: Layer, like: Tensor) -> list[Any]:
+    """The tiles that compute a layer; Absent where none does."""
+    module, capability = tuning.contender("native"), gemm.capability(like.device)
+    problem = gemm.problem_of(layer, like.dtype)
+    kernels("conv_bn_relu", "native", like.device)
+    if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
+        raise Absent("it does not cover this convolution")
+    return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
+
+
+def fastest_tile(
+    layer: Layer,
+    like: Tensor,
+    call: Callable[[Any], Call],
+    seconds: Callable[[Callable[[], Any]], float] | None,
+) -> Any:
+    """The one by which call(tile) takes least; without a clock, the chooser's."""
+
+    def time_s(config: Any) -> float:
+        try:
+            call(config)()
+            return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
+        except Exception:  # not for this GPU
+            return math.inf
+
+    listed = tile_candidates(layer, like)
+    if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
+        module, problem = tuning.contender("native"), gemm.problem_of(layer, like.dtype)
+        device = gemm.capability(like.device), gemm.multiprocessors(like.device)
+        return module.choose_tile(problem, *device, module.reaches(problem, layer.geometry))
+    return min(listed, key=time_s)
+
+
+def own_kernels(like: Tensor) -> Any:
+    """Within it, the kernels are this package's: emulated ones on the CPU."""
+    emulated = like.device.type == "cpu"
+    return fr.use_backend("emulated") if emulated else contextlib.nullcontext()
 
 
 def conv_train_case(
@@ -48,7 +87,6 @@ def conv_train_case(
     residual = randn(layer.y_shape, like) if place.residual else None
     norm = train_kernels.Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
     geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
-    problem = gemm.problem_of(layer, like.dtype)
 
     def by(maker: Any, convolve: Callable[[], Any]) -> list[Tensor]:
         z, state = convolve()
@@ -58,38 +96,17 @@ def conv_train_case(
         maker = train_kernels.PORTABLE
         return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
 
-    module, capability = tuning.contender("native"), gemm.capability(like.device)
-
-    def candidates() -> list[Any]:
-        kernels("conv_bn_relu", "native", like.device)
-        if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
-            raise Absent("it does not cover this convolution")
-        return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
-
     def call(config: Any) -> Call:
         maker = cuda_training.CUDA
 
         def run() -> list[Tensor]:
-            emulated = like.device.type == "cpu"
-            with fr.use_backend("emulated") if emulated else contextlib.nullcontext():
+            with own_kernels(like):
                 return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
 
         return run
 
     def native() -> Ready:
-        def time_s(config: Any) -> float:
-            try:
-                call(config)()
-                return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
-            except Exception:  # not for this GPU
-                return math.inf
-
-        listed = candidates()
-        if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
-            processors = gemm.multiprocessors(like.device)
-            reached = module.reaches(problem, layer.geometry)
-            listed = [module.choose_tile(problem, capability, processors, reached)]
-        best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
+        best = fastest_tile(layer, like, call, seconds)
         return Ready(call(best), best.label())
 
     def chain(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
@@ -107,7 +124,7 @@ def conv_train_case(
     makers: dict[str, Callable[[], Ready]] = {"fused": fused, "native": native}
     if each_tile:
         with contextlib.suppress(Absent):
-            for config in candidates():
+            for config in tile_candidates(layer, like):
                 if config.splits == 1:
                     ready = Ready(call(config), config.label())
                     makers[f"native {config.label()}"] = lambda ready=ready: ready
@@ -160,4 +177,97 @@ def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
         lambda: stock(g, x, weight),
         exact,
         {"triton": triton, "unfused": lambda: Ready(lambda: stock(g, x, weight))},
+    )
+
+
+def conv_norm_backward_case(
+    layer: Layer,
+    times: int,
+    like: Tensor,
+    seconds: Callable[[Callable[[], Any]], float] | None,
+) -> Case:
+    """From the gradient of a convolution's output to that of the norm whose ReLU it reads: the mask
+    and the sums taken in the epilogue of the input gradient ("native"), or by bn_add_relu's
+    backward, after the same tile ("apart") or cuDNN ("fused", as models do where no winner was
+    measured)."""
+    K, C, R, S = layer.weight_shape
+    x, dy = randn(layer.x_shape, like), randn(layer.y_shape, like)
+    weight = randn(layer.weight_shape, like) / math.sqrt(K * R * S / layer.groups)
+    norm = train_kernels.Norm(*torch.rand(2, x.shape[1], device=like.device).unbind(), EPS)
+    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
+    gradient = cuda_training.gradient_layer(layer)
+    assert gradient is not None
+    y, (mean, var) = train_kernels.PORTABLE.normalise(x, norm, None, True)
+    normed = train_kernels.Normed(x, norm, (mean, var, torch.zeros_like(mean)))
+
+    def after(dh: Tensor) -> list[Tensor]:
+        plain = normed._replace(state=(mean, var))
+        return list(train_kernels.PORTABLE.norm_gradients_by(None, dh, y, plain))
+
+    def fused() -> Ready:
+        maker = train_kernels.PORTABLE
+        return Ready(lambda: after(maker.input_gradient(dy, y, weight, geometry)))
+
+    def call(config: Any) -> Call:
+        maker = cuda_training.CUDA
+
+        def run() -> list[Tensor]:
+            with own_kernels(like):
+                made = maker.relu_gradient_by(config, dy, weight, geometry, normed)
+                return list(maker.norm_gradients_by(made[1], made[0], y, normed))
+
+        return run
+
+    def call_apart(config: Any) -> Call:
+        rows = cuda_training.turned_rows(weight, layer.groups, like.dtype)
+        ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
+
+        def run() -> list[Tensor]:
+            dh = torch.empty_like(x)
+            with own_kernels(like):
+                cuda_conv.ops().implicit_gemm(
+                    dy, rows, ones, zeros, None, dh, False, *gradient.geometry, layer.groups,
+                    config.tile, config.splits,
+                )  # fmt: skip
+            return after(dh)
+
+        return run
+
+    def ready(call: Callable[[Any], Call]) -> Ready:
+        best = fastest_tile(gradient, like, call, seconds)
+        return Ready(call(best), best.label())
+
+    def chain(dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, *vectors: Tensor) -> list[Tensor]:
+        mask = [True, False, False]
+        aten, (*sizes, groups) = torch.ops.aten, geometry
+        dh = aten.convolution_backward(
+            dy, y, weight, None, *sizes, False, [0, 0], groups, mask
+        )[0]  # fmt: skip
+        scale, mean, var = vectors
+        rest = (None, None, mean, (var + EPS).rsqrt(), True, EPS, [True, True, True])
+        g = aten.threshold_backward(dh, y, 0)
+        return list(aten.native_batch_norm_backward(g, x, scale, *rest))
+
+    def exact() -> list[Exact]:
+        operands = [t.double() for t in (dy, x, y, weight, norm.weight, mean, var)]
+        dx, dweight, dbias = chain(*operands)
+        terms = x[:, 0].numel() * 0.5  # of gradients of about one, half of which are let through
+        return [Exact("dx", dx), Exact("dweight", dweight, terms), Exact("dbias", dbias, terms)]
+
+    makers: dict[str, Callable[[], Ready]] = {
+        "fused": fused,
+        "native": lambda: ready(call),
+        "apart": lambda: ready(call_apart),
+        "unfused": lambda: Ready(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
+    }
+    return Case(
+        "conv_norm_backward",
+        f"conv_norm_backward {title(layer)}",
+        times,
+        # g is written, and read once with x, to be dx.
+        (dy.numel() + weight.numel() + 5 * x.numel()) * x.element_size(),
+        2 * dy.numel() * C * R * S,
+        torch.no_grad()(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
+        torch.no_grad()(exact),
+        {name: inference(maker) for name, maker in makers.items()},
     )

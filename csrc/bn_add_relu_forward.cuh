@@ -1,9 +1,8 @@
 // The forward kernel of bn_add_relu; bn_add_relu_cuda.cuh says how it works.
 #pragma once
 
-#include <cmath>
-
 #include "bn_add_relu_rows.cuh"
+#include "bn_channel.cuh"
 
 namespace fused_resnet {
 
@@ -155,7 +154,7 @@ struct Mean {
   }
 };
 
-// y = (x - mean) * scale + shift; the mean's rest is in the shift.
+// bn_channel.cuh: what the output is made by.
 template <typename T>
 __device__ __forceinline__ void fold_channel(const BnForward<T>& bn, int64_t slab_channel, int j,
                                              Accumulate<T> mean, Accumulate<T> rest,
@@ -165,10 +164,10 @@ __device__ __forceinline__ void fold_channel(const BnForward<T>& bn, int64_t sla
   const int64_t c = slab_channel + j;
   const A weight = bn.weight && c < bn.cut.C ? bn.weight[c] : A{1};
   const A bias = bn.bias && c < bn.cut.C ? bn.bias[c] : A{0};
-  const A scale = weight / std::sqrt(var + bn.eps);
-  scratch.mean[j] = mean;
-  scratch.scale[j] = scale;
-  scratch.shift[j] = bias - rest * scale;
+  const auto channel = NormChannel<A>::of(mean, var, rest, weight, bias, bn.eps);
+  scratch.mean[j] = channel.mean;
+  scratch.scale[j] = channel.scale;
+  scratch.shift[j] = channel.shift;
 }
 
 template <typename T>
@@ -242,7 +241,7 @@ __device__ __forceinline__ void output_forward(const BnForward<T>& bn,
         Values<T, kPacket> y = widened<T, kPacket>(rows.x);
 #pragma unroll
         for (int k = 0; k < kPacket; ++k)
-          y.v[k] = (y.v[k] - mean[k % channels]) * scale[k % channels] + shift[k % channels];
+          y.v[k] = normalised(y.v[k], mean[k % channels], scale[k % channels], shift[k % channels]);
         if (bn.residual) {
           const auto residual = widened<T, kPacket>(rows.residual);
 #pragma unroll
@@ -250,7 +249,7 @@ __device__ __forceinline__ void output_forward(const BnForward<T>& bn,
         }
         if (bn.relu) {
 #pragma unroll
-          for (int k = 0; k < kPacket; ++k) y.v[k] = y.v[k] <= 0 ? A{0} : y.v[k];
+          for (int k = 0; k < kPacket; ++k) y.v[k] = rectified(y.v[k]);
         }
         store_global<Row>(bn.y + offset, narrowed<T, kPacket>(y));
       });

@@ -34,6 +34,13 @@ __device__ __forceinline__ T narrow_16(float v) {
 // Never contracted into a fused multiply-add.
 __device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
 __device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+// a * b + c, rounded once.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+__device__ __forceinline__ double multiply_add(double a, double b, double c) {
+  return __fma_rn(a, b, c);
+}
 
 // threadIdx.x, asked anew: what follows from it is not kept in registers from one phase of a kernel
 // to another, across a main loop that needs them all.
@@ -41,6 +48,12 @@ __device__ __forceinline__ int thread_now() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
+}
+// blockIdx.x, likewise.
+__device__ __forceinline__ unsigned block_now() {
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
 }
 
 // The block's dynamic shared memory, aligned to 16 bytes.

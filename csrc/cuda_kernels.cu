@@ -20,6 +20,7 @@ std::vector<CudaKernel> cuda_kernels() {
   list_implicit_gemm_sm90_kernels(list, gpu);
   list_bn_add_relu_kernels(list, gpu);
   list_bn_statistics_kernels(list, gpu);
+  list_bn_gradient_sums_kernels(list, gpu);
   return list;
 }
 

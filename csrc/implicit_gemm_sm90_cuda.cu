@@ -113,6 +113,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   gemm.relu = operands.relu;
   gemm.M = static_cast<int>(p.M());
   gemm.statistics = operands.statistics;
+  gemm.mask = operands.mask;
 
   const int rows = tile.part_pixels();  // of a warpgroup
   const Sm90Maps maps{
@@ -126,7 +127,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
       output_map(p, operands.dtype, operands.y, rows)};
   const auto number = static_cast<int>(&tile - kGemmTiles);
   (operands.dtype == kFloat16 ? Sm90Kernels<half_t>::launch : Sm90Kernels<bfloat16_t>::launch)(
-      scope, number, maps, gemm);
+      scope, number, maps, gemm, operands.epilogue());
 }
 
 void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu) {

@@ -1,0 +1,36 @@
+// One channel of a batch norm and the ReLU behind it, as all of our CUDA kernels apply them:
+// whoever computes an activation again gets the same bits, in whatever kernel.
+//   y = relu((x - mean) * scale + shift),   scale = weight / sqrt(var + eps),
+//   shift = bias - rest * scale,   rest: what the mean's rounding took off
+// Rounded after the subtraction and once more after the rest, which the compiler is not left to
+// decide.
+#pragma once
+
+#include <cmath>
+
+#include "cuda_device.cuh"
+
+namespace fused_resnet {
+
+// A: float, or double for data in double.
+template <typename A>
+struct NormChannel {
+  A mean, scale, shift;
+
+  __device__ __forceinline__ static NormChannel of(A mean, A var, A rest, A weight, A bias, A eps) {
+    const A scale = weight / std::sqrt(var + eps);
+    return {mean, scale, multiply_add(-rest, scale, bias)};
+  }
+};
+
+template <typename A>
+__device__ __forceinline__ A normalised(A x, A mean, A scale, A shift) {
+  return multiply_add(x - mean, scale, shift);
+}
+// NaN stays NaN, -0 becomes 0.
+template <typename A>
+__device__ __forceinline__ A rectified(A v) {
+  return v <= 0 ? A{0} : v;
+}
+
+}  // namespace fused_resnet
