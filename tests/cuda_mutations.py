@@ -151,7 +151,7 @@ CUDA = [
     ("gradient: NaN killed by the mask", GRADIENT_H, "widen(y) <= 0 ?", "!(widen(y) > 0) ?",
      f"{GRADIENT} special"),
     ("gradient: masked by y before it is rounded", GRADIENT_H,
-     "const T y = narrow<T>(normalised(", "const float y = (normalised(",
+     "const T y =\n          narrow<T>(normalised(", "const float y =\n          (normalised(",
      f"{GRADIENT} special"),
     ("gradient: sums of what is not masked", GRADIENT_H, "sums[i] += widen(g.values[i]);",
      "sums[i] += widen(gradient.values[i]);", f"{GRADIENT} values"),
