@@ -281,6 +281,7 @@ struct MaskedRows {
   using Shape = Sm90Shape<kTile>;
   static constexpr int columns = Shape::block_n / Pack<T>::size, step = 128 / columns;
   static constexpr int packs = Shape::rows / step;
+  static constexpr int ahead = packs < 8 ? packs : 8;  // loads of the norm's input in flight
 
   const GemmSm90& gemm;
   const TileStart& start;
@@ -297,11 +298,13 @@ struct MaskedRows {
     const int64_t outputs = int64_t{gemm.groups} * gemm.K, c = start.group * gemm.K + k;
     const auto* x =
         static_cast<const uint8_t*>(gemm.mask.x) + ((int64_t{m} + row) * outputs + c) * sizeof(T);
-    uint4 loaded[packs];
-#pragma unroll
-    for (int i = 0; i < packs; ++i)
+    uint4 loaded[ahead];
+    const auto load = [&](int i) {
       if (row + i * step < left)
-        loaded[i] = load_global_once<uint4>(x + i * step * outputs * int64_t{sizeof(T)});
+        loaded[i % ahead] = load_global_once<uint4>(x + i * step * outputs * int64_t{sizeof(T)});
+    };
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) load(i);
     if (left > 0) {
 #pragma unroll
       for (int i = 0; i < Pack<T>::size; ++i)
@@ -313,7 +316,8 @@ struct MaskedRows {
     for (int i = 0; i < packs; ++i) {
       if (row + i * step >= left) continue;
       uint8_t* const place = chunk + swizzled_offset(row + i * step, column % 8);
-      store_shared<uint4>(place, gradient.add(load_shared<uint4>(place), loaded[i]));
+      store_shared<uint4>(place, gradient.add(load_shared<uint4>(place), loaded[i % ahead]));
+      if (i + ahead < packs) load(i + ahead);
     }
   }
   // leader: the thread that waits for TMA. Returns with the buffer free.
