@@ -41,6 +41,7 @@ FLUSH_BYTES = 256 * 2**20  # more than any last-level cache
 SLEEP_CYCLES = 2_000_000  # about a millisecond: kernels are launched meanwhile, none waits
 OPS = (
     "conv_bn_relu", "conv_bn_train", "norm_conv_train", "bn_add_relu", "add_relu", "conv_backward",
+    "conv_norm_backward",
 )  # fmt: skip
 CONTENDERS = ("fused", "native", "apart", "triton", "cudnn", "unfused", "compile")
 

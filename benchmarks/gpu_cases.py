@@ -35,11 +35,17 @@ from gpu_contenders import (
     randn,
     title,
 )
-from gpu_train_cases import conv_backward_case, conv_train_case, prologue_case
+from gpu_train_cases import (
+    conv_backward_case,
+    conv_norm_backward_case,
+    conv_train_case,
+    prologue_case,
+)
 from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet import backends, cudnn_conv, gemm, tuning
+from fused_resnet.cuda_training import gradient_layer
 from fused_resnet.gemm import Geometry, Layer
 from fused_resnet.gpu_conv import GpuConv
 
@@ -66,11 +72,12 @@ def places(model: str, batch: int, size: int) -> Counter[Place]:
                     output: Tensor,
                     ends: bool = block is not net and conv is inside[-1],
                     relu: bool = conv in inside,
+                    later: bool = block is not net and conv in inside[1:],
                 ) -> None:
                     geometry = Geometry(conv.stride, conv.padding, conv.dilation)
                     shapes = (inputs[0].shape, conv.weight.shape, output.shape)
                     layer = Layer(*map(tuple, shapes), geometry, conv.groups)
-                    found.append(Place(layer, ends, relu))
+                    found.append(Place(layer, ends, relu, later))
 
                 conv.register_forward_hook(see)
         net(torch.empty(batch, 3, size, size))
@@ -407,3 +414,10 @@ def cases(
             layers[place.layer] += times
         for layer, times in layers.items():
             yield lambda x=layer, n=times: conv_backward_case(x, n, like)
+    if wanted("conv_norm_backward"):
+        inside: Counter[Layer] = Counter()
+        for place, times in found.items():
+            if place.inside and gradient_layer(place.layer) is not None:
+                inside[place.layer] += times
+        for layer, times in inside.items():
+            yield lambda x=layer, n=times: conv_norm_backward_case(x, n, like, seconds)

@@ -48,11 +48,13 @@ class Case:
 
 
 class Place(NamedTuple):
-    """A convolution in a network, and what follows its batch norm."""
+    """A convolution in a network, what follows its batch norm, and whether it reads another norm's
+    ReLU."""
 
     layer: Layer
     residual: bool
     relu: bool
+    inside: bool
 
 
 def randn(shape: tuple[int, ...], like: Tensor) -> Tensor:

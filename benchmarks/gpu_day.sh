@@ -142,7 +142,8 @@ sys.exit("\n".join(filter(None, missing)) or None)' "$1/info.json"
 
 section_device-tests() {
   tests_of 8 280 "$1" \
-    tests/test_{add_relu,bn_add_relu,conv_bn_relu,implicit_gemm,hopper,conv_statistics,conv_prologue,stem,repeats}.py \
+    tests/test_{add_relu,bn_add_relu,conv_bn_relu,implicit_gemm,hopper,stem,repeats}.py \
+    tests/test_conv_{statistics,prologue,gradient}.py \
     -- -m gpu -k "not triton"
 }
 
@@ -233,6 +234,8 @@ section_train() {
     --name gpu_ops_statistics
   ops --op norm_conv_train --contender native apart cudnn unfused --rounds 9 --out "$1" \
     --name gpu_ops_prologue
+  ops --op conv_norm_backward --contender fused native apart unfused --rounds 9 --out "$1" \
+    --name gpu_ops_gradient_sums
   whole --model resnet50 resnet18 --batch 128 --dtype bfloat16 --mode train --out "$1" \
     --name train_compile --contender eager-channels_last compile fused fused-graph
   whole --model resnet50 resnet18 --batch 16 --dtype bfloat16 --mode train --seconds 5 --out "$1" \

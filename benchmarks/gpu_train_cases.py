@@ -1,5 +1,6 @@
 """The cases of gpu_cases.py that are of training alone: a convolution with the statistics of the
-norm behind it, with the norm before it as well, and a convolution's gradients."""
+norm behind it, with the norm before it as well, a convolution's gradients, and its input's with the
+norm's before it."""
 
 from __future__ import annotations
 
@@ -258,4 +259,96 @@ def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
         lambda: stock(g, x, weight),
         exact,
         {"triton": triton, "unfused": lambda: Ready(lambda: stock(g, x, weight))},
+    )
+
+
+def conv_norm_backward_case(
+    layer: Layer,
+    times: int,
+    like: Tensor,
+    seconds: Seconds,
+) -> Case:
+    """From the gradient of a convolution's output to that of the norm whose ReLU it reads: the mask
+    and the sums taken in the epilogue of the input gradient ("native"), or by bn_add_relu's
+    backward, after the same tile ("apart") or cuDNN ("fused", as models do where no winner was
+    measured)."""
+    K, C, R, S = layer.weight_shape
+    x, dy = randn(layer.x_shape, like), randn(layer.y_shape, like)
+    weight = randn(layer.weight_shape, like) / math.sqrt(K * R * S / layer.groups)
+    norm = train_kernels.Norm(*torch.rand(2, x.shape[1], device=like.device).unbind(), EPS)
+    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
+    gradient = cuda_training.gradient_layer(layer)
+    assert gradient is not None
+    y, (mean, var) = train_kernels.PORTABLE.normalise(x, norm, None, True)
+    normed = train_kernels.Normed(x, norm, (mean, var, torch.zeros_like(mean)))
+
+    def after(dh: Tensor) -> list[Tensor]:
+        plain = normed._replace(state=(mean, var))
+        return list(train_kernels.PORTABLE.norm_gradients_by(None, dh, y, plain))
+
+    def fused() -> Ready:
+        maker = train_kernels.PORTABLE
+        return Ready(lambda: after(maker.input_gradient(dy, y, weight, geometry)))
+
+    def call(config: Any) -> Call:
+        maker = cuda_training.CUDA
+
+        def run() -> list[Tensor]:
+            with own(like):
+                made = maker.relu_gradient_by(config, dy, weight, geometry, normed)
+                return list(maker.norm_gradients_by(made[1], made[0], y, normed))
+
+        return run
+
+    def call_apart(config: Any) -> Call:
+        rows = cuda_training.turned_rows(weight, layer.groups, like.dtype)
+        ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
+
+        def run() -> list[Tensor]:
+            dh = torch.empty_like(x)
+            with own(like):
+                cuda_conv.ops().implicit_gemm(
+                    dy, rows, ones, zeros, None, dh, False, *gradient.geometry, layer.groups,
+                    config.tile, config.splits,
+                )  # fmt: skip
+            return after(dh)
+
+        return run
+
+    def ready(call: Callable[[Any], Call]) -> Ready:
+        return fastest(gradient, like, seconds, tiles_of(gradient, like), call)
+
+    def chain(dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, *vectors: Tensor) -> list[Tensor]:
+        mask = [True, False, False]
+        aten, (*sizes, groups) = torch.ops.aten, geometry
+        dh = aten.convolution_backward(
+            dy, y, weight, None, *sizes, False, [0, 0], groups, mask
+        )[0]  # fmt: skip
+        scale, mean, var = vectors
+        rest = (None, None, mean, (var + EPS).rsqrt(), True, EPS, [True, True, True])
+        g = aten.threshold_backward(dh, y, 0)
+        return list(aten.native_batch_norm_backward(g, x, scale, *rest))
+
+    def exact() -> list[Exact]:
+        operands = [t.double() for t in (dy, x, y, weight, norm.weight, mean, var)]
+        dx, dweight, dbias = chain(*operands)
+        terms = x[:, 0].numel() * 0.5  # of gradients of about one, half of which are let through
+        return [Exact("dx", dx), Exact("dweight", dweight, terms), Exact("dbias", dbias, terms)]
+
+    makers: dict[str, Callable[[], Ready]] = {
+        "fused": fused,
+        "native": lambda: ready(call),
+        "apart": lambda: ready(call_apart),
+        "unfused": lambda: Ready(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
+    }
+    return Case(
+        "conv_norm_backward",
+        f"conv_norm_backward {title(layer)}",
+        times,
+        # g is written, and read once with x, to be dx.
+        (dy.numel() + weight.numel() + 5 * x.numel()) * x.element_size(),
+        2 * dy.numel() * C * R * S,
+        torch.no_grad()(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
+        torch.no_grad()(exact),
+        {name: inference(maker) for name, maker in makers.items()},
     )

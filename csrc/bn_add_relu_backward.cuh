@@ -118,7 +118,9 @@ __device__ __forceinline__ void merge_backward(const BnBackward<T>& bn, int64_t 
     const int64_t c = slab_channel + j;
     return c < bn.cut.C ? bn.partial[(part * 2 + which) * bn.cut.C + c] : A{0};
   };
-  sum_over_parts<2>(bn.cut, scratch.sums, scratch.sum_g, [&](A(&sums)[2], int64_t part, int j) {
+  Cut cut = bn.cut;
+  cut.parts = bn.parts;
+  sum_over_parts<2>(cut, scratch.sums, scratch.sum_g, [&](A(&sums)[2], int64_t part, int j) {
     sums[0] += partial(part, 0, j);
     sums[1] += partial(part, 1, j);
   });

@@ -1,6 +1,7 @@
 // bn_add_relu and its backward on CUDA devices: checks, outputs, workspace. The kernels are in
 // bn_add_relu_cuda.cuh.
 #include "bn_add_relu_cuda.h"
+#include "bn_gradient_sums.h"
 
 namespace fused_resnet {
 namespace {
@@ -86,6 +87,7 @@ void backward(const Layout4d& layout, const Tensor& dy, const Tensor& x,
   const CutFor how = how_to_cut(scope, x, 2, {bn.dy, bn.x, bn.y, bn.dx, bn.dresidual});
   bn.cut = cut_for(layout, how);
   const Tensor partial = partial_sums(bn.cut, dweight, 2);
+  bn.parts = bn.cut.parts;
   const bool twice = !bn.cut.kept && bn.dx && !bn.dresidual && bn.y && bn.cut.packet > 1;
   const Tensor mask =
       torch::stable::new_empty(x, {twice ? x.numel() / bn.cut.packet : 0}, ScalarType::Byte);
@@ -191,6 +193,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
   return {dx, dweight, dbias, dresidual};
 }
 
+// The second half of bn_add_relu_backward: g, dy as the ReLU lets it through, x (N, C, H, W), sums
+// (parts, 2, C) of them (bn_gradient_sums.h), weight? (C,), mean, var (C,)
+//   -> dx (N, C, H, W), dweight (C,), dbias (C,)
+std::tuple<Tensor, Tensor, Tensor> bn_gradient_by_sums(Tensor g, Tensor x, Tensor sums,
+                                                       std::optional<Tensor> weight, Tensor mean,
+                                                       Tensor var, double eps) {
+  constexpr const char* op = "bn_gradient_by_sums";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  const Layout4d layout = layout_of(op, x);
+  check(dtype != kFloat64 && x.numel() > 0, op, ": x must be of 32 or 16 bits and not empty, got ",
+        name_of(x.scalar_type()), " of shape ", shape_of(x));
+  check_same_layout(op, "g", g, "x", x);
+  check(sums.dim() == 3 && sums.size(0) > 0 && sums.size(1) == 2 && sums.size(2) == layout.C &&
+            sums.is_contiguous() && sums.scalar_type() == ScalarType::Float,
+        op, ": sums must be a contiguous float32 (parts, 2, ", layout.C, "), got shape ",
+        shape_of(sums));
+  if (weight) check_channel_vector(op, "weight", *weight, layout.C, ScalarType::Float, x);
+  check_channel_vector(op, "mean", mean, layout.C, ScalarType::Float, x);
+  check_channel_vector(op, "var", var, layout.C, ScalarType::Float, x);
+  const DeviceScope scope(x);
+  Tensor dx = torch::stable::empty_like(x);
+  Tensor dweight = channel_vector(x, dtype), dbias = channel_vector(x, dtype);
+  sums = few_sums(scope, sums);
+  with_element(dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (!std::is_same_v<T, double>) {
+      BnBackward<T> bn{};
+      bn.dy = data_of<T>(g);
+      bn.x = data_of<T>(x);
+      bn.dx = written<T>(dx);
+      const CutFor how = how_to_cut(scope, x, 2, {bn.dy, bn.x, bn.dx});
+      bn.cut = cut_for(layout, how);
+      bn.cut.kept = false;
+      bn.weight = data_of<float>(weight);
+      bn.mean = data_of<float>(mean);
+      bn.var = data_of<float>(var);
+      bn.dweight = written<float>(dweight);
+      bn.dbias = written<float>(dbias);
+      bn.partial = written<float>(sums);
+      bn.parts = sums.size(0);
+      bn.eps = static_cast<float>(eps);
+      launch_bn_gradient(scope, bn, shared_bytes_of(bn.cut, how));
+    }
+  });
+  return {dx, dweight, dbias};
+}
+
 }  // namespace
 
 void list_bn_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu) {
@@ -206,4 +255,5 @@ FUSED_RESNET_CUDA_OPS(m) {
   m.impl("bn_add_relu", TORCH_BOX(fused_resnet::bn_add_relu));
   m.impl("bn_normalise", TORCH_BOX(fused_resnet::bn_normalise));
   m.impl("bn_add_relu_backward", TORCH_BOX(fused_resnet::bn_add_relu_backward));
+  m.impl("bn_gradient_by_sums", TORCH_BOX(fused_resnet::bn_gradient_by_sums));
 }

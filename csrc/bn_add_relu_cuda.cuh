@@ -18,7 +18,8 @@
 // y written once; backward dy, x and y read once, dx and dresidual written once. Backward in two
 // launches: the first writes dresidual, or where none is wanted the ReLU's mask, a bit an element;
 // the second reads that, and x again, in y's place: 7 elements instead of 8 with dresidual, 6 and
-// two bits instead of 7 without.
+// two bits instead of 7 without. Where a convolution took the sums and stored g
+// (implicit_gemm_gradient.cuh), the second launch alone, 3 elements.
 // Constraints: none on sizes; 16-byte packets where addresses and sizes are multiples of it.
 // Speed: not yet measured.
 // Rejected: the last block of a slab adds up its parts (a counter needs zeroed memory, which is one
@@ -107,6 +108,15 @@ void launch_bn_backward(const DeviceScope& scope, const BnBackward<T>& bn, int s
 }
 
 template <typename T>
+void launch_bn_gradient(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes) {
+  with_constants<T>(bn.cut, [&](auto channels_last, auto packet) {
+    constexpr bool last = channels_last;
+    scope.launch({bn.cut.blocks(), bn.cut.threads, shared_bytes},
+                 bn_backward_kernel<T, last, packet, Phase::output>, bn);
+  });
+}
+
+template <typename T>
 void list_bn_kernels(std::vector<CudaKernel>& list, const std::string& dtype, bool gpu) {
   for (const bool channels_last : {true, false})
     for (const int packet : {16 / static_cast<int>(sizeof(T)), 1}) {
@@ -141,6 +151,7 @@ void list_bn_kernels(std::vector<CudaKernel>& list, const std::string& dtype, bo
   template void launch_bn_forward(const DeviceScope&, const BnForward<T>&, int);   \
   template void launch_bn_normalise(const DeviceScope&, const BnForward<T>&, int); \
   template void launch_bn_backward(const DeviceScope&, const BnBackward<T>&, int); \
+  template void launch_bn_gradient(const DeviceScope&, const BnBackward<T>&, int); \
   template void list_bn_kernels<T>(std::vector<CudaKernel>&, const std::string&, bool);
 
 }  // namespace fused_resnet

@@ -43,6 +43,7 @@ struct BnBackward {
   A* dweight;       // (C,)
   A* dbias;         // (C,)
   A* partial;       // (parts, 2, C): sum of g, sum of g * (x - mean)
+  int64_t parts;    // the cut's, or of a convolution that took the sums (bn_gradient_sums_cuda.cu)
   A eps;
 };
 
@@ -54,6 +55,9 @@ template <typename T>
 void launch_bn_normalise(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes);
 template <typename T>
 void launch_bn_backward(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes);
+// dx, dweight and dbias, where dy is g and the sums are given; the cut keeps nothing.
+template <typename T>
+void launch_bn_gradient(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes);
 template <typename T>
 void list_bn_kernels(std::vector<CudaKernel>& list, const std::string& dtype, bool gpu);
 

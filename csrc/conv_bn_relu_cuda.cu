@@ -130,7 +130,8 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
                               residual ? residual->const_data_ptr() : nullptr,
                               y.mutable_data_ptr(),
                               relu,
-                              nullptr};
+                              nullptr,
+                              {}};
   launch(problem, operands, tile, splits, x);
 }
 
@@ -155,7 +156,8 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
                               nullptr,
                               z.mutable_data_ptr(),
                               false,
-                              static_cast<float*>(statistics.mutable_data_ptr())};
+                              static_cast<float*>(statistics.mutable_data_ptr()),
+                              {}};
   launch(problem, operands, tile, splits, x);
   return {statistics, pixels};
 }
@@ -203,6 +205,49 @@ std::tuple<Tensor, int64_t> normalised_convolution_statistics(
   return {statistics, pixels};
 }
 
+// dy (N, K, P, Q), weight (C, R, S, K / groups), the convolution's of stride 1 that is the gradient
+// of a relu(norm(x)); x, g (N, C, H, W); mean, var, rest (C,) as bn_merge_statistics gives them,
+// norm_weight?, norm_bias? (C,) -> g is written, dy of the norm as the ReLU lets it through; sums
+// (parts, 2, C) float32 of it (implicit_gemm_gradient.cuh).
+Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, Tensor mean,
+                                 Tensor var, Tensor rest, std::optional<Tensor> norm_weight,
+                                 std::optional<Tensor> norm_bias, double eps,
+                                 std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                 int64_t groups, int64_t tile, int64_t splits) {
+  check(dy.element_size() == 2, kOp, ": dy must be bfloat16 or float16, got ",
+        name_of(dy.scalar_type()));
+  const ConvProblem problem =
+      problem_of(dy, weight, g, {1, 1}, padding, dilation, groups, tile, splits);
+  check(g.numel() > 0, kOp, ": an empty g has no sums");
+  const int64_t C = weight.size(0);
+  check_matrix("x", x, dy, {problem.N, C, problem.P, problem.Q});
+  check_rows("x", x);
+  const auto vector = [&](const char* name, const Tensor& t) {
+    check_channel_vector(kOp, name, t, C, ScalarType::Float, dy);
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
+  Tensor sums =
+      torch::stable::new_empty(dy, {ceil_div(problem.M(), pixels), 2, C}, ScalarType::Float);
+  const ConvOperands operands{
+      dtype_index(kOp, "dy", dy),
+      dy.const_data_ptr(),
+      weight.const_data_ptr(),
+      nullptr,
+      nullptr,
+      nullptr,
+      g.mutable_data_ptr(),
+      false,
+      nullptr,
+      nullptr,
+      {x.const_data_ptr(), vector("mean", mean), vector("var", var), vector("rest", rest),
+       norm_weight ? vector("norm_weight", *norm_weight) : nullptr,
+       norm_bias ? vector("norm_bias", *norm_bias) : nullptr, static_cast<float>(eps),
+       static_cast<float*>(sums.mutable_data_ptr())}};
+  launch(problem, operands, tile, splits, dy);
+  return sums;
+}
+
 }  // namespace
 }  // namespace fused_resnet
 
@@ -211,4 +256,5 @@ FUSED_RESNET_CUDA_OPS(m) {
   m.impl("convolution_statistics", TORCH_BOX(fused_resnet::convolution_statistics));
   m.impl("normalised_convolution_statistics",
          TORCH_BOX(fused_resnet::normalised_convolution_statistics));
+  m.impl("convolution_gradient_sums", TORCH_BOX(fused_resnet::convolution_gradient_sums));
 }

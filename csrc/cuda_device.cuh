@@ -49,6 +49,12 @@ __device__ __forceinline__ int thread_now() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
+// blockIdx.x, likewise.
+__device__ __forceinline__ unsigned block_now() {
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+  return block;
+}
 
 // The block's dynamic shared memory, aligned to 16 bytes.
 __device__ __forceinline__ uint8_t* shared_memory() {

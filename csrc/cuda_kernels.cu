@@ -21,6 +21,7 @@ std::vector<CudaKernel> cuda_kernels() {
   list_prologue_kernels(list, gpu);
   list_bn_add_relu_kernels(list, gpu);
   list_bn_statistics_kernels(list, gpu);
+  list_bn_gradient_sums_kernels(list, gpu);
   return list;
 }
 

@@ -20,5 +20,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, Tensor? weight, Tensor? bias, "
       "Tensor? residual, float eps, bool relu) -> Tensor");
+  m.def(
+      "convolution_gradient_sums(Tensor dy, Tensor weight, Tensor(a!) g, Tensor x, Tensor mean, "
+      "Tensor var, Tensor rest, Tensor? norm_weight, Tensor? norm_bias, float eps, int[] padding, "
+      "int[] dilation, int groups, int tile, int splits) -> Tensor");
+  m.def(
+      "bn_gradient_by_sums(Tensor g, Tensor x, Tensor sums, Tensor? weight, Tensor mean, "
+      "Tensor var, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) -> Tensor");
 }

@@ -27,6 +27,21 @@ struct ConvProblem {
   }
 };
 
+// The norm whose output, through a ReLU, has y for its gradient (implicit_gemm_gradient.cuh).
+struct NormInput {
+  const void* x;        // (N, P, Q, groups * K), what it normalised, or null: there is none
+  const float* mean;    // (groups * K,)
+  const float* var;     // (groups * K,)
+  const float* rest;    // (groups * K,): what the mean's rounding took off
+  const float* weight;  // (groups * K,) or null
+  const float* bias;    // (groups * K,) or null
+  float eps;
+  float* sums;  // (parts, 2, groups * K), written
+};
+
+// What becomes of the sums of products: the op's formula, or training's two.
+enum class Epilogue { scale, statistics, gradient };
+
 // All dense, channels last, of one dtype, aligned to 16 bytes.
 struct ConvOperands {
   DtypeIndex dtype;      // kFloat16, kBFloat16, or kFloat32 (multiplied as TF32)
@@ -43,9 +58,16 @@ struct ConvOperands {
   // Not null: a norm's table (implicit_gemm_prologue.h), which is applied to x, and a ReLU. Of one
   // group's pointwise convolution of 16-bit operands, with statistics, in one split.
   const float* norm = nullptr;
+  // Its x not null: y is the convolution itself, masked (scale, shift and residual are null).
+  NormInput mask{};
+
+  Epilogue epilogue() const {
+    if (mask.x != nullptr) return Epilogue::gradient;
+    return statistics != nullptr ? Epilogue::statistics : Epilogue::scale;
+  }
 };
 
-// Pixels of a part of the statistics where splits are added up; else GemmTile::part_pixels.
+// Pixels of a part, in training's epilogues, where splits are added up; else part_pixels.
 constexpr int kMergedPixels = 64;
 
 // splits > 1: so many blocks share a tile's steps; `partial` has room for splits * M * groups * K

@@ -14,7 +14,10 @@
 // Bytes from memory: x and weight once, where L2 holds what tiles share, residual once, y once.
 // Splits write float32 sums and a second kernel adds them in order: the same bits every time.
 // In training y is the convolution alone, and the tile's statistics for the norm behind it are
-// taken on the way, 12 bytes of every output and block_m pixels (implicit_gemm_statistics.cuh).
+// taken on the way, 12 bytes of every output and block_m pixels (implicit_gemm_statistics.cuh); or
+// it is masked by the ReLU whose gradient it is, with the sums of its norm's gradient, 8 bytes
+// (implicit_gemm_gradient.cuh): the norm's input comes as the residual does, 16 bytes at a time,
+// its channels are folded behind the sums in shared memory, 12 bytes each.
 // Constraints: C and K multiples of 16 bytes, operands aligned to 16 bytes, M < 2^31.
 //
 // Predicted balance. A multiprocessor with 1024 multiply-adds of 16 bits a cycle (sm_80) takes
@@ -34,6 +37,7 @@
 #pragma once
 
 #include "implicit_gemm.h"
+#include "implicit_gemm_gradient.cuh"
 #include "implicit_gemm_index.h"
 #include "implicit_gemm_prologue.h"
 #include "implicit_gemm_statistics.cuh"
@@ -51,6 +55,7 @@ struct GemmArguments {
   float* partial;           // (splits, M, groups * K) or null
   float* statistics;        // (parts, 3, groups * K) or null: then there is no scale and no shift
   const float* norm;        // (3, 2, C / 8, 4): what a prologue normalises x by
+  NormInput mask;           // its x null: none; else there is no scale and no shift either
   Window window;
   int M, K, groups;
   uint32_t chunks, pixel_chunks;  // 16 bytes of: a filter, the whole sum; a pixel of x
@@ -192,24 +197,27 @@ __device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
 // The block's sums, in shared memory -> y, or the split's part of `partial`. What it reads from
 // memory is on its way from its making on, while the sums are put into shared memory.
 // first_m: the tile's first pixel; first_n: its first output within the group.
-// kStatistics: of the sums themselves, with the tile's statistics.
-template <typename T, class Shape, bool kStatistics>
+// Epilogue::statistics: of the sums themselves, with the tile's statistics; gradient: masked, with
+// the tile's sums.
+template <typename T, class Shape, Epilogue kEpilogue>
 struct Finish {
   static constexpr int kSize = Pack<T>::size;
   static constexpr int kRowPacks = Shape::kBlockN / kSize;
   static constexpr int kRows = Shape::kThreads / kRowPacks;  // that the threads do at once
   static constexpr int kPacks = Shape::kBlockM / kRows;      // of a thread, in one column
-  static constexpr int kAhead = kPacks < 4 ? kPacks : 4;     // loads of the residual in flight
+  static constexpr int kAhead = kPacks < 4 ? kPacks : 4;     // loads of what is added in flight
   using Statistics = PartStatistics<T, kRowPacks, Shape::kThreads, kPacks>;
   static_assert(Statistics::kScratchBytes <= Shape::kSharedBytes);
+  static constexpr int kSumBytes = Shape::kBlockM * Shape::kBlockN * 4;
   static_assert(Shape::kThreads % kRowPacks == 0 && Shape::kBlockM % kRows == 0);
 
   const GemmArguments& a;
-  int column, row, rows;  // the thread's first value; rows of the tile that are in y
-  int k;                  // output in y's rows
-  int64_t first, step;    // values of y: the thread's first one, and what is between two of its
-  uint4 residual[kAhead] = {};
+  int column, row, rows;      // the thread's first value; rows of the tile that are in y
+  int k;                      // output in y's rows
+  int64_t first, step;        // values of y: the thread's first one, and what is between two of its
+  uint4 beside[kAhead] = {};  // of the residual, or of the norm's input
   float scale[kSize], shift[kSize];
+  NormNumbers channel = {};  // of the norm, that this thread brings
 
   __device__ __forceinline__ Finish(const GemmArguments& arguments, int first_m, int group,
                                     int first_n)
@@ -221,9 +229,15 @@ struct Finish {
     const int64_t outputs = int64_t{a.groups} * a.K;
     first = (int64_t{first_m} + row) * outputs + k;
     step = kRows * outputs;
-    if constexpr (!kStatistics) {
+    if constexpr (kEpilogue != Epilogue::statistics) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) load_residual(i);
+      for (int i = 0; i < kAhead; ++i) load_beside(i);
+    }
+    if constexpr (kEpilogue == Epilogue::gradient) {
+      const int thread = thread_now(), n = first_n + FoldedChannels<kRowPacks>::of_thread(thread);
+      if (thread < Shape::kBlockN && n < a.K) channel = NormNumbers::load(a.mask, group * a.K + n);
+    }
+    if constexpr (kEpilogue == Epilogue::scale) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         scale[j] = rows > 0 ? a.scale[k + j] : 0.0f;
@@ -232,9 +246,11 @@ struct Finish {
     }
   }
   __device__ __forceinline__ bool inside(int i) const { return row + i * kRows < rows; }
-  __device__ __forceinline__ void load_residual(int i) {
-    if (a.residual != nullptr && inside(i))
-      residual[i % kAhead] = load_global_once<uint4>(a.residual + (first + i * step) * sizeof(T));
+  __device__ __forceinline__ void load_beside(int i) {
+    constexpr bool masked = kEpilogue == Epilogue::gradient;
+    const auto* const from = masked ? static_cast<const uint8_t*>(a.mask.x) : a.residual;
+    if ((masked || from != nullptr) && inside(i))
+      beside[i % kAhead] = load_global_once<uint4>(from + (first + i * step) * sizeof(T));
   }
   __device__ __forceinline__ void load_sums(const uint8_t* shared, int i,
                                             float (&sums)[kSize]) const {
@@ -270,8 +286,8 @@ struct Finish {
       float sums[kSize];
       load_sums(shared, i, sums);
       const uint4 y =
-          finished<T>(sums, scale, shift, a.residual != nullptr, residual[i % kAhead], a.relu);
-      if (i + kAhead < kPacks) load_residual(i + kAhead);
+          finished<T>(sums, scale, shift, a.residual != nullptr, beside[i % kAhead], a.relu);
+      if (i + kAhead < kPacks) load_beside(i + kAhead);
       if (inside(i)) store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
     }
   }
@@ -299,10 +315,40 @@ struct Finish {
                      a.statistics + first_m / Shape::kBlockM * 3 * outputs + group * a.K + first_n,
                      outputs, a.K - first_n);
   }
+  // The channel, behind the sums. All threads, when their sums have left the registers.
+  __device__ __forceinline__ void store_channel(uint8_t* shared) const {
+    static_assert(Shape::kBlockN <= Shape::kThreads);
+    const int thread = thread_now();
+    if (thread < Shape::kBlockN)
+      FoldedChannels<kRowPacks>{shared + kSumBytes}.store(thread, channel.folded(a.mask.eps));
+  }
+  // y is the sums themselves, masked; and the tile's sums of them. All threads.
+  __device__ __forceinline__ void write_gradient(uint8_t* shared, int first_m, int group,
+                                                 int first_n) {
+    using Channels = FoldedChannels<kRowPacks>;
+    static_assert(kSumBytes + Channels::kBytes + Statistics::kScratchBytes <= Shape::kSharedBytes);
+    GradientColumn<T> gradient;
+    Channels{shared + kSumBytes}.load(column / kSize, gradient.channels);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float sums[kSize];
+      load_sums(shared, i, sums);
+      if (inside(i)) {
+        const uint4 g = gradient.add(rounded<T>(sums), beside[i % kAhead]);
+        store_global<uint4>(a.y + (first + i * step) * sizeof(T), g);
+      }
+      if (i + kAhead < kPacks) load_beside(i + kAhead);
+    }
+    const int64_t outputs = int64_t{a.groups} * a.K;
+    gradient.template write<kRowPacks, Shape::kThreads>(
+        shared + kSumBytes + Channels::kBytes, BlockThreads{},
+        a.mask.sums + first_m / Shape::kBlockM * 2 * outputs + group * a.K + first_n, outputs,
+        a.K - first_n);
+  }
 };
 
 // Prologue: what is done with a step of x when it has come (implicit_gemm_prologue.h).
-template <typename T, int kTile, bool kPointwise, bool kStatistics, class Prologue = NoPrologue>
+template <typename T, int kTile, bool kPointwise, Epilogue kEpilogue, class Prologue = NoPrologue>
 __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::kBlocksPerSm)
     implicit_gemm_sm80_kernel(const GemmArguments a) {
   using Shape = TileShape<kTile>;
@@ -313,11 +359,13 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
 
   uint8_t* const shared = shared_memory();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const TilePlace tile =
-      tile_place(blockIdx.x, static_cast<unsigned>(a.tiles_m), static_cast<unsigned>(a.tiles_n));
-  const int group = tile.column / a.tiles_per_group;
-  const int first_m = tile.row * Shape::kBlockM;
-  const int first_n = (tile.column - group * a.tiles_per_group) * Shape::kBlockN;
+  const auto place = [&](unsigned block) {
+    return tile_place(block, static_cast<unsigned>(a.tiles_m), static_cast<unsigned>(a.tiles_n));
+  };
+  TilePlace tile = place(blockIdx.x);
+  int group = tile.column / a.tiles_per_group;
+  int first_m = tile.row * Shape::kBlockM;
+  int first_n = (tile.column - group * a.tiles_per_group) * Shape::kBlockN;
   const StepRange steps = split_steps(a.steps, a.splits, tile.split);
 
   // What this thread copies.
@@ -382,7 +430,14 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
     write_slot = write_slot + 1 < Shape::kStages ? write_slot + 1 : 0;
   }
 
-  Finish<T, Shape, kStatistics> finish(a, first_m, group, first_n);
+  if constexpr (kEpilogue == Epilogue::gradient) {
+    // Found again: the loop has no registers to spare for it.
+    tile = place(block_now());
+    group = tile.column / a.tiles_per_group;
+    first_m = tile.row * Shape::kBlockM;
+    first_n = (tile.column - group * a.tiles_per_group) * Shape::kBlockN;
+  }
+  Finish<T, Shape, kEpilogue> finish(a, first_m, group, first_n);
   copy_async_wait<0>();
   __syncthreads();  // the ring has been read, its memory is free
 #pragma unroll
@@ -397,9 +452,12 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
         store_shared<uint2>(shared + sum_offset(row, column, Shape::kBlockN),
                             {float_bits(pair[0]), float_bits(pair[1])});
       }
+  if constexpr (kEpilogue == Epilogue::gradient) finish.store_channel(shared);
   __syncthreads();
-  if constexpr (kStatistics)
+  if constexpr (kEpilogue == Epilogue::statistics)
     finish.write_with_statistics(shared, first_m, group, first_n);
+  else if constexpr (kEpilogue == Epilogue::gradient)
+    finish.write_gradient(shared, first_m, group, first_n);
   else if (a.partial != nullptr)
     finish.write_partial(shared, tile.split);
   else

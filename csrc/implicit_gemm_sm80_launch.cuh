@@ -9,23 +9,19 @@
 
 namespace fused_resnet {
 
-template <typename T, int kTile>
+template <typename T, int kTile, Epilogue kEpilogue>
 void launch_tile(const DeviceScope& scope, bool pointwise, const GemmArguments& arguments) {
   using Shape = TileShape<kTile>;
   const int64_t blocks = int64_t{arguments.tiles_m} * arguments.tiles_n * arguments.splits;
   check(blocks <= std::numeric_limits<int>::max(), "implicit_gemm: ", blocks, " blocks");
-  const Grid grid{blocks, Shape::kThreads, Shape::kSharedBytes};
-  const auto kernel = [&](auto statistics) {
-    constexpr bool with = decltype(statistics)::value;
-    return pointwise ? implicit_gemm_sm80_kernel<T, kTile, true, with>
-                     : implicit_gemm_sm80_kernel<T, kTile, false, with>;
-  };
-  const bool statistics = arguments.statistics != nullptr && arguments.partial == nullptr;
-  scope.launch(grid, statistics ? kernel(std::true_type{}) : kernel(std::false_type{}), arguments);
+  scope.launch({blocks, Shape::kThreads, Shape::kSharedBytes},
+               pointwise ? implicit_gemm_sm80_kernel<T, kTile, true, kEpilogue>
+                         : implicit_gemm_sm80_kernel<T, kTile, false, kEpilogue>,
+               arguments);
 }
 
 // The tile's row of the table is a constant in its kernels: the first one that is alike.
-template <typename T, int kTile = 0>
+template <typename T, Epilogue kEpilogue, int kTile = 0>
 void launch_tile_alike(const DeviceScope& scope, const GemmTile& tile, bool pointwise,
                        const GemmArguments& arguments) {
   if constexpr (kTile == kGemmTileCount) {
@@ -35,9 +31,30 @@ void launch_tile_alike(const DeviceScope& scope, const GemmTile& tile, bool poin
     if constexpr (mine.architecture == 80)
       if (mine.block_m == tile.block_m && mine.block_n == tile.block_n &&
           mine.warps == tile.warps && mine.stages == tile.stages)
-        return launch_tile<T, kTile>(scope, pointwise, arguments);
-    launch_tile_alike<T, kTile + 1>(scope, tile, pointwise, arguments);
+        return launch_tile<T, kTile, kEpilogue>(scope, pointwise, arguments);
+    launch_tile_alike<T, kEpilogue, kTile + 1>(scope, tile, pointwise, arguments);
   }
+}
+
+// By dtype, float16 and bfloat16; defined in implicit_gemm_sm80_gradient.cuh, instantiated in
+// implicit_gemm_sm80_gradient_*_cuda.cu.
+template <typename T>
+struct Sm80Gradient {
+  static void launch(const DeviceScope& scope, const GemmTile& tile, bool pointwise,
+                     const GemmArguments& arguments);
+  // Adds splits up.
+  static void launch_merge(const DeviceScope& scope, const GemmArguments& arguments, int row_packs);
+  static void list(std::vector<CudaKernel>& list, const char* type, bool gpu);
+};
+
+template <typename T>
+void launch_tiles(const DeviceScope& scope, Epilogue epilogue, const GemmTile& tile, bool pointwise,
+                  const GemmArguments& arguments) {
+  if (epilogue == Epilogue::scale)
+    return launch_tile_alike<T, Epilogue::scale>(scope, tile, pointwise, arguments);
+  if (epilogue == Epilogue::statistics)
+    return launch_tile_alike<T, Epilogue::statistics>(scope, tile, pointwise, arguments);
+  if constexpr (sizeof(T) == 2) Sm80Gradient<T>::launch(scope, tile, pointwise, arguments);
 }
 
 template <typename T>
@@ -66,6 +83,7 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.partial = splits > 1 ? partial : nullptr;
   arguments.statistics = operands.statistics;
   arguments.norm = operands.norm;
+  arguments.mask = operands.mask;
   arguments.window = Window::of(problem, sizeof(T));
   arguments.M = static_cast<int>(problem.M());
   arguments.K = problem.K;
@@ -80,17 +98,21 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.relu = operands.relu;
   if constexpr (sizeof(T) == 2)
     if (operands.norm != nullptr) return Sm80Prologues<T>::launch(scope, tile, arguments);
-  if (splits == 1) return launch_tile_alike<T>(scope, tile, problem.pointwise(), arguments);
+  const Epilogue epilogue = operands.epilogue();
+  if (splits == 1) return launch_tiles<T>(scope, epilogue, tile, problem.pointwise(), arguments);
   GemmArguments parts = arguments;
   parts.residual = nullptr;  // which the merging kernel adds: not read here too
-  // Read and not used; with statistics there are none, and any numbers will do.
-  if (operands.statistics != nullptr)
+  // Read and not used; in training there are none, and any numbers will do.
+  if (epilogue != Epilogue::scale)
     parts.scale = parts.shift = static_cast<const float*>(operands.weight);
-  launch_tile_alike<T>(scope, tile, problem.pointwise(), parts);
+  launch_tiles<T>(scope, Epilogue::scale, tile, problem.pointwise(), parts);
   const int64_t row_packs = int64_t{problem.groups} * problem.K / Pack<T>::size;
   const int64_t packs = problem.M() * row_packs;
   check(packs <= std::numeric_limits<int>::max(), "implicit_gemm: too many outputs to split");
-  if (operands.statistics != nullptr) {
+  if constexpr (sizeof(T) == 2)
+    if (epilogue == Epilogue::gradient)
+      return Sm80Gradient<T>::launch_merge(scope, arguments, static_cast<int>(row_packs));
+  if (epilogue == Epilogue::statistics) {
     constexpr int shared_bytes =
         PartStatistics<T, kMergeColumns, kMergeThreads, kMergePacks>::kScratchBytes;
     const int64_t slabs = ceil_div(row_packs, kMergeColumns);
@@ -103,30 +125,33 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
                arguments, FastDivision::by(static_cast<int>(row_packs)), static_cast<int>(packs));
 }
 
-// type: the dtype's name.
-template <typename T, int kTile = 0>
-void list_implicit_gemm_sm80_of(std::vector<CudaKernel>& list, const char* type, bool gpu) {
-  if constexpr (kTile == kGemmTileCount) {
-    describe_kernel(list, std::string("implicit_gemm_merge_") + type, implicit_gemm_merge_kernel<T>,
-                    gpu);
-    describe_kernel(list, std::string("implicit_gemm_merge_statistics_") + type,
-                    implicit_gemm_merge_statistics_kernel<T>, gpu);
-  } else {
+// type: the dtype's name; epilogue: what the kernels' names end in.
+template <typename T, Epilogue kEpilogue, int kTile = 0>
+void list_tiles(std::vector<CudaKernel>& list, const char* type, const char* epilogue, bool gpu) {
+  if constexpr (kTile < kGemmTileCount) {
     constexpr GemmTile tile = kGemmTiles[kTile];
     if constexpr (tile.architecture == 80) {
       const std::string name = "implicit_gemm_sm80_" + std::to_string(tile.block_m) + "x" +
                                std::to_string(tile.block_n) + "_" + std::to_string(tile.warps) +
                                "_warps_" + type;
-      describe_kernel(list, name, implicit_gemm_sm80_kernel<T, kTile, false, false>, gpu);
-      describe_kernel(list, name + "_pointwise", implicit_gemm_sm80_kernel<T, kTile, true, false>,
+      describe_kernel(list, name + epilogue, implicit_gemm_sm80_kernel<T, kTile, false, kEpilogue>,
                       gpu);
-      describe_kernel(list, name + "_statistics", implicit_gemm_sm80_kernel<T, kTile, false, true>,
-                      gpu);
-      describe_kernel(list, name + "_pointwise_statistics",
-                      implicit_gemm_sm80_kernel<T, kTile, true, true>, gpu);
+      describe_kernel(list, name + "_pointwise" + epilogue,
+                      implicit_gemm_sm80_kernel<T, kTile, true, kEpilogue>, gpu);
     }
-    list_implicit_gemm_sm80_of<T, kTile + 1>(list, type, gpu);
+    list_tiles<T, kEpilogue, kTile + 1>(list, type, epilogue, gpu);
   }
+}
+
+template <typename T>
+void list_implicit_gemm_sm80_of(std::vector<CudaKernel>& list, const char* type, bool gpu) {
+  list_tiles<T, Epilogue::scale>(list, type, "", gpu);
+  list_tiles<T, Epilogue::statistics>(list, type, "_statistics", gpu);
+  describe_kernel(list, std::string("implicit_gemm_merge_") + type, implicit_gemm_merge_kernel<T>,
+                  gpu);
+  describe_kernel(list, std::string("implicit_gemm_merge_statistics_") + type,
+                  implicit_gemm_merge_statistics_kernel<T>, gpu);
+  if constexpr (sizeof(T) == 2) Sm80Gradient<T>::list(list, type, gpu);
 }
 
 // Each in a file of its own, for the time it takes to compile.

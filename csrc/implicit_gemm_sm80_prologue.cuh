@@ -35,9 +35,10 @@ void Sm80Prologues<T>::launch(const DeviceScope& scope, const GemmTile& tile,
     found = true;
     const int64_t blocks = int64_t{arguments.tiles_m} * arguments.tiles_n;
     check(blocks <= std::numeric_limits<int>::max(), "implicit_gemm: ", blocks, " blocks");
-    scope.launch({blocks, Shape::kThreads, Shape::kSharedBytes},
-                 implicit_gemm_sm80_kernel<T, kTile, true, true, Sm80Prologue<T, kTile>>,
-                 arguments);
+    scope.launch(
+        {blocks, Shape::kThreads, Shape::kSharedBytes},
+        implicit_gemm_sm80_kernel<T, kTile, true, Epilogue::statistics, Sm80Prologue<T, kTile>>,
+        arguments);
   });
   check(found, "implicit_gemm: no kernel of this tile normalises x");
 }
@@ -50,8 +51,10 @@ void Sm80Prologues<T>::list(std::vector<CudaKernel>& list, bool gpu) {
     const std::string name = "implicit_gemm_sm80_" + std::to_string(tile.block_m) + "x" +
                              std::to_string(tile.block_n) + "_" + std::to_string(tile.warps) +
                              "_warps_" + (std::is_same_v<T, half_t> ? "float16" : "bfloat16");
-    describe_kernel(list, name + "_prologue",
-                    implicit_gemm_sm80_kernel<T, kTile, true, true, Sm80Prologue<T, kTile>>, gpu);
+    describe_kernel(
+        list, name + "_prologue",
+        implicit_gemm_sm80_kernel<T, kTile, true, Epilogue::statistics, Sm80Prologue<T, kTile>>,
+        gpu);
   });
 }
 

@@ -12,7 +12,11 @@
 // value is replaced where it lies, and TMA takes the buffer away.
 // In training y is the convolution alone, and a warpgroup takes its rows' statistics for the norm
 // behind it (implicit_gemm_statistics.cuh): it reads them back as they are rounded, 16 bytes at a
-// time, while TMA does, and adds them up in the buffer that TMA has left.
+// time, while TMA does, and adds them up in the buffer that TMA has left. Or y is masked by the
+// ReLU whose gradient it is, and the sums of its norm's gradient are taken
+// (implicit_gemm_gradient.cuh): a warpgroup reads its rounded rows back, masks them where they lie,
+// by 16 bytes of the norm's input that come from memory meanwhile, and TMA takes them away after
+// that.
 // Bytes: x R * S / (stride_h * stride_w) times and weights once per tile of pixels, from L2 but for
 // the first; residual and y once.
 // Constraints: covers_sm90; 227 KiB of shared memory, one block per multiprocessor.
@@ -20,6 +24,10 @@
 // Rejected before measuring: statistics of the sums where they lie, in registers: three shuffles
 // for every output of a thread and each of its sums, where columns of 16 bytes need two at most for
 // eight; memory of their own for adding them up: a stage of the pipeline.
+// Rejected before measuring: the norm's input by TMA, as the residual: it would need the buffer
+// that the rounded rows are in, and is read once more for its sums, which fit in no thread's
+// registers before the rows are read back; folding the norm's channels together, in shared memory:
+// there is none, and a thread folds its eight while its loads are on their way.
 // Rejected: scale and shift staged in shared memory: a pipeline stage fewer for what L1 holds.
 // Rejected: weights as (groups * K, R * S * C): a step past a tap's last channel reads the next
 // tap. Groups as a fifth dimension of x, for im2col on groups that end within a step: their stride
@@ -27,6 +35,7 @@
 // and narrow groups fill little of a tile of 64 outputs or more.
 #pragma once
 
+#include "implicit_gemm_gradient.cuh"
 #include "implicit_gemm_prologue.h"
 #include "implicit_gemm_sm90.h"
 #include "implicit_gemm_statistics.cuh"
@@ -186,22 +195,23 @@ struct ChannelPairs {
   }
 };
 
-// A warpgroup: sums to outputs in its buffer, in the residual's place. kStatistics: the sums
-// themselves.
-template <typename T, int kTile, bool kStatistics>
+// A warpgroup: sums to outputs in its buffer, in the residual's place; in training's epilogues the
+// sums themselves.
+template <typename T, int kTile, Epilogue kEpilogue>
 __device__ __forceinline__ void finish_tile(
     const GemmSm90& gemm, const TileStart& start, uint8_t* output,
     const float (&sums)[Sm90Shape<kTile>::row_blocks][Sm90Shape<kTile>::block_n / 2]) {
   using Shape = Sm90Shape<kTile>;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32 % 4);
+  constexpr bool scaled = kEpilogue == Epilogue::scale;
   const float floor = gemm.relu ? 0.0f : -INFINITY;
   ChannelPairs next{};
-  if constexpr (!kStatistics) next = ChannelPairs::load(gemm, start.group, start.k);
+  if constexpr (scaled) next = ChannelPairs::load(gemm, start.group, start.k);
 #pragma unroll
   for (int column = 0; column < Shape::block_n; column += 16) {
     const ChannelPairs pairs = next;  // loaded while the last 16 were finished
-    if constexpr (!kStatistics)
+    if constexpr (scaled)
       if (column + 16 < Shape::block_n)
         next = ChannelPairs::load(gemm, start.group, start.k + column + 16);
 #pragma unroll
@@ -210,11 +220,11 @@ __device__ __forceinline__ void finish_tile(
       uint8_t* place = output + column / 64 * Shape::chunk_bytes +
                        swizzled_offset(i * 64 + warp * 16 + lane % 16, column % 64 / 8 + lane / 16);
       uint32_t added[4] = {}, out[4];
-      if (!kStatistics && gemm.residual) load_matrix_x4(added, place);
+      if (scaled && gemm.residual) load_matrix_x4(added, place);
 #pragma unroll
       for (int matrix = 0; matrix < 4; ++matrix) {
         const float* pair = &sums[i][column / 2 + 2 * matrix];
-        if constexpr (kStatistics) {
+        if constexpr (!scaled) {
           out[matrix] = narrow_pair<T>(pair[0], pair[1]);
         } else {
           const float2 a = pairs.scale[matrix / 2], b = pairs.shift[matrix / 2];
@@ -272,8 +282,68 @@ __device__ __forceinline__ void write_statistics(const GemmSm90& gemm, const Til
   threads.sync();  // the sums have been read, too
 }
 
+// A warpgroup: its rows of a tile masked, and their sums.
+template <typename T, int kTile>
+struct MaskedRows {
+  using Shape = Sm90Shape<kTile>;
+  static constexpr int columns = Shape::block_n / Pack<T>::size, step = 128 / columns;
+  static constexpr int packs = Shape::rows / step;
+  static constexpr int ahead = packs < 8 ? packs : 8;  // loads of the norm's input in flight
+
+  const GemmSm90& gemm;
+  const TileStart& start;
+  int m;  // the first of the rows, at or past gemm.M where there are none
+  uint8_t* output;
+  WarpgroupThreads threads;
+  GradientColumn<T> gradient;
+
+  // In its buffer, where all of the warpgroup has put the sums of the products.
+  __device__ __forceinline__ void mask() {
+    const int column = threads.index() % columns, row = threads.index() / columns;
+    const int k = start.k + column * Pack<T>::size;
+    const int left = k < gemm.K ? gemm.M - m : 0;
+    const int64_t outputs = int64_t{gemm.groups} * gemm.K, c = start.group * gemm.K + k;
+    const auto* x =
+        static_cast<const uint8_t*>(gemm.mask.x) + ((int64_t{m} + row) * outputs + c) * sizeof(T);
+    uint4 loaded[ahead];
+    const auto load = [&](int i) {
+      if (row + i * step < left)
+        loaded[i % ahead] = load_global_once<uint4>(x + i * step * outputs * int64_t{sizeof(T)});
+    };
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) load(i);
+    if (left > 0) {
+#pragma unroll
+      for (int i = 0; i < Pack<T>::size; ++i)
+        gradient.channels[i] = NormNumbers::load(gemm.mask, c + i).folded(gemm.mask.eps);
+    }
+    threads.sync();
+    uint8_t* const chunk = output + column / 8 * Shape::chunk_bytes;
+#pragma unroll
+    for (int i = 0; i < packs; ++i) {
+      if (row + i * step >= left) continue;
+      uint8_t* const place = chunk + swizzled_offset(row + i * step, column % 8);
+      store_shared<uint4>(place, gradient.add(load_shared<uint4>(place), loaded[i % ahead]));
+      if (i + ahead < packs) load(i + ahead);
+    }
+  }
+  // leader: the thread that waits for TMA. Returns with the buffer free.
+  __device__ __forceinline__ void write_sums(bool leader) {
+    static_assert(PartStatistics<T, columns, 128, 1, WarpgroupThreads>::kScratchBytes <=
+                  Shape::output_bytes);
+    if (leader) store_wait_read();
+    threads.sync();  // TMA has read the rows, their memory is free
+    const int64_t outputs = int64_t{gemm.groups} * gemm.K;
+    gradient.template write<columns, 128>(
+        output, threads,
+        gemm.mask.sums + m / Shape::rows * 2 * outputs + start.group * gemm.K + start.k, outputs,
+        gemm.K - start.k);
+    threads.sync();  // the sums have been read, too
+  }
+};
+
 // A warpgroup that multiplies: its tiles, one after the other.
-template <typename T, int kTile, bool kStatistics, class Prologue>
+template <typename T, int kTile, Epilogue kEpilogue, class Prologue>
 __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
                                                const TensorMap& residual_map,
                                                const TensorMap& y_map, const GemmSm90& gemm,
@@ -308,7 +378,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     }
     __syncwarp();
     float sums[Shape::row_blocks][Shape::block_n / 2];
-    if constexpr (kStatistics) forget(sums);
+    if constexpr (kEpilogue != Epilogue::scale) forget(sums);
     if constexpr (Shape::halves) {
       multiply_tile<T, kTile>(block, ring, first_row, steps, nullptr, prologue, sums);
     } else {
@@ -325,7 +395,9 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     mbarrier_wait(output_ready, output_parity);
     output_parity ^= 1;
     __syncwarp();
-    finish_tile<T, kTile, kStatistics>(gemm, start, output, sums);
+    finish_tile<T, kTile, kEpilogue>(gemm, start, output, sums);
+    MaskedRows<T, kTile> masked{gemm, start, m, output, {warpgroup}, {}};
+    if constexpr (kEpilogue == Epilogue::gradient) masked.mask();
     fence_proxy_async();
     barrier_sync(1 + static_cast<uint32_t>(warpgroup), 128);
     if (leader) {
@@ -334,8 +406,10 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
       store_commit();
     }
     __syncwarp();
-    if constexpr (kStatistics)
+    if constexpr (kEpilogue == Epilogue::statistics)
       if (m < gemm.M) write_statistics<T, kTile>(gemm, start, m, output, warpgroup, leader);
+    if constexpr (kEpilogue == Epilogue::gradient)
+      if (m < gemm.M) masked.write_sums(leader);
   }
   if (leader) store_wait_read();  // shared memory goes with the block
 }
@@ -343,7 +417,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
 #endif  // FUSED_RESNET_HOPPER
 
 // x_map: input's; weight_map (C, R * S, groups * K); residual_map, y_map (K, groups, M)
-template <typename T, int kTile, bool kStatistics, class Prologue = NoPrologue>
+template <typename T, int kTile, Epilogue kEpilogue, class Prologue = NoPrologue>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     implicit_gemm_sm90_kernel(const __grid_constant__ TensorMap x_map,
                               const __grid_constant__ TensorMap weight_map,
@@ -376,7 +450,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     take_registers<kSm90MultiplyRegisters>();
     // From lane 0, so that the compiler knows it for the same in the whole warp.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128) - 1, 0);
-    multiply_tiles<T, kTile, kStatistics, Prologue>(block, residual_map, y_map, gemm, warpgroup);
+    multiply_tiles<T, kTile, kEpilogue, Prologue>(block, residual_map, y_map, gemm, warpgroup);
   }
 #else
   __trap();
@@ -394,7 +468,7 @@ void for_each_sm90_tile(const F& f) {
 
 template <typename T>
 void Sm90Kernels<T>::launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
-                            const GemmSm90& gemm) {
+                            const GemmSm90& gemm, Epilogue epilogue) {
   bool found = false;
   for_each_sm90_tile([&](auto number) {
     constexpr int kTile = decltype(number)::value;
@@ -402,8 +476,10 @@ void Sm90Kernels<T>::launch(const DeviceScope& scope, int tile, const Sm90Maps& 
     found = true;
     const int64_t blocks = std::min(gemm.tiles, scope.multiprocessors());
     scope.launch({blocks, kSm90Threads, Sm90Shape<kTile>::shared_bytes},
-                 gemm.statistics != nullptr ? implicit_gemm_sm90_kernel<T, kTile, true>
-                                            : implicit_gemm_sm90_kernel<T, kTile, false>,
+                 epilogue == Epilogue::scale ? implicit_gemm_sm90_kernel<T, kTile, Epilogue::scale>
+                 : epilogue == Epilogue::statistics
+                     ? implicit_gemm_sm90_kernel<T, kTile, Epilogue::statistics>
+                     : implicit_gemm_sm90_kernel<T, kTile, Epilogue::gradient>,
                  maps.x, maps.weight, maps.residual, maps.y, gemm);
   });
   check(found, "implicit_gemm: no Hopper kernel for tile ", tile);
@@ -417,8 +493,11 @@ void Sm90Kernels<T>::list(std::vector<CudaKernel>& list, bool gpu) {
     const std::string name = std::string("implicit_gemm_sm90_") +
                              (std::is_same_v<T, half_t> ? "float16_" : "bfloat16_") +
                              std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n);
-    describe_kernel(list, name, implicit_gemm_sm90_kernel<T, kTile, false>, gpu);
-    describe_kernel(list, name + "_statistics", implicit_gemm_sm90_kernel<T, kTile, true>, gpu);
+    describe_kernel(list, name, implicit_gemm_sm90_kernel<T, kTile, Epilogue::scale>, gpu);
+    describe_kernel(list, name + "_statistics",
+                    implicit_gemm_sm90_kernel<T, kTile, Epilogue::statistics>, gpu);
+    describe_kernel(list, name + "_gradient",
+                    implicit_gemm_sm90_kernel<T, kTile, Epilogue::gradient>, gpu);
   });
 }
 

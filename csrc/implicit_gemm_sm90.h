@@ -30,6 +30,7 @@ struct GemmSm90 {
   int M;              // pixels
   float* statistics;  // (parts, 3, groups * K) or null: then there is no scale and no shift
   const float* norm;  // (3, 2, C / 8, 4) or null: what a prologue normalises x by
+  NormInput mask;     // its x null: none; else there is no scale and no shift either
 
   __host__ __device__ int steps() const { return R * S * channel_blocks; }
 };
@@ -85,8 +86,8 @@ struct Sm90Maps {
 // By dtype; defined in implicit_gemm_sm90.cuh, instantiated in implicit_gemm_sm90_*_cuda.cu.
 template <typename T>
 struct Sm90Kernels {
-  static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,
-                     const GemmSm90& gemm);
+  static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps, const GemmSm90& gemm,
+                     Epilogue epilogue);
   static void list(std::vector<CudaKernel>& list, bool gpu);
 };
 // Those that normalise x: implicit_gemm_sm90_prologue.cuh, implicit_gemm_sm90_prologue_*_cuda.cu.

@@ -114,6 +114,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   gemm.M = static_cast<int>(p.M());
   gemm.statistics = operands.statistics;
   gemm.norm = operands.norm;
+  gemm.mask = operands.mask;
 
   const int rows = tile.part_pixels();  // of a warpgroup
   const Sm90Maps maps{
@@ -131,7 +132,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
                 ? Sm90Prologues<half_t>::launch
                 : Sm90Prologues<bfloat16_t>::launch)(scope, number, maps, gemm);
   (operands.dtype == kFloat16 ? Sm90Kernels<half_t>::launch : Sm90Kernels<bfloat16_t>::launch)(
-      scope, number, maps, gemm);
+      scope, number, maps, gemm, operands.epilogue());
 }
 
 void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu) {

@@ -45,8 +45,8 @@ void Sm90Prologues<T>::launch(const DeviceScope& scope, int tile, const Sm90Maps
     found = true;
     const int64_t blocks = std::min(gemm.tiles, scope.multiprocessors());
     scope.launch({blocks, kSm90Threads, Sm90Shape<kTile>::shared_bytes},
-                 implicit_gemm_sm90_kernel<T, kTile, true, Sm90Prologue<T, kTile>>, maps.x,
-                 maps.weight, maps.residual, maps.y, gemm);
+                 implicit_gemm_sm90_kernel<T, kTile, Epilogue::statistics, Sm90Prologue<T, kTile>>,
+                 maps.x, maps.weight, maps.residual, maps.y, gemm);
   });
   check(found, "implicit_gemm: no Hopper kernel for tile ", tile);
 }
@@ -59,8 +59,9 @@ void Sm90Prologues<T>::list(std::vector<CudaKernel>& list, bool gpu) {
     const std::string name = std::string("implicit_gemm_sm90_") +
                              (std::is_same_v<T, half_t> ? "float16_" : "bfloat16_") +
                              std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n);
-    describe_kernel(list, name + "_prologue",
-                    implicit_gemm_sm90_kernel<T, kTile, true, Sm90Prologue<T, kTile>>, gpu);
+    describe_kernel(
+        list, name + "_prologue",
+        implicit_gemm_sm90_kernel<T, kTile, Epilogue::statistics, Sm90Prologue<T, kTile>>, gpu);
   });
 }
 

@@ -13,8 +13,8 @@ struct GemmTile {
   int warps;   // that multiply a tile; sm_90's blocks have 8, 4 to a tile: two take turns
   int stages;  // steps in flight
 
-  // Of a part of the statistics (implicit_gemm_statistics.cuh): those whose sums meet. The halves
-  // of sm_90's tile by 8 warps do not.
+  // Of a part, in training's epilogues (implicit_gemm_statistics.cuh, implicit_gemm_gradient.cuh):
+  // those whose sums meet. The halves of sm_90's tile by 8 warps do not.
   constexpr int part_pixels() const {
     return architecture == 90 && warps == 8 ? block_m / 2 : block_m;
   }

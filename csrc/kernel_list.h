@@ -24,5 +24,6 @@ void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_prologue_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_bn_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_bn_statistics_kernels(std::vector<CudaKernel>& list, bool gpu);
+void list_bn_gradient_sums_kernels(std::vector<CudaKernel>& list, bool gpu);
 
 }  // namespace fused_resnet

@@ -289,8 +289,9 @@ def tune(
 ) -> None:
     """Measure who computes a model's convolutions fastest on a GPU; later runs use the winners.
 
-    CUDA, Triton and cuDNN contend, each with every tile worth a try. Kept in
-    $XDG_CACHE_HOME/fused_resnet (~/.cache/fused_resnet) by GPU, driver, PyTorch and Triton version.
+    CUDA, Triton and cuDNN contend, each with every tile worth a try; in 16 bits for the gradients'
+    convolutions too. Kept in $XDG_CACHE_HOME/fused_resnet (~/.cache/fused_resnet) by GPU, driver,
+    PyTorch and Triton version.
     """
     import torch
 
@@ -312,12 +313,13 @@ def tune(
         contenders = backends.conv_contenders()
         if not contenders:
             raise ValueError(f"tune: {backends.missing('conv_bn_relu', 'triton', 'cuda')}")
+    from . import tuning
     from .report import tuned_table
 
     where = torch.device(device)
     for name, size, kind in itertools.product(models, batches, dtypes):
         as_dtype = getattr(torch, kind)
-        layers = {gemm.problem_of(x, as_dtype): x for x in gemm.layers_of(name, size)}
+        layers = tuning.problems(gemm.layers_of(name, size), where, contenders, as_dtype)
         found, not_kept = _tune(layers, where, contenders, as_dtype, console)
         console.print(tuned_table(found, f"{name}, batch {size}, {kind}"))
         if not_kept:

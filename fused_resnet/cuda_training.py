@@ -3,6 +3,13 @@ norm behind them on the way: z is not read once more for those.
 
     z = conv(x, weight),   mean[k], var[k] = over pixels of z[., k] as it is stored
 
+And in backward their input gradients, where the input was a norm's behind a ReLU: the ReLU's mask
+and the sums of the norm's gradient, which are not read once more either.
+
+    dx = conv's gradient,   g = dx * !(relu(norm(z)) <= 0),   sum g, sum g * (z - mean)
+
+Such a gradient is a convolution again (`turned`), of stride 1, with a `Problem` of its own.
+
 Who computes a convolution is decided by `tuning`, from what `fused-resnet tune` has measured: these
 kernels serve where native was the fastest, by the tile that was. What nobody has measured is
 cuDNN's, with `bn_add_relu` behind it, as everywhere else, unless the native backend is forced.
@@ -31,6 +38,7 @@ from torch import Tensor
 from . import backends, cuda_conv, tuning
 from .convolution import output_shape
 from .gemm import (
+    Layer,
     Problem,
     capability,
     channels_last_empty,
@@ -39,7 +47,15 @@ from .gemm import (
     multiprocessors,
     operands_of,
 )
-from .train_kernels import Geometry, Norm, Normed, Portable, vector
+from .train_kernels import (
+    Geometry,
+    Norm,
+    Normed,
+    NormGradients,
+    Portable,
+    gradient_padding,
+    vector,
+)
 
 
 class Cuda(Portable):
@@ -164,6 +180,81 @@ class Cuda(Portable):
         if other is not None:
             other = other._replace(state=other.state[:2])
         return super().norm_gradients(dy, y, normed, other, alone=alone, masked=masked)
+
+    def relu_gradient(
+        self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
+    ) -> tuple[Tensor, Any]:
+        config = self._gradient_config(dy, weight, g, normed)
+        if config is None:
+            return super().relu_gradient(dy, y, weight, g, normed)
+        return self.relu_gradient_by(config, dy, weight, g, normed)
+
+    def _gradient_config(self, dy: Tensor, weight: Tensor, g: Geometry, normed: Normed) -> Any:
+        """`_config` of the input gradient, with the mask and sums of `normed`; None: cuDNN's, and
+        their own pass. Without the mean's rest the mask could not be made again to the last bit."""
+        padding = gradient_padding(weight, g)
+        if padding is None or normed.state[2] is None or dy.element_size() != 2:
+            return None
+        return self._config(dy, turned(weight, g.groups), _turned(g, padding))
+
+    def relu_gradient_by(
+        self, config: cuda_conv.CudaConfig, dy: Tensor, weight: Tensor, g: Geometry, normed: Normed
+    ) -> tuple[Tensor, Tensor]:
+        """`relu_gradient` by a tile, and splits. dy, normed.x: channels_last."""
+        padding = gradient_padding(weight, g)
+        assert padding is not None
+        x, norm, (mean, var, rest) = normed
+        rows = turned_rows(weight, g.groups, dy.dtype)
+        dx = channels_last_empty(x.shape, dy)
+        sums = cuda_conv.ops().convolution_gradient_sums(
+            cuda_conv.aligned(dy), rows, dx, cuda_conv.aligned(x), mean, var, rest,
+            vector(norm.weight, x), vector(norm.bias, x), norm.eps, padding, g.dilation, g.groups,
+            config.tile, config.splits,
+        )  # fmt: skip
+        return dx, sums
+
+    def norm_gradients_by(self, made: Any, dy: Tensor, y: Tensor, normed: Normed) -> NormGradients:
+        if made is None:
+            return super().norm_gradients_by(made, dy, y, normed)
+        x, norm, (mean, var, _) = normed
+        found = cuda_conv.ops().bn_gradient_by_sums(
+            dy, x, made, vector(norm.weight, x), mean, var, norm.eps
+        )
+        return NormGradients(*found)
+
+
+def turned(weight: Tensor, groups: int) -> Tensor:
+    """weight (K, C / groups, R, S) of a convolution of stride 1 -> (C, K / groups, R, S) of the one
+    that is its input gradient, but for the taps, which are in reverse there."""
+    if groups == 1:
+        return weight.transpose(0, 1)
+    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def turned_rows(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """The same with its taps in reverse, (C, R, S, K / groups), as the kernels read it."""
+    found = turned(weight.detach(), groups)
+    if weight[0, 0].numel() > 1:
+        found = found.flip((2, 3))
+    C, K, R, S = found.shape
+    rows = torch.empty((C, R, S, K), dtype=dtype, device=weight.device)
+    return rows.copy_(found.permute(0, 2, 3, 1))
+
+
+def _turned(g: Geometry, padding: list[int]) -> Geometry:
+    return Geometry((1, 1), (padding[0], padding[1]), g.dilation, g.groups)
+
+
+def gradient_layer(layer: Layer) -> Layer | None:
+    """The convolution that is a layer's input gradient, None where there is no such one."""
+    weight = torch.empty(layer.weight_shape, device="meta")
+    g = Geometry(*layer.geometry, layer.groups)
+    padding = gradient_padding(weight, g)
+    if padding is None:
+        return None
+    shape = tuple(turned(weight, layer.groups).shape)
+    geometry = geometry_of(*_turned(g, padding)[:3])
+    return Layer(layer.y_shape, shape, layer.x_shape, geometry, layer.groups)
 
 
 CUDA = Cuda()

@@ -139,13 +139,15 @@ class PreactFunction(torch.autograd.Function):
                 grads[3 * i] = kernels.weight_gradient(dz, h, weight, spec.geometries[i])
             if i == first and not need_x and not any(needs[3 * i + 1 : 3 * i + 3]):
                 break
-            dh = kernels.input_gradient(dz, h, weight, spec.geometries[i])
-            del dz
+            normed, made = Normed(outputs[i], norm, states[i]), None
             if i == 0 and spec.shared:
+                dh = kernels.input_gradient(dz, h, weight, spec.geometries[i])
                 dh = block.shortcut_gradient(dy, h, dh)
-            normed = Normed(outputs[i], norm, states[i])
-            found = kernels.norm_gradients(dh, h, normed, alone=True)[0]
-            del dh, h, normed
+            else:
+                dh, made = kernels.relu_gradient(dz, h, weight, spec.geometries[i], normed)
+            del dz
+            found = kernels.norm_gradients_by(made, dh, h, normed)
+            del dh, made, h, normed
             for k, t, d in ((1, norm.weight, found.dweight), (2, norm.bias, found.dbias)):
                 if t is not None and needs[3 * i + k]:
                     grads[3 * i + k] = d.to(t.dtype)

@@ -182,6 +182,18 @@ class Portable:
         rest = op(g, x, None, norm.weight, mean, var, norm.eps, False, True, False)
         return first, NormGradients(*rest[:3]), g
 
+    def relu_gradient(
+        self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
+    ) -> tuple[Tensor, Any]:
+        """`input_gradient` where the convolution's input is y = relu(normed), (N, C, H, W), and the
+        sums that the norm's gradients are made of, where they come with it: then it is masked."""
+        return self.input_gradient(dy, y, weight, g), None
+
+    def norm_gradients_by(self, made: Any, dy: Tensor, y: Tensor, normed: Normed) -> NormGradients:
+        """`norm_gradients` of y = relu(normed), by the sums that came with dy, or None: by its
+        own."""
+        return self.norm_gradients(dy, y, normed, alone=True)[0]
+
     def update_running(
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:

@@ -243,11 +243,13 @@ class _Backward:
                 break
             if i == first:
                 break
-            dh = kernels.input_gradient(found.dx, source, self.units[i][0], spec.geometries[i])
-            found = None  # frees its memory for what comes
             before = self.normed(i - 1)
-            found = kernels.norm_gradients(dh, source, before, alone=True)[0]
-            del dh, source, before
+            dh, made = kernels.relu_gradient(
+                found.dx, source, self.units[i][0], spec.geometries[i], before
+            )
+            found = None  # frees its memory for what comes
+            found = kernels.norm_gradients_by(made, dh, source, before)
+            del dh, made, source, before
             self.inner[i - 1] = self.outputs[i - 1] = None
         if branch is not None and self.need_x:
             dx = kernels.input_gradient(

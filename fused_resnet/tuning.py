@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .gemm import Layer, Problem, capability, multiprocessors
+from .gemm import Layer, Problem, capability, multiprocessors, problem_of
 
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -171,6 +171,23 @@ def candidates(
         if contender(backend).covers(problem, capability(device))
         for config in contender(backend).candidates(problem, capability(device))
     ]
+
+
+def problems(
+    layers: Iterable[Layer], device: torch.device, backends: Sequence[str], dtype: torch.dtype
+) -> dict[Problem, Layer]:
+    """The problems that layers are, and their input gradients where these may be convolutions by
+    this package's CUDA kernels in a training step (cuda_training.py); one layer of each."""
+    layers = list(layers)
+    found = {problem_of(layer, dtype): layer for layer in layers}
+    if "native" in backends and dtype.itemsize == 2:
+        from .cuda_training import gradient_layer
+
+        for layer in filter(None, map(gradient_layer, layers)):
+            problem = problem_of(layer, dtype)
+            if contender("native").covers(problem, capability(device)):
+                found.setdefault(problem, layer)
+    return found
 
 
 def measure_on(

@@ -12,6 +12,8 @@ LAUNCH90, HOPPER = "csrc/implicit_gemm_sm90_cuda.cu", "csrc/cuda_hopper.cuh"
 H = "tests/test_hopper.py -k"
 SUMS_H, MERGE = "csrc/implicit_gemm_statistics.cuh", "csrc/bn_statistics_cuda.cu"
 SUMS = "tests/test_conv_statistics.py -k"
+GRADIENT_H, SPLIT = "csrc/implicit_gemm_gradient.cuh", "csrc/implicit_gemm_sm80_gradient.cuh"
+ADDED, GRADIENT = "csrc/bn_gradient_sums_cuda.cu", "tests/test_conv_gradient.py -k"
 FORWARD, BACKWARD = "csrc/bn_add_relu_forward.cuh", "csrc/bn_add_relu_backward.cuh"
 CHANNEL, PROLOGUE = "csrc/bn_channel.cuh", "csrc/implicit_gemm_prologue.cuh"
 PROLOGUE90 = "csrc/implicit_gemm_sm90_prologue.cuh"
@@ -40,7 +42,8 @@ CUDA = [
      "__syncthreads();  // the ring has been read, its memory is free", "",
      f"{GEMM} 'small_integers or every_tile'"),
     ("sm80: sums read before they are written", S80,
-     "  __syncthreads();\n  if constexpr (kStatistics)", "  if constexpr (kStatistics)",
+     "  __syncthreads();\n  if constexpr (kEpilogue == Epilogue::statistics)",
+     "  if constexpr (kEpilogue == Epilogue::statistics)",
      f"{GEMM} 'small_integers or every_tile'"),
     ("sm80: stride of the other dimension", INDEX, "p * window.stride_h", "p * window.stride_w",
      f"{GEMM} 'small_integers and asymmetric'"),
@@ -191,9 +194,76 @@ CUDA = [
      "block.stage(ring.stage) + first_row * kSwizzleRowBytes);\n",
      "    prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);\n"
      "    mbarrier_wait(block.full + ring.stage, ring.parity);\n", f"{PRO} one_after"),
+    # --- a norm's gradient in its epilogue
+    ("gradient: not masked", GRADIENT_H, "widen(y) <= 0 ?", "widen(y) <= -1e30f ?",
+     f"{GRADIENT} values"),
+    ("gradient: NaN killed by the mask", GRADIENT_H, "widen(y) <= 0 ?", "!(widen(y) > 0) ?",
+     f"{GRADIENT} special"),
+    ("gradient: masked by y before it is rounded", GRADIENT_H,
+     "const T y =\n          narrow<T>(normalised(", "const float y =\n          (normalised(",
+     f"{GRADIENT} special"),
+    ("gradient: sums of what is not masked", GRADIENT_H, "sums[i] += widen(g.values[i]);",
+     "sums[i] += widen(gradient.values[i]);", f"{GRADIENT} values"),
+    ("gradient: sums about zero", GRADIENT_H, "(v - by.mean)", "v",
+     f"{GRADIENT} values"),
+    ("gradient: sums of what is not rounded", GRADIENT_H, "sums[i] += widen(g.values[i]);",
+     "sums[i] += 1.0002f * widen(g.values[i]);", f"{GRADIENT} values"),
+    ("gradient: the other half's channels", GRADIENT_H, "thread / kHalf * 4",
+     "(1 - thread / kHalf) * 4", f"{GRADIENT} values"),
+    ("gradient: the mean's rest not used", GRADIENT_H, "norm.rest[c]", "0.0f",
+     f"{GRADIENT} every_tile"),
+    ("gradient: the first sum for both", GRADIENT_H, "over.place(2 * Sums::kWarps + 1, 0, j)",
+     "over.place(2 * Sums::kWarps, 0, j)", f"{GRADIENT} values"),
+    ("gradient: channels past the last one", GRADIENT_H, "      if (k >= width) continue;\n", "",
+     f"{GRADIENT} every_tile"),
+    ("gradient: halves of channels exchanged", GRADIENT_H,
+     "(half * kColumns + column) * 4", "(half + column * 2) * 4", f"{GRADIENT} values"),
+    ("gradient: pixels past the last one", S80, "if (inside(i)) {\n        const uint4 g",
+     "if (rows > 0) {\n        const uint4 g", f"{GRADIENT} every_tile"),
+    ("gradient: the first group's place for all", S80, "2 * outputs + group * a.K + first_n",
+     "2 * outputs + first_n", f"{GRADIENT} every_tile"),
+    ("gradient: the first group's norm for all", S80, "NormNumbers::load(a.mask, group * a.K + n)",
+     "NormNumbers::load(a.mask, n)", f"{GRADIENT} every_tile"),
+    ("gradient: the first pixels' input for all", S80, "if (i + kAhead < kPacks) load_beside(i + "
+     "kAhead);\n    }\n    const int64_t outputs", "}\n    const int64_t outputs",
+     f"{GRADIENT} every_tile"),
+    ("gradient: channels written over the ring", S80,
+     "__syncthreads();  // the ring has been read, its memory is free",
+     "if constexpr (kEpilogue == Epilogue::gradient) finish.store_channel(shared);\n"
+     "  __syncthreads();", f"{GRADIENT} 'every_tile or values'"),
+    ("gradient: channels read before they are there", S80,
+     "  if constexpr (kEpilogue == Epilogue::gradient) finish.store_channel(shared);\n"
+     "  __syncthreads();",
+     "  __syncthreads();\n"
+     "  if constexpr (kEpilogue == Epilogue::gradient) finish.store_channel(shared);",
+     f"{GRADIENT} 'every_tile or values'"),
+    ("gradient: splits' channels read before they are there", SPLIT,
+     "  __syncthreads();\n  GradientColumn", "  GradientColumn", f"{GRADIENT} every_tile"),
+    ("gradient: the first part's place for all splits", SPLIT,
+     "int64_t{part} * 2 * outputs + first", "first", f"{GRADIENT} every_tile"),
+    ("gradient: Hopper's rows masked before all are there", S90,
+     "    threads.sync();\n    uint8_t* const chunk", "    uint8_t* const chunk",
+     f"{GRADIENT} every_tile"),
+    ("gradient: Hopper's first group's input for all", S90, "c = start.group * gemm.K + k;",
+     "c = k;", f"{GRADIENT} 'every_tile or of_hopper'"),
+    ("gradient: Hopper's rows past the last pixel", S90,
+     "const int left = k < gemm.K ? gemm.M - m : 0;",
+     "const int left = k < gemm.K ? Shape::rows : 0;", f"{GRADIENT} every_tile"),
+    ("gradient: Hopper's store not waited for", S90,
+     "    if (leader) store_wait_read();\n    threads.sync();  // TMA has read",
+     "    threads.sync();  // TMA has read", f"{GRADIENT} blocks_stay"),
+    ("gradient: Hopper's sums written while they are read", S90,
+     "    threads.sync();  // the sums have been read, too\n", "", f"{GRADIENT} blocks_stay"),
+    ("gradient: Hopper's of a half without pixels", S90, "if (m < gemm.M) masked.write_sums",
+     "masked.write_sums", f"{GRADIENT} every_tile"),
+    ("gradient: a part of 128 left out", ADDED, "first + kMostSumParts < p.count ? first + "
+     "kMostSumParts : p.count", "first + kMostSumParts < p.count ? first + kMostSumParts - 1 : "
+     "p.count", f"{GRADIENT} many_parts"),
+    ("gradient: the cut's parts counted", BACKWARD, "cut.parts = bn.parts;", "",
+     f"{GRADIENT} 'many_parts or second_half'"),
     # --- Hopper's convolution
     ("sm90: residual dropped", S90,
-     "if (!kStatistics && gemm.residual) load_matrix_x4(added, place);", "",
+     "if (scaled && gemm.residual) load_matrix_x4(added, place);", "",
      f"{H} test_values"),
     ("sm90: turn not waited for", S90, "mbarrier_wait(block.turn + warpgroup, turn_parity);", "",
      f"{H} 'many_tiles or small_integers'"),

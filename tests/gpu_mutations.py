@@ -17,6 +17,7 @@ INFERENCE = "tests/test_inference.py"
 GPU = "fused_resnet/gpu_conv.py"
 CUDA_PY = "fused_resnet/cuda_conv.py"
 TUNING = "fused_resnet/tuning.py"
+CUDA_TRAINING, GRADIENT = "fused_resnet/cuda_training.py", "tests/test_conv_gradient.py"
 GEMM = "tests/test_implicit_gemm.py"
 TRAIN_PY, PRO = "fused_resnet/cuda_training.py", "tests/test_conv_prologue.py"
 
@@ -236,4 +237,21 @@ GPU_PYTHON = [
      f"{ON_GRAPHS} -k autocast_around"),
     ("training_step: graphs never dropped", STEP_PY, "while len(kept) >= most:",
      "while False:", f"{ON_GRAPHS} -k few"),
+    # --- input gradients that take a norm's sums
+    ("gradient: taps not reversed", CUDA_TRAINING, "found.flip((2, 3))", "found.flip((2,))",
+     f"{GRADIENT} -k unit"),
+    ("gradient: the forward convolution's padding", CUDA_TRAINING,
+     "padding, g.dilation, g.groups,\n            config", "g.padding, g.dilation, g.groups,\n"
+     "            config", f"{GRADIENT} -k unit"),
+    ("gradient: served without the mean's rest", CUDA_TRAINING,
+     "padding is None or normed.state[2] is None or", "padding is None or",
+     f"{GRADIENT} -k only_measured"),
+    ("gradient: the forward convolution's winner", CUDA_TRAINING,
+     "self._config(dy, turned(weight, g.groups), _turned(g, padding))",
+     "self._config(normed.x, weight, g)", f"{GRADIENT} -k only_measured"),
+    ("gradient: its sums left unused", CUDA_TRAINING,
+     "if made is None:\n            return super()",
+     "if made is not None:\n            return super()", f"{GRADIENT} -k trains"),
+    ("gradient: not measured by tune", TUNING, "found.setdefault(problem, layer)", "pass",
+     f"{GRADIENT} -k tuned"),
 ]  # fmt: skip

@@ -139,6 +139,33 @@ def prologues() -> Calls:
         yield f"normalised_convolution_statistics sm_{tile.architecture} {tile}, {dtype}", run
 
 
+def gradients() -> Calls:
+    """A training norm's gradient, from its convolution's; by tiles, and by splits."""
+    tiles = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
+    tiles = [tile for tile in tiles if machines.skip_reason(tile.architecture) is None]
+    for tile, dtype in itertools.product(tiles, FLOATS[:2]):
+        K = 24 if tile.architecture == 80 else 64
+        dy, g, x = (
+            machines.here(randn((2, C, 9, 15), dtype).contiguous(memory_format=torch.channels_last))
+            for C in (2 * K, 144, 144)
+        )
+        weight = machines.here(randn((144, 1, 3, K), dtype))
+        norm = [machines.here(t) for t in torch.rand(5, 144).unbind()]
+        for splits in (1, 2) if tile.architecture == 80 else (1,):
+
+            def run(
+                operands: tuple = (dy, weight, g, x, *norm, 1e-5),
+                where: tuple = ([0, 1], [1, 1], 2, tile.number, splits),
+            ) -> list[Tensor]:
+                sums = machines.ops().convolution_gradient_sums(*operands, *where)
+                _, _, g, x, mean, var, _, scale, _, eps = operands
+                by_sums = machines.ops().bn_gradient_by_sums
+                return [g, sums, *by_sums(g, x, sums, scale, mean, var, eps)]
+
+            name = f"convolution_gradient_sums sm_{tile.architecture} {tile}"
+            yield f"{name}, {dtype}, {splits} splits", run
+
+
 def stem() -> Calls:
     for dtype, pool, wide in itertools.product(FLOATS[:2], (True, False), (True, False)):
         x = machines.here(randn((2, 3, 45, 71), torch.float32 if wide else dtype))
@@ -160,7 +187,8 @@ def main() -> int:
     torch.manual_seed(0)
     count = 0
     with machines.running_on(args.device):
-        for part in (elementwise, batch_norm, convolutions, statistics, prologues, stem):
+        parts = (elementwise, batch_norm, convolutions, statistics, prologues, gradients, stem)
+        for part in parts:
             for name, run in part():
                 if args.only not in name:
                     continue

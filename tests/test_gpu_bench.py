@@ -52,12 +52,15 @@ def kernels_on_the_cpu(quick_interpreter, monkeypatch):
 def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
     """compile by itself below: it takes seconds for each."""
     four = ("fused", "native", "triton", "unfused")
-    words = ("--contender", *four, "cudnn", "--only", "(2, 64, 8, 8)")
+    words = ("--contender", *four, "apart", "cudnn", "--only", "(2, 64, 8, 8)")
     status, found = bench(tmp_path, "--model", "resnet18", *words)
     rows = found["benchmarks"]
     assert status == 0, [row["notes"] for row in rows]
     ops = ("conv_bn_relu", "bn_add_relu", "bn_add_relu with backward", "add_relu")
-    some = {"conv_backward": ("triton", "unfused"), "conv_bn_train": ("fused", "native", "unfused")}
+    some = {
+        "conv_backward": ("triton", "unfused"), "conv_bn_train": ("fused", "native", "unfused"),
+        "conv_norm_backward": ("fused", "native", "apart", "unfused"),
+    }  # fmt: skip
     assert {row["op"] for row in rows} == {*ops, "add_relu with backward", *some}
     for row in rows:
         assert list(row["contenders"]) == list(some.get(row["op"], four)), row

@@ -148,6 +148,28 @@ def test_normalised_convolution_statistics(tile):
     check(run)
 
 
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"sm_{t.architecture} {t}")
+def test_convolution_gradient_sums(tile):
+    if (reason := machines.skip_reason(tile.architecture)) is not None:
+        pytest.skip(reason)
+    N, K, H, W = size((2, 72, 13, 11), (32, 512, 28, 28))
+    (C,) = size((136,), (256,))
+    dy, g, x = last((N, K, H, W)), last((N, C, H, W)), last((N, C, H, W))
+    weight = machines.here(randn((C, 1, 1, K), torch.bfloat16) / K**0.5)
+    norm = [machines.here(t) for t in torch.rand(5, C).unbind()]
+    for splits in (1, 3) if tile.architecture == 80 else (1,):
+
+        def run(splits: int = splits) -> list[Tensor]:
+            geometry, ops = ([0, 0], [1, 1], 1), machines.ops()
+            sums = ops.convolution_gradient_sums(
+                dy, weight, g, x, *norm, 1e-5, *geometry, tile.number, splits
+            )
+            mean, var, _, scale, _ = norm
+            return [g, sums, *ops.bn_gradient_by_sums(g, x, sums, scale, mean, var, 1e-5)]
+
+        check(run)
+
+
 @pytest.mark.parametrize("pool", [True, False], ids=["pooled", "not pooled"])
 def test_stem(pool):
     x = last(size((2, 3, 45, 71), (32, 3, 224, 224)))

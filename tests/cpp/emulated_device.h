@@ -108,6 +108,7 @@ inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c);
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 
 inline int thread_now() { return static_cast<int>(threadIdx.x); }
+inline unsigned block_now() { return blockIdx.x; }
 
 inline uint8_t* shared_memory() { return ::emulated::shared_memory(); }
 inline void sync_grid() { ::emulated::grid_sync(); }
