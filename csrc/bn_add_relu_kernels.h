@@ -3,8 +3,9 @@
 //
 // Statistics: sums of (x - near) and (x - near)^2 over blocks short enough for float32, `near`
 // being a value close to the mean (rows: the mean of the block before; planes: of a few values
-// spread over the piece), so nothing cancels however large the mean; each block is then moved to
-// the tensor's common centre and added up in double, where plain sums are safe:
+// spread over the piece, the largest and the smallest left out), so nothing cancels however large
+// the mean; each block is then moved to the tensor's common centre and added up in double, where
+// plain sums are safe:
 //   sum(x - c) = s1 + n d,  sum((x - c)^2) = s2 + 2 d s1 + n d^2,  d = near - c.
 // An outlier that gets into `near` costs digits only beside its own, larger, part of the variance.
 // A constant channel comes out with a variance of exactly 0.
@@ -22,6 +23,7 @@
 
 constexpr int64_t kBlockRows = 32;  // rows added up in float32 before they go to double
 constexpr int64_t kTile = 2048;     // columns whose running sums stay in the first-level cache
+constexpr int64_t kSamples = 16;    // values of a plane's piece that `near` is the mean of
 
 struct Segment {
   int64_t channel, offset, length;
@@ -83,11 +85,19 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
   for (int64_t item = begin; item < end; ++item) {
     const Segment segment = segment_of(walk, item);
     const auto* p = x + segment.offset;
-    // Spread over the segment, so that no one corner of it decides.
-    const int64_t some = segment.length < L ? segment.length : L;
-    double sample = 0;
-    for (int64_t i = 0; i < some; ++i) sample += D::get(p + i * segment.length / some);
-    const auto near = static_cast<typename D::A>(sample / some);
+    // Spread over the segment, so that no one corner of it decides, and no one outlier. A power of
+    // two of them: integers have an exact mean.
+    int64_t kept = kSamples;
+    while (kept > 1 && kept + 2 > segment.length) kept /= 2;
+    const int64_t some = kept + 2 > segment.length ? 1 : kept + 2;
+    double sample = 0, least = D::get(p), most = least;
+    for (int64_t i = 0; i < some; ++i) {
+      const double value = D::get(p + i * segment.length / some);
+      sample += value;
+      least = value < least ? value : least, most = value > most ? value : most;
+    }
+    if (some > 1) sample -= least + most;
+    const auto near = static_cast<typename D::A>(sample / kept);
     const V m = D::splat(near);
     V a1[4] = {}, a2[4] = {};
     int64_t i = 0;
