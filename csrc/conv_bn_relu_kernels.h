@@ -60,6 +60,26 @@ FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
   }
 }
 
+// Memory that a tile's assembly fetches for those after it, a piece of 256 bytes in four steps, so
+// that loads wait beside multiply-adds and not before them: what will be read, into the
+// second-level cache, and what will be written. `pitch` bytes from a piece to the next, `left`
+// pieces.
+struct Fetch {
+  struct Stream {
+    const char* at;
+    int64_t pitch, left;
+  } read, written;
+};
+// clang-format off
+#define FR_FETCH(i, stream, prefetch) \
+  "decq 16+" stream "(%[fetch])\n\tjs " i "f\n\t" \
+  "movq " stream "(%[fetch]), %%rbx\n\t" \
+  prefetch " (%%rbx)\n\t" prefetch " 64(%%rbx)\n\t" \
+  prefetch " 128(%%rbx)\n\t" prefetch " 192(%%rbx)\n\t" \
+  "addq 8+" stream "(%[fetch]), %%rbx\n\tmovq %%rbx, " stream "(%[fetch])\n\t" \
+  i ":\n\t"
+// clang-format on
+
 #if FR_VECTOR_BYTES == 64
 #include "conv_tile_avx512.h"
 #else
@@ -164,7 +184,7 @@ FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const in
 // a single float32 chain over thousands of products would lose twice what stock's blocked sums do.
 template <typename Dot, int vectors>
 FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                          int64_t single, int64_t channel, float* sum) {
+                          int64_t single, int64_t channel, Fetch& fetch, float* sum) {
   const int64_t taps_at_once = steps < kPiece ? kPiece / steps : 1;
   for (int64_t tap = 0; tap < taps; tap += taps_at_once) {
     const int64_t some = taps - tap < taps_at_once ? taps - tap : taps_at_once;
@@ -172,56 +192,83 @@ FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t 
       const int64_t count = steps - begin < kPiece ? steps - begin : kPiece;
       const int64_t last = begin + count == steps ? single : 0;
       sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, last,
-                             channel + begin * 4, tap + begin > 0, sum);
+                             channel + begin * 4, tap + begin > 0, fetch, sum);
       weight += some * (count + last) * vectors * 64;
     }
   }
 }
 
-// A block of channels of pixels [first, first + count), count at most kTilePixels.
+// A block of channels of pixels [first, first + count), count at most kTilePixels, which lie at
+// `written` in y.
 template <typename Dot, int vectors>
-FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count) {
+FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
+                           const int64_t* written, Fetch& fetch) {
   typedef typename Dot::D D;
   const int64_t steps = c.run / Dot::pair, single = c.run % Dot::pair, k = block * 64;
   const int64_t vector_bytes = c.R * c.S * (steps + single) * 64;  // of one vector of outputs
   const char* weight = static_cast<const char*>(c.weight) + block * 4 * vector_bytes;
   const char* pixel[kTilePixels * kMostTaps];
   alignas(64) float sum[kSums];
-  int64_t row = 0, row_end = 1, written[kTilePixels];
-  place(c, first, written);
+  int64_t row = 0, row_end = 1;
   if (c.pointwise)
     follow<typename Dot::X::T>(c, first, count, pixel);
   else
     locate<typename Dot::X::T>(c, first, count, pixel, &row, &row_end);
   const int64_t taps = (row_end - row) * c.S;
   const int64_t skipped = row * c.S * (steps + single) * 64;
-  // The lines that are written last are fetched first.
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t at = written[i] * c.K + k;
-    for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T))) {
-      if (c.residual != c.y) __builtin_prefetch(static_cast<typename D::T*>(c.y) + at + j, 1);
-      if (c.residual) __builtin_prefetch(static_cast<const typename D::T*>(c.residual) + at + j);
+  if (c.residual && c.residual != c.y)
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* residual = static_cast<const typename D::T*>(c.residual) + written[i] * c.K + k;
+      for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T)))
+        __builtin_prefetch(residual + j);
     }
-  }
   if (c.first_channel) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t channel = c.first_channel[block * 4 + v];
       sum_pieces<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
-                         channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), sum);
+                         channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), fetch, sum);
       finish<Dot, 1>(c, sum, k + v * 16, written, count);
     }
   } else {
-    sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, sum);
+    sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, fetch, sum);
     finish<Dot, vectors>(c, sum, k, written, count);
   }
 }
 
+// The same by itself, with nothing after it.
+template <typename Dot, int vectors>
+FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count) {
+  int64_t written[kTilePixels];
+  place(c, first, written);
+  Fetch none{};
+  conv_pixels<Dot, vectors>(c, block, first, count, written, none);
+}
+
 template <typename Dot, int vectors>
 void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
-  const int64_t pixels = c.N * c.P * c.Q;
+  constexpr int64_t size = sizeof(typename Dot::D::T);
+  const int64_t pixels = c.N * c.P * c.Q, step = c.y_column == 0 ? 1 : c.y_column;
+  auto* y = static_cast<const char*>(c.y) + block * 64 * size;
+  // A pointwise convolution's x is fetched while its last channels are written: of the next tiles,
+  // or, x being read block after block, of the tiles as many further on.
+  const bool last = c.pointwise && (block + 1) * 64 >= c.K;
+  const bool fetches_x = last && sizeof(typename Dot::X::T) == size;
+  const int64_t distance = c.K <= 64 ? 2 : end - begin;
+  const int64_t tile_bytes = kTilePixels * c.C * size;
+  int64_t written[kTilePixels];
+  place(c, begin * kTilePixels, written);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTilePixels, left = pixels - first;
-    conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels);
+    int64_t next[kTilePixels];
+    place(c, first + kTilePixels, next);
+    Fetch fetch{};
+    if (tile + 1 < end) fetch.written = {y + next[0] * c.K * size, step * c.K * size, kTilePixels};
+    if (fetches_x)
+      fetch.read = {static_cast<const char*>(c.x) + (tile + distance) * tile_bytes, 256,
+                    tile_bytes / 256};
+    conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels, written,
+                              fetch);
+    for (int i = 0; i < kTilePixels; ++i) written[i] = next[i];
   }
 }
 

@@ -116,13 +116,28 @@ FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t til
     conv_pixels<Dot, vectors>(c, block, (n * c.P + p + i) * c.Q + q, c.Q - q < 2 ? c.Q - q : 2);
 }
 
+// The first pixel of y's row of 2x2 tiles that `tile` is in.
+FR_INLINE int64_t winograd_pixel(const ConvBnRelu& c, int64_t tile) {
+  const int64_t row = tile / winograd_tiles_w(c), tiles_h = winograd_tiles_h(c);
+  return (row / tiles_h * c.P + row % tiles_h * 2) * c.Q;
+}
+
 // One block of outputs for tiles [first, first + count): v as winograd_input left it, `room` tiles
-// apart; m: room for the sums.
+// apart; m: room for the sums. Fetched meanwhile: the lines of y that are written then, and, in the
+// last block, the x of the tiles that follow.
 template <typename Dot, int vectors>
 FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
                               const float* v, int64_t room, float* m) {
   const int64_t groups = (count + kTilePixels - 1) / kTilePixels;
   const auto* weight = static_cast<const char*>(c.winograd) + block * 4 * 16 * c.C * 64;
+  constexpr int64_t size = sizeof(typename Dot::D::T);
+  Fetch fetch{};
+  fetch.written = {
+      static_cast<const char*>(c.y) + (winograd_pixel(c, first) * c.K + block * 64) * size,
+      c.K * size, 4 * count};
+  if ((block + 1) * 64 >= c.K)
+    fetch.read = {static_cast<const char*>(c.x) + winograd_pixel(c, first + count) * c.C * size,
+                  256, 4 * count * c.C * size / 256};
   for (int64_t i = 0; i < 16; ++i)
     for (int64_t group = 0; group < groups; ++group) {
       const char* pixel[kTilePixels];
@@ -131,7 +146,7 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
         pixel[t] =
             reinterpret_cast<const char*>(v + (i * room + (tile < count ? tile : count - 1)) * c.C);
       }
-      sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0,
+      sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0, fetch,
                                       m + (group * 16 + i) * kSums);
     }
   for (int64_t tile = 0; tile < count; ++tile) {

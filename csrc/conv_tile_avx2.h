@@ -34,13 +34,14 @@
 #define FR_ADVANCE(bytes) \
   FR_ADVANCE_BY(bytes, "8") FR_ADVANCE_BY(bytes, "9") FR_ADVANCE_BY(bytes, "10") \
   FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13")
-// The steps of one tap, four at a time and then one at a time. Label `i` and the two after it.
+// The steps of one tap, four at a time and then one at a time. Label `i` and the five after it.
 #define FR_STEPS(i, step) \
   "movq %[quads], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
   ".p2align 4\n\t" \
   i "0:\n\t" \
-  step("0", "w0") step("4", "w1") step("8", "w2") step("12", "w3") \
+  step("0", "w0") FR_FETCH(i "4", "0", "prefetcht1") step("4", "w1") step("8", "w2") \
+  FR_FETCH(i "5", "24", "prefetchw") step("12", "w3") \
   FR_ADVANCE("16") "addq %[w4], %[weight]\n\t" \
   "decq %%rax\n\tjnz " i "0b\n\t" \
   i "1:\n\t" \
@@ -93,9 +94,9 @@
       "9:\n\t"                                                                                    \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
       : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [out] "m"(out),             \
-        [again] "m"(again), [offset] "m"(offset), [w0] "i"(0), [w1] "i"(vectors * 64),            \
-        [w2] "i"(vectors * 128), [w3] "i"(vectors * 192), [w4] "i"(vectors * 256)                 \
-      : "rax", "r8", "r9", "r10", "r11", "r12", "r13", "cc", "memory", "xmm0", "xmm1",     \
+        [again] "m"(again), [offset] "m"(offset), [fetch] "r"(&fetch),              \
+        [w0] "i"(0), [w1] "i"(vectors * 64), [w2] "i"(vectors * 128), [w3] "i"(vectors * 192), [w4] "i"(vectors * 256)                 \
+      : "rax", "rbx", "r8", "r9", "r10", "r11", "r12", "r13", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15")
 // clang-format on
@@ -103,13 +104,14 @@
 // One vector of 16 outputs; of `vectors` a step.
 template <int vectors>
 FR_INLINE void sum_vector(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                          int64_t channel, int64_t again, float* out) {
+                          int64_t channel, int64_t again, Fetch& fetch, float* out) {
   const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
   FR_TILE(FR_FOLLOWING);
 }
 template <int vectors>
 FR_INLINE void sum_row_vector(const char* const* pixel, int64_t taps, int64_t steps,
-                              int64_t channel, int64_t offset, int64_t again, float* out) {
+                              int64_t channel, int64_t offset, int64_t again, Fetch& fetch,
+                              float* out) {
   const int64_t quads = steps / 4, rest = steps % 4;
   const char* weight = nullptr;
   FR_TILE(FR_POINTED);
@@ -120,17 +122,18 @@ FR_INLINE void sum_row_vector(const char* const* pixel, int64_t taps, int64_t st
 // out. `single` is 0: there are no pairs here.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                        int64_t, int64_t channel, int64_t again, float* out) {
+                        int64_t, int64_t channel, int64_t again, Fetch& fetch, float* out) {
   static_assert(Dot::pair == 1);
   for (int64_t v = 0; v < vectors; ++v)
-    sum_vector<vectors>(weight + v * 64, pixel, taps, steps, channel, again, out + v * 16);
+    sum_vector<vectors>(weight + v * 64, pixel, taps, steps, channel, again, fetch, out + v * 16);
 }
 
 // The same with 8 pointers per tap, the last, plus `offset`, to what `weight` is above.
 template <typename Dot, int vectors>
 FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, int64_t channel,
-                        int64_t offset, int64_t again, float* out) {
+                        int64_t offset, int64_t again, Fetch& fetch, float* out) {
   static_assert(Dot::pair == 1);
   for (int64_t v = 0; v < vectors; ++v)
-    sum_row_vector<vectors>(pixel, taps, steps, channel, offset + v * 64, again, out + v * 16);
+    sum_row_vector<vectors>(pixel, taps, steps, channel, offset + v * 64, again, fetch,
+                            out + v * 16);
 }

@@ -50,14 +50,15 @@
   FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13") \
   FR_ADVANCE_BY(bytes, "14")
 // The steps of one tap, four at a time and then one at a time; then, of a run with an odd number of
-// 16-bit values, the last one twice, its weight having been halved. Label `i` and the three after it.
+// 16-bit values, the last one twice, its weight having been halved. Label `i` and the five after it.
 #define FR_STEPS(i, op, n, step) \
   "movq %[quads], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
   ".p2align 4\n\t" \
   i "0:\n\t" \
-  step(op, "vbroadcastss", "0", n) step(op, "vbroadcastss", "4", n) \
-  step(op, "vbroadcastss", "8", n) step(op, "vbroadcastss", "12", n) \
+  step(op, "vbroadcastss", "0", n) FR_FETCH(i "4", "0", "prefetcht1") \
+  step(op, "vbroadcastss", "4", n) step(op, "vbroadcastss", "8", n) \
+  FR_FETCH(i "5", "24", "prefetchw") step(op, "vbroadcastss", "12", n) \
   FR_ADVANCE("16") "addq $(256*" #n "), %[weight]\n\t" \
   "decq %%rax\n\tjnz " i "0b\n\t" \
   i "1:\n\t" \
@@ -120,8 +121,8 @@
       "4:\n\t" FR_EACH(FR_ADD_SAVE)                                                              \
       "9:\n\t"                                                                                    \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
-      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [again] "m"(again), [offset] "m"(offset) \
-      : "rax", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
+      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [again] "m"(again), [offset] "m"(offset), [fetch] "r"(&fetch) \
+      : "rax", "rbx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
         "xmm22", "xmm23", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31")
@@ -139,7 +140,7 @@
 // out.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                        int64_t single, int64_t channel, int64_t again, float* out) {
+                        int64_t single, int64_t channel, int64_t again, Fetch& fetch, float* out) {
   const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
   if constexpr (Dot::pair == 1) {
     FR_TILES("vfmadd231ps", FR_FOLLOWING)
@@ -151,7 +152,7 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
 // The same with 8 pointers per tap, the eighth, plus `offset`, to what `weight` is above.
 template <typename Dot, int vectors>
 FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, int64_t channel,
-                        int64_t offset, int64_t again, float* out) {
+                        int64_t offset, int64_t again, Fetch& fetch, float* out) {
   const int64_t quads = steps / 4, rest = steps % 4, single = 0;
   const char* weight = nullptr;
   if constexpr (Dot::pair == 1) {

@@ -171,33 +171,104 @@ FR_INLINE void gather_x_row(const WeightGradient& g, const GradientPanel& panel,
     }
 }
 
-// Adds what [first, first + rows) contribute to `vectors` vectors of channels from c on.
+// Of a weight gradient's outputs those in tiles of kTilePixels; the others are in tiles of one
+// less, so that none is summed twice (0.92 to 0.96 of the time at 64 outputs). Too few for that,
+// and the last tile starts earlier.
+FR_INLINE int64_t wide_outputs(int64_t outputs) {
+  const int64_t narrow_tiles = (kTilePixels - outputs % kTilePixels) % kTilePixels;
+  const int64_t wide = outputs - narrow_tiles * (kTilePixels - 1);
+  return wide >= 0 ? wide : outputs;
+}
+
+// What will be laid out next, to be fetched while this is multiplied: rows of x, then dy.
+struct GradientReads {
+  Fetch::Stream x, dy;
+  int64_t x_row, x_rows;  // bytes from a row to the next
+
+  Fetch::Stream next() {
+    Fetch::Stream& from = x_rows > 0 ? x : dy;
+    const Fetch::Stream found = from;
+    if (x_rows-- > 0)
+      x.at += x_row;
+    else
+      dy.left = 0;
+    return found;
+  }
+};
+
+// `pixels` pixels of `channels` channels that lie one after the other
+template <typename T>
+FR_INLINE Fetch::Stream stream_of(const void* at, int64_t pixels, int64_t channels) {
+  const int64_t bytes = pixels * channels * static_cast<int64_t>(sizeof(T));
+  return {static_cast<const char*>(at), 256, bytes / 256};
+}
+
+// After channels c ... of the rows [first, first + rows) that are laid out: the next 256 bytes of
+// every pixel, or the next panel.
+template <typename Dot>
+FR_INLINE GradientReads gradient_reads(const WeightGradient& g, int64_t first, int64_t rows,
+                                       int64_t end, int64_t c, bool all_outputs) {
+  typedef typename Dot::D::T T;
+  constexpr int64_t size = sizeof(T), piece = 256 / size;
+  GradientReads reads{};
+  const bool within = c + 64 < g.C;
+  if (within ? (c + 64) % piece != 0 : first + rows >= end) return reads;
+  const int64_t row = within ? first : first + rows;
+  const auto* x =
+      static_cast<const char*>(g.x) + (row / g.P * g.H + row % g.P * g.stride_h) * g.W * g.C * size;
+  if (g.R * g.S == 1 && g.stride_h * g.stride_w > 1) {
+    reads.x = {x + (within ? (c + 64) * size : 0), g.stride_w * g.C * size, g.Q};
+    reads.x_row = g.stride_h * g.W * g.C * size, reads.x_rows = rows;
+  } else if (within || g.C > piece) {
+    reads.x = {x + (within ? (c + 64) * size : 0), g.C * size, rows * g.stride_h * g.W};
+    reads.x_rows = 1;
+  } else {
+    reads.x = stream_of<T>(x, rows * g.stride_h * g.W, g.C);
+    reads.x_rows = 1;
+  }
+  if (!within && all_outputs)
+    reads.dy = stream_of<T>(static_cast<const T*>(g.dy) + row * g.Q * g.K, rows * g.Q, g.K);
+  return reads;
+}
+
+// Adds what [first, first + rows) contribute to `vectors` vectors of channels from c on. table: of
+// every tap's row 8 pointers, as sum_rows reads them; the last pixel's are left null.
 template <typename Dot, int vectors>
 FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& panel, int64_t rows,
-                              int64_t c, int64_t k_begin, int64_t k_end, const char* const* table,
-                              const int64_t* entries, bool again, float* out) {
+                              int64_t c, int64_t k_begin, int64_t k_end, const char** table,
+                              const int64_t* entries, bool again, GradientReads reads, float* out) {
   constexpr int64_t size = sizeof(typename Dot::X::T), pair = Dot::pair;
   const int64_t apart = panel.apart * size, outputs = k_end - k_begin;
-  for (int64_t r = 0; r < g.R; ++r)
-    for (int64_t s = 0; s < g.S; ++s) {
-      const int64_t phase = s * g.dilation_w % g.stride_w, column = s * g.dilation_w / g.stride_w;
+  const int64_t wide = wide_outputs(outputs);
+  Fetch fetch{};
+  for (int64_t width = kTilePixels; width >= kTilePixels - 1; --width) {
+    const bool narrow = width < kTilePixels;
+    const int64_t first = narrow ? wide : 0, end = narrow ? outputs : wide;
+    for (int64_t r = 0; r < g.R && narrow; ++r)
+      for (int64_t i = 0; i < entries[r]; ++i)
+        table[(r * panel.rows + i) * 8 + kTilePixels - 1] = nullptr;
+    for (int64_t tap = 0; tap < g.R * g.S && first < end; ++tap) {
+      const int64_t r = tap / g.S, right = tap % g.S * g.dilation_w;
+      const int64_t phase = right % g.stride_w, column = right / g.stride_w;
       const int64_t odd = column % pair;
       const int64_t steps = (g.Q + odd + pair - 1) / pair;
       const int64_t offset =
           (phase * panel.columns + column - odd) / pair * static_cast<int64_t>(vectors) * 64;
       const int64_t at_once = steps < gradient_piece(pair) ? gradient_piece(pair) / steps : 1;
       const char* const* pointers = table + r * panel.rows * 8;
-      for (int64_t k = 0; k < outputs; k += kTilePixels) {
-        // The last tile starts earlier and leaves out what the one before it has done.
-        const int64_t start = k + kTilePixels <= outputs ? k : outputs - kTilePixels;
+      for (int64_t k = first; k < end; k += width) {
+        // A last tile that starts earlier leaves out what the one before it has done.
+        const int64_t start = k + width <= end ? k : end - width;
         alignas(64) float sum[kSums];
         const int64_t channel = start * apart + (panel.lead - odd) * size;
         for (int64_t row = 0; row < entries[r]; row += at_once) {
           const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
-          sum_rows<Dot, vectors>(pointers + row * 8, some, steps, channel, offset, row > 0, sum);
+          if (fetch.read.left <= 0) fetch.read = reads.next();
+          sum_rows<Dot, vectors>(pointers + row * 8, some, steps, channel, offset, row > 0, fetch,
+                                 sum);
         }
-        for (int64_t i = k - start; i < kTilePixels; ++i) {
-          float* to = out + (((start + i) * g.R + r) * g.S + s) * g.C + c;
+        for (int64_t i = k - start; i < width; ++i) {
+          float* to = out + ((start + i) * g.R * g.S + tap) * g.C + c;
 #pragma GCC unroll 8
           for (int64_t j = 0; j < vectors * 16; j += kLanes) {
             vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + j) : vf{};
@@ -207,6 +278,7 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
         }
       }
     }
+  }
 }
 
 // out (k_end - k_begin, R, S, C) <- the sum over output rows [begin, end) for outputs [k_begin,
@@ -263,7 +335,9 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
                        : vectors == 3 ? gradient_block<Dot, 3>
                        : vectors == 2 ? gradient_block<Dot, 2>
                                       : gradient_block<Dot, 1>;
-      run(g, panel, rows, c, k_begin, k_end, table, entries, first > begin, out);
+      const GradientReads reads =
+          gradient_reads<Dot>(g, first, rows, end, c, k_end - k_begin == g.K);
+      run(g, panel, rows, c, k_begin, k_end, table, entries, first > begin, reads, out);
     }
   }
 }

@@ -67,6 +67,7 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
   constexpr int64_t size = sizeof(typename Dot::D::T), pair = Dot::pair;
   const int64_t steps = (g.Q + pair - 1) / pair;
   const int64_t at_once = steps < gradient_piece(pair) ? gradient_piece(pair) / steps : 1;
+  Fetch none{};
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t j = 0; j < panel.values; j += kTilePixels) {
       const int64_t start = j + kTilePixels <= panel.values ? j : panel.values - kTilePixels;
@@ -74,7 +75,7 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
       for (int64_t row = 0; row < entries[r]; row += at_once) {
         const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
         sum_rows<Dot, vectors>(table + (r * panel.rows + row) * 8, some, steps,
-                               start * panel.pitch * size, 0, row > 0, sum);
+                               start * panel.pitch * size, 0, row > 0, none, sum);
       }
       for (int64_t i = j - start; i < kTilePixels; ++i) {
         float* to = out + (r * panel.values + start + i) * g.K + k;

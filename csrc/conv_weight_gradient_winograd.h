@@ -113,20 +113,26 @@ FR_INLINE void winograd_dy_row(const WeightGradient& g, int64_t first, int64_t c
 template <int vectors>
 FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, const float* dy,
                                        int64_t count, int64_t c, int64_t outputs, int64_t which,
-                                       bool again, float* sums) {
+                                       bool again, Fetch& fetch, GradientReads& reads,
+                                       float* sums) {
   const char* table[8];
   for (int64_t j = 0; j < kTilePixels; ++j)
     table[j] = reinterpret_cast<const char*>(dy + j * kTilesApart);
   table[7] = x;
-  for (int64_t k = 0; k < outputs; k += kTilePixels) {
-    const int64_t start = k + kTilePixels <= outputs ? k : outputs - kTilePixels;
+  const int64_t wide = wide_outputs(outputs);
+  for (int64_t k = 0; k < outputs;) {
+    const int64_t width = k < wide ? kTilePixels : kTilePixels - 1, end = k < wide ? wide : outputs;
+    const int64_t start = k + width <= end ? k : end - width;
     const int64_t channel = start * kTilesApart * 4;
+    if (k == wide) table[kTilePixels - 1] = nullptr;
     alignas(64) float sum[kSums];
     for (int64_t t = 0; t < count; t += kTilesSummed) {
       const int64_t steps = count - t < kTilesSummed ? count - t : kTilesSummed;
-      sum_rows<DotFloat32, vectors>(table, 1, steps, channel + t * 4, t * vectors * 64, t > 0, sum);
+      if (fetch.read.left <= 0) fetch.read = reads.next();
+      sum_rows<DotFloat32, vectors>(table, 1, steps, channel + t * 4, t * vectors * 64, t > 0,
+                                    fetch, sum);
     }
-    for (int64_t i = k - start; i < kTilePixels; ++i) {
+    for (int64_t i = k - start; i < width; ++i) {
       float* to = sums + ((start + i) * 16 + which) * g.C + c;
 #pragma GCC unroll 8
       for (int64_t j = 0; j < vectors * 16; j += kLanes) {
@@ -135,6 +141,7 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
         store_any(to + j, value);
       }
     }
+    k = start + width;
   }
 }
 
@@ -142,7 +149,7 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
 template <int row>
 FR_INLINE void winograd_gradient_row(const WeightGradient& g, char* scratch, int64_t first,
                                      int64_t count, int64_t k_begin, int64_t k_end, bool again,
-                                     float* sums) {
+                                     GradientReads reads, float* sums) {
   const int64_t outputs = k_end - k_begin;
   auto* x = reinterpret_cast<float*>(scratch);
   float* dy = x + 4 * kGradientTiles * g.C;
@@ -155,6 +162,7 @@ FR_INLINE void winograd_gradient_row(const WeightGradient& g, char* scratch, int
   }
   for (int64_t k = 0; k < outputs; k += 16)
     winograd_dy_row<row>(g, first, count, k_begin + k, dy + k * kTilesApart, dy_pitch);
+  Fetch fetch{};
   for (int64_t i = 0; i < 4; ++i)
     for (int64_t c = 0; c < g.C; c += 64) {
       const int64_t vectors = (g.C - c) / 16 < 4 ? (g.C - c) / 16 : 4;
@@ -163,7 +171,7 @@ FR_INLINE void winograd_gradient_row(const WeightGradient& g, char* scratch, int
                        : vectors == 2 ? winograd_gradient_block<2>
                                       : winograd_gradient_block<1>;
       run(g, reinterpret_cast<const char*>(x + i * x_pitch + c * kGradientTiles), dy + i * dy_pitch,
-          count, c, outputs, 4 * row + i, again, sums);
+          count, c, outputs, 4 * row + i, again, fetch, reads, sums);
     }
 }
 
@@ -173,10 +181,23 @@ void winograd_gradient(const WeightGradient& g, char* scratch, int64_t begin, in
   for (int64_t first = begin; first < end; first += kGradientTiles) {
     const int64_t count = end - first < kGradientTiles ? end - first : kGradientTiles;
     const bool again = first > begin;
-    winograd_gradient_row<0>(g, scratch, first, count, k_begin, k_end, again, sums);
-    winograd_gradient_row<1>(g, scratch, first, count, k_begin, k_end, again, sums);
-    winograd_gradient_row<2>(g, scratch, first, count, k_begin, k_end, again, sums);
-    winograd_gradient_row<3>(g, scratch, first, count, k_begin, k_end, again, sums);
+    // The next tiles, read four times, come while the last of these are multiplied.
+    GradientReads reads{};
+    if (first + count < end) {
+      const int64_t next = first + count, rows_of_tiles = next / ((g.Q + 1) / 2);
+      const int64_t tiles_h = (g.P + 1) / 2, n = rows_of_tiles / tiles_h;
+      const int64_t p = rows_of_tiles % tiles_h * 2;
+      reads.x = stream_of<float>(static_cast<const float*>(g.x) + (n * g.H + p) * g.W * g.C,
+                                 4 * count, g.C);
+      reads.x_rows = 1;
+      if (k_end - k_begin == g.K)
+        reads.dy = stream_of<float>(static_cast<const float*>(g.dy) + (n * g.P + p) * g.Q * g.K,
+                                    4 * count, g.K);
+    }
+    winograd_gradient_row<0>(g, scratch, first, count, k_begin, k_end, again, {}, sums);
+    winograd_gradient_row<1>(g, scratch, first, count, k_begin, k_end, again, {}, sums);
+    winograd_gradient_row<2>(g, scratch, first, count, k_begin, k_end, again, {}, sums);
+    winograd_gradient_row<3>(g, scratch, first, count, k_begin, k_end, again, reads, sums);
   }
 }
 
