@@ -22,6 +22,7 @@
 // the running sums but defeats the hardware's prefetching, and took half as long again.
 
 constexpr int64_t kBlockRows = 32;  // rows added up in float32 before they go to double
+constexpr int64_t kAhead = 2048;    // values, from what is read to what is fetched
 constexpr int64_t kTile = 2048;     // columns whose running sums stay in the first-level cache
 constexpr int64_t kSamples = 16;    // values of a plane's piece that `near` is the mean of
 
@@ -53,24 +54,34 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
   for (int64_t tile = 0; tile < C; tile += kTile) {
     const int64_t columns = C - tile < kTile ? C - tile : kTile;
     // Whole vectors are read of the last, shorter one too.
-    for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = near[j] = 0;
+    for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) near[j] = 0;
     for (int64_t j = 0; j < columns; ++j) near[j] = static_cast<A>(centre[tile + j]);
     for (int64_t block = begin; block < end; block += kBlockRows) {
       const int64_t rows = end - block < kBlockRows ? end - block : kBlockRows;
-      for (int64_t row = block; row < block + rows; ++row) {
-        const auto* p = x + row * C + tile;
-        for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
-          const V d = memory.load(p + j) - load_any<V>(near + j);
-          store_any(t1 + j, load_any<V>(t1 + j) + d);
-          store_any(t2 + j, load_any<V>(t2 + j) + d * d);
-        });
-      }
+      for_groups<D>(columns, [&](int64_t j, auto memory, auto group) FR_LAMBDA {
+        constexpr int count = decltype(group)::count;
+        V sum[count] = {}, squares[count] = {};
+        for (int64_t row = block; row < block + rows; ++row) {
+          const auto* p = x + row * C + tile + j;
+#pragma GCC unroll 4
+          for (int v = 0; v < count; ++v) {
+            if (v * D::lanes * static_cast<int64_t>(sizeof(*p)) % 64 == 0)
+              __builtin_prefetch(p + kBlockRows * C + v * D::lanes, 0, 2);
+            const V d = memory.load(p + v * D::lanes) - load_any<V>(near + j + v * D::lanes);
+            sum[v] += d;
+            squares[v] += d * d;
+          }
+        }
+        for (int v = 0; v < count; ++v) {
+          store_any(t1 + j + v * D::lanes, sum[v]);
+          store_any(t2 + j + v * D::lanes, squares[v]);
+        }
+      });
       const double n = rows;
       const A one_nth = A{1} / rows;
       for (int64_t j = 0; j < columns; ++j) {
         move_centre(n, near[j] - centre[tile + j], t1[j], t2[j], s1 + tile + j, s2 + tile + j);
         near[j] += t1[j] * one_nth;
-        t1[j] = t2[j] = 0;
       }
     }
   }
@@ -233,6 +244,12 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
         const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + base : nullptr;
         T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
         for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
+          // Beside stores past the caches, which take the same buffers, this took 2.5 times as
+          // long.
+          if (!dresidual) {
+            __builtin_prefetch(dy + j + kAhead, 0, 2);
+            __builtin_prefetch(x + j + kAhead, 0, 2);
+          }
           V g = memory.load(dy + j);
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
           if (own_scale)

@@ -154,6 +154,11 @@ FR_INLINE void place(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
   }
 }
 
+// A sum for outputs k ... as a batch norm with fixed statistics, if there is one, leaves it.
+FR_INLINE vf scaled(const ConvBnRelu& c, vf sum, int64_t k) {
+  return c.scale ? sum * load_any<vf>(c.scale + k) + load_any<vf>(c.shift + k) : sum;
+}
+
 // y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
 template <typename Dot, int vectors>
 FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const int64_t* pixel,
@@ -166,8 +171,7 @@ FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const in
     const auto* residual = static_cast<const typename D::T*>(c.residual) + at;
 #pragma GCC unroll 8
     for (int64_t j = 0; j < vectors * 16; j += kLanes) {
-      vf value = load_any<vf>(sum + 64 * i + j) * load_any<vf>(c.scale + k + j) +
-                 load_any<vf>(c.shift + k + j);
+      vf value = scaled(c, load_any<vf>(sum + 64 * i + j), k + j);
       if (__builtin_expect(whole, 1)) {
         if (c.residual) value += D::load(residual + j);
         store_rounded<Dot>(y + j, c.relu ? relu_of(value) : value);

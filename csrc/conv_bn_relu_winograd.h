@@ -98,7 +98,7 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
 #pragma GCC unroll 8
     for (int v = 0; v < parts; ++v) {
       const int64_t j = v * kLanes;
-      vf value = y[i][v] * load_any<vf>(c.scale + k + j) + load_any<vf>(c.shift + k + j);
+      vf value = scaled(c, y[i][v], k + j);
       if (c.residual) value += Dot::D::load(residual + j);
       Dot::D::store(out + j, c.relu ? relu_of(value) : value);
     }

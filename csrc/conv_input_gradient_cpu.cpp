@@ -89,8 +89,6 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
 
   // Per tap, K * C weights in the order in which the phases read them.
   const Scratch packed(R * S * K * C * operand_size);
-  const auto padded = static_cast<size_t>(round_up(C, kBlockChannels));
-  const std::vector<float> ones(padded, 1.0f), none(padded, 0.0f);
   const std::vector<char> zeros(static_cast<size_t>(K * operand_size), 0);
   std::vector<ConvPack> packs;
   std::vector<ConvBnRelu> convs;
@@ -118,7 +116,6 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
 
       ConvBnRelu& conv = convs.emplace_back();
       conv.x = source.data(), conv.weight = pack.direct, conv.zeros = zeros.data();
-      conv.scale = ones.data(), conv.shift = none.data();
       conv.y = dx_ptr + (a * W + b) * C * size;
       if (added) conv.residual = conv.y;
       conv.N = N, conv.C = K, conv.H = P, conv.W = Q, conv.K = C, conv.run = K;

@@ -90,14 +90,10 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
     cpu_kernels().conv_pack(pack, begin, end);
   });
 
-  const auto padded = static_cast<size_t>(round_up(K, kBlockChannels));
-  const std::vector<float> ones(padded, 1.0f), none(padded, 0.0f);
   const std::vector<char> zeros(static_cast<size_t>(C * size), 0);
   const Source source(conv, x, form);
   conv.weight = pack.direct;
   conv.winograd = pack.winograd;
-  conv.scale = ones.data();
-  conv.shift = none.data();
   if (residual) conv.residual = residual->const_data_ptr();
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();

@@ -119,7 +119,6 @@ template <typename Dot>
 FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q, int64_t tiles,
                             const float* m) {
   typedef typename Dot::D::T T;
-  const vf scale = load_any<vf>(c.scale), shift = load_any<vf>(c.shift);
   int64_t pixel = (n * c.P + p) * c.Q + q;
   const bool two_rows = p + 1 < c.P;
   for (int64_t tile = 0; tile < tiles; ++tile, m += 16, pixel += 2, q += 2) {
@@ -144,7 +143,7 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
       continue;
     }
     const auto write = [&](vf value, int64_t to) FR_LAMBDA {
-      value = value * scale + shift;
+      value = scaled(c, value, 0);
       if (c.residual) value += Dot::D::load(static_cast<const T*>(c.residual) + to * 16);
       Dot::D::store(static_cast<T*>(c.y) + to * 16, c.relu ? relu_of(value) : value);
     };

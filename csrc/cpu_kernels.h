@@ -89,7 +89,7 @@ struct ConvBnRelu {
   const void* x;                 // (N, H, W, C) in memory; widened: float32
   const void* weight;            // packed, see conv_bn_relu_kernels.h
   const void* winograd;          // packed, see conv_bn_relu_winograd.h, or null
-  const float* scale;            // (K,), zeros up to a multiple of 64
+  const float* scale;            // (K,), zeros up to a multiple of 64, or null: 1, and no shift
   const float* shift;            // as scale
   const int64_t* first_channel;  // grouped: where each 16 outputs' input channels start, else null
   const void* residual;          // (N, P, Q, K) in memory, or null; may be y

@@ -208,3 +208,17 @@ FR_INLINE void for_vectors(int64_t n, const Body& body) {
   for (; j + D::lanes <= n; j += D::lanes) body(j, Whole<D>{});
   if (j < n) body(j, First<D>{n - j});
 }
+
+template <int n>
+struct Group {
+  static constexpr int count = n;  // of vectors
+};
+
+// body(j, memory, group): the same with four vectors at a time, and then one.
+template <typename D, typename Body>
+FR_INLINE void for_groups(int64_t n, const Body& body) {
+  int64_t j = 0;
+  for (; j + 4 * D::lanes <= n; j += 4 * D::lanes) body(j, Whole<D>{}, Group<4>{});
+  for (; j + D::lanes <= n; j += D::lanes) body(j, Whole<D>{}, Group<1>{});
+  if (j < n) body(j, First<D>{n - j}, Group<1>{});
+}
