@@ -112,6 +112,8 @@ FR_INLINE void winograd_weight(const vf* g, vf* out) {
   }
 }
 
+constexpr int64_t kInputsAhead = 32;  // from those that are packed to those that are fetched
+
 // 16 inputs from c on of vector v of outputs; tile: memory for them, (tap, input, 16 outputs)
 FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
   const int64_t K = p.outputs, C = p.inputs;
@@ -122,6 +124,9 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
     const float* source =
         weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
     float* t = tile + tap * 256;
+    const int64_t row = p.transposed ? p.input_stride : p.output_stride;
+    for (int64_t i = 0; i < 16; ++i)
+      __builtin_prefetch(source + kInputsAhead * p.input_stride + i * row, 0, 2);
     if (p.transposed) {
       for (int64_t i = 0; i < 16; ++i) copy_16(source + i * p.input_stride, t + i * 16);
     } else {
