@@ -261,6 +261,9 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
         const int64_t start = k + width <= end ? k : end - width;
         alignas(64) float sum[kSums];
         const int64_t channel = start * apart + (panel.lead - odd) * size;
+        float* to = out + (start * g.R * g.S + tap) * g.C + c;
+        const int64_t pitch = g.R * g.S * g.C;
+        fetch.written = {reinterpret_cast<const char*>(to), pitch * 4, width};
         for (int64_t row = 0; row < entries[r]; row += at_once) {
           const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
           if (fetch.read.left <= 0) fetch.read = reads.next();
@@ -268,12 +271,11 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
                                  sum);
         }
         for (int64_t i = k - start; i < width; ++i) {
-          float* to = out + ((start + i) * g.R * g.S + tap) * g.C + c;
 #pragma GCC unroll 8
           for (int64_t j = 0; j < vectors * 16; j += kLanes) {
             vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + j) : vf{};
-            if (again) value += load_any<vf>(to + j);
-            store_any(to + j, value);
+            if (again) value += load_any<vf>(to + i * pitch + j);
+            store_any(to + i * pitch + j, value);
           }
         }
       }

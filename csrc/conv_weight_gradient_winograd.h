@@ -124,6 +124,8 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
     const int64_t width = k < wide ? kTilePixels : kTilePixels - 1, end = k < wide ? wide : outputs;
     const int64_t start = k + width <= end ? k : end - width;
     const int64_t channel = start * kTilesApart * 4;
+    float* to = sums + (start * 16 + which) * g.C + c;
+    fetch.written = {reinterpret_cast<const char*>(to), 16 * g.C * 4, width};
     if (k == wide) table[kTilePixels - 1] = nullptr;
     alignas(64) float sum[kSums];
     for (int64_t t = 0; t < count; t += kTilesSummed) {
@@ -133,12 +135,11 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
                                     fetch, sum);
     }
     for (int64_t i = k - start; i < width; ++i) {
-      float* to = sums + ((start + i) * 16 + which) * g.C + c;
 #pragma GCC unroll 8
       for (int64_t j = 0; j < vectors * 16; j += kLanes) {
         vf value = load_any<vf>(sum + 64 * i + j);
-        if (again) value += load_any<vf>(to + j);
-        store_any(to + j, value);
+        if (again) value += load_any<vf>(to + i * 16 * g.C + j);
+        store_any(to + i * 16 * g.C + j, value);
       }
     }
     k = start + width;
