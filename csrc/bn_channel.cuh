@@ -23,6 +23,21 @@ struct NormChannel {
   }
 };
 
+// A channel of the norm as it lies in memory.
+struct NormNumbers {
+  float mean, var, rest, weight, bias;
+
+  template <typename Norm>
+  __device__ __forceinline__ static NormNumbers load(const Norm& norm, int64_t c) {
+    return {norm.mean[c], norm.var[c], norm.rest[c], norm.weight != nullptr ? norm.weight[c] : 1.0f,
+            norm.bias != nullptr ? norm.bias[c] : 0.0f};
+  }
+  // As the forward pass folded it.
+  __device__ __forceinline__ NormChannel<float> folded(float eps) const {
+    return NormChannel<float>::of(mean, var, rest, weight, bias, eps);
+  }
+};
+
 template <typename A>
 __device__ __forceinline__ A normalised(A x, A mean, A scale, A shift) {
   return multiply_add(x - mean, scale, shift);

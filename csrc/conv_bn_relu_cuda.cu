@@ -240,9 +240,10 @@ Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, T
       false,
       nullptr,
       nullptr,
-      {x.const_data_ptr(), vector("mean", mean), vector("var", var), vector("rest", rest),
-       norm_weight ? vector("norm_weight", *norm_weight) : nullptr,
-       norm_bias ? vector("norm_bias", *norm_bias) : nullptr, static_cast<float>(eps),
+      {{vector("mean", mean), vector("var", var), vector("rest", rest),
+        norm_weight ? vector("norm_weight", *norm_weight) : nullptr,
+        norm_bias ? vector("norm_bias", *norm_bias) : nullptr, static_cast<float>(eps)},
+       x.const_data_ptr(),
        static_cast<float*>(sums.mutable_data_ptr())}};
   launch(problem, operands, tile, splits, dy);
   return sums;

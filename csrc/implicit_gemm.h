@@ -27,16 +27,18 @@ struct ConvProblem {
   }
 };
 
-// The norm whose output, through a ReLU, has y for its gradient (implicit_gemm_gradient.cuh).
-struct NormInput {
-  const void* x;        // (N, P, Q, groups * K), what it normalised, or null: there is none
-  const float* mean;    // (groups * K,)
-  const float* var;     // (groups * K,)
-  const float* rest;    // (groups * K,): what the mean's rounding took off
-  const float* weight;  // (groups * K,) or null
-  const float* bias;    // (groups * K,) or null
+// A training norm, float32: mean, variance, what the mean's rounding took off, weight and bias.
+struct NormOperands {
+  const float *mean, *var, *rest;
+  const float *weight, *bias;  // or null
   float eps;
-  float* sums;  // (parts, 2, groups * K), written
+};
+
+// The norm, (groups * K,), whose output, through a ReLU, has y for its gradient
+// (implicit_gemm_gradient.cuh).
+struct NormInput : NormOperands {
+  const void* x;  // (N, P, Q, groups * K), what it normalised, or null: there is none
+  float* sums;    // (parts, 2, groups * K), written
 };
 
 // What becomes of the sums of products: the op's formula, or training's two.

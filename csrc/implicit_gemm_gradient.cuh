@@ -24,20 +24,6 @@
 
 namespace fused_resnet {
 
-// A channel of the norm as it lies in memory.
-struct NormNumbers {
-  float mean, var, rest, weight, bias;
-
-  __device__ __forceinline__ static NormNumbers load(const NormInput& norm, int64_t c) {
-    return {norm.mean[c], norm.var[c], norm.rest[c], norm.weight != nullptr ? norm.weight[c] : 1.0f,
-            norm.bias != nullptr ? norm.bias[c] : 0.0f};
-  }
-  // As the forward pass folded it.
-  __device__ __forceinline__ NormChannel<float> folded(float eps) const {
-    return NormChannel<float>::of(mean, var, rest, weight, bias, eps);
-  }
-};
-
 // The channels of a tile of kColumns columns of 16 bytes, folded by a thread each and put into
 // shared memory: in fours, the first four of every column before the second, so that neither
 // writing nor reading them meets a bank twice.

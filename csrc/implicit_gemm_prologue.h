@@ -6,13 +6,6 @@
 
 namespace fused_resnet {
 
-// float32 (C,), as bn_normalise takes them.
-struct NormOperands {
-  const float *mean, *var, *rest;
-  const float *weight, *bias;  // or null
-  float eps;
-};
-
 // A table of a norm's numbers: mean, scale and shift, each of the first and of the second four
 // channels of every 16 bytes of x, (3, 2, C / 8, 4). So threads that have neighbouring 16 bytes of
 // x read neighbouring 16 bytes of the table.

@@ -13,10 +13,7 @@ __global__ void __launch_bounds__(kFoldThreads)
     fold_norm_kernel(const NormOperands norm, int C, float* table) {
   const int c = static_cast<int>(blockIdx.x) * kFoldThreads + static_cast<int>(threadIdx.x);
   if (c >= C) return;
-  const float weight = norm.weight != nullptr ? norm.weight[c] : 1.0f;
-  const float bias = norm.bias != nullptr ? norm.bias[c] : 0.0f;
-  const auto channel =
-      NormChannel<float>::of(norm.mean[c], norm.var[c], norm.rest[c], weight, bias, norm.eps);
+  const auto channel = NormNumbers::load(norm, c).folded(norm.eps);
   const float numbers[kNormNumbers] = {channel.mean, channel.scale, channel.shift};
 #pragma unroll
   for (int i = 0; i < kNormNumbers; ++i)
