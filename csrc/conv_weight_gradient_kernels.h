@@ -186,10 +186,9 @@ struct GradientReads {
   int64_t x_row, x_rows;  // bytes from a row to the next
 
   Fetch::Stream next() {
-    Fetch::Stream& from = x_rows > 0 ? x : dy;
-    const Fetch::Stream found = from;
-    if (x_rows-- > 0)
-      x.at += x_row;
+    const Fetch::Stream found = x_rows > 0 ? x : dy;
+    if (x_rows > 0)
+      x.at += x_row, --x_rows;
     else
       dy.left = 0;
     return found;
@@ -213,18 +212,17 @@ FR_INLINE GradientReads gradient_reads(const WeightGradient& g, int64_t first, i
   GradientReads reads{};
   const bool within = c + 64 < g.C;
   if (within ? (c + 64) % piece != 0 : first + rows >= end) return reads;
-  const int64_t row = within ? first : first + rows;
-  const auto* x =
-      static_cast<const char*>(g.x) + (row / g.P * g.H + row % g.P * g.stride_h) * g.W * g.C * size;
+  const int64_t row = within ? first : first + rows, channel = within ? c + 64 : 0;
+  const int64_t pixel = (row / g.P * g.H + row % g.P * g.stride_h) * g.W;
+  const auto* x = static_cast<const char*>(g.x) + (pixel * g.C + channel) * size;
+  reads.x_rows = 1;
   if (g.R * g.S == 1 && g.stride_h * g.stride_w > 1) {
-    reads.x = {x + (within ? (c + 64) * size : 0), g.stride_w * g.C * size, g.Q};
+    reads.x = {x, g.stride_w * g.C * size, g.Q};
     reads.x_row = g.stride_h * g.W * g.C * size, reads.x_rows = rows;
-  } else if (within || g.C > piece) {
-    reads.x = {x + (within ? (c + 64) * size : 0), g.C * size, rows * g.stride_h * g.W};
-    reads.x_rows = 1;
+  } else if (g.C > piece) {
+    reads.x = {x, g.C * size, rows * g.stride_h * g.W};
   } else {
     reads.x = stream_of<T>(x, rows * g.stride_h * g.W, g.C);
-    reads.x_rows = 1;
   }
   if (!within && all_outputs)
     reads.dy = stream_of<T>(static_cast<const T*>(g.dy) + row * g.Q * g.K, rows * g.Q, g.K);
