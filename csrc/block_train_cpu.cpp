@@ -57,11 +57,8 @@ struct Conv {
   // (N, C, H, W) of x's shape, plus `added`, in whose memory it is then
   Tensor input_gradient(const Tensor& dy, const Tensor& x,
                         const std::optional<Tensor>& added = {}) const {
-    const int64_t down = dilation[0] * (weight.size(2) - 1) - padding[0];
-    const int64_t right = dilation[1] * (weight.size(3) - 1) - padding[1];
-    if (stride[0] * stride[1] == 1 && down >= 0 && right >= 0)
-      return convolution(dy, weight, true, added, added.has_value(), {1, 1}, {down, right},
-                         dilation);
+    if (const auto around = gradient_padding(weight, stride, padding, dilation))
+      return convolution(dy, weight, true, added, added.has_value(), {1, 1}, *around, dilation);
     return strided_input_gradient(dy, weight, x.size(2), x.size(3), added, stride, padding);
   }
 };
@@ -93,6 +90,25 @@ struct NormGradients {
   Tensor dx, dweight, dbias;
 };
 
+// By the sums that bn_reduce gives, (3, C), of which `row` is this norm's; dy is masked by y or,
+// for `own`, by the ReLU of what the norm made.
+NormGradients norm_gradients_by(const Tensor& sums, int64_t row, const Tensor& dy,
+                                const std::optional<Tensor>& y, const Normed& n, bool own) {
+  Tensor dx = bn_gradient(dy, y, n.x, n.statistics, sums, row, n.count(), n.norm->weight,
+                          n.norm->bias, n.norm->eps, own);
+  auto [dweight, dbias] = bn_parameter_gradients(sums, row, n.statistics, n.norm->eps, false);
+  return {dx, dweight, dbias};
+}
+
+// Of `before`, whose ReLU made what `conv` read; dy is the gradient of what `conv` made.
+NormGradients norm_gradients_through(const Conv& conv, Tensor dy, const Normed& before) {
+  // dy's memory is free for what comes after.
+  const auto [dx, sums] = input_gradient_and_sums(
+      std::move(dy), conv.weight, conv.stride, conv.padding, conv.dilation, before.x,
+      before.statistics, before.norm->weight, before.norm->bias, before.norm->eps);
+  return norm_gradients_by(sums, 1, dx, {}, before, true);
+}
+
 struct BlockEndGradients {
   NormGradients main;
   std::optional<NormGradients> other;
@@ -111,15 +127,9 @@ BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Norme
   auto [sums, g] = bn_reduce(dy, y, n.x, n.statistics, n.norm->weight, n.norm->bias, n.norm->eps,
                              own, x2, statistics2, masked);
   if (masked) dy = g, y.reset();
-  const auto gradients = [&, &sums = sums](const Normed& of, int64_t row) {
-    Tensor dx = bn_gradient(dy, y, of.x, of.statistics, sums, row, n.count(), of.norm->weight,
-                            of.norm->bias, of.norm->eps, own);
-    auto [dweight, dbias] = bn_parameter_gradients(sums, row, of.statistics, of.norm->eps, false);
-    return NormGradients{dx, dweight, dbias};
-  };
   std::optional<NormGradients> second;
-  if (other) second = gradients(*other, 2);
-  NormGradients first = gradients(n, 1);
+  if (other) second = norm_gradients_by(sums, 2, dy, y, *other, own);
+  NormGradients first = norm_gradients_by(sums, 1, dy, y, n, own);
   return {first, second, masked ? std::optional<Tensor>(dy) : std::nullopt};
 }
 
@@ -358,9 +368,7 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
       break;
     }
     if (i == first) break;
-    const Tensor dh = block.convs[i].input_gradient(found->dx, *source);
-    found.reset();  // frees its memory for what comes
-    found = norm_gradients(dh, source, normed(i - 1), nullptr, true, false).main;
+    found = norm_gradients_through(block.convs[i], std::move(found->dx), normed(i - 1));
     source.reset();
     inner[i - 1].reset(), outputs[i - 1].reset();
   }
@@ -450,10 +458,14 @@ std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> ope
     const Tensor h = input_of(i);
     if (grads.wants(3 * i)) grads.set(3 * i, block.convs[i].weight_gradient(*dz, h));
     if (i == first && !grads.wants_x() && !grads.wants_any(3 * i + 1, 3 * i + 3)) break;
-    Tensor dh = block.convs[i].input_gradient(*dz, h);
-    dz.reset();
-    if (i == 0 && shared) dh = shortcut_gradient(h, dh);
-    const NormGradients found = norm_gradients(dh, h, normed(i), nullptr, true, false).main;
+    std::optional<NormGradients> norm;
+    if (i == 0 && shared) {
+      const Tensor dh = shortcut_gradient(h, block.convs[i].input_gradient(*dz, h));
+      norm = norm_gradients(dh, h, normed(i), nullptr, true, false).main;
+    } else {
+      norm = norm_gradients_through(block.convs[i], std::move(*dz), normed(i));
+    }
+    const NormGradients& found = *norm;
     grads.set_norm(i, found);
     dz = found.dx;
     if (i > 0) inner[i].reset(), outputs[i].reset();

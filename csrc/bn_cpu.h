@@ -130,10 +130,10 @@ inline Statistics no_statistics(int64_t C) {
 // to the mean for sums in double, and exact for a constant channel.
 class RowStatistics {
  public:
-  RowStatistics(const Tensor& x, int64_t tasks)
-      : C_(x.size(1)),
-        bytes_(static_cast<int64_t>(x.element_size())),
-        dtype_(dtype_index("statistics", "x", x)),
+  RowStatistics(int64_t C, DtypeIndex dtype, int64_t tasks)
+      : C_(C),
+        bytes_(dtype == kFloat32 ? 4 : 2),
+        dtype_(dtype),
         joined_(rows_joined(C_)),
         tasks_(static_cast<size_t>(tasks)) {}
 
@@ -201,7 +201,7 @@ class RowStatistics {
   std::vector<Sums> tasks_;
 };
 
-// The same of all of x at a time, and of planes. `twice`: float64, or squares that overflow
+// Statistics of all of x at a time, and of planes. `twice`: float64, or squares that overflow
 // float32, or Inf and NaN in x: two passes in double.
 inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype,
                              bool twice = false) {
@@ -229,7 +229,7 @@ inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype
   };
   if (dtype != kFloat64 && !twice && rows) {
     const Split split(plan.count, 1, kSmallestPiece / std::max<int64_t>(C, 1));
-    RowStatistics found(x, split.tasks);
+    RowStatistics found(C, dtype, split.tasks);
     split.run([&](int64_t task, int64_t begin, int64_t end) {
       found.add(task, x_ptr + begin * C * size, end - begin);
     });
@@ -440,6 +440,59 @@ GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& d
   });
   return sums;
 }
+
+// As reduce_gradient, with dy's pixels as tasks come by piece by piece, masked by the ReLU of what
+// `norm` makes of x (N, C, H, W), channels_last, not float64.
+class RowGradientSums {
+ public:
+  RowGradientSums(const Tensor& x, const Norm& norm, int64_t tasks)
+      : plan_(layout_of("gradient sums", x)),
+        dtype_(dtype_index("gradient sums", "x", x)),
+        norm_(norm),
+        mean_(spread<float>(plan_, norm.stats.mean)),
+        scale_(spread<float>(plan_, affine_of<float>(norm).scale)),
+        shift_(spread<float>(plan_, affine_of<float>(norm).shift)),
+        x_(static_cast<const char*>(x.const_data_ptr())),
+        pixel_bytes_(plan_.layout.C * static_cast<int64_t>(x.element_size())),
+        pitch_(3 * plan_.walk.period + 8),  // one cache line between the sums of different tasks
+        sums_(static_cast<size_t>(tasks * pitch_), 0.0) {}
+
+  // dy: pixel `begin` of those up to `end`, which no task has added before
+  void add(int64_t task, const char* dy, int64_t begin, int64_t end) {
+    const int64_t C = plan_.layout.C, joined = plan_.walk.period / C;
+    const int64_t whole = (end - begin) / joined, rest = (end - begin) % joined;
+    const auto run = [&](int64_t first, int64_t rows, int64_t count) {
+      BnBackward bn{};
+      bn.walk.period = rows * C;
+      bn.dy = dy + first * pixel_bytes_;
+      bn.x = x_ + (begin + first) * pixel_bytes_;
+      bn.mean = mean_.data(), bn.own_scale = scale_.data(), bn.own_shift = shift_.data();
+      double* own = sums_.data() + task * pitch_;
+      cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, own, own + plan_.walk.period, nullptr);
+    };
+    run(0, joined, whole);
+    if (rest > 0) run(whole * joined, rest, 1);
+  }
+
+  GradientSums finish() const {
+    const int64_t C = plan_.layout.C, period = plan_.walk.period;
+    GradientSums found;
+    for (auto& sum : found) sum.assign(static_cast<size_t>(C), 0.0);
+    for (auto own = sums_.begin(); own != sums_.end(); own += pitch_)
+      for (int64_t i = 0; i < 2 * period; ++i) found[i / period][i % C] += own[i];
+    for (int64_t c = 0; c < C; ++c) found[1][c] -= found[0][c] * norm_.lost<float>(c);
+    return found;
+  }
+
+ private:
+  Plan plan_;
+  DtypeIndex dtype_;
+  Norm norm_;
+  std::vector<float> mean_, scale_, shift_;
+  const char* x_;
+  int64_t pixel_bytes_, pitch_;
+  std::vector<double> sums_;
+};
 
 // dx = scale * ((g - sum_g / count) - (x - mean) * invstd^2 * sum_gx / count), scale = weight *
 // invstd, g = dy where the mask lets it through; sums over all `count` values of a channel,

@@ -106,6 +106,16 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
   return true;
 }
 
+// `count` pixels of y from `pixel` on, directly; left out where the weights for that are not
+// packed.
+template <typename Dot, int vectors>
+FR_INLINE void pixels_directly(const ConvBnRelu& c, int64_t block, int64_t pixel, int64_t count) {
+  if (c.weight)
+    conv_pixels<Dot, vectors>(c, block, pixel, count);
+  else
+    __atomic_store_n(c.left_out, true, __ATOMIC_RELAXED);
+}
+
 // The two rows of a tile, directly.
 template <typename Dot, int vectors>
 FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t tile) {
@@ -113,7 +123,7 @@ FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t til
   const int64_t n = tile / (tiles_h * tiles_w);
   const int64_t p = tile / tiles_w % tiles_h * 2, q = tile % tiles_w * 2;
   for (int64_t i = 0; i < 2 && p + i < c.P; ++i)
-    conv_pixels<Dot, vectors>(c, block, (n * c.P + p + i) * c.Q + q, c.Q - q < 2 ? c.Q - q : 2);
+    pixels_directly<Dot, vectors>(c, block, (n * c.P + p + i) * c.Q + q, c.Q - q < 2 ? c.Q - q : 2);
 }
 
 // The first pixel of y's row of 2x2 tiles that `tile` is in.

@@ -23,6 +23,23 @@ std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
                                                       std::vector<int64_t> padding,
                                                       std::vector<int64_t> dilation);
 
+// The padding of the convolution of stride 1 that the gradient of a convolution of weight (K, C, R,
+// S) by its input is; nothing where it is none.
+std::optional<std::vector<int64_t>> gradient_padding(const Tensor& weight,
+                                                     const std::vector<int64_t>& stride,
+                                                     const std::vector<int64_t>& padding,
+                                                     const std::vector<int64_t>& dilation);
+
+// The gradient of that convolution by its input, dx of x's shape, where the input is a ReLU's
+// output that a norm made of x (N, C, H, W) by stats (2, C) float64, and norm_weight, norm_bias
+// (C,); and what bn_reduce says of dx and x, (3, C) float64, added up as dx is written.
+std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
+                                                   std::vector<int64_t> stride,
+                                                   std::vector<int64_t> padding,
+                                                   std::vector<int64_t> dilation, Tensor x,
+                                                   Tensor stats, std::optional<Tensor> norm_weight,
+                                                   std::optional<Tensor> norm_bias, double eps);
+
 Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation);

@@ -15,10 +15,46 @@ ConvPasses& conv_passes() {
 
 namespace {
 
-// `convolution`, and where `statistics` is given the statistics of y, (2, K) float64.
-Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
-                bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                std::vector<int64_t> dilation, std::optional<Tensor>* statistics) {
+// Told of y's pixels [begin, end), the first of which lies at `y`, as `Written` is.
+using WrittenRows = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
+
+// Whether there are so few pixels for so many weights that a block of outputs takes them all at
+// once, and the weights are packed block by block into a cache: then they are read from memory
+// once, and written nowhere else.
+bool packs_block_by_block(const ConvBnRelu& conv) {
+  const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
+  const int64_t threads = torch::stable::get_num_threads();
+  return conv.N * conv.P * conv.Q <= conv.K * conv.R * conv.S &&
+         (blocks % threads == 0 || blocks >= 4 * threads);
+}
+
+void run_packing(const ConvBnRelu& conv, const ConvPack& pack, ConvForm form) {
+  const int64_t tile = cpu_kernels().tile_pixels;
+  const int64_t tiles = (conv.N * conv.P * conv.Q + tile - 1) / tile, vectors = conv.K / 16;
+  const int64_t vector_bytes = 16 * pack.inputs * pack.taps * operand_bytes(form);
+  Split((vectors + 3) / 4, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+    const Scratch packed(4 * vector_bytes);
+    for (int64_t block = begin; block < end; ++block) {
+      // Where the block's weights would lie among all of them.
+      ConvPack part = pack;
+      part.direct = packed.data() - block * 4 * vector_bytes;
+      cpu_kernels().conv_pack(part, 4 * block, std::min(4 * block + 4, vectors));
+      ConvBnRelu ready = conv;
+      ready.weight = part.direct;
+      cpu_kernels().conv_bn_relu[form](ready, block, 0, tiles);
+    }
+  });
+}
+
+struct Convolved {
+  Tensor y;
+  bool watched;  // whether `written` was told of all of y
+};
+
+// `convolution`, with `written` told of y piece by piece, where there is enough of it.
+Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
+                   bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
+                   std::vector<int64_t> dilation, const WrittenRows& written = {}) {
   constexpr const char* op = "convolution";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
@@ -62,10 +98,7 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
   Tensor y = overwrite && residual
                  ? *residual
                  : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
-  if (y.numel() == 0) {
-    if (statistics) *statistics = bn_statistics(y);
-    return y;
-  }
+  if (y.numel() == 0) return {y, false};
   ++(transposed ? conv_passes().input_gradients : conv_passes().convolutions);
   const ConvForm form = *conv_form(dtype);
   const int64_t size = operand_bytes(form);
@@ -73,12 +106,8 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
   const bool winograd = form != kBFloatPairs && R == 3 && S == 3 && winograd_pays(conv) &&
                         stride[0] * stride[1] * dilation[0] * dilation[1] == 1 &&
                         C * K <= kMostWinogradWeights;
-  const int64_t direct_bytes = round_up(K * C * taps * size, 4096);
-  const Scratch packed(direct_bytes + (winograd ? 16 * K * C * 4 : 0));
   ConvPack pack{};
   pack.weight = weight.const_data_ptr();
-  pack.direct = packed.data();
-  pack.winograd = winograd ? packed.data() + direct_bytes : nullptr;
   pack.outputs = K, pack.inputs = C, pack.taps = taps;
   pack.output_stride = transposed ? 1 : taps * columns;
   pack.input_stride = transposed ? taps * columns : 1;
@@ -86,32 +115,47 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
     pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
   pack.transposed = transposed;
   pack.form = form;
-  Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
-    cpu_kernels().conv_pack(pack, begin, end);
-  });
-
+  std::optional<Scratch> packed, packed_winograd;
+  const auto pack_for = [&](bool direct, bool by_winograd) {
+    if (direct) packed.emplace(K * C * taps * size);
+    if (by_winograd) packed_winograd.emplace(16 * K * C * 4);
+    pack.direct = direct ? packed->data() : nullptr;
+    pack.winograd = by_winograd ? packed_winograd->data() : nullptr;
+    Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+      cpu_kernels().conv_pack(pack, begin, end);
+    });
+    if (direct) conv.weight = pack.direct;
+    if (by_winograd) conv.winograd = pack.winograd;
+  };
   const std::vector<char> zeros(static_cast<size_t>(C * size), 0);
-  const Source source(conv, x, form);
-  conv.weight = pack.direct;
-  conv.winograd = pack.winograd;
   if (residual) conv.residual = residual->const_data_ptr();
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
-  if (!statistics) {
-    run_convolution(conv, form);
-    return y;
+  if (!winograd && packs_block_by_block(conv)) {
+    const Operand source(x, form);
+    conv.x = source.data();
+    run_packing(conv, pack, form);
+    return {y, false};
   }
-  // Of what has just been written, and is still in a cache: one reading of y from memory less.
-  RowStatistics sums(y, torch::stable::get_num_threads());
+
+  // Winograd's form leaves what is no finite number to the direct one, whose weights are packed
+  // when that occurs; beforehand where y takes the memory of what is added, which is then gone.
+  bool left_out = false;
+  conv.left_out = &left_out;
+  pack_for(!winograd || (overwrite && residual), winograd);
+  const Source source(conv, x, form);
   const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
+  const int64_t pixel_bytes = K * static_cast<int64_t>(y.element_size());
   const bool watched =
-      run_convolution_watched(conv, form, [&](int64_t task, int64_t begin, int64_t end) {
-        sums.add(task, y_ptr + begin * K * static_cast<int64_t>(y.element_size()), end - begin);
+      written && run_convolution_watched(conv, form, [&](int64_t task, int64_t begin, int64_t end) {
+        written(task, y_ptr + begin * pixel_bytes, begin, end);
       });
   if (!watched) run_convolution(conv, form);
-  const auto found = watched ? sums.finish() : std::nullopt;
-  *statistics = found ? to_rows(y, {&found->mean, &found->var}, K) : bn_statistics(y);
-  return y;
+  if (left_out) {
+    pack_for(true, false);
+    run_convolution(conv, form);
+  }
+  return {y, watched && !left_out};
 }
 
 }  // namespace
@@ -124,16 +168,74 @@ Tensor convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> 
 Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation) {
-  return convolve(x, weight, transposed, residual, overwrite, stride, padding, dilation, nullptr);
+  return convolve(x, weight, transposed, residual, overwrite, stride, padding, dilation).y;
 }
 
 std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
                                                       std::vector<int64_t> stride,
                                                       std::vector<int64_t> padding,
                                                       std::vector<int64_t> dilation) {
-  std::optional<Tensor> statistics;
-  Tensor y = convolve(x, weight, false, {}, false, stride, padding, dilation, &statistics);
-  return {y, *statistics};
+  // Of what has just been written, and is still in a cache: one reading of y from memory less.
+  const int64_t K = weight.dim() == 4 ? weight.size(0) : 0;
+  RowStatistics sums(K, dtype_index("convolution", "x", x), torch::stable::get_num_threads());
+  const auto [y, watched] = convolve(x, weight, false, {}, false, stride, padding, dilation,
+                                     [&](int64_t task, const char* written, int64_t begin,
+                                         int64_t end) { sums.add(task, written, end - begin); });
+  const auto found = watched ? sums.finish() : std::nullopt;
+  return {y, found ? to_rows(y, {&found->mean, &found->var}, K) : bn_statistics(y)};
+}
+
+std::optional<std::vector<int64_t>> gradient_padding(const Tensor& weight,
+                                                     const std::vector<int64_t>& stride,
+                                                     const std::vector<int64_t>& padding,
+                                                     const std::vector<int64_t>& dilation) {
+  const int64_t down = dilation[0] * (weight.size(2) - 1) - padding[0];
+  const int64_t right = dilation[1] * (weight.size(3) - 1) - padding[1];
+  if (stride[0] * stride[1] != 1 || down < 0 || right < 0) return std::nullopt;
+  return std::vector<int64_t>{down, right};
+}
+
+std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
+                                                   std::vector<int64_t> stride,
+                                                   std::vector<int64_t> padding,
+                                                   std::vector<int64_t> dilation, Tensor x,
+                                                   Tensor stats, std::optional<Tensor> norm_weight,
+                                                   std::optional<Tensor> norm_bias, double eps) {
+  constexpr const char* op = "input_gradient_and_sums";
+  check(weight.dim() == 4 && x.dim() == 4 && dy.dim() == 4 && x.size(1) == weight.size(1) &&
+            x.scalar_type() == dy.scalar_type(),
+        op, ": x must be ", name_of(dy.scalar_type()),
+        " and have as many channels as weight has inputs, got ", name_of(x.scalar_type()),
+        " of shape ", shape_of(x), " and weight of shape ", shape_of(weight));
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
+        ": stride, padding and dilation must be pairs");
+  const auto around = gradient_padding(weight, stride, padding, dilation);
+  const auto summed = [&](const Tensor& dx) {
+    check_same_layout(op, "dx", dx, "x", x);
+    return std::get<0>(
+        bn_reduce(dx, {}, x, stats, norm_weight, norm_bias, eps, true, {}, {}, false));
+  };
+  if (!around) {
+    check(dilation[0] * dilation[1] == 1, op, ": no kernel for dilation beside stride");
+    const Tensor dx = strided_input_gradient(dy, weight, x.size(2), x.size(3), {}, stride, padding);
+    return {dx, summed(dx)};
+  }
+  const auto size = [&](size_t i) {
+    const auto d = static_cast<int64_t>(i) + 2;
+    return out_size(dy.size(d), weight.size(d), 1, around->at(i), dilation[i]);
+  };
+  check(layout_of(op, x).channels_last && layout_of(op, dy).N == x.size(0) &&
+            x.size(2) == size(0) && x.size(3) == size(1),
+        op, ": x must be channels_last and of shape (", dy.size(0), ", ", weight.size(1), ", ",
+        size(0), ", ", size(1), "), got strides ", strides_of(x), " for shape ", shape_of(x));
+  const Norm norm = norm_of<float>(op, stats, norm_weight, norm_bias, eps, x.size(1), x);
+  RowGradientSums sums(x, norm, torch::stable::get_num_threads());
+  const auto [dx, watched] = convolve(dy, weight, true, {}, false, {1, 1}, *around, dilation,
+                                      [&](int64_t task, const char* written, int64_t begin,
+                                          int64_t end) { sums.add(task, written, begin, end); });
+  if (!watched) return {dx, summed(dx)};
+  const GradientSums found = sums.finish();
+  return {dx, to_rows(x, {&found[0], &found[1], &found[2]}, x.size(1))};
 }
 
 namespace {
@@ -341,6 +443,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "convolution_and_statistics(Tensor x, Tensor weight, int[] stride, int[] padding, "
       "int[] dilation) -> (Tensor, Tensor)");
   m.def(
+      "input_gradient_and_sums(Tensor dy, Tensor weight, int[] stride, int[] padding, "
+      "int[] dilation, Tensor x, Tensor stats, Tensor? norm_weight, Tensor? norm_bias, float eps) "
+      "-> (Tensor, Tensor)");
+  m.def(
       "convolution_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, "
       "int[] padding, int[] dilation) -> Tensor");
   m.def(
@@ -351,6 +457,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
   m.impl("convolution_and_statistics", TORCH_BOX(fused_resnet::convolution_and_statistics));
+  m.impl("input_gradient_and_sums", TORCH_BOX(fused_resnet::input_gradient_and_sums));
   m.impl("narrow_weight_gradient", TORCH_BOX(fused_resnet::narrow_weight_gradient));
   m.impl("convolution_weight_gradient", TORCH_BOX(fused_resnet::convolution_weight_gradient));
 }

@@ -139,7 +139,7 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
     const bool two_columns = q + 1 < c.Q;
     if (__builtin_expect(_mm512_cmp_ps_mask((__m512)finite, (__m512)finite, _CMP_UNORD_Q), 0)) {
       for (int64_t i = 0; i < 1 + two_rows; ++i)
-        conv_pixels<Dot, 1>(c, 0, pixel + i * c.Q, 1 + two_columns);
+        pixels_directly<Dot, 1>(c, 0, pixel + i * c.Q, 1 + two_columns);
       continue;
     }
     const auto write = [&](vf value, int64_t to) FR_LAMBDA {

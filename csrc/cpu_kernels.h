@@ -87,8 +87,9 @@ constexpr int kConvForms = 3;
 
 struct ConvBnRelu {
   const void* x;                 // (N, H, W, C) in memory; widened: float32
-  const void* weight;            // packed, see conv_bn_relu_kernels.h
+  const void* weight;            // packed, see conv_bn_relu_kernels.h; null: see left_out
   const void* winograd;          // packed, see conv_bn_relu_winograd.h, or null
+  bool* left_out;                // without weight: whether Winograd's form left pixels to it
   const float* scale;            // (K,), zeros up to a multiple of 64, or null: 1, and no shift
   const float* shift;            // as scale
   const int64_t* first_channel;  // grouped: where each 16 outputs' input channels start, else null

@@ -267,6 +267,24 @@ class Native(Portable):
             return self._ops.strided_input_gradient(dy, weight, H, W, added, g.stride, g.padding)
         return _channels_last(super().input_gradient(dy, x, weight, g, added))
 
+    def relu_gradient(
+        self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
+    ) -> tuple[Tensor, Any]:
+        unit = gradient_padding(weight, g) is not None or g.dilation == (1, 1)
+        if not (unit and self._serves(weight, dy.dtype, g)):
+            return super().relu_gradient(dy, y, weight, g, normed)
+        x, norm, (stats, *_) = normed
+        return self._ops.input_gradient_and_sums(
+            dy, _channels_last(weight.detach().float()), g.stride, g.padding, g.dilation,
+            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps,
+        )  # fmt: skip
+
+    def norm_gradients_by(self, made: Any, dy: Tensor, y: Tensor, normed: Normed) -> NormGradients:
+        if made is None:
+            return super().norm_gradients_by(made, dy, y, normed)
+        everywhere = self._everywhere(made, normed.norm)
+        return self._gradients(made, everywhere, 1, normed, dy, None, own=True)
+
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         K, C, R, S = weight.shape
         narrow = C < 16 and S * C >= 7 and R <= 16 and K % 16 == 0 and g.dilation == (1, 1)
@@ -328,24 +346,32 @@ class Native(Portable):
             dy, y, x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, own,
             x2, stats2, masked and y is not None,
         )  # fmt: skip
-        count = float(self.count(normed))
-        everywhere = sums if norm.group is None else sync_batch_norm.reduce(sums, norm.group)
         if y is not None and masked:
             dy, y = g, None
+        everywhere, second = self._everywhere(sums, norm), None
+        if other is not None:
+            second = self._gradients(sums, everywhere, 2, other, dy, y, own)
+        first = self._gradients(sums, everywhere, 1, normed, dy, y, own)
+        return first, second, dy if masked else None
 
-        def gradients(of: Normed, row: int) -> NormGradients:
-            dx = self._ops.bn_gradient(
-                dy, y, of.x, of.state[0], everywhere, row, count, vector(of.norm.weight, of.x),
-                vector(of.norm.bias, of.x), of.norm.eps, own,
-            )  # fmt: skip
-            wide = of.x.dtype == torch.float64
-            dweight, dbias = self._ops.bn_parameter_gradients(
-                sums, row, of.state[0], of.norm.eps, wide
-            )
-            return NormGradients(dx, dweight, dbias)
+    def _everywhere(self, sums: Tensor, norm: Norm) -> Tensor:
+        """Of all processes that the norm is over."""
+        return sums if norm.group is None else sync_batch_norm.reduce(sums, norm.group)
 
-        second = None if other is None else gradients(other, 2)
-        return gradients(normed, 1), second, dy if masked else None
+    def _gradients(
+        self, sums: Tensor, everywhere: Tensor, row: int, of: Normed, dy: Tensor,
+        y: Tensor | None, own: bool,
+    ) -> NormGradients:  # fmt: skip
+        """By bn_reduce's sums (3, C), of which `row` is this norm's. own: y is relu(of)."""
+        x, norm, (stats, *_) = of
+        dx = self._ops.bn_gradient(
+            dy, y, x, stats, everywhere, row, float(self.count(of)), vector(norm.weight, x),
+            vector(norm.bias, x), norm.eps, own,
+        )  # fmt: skip
+        dweight, dbias = self._ops.bn_parameter_gradients(
+            sums, row, stats, norm.eps, x.dtype == torch.float64
+        )
+        return NormGradients(dx, dweight, dbias)
 
     def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
         """relu(norm(x)) and max pooling -> y (N, C, P, Q) and the taps that won, uint8."""

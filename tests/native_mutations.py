@@ -10,6 +10,7 @@ STEP = "tests/test_training.py"
 OPS = "tests/test_block_ops.py"
 BLOCK = "csrc/block_train_cpu.cpp"
 CONVOLUTIONS = "tests/test_train_convolution.py"
+SUMS = "tests/test_conv_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
 
 CPP = [
@@ -36,6 +37,27 @@ CPP = [
      STATISTICS),
     ("statistics: Winograd's first rows not told of", "csrc/conv_bn_relu_cpu.cpp",
      "written(task, first_pixel(told), ", "written(task, first_pixel(told) + 1, ", STATISTICS),
+    ("gradient sums: pixels that fill no joined row lost", "csrc/bn_cpu.h",
+     "    if (rest > 0) run(", "    if (false) run(", SUMS),
+    ("gradient sums: of the x of the first pixels", "csrc/bn_cpu.h",
+     "x_ + (begin + first) * pixel_bytes_", "x_ + first * pixel_bytes_", SUMS),
+    ("gradient sums: not masked", "csrc/bn_cpu.h",
+     "bn.own_scale = scale_.data(), bn.own_shift = shift_.data();", "", SUMS),
+    ("gradient sums: the first task's alone", "csrc/bn_cpu.h",
+     "own != sums_.end(); own += pitch_)", "own != sums_.end(); own = sums_.end())", SUMS),
+    ("gradient sums: what rounding took off the mean", "csrc/bn_cpu.h",
+     "for (int64_t c = 0; c < C; ++c) found[1][c] -= found[0][c] * norm_.lost<float>(c);", "",
+     SUMS),
+    ("late weights: pixels that were left out stay so", "csrc/conv_train_cpu.cpp",
+     "  if (left_out) {", "  if (false) {", f"{SUMS} {CONVOLUTIONS} -k number"),
+    ("late weights: sums of pixels that were left out", "csrc/conv_train_cpu.cpp",
+     "watched && !left_out", "watched", f"{SUMS} {CONVOLUTIONS} -k number"),
+    ("late weights: late beside what is overwritten", "csrc/conv_train_cpu.cpp",
+     "!winograd || (overwrite && residual)", "!winograd", f"{SUMS} -k number"),
+    ("block by block: the last tile left out", "csrc/conv_train_cpu.cpp",
+     "(ready, block, 0, tiles);", "(ready, block, 0, tiles - 1);", CONVOLUTIONS),
+    ("block by block: every block by the first one's weights", "csrc/conv_train_cpu.cpp",
+     "conv_pack(part, 4 * block,", "conv_pack(part, 4 * begin,", CONVOLUTIONS),
     ("widened: weights not rounded", "csrc/conv_pack_kernels.h",
      "if (p.form == kBFloatWidened)", "if (false)", f"{CONVOLUTIONS} -k rounded"),
     ("widened: pixels of the superblock before", "csrc/conv_bn_relu_cpu.cpp",
@@ -56,7 +78,8 @@ CPP = [
     ("one op: the shortcut from x where it starts from the norm", BLOCK,
      "if (i == 0 && shared) source = h;", "", OPS),
     ("one op: its gradient left out of the first norm's", BLOCK,
-     "if (i == 0 && shared) dh = shortcut_gradient(h, dh);", "", OPS),
+     "shortcut_gradient(h, block.convs[i].input_gradient(*dz, h));",
+     "block.convs[i].input_gradient(*dz, h);", OPS),
     ("one op: the padded shortcut without its stride", BLOCK,
      "std::memcpy(at, from + pixel * C * size,",
      "std::memcpy(at, from + (pixel - q) * C * size,", OPS),
