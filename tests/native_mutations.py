@@ -108,7 +108,7 @@ CPP = [
      "{2, 1}, {1, 3}", "{1, 2}, {1, 3}", CONVOLUTIONS),
     ("training: a row of Winograd's sums begun again", "csrc/conv_weight_gradient_winograd.h",
      "const bool again = first > begin;", "const bool again = false;", CONVOLUTIONS),
-    ("training: a thread's sums lost", "csrc/conv_train_cpu.cpp",
+    ("training: a thread's sums lost", "csrc/conv_weight_gradient_cpu.cpp",
      "out[i] += from[i];", "out[i] = from[i];", CONVOLUTIONS),
     ("one op: pixels scattered without their stride", BLOCK,
      "to + pixel * C * size, C);", "to + (pixel - q) * C * size, C);", OPS),
