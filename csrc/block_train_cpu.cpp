@@ -100,6 +100,13 @@ NormGradients norm_gradients_by(const Tensor& sums, int64_t row, const Tensor& d
   return {dx, dweight, dbias};
 }
 
+// Of the weights of `conv`, whose input the ReLU of `before` made, and which is not there.
+Tensor weight_gradient_through(const Conv& conv, const Tensor& dy, const Normed& before) {
+  return weight_gradient_of_normed(dy, before.x, conv.weight.size(2), conv.weight.size(3),
+                                   conv.stride, conv.padding, conv.dilation, before.statistics,
+                                   before.norm->weight, before.norm->bias, before.norm->eps);
+}
+
 // Of `before`, whose ReLU made what `conv` read; dy is the gradient of what `conv` made.
 NormGradients norm_gradients_through(const Conv& conv, Tensor dy, const Normed& before) {
   // dy's memory is free for what comes after.
@@ -361,15 +368,17 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
   std::optional<NormGradients> found = std::move(end.main);
   for (size_t i = last; i + 1 > first; --i) {
     grads.set_norm(i, *found);
-    std::optional<Tensor> source = input_of(i);
-    if (grads.wants(3 * i)) grads.set(3 * i, block.convs[i].weight_gradient(found->dx, *source));
     if (i == 0) {
-      if (grads.wants_x()) dx = block.convs[0].input_gradient(found->dx, *source, dx);
+      if (grads.wants(0)) grads.set(0, block.convs[0].weight_gradient(found->dx, x));
+      if (grads.wants_x()) dx = block.convs[0].input_gradient(found->dx, x, dx);
       break;
     }
+    const Normed before = normed(i - 1);
+    if (grads.wants(3 * i))
+      grads.set(3 * i, inner[i - 1] ? block.convs[i].weight_gradient(found->dx, *inner[i - 1])
+                                    : weight_gradient_through(block.convs[i], found->dx, before));
     if (i == first) break;
-    found = norm_gradients_through(block.convs[i], std::move(found->dx), normed(i - 1));
-    source.reset();
+    found = norm_gradients_through(block.convs[i], std::move(found->dx), before);
     inner[i - 1].reset(), outputs[i - 1].reset();
   }
   if (end.other && grads.wants_x()) dx = block.convs[main].input_gradient(end.other->dx, x, dx);

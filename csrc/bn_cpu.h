@@ -24,6 +24,15 @@ inline int64_t rows_joined(int64_t C) {
   return C > 0 && C < kShortRow ? (kShortRow / C + whole - 1) / whole * whole : 1;
 }
 
+// body(walk, first row, count) over `rows` rows of C values: joined ones, then the rest as a short
+// one.
+template <typename Body>
+void for_joined_rows(int64_t C, int64_t rows, const Body& body) {
+  const int64_t joined = rows_joined(C), whole = rows / joined, rest = rows % joined;
+  if (whole > 0) body(Walk{C * joined, 0, 0, 0}, 0, whole);
+  if (rest > 0) body(Walk{C * rest, 0, 0, 0}, whole * joined, int64_t{1});
+}
+
 // The pieces of a tensor that threads take: rows or segments of planes.
 struct Plan {
   Layout4d layout;
@@ -143,13 +152,10 @@ class RowStatistics {
     Sums& sums = tasks_[task];
     if (sums.rows == 0) start(sums, x, rows);
     sums.rows += rows;
-    const auto kernel = cpu_kernels().bn_stats_rows[dtype_];
-    const int64_t whole = rows / joined_, rest = rows % joined_;
-    kernel(Walk{C_ * joined_, 0, 0, 0}, x, 0, whole, sums.centre.data(), sums.s1.data(),
-           sums.s2.data());
-    if (rest > 0)
-      kernel(Walk{C_ * rest, 0, 0, 0}, x + whole * joined_ * C_ * bytes_, 0, 1, sums.centre.data(),
-             sums.s1.data(), sums.s2.data());
+    for_joined_rows(C_, rows, [&](const Walk& walk, int64_t first, int64_t count) {
+      cpu_kernels().bn_stats_rows[dtype_](walk, x + first * C_ * bytes_, 0, count,
+                                          sums.centre.data(), sums.s1.data(), sums.s2.data());
+    });
   }
 
   // Of all pixels; nothing where squares overflow float32 or a value is no finite number.
@@ -459,19 +465,16 @@ class RowGradientSums {
 
   // dy: pixel `begin` of those up to `end`, which no task has added before
   void add(int64_t task, const char* dy, int64_t begin, int64_t end) {
-    const int64_t C = plan_.layout.C, joined = plan_.walk.period / C;
-    const int64_t whole = (end - begin) / joined, rest = (end - begin) % joined;
-    const auto run = [&](int64_t first, int64_t rows, int64_t count) {
-      BnBackward bn{};
-      bn.walk.period = rows * C;
-      bn.dy = dy + first * pixel_bytes_;
-      bn.x = x_ + (begin + first) * pixel_bytes_;
-      bn.mean = mean_.data(), bn.own_scale = scale_.data(), bn.own_shift = shift_.data();
-      double* own = sums_.data() + task * pitch_;
-      cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, own, own + plan_.walk.period, nullptr);
-    };
-    run(0, joined, whole);
-    if (rest > 0) run(whole * joined, rest, 1);
+    for_joined_rows(
+        plan_.layout.C, end - begin, [&](const Walk& walk, int64_t first, int64_t count) {
+          BnBackward bn{};
+          bn.walk = walk;
+          bn.dy = dy + first * pixel_bytes_;
+          bn.x = x_ + (begin + first) * pixel_bytes_;
+          bn.mean = mean_.data(), bn.own_scale = scale_.data(), bn.own_shift = shift_.data();
+          double* own = sums_.data() + task * pitch_;
+          cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, own, own + plan_.walk.period, nullptr);
+        });
   }
 
   GradientSums finish() const {

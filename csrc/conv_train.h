@@ -44,6 +44,13 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation);
 
+// The same where the convolution's input is a ReLU's output that a norm made of x by stats (2, C)
+// float64, norm_weight and norm_bias (C,): made again piece by piece, to the same bits.
+Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
+                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                 std::vector<int64_t> dilation, Tensor stats, Tensor norm_weight,
+                                 Tensor norm_bias, double eps);
+
 // dy (N, K, P, Q) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
 // dx (N, C, H, W) channels_last of dy's dtype: the gradient of the convolution, of any stride and
 // padding and without dilation, by its input, plus `added` (N, C, H, W), whose memory dx then

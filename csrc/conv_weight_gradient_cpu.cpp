@@ -1,5 +1,7 @@
 // The gradient of a training step's convolutions by their weights, on the CPU, by the kernels of
 // conv_weight_gradient_kernels.h and, for 3x3, conv_weight_gradient_winograd.h.
+#include "bn_cpu.h"
+#include "bn_train.h"
 #include "conv_cpu.h"
 #include "conv_train.h"
 #include "memory_pool.h"
@@ -34,6 +36,12 @@ void sum_over_rows(int64_t rows, int64_t count, float* out, const Body& body) {
   });
 }
 
+// Whether threads share out the outputs, and each lays out all of x; else they share out the rows,
+// and their sums are to be added up.
+bool goes_by_outputs(const WeightGradient& g, int64_t outputs) {
+  return g.pixels < 3 * outputs * g.R * g.S;
+}
+
 // out (K, R, S, C) float32 <- the gradient of the weights, over all rows and outputs
 void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
   const auto kernel = cpu_kernels().conv_weight_gradient[form];
@@ -43,8 +51,7 @@ void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
     std::fill_n(out, weights, 0.0f);
     return;
   }
-  // By rows, the threads' sums to be added up; or by outputs, x to be laid out by every thread.
-  if (g.pixels < 3 * g.K * taps) {
+  if (goes_by_outputs(g, g.K)) {
     Split(g.K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
       const Scratch scratch(scratch_bytes(g, (end - begin) * 16));
       kernel(g, scratch.data(), 0, rows, begin * 16, end * 16, out + begin * 16 * taps * g.C);
@@ -62,7 +69,7 @@ bool sum_winograd_gradient(const WeightGradient& g, float* out) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t tiles = g.N * ((g.P + 1) / 2) * ((g.Q + 1) / 2), weights = g.K * 16 * g.C;
   const bool sixteen = g.C == 16 && g.K == 16 && kernels.winograd_gradient_16;
-  const bool by_outputs = !sixteen && g.pixels < 3 * g.K * 9;
+  const bool by_outputs = !sixteen && goes_by_outputs(g, g.K);
   const int64_t granule = sixteen ? kTilesOf16 : 1;
   const Split split(by_outputs ? g.K / 16 : tiles, granule, granule);
   const int64_t parts = by_outputs ? 1 : split.tasks;
@@ -115,26 +122,34 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
 
 }  // namespace
 
-// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of
-// the convolution, float32, channels_last. K and C multiples of 16.
-Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
-                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                   std::vector<int64_t> dilation) {
-  constexpr const char* op = "convolution_weight_gradient";
-  const DtypeIndex dtype = dtype_index(op, "x", x);
-  WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
-  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
-        ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
-  Tensor dweight = pooled_channels_last(g.K, g.C, R, S, ScalarType::Float);
+namespace {
+
+// How the sums of a gradient are shared out and computed.
+struct Ways {
+  ConvForm form;
+  bool pointwise, winograd;
+  bool swapped;     // x and dy have changed places, and so have K and C
+  bool by_outputs;  // else by rows (of tiles)
+
+  Ways(const WeightGradient& g, DtypeIndex dtype) : form(*conv_form(dtype)) {
+    const bool strides = g.stride_h * g.stride_w > 1, some = g.pixels > 0;
+    pointwise = some && !strides && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
+    // The transposed operand costs more to lay out: let it be the one of fewer channels.
+    swapped = pointwise && g.K > g.C;
+    winograd = some && !strides && form != kBFloatPairs && g.R == 3 && g.S == 3 &&
+               g.dilation_h * g.dilation_w == 1 && g.C * g.K <= kMostWinogradWeights;
+    by_outputs = goes_by_outputs(g, swapped ? g.C : g.K);
+  }
+};
+
+Tensor weight_gradient_by(WeightGradient g, const Ways& ways, const Tensor& dy, const Tensor& x) {
+  const ConvForm form = ways.form;
+  Tensor dweight = pooled_channels_last(g.K, g.C, g.R, g.S, ScalarType::Float);
   ++conv_passes().weight_gradients;
-  const ConvForm form = *conv_form(dtype);
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const bool pointwise =
-      R * S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 && g.pad_w == 0 && g.pixels > 0;
-  if (pointwise) {
+  if (ways.pointwise) {
     // Rows as long as one chain of additions, or a little shorter, so that threads get equal
     // shares.
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t pair = form == kBFloatPairs ? 2 : 1,
                   longest = cpu_kernels().gradient_piece[form] * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
@@ -142,30 +157,111 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
     g.P = (g.pixels + g.Q - 1) / g.Q;
     g.H = g.P, g.W = g.Q;
   }
-  // The transposed operand costs more to lay out: let it be the one of fewer channels.
-  const bool swapped = pointwise && g.K > g.C;
   Tensor result = dweight;
   const std::vector<float> zeros(static_cast<size_t>(g.C), 0.0f);
   g.zeros = zeros.data();
-  const bool winograd = form != kBFloatPairs && R == 3 && S == 3 && g.pixels > 0 &&
-                        g.stride_h * g.stride_w * g.dilation_h * g.dilation_w == 1 &&
-                        g.C * g.K <= kMostWinogradWeights;
-  if (winograd) {
+  if (ways.winograd) {
     const Operand wide_x(x, form), wide_dy(dy, form);
     WeightGradient wide = g;
     wide.x = wide_x.data(), wide.dy = wide_dy.data();
     if (sum_winograd_gradient(wide, static_cast<float*>(dweight.mutable_data_ptr())))
       return dweight;
   }
-  if (swapped) {
+  if (ways.swapped) {
     std::swap(g.x, g.dy), std::swap(g.C, g.K);
+    g.makes_dy = true;
     result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);
   }
   sum_weight_gradient(g, form, static_cast<float*>(result.mutable_data_ptr()));
-  if (swapped)
+  if (ways.swapped)
     transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
               static_cast<float*>(dweight.mutable_data_ptr()));
   return dweight;
+}
+
+WeightGradient packed_weight_gradient_of(const char* op, const Tensor& dy, const Tensor& x,
+                                         int64_t R, int64_t S, const std::vector<int64_t>& stride,
+                                         const std::vector<int64_t>& padding,
+                                         const std::vector<int64_t>& dilation) {
+  const WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
+  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
+        ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
+  return g;
+}
+
+// relu(norm(x)), x (N, C, H, W) channels_last, not float64, some pixels at a time into memory of
+// each thread's own.
+class NormedPixels {
+ public:
+  NormedPixels(const Tensor& x, const Norm& norm)
+      : plan_(layout_of("normalised", x)),
+        kernel_(cpu_kernels().bn_apply_rows[dtype_index("normalised", "x", x)]),
+        mean_(spread<float>(plan_, norm.stats.mean)),
+        scale_(spread<float>(plan_, affine_of<float>(norm).scale)),
+        shift_(spread<float>(plan_, affine_of<float>(norm).shift)),
+        x_(static_cast<const char*>(x.const_data_ptr())),
+        pixel_bytes_(plan_.layout.C * static_cast<int64_t>(x.element_size())) {}
+
+  // As WeightGradient::make says; context: one of these.
+  static const void* make(const void* context, int64_t begin, int64_t end) {
+    thread_local std::vector<char> memory;
+    const auto& self = *static_cast<const NormedPixels*>(context);
+    const int64_t bytes = std::max<int64_t>(end - begin, 0) * self.pixel_bytes_ + 2 * kLineBytes;
+    memory.resize(std::max(memory.size(), static_cast<size_t>(bytes)));
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    char* y = memory.data() + (kLineBytes - address % kLineBytes);
+    for_joined_rows(self.plan_.layout.C, end - begin,
+                    [&](const Walk& walk, int64_t first, int64_t rows) {
+                      BnForward bn{};
+                      bn.walk = walk, bn.relu = true;
+                      bn.x = self.x_ + (begin + first) * self.pixel_bytes_;
+                      bn.y = y + first * self.pixel_bytes_;
+                      bn.mean = self.mean_.data(), bn.scale = self.scale_.data();
+                      bn.shift = self.shift_.data();
+                      self.kernel_(bn, 0, rows);
+                    });
+    return y - begin * self.pixel_bytes_;
+  }
+
+ private:
+  Plan plan_;
+  void (*kernel_)(const BnForward&, int64_t begin, int64_t end);
+  std::vector<float> mean_, scale_, shift_;
+  const char* x_;
+  int64_t pixel_bytes_;
+};
+
+}  // namespace
+
+// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of
+// the convolution, float32, channels_last. K and C multiples of 16.
+Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
+                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                   std::vector<int64_t> dilation) {
+  const WeightGradient g = packed_weight_gradient_of("convolution_weight_gradient", dy, x, R, S,
+                                                     stride, padding, dilation);
+  return weight_gradient_by(g, Ways(g, dtype_index("convolution_weight_gradient", "x", x)), dy, x);
+}
+
+Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
+                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                 std::vector<int64_t> dilation, Tensor stats, Tensor norm_weight,
+                                 Tensor norm_bias, double eps) {
+  constexpr const char* op = "weight_gradient_of_normed";
+  WeightGradient g = packed_weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
+  const Ways ways(g, dtype_index(op, "x", x));
+  // Each thread makes what it needs of x: all of it where it has outputs of its own. Of what
+  // Winograd's form is to read in float32 there is a copy of bfloat16 in any case; with 16 channels
+  // it reads tensors alone.
+  const bool copied = ways.winograd && (ways.form != kFloat || (g.C == 16 && g.K == 16));
+  if (g.pixels == 0 || ways.by_outputs || copied)
+    return convolution_weight_gradient(
+        dy, bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, true), R, S, stride,
+        padding, dilation);
+  const NormedPixels source(x, norm_of<float>(op, stats, norm_weight, norm_bias, eps, g.C, x));
+  g.make = NormedPixels::make, g.context = &source;
+  return weight_gradient_by(g, ways, dy, x);
 }
 
 namespace {

@@ -180,6 +180,20 @@ FR_INLINE int64_t wide_outputs(int64_t outputs) {
   return wide >= 0 ? wide : outputs;
 }
 
+// g with what it makes of x (or dy) from row `top` of image n on up to row `bottom` of image
+// `last`, rows of these images alone.
+FR_INLINE WeightGradient with_made(const WeightGradient& g, int64_t n, int64_t top, int64_t last,
+                                   int64_t bottom) {
+  WeightGradient made = g;
+  if (!g.make) return made;
+  const int64_t first = n * g.H + (top > 0 ? top : 0);
+  const int64_t end = last * g.H + (bottom < 0 ? 0 : bottom < g.H ? bottom + 1 : g.H);
+  const int64_t pixels = end * g.W < g.x_pixels ? end * g.W : g.x_pixels;
+  const void* found = g.make(g.context, first * g.W, pixels);
+  (g.makes_dy ? made.dy : made.x) = found;
+  return made;
+}
+
 // What will be laid out next, to be fetched while this is multiplied: rows of x, then dy.
 struct GradientReads {
   Fetch::Stream x, dy;
@@ -298,7 +312,11 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
     const int64_t rows = end - first < panel.rows ? end - first : panel.rows;
     // A last row that is shorter than the others needs the zeros of a copy.
     const bool in_place = as_it_lies && (first + rows) * g.Q <= g.x_pixels;
-    gather_dy<Dot>(g, panel, first, rows, k_begin, k_end, dy);
+    const int64_t last = first + rows - 1;
+    const WeightGradient made =
+        with_made(g, first / g.P, first % g.P * g.stride_h - g.pad_h, last / g.P,
+                  last % g.P * g.stride_h - g.pad_h + (g.R - 1) * g.dilation_h);
+    gather_dy<Dot>(made, panel, first, rows, k_begin, k_end, dy);
     for (int64_t c = 0; c < g.C; c += 64) {
       const int64_t vectors = (g.C - c) / 16 < 4 ? (g.C - c) / 16 : 4;
       const int64_t row_bytes = panel.phases * panel.columns / Dot::pair * vectors * 64;
@@ -316,7 +334,7 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
         const int64_t origin = g.R == 1 && top < 0 ? top + (-top + step - 1) / step * step : low;
         const int64_t used = high < origin ? 0 : (high - origin) / step + 1;
         for (int64_t i = 0; i < used && !in_place; ++i)
-          gather_x_row<Dot>(g, panel, n * g.H + origin + i * step, c, vectors,
+          gather_x_row<Dot>(made, panel, n * g.H + origin + i * step, c, vectors,
                             x + (slot + i) * row_bytes);
         for (int64_t r = 0; r < g.R; ++r)
           for (int64_t i = 0; i < some; ++i) {
@@ -325,7 +343,7 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
             const char** entry = table + (r * panel.rows + entries[r]++) * 8;
             for (int64_t j = 0; j < kTilePixels; ++j)
               entry[j] = reinterpret_cast<const char*>(dy + j * apart + (row + i) * panel.pitch);
-            entry[7] = in_place ? static_cast<const char*>(g.x) + (n * g.H + h) * g.W * g.C * 4
+            entry[7] = in_place ? static_cast<const char*>(made.x) + (n * g.H + h) * g.W * g.C * 4
                                 : x + (slot + (h - origin) / step) * row_bytes;
           }
         slot += used;

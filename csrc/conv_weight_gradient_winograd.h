@@ -195,10 +195,14 @@ void winograd_gradient(const WeightGradient& g, char* scratch, int64_t begin, in
         reads.dy = stream_of<float>(static_cast<const float*>(g.dy) + (n * g.P + p) * g.Q * g.K,
                                     4 * count, g.K);
     }
-    winograd_gradient_row<0>(g, scratch, first, count, k_begin, k_end, again, {}, sums);
-    winograd_gradient_row<1>(g, scratch, first, count, k_begin, k_end, again, {}, sums);
-    winograd_gradient_row<2>(g, scratch, first, count, k_begin, k_end, again, {}, sums);
-    winograd_gradient_row<3>(g, scratch, first, count, k_begin, k_end, again, reads, sums);
+    const int64_t tiles_w = (g.Q + 1) / 2, tiles_h = (g.P + 1) / 2;
+    const int64_t top = first / tiles_w, bottom = (first + count - 1) / tiles_w;
+    const WeightGradient made = with_made(g, top / tiles_h, top % tiles_h * 2 - g.pad_h,
+                                          bottom / tiles_h, bottom % tiles_h * 2 - g.pad_h + 3);
+    winograd_gradient_row<0>(made, scratch, first, count, k_begin, k_end, again, {}, sums);
+    winograd_gradient_row<1>(made, scratch, first, count, k_begin, k_end, again, {}, sums);
+    winograd_gradient_row<2>(made, scratch, first, count, k_begin, k_end, again, {}, sums);
+    winograd_gradient_row<3>(made, scratch, first, count, k_begin, k_end, again, reads, sums);
   }
 }
 

@@ -132,6 +132,11 @@ struct WeightGradient {
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t pixels, x_pixels;  // of dy and x
+  // Null, or: x (dy, where `makes_dy`) is what something is made of, and this makes it, pixels
+  // [begin, end) at a time. Returned: where pixel 0 would lie; good until this thread's next call.
+  const void* (*make)(const void* context, int64_t begin, int64_t end);
+  const void* context;
+  bool makes_dy;
 };
 // Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 128 KiB, so that
 // what they are copied from stays in the second-level cache beside them (0.92 of the time of 512

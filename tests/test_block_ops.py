@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import randn
+from op_cases import randn, same
 from torch import nn
 from training_helpers import BLOCKS, LAST, ONE_OP, make, needs_native, step, stock_step
 
@@ -39,6 +39,27 @@ def test_one_op_is_all_passes(name, dtype, level, monkeypatch):
     for key in found:
         assert torch.equal(found[key], want[key]), key
         assert found[key].stride() == want[key].stride(), key
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "many pixels" in name])
+def test_what_is_made_piece_by_piece(name, threads):
+    """An activation made again in pieces, by each thread its own, has the bits of the kept one:
+    every level's gradients are alike to the last of them; NaN and Inf in it as well."""
+    torch.set_num_threads(threads)
+    for value in (None, float("nan"), float("inf")):
+        block, x = make(name)
+        if value is not None:
+            with torch.no_grad():
+                x[1, :, 7, 5] = value
+        other = copy.deepcopy(block)
+        dy = randn(block(x).shape, x.dtype).contiguous(memory_format=LAST)
+        block.load_state_dict(other.state_dict())
+        fr.set_activation_memory(block, "low")
+        fr.set_activation_memory(other, "full")
+        found, want = step(block, x, dy), step(other, x, dy)
+        for key in want:
+            same(found[key], want[key])
 
 
 def test_what_was_made_ready_is_made_anew(monkeypatch):
