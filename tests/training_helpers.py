@@ -26,7 +26,7 @@ BLOCKS = {
         (2, 16, 9, 10),
     ),
     "bottleneck": (lambda: fr.Bottleneck(64, 16), (2, 64, 7, 7)),
-    # So many pixels that threads share them out, and make inputs of weight gradients piece by piece.
+    # So many pixels that threads share them out, and make what weight gradients read in pieces.
     "basic, many pixels": (lambda: fr.BasicBlock(32, 32), (3, 32, 21, 23)),
     "bottleneck, many pixels": (lambda: fr.Bottleneck(128, 32), (3, 128, 21, 23)),
     "bottleneck, many pixels, stride 2": (
