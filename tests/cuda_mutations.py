@@ -17,7 +17,7 @@ ADDED, GRADIENT = "csrc/bn_gradient_sums_cuda.cu", "tests/test_conv_gradient.py 
 FORWARD, BACKWARD = "csrc/bn_add_relu_forward.cuh", "csrc/bn_add_relu_backward.cuh"
 CHANNEL, PROLOGUE = "csrc/bn_channel.cuh", "csrc/implicit_gemm_prologue.cuh"
 PROLOGUE90 = "csrc/implicit_gemm_sm90_prologue.cuh"
-FOLD, PRO = "csrc/implicit_gemm_prologue_cuda.cu", "tests/test_conv_prologue.py -k"
+PRO = "tests/test_conv_prologue.py -k"
 ROWS, CUT = "csrc/bn_add_relu_rows.cuh", "csrc/bn_add_relu_cut.h"
 EM, BN = "tests/test_emulated.py -k bn_add_relu", "tests/test_bn_add_relu.py -k"
 STEM_CU, STEM = "csrc/stem_cuda.cu", "tests/test_stem.py"
@@ -162,11 +162,11 @@ CUDA = [
     ("prologue: NaN killed by ReLU", PROLOGUE, "narrow<T>(rectified(y))",
      "narrow<T>(y > 0 ? y : 0.0f)", f"{PRO} special"),
     ("prologue: no ReLU", PROLOGUE, "narrow<T>(rectified(y))", "narrow<T>(y)", f"{PRO} one_after"),
-    ("prologue: the mean's rest not used", FOLD, "norm.rest[c]", "0 * norm.rest[c]",
+    ("prologue: the mean's rest not used", CHANNEL, "norm.rest[c]", "0 * norm.rest[c]",
      f"{PRO} one_after"),
-    ("prologue: weight needed", FOLD, "norm.weight != nullptr ? norm.weight[c] : 1.0f",
+    ("prologue: weight needed", CHANNEL, "norm.weight != nullptr ? norm.weight[c] : 1.0f",
      "norm.weight != nullptr ? norm.weight[c] : 0.0f", f"{PRO} without"),
-    ("prologue: bias needed", FOLD, "norm.bias != nullptr ? norm.bias[c] : 0.0f",
+    ("prologue: bias needed", CHANNEL, "norm.bias != nullptr ? norm.bias[c] : 0.0f",
      "norm.bias != nullptr ? norm.bias[c] : 1.0f", f"{PRO} without"),
     ("prologue: a step read while it is normalised", S80,
      "    prologue.apply(shared + read_slot * Shape::kStageBytes + copy_offset);\n"
@@ -210,7 +210,7 @@ CUDA = [
      "sums[i] += 1.0002f * widen(g.values[i]);", f"{GRADIENT} values"),
     ("gradient: the other half's channels", GRADIENT_H, "thread / kHalf * 4",
      "(1 - thread / kHalf) * 4", f"{GRADIENT} values"),
-    ("gradient: the mean's rest not used", GRADIENT_H, "norm.rest[c]", "0.0f",
+    ("gradient: the mean's rest not used", CHANNEL, "norm.rest[c]", "0.0f",
      f"{GRADIENT} every_tile"),
     ("gradient: the first sum for both", GRADIENT_H, "over.place(2 * Sums::kWarps + 1, 0, j)",
      "over.place(2 * Sums::kWarps, 0, j)", f"{GRADIENT} values"),
