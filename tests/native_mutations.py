@@ -42,7 +42,7 @@ CPP = [
     ("gradient sums: of the x of the first pixels", "csrc/bn_cpu.h",
      "x_ + (begin + first) * pixel_bytes_", "x_ + first * pixel_bytes_", SUMS),
     ("gradient sums: not masked", "csrc/bn_cpu.h",
-     "bn.own_scale = scale_.data(), bn.own_shift = shift_.data();", "", SUMS),
+     ", bn.own_scale = scale_.data(), bn.own_shift = shift_.data();", ";", SUMS),
     ("gradient sums: the first task's alone", "csrc/bn_cpu.h",
      "own != sums_.end(); own += pitch_)", "own != sums_.end(); own = sums_.end())", SUMS),
     ("gradient sums: what rounding took off the mean", "csrc/bn_cpu.h",
