@@ -460,7 +460,7 @@ class RowGradientSums {
         shift_(spread<float>(plan_, affine_of<float>(norm).shift)),
         x_(static_cast<const char*>(x.const_data_ptr())),
         pixel_bytes_(plan_.layout.C * static_cast<int64_t>(x.element_size())),
-        pitch_(3 * plan_.walk.period + 8),  // one cache line between the sums of different tasks
+        pitch_(2 * plan_.walk.period + 8),  // one cache line between the sums of different tasks
         sums_(static_cast<size_t>(tasks * pitch_), 0.0) {}
 
   // dy: pixel `begin` of those up to `end`, which no task has added before
