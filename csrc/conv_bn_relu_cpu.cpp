@@ -67,8 +67,8 @@ void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t en
   }
 }
 
-int64_t winograd_tiles_of(const ConvBnRelu& conv) {
-  return conv.N * ((conv.P + 1) / 2) * ((conv.Q + 1) / 2);
+int64_t winograd_tiles_of(const ConvBnRelu& conv, int64_t m) {
+  return conv.N * ((conv.P + m - 1) / m) * ((conv.Q + m - 1) / m);
 }
 bool is_16(const ConvBnRelu& conv) {
   return conv.C == 16 && conv.K == 16 && cpu_kernels().conv_winograd_16[kFloat];
@@ -89,7 +89,8 @@ class Winograd {
 
   void run_blocks(int64_t block_begin, int64_t block_end, int64_t begin, int64_t end) const {
     thread_local std::vector<char> memory;
-    memory.resize(static_cast<size_t>(winograd_scratch_bytes(tile_pixels(), conv_.C) + kLineBytes));
+    memory.resize(static_cast<size_t>(
+        winograd_scratch_bytes(conv_.winograd_tile, tile_pixels(), conv_.C) + kLineBytes));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
     cpu_kernels().conv_bn_relu_winograd[form_](conv_, scratch, block_begin, block_end, begin, end);
@@ -101,7 +102,7 @@ class Winograd {
 };
 
 void run_winograd(const ConvBnRelu& conv, ConvForm form) {
-  const int64_t tiles = winograd_tiles_of(conv);
+  const int64_t tiles = winograd_tiles_of(conv, conv.winograd_tile);
   const Winograd winograd(conv, form);
   if (is_16(conv)) {
     Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
@@ -124,14 +125,14 @@ void run_winograd(const ConvBnRelu& conv, ConvForm form) {
 
 // Tasks take whole rows of tiles, that is, whole rows of y.
 bool run_winograd_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
-  const int64_t tiles = winograd_tiles_of(conv);
-  const int64_t tiles_h = (conv.P + 1) / 2, tiles_w = (conv.Q + 1) / 2;
+  const int64_t m = conv.winograd_tile, tiles = winograd_tiles_of(conv, m);
+  const int64_t tiles_h = (conv.P + m - 1) / m, tiles_w = (conv.Q + m - 1) / m;
   const int64_t group = is_16(conv) ? kTilesOf16 : tile_pixels();  // what is computed together
   const int64_t granule = std::lcm(group, tiles_w);
   if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
-  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(tile_pixels(), conv.C);
+  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(m, tile_pixels(), conv.C);
   const auto first_pixel = [&](int64_t row) {  // of a row of tiles
-    return (row / tiles_h * conv.P + row % tiles_h * 2) * conv.Q;
+    return (row / tiles_h * conv.P + row % tiles_h * m) * conv.Q;
   };
   const Winograd winograd(conv, form);
   Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
@@ -199,20 +200,37 @@ bool widens_bfloat16() { return conv_form(kBFloat16) == kBFloatWidened; }
 
 void widen_bfloat16(int choice) { bfloat16_choice = choice; }
 
-bool winograd_pays(const ConvBnRelu& c) {
-  const int64_t tiles = c.N * ((c.P + 1) / 2) * ((c.Q + 1) / 2);
-  return 16 * 6 * round_up(tiles, tile_pixels()) < 9 * 5 * round_up(c.N * c.P * c.Q, tile_pixels());
+int64_t winograd_tile(const ConvBnRelu& c, ConvForm form, std::initializer_list<int64_t> tiles) {
+  const auto rounded = [](int64_t n) { return static_cast<double>(round_up(n, tile_pixels())); };
+  int64_t best = 0;
+  double least = rounded(c.N * c.P * c.Q) * (form == kBFloatPairs ? 4.5 : 9.0);
+  for (const int64_t m : tiles) {
+    if (!winograd_serves(form, m)) continue;
+    const double products = rounded(winograd_tiles_of(c, m)) * winograd_products(m) * 1.2;
+    if (products < least) least = products, best = m;
+  }
+  return best;
+}
+
+int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvForm form, int64_t most) {
+  const int64_t strides = c.stride_h * c.stride_w * c.dilation_h * c.dilation_w;
+  const int64_t weights = c.C * c.K;
+  if (c.R != 3 || c.S != 3 || strides != 1 || weights > kMostWinogradWeights) return 0;
+  // Of fewer channels there are too few products beside the transforms.
+  const bool wide = c.C >= 64 && c.K >= 64 && weights <= most;
+  return wide ? winograd_tile(c, form, {2, 4}) : winograd_tile(c, form, {2});
 }
 
 void run_convolution(const ConvBnRelu& conv, ConvForm form) {
-  if (conv.winograd && winograd_pays(conv))
+  if (conv.winograd && winograd_tile(conv, form, {conv.winograd_tile}))
     run_winograd(conv, form);
   else
     run_direct(&conv, 1, form);
 }
 
 bool run_convolution_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
-  if (conv.winograd && winograd_pays(conv)) return run_winograd_watched(conv, form, written);
+  if (conv.winograd && winograd_tile(conv, form, {conv.winograd_tile}))
+    return run_winograd_watched(conv, form, written);
   return run_direct_watched(conv, form, written);
 }
 
@@ -254,8 +272,9 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
 }  // namespace
 
 // x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
-// and winograd, where there is one: packed by native_conv.py, flat. scale, shift: float32, (K,) and
-// zeros up to a multiple of 64. first_channel: int64, (K / 16,) up to a multiple of 4, where groups
+// and winograd, where there is one, of F(2x2, 3x3) or F(4x4, 3x3): packed by native_conv.py, flat.
+// scale, shift: float32, (K,) and zeros up to a multiple of 64. first_channel: int64, (K / 16,) up
+// to a multiple of 4, where groups
 // != 1. The result lies in the residual's memory where `overwrite` says so, in memory that comes
 // back (memory_pool.h) where `pooled` does.
 Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
@@ -281,11 +300,15 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
             weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
         op, ": weight must be packed in x's dtype or float32 for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));
+  const int64_t m = !winograd                                           ? 0
+                    : winograd->numel() == winograd_products(2) * C * K ? 2
+                    : winograd->numel() == winograd_products(4) * C * K ? 4
+                                                                        : 0;
   if (winograd)
-    check(form != kBFloatPairs && winograd->scalar_type() == ScalarType::Float &&
+    check(m > 0 && winograd_serves(form, m) && winograd->scalar_type() == ScalarType::Float &&
               winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
               g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
-              g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0 && winograd->numel() == 16 * C * K,
+              g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0,
           op,
           ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with channels "
           "and outputs in sixteens, got ",
@@ -324,7 +347,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(form)), 0);
   ConvBnRelu conv{};
   conv.weight = weight.const_data_ptr();
-  if (winograd) conv.winograd = winograd->const_data_ptr();
+  if (winograd) conv.winograd = winograd->const_data_ptr(), conv.winograd_tile = m;
   conv.scale = static_cast<const float*>(scale.const_data_ptr());
   conv.shift = static_cast<const float*>(shift.const_data_ptr());
   if (first_channel)

@@ -35,16 +35,19 @@ struct DotFloat32 {
   typedef Float32 D;
   typedef Float32 X;
   static constexpr int pair = 1;
+  static constexpr ConvForm form = kFloat;
 };
 struct DotBFloat16 {
   typedef BFloat16 D;
   typedef BFloat16 X;
   static constexpr int pair = 2;
+  static constexpr ConvForm form = kBFloatPairs;
 };
 struct DotWidened {
   typedef BFloat16 D;
   typedef Float32 X;
   static constexpr int pair = 1;
+  static constexpr ConvForm form = kBFloatWidened;
 };
 
 // Stores of whole vectors. The processor's own rounding to bfloat16 is one instruction to the six

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <initializer_list>
 
 #include "common.h"
 #include "cpu_kernels.h"
@@ -67,12 +68,18 @@ class Source {
   std::optional<Operand> operand_;
 };
 
-// Whether Winograd's form multiplies less: 16 products per tile, and a fifth more for the
-// transforms, to 9 per pixel; both go by tiles of the kernel.
-bool winograd_pays(const ConvBnRelu& c);
+// Of these tiles' sizes m that of Winograd's form F(m x m, 3x3) that multiplies least, or 0 where
+// nothing is saved: (m + 2)^2 products per tile, and a fifth more for the transforms, to 9 per
+// pixel, of which the dot product does two at once. All go by tiles of the kernel.
+int64_t winograd_tile(const ConvBnRelu& c, ConvForm form, std::initializer_list<int64_t> tiles);
 
-// Above, the transformed weights of a layer with few pixels cost more than is saved.
-constexpr int64_t kMostWinogradWeights = 256 * 256;
+// The same for a pass of a training step over up to so many weights (outputs * inputs), of F(4x4,
+// 3x3) `most` of them.
+int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvForm form, int64_t most);
+
+// Above, what the transformed weights of a layer with few pixels cost is more than is saved: they
+// are 4/9 and 4 times the weights, and packed anew at every step.
+constexpr int64_t kMostWinogradWeights = 256 * 256, kMostWinogradWeights4 = 128 * 128;
 
 // All of y, by whichever of the two kernels pays.
 void run_convolution(const ConvBnRelu& conv, ConvForm form);

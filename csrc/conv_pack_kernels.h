@@ -7,7 +7,7 @@
 // form asked for. Bytes: the weight read once, each form written once.
 #pragma once
 
-#include "conv_bn_relu_kernels.h"
+#include "conv_bn_relu_winograd.h"
 
 // t[j][i] <- t[i][j] of as many vectors as they have lanes.
 FR_INLINE void transpose_square(vf* t) {
@@ -97,19 +97,35 @@ FR_INLINE void copy_16(const float* from, float* to) {
 }
 
 // G g G^T of 9 vectors of taps, each the 3x3 of as many outputs as it has lanes.
+template <int m>
 FR_INLINE void winograd_weight(const vf* g, vf* out) {
-  vf t[4][3];
+  constexpr int size = Minimal<m>::size;
+  vf t[size][3];
 #pragma GCC unroll 3
   for (int s = 0; s < 3; ++s) {
-    const vf sum = (g[s] + g[6 + s]) * 0.5f, middle = g[3 + s] * 0.5f;
-    t[0][s] = g[s], t[1][s] = sum + middle, t[2][s] = sum - middle, t[3][s] = g[6 + s];
+    const vf column[3] = {g[s], g[3 + s], g[6 + s]};
+    vf u[size];
+    Minimal<m>::weight(column, u);
+#pragma GCC unroll 6
+    for (int i = 0; i < size; ++i) t[i][s] = u[i];
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const vf sum = (t[i][0] + t[i][2]) * 0.5f, middle = t[i][1] * 0.5f;
-    out[4 * i] = t[i][0], out[4 * i + 1] = sum + middle;
-    out[4 * i + 2] = sum - middle, out[4 * i + 3] = t[i][2];
-  }
+#pragma GCC unroll 6
+  for (int i = 0; i < size; ++i) Minimal<m>::weight(t[i], out + size * i);
+}
+
+// 16 inputs of up to 16 outputs, as pack_16 has them in `tile`: to `out`, `inputs` rows of
+// `vectors` vectors per product.
+template <int m>
+FR_INLINE void pack_winograd(const float* tile, int64_t inputs, int64_t vectors, float* out) {
+  constexpr int products = Minimal<m>::size * Minimal<m>::size;
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t j = 0; j < 16; j += kLanes) {
+      vf g[9], u[products];
+      for (int tap = 0; tap < 9; ++tap) g[tap] = load_any<vf>(tile + (tap * 16 + i) * 16 + j);
+      winograd_weight<m>(g, u);
+      for (int64_t k = 0; k < products; ++k)
+        store_any(out + (k * inputs + i) * vectors * 16 + j, u[k]);
+    }
 }
 
 constexpr int64_t kInputsAhead = 32;  // from those that are packed to those that are fetched
@@ -133,7 +149,7 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
       transpose(source, p.output_stride, t, 16);
     }
   }
-  if (p.form == kBFloatWidened)
+  if (p.form == kBFloatWidened || (p.form == kBFloatPairs && p.winograd))
     for (int64_t i = 0; i < p.taps * 256; i += kLanes)
       store_any(tile + i, rounded_to_bfloat(load_any<vf>(tile + i)));
   if (p.direct && p.form != kBFloatPairs) {
@@ -155,14 +171,11 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
     }
   }
   if (p.winograd) {
-    auto* out = static_cast<float*>(p.winograd) + first * 16 + (c * vectors + v % 4) * 16;
-    for (int64_t i = 0; i < 16; ++i)
-      for (int64_t j = 0; j < 16; j += kLanes) {
-        vf g[9], u[16];
-        for (int tap = 0; tap < 9; ++tap) g[tap] = load_any<vf>(tile + (tap * 16 + i) * 16 + j);
-        winograd_weight(g, u);
-        for (int64_t m = 0; m < 16; ++m) store_any(out + (m * C + i) * vectors * 16 + j, u[m]);
-      }
+    auto* out = static_cast<float*>(p.winograd) + (c * vectors + v % 4) * 16;
+    if (p.winograd_tile == 2)
+      pack_winograd<2>(tile, C, vectors, out + first * winograd_products(2));
+    else
+      pack_winograd<4>(tile, C, vectors, out + first * winograd_products(4));
   }
 }
 

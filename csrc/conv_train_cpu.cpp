@@ -103,9 +103,8 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   const ConvForm form = *conv_form(dtype);
   const int64_t size = operand_bytes(form);
 
-  const bool winograd = form != kBFloatPairs && R == 3 && S == 3 && winograd_pays(conv) &&
-                        stride[0] * stride[1] * dilation[0] * dilation[1] == 1 &&
-                        C * K <= kMostWinogradWeights;
+  conv.winograd_tile = winograd_tile_of_step(conv, form, kMostWinogradWeights4);
+  const bool winograd = conv.winograd_tile > 0;
   ConvPack pack{};
   pack.weight = weight.const_data_ptr();
   pack.outputs = K, pack.inputs = C, pack.taps = taps;
@@ -115,10 +114,11 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
     pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
   pack.transposed = transposed;
   pack.form = form;
+  pack.winograd_tile = conv.winograd_tile;
   std::optional<Scratch> packed, packed_winograd;
   const auto pack_for = [&](bool direct, bool by_winograd) {
     if (direct) packed.emplace(K * C * taps * size);
-    if (by_winograd) packed_winograd.emplace(16 * K * C * 4);
+    if (by_winograd) packed_winograd.emplace(winograd_products(conv.winograd_tile) * K * C * 4);
     pack.direct = direct ? packed->data() : nullptr;
     pack.winograd = by_winograd ? packed_winograd->data() : nullptr;
     Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {

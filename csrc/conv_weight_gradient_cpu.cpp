@@ -64,11 +64,17 @@ void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
   });
 }
 
-// The same for a 3x3 convolution of stride 1 in float32; false where a result is no finite number.
-bool sum_winograd_gradient(const WeightGradient& g, float* out) {
+// Whether there is a kernel of Winograd's form for so many channels alone. It reads float32.
+bool is_16(const WeightGradient& g) {
+  return g.C == 16 && g.K == 16 && cpu_kernels().winograd_gradient_16;
+}
+
+// The same for a 3x3 convolution of stride 1; false where a result is no finite number.
+bool sum_winograd_gradient(const WeightGradient& g, ConvForm form, float* out) {
   const CpuKernels& kernels = cpu_kernels();
-  const int64_t tiles = g.N * ((g.P + 1) / 2) * ((g.Q + 1) / 2), weights = g.K * 16 * g.C;
-  const bool sixteen = g.C == 16 && g.K == 16 && kernels.winograd_gradient_16;
+  const int64_t m = g.winograd_tile, weights = g.K * winograd_products(m) * g.C;
+  const int64_t tiles = g.N * ((g.P + m - 1) / m) * ((g.Q + m - 1) / m);
+  const bool sixteen = is_16(g);
   const bool by_outputs = !sixteen && goes_by_outputs(g, g.K);
   const int64_t granule = sixteen ? kTilesOf16 : 1;
   const Split split(by_outputs ? g.K / 16 : tiles, granule, granule);
@@ -80,16 +86,18 @@ bool sum_winograd_gradient(const WeightGradient& g, float* out) {
     const int64_t outputs = by_outputs ? (end - begin) * 16 : g.K;
     const Scratch scratch(kernels.winograd_gradient_scratch(g, outputs));
     if (by_outputs)
-      kernels.winograd_gradient(g, scratch.data(), 0, tiles, begin * 16, end * 16,
-                                sums_ptr + begin * 16 * 16 * g.C);
+      kernels.winograd_gradient[form](g, scratch.data(), 0, tiles, begin * 16, end * 16,
+                                      sums_ptr + begin * 16 * (weights / g.K));
     else
-      kernels.winograd_gradient(g, scratch.data(), begin, end, 0, g.K, sums_ptr + task * weights);
+      kernels.winograd_gradient[form](g, scratch.data(), begin, end, 0, g.K,
+                                      sums_ptr + task * weights);
   });
   const Split finish(g.K, 1, 8);
   std::vector<char> finite(static_cast<size_t>(finish.tasks), 0);
   finish.run([&](int64_t task, int64_t begin, int64_t end) {
-    finite[task] = kernels.winograd_gradient_output(sums_ptr + begin * 16 * g.C, parts, weights,
-                                                    end - begin, g.C, out + begin * 9 * g.C);
+    finite[task] =
+        kernels.winograd_gradient_output(m, sums_ptr + begin * (weights / g.K), parts, weights,
+                                         end - begin, g.C, out + begin * 9 * g.C);
   });
   return std::find(finite.begin(), finite.end(), 0) == finite.end();
 }
@@ -124,10 +132,20 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
 
 namespace {
 
+// m of Winograd's form F(m x m, 3x3) that a gradient is computed in, or 0.
+int64_t winograd_tile_of(const WeightGradient& g, ConvForm form) {
+  ConvBnRelu conv{};
+  conv.N = g.N, conv.C = g.C, conv.K = g.K, conv.P = g.P, conv.Q = g.Q, conv.R = g.R, conv.S = g.S;
+  conv.stride_h = g.stride_h, conv.stride_w = g.stride_w;
+  conv.dilation_h = g.dilation_h, conv.dilation_w = g.dilation_w;
+  return winograd_tile_of_step(conv, form, kMostWinogradWeights);
+}
+
 // How the sums of a gradient are shared out and computed.
 struct Ways {
   ConvForm form;
-  bool pointwise, winograd;
+  bool pointwise;
+  int64_t winograd_tile;
   bool swapped;     // x and dy have changed places, and so have K and C
   bool by_outputs;  // else by rows (of tiles)
 
@@ -136,8 +154,7 @@ struct Ways {
     pointwise = some && !strides && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
     // The transposed operand costs more to lay out: let it be the one of fewer channels.
     swapped = pointwise && g.K > g.C;
-    winograd = some && !strides && form != kBFloatPairs && g.R == 3 && g.S == 3 &&
-               g.dilation_h * g.dilation_w == 1 && g.C * g.K <= kMostWinogradWeights;
+    winograd_tile = some ? winograd_tile_of(g, form) : 0;
     by_outputs = goes_by_outputs(g, swapped ? g.C : g.K);
   }
 };
@@ -160,11 +177,15 @@ Tensor weight_gradient_by(WeightGradient g, const Ways& ways, const Tensor& dy, 
   Tensor result = dweight;
   const std::vector<float> zeros(static_cast<size_t>(g.C), 0.0f);
   g.zeros = zeros.data();
-  if (ways.winograd) {
-    const Operand wide_x(x, form), wide_dy(dy, form);
-    WeightGradient wide = g;
-    wide.x = wide_x.data(), wide.dy = wide_dy.data();
-    if (sum_winograd_gradient(wide, static_cast<float*>(dweight.mutable_data_ptr())))
+  if (ways.winograd_tile > 0) {
+    WeightGradient ready = g;
+    ready.winograd_tile = ways.winograd_tile;
+    std::optional<Operand> wide_x, wide_dy;
+    if (is_16(g)) {
+      wide_x.emplace(x, form), wide_dy.emplace(dy, form);
+      ready.x = wide_x->data(), ready.dy = wide_dy->data();
+    }
+    if (sum_winograd_gradient(ready, form, static_cast<float*>(dweight.mutable_data_ptr())))
       return dweight;
   }
   if (ways.swapped) {
@@ -251,11 +272,10 @@ Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
   constexpr const char* op = "weight_gradient_of_normed";
   WeightGradient g = packed_weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
   const Ways ways(g, dtype_index(op, "x", x));
-  // Each thread makes what it needs of x: all of it where it has outputs of its own. Of what
-  // Winograd's form is to read in float32 there is a copy of bfloat16 in any case; with 16 channels
-  // it reads tensors alone.
-  const bool copied = ways.winograd && (ways.form != kFloat || (g.C == 16 && g.K == 16));
-  if (g.pixels == 0 || ways.by_outputs || copied)
+  // Each thread makes what it needs of x: all of it where it has outputs of its own. With 16
+  // channels Winograd's form reads tensors alone.
+  const bool as_a_whole = ways.winograd_tile > 0 && is_16(g);
+  if (g.pixels == 0 || ways.by_outputs || as_a_whole)
     return convolution_weight_gradient(
         dy, bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, true), R, S, stride,
         padding, dilation);

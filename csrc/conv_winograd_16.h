@@ -27,7 +27,7 @@
 constexpr int64_t kChains = 8;  // tiles whose sums are in registers
 constexpr int64_t kPitch16 = kTilesOf16 * 16;
 // Pieces of kTilesOf16 tiles in one sum before it goes to the total: as in winograd_gradient.
-constexpr int64_t kPieces16 = kGradientTiles / kTilesOf16;
+constexpr int64_t kPieces16 = gradient_tiles(2) / kTilesOf16;
 
 // sum += x's value in all lanes * y
 FR_INLINE void add_product(vf& sum, const float* x, vf y) {
@@ -158,7 +158,7 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
 // y of tiles [begin, end)
 template <typename Dot>
 void conv_winograd_16(const ConvBnRelu& c, int64_t begin, int64_t end) {
-  const int64_t tiles_h = winograd_tiles_h(c), tiles_w = winograd_tiles_w(c);
+  const int64_t tiles_h = (c.P + 1) / 2, tiles_w = (c.Q + 1) / 2;
   alignas(64) float v[16 * kPitch16];
   for (int64_t first = begin; first < end;) {
     // To the next multiple: where rows have so many tiles, none is begun in its middle.

@@ -82,10 +82,10 @@ const CpuKernels kernels = {
     FR_CONV_FORMS(weight_gradient_scratch),
     {narrow_gradient<DotFloat32>, FR_PAIRS(narrow_gradient), nullptr},
     narrow_gradient_scratch,
-    winograd_gradient,
+    FR_CONV_FORMS(winograd_gradient),
     winograd_gradient_output,
     winograd_gradient_scratch,
-    {conv_bn_relu_winograd<DotFloat32>, nullptr, conv_bn_relu_winograd<DotWidened>},
+    FR_CONV_FORMS(conv_bn_relu_winograd),
 #endif
 #if FR_VECTOR_BYTES == 64
     {conv_winograd_16<DotFloat32>, nullptr, conv_winograd_16<DotWidened>},

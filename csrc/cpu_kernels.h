@@ -85,10 +85,19 @@ struct MeanPool {
 enum ConvForm : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
 constexpr int kConvForms = 3;
 
+// Winograd's forms F(m x m, 3x3): products per tile of m x m outputs; and which a way of
+// multiplying has. Of float32, m = 4 would lose digits; beside bfloat16's rounding it loses none,
+// and it multiplies a quarter of what is multiplied directly, where m = 2 does four ninths.
+constexpr int64_t winograd_products(int64_t m) { return (m + 2) * (m + 2); }
+constexpr bool winograd_serves(ConvForm form, int64_t m) {
+  return m == 2 ? form != kBFloatPairs : form != kFloat;
+}
+
 struct ConvBnRelu {
   const void* x;                 // (N, H, W, C) in memory; widened: float32
   const void* weight;            // packed, see conv_bn_relu_kernels.h; null: see left_out
   const void* winograd;          // packed, see conv_bn_relu_winograd.h, or null
+  int64_t winograd_tile;         // m of F(m x m, 3x3), in which that is
   bool* left_out;                // without weight: whether Winograd's form left pixels to it
   const float* scale;            // (K,), zeros up to a multiple of 64, or null: 1, and no shift
   const float* shift;            // as scale
@@ -115,7 +124,8 @@ constexpr int64_t kMostPackedTaps = 9;  // of a convolution whose weights conv_p
 struct ConvPack {
   const void* weight;
   void* direct;    // (outputs * inputs * taps) of float, in pairs of bfloat16, or null
-  void* winograd;  // (16 * outputs * inputs), or null
+  void* winograd;  // (winograd_products(winograd_tile) * outputs * inputs), or null
+  int64_t winograd_tile;
   int64_t outputs, inputs, taps;
   int64_t output_stride, input_stride;
   int64_t tap_offset[kMostPackedTaps];
@@ -132,6 +142,7 @@ struct WeightGradient {
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t pixels, x_pixels;  // of dy and x
+  int64_t winograd_tile;     // m of F(m x m, 3x3), by which it is computed, or 0
   // Null, or: x (dy, where `makes_dy`) is what something is made of, and this makes it, pixels
   // [begin, end) at a time. Returned: where pixel 0 would lie; good until this thread's next call.
   const void* (*make)(const void* context, int64_t begin, int64_t end);
@@ -144,19 +155,20 @@ struct WeightGradient {
 // pieces so short cost narrow layers 2%.
 constexpr int64_t gradient_pixels(int64_t pair) { return pair == 2 ? 2048 : 512; }
 constexpr int64_t kMostNarrowRows = 16;  // R of a convolution of few channels
-constexpr int64_t kGradientTiles = 224;  // the same, of Winograd's form
+// The same, of Winograd's forms.
+constexpr int64_t gradient_tiles(int64_t m) { return m == 2 ? 224 : 196; }
 
 // Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
 // sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
-constexpr int64_t winograd_group_bytes(int64_t tile_pixels, int64_t C) {
-  return tile_pixels * 16 * 4 * (C + 64);
+constexpr int64_t winograd_group_bytes(int64_t m, int64_t tile_pixels, int64_t C) {
+  return tile_pixels * winograd_products(m) * 4 * (C + 64);
 }
-constexpr int64_t winograd_groups(int64_t tile_pixels, int64_t C) {
-  const int64_t bytes = winograd_group_bytes(tile_pixels, C);
+constexpr int64_t winograd_groups(int64_t m, int64_t tile_pixels, int64_t C) {
+  const int64_t bytes = winograd_group_bytes(m, tile_pixels, C);
   return bytes < 768 * 1024 ? 768 * 1024 / bytes : 1;
 }
-constexpr int64_t winograd_scratch_bytes(int64_t tile_pixels, int64_t C) {
-  return winograd_groups(tile_pixels, C) * winograd_group_bytes(tile_pixels, C);
+constexpr int64_t winograd_scratch_bytes(int64_t m, int64_t tile_pixels, int64_t C) {
+  return winograd_groups(m, tile_pixels, C) * winograd_group_bytes(m, tile_pixels, C);
 }
 
 // Tiles that Winograd's form takes at a time where there are 16 channels in and out.
@@ -216,16 +228,17 @@ struct CpuKernels {
   void (*narrow_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
                                       int64_t end, float* out) = {};
   int64_t (*narrow_gradient_scratch)(const WeightGradient&) = {};
-  // The same in Winograd's form, for 3x3, stride 1, float32: sums (k_end - k_begin, 16, C) over
-  // tiles [begin, end) of 2x2 pixels of dy; and dweight of the sum of several, part floats apart,
-  // false where it holds something that is no finite number.
-  void (*winograd_gradient)(const WeightGradient&, char* scratch, int64_t begin, int64_t end,
-                            int64_t k_begin, int64_t k_end, float* sums) = {};
-  bool (*winograd_gradient_output)(const float* sums, int64_t parts, int64_t part, int64_t outputs,
-                                   int64_t C, float* out) = {};
+  // The same in Winograd's form F(m x m, 3x3), m: winograd_tile, for 3x3, stride 1: sums (k_end -
+  // k_begin, winograd_products(m), C) over tiles [begin, end) of m x m pixels of dy; and dweight of
+  // the sum of several, part floats apart, false where it holds something that is no finite number.
+  void (*winograd_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
+                                        int64_t end, int64_t k_begin, int64_t k_end,
+                                        float* sums) = {};
+  bool (*winograd_gradient_output)(int64_t m, const float* sums, int64_t parts, int64_t part,
+                                   int64_t outputs, int64_t C, float* out) = {};
   int64_t (*winograd_gradient_scratch)(const WeightGradient&, int64_t outputs) = {};
   // 3x3, stride 1, by ConvForm: y's channels of blocks [block_begin, block_end) in groups [begin,
-  // end) of tile_pixels tiles of 2x2 pixels
+  // end) of tile_pixels tiles of winograd_tile by as many pixels
   void (*conv_bn_relu_winograd[kConvForms])(const ConvBnRelu&, void* scratch, int64_t block_begin,
                                             int64_t block_end, int64_t begin, int64_t end) = {};
   // The same two where C = K = 16: all of y, and the sums, of tiles [begin, end)

@@ -3,8 +3,8 @@
 An implicit GEMM over channels_last activations for processors with AVX-512 or AVX2. bfloat16 is
 multiplied by the processor's dot product where that is the faster way, else in float32 (`widens`).
 Weights are packed as they are: scale, shift, residual and ReLU are applied to the float32 sums,
-with one rounding at the end, and one packing serves every input size. 3x3 convolutions of stride 1
-that are multiplied in float32 have a second one, transformed for Winograd's minimal filtering;
+with one rounding at the end, and one packing serves every input size. Most 3x3 convolutions of
+stride 1 have a second one, transformed for Winograd's minimal filtering and multiplied in float32;
 csrc/conv_bn_relu_cpu.cpp chooses by the size of the input.
 """
 
@@ -22,11 +22,19 @@ from .convolution import FusedConv
 # As in csrc/conv_bn_relu_kernels.h.
 _LANES, _BLOCK_VECTORS, _MOST_TAPS, _PIECE = 16, 4, 128, 256
 _FEW_CHANNELS = 16
-# C * K up to which 3x3 weights are packed for Winograd's form too, 16/9 of their size: what is read
-# of them per image must be little beside the products saved.
-_WINOGRAD_WEIGHTS = 256 * 256
+# C * K up to which 3x3 weights are packed for Winograd's form F(m x m, 3x3) too, 16/9 of their size
+# in float32 or, m = 4, 8 times that in bfloat16: what is read of them per image must be little
+# beside the products saved.
+_WINOGRAD_WEIGHTS = {2: 256 * 256, 4: 128 * 128}
+_WINOGRAD_CHANNELS = 64  # in and out, from which m = 4 pays
 # G of csrc/conv_bn_relu_winograd.h
-_WINOGRAD_G = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_WINOGRAD_G = {
+    2: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
+    4: (
+        (1 / 4, 0, 0), (-1 / 6, -1 / 6, -1 / 6), (-1 / 6, 1 / 6, -1 / 6),
+        (1 / 24, 1 / 12, 1 / 6), (1 / 24, -1 / 12, 1 / 6), (0, 0, 1),
+    ),
+}  # fmt: skip
 
 
 @functools.cache
@@ -56,27 +64,30 @@ def _merges(weight_shape: Sequence[int], dilation: Sequence[int], groups: int) -
     return groups == 1 and weight_shape[1] < _FEW_CHANNELS and dilation[1] == 1
 
 
-def winograd_fits(
+def winograd_tile(
     weight_shape: Sequence[int],
     dtype: torch.dtype,
     stride: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> bool:
-    """Whether such a convolution has a form with 16 multiplications for 36."""
+) -> int:
+    """m of the form F(m x m, 3x3) that such a convolution has, or 0: of 9 multiplications for each
+    output, m = 2 leaves 4 and m = 4, whose error only bfloat16's rounding hides, 2.25."""
     K, C, R, S = weight_shape
-    return (
-        (dtype == torch.float32 or widens(dtype))
-        and (R, S, groups) == (3, 3, 1)
-        and (*stride, *dilation) == (1, 1, 1, 1)
-        and C % _LANES == K % _LANES == 0
-        and C * K <= _WINOGRAD_WEIGHTS
-    )
+    if (R, S, groups) != (3, 3, 1) or (*stride, *dilation) != (1, 1, 1, 1):
+        return 0
+    if C % _LANES or K % _LANES:
+        return 0
+    wide = min(C, K) >= _WINOGRAD_CHANNELS
+    if dtype == torch.bfloat16 and wide and _WINOGRAD_WEIGHTS[4] >= C * K:
+        return 4
+    in_float32 = dtype == torch.float32 or widens(dtype)
+    return 2 if in_float32 and _WINOGRAD_WEIGHTS[2] >= C * K else 0
 
 
-def _winograd(weight: Tensor) -> Tensor:
-    """weight: (K, C, 3, 3) -> G weight G^T, (K, C, 4, 4), by way of float64."""
-    g = torch.tensor(_WINOGRAD_G, dtype=torch.float64)
+def _winograd(weight: Tensor, m: int) -> Tensor:
+    """weight: (K, C, 3, 3) -> G weight G^T, (K, C, m + 2, m + 2), by way of float64."""
+    g = torch.tensor(_WINOGRAD_G[m], dtype=torch.float64)
     return (g @ weight.double() @ g.T).float()
 
 
@@ -145,8 +156,8 @@ class NativeConv(FusedConv):
         # A grouped block passes its vectors one by one, so each is packed on its own.
         self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
         self._winograd: Tensor | None = None
-        if winograd_fits(self.weight_shape, dtype, self.stride, self.dilation, groups):
-            self._winograd = _pack(_winograd(weight), 1, _BLOCK_VECTORS)
+        if m := winograd_tile(self.weight_shape, dtype, self.stride, self.dilation, groups):
+            self._winograd = _pack(_winograd(weight, m), 1, _BLOCK_VECTORS)
         block = _LANES * _BLOCK_VECTORS
         self._scale = _padded(scale.detach().float(), 0, block).contiguous()
         self._shift = _padded(shift.detach().float(), 0, block).contiguous()

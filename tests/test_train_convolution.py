@@ -28,6 +28,12 @@ CASES = {
     "3x3, even": ((3, 64, 14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, odd": ((4, 48, 13, 13), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, many tiles": ((2, 32, 66, 35), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
+    # Of bfloat16 by Winograd's form with tiles of 4 x 4 pixels, whole or not.
+    "3x3 of 64, odd": ((2, 64, 17, 15), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 of 64, many tiles": ((2, 64, 66, 35), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "3x3 of 64, no padding": ((3, 80, 14, 31), 64, (3, 3), (1, 1), (0, 0), (1, 1)),
+    "3x3 of 128, wide padding": ((3, 128, 7, 30), 112, (3, 3), (1, 1), (2, 0), (1, 1)),
+    "3x3 of 256": ((6, 256, 14, 14), 256, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, many weights": ((2, 272, 7, 7), 256, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, stride 2": ((2, 48, 15, 12), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
     "3x3, stride 2, many rows": ((2, 16, 90, 76), 16, (3, 3), (2, 2), (1, 1), (1, 1)),
@@ -70,6 +76,8 @@ CASES = {
     "many taps": ((2, 16, 12, 12), 16, (5, 5), (1, 1), (2, 2), (1, 1)),
 }
 PASSES = ("y", "dx", "dweight")
+# Of sums of small integers in Winograd's form with sixths, beyond their rounding; measured: 4e-3.
+SIXTHS = 1e-2
 DTYPES = (torch.float32, torch.bfloat16)
 FORMS = ("float32", "bfloat16 by dot product", "bfloat16 in float32")
 
@@ -150,7 +158,8 @@ def test_against_float64(case: str, dtype: torch.dtype, threads: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
     """Every index: sums of small integers leave no room for a wrong one. dweight and, in float32,
-    all sums are exact whatever their order; Winograd's halves and quarters are exact too. What is
+    all sums are exact whatever their order; Winograd's halves and quarters are exact too. Sixths,
+    of tiles of 4 x 4 pixels, are not: what is then rounded may be off by a little. What is
     PyTorch's is as PyTorch has it: without AVX-512 it rounds sums of bfloat16 on the way."""
     mine, stock = makers()
     x, weight, dy, g = operands(case, dtype, integers)
@@ -158,14 +167,19 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
     theirs = run(stock, x, weight, dy, g)
     found = run(mine, x, weight, dy, g)
     for name, t, e, stocks in zip(PASSES, found, exact, theirs, strict=True):
-        assert torch.equal(t, e.to(t.dtype)) or torch.equal(t, stocks), name
+        if dtype == torch.bfloat16 and "3x3" in case and not torch.equal(t, stocks):
+            off = (t.double() - e).abs() - (e.to(t.dtype).double() - e).abs()
+            assert off.max() <= SIXTHS, name
+        else:
+            assert torch.equal(t, e.to(t.dtype)) or torch.equal(t, stocks), name
 
 
 @pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize(
     "case",
     ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels",
-     "3x3 of 16, few tiles", "3x3, stride 2", "3x3, stride 2, no padding", "3x3, stride 4"],
+     "3x3 of 16, few tiles", "3x3 of 64, odd", "3x3, stride 2", "3x3, stride 2, no padding",
+     "3x3, stride 4"],
 )  # fmt: skip
 def test_what_is_added(case: str, dtype: torch.dtype) -> None:
     """conv + residual, in the residual's memory, with one rounding; and so the input's gradient."""
@@ -188,18 +202,21 @@ def test_what_is_added(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize(
-    "case", ["pointwise", "pointwise, many pixels", "3x3, many tiles", "3x3 of 16, many tiles"]
-)
-def test_what_lies_beyond_is_not_read(case: str, threads: int) -> None:
+    "case",
+    ["pointwise", "pointwise, many pixels", "3x3, many tiles", "3x3 of 16, many tiles",
+     "3x3 of 64, many tiles"],
+)  # fmt: skip
+def test_what_lies_beyond_is_not_read(case: str, dtype: torch.dtype, threads: int) -> None:
     """x and dy between tensors that are no numbers."""
     mine, _ = makers()
     torch.set_num_threads(threads)
-    x, weight, dy, g = operands(case, torch.float32)
+    x, weight, dy, g = operands(case, dtype)
     expected = run(mine, x, weight, dy, g)
     inner = []
     for t in (x, dy):
-        around = torch.full((len(t) + 2, *t.shape[1:]), float("nan"))
+        around = torch.full((len(t) + 2, *t.shape[1:]), float("nan"), dtype=dtype)
         around = around.contiguous(memory_format=LAST)
         around[1:-1] = t
         inner.append(around[1:-1])
@@ -223,7 +240,9 @@ def test_weights_of_any_kind(weights: str) -> None:
         same(a.float(), b.to(a.dtype).float())
 
 
-@pytest.mark.parametrize("case", ["3x3", "pointwise, many pixels", "stem", "3x3, stride 2"])
+@pytest.mark.parametrize(
+    "case", ["3x3", "3x3 of 64, odd", "pointwise, many pixels", "stem", "3x3, stride 2"]
+)
 @pytest.mark.parametrize("dtype", FORMS, indirect=True)
 def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
     mine, _ = makers()
@@ -236,12 +255,14 @@ def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3", "3x3, stride 2, many rows"],
-)
-def test_the_same_at_any_number_of_threads(case: str) -> None:
+    ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3", "3x3 of 64, many tiles",
+     "3x3, stride 2, many rows"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+def test_the_same_at_any_number_of_threads(case: str, dtype: torch.dtype) -> None:
     """Where a thread's tiles begin changes nothing in y and dx."""
     mine, _ = makers()
-    x, weight, dy, g = operands(case, torch.float32)
+    x, weight, dy, g = operands(case, dtype)
     found = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -252,14 +273,15 @@ def test_the_same_at_any_number_of_threads(case: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
 @pytest.mark.parametrize(
-    "case", ["3x3, even", "pointwise", "3x3, stride 2", "3x3 of 16, few tiles"]
+    "case", ["3x3, even", "3x3 of 64, odd", "pointwise", "3x3, stride 2", "3x3 of 16, few tiles"]
 )
-def test_not_a_number(case: str, value: float) -> None:
+def test_not_a_number(case: str, dtype: torch.dtype, value: float) -> None:
     """What is no finite number shows where stock shows it, in forward and both gradients."""
     mine, stock = makers()
     for which in range(3):
-        x, weight, dy, g = operands(case, torch.float32)
+        x, weight, dy, g = operands(case, dtype)
         t = (x, weight, dy)[which]
         t[tuple(n // 2 for n in t.shape)] = value
         for name, a, b in zip(
@@ -268,11 +290,12 @@ def test_not_a_number(case: str, value: float) -> None:
             assert torch.equal(a.isfinite(), b.isfinite()), (name, which)
 
 
-@pytest.mark.parametrize("case", ["3x3, even", "3x3 of 16, few tiles"])
-def test_sums_that_overflow_in_winograds_form(case: str) -> None:
-    """Winograd's sums of four values may overflow where the result does not."""
+@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("case", ["3x3, even", "3x3 of 64, odd", "3x3 of 16, few tiles"])
+def test_sums_that_overflow_in_winograds_form(case: str, dtype: torch.dtype) -> None:
+    """Winograd's sums of several values may overflow where the result does not."""
     mine, stock = makers()
-    x, weight, dy, g = operands(case, torch.float32)
+    x, weight, dy, g = operands(case, dtype)
     x = torch.full_like(x, 2e38)
     weight, dy = weight * 1e-3, dy * 1e-6
     exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
@@ -283,7 +306,7 @@ def test_sums_that_overflow_in_winograds_form(case: str) -> None:
         assert a.isfinite().all(), name
         scale = (lifted(x).abs().max() * lifted(weight).abs().sum()).item() if name == "y" else 0
         terms = {name: scale} if scale else {name: e.abs().max().item() * 100}
-        close([name], [a], [s], [e], torch.float32, terms)
+        close([name], [a], [s], [e], dtype, terms)
 
 
 def test_errors_name_the_argument() -> None:
@@ -338,7 +361,9 @@ def test_no_image() -> None:
 
 
 @pytest.mark.parametrize("dtype", FORMS[1:], indirect=True)
-@pytest.mark.parametrize("case", ["pointwise", "3x3", "3x3, stride 2", "3x3 of 16, few tiles"])
+@pytest.mark.parametrize(
+    "case", ["pointwise", "3x3", "3x3 of 64, odd", "3x3, stride 2", "3x3 of 16, few tiles"]
+)
 def test_weights_are_rounded(case: str, dtype: torch.dtype) -> None:
     """To the dtype of what they are multiplied with, as autocast rounds them."""
     mine, _ = makers()
