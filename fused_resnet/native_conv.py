@@ -87,8 +87,13 @@ def winograd_tile(
 
 def _winograd(weight: Tensor, m: int) -> Tensor:
     """weight: (K, C, 3, 3) -> G weight G^T, (K, C, m + 2, m + 2), by way of float64."""
-    g = torch.tensor(_WINOGRAD_G[m], dtype=torch.float64)
-    return (g @ weight.double() @ g.T).float()
+    t = weight.double()
+    for dim in (2, 3):
+        # Not by matrix products: the library for those of float64 takes memory for nothing else.
+        taps = t.unbind(dim)
+        rows = ([tap * g for tap, g in zip(taps, row, strict=True) if g] for row in _WINOGRAD_G[m])
+        t = torch.stack([functools.reduce(torch.add, terms) for terms in rows], dim)
+    return t.float()
 
 
 def _pack(weight: Tensor, pair: int, vectors_per_block: int) -> Tensor:
@@ -157,7 +162,10 @@ class NativeConv(FusedConv):
         self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
         self._winograd: Tensor | None = None
         if m := winograd_tile(self.weight_shape, dtype, self.stride, self.dilation, groups):
-            self._winograd = _pack(_winograd(weight, m), 1, _BLOCK_VECTORS)
+            # A block at a time: on the way it takes several times the memory of what it becomes.
+            blocks = weight.split(_LANES * _BLOCK_VECTORS)
+            packed = [_pack(_winograd(block, m), 1, _BLOCK_VECTORS) for block in blocks]
+            self._winograd = torch.cat(packed)
         block = _LANES * _BLOCK_VECTORS
         self._scale = _padded(scale.detach().float(), 0, block).contiguous()
         self._shift = _padded(shift.detach().float(), 0, block).contiguous()
