@@ -167,7 +167,8 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
     theirs = run(stock, x, weight, dy, g)
     found = run(mine, x, weight, dy, g)
     for name, t, e, stocks in zip(PASSES, found, exact, theirs, strict=True):
-        if dtype == torch.bfloat16 and "3x3" in case and not torch.equal(t, stocks):
+        sixths = dtype == torch.bfloat16 and "3x3" in case and min(weight.shape[:2]) >= 64
+        if sixths and not torch.equal(t, stocks):
             off = (t.double() - e).abs() - (e.to(t.dtype).double() - e).abs()
             assert off.max() <= SIXTHS, name
         else:
