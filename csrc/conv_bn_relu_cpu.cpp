@@ -68,10 +68,11 @@ void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t en
 }
 
 int64_t winograd_tiles_of(const ConvBnRelu& conv, int64_t m) {
-  return conv.N * ((conv.P + m - 1) / m) * ((conv.Q + m - 1) / m);
+  return winograd_tiles(conv.N, conv.P, conv.Q, m);
 }
 bool is_16(const ConvBnRelu& conv) {
-  return conv.C == 16 && conv.K == 16 && cpu_kernels().conv_winograd_16[kFloat];
+  return conv.C == 16 && conv.K == 16 && conv.winograd_tile == 2 &&
+         cpu_kernels().conv_winograd_16[kFloat];
 }
 
 // run: all of groups [begin, end) of tiles, or, of 16 channels, of tiles [begin, end). run_blocks:
@@ -274,9 +275,8 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
 // x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
 // and winograd, where there is one, of F(2x2, 3x3) or F(4x4, 3x3): packed by native_conv.py, flat.
 // scale, shift: float32, (K,) and zeros up to a multiple of 64. first_channel: int64, (K / 16,) up
-// to a multiple of 4, where groups
-// != 1. The result lies in the residual's memory where `overwrite` says so, in memory that comes
-// back (memory_pool.h) where `pooled` does.
+// to a multiple of 4, where groups != 1. The result lies in the residual's memory where `overwrite`
+// says so, in memory that comes back (memory_pool.h) where `pooled` does.
 Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
                     Tensor shift, std::optional<Tensor> first_channel,
                     std::optional<Tensor> residual, bool overwrite, bool relu, bool pooled,

@@ -43,7 +43,7 @@
 
 #include "conv_bn_relu_kernels.h"
 
-// One direction of the transforms of F(m x m, 3x3). load(i): element i of what is transformed.
+// One direction of the transforms of F(m x m, 3x3). d(i): element i of what is transformed.
 template <int m>
 struct Minimal;
 
@@ -153,9 +153,6 @@ struct TilePlace {
     return {tile / (tiles_h * tiles_w), tile / tiles_w % tiles_h * m, tile % tiles_w * m};
   }
 };
-FR_INLINE int64_t winograd_tiles(int64_t N, int64_t P, int64_t Q, int64_t m) {
-  return N * ((P + m - 1) / m) * ((Q + m - 1) / m);
-}
 
 // B^T d B of one tile; its results of channels [begin, end) go to v, `pitch` floats apart.
 template <typename Dot, int m>
@@ -273,7 +270,7 @@ FR_INLINE int64_t winograd_pixel(const ConvBnRelu& c, int64_t m, int64_t tile) {
 template <typename Dot, int vectors, int m>
 FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
                               const float* v, int64_t room, float* sums) {
-  constexpr int64_t products = Minimal<m>::size * Minimal<m>::size;
+  constexpr int64_t products = winograd_products(m);
   const int64_t groups = (count + kTilePixels - 1) / kTilePixels;
   const auto* weight = static_cast<const char*>(c.winograd) + block * 4 * products * c.C * 64;
   constexpr int64_t size = sizeof(typename Dot::D::T), x_size = sizeof(typename Dot::X::T);
@@ -306,7 +303,7 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
 template <typename Dot, int m>
 FR_INLINE void winograd_groups_of(const ConvBnRelu& c, void* scratch, int64_t block_begin,
                                   int64_t block_end, int64_t begin, int64_t end) {
-  constexpr int64_t products = Minimal<m>::size * Minimal<m>::size;
+  constexpr int64_t products = winograd_products(m);
   const int64_t tiles = winograd_tiles(c.N, c.P, c.Q, m);
   const int64_t at_once = winograd_groups(m, kTilePixels, c.C), room = at_once * kTilePixels;
   auto* v = static_cast<float*>(scratch);

@@ -78,7 +78,7 @@ int64_t winograd_tile(const ConvBnRelu& c, ConvForm form, std::initializer_list<
 int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvForm form, int64_t most);
 
 // Above, what the transformed weights of a layer with few pixels cost is more than is saved: they
-// are 4/9 and 4 times the weights, and packed anew at every step.
+// are 16/9 and 4 times the weights, and packed anew at every step.
 constexpr int64_t kMostWinogradWeights = 256 * 256, kMostWinogradWeights4 = 128 * 128;
 
 // All of y, by whichever of the two kernels pays.

@@ -117,7 +117,7 @@ FR_INLINE void winograd_weight(const vf* g, vf* out) {
 // `vectors` vectors per product.
 template <int m>
 FR_INLINE void pack_winograd(const float* tile, int64_t inputs, int64_t vectors, float* out) {
-  constexpr int products = Minimal<m>::size * Minimal<m>::size;
+  constexpr int64_t products = winograd_products(m);
   for (int64_t i = 0; i < 16; ++i)
     for (int64_t j = 0; j < 16; j += kLanes) {
       vf g[9], u[products];

@@ -73,7 +73,7 @@ bool is_16(const WeightGradient& g) {
 bool sum_winograd_gradient(const WeightGradient& g, ConvForm form, float* out) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t m = g.winograd_tile, weights = g.K * winograd_products(m) * g.C;
-  const int64_t tiles = g.N * ((g.P + m - 1) / m) * ((g.Q + m - 1) / m);
+  const int64_t tiles = winograd_tiles(g.N, g.P, g.Q, m);
   const bool sixteen = is_16(g);
   const bool by_outputs = !sixteen && goes_by_outputs(g, g.K);
   const int64_t granule = sixteen ? kTilesOf16 : 1;

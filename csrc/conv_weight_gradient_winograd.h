@@ -231,7 +231,7 @@ FR_INLINE bool winograd_gradient_output_of(const float* sums, int64_t parts, int
         vf column[size], made[3];
 #pragma GCC unroll 6
         for (int i = 0; i < size; ++i) {
-          const float* from = sums + (k * size * size + i * size + j) * C + c;
+          const float* from = sums + (k * winograd_products(m) + i * size + j) * C + c;
           column[i] = load_any<vf>(from);
           for (int64_t p = 1; p < parts; ++p) column[i] += load_any<vf>(from + p * part);
         }

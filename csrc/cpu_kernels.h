@@ -89,6 +89,9 @@ constexpr int kConvForms = 3;
 // multiplying has. Of float32, m = 4 would lose digits; beside bfloat16's rounding it loses none,
 // and it multiplies a quarter of what is multiplied directly, where m = 2 does four ninths.
 constexpr int64_t winograd_products(int64_t m) { return (m + 2) * (m + 2); }
+constexpr int64_t winograd_tiles(int64_t N, int64_t P, int64_t Q, int64_t m) {
+  return N * ((P + m - 1) / m) * ((Q + m - 1) / m);
+}
 constexpr bool winograd_serves(ConvForm form, int64_t m) {
   return m == 2 ? form != kBFloatPairs : form != kFloat;
 }
