@@ -13,7 +13,16 @@ OUT ?= build/demo
 PYTEST_ARGS ?=
 RESULTS := benchmarks/results
 
+# Every file that the build reads, in all folders of csrc/.
+SOURCES := $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
 PY := $(VENV)/bin/python
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+# Compiling the CUDA kernels takes minutes: where there is a GPU, or on demand.
+FUSED_RESNET_CUDA ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo 0)
+export FUSED_RESNET_CUDA
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -31,7 +40,7 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 	$(PY) -m pip install --requirement requirements-dev.txt
 	@touch $@
 
-$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(wildcard csrc/*)
+$(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from fused_resnet import native; print("build:", native.load() or "native kernels")'
 	@touch $@
@@ -47,7 +56,7 @@ test: build
 lint: $(VENV)/requirements.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/cpp/*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(PY) -m mypy
 
 bench: build

@@ -79,6 +79,11 @@ def cuda_archs():
     return ";".join(served) or DEFAULT_CUDA_ARCHS
 
 
+def files_of(kind):
+    """The files of this ending in csrc/ and all its folders, sorted."""
+    return sorted(glob.glob(f"csrc/**/*.{kind}", recursive=True))
+
+
 def native_build():
     """Keyword arguments for setup() that build the extension, {} where it cannot be built."""
     if NATIVE == "0":
@@ -112,12 +117,12 @@ def native_build():
 
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     facts = {"TORCH": torch.__version__, "CXX_FLAGS": "-O3"}
-    sources = sorted(glob.glob("csrc/*.cpp"))
+    sources = files_of("cpp")
     extension = cpp_extension.CppExtension
     flags = {"cxx": ["-O3", *warnings, "-fvisibility=hidden"]}
     if cuda_root:
         extension = cpp_extension.CUDAExtension
-        sources += sorted(glob.glob("csrc/*.cu"))
+        sources += files_of("cu")
         facts["CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"]
         flags["cxx"].append("-DFUSED_RESNET_WITH_CUDA")
         flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall"]
@@ -125,7 +130,12 @@ def native_build():
             flags["nvcc"].append("-DFUSED_RESNET_SM_90A")
     flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
     native = extension(
-        "fused_resnet._C", sources, extra_compile_args=flags, depends=sorted(glob.glob("csrc/*.*h"))
+        "fused_resnet._C",
+        sources,
+        # Absolute: ninja compiles from its own folder.
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args=flags,
+        depends=files_of("h") + files_of("cuh"),
     )
     # The stable ABI needs none of libtorch_python, whose symbols change from release to release.
     native.libraries = [name for name in native.libraries if name != "torch_python"]
