@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_resources.py [--arch 80 90a] [--file stem] [--out DIR]
 
-Compiles every csrc/*.cu for each architecture and reads the machine code. A fault, and exit status
+Compiles every file of csrc/cuda/ for each architecture and reads the machine code. A fault, and exit status
 1: a warning, a spill or an array in local memory, or an instruction that is missing where the
 kernel is built around it (tensor cores, ldmatrix, asynchronous copies, 16-byte accesses). Needs
 nvcc, and cuobjdump of the toolkit or of Triton's wheel.
@@ -30,7 +30,7 @@ import torch
 from fused_resnet.bench import save
 from fused_resnet.machine import provenance
 
-ROOT = Path(__file__).parent.parent
+CSRC = Path(__file__).parent.parent / "csrc"
 ARCHS = ("80", "90a")
 
 # What a kernel's machine code must show: pattern of its name -> architectures -> instructions.
@@ -96,19 +96,24 @@ def binaries() -> list[Path]:
     return [Path(spec.origin).parent / "backends" / "nvidia" / "bin"]
 
 
+def name_of(source: Path) -> str:
+    """add_relu.cu, convolution/stem.cu, ..."""
+    return str(source.relative_to(CSRC / "cuda"))
+
+
 def compiled(source: Path, arch: str, folder: Path) -> tuple[Path, float, list[str]]:
     """The machine code of a file, the seconds that took, and the compiler's warnings."""
-    target = folder / f"{source.stem}-{arch}.cubin"
+    target = folder / f"{name_of(source).replace('/', '-')}-{arch}.cubin"
     include = Path(torch.__file__).parent / "include"
     command = [
         find("nvcc", *toolkit()), "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-O3",
-        "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-Wall", "-isystem", str(include),
+        "-std=c++20", "-DUSE_CUDA", "-Xcompiler=-Wall", f"-I{CSRC}", "-isystem", str(include),
         "-isystem", str(include / "torch/csrc/api/include"), str(source), "-o", str(target),
     ]  # fmt: skip
     begin_s = time.perf_counter()
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
-        sys.exit(f"cuda_resources: {source.name} does not compile for sm_{arch}\n{run.stderr}")
+        sys.exit(f"cuda_resources: {name_of(source)} does not compile for sm_{arch}\n{run.stderr}")
     lines = (run.stdout + run.stderr).splitlines()
     return target, time.perf_counter() - begin_s, [x for x in lines if "warning" in x.lower()]
 
@@ -162,7 +167,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write a results file into this folder")
     args = parser.parse_args()
-    sources = sorted(s for s in (ROOT / "csrc").glob("*.cu") if args.file in s.name)
+    sources = sorted(s for s in (CSRC / "cuda").rglob("*.cu") if args.file in name_of(s))
     pairs = [(source, arch) for arch in args.arch for source in sources]
     table, files, broken = [], [], 0
     line = "{:4s} {:>4s} {:>5s} {:>6s} {:>8s} {:>5s} {:>5s} {:>5s} {:>6s}  {}"
@@ -171,11 +176,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
         found = pool.map(lambda pair: compiled(*pair, Path(name)), pairs)
         for (source, arch), (cubin, time_s, warnings) in zip(pairs, found, strict=True):
-            files.append({"file": source.name, "arch": arch, "compile_s": round(time_s, 1)})
+            files.append({"file": name_of(source), "arch": arch, "compile_s": round(time_s, 1)})
             for warning in warnings:
                 print(f"FAULT: {warning}")
             broken += len(warnings)
-            for kernel in kernels_of(cubin, source.name, arch):
+            for kernel in kernels_of(cubin, name_of(source), arch):
                 wrong = kernel.faults()
                 counts = {key: kernel.count(pattern) for key, pattern in COLUMNS.items()}
                 size = sum(kernel.opcodes.values())

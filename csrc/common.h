@@ -75,7 +75,7 @@ inline const char* name_of(ScalarType dtype) {
   }
 }
 
-// The column of a kernel table (cpu_kernels.h), and the index of a dtype switch in CUDA code.
+// The column of a kernel table (cpu/isa/kernels.h), and the index of a dtype switch in CUDA code.
 enum DtypeIndex : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 constexpr int kDtypes = 4;
 

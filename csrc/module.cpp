@@ -2,11 +2,11 @@
 // other files do through the dispatcher; tensors never pass through here.
 #include <pybind11/pybind11.h>
 
-#include "conv_train.h"
-#include "cpu_kernels.h"
-#include "implicit_gemm_tiles.h"
-#include "kernel_list.h"
-#include "memory_pool.h"
+#include "cpu/convolution/train.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/memory_pool.h"
+#include "cuda/convolution/tiles.h"
+#include "cuda/kernel_list.h"
 
 namespace py = pybind11;
 

@@ -1,4 +1,4 @@
-"""The convolutions of csrc/implicit_gemm_sm80.cuh, implicit_gemm_sm90.cuh and stem_cuda.cu as a
+"""The convolutions of csrc/cuda/convolution/sm80/kernel.cuh, implicit_gemm_sm90.cuh and stem_cuda.cu as a
 contender (tuning.py): which problems they cover, tiles worth measuring, and a heuristic.
 
 Channels and outputs of a group come in 16 bytes; an x with fewer channels is padded, outputs are
@@ -79,7 +79,7 @@ def covers(problem: Problem, capability: tuple[int, int]) -> bool:
 
 def reaches(problem: Problem, geometry: Geometry) -> bool:
     """Whether the bulk copy engine can address this convolution, as Hopper's kernel does it:
-    covers_sm90 in csrc/implicit_gemm_sm90_cuda.cu."""
+    covers_sm90 in csrc/cuda/convolution/sm90/launch.cu."""
     kernel = problem.R, problem.S
     if (kernel, geometry.stride, geometry.padding) == ((1, 1), (1, 1), (0, 0)):
         return True

@@ -1,11 +1,11 @@
-"""The fused convolution of csrc/conv_bn_relu_kernels.h: how weights are packed for it.
+"""The fused convolution of csrc/cpu/convolution/direct_kernels.h: how weights are packed for it.
 
 An implicit GEMM over channels_last activations for processors with AVX-512 or AVX2. bfloat16 is
 multiplied by the processor's dot product where that is the faster way, else in float32 (`widens`).
 Weights are packed as they are: scale, shift, residual and ReLU are applied to the float32 sums,
 with one rounding at the end, and one packing serves every input size. Most 3x3 convolutions of
 stride 1 have a second one, transformed for Winograd's minimal filtering and multiplied in float32;
-csrc/conv_bn_relu_cpu.cpp chooses by the size of the input.
+csrc/cpu/convolution/conv_bn_relu.cpp chooses by the size of the input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import native
 from .convolution import FusedConv
 
-# As in csrc/conv_bn_relu_kernels.h.
+# As in csrc/cpu/convolution/direct_kernels.h.
 _LANES, _BLOCK_VECTORS, _MOST_TAPS, _PIECE = 16, 4, 128, 256
 _FEW_CHANNELS = 16
 # C * K up to which 3x3 weights are packed for Winograd's form F(m x m, 3x3) too, 16/9 of their size
@@ -27,7 +27,7 @@ _FEW_CHANNELS = 16
 # beside the products saved.
 _WINOGRAD_WEIGHTS = {2: 256 * 256, 4: 128 * 128}
 _WINOGRAD_CHANNELS = 64  # in and out, from which m = 4 pays
-# G of csrc/conv_bn_relu_winograd.h
+# G of csrc/cpu/convolution/winograd_kernels.h
 _WINOGRAD_G = {
     2: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
     4: (

@@ -1,5 +1,5 @@
 """A residual block's training step on the CPU as one node of autograd's graph whose forward and
-whose backward are one op each: csrc/block_train_cpu.cpp.
+whose backward are one op each: csrc/cpu/block/train.cpp.
 
 The ops run the passes of `training` and `preact_training`, keep what those keep at every level of
 activation memory, and give the same results to the last bit. What they save is the interpreter

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 __all__ = ["PadShortcut"]
 
-# As csrc/block_cpu.h numbers them.
+# As csrc/cpu/block/block.h numbers them.
 SHORTCUTS = {"none": 0, "identity": 1, "projection": 2, "pad": 3}
 
 

@@ -5,23 +5,23 @@ The kernels run in the emulator, so an index, a barrier, a fence or a wait that 
 
 from __future__ import annotations
 
-S80, INDEX = "csrc/implicit_gemm_sm80.cuh", "csrc/implicit_gemm_index.h"
+S80, INDEX = "csrc/cuda/convolution/sm80/kernel.cuh", "csrc/cuda/convolution/index.h"
 GEMM = "tests/test_implicit_gemm.py -k"
-S90, SCHEDULE = "csrc/implicit_gemm_sm90.cuh", "csrc/implicit_gemm_sm90.h"
-LAUNCH90, HOPPER = "csrc/implicit_gemm_sm90_cuda.cu", "csrc/cuda_hopper.cuh"
+S90, SCHEDULE = "csrc/cuda/convolution/sm90/kernel.cuh", "csrc/cuda/convolution/sm90/kernel.h"
+LAUNCH90, HOPPER = "csrc/cuda/convolution/sm90/launch.cu", "csrc/cuda/device/hopper.cuh"
 H = "tests/test_hopper.py -k"
-SUMS_H, MERGE = "csrc/implicit_gemm_statistics.cuh", "csrc/bn_statistics_cuda.cu"
+SUMS_H, MERGE = "csrc/cuda/convolution/statistics.cuh", "csrc/cuda/batch_norm/statistics.cu"
 SUMS = "tests/test_conv_statistics.py -k"
-GRADIENT_H, SPLIT = "csrc/implicit_gemm_gradient.cuh", "csrc/implicit_gemm_sm80_gradient.cuh"
-ADDED, GRADIENT = "csrc/bn_gradient_sums_cuda.cu", "tests/test_conv_gradient.py -k"
-FORWARD, BACKWARD = "csrc/bn_add_relu_forward.cuh", "csrc/bn_add_relu_backward.cuh"
-CHANNEL, PROLOGUE = "csrc/bn_channel.cuh", "csrc/implicit_gemm_prologue.cuh"
-PROLOGUE90 = "csrc/implicit_gemm_sm90_prologue.cuh"
+GRADIENT_H, SPLIT = "csrc/cuda/convolution/gradient.cuh", "csrc/cuda/convolution/sm80/gradient.cuh"
+ADDED, GRADIENT = "csrc/cuda/batch_norm/gradient_sums.cu", "tests/test_conv_gradient.py -k"
+FORWARD, BACKWARD = "csrc/cuda/batch_norm/forward.cuh", "csrc/cuda/batch_norm/backward.cuh"
+CHANNEL, PROLOGUE = "csrc/cuda/batch_norm/channel.cuh", "csrc/cuda/convolution/prologue.cuh"
+PROLOGUE90 = "csrc/cuda/convolution/sm90/prologue.cuh"
 PRO = "tests/test_conv_prologue.py -k"
-ROWS, CUT = "csrc/bn_add_relu_rows.cuh", "csrc/bn_add_relu_cut.h"
+ROWS, CUT = "csrc/cuda/batch_norm/rows.cuh", "csrc/cuda/batch_norm/cut.h"
 EM, BN = "tests/test_emulated.py -k bn_add_relu", "tests/test_bn_add_relu.py -k"
-STEM_CU, STEM = "csrc/stem_cuda.cu", "tests/test_stem.py"
-ADD_CU, ADD = "csrc/add_relu_cuda.cu", "tests/test_add_relu.py -k"
+STEM_CU, STEM = "csrc/cuda/convolution/stem.cu", "tests/test_stem.py"
+ADD_CU, ADD = "csrc/cuda/add_relu.cu", "tests/test_add_relu.py -k"
 
 CUDA = [
     # --- the convolution by mma.sync
@@ -74,7 +74,7 @@ CUDA = [
      f"{GEMM} 'small_integers and groups'"),
     ("sm80: wrong half of a fragment", S80, "b[2 * j][1] = pair[1];", "b[2 * j][1] = pair[2];",
      f"{GEMM} small_integers"),
-    ("sm80: reciprocal rounded down", "csrc/fast_division.h", "(power + d - 1) / d", "power / d",
+    ("sm80: reciprocal rounded down", "csrc/cuda/device/fast_division.h", "(power + d - 1) / d", "power / d",
      f"{GEMM} fast_division"),
     ("sm80: last band of tiles as tall as others", INDEX,
      "tiles_m - first < kRowsTogether ? tiles_m - first : kRowsTogether", "kRowsTogether",
@@ -363,7 +363,7 @@ CUDA = [
     ("bn: last part counted whole", CUT, "return end < rows ? end : rows;", "return end;", EM),
     ("bn: mask wrong in backward", BACKWARD, "g.v[k] = y.v[k] <= 0 ? Accumulate<T>{0} : g.v[k];",
      "g.v[k] = y.v[k] <= -1 ? Accumulate<T>{0} : g.v[k];", EM),
-    ("bn: alignment not asked", "csrc/bn_add_relu_cuda.cu",
+    ("bn: alignment not asked", "csrc/cuda/batch_norm/bn_add_relu.cu",
      "std::all_of(pointers.begin(), pointers.end(), aligned16)", "pointers.size() > 0", EM),
     ("bn: parts never kept", CUT, "  cut.kept = can_keep(cut, how);", "  cut.kept = false;", EM),
     ("bn: more kept than there is room", CUT, "shared_bytes_of(kept, how) <= how.shared_bytes &&",

@@ -1,4 +1,4 @@
-"""The CUDA kernels on CPU tensors: csrc/*.cu compiled for the host against tests/cpp/emulator.h.
+"""The CUDA kernels on CPU tensors: csrc/cuda/ compiled for the host against tests/cpp/emulator.h.
 
 `load()` builds the library where it is not built, loads it, and makes "emulated" a backend of the
 CPU's ops.
@@ -79,7 +79,10 @@ def _build() -> Path:
     if SANITIZER:
         flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
     compiler = os.environ.get("CXX", "g++")
-    sources = sorted([*(ROOT / "tests/cpp").glob("*.cpp"), *(ROOT / "csrc").glob("*_cuda*.cu")])
+    kernels = [*(ROOT / "csrc/cuda").rglob("*.cu")]
+    # The list of kernels asks the CUDA runtime, which is not there.
+    kernels.remove(ROOT / "csrc/cuda/kernel_list.cu")
+    sources = sorted([*(ROOT / "tests/cpp").glob("*.cpp"), *kernels])
     shared = hashlib.sha256(" ".join([compiler, torch.__version__, *flags]).encode())
     folder = ROOT / "build" / ("emulated-" + (SANITIZER or "plain"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,16 +93,17 @@ def _build() -> Path:
             digest = shared.copy()
             for file in (source, *sorted(_headers(source))):
                 digest.update(file.read_bytes())
-            target = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+            name = "-".join(source.relative_to(ROOT).with_suffix("").parts)
+            target = folder / f"{name}-{digest.hexdigest()[:16]}.o"
             if target.exists():
                 return target, False
-            for old in folder.glob(f"{source.stem}-*.o"):
+            for old in folder.glob(f"{name}-{'?' * 16}.o"):
                 old.unlink()
             command = [compiler, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT))]
             command += ["-o", f"{target}.part"]
             done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode != 0:
-                raise RuntimeError(f"emulation: compiling {source.name} failed\n{done.stderr}")
+                raise RuntimeError(f"emulation: compiling {source} failed\n{done.stderr}")
             os.replace(f"{target}.part", target)
             return target, True
 

@@ -15,12 +15,12 @@ from op_cases import close, lifted
 from test_conv_bn_relu import exact, stock
 from torch import Tensor
 
-TABLE = emulation.ROOT / "csrc/implicit_gemm_tiles.h"
+TABLE = emulation.ROOT / "csrc/cuda/convolution/tiles.h"
 GUARD = 64  # elements on either side, NaN before and after
 
 
 class Tile(NamedTuple):
-    """A row of kGemmTiles in csrc/implicit_gemm_tiles.h, and its number."""
+    """A row of kGemmTiles in csrc/cuda/convolution/tiles.h, and its number."""
 
     number: int
     architecture: int

@@ -1,4 +1,4 @@
-"""Hopper's convolution (csrc/implicit_gemm_sm90.cuh), its source run on the host by the emulator,
+"""Hopper's convolution (csrc/cuda/convolution/sm90/kernel.cuh), its source run on the host by the emulator,
 and on a GPU where there is a Hopper: values, every geometry, the order of threads and copies; and
 its index arithmetic by itself."""
 

@@ -1,4 +1,4 @@
-"""The stem of a ResNet on a GPU (csrc/stem_cuda.cu): in the emulator, and on a GPU where there is
+"""The stem of a ResNet on a GPU (csrc/cuda/convolution/stem.cu): in the emulator, and on a GPU where there is
 one."""
 
 from __future__ import annotations

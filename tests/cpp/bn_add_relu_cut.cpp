@@ -1,5 +1,5 @@
-// The index arithmetic of csrc/bn_add_relu_cut.h by itself, for sizes that no test could run.
-#include "bn_add_relu_cut.h"
+// The index arithmetic of csrc/cuda/batch_norm/cut.h by itself, for sizes that no test could run.
+#include "cuda/batch_norm/cut.h"
 
 using namespace fused_resnet;
 

@@ -1,6 +1,6 @@
-// What csrc/cuda_device.cuh and csrc/cuda_launch.h declare, for kernels that the emulator runs: the
-// keywords and built-ins of CUDA that the kernels use, and every wrapper of a PTX instruction by
-// its documented layout.
+// What csrc/cuda/device/device.cuh and csrc/cuda/device/launch.h declare, for kernels that the
+// emulator runs: the keywords and built-ins of CUDA that the kernels use, and every wrapper of a
+// PTX instruction by its documented layout.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>

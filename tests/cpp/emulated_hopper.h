@@ -1,5 +1,5 @@
-// What csrc/cuda_hopper.cuh declares, for kernels that the emulator runs: tensor maps and the copy
-// engine as the CUDA driver API and the PTX ISA ("Tensors", "Tiled Mode", "Im2col mode",
+// What csrc/cuda/device/hopper.cuh declares, for kernels that the emulator runs: tensor maps and
+// the copy engine as the CUDA driver API and the PTX ISA ("Tensors", "Tiled Mode", "Im2col mode",
 // "Swizzling Modes") document them, wgmma from shared-memory descriptors ("Asynchronous Warpgroup
 // Level Matrix Instructions"). Written from those documents, not from the kernels.
 #pragma once

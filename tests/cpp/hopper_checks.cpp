@@ -2,7 +2,7 @@
 // tests/test_hopper.py to call one by one.
 #include <cstring>
 
-#include "implicit_gemm_sm90.h"
+#include "cuda/convolution/sm90/kernel.h"
 
 #define FR_TEST extern "C" __attribute__((visibility("default")))
 

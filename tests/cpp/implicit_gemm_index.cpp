@@ -1,7 +1,7 @@
-// csrc/implicit_gemm_index.h and fast_division.h for tests/test_implicit_gemm.py: called by ctypes.
-#include "implicit_gemm_index.h"
-
-#include "implicit_gemm.h"
+// csrc/cuda/convolution/index.h and cuda/device/fast_division.h for tests/test_implicit_gemm.py:
+// called by ctypes.
+#include "cuda/convolution/index.h"
+#include "cuda/convolution/problem.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 

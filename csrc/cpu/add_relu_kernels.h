@@ -1,0 +1,39 @@
+// y = max(x + residual, 0), and its backward dx = dy where y > 0. All tensors share one shape and
+// one memory order, so both are loops over n elements.
+// Arithmetic in float32 (double for float64), one rounding; relu(NaN) = NaN.
+// Bytes: 3 elements per element of y, two read and one written. A cached store also reads the line
+// it overwrites (4 in all), which `stream` avoids.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+template <typename D>
+void add_relu(const void* x_ptr, const void* residual_ptr, void* y_ptr, int64_t n, bool stream) {
+  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  const auto* residual = static_cast<const typename D::T*>(residual_ptr);
+  auto* y = static_cast<typename D::T*>(y_ptr);
+  for_vectors<D>(n, [&](int64_t i, auto memory) FR_LAMBDA {
+    memory.store(y + i, relu_of(memory.load(x + i) + memory.load(residual + i)), stream);
+  });
+}
+
+// A NaN in y lets the gradient through, as torch's threshold_backward does.
+template <typename D>
+void add_relu_backward(const void* dy_ptr, const void* y_ptr, void* dx_ptr, int64_t n,
+                       bool stream) {
+  const auto* dy = static_cast<const typename D::T*>(dy_ptr);
+  const auto* y = static_cast<const typename D::T*>(y_ptr);
+  auto* dx = static_cast<typename D::T*>(dx_ptr);
+  for_vectors<D>(n, [&](int64_t i, auto memory) FR_LAMBDA {
+    memory.store(dx + i, masked_by(memory.load(dy + i), memory.load(y + i)), stream);
+  });
+}
+
+template <typename D>
+void add(const void* x_ptr, void* y_ptr, int64_t n) {
+  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  auto* y = static_cast<typename D::T*>(y_ptr);
+  for_vectors<D>(n, [&](int64_t i, auto memory) FR_LAMBDA {
+    memory.store(y + i, memory.load(y + i) + memory.load(x + i), false);
+  });
+}

@@ -1,0 +1,385 @@
+// Training batch normalisation, + residual, + ReLU, forward and backward, over rows (channels_last)
+// or planes (contiguous); Walk in cpu/isa/kernels.h says how a tensor is cut.
+//
+// Statistics: sums of (x - near) and (x - near)^2 over blocks short enough for float32, `near`
+// being a value close to the mean (rows: the mean of the block before; planes: of a few values
+// spread over the piece, the largest and the smallest left out), so nothing cancels however large
+// the mean; each block is then moved to the tensor's common centre and added up in double, where
+// plain sums are safe:
+//   sum(x - c) = s1 + n d,  sum((x - c)^2) = s2 + 2 d s1 + n d^2,  d = near - c.
+// An outlier that gets into `near` costs digits only beside its own, larger, part of the variance.
+// A constant channel comes out with a variance of exactly 0.
+//
+// Bytes per element of x, in elements: statistics 1 read; forward apply 1 read, 1 written, and the
+// residual's read; backward reduction 2 or 3 read (dy, x, y for the mask), 1 written where the
+// residual's gradient is asked for; backward apply 2 or 3 read, 1 written. After a reduction that
+// wrote g, the apply pass reads g in place of dy and y.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+// Rows are read one after another, each from end to end: four at a time saves loads and stores of
+// the running sums but defeats the hardware's prefetching, and took half as long again.
+
+constexpr int64_t kBlockRows = 32;  // rows added up in float32 before they go to double
+constexpr int64_t kAhead = 2048;    // values, from what is read to what is fetched
+constexpr int64_t kTile = 2048;     // columns whose running sums stay in the first-level cache
+constexpr int64_t kSamples = 16;    // values of a plane's piece that `near` is the mean of
+
+struct Segment {
+  int64_t channel, offset, length;
+};
+FR_INLINE Segment segment_of(const Walk& walk, int64_t item) {
+  const int64_t plane = item / walk.segments;
+  const int64_t begin = (item % walk.segments) * walk.segment;
+  const int64_t left = walk.plane - begin;
+  return {plane % walk.period, plane * walk.plane + begin,
+          left < walk.segment ? left : walk.segment};
+}
+
+FR_INLINE void move_centre(double n, double d, double s1, double s2, double* __restrict out1,
+                           double* __restrict out2) {
+  *out1 += s1 + n * d;
+  *out2 += s2 + d * (2 * s1 + n * d);
+}
+
+template <typename D>
+void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
+                   const double* __restrict centre, double* __restrict s1, double* __restrict s2) {
+  typedef typename D::A A;
+  typedef typename D::V V;
+  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  const int64_t C = walk.period;
+  A near[kTile], t1[kTile], t2[kTile];
+  for (int64_t tile = 0; tile < C; tile += kTile) {
+    const int64_t columns = C - tile < kTile ? C - tile : kTile;
+    // Whole vectors are read of the last, shorter one too.
+    for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) near[j] = 0;
+    for (int64_t j = 0; j < columns; ++j) near[j] = static_cast<A>(centre[tile + j]);
+    for (int64_t block = begin; block < end; block += kBlockRows) {
+      const int64_t rows = end - block < kBlockRows ? end - block : kBlockRows;
+      for_groups<D>(columns, [&](int64_t j, auto memory, auto group) FR_LAMBDA {
+        constexpr int count = decltype(group)::count;
+        V sum[count] = {}, squares[count] = {};
+        for (int64_t row = block; row < block + rows; ++row) {
+          const auto* p = x + row * C + tile + j;
+#pragma GCC unroll 4
+          for (int v = 0; v < count; ++v) {
+            if (v * D::lanes * static_cast<int64_t>(sizeof(*p)) % 64 == 0)
+              __builtin_prefetch(p + kBlockRows * C + v * D::lanes, 0, 2);
+            const V d = memory.load(p + v * D::lanes) - load_any<V>(near + j + v * D::lanes);
+            sum[v] += d;
+            squares[v] += d * d;
+          }
+        }
+        for (int v = 0; v < count; ++v) {
+          store_any(t1 + j + v * D::lanes, sum[v]);
+          store_any(t2 + j + v * D::lanes, squares[v]);
+        }
+      });
+      const double n = rows;
+      const A one_nth = A{1} / rows;
+      for (int64_t j = 0; j < columns; ++j) {
+        move_centre(n, near[j] - centre[tile + j], t1[j], t2[j], s1 + tile + j, s2 + tile + j);
+        near[j] += t1[j] * one_nth;
+      }
+    }
+  }
+}
+
+template <typename D>
+void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
+                     const double* centre, double* s1, double* s2) {
+  typedef typename D::V V;
+  constexpr int64_t L = D::lanes;
+  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  for (int64_t item = begin; item < end; ++item) {
+    const Segment segment = segment_of(walk, item);
+    const auto* p = x + segment.offset;
+    // Spread over the segment, so that no one corner of it decides, and no one outlier. A power of
+    // two of them: integers have an exact mean.
+    int64_t kept = kSamples;
+    while (kept > 1 && kept + 2 > segment.length) kept /= 2;
+    const int64_t some = kept + 2 > segment.length ? 1 : kept + 2;
+    double sample = 0, least = D::get(p), most = least;
+    for (int64_t i = 0; i < some; ++i) {
+      const double value = D::get(p + i * segment.length / some);
+      sample += value;
+      least = value < least ? value : least, most = value > most ? value : most;
+    }
+    if (some > 1) sample -= least + most;
+    const auto near = static_cast<typename D::A>(sample / kept);
+    const V m = D::splat(near);
+    V a1[4] = {}, a2[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * L <= segment.length; i += 4 * L)
+      for (int k = 0; k < 4; ++k) {
+        const V d = D::load(p + i + k * L) - m;
+        a1[k] += d;
+        a2[k] += d * d;
+      }
+    for_vectors<D>(segment.length - i, [&](int64_t j, auto memory) FR_LAMBDA {
+      const V d = memory.keep(memory.load(p + i + j) - m);
+      a1[0] += d;
+      a2[0] += d * d;
+    });
+    const int64_t c = segment.channel;
+    move_centre(segment.length, near - centre[c], sum_lanes<D>((a1[0] + a1[1]) + (a1[2] + a1[3])),
+                sum_lanes<D>((a2[0] + a2[1]) + (a2[2] + a2[3])), s1 + c, s2 + c);
+  }
+}
+
+// The same sums one value at a time in double: for float64 data with its exact mean as centre, and
+// for float32 data whose squares overflow. Slower, and never cancels.
+template <typename D>
+void bn_stats_rows_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
+                          const double* centre, double* s1, double* s2) {
+  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t j = 0; j < walk.period; ++j) {
+      const double d = D::get(x + row * walk.period + j) - centre[j];
+      s1[j] += d;
+      s2[j] += d * d;
+    }
+}
+
+template <typename D>
+void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
+                            const double* centre, double* s1, double* s2) {
+  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  for (int64_t item = begin; item < end; ++item) {
+    const Segment segment = segment_of(walk, item);
+    double a1 = 0, a2 = 0;
+    for (int64_t i = 0; i < segment.length; ++i) {
+      const double d = D::get(x + segment.offset + i) - centre[segment.channel];
+      a1 += d;
+      a2 += d * d;
+    }
+    s1[segment.channel] += a1;
+    s2[segment.channel] += a2;
+  }
+}
+
+// y = relu((x - mean) * scale + shift + residual), the residual being taken as it is or as
+// (residual - mean2) * scale2, with its shift in `shift`
+template <typename D>
+void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
+  typedef typename D::V V;
+  const int64_t C = bn.walk.period;
+  const auto* x = static_cast<const typename D::T*>(bn.x);
+  const auto* residual = static_cast<const typename D::T*>(bn.residual);
+  auto* y = static_cast<typename D::T*>(bn.y);
+  const auto* mean = static_cast<const typename D::A*>(bn.mean);
+  const auto* scale = static_cast<const typename D::A*>(bn.scale);
+  const auto* shift = static_cast<const typename D::A*>(bn.shift);
+  const auto* mean2 = static_cast<const typename D::A*>(bn.mean2);
+  const auto* scale2 = static_cast<const typename D::A*>(bn.scale2);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t base = row * C;
+    for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
+      V v = (memory.load(x + base + j) - load_any<V>(mean + j)) * load_any<V>(scale + j) +
+            load_any<V>(shift + j);
+      if (scale2)
+        v += (memory.load(residual + base + j) - load_any<V>(mean2 + j)) * load_any<V>(scale2 + j);
+      else if (residual)
+        v += memory.load(residual + base + j);
+      memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
+    });
+  }
+}
+
+template <typename D>
+void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
+  typedef typename D::V V;
+  const auto* x = static_cast<const typename D::T*>(bn.x);
+  const auto* residual = static_cast<const typename D::T*>(bn.residual);
+  auto* y = static_cast<typename D::T*>(bn.y);
+  for (int64_t item = begin; item < end; ++item) {
+    const Segment segment = segment_of(bn.walk, item);
+    const int64_t base = segment.offset;
+    const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
+    const V scale = D::splat(static_cast<const typename D::A*>(bn.scale)[segment.channel]);
+    const V shift = D::splat(static_cast<const typename D::A*>(bn.shift)[segment.channel]);
+    const bool normalised = bn.scale2 != nullptr;
+    V mean2 = {}, scale2 = {};
+    if (normalised) {
+      mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
+      scale2 = D::splat(static_cast<const typename D::A*>(bn.scale2)[segment.channel]);
+    }
+    for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
+      V v = (memory.load(x + base + j) - mean) * scale + shift;
+      if (normalised)
+        v += (memory.load(residual + base + j) - mean2) * scale2;
+      else if (residual)
+        v += memory.load(residual + base + j);
+      memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
+    });
+  }
+}
+
+// g = dy * !(y <= 0); sums of g, g * (x - mean) and, where there is an x2, g * (x2 - mean2); g
+// written to dresidual where asked for.
+template <typename D>
+void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __restrict sum_g,
+                    double* __restrict sum_gx, double* __restrict sum_gx2) {
+  typedef typename D::T T;
+  typedef typename D::A A;
+  typedef typename D::V V;
+  const int64_t C = bn.walk.period;
+  A t1[kTile], t2[kTile], t3[kTile];
+  for (int64_t block = begin; block < end; block += kBlockRows) {
+    const int64_t rows = end - block < kBlockRows ? end - block : kBlockRows;
+    for (int64_t tile = 0; tile < C; tile += kTile) {
+      const int64_t columns = C - tile < kTile ? C - tile : kTile;
+      const auto* mean = static_cast<const A*>(bn.mean) + tile;
+      const auto* mean2 = bn.x2 ? static_cast<const A*>(bn.mean2) + tile : nullptr;
+      const auto* own_scale = bn.own_scale ? static_cast<const A*>(bn.own_scale) + tile : nullptr;
+      const auto* own_shift = bn.own_scale ? static_cast<const A*>(bn.own_shift) + tile : nullptr;
+      for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
+      for (int64_t row = block; row < block + rows; ++row) {
+        const int64_t base = row * C + tile;
+        const T* dy = static_cast<const T*>(bn.dy) + base;
+        const T* x = static_cast<const T*>(bn.x) + base;
+        const T* y = bn.y ? static_cast<const T*>(bn.y) + base : nullptr;
+        const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + base : nullptr;
+        T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
+        for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
+          // Beside stores past the caches, which take the same buffers, this took 2.5 times as
+          // long.
+          if (!dresidual) {
+            __builtin_prefetch(dy + j + kAhead, 0, 2);
+            __builtin_prefetch(x + j + kAhead, 0, 2);
+          }
+          V g = memory.load(dy + j);
+          const V centred = memory.load(x + j) - load_any<V>(mean + j);
+          if (own_scale)
+            g = masked_by(g, centred * load_any<V>(own_scale + j) + load_any<V>(own_shift + j));
+          else if (y)
+            g = masked_by(g, memory.load(y + j));
+          if (dresidual) memory.store(dresidual + j, g, bn.stream);
+          store_any(t1 + j, load_any<V>(t1 + j) + g);
+          store_any(t2 + j, load_any<V>(t2 + j) + g * centred);
+          if (x2) {
+            const V centred2 = memory.load(x2 + j) - load_any<V>(mean2 + j);
+            store_any(t3 + j, load_any<V>(t3 + j) + g * centred2);
+          }
+        });
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        sum_g[tile + j] += t1[j];
+        sum_gx[tile + j] += t2[j];
+        if (bn.x2) sum_gx2[tile + j] += t3[j];
+      }
+    }
+  }
+}
+
+template <typename D>
+void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* sum_g,
+                      double* sum_gx, double* sum_gx2) {
+  typedef typename D::T T;
+  typedef typename D::V V;
+  for (int64_t item = begin; item < end; ++item) {
+    const Segment segment = segment_of(bn.walk, item);
+    const T* dy = static_cast<const T*>(bn.dy) + segment.offset;
+    const T* x = static_cast<const T*>(bn.x) + segment.offset;
+    const T* y = bn.y ? static_cast<const T*>(bn.y) + segment.offset : nullptr;
+    const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
+    T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
+    const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
+    const bool own = bn.own_scale != nullptr;
+    V mean2 = {}, own_scale = {}, own_shift = {};
+    if (own) {
+      own_scale = D::splat(static_cast<const typename D::A*>(bn.own_scale)[segment.channel]);
+      own_shift = D::splat(static_cast<const typename D::A*>(bn.own_shift)[segment.channel]);
+    }
+    if (x2) mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
+    V t1[4] = {}, t2[4] = {}, t3[4] = {};
+    const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
+      V g = memory.load(dy + i);
+      const V centred = memory.keep(memory.load(x + i) - mean);
+      if (own)
+        g = masked_by(g, centred * own_scale + own_shift);
+      else if (y)
+        g = masked_by(g, memory.load(y + i));
+      if (dresidual) memory.store(dresidual + i, g, bn.stream);
+      t1[k] += g;
+      t2[k] += g * centred;
+      if (x2) t3[k] += g * memory.keep(memory.load(x2 + i) - mean2);
+    };
+    constexpr int64_t L = D::lanes;
+    int64_t i = 0;
+    for (; i + 4 * L <= segment.length; i += 4 * L)
+      for (int k = 0; k < 4; ++k) add(i + k * L, k, Whole<D>{});
+    for_vectors<D>(segment.length - i,
+                   [&](int64_t j, auto memory) FR_LAMBDA { add(i + j, 0, memory); });
+    sum_g[segment.channel] += sum_lanes<D>((t1[0] + t1[1]) + (t1[2] + t1[3]));
+    sum_gx[segment.channel] += sum_lanes<D>((t2[0] + t2[1]) + (t2[2] + t2[3]));
+    if (x2) sum_gx2[segment.channel] += sum_lanes<D>((t3[0] + t3[1]) + (t3[2] + t3[3]));
+  }
+}
+
+// dx = scale * ((g - g_mean) - slope * (x - mean)): the differences first, since they nearly cancel
+// for small batches
+template <typename D>
+void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
+  typedef typename D::A A;
+  typedef typename D::V V;
+  const int64_t C = bn.walk.period;
+  const auto* mean = static_cast<const A*>(bn.mean);
+  const auto* g_mean = static_cast<const A*>(bn.g_mean);
+  const auto* slope = static_cast<const A*>(bn.slope);
+  const auto* scale = static_cast<const A*>(bn.scale);
+  const auto* own_scale = static_cast<const A*>(bn.own_scale);
+  const auto* own_shift = static_cast<const A*>(bn.own_shift);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t base = row * C;
+    const auto* dy = static_cast<const typename D::T*>(bn.dy) + base;
+    const auto* x = static_cast<const typename D::T*>(bn.x) + base;
+    const auto* y = bn.y ? static_cast<const typename D::T*>(bn.y) + base : nullptr;
+    auto* dx = static_cast<typename D::T*>(bn.dx) + base;
+    for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
+      V g = memory.load(dy + j);
+      const V centred = memory.load(x + j) - load_any<V>(mean + j);
+      if (own_scale)
+        g = masked_by(g, centred * load_any<V>(own_scale + j) + load_any<V>(own_shift + j));
+      else if (y)
+        g = masked_by(g, memory.load(y + j));
+      g = (g - load_any<V>(g_mean + j)) - load_any<V>(slope + j) * centred;
+      memory.store(dx + j, load_any<V>(scale + j) * g, bn.stream);
+    });
+  }
+}
+
+template <typename D>
+void bn_backward_planes(const BnBackward& bn, int64_t begin, int64_t end) {
+  typedef typename D::A A;
+  typedef typename D::V V;
+  for (int64_t item = begin; item < end; ++item) {
+    const Segment segment = segment_of(bn.walk, item);
+    const auto* dy = static_cast<const typename D::T*>(bn.dy) + segment.offset;
+    const auto* x = static_cast<const typename D::T*>(bn.x) + segment.offset;
+    const auto* y = bn.y ? static_cast<const typename D::T*>(bn.y) + segment.offset : nullptr;
+    auto* dx = static_cast<typename D::T*>(bn.dx) + segment.offset;
+    const V mean = D::splat(static_cast<const A*>(bn.mean)[segment.channel]);
+    const V g_mean = D::splat(static_cast<const A*>(bn.g_mean)[segment.channel]);
+    const V slope = D::splat(static_cast<const A*>(bn.slope)[segment.channel]);
+    const V scale = D::splat(static_cast<const A*>(bn.scale)[segment.channel]);
+    const bool own = bn.own_scale != nullptr;
+    V own_scale = {}, own_shift = {};
+    if (own) {
+      own_scale = D::splat(static_cast<const A*>(bn.own_scale)[segment.channel]);
+      own_shift = D::splat(static_cast<const A*>(bn.own_shift)[segment.channel]);
+    }
+    for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
+      V g = memory.load(dy + j);
+      const V centred = memory.load(x + j) - mean;
+      if (own)
+        g = masked_by(g, centred * own_scale + own_shift);
+      else if (y)
+        g = masked_by(g, memory.load(y + j));
+      g = (g - g_mean) - slope * centred;
+      memory.store(dx + j, scale * g, bn.stream);
+    });
+  }
+}

@@ -1,0 +1,62 @@
+// A residual block's inference on the CPU as one op: what plans.py runs convolution by convolution,
+// without an interpreter between them.
+#include "cpu/batch_norm/passes.h"
+#include "cpu/block/block.h"
+#include "cpu/convolution/conv_bn_relu.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr size_t kConvTensors = 4;  // weight, winograd (empty where there is none), scale, shift
+
+// y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), each convolution with its norm inside.
+// With `statistics`, (2, C) float64, the block's norms come first: conv_1 reads relu(norm(x)) by
+// them, the shortcut starts from there where it is `shared`, and no ReLU follows the addition.
+// x (N, C, H, W) channels_last, written to where `overwrite` allows it. convs: packed, as
+// conv_bn_relu takes them, four tensors each, of a projecting shortcut the last; geometry: ten
+// numbers each.
+Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional<Tensor> weight,
+                       std::optional<Tensor> bias, double eps, std::vector<Tensor> convs,
+                       std::vector<int64_t> geometry, int64_t shortcut, int64_t pad_stride,
+                       bool shared, bool overwrite) {
+  constexpr const char* op = "block_inference";
+  const size_t n = convs.size() / kConvTensors;
+  const size_t main = n - (shortcut == kProjection ? 1 : 0);
+  check(shortcut >= kNone && shortcut <= kPad && n * kConvTensors == convs.size() &&
+            geometry.size() == n * kCount && n <= 64 && main >= 1,
+        op, ": got ", convs.size(), " tensors and ", geometry.size(),
+        " numbers, which are of no block");
+  const auto run = [&](size_t i, const Tensor& from, bool relu,
+                       const std::optional<Tensor>& residual = {}, bool in_place = false) {
+    const Tensor* conv = &convs[kConvTensors * i];
+    const auto numbers = geometry.begin() + static_cast<int64_t>(kCount * i);
+    return conv_bn_relu(from, conv[0],
+                        conv[1].numel() ? std::optional<Tensor>(conv[1]) : std::nullopt, conv[2],
+                        conv[3], {}, residual, in_place, relu, false, {numbers, numbers + kCount});
+  };
+  Tensor h = x;
+  if (statistics) h = bn_apply(x, *statistics, weight, bias, eps, {}, {}, {}, {}, 0, true);
+  const bool from_norm = statistics && shared;
+  const Tensor source = from_norm ? h : x;
+  for (size_t i = 0; i + 1 < main; ++i) h = run(i, h, true);
+  std::optional<Tensor> residual;
+  if (shortcut == kProjection) residual = run(main, source, false);
+  if (shortcut == kPad) residual = padded(source, geometry[kCount * (main - 1) + kK], pad_stride);
+  const bool identity = shortcut == kIdentity;
+  if (identity) residual = source;
+  return run(main - 1, h, !statistics, residual, !identity || overwrite || from_norm);
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
+  m.def(
+      "block_inference(Tensor x, Tensor? statistics, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor[] convs, int[] geometry, int shortcut, int pad_stride, bool shared, bool overwrite) "
+      "-> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
+  m.impl("block_inference", TORCH_BOX(fused_resnet::block_inference));
+}

@@ -1,0 +1,430 @@
+// conv_bn_relu on the CPU: checks, allocation, splitting over threads. The kernel is in
+// cpu/convolution/direct_kernels.h; weights come packed from fused_resnet/native_conv.py.
+#include "cpu/convolution/conv_bn_relu.h"
+
+#include <atomic>
+#include <numeric>
+
+#include "cpu/convolution/host.h"
+#include "cpu/memory_pool.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
+// Of x, which convolutions of the same x take turns over, while it is in the second-level cache.
+constexpr int64_t kTurnBytes = 256 * 1024;
+
+int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
+int64_t tiles_of(const ConvBnRelu& conv) {
+  return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
+}
+int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
+
+// All blocks of channels pass over one superblock of pixels, of so many tiles, before the next
+// begins. Its part of x should stay in the second-level cache, beside the weights where those fit
+// as well.
+int64_t superblock_of(const ConvBnRelu& conv, ConvForm form) {
+  const int64_t element_bytes = operand_bytes(form);
+  const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
+  const int64_t tile_bytes = tile_pixels() * conv.stride_h * conv.stride_w * conv.C * element_bytes;
+  const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
+  return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
+}
+
+// conv for tiles [begin, end): where its x is yet to be widened, with that part of it as x, in this
+// thread's memory.
+ConvBnRelu widened(const ConvBnRelu& conv, int64_t begin, int64_t end) {
+  ConvBnRelu found = conv;
+  if (!conv.narrow) return found;
+  thread_local std::vector<float> memory;
+  const int64_t first = begin * tile_pixels();
+  const int64_t count = std::min(end * tile_pixels(), conv.N * conv.P * conv.Q) - first;
+  memory.resize(std::max(memory.size(), static_cast<size_t>(count * conv.C)));
+  cpu_kernels().widen(static_cast<const char*>(conv.narrow) + first * conv.C * 2, memory.data(),
+                      count * conv.C);
+  found.x = memory.data() - first * conv.C;
+  return found;
+}
+
+// Blocks of tiles [begin, end) of tiles_of() * blocks_of().
+void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t end) {
+  const auto kernel = cpu_kernels().conv_bn_relu[form];
+  const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
+  const int64_t super = superblock_of(conv, form);
+  ConvBnRelu ready = conv;
+  int64_t ready_start = -1;
+  while (begin < end) {
+    const int64_t start = begin / (super * blocks) * super;
+    const int64_t length = std::min(super, tiles - start);
+    if (start != ready_start) ready = widened(conv, start, start + length);
+    ready_start = start;
+    const int64_t place = begin - start * blocks;
+    const int64_t block = place / length, tile = place % length;
+    const int64_t count = std::min(length - tile, end - begin);
+    kernel(ready, block, start + tile, start + tile + count);
+    begin += count;
+  }
+}
+
+int64_t winograd_tiles_of(const ConvBnRelu& conv, int64_t m) {
+  return winograd_tiles(conv.N, conv.P, conv.Q, m);
+}
+bool is_16(const ConvBnRelu& conv) {
+  return conv.C == 16 && conv.K == 16 && conv.winograd_tile == 2 &&
+         cpu_kernels().conv_winograd_16[kFloat];
+}
+
+// run: all of groups [begin, end) of tiles, or, of 16 channels, of tiles [begin, end). run_blocks:
+// of groups, blocks [block_begin, block_end) alone.
+class Winograd {
+ public:
+  Winograd(const ConvBnRelu& conv, ConvForm form) : conv_(conv), form_(form) {}
+
+  void run(int64_t begin, int64_t end) const {
+    if (is_16(conv_))
+      cpu_kernels().conv_winograd_16[form_](conv_, begin, end);
+    else
+      run_blocks(0, blocks_of(conv_), begin, end);
+  }
+
+  void run_blocks(int64_t block_begin, int64_t block_end, int64_t begin, int64_t end) const {
+    thread_local std::vector<char> memory;
+    memory.resize(static_cast<size_t>(
+        winograd_scratch_bytes(conv_.winograd_tile, tile_pixels(), conv_.C) + kLineBytes));
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
+    cpu_kernels().conv_bn_relu_winograd[form_](conv_, scratch, block_begin, block_end, begin, end);
+  }
+
+ private:
+  const ConvBnRelu& conv_;
+  ConvForm form_;
+};
+
+void run_winograd(const ConvBnRelu& conv, ConvForm form) {
+  const int64_t tiles = winograd_tiles_of(conv, conv.winograd_tile);
+  const Winograd winograd(conv, form);
+  if (is_16(conv)) {
+    Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
+      winograd.run(begin, end);
+    });
+    return;
+  }
+  const int64_t groups = (tiles + tile_pixels() - 1) / tile_pixels(), blocks = blocks_of(conv);
+  const int64_t threads = torch::stable::get_num_threads();
+  // Groups, or where they are too few to be shared out evenly, blocks; x is then transformed by
+  // every thread.
+  const bool by_blocks = groups < 8 * threads && blocks % threads == 0;
+  Split(by_blocks ? blocks : groups, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
+    if (by_blocks)
+      winograd.run_blocks(begin, end, 0, groups);
+    else
+      winograd.run(begin, end);
+  });
+}
+
+// Tasks take whole rows of tiles, that is, whole rows of y.
+bool run_winograd_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
+  const int64_t m = conv.winograd_tile, tiles = winograd_tiles_of(conv, m);
+  const int64_t tiles_h = (conv.P + m - 1) / m, tiles_w = (conv.Q + m - 1) / m;
+  const int64_t group = is_16(conv) ? kTilesOf16 : tile_pixels();  // what is computed together
+  const int64_t granule = std::lcm(group, tiles_w);
+  if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
+  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(m, tile_pixels(), conv.C);
+  const auto first_pixel = [&](int64_t row) {  // of a row of tiles
+    return (row / tiles_h * conv.P + row % tiles_h * m) * conv.Q;
+  };
+  const Winograd winograd(conv, form);
+  Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
+    int64_t told = begin / tiles_w;
+    for (int64_t tile = begin; tile < end; tile += at_once * group) {
+      const int64_t stop = std::min(tile + at_once * group, end);
+      if (is_16(conv))
+        winograd.run(tile, stop);
+      else
+        winograd.run(tile / group, (stop + group - 1) / group);
+      const int64_t done = stop / tiles_w;
+      if (done > told) written(task, first_pixel(told), first_pixel(done));
+      told = std::max(told, done);
+    }
+  });
+  return true;
+}
+
+bool run_direct_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
+  const int64_t tiles = tiles_of(conv), pixels = conv.N * conv.P * conv.Q;
+  if (tiles < 8 * torch::stable::get_num_threads()) return false;
+  const auto kernel = cpu_kernels().conv_bn_relu[form];
+  const int64_t super = superblock_of(conv, form), blocks = blocks_of(conv);
+  Split(tiles, 1, kSmallestTask).run([&](int64_t task, int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; tile += super) {
+      const int64_t stop = std::min(tile + super, end);
+      const ConvBnRelu ready = widened(conv, tile, stop);
+      for (int64_t block = 0; block < blocks; ++block) kernel(ready, block, tile, stop);
+      written(task, tile * tile_pixels(), std::min(stop * tile_pixels(), pixels));
+    }
+  });
+  return true;
+}
+
+}  // namespace
+
+namespace {
+
+std::atomic<int> bfloat16_choice{-1};  // -1: none
+
+// Whether there are kernels by a dot product of bfloat16, and whether they are the faster way.
+struct BFloat16Dot {
+  bool there = false, pays = false;
+  BFloat16Dot() {
+#if defined(__x86_64__)
+    there = cpu_kernels().conv_bn_relu[kBFloatPairs] && __builtin_cpu_supports("avx512bf16");
+    pays = there && __builtin_cpu_is("amd");
+#endif
+  }
+};
+
+}  // namespace
+
+std::optional<ConvForm> conv_form(DtypeIndex dtype) {
+  static const BFloat16Dot dot;
+  if (!cpu_kernels().conv_bn_relu[kFloat]) return std::nullopt;
+  if (dtype == kFloat32) return kFloat;
+  if (dtype != kBFloat16) return std::nullopt;
+  const int choice = bfloat16_choice.load();
+  const bool pairs = choice < 0 ? dot.pays : dot.there && choice == 0;
+  return pairs ? kBFloatPairs : kBFloatWidened;
+}
+
+bool widens_bfloat16() { return conv_form(kBFloat16) == kBFloatWidened; }
+
+void widen_bfloat16(int choice) { bfloat16_choice = choice; }
+
+int64_t winograd_tile(const ConvBnRelu& c, ConvForm form, std::initializer_list<int64_t> tiles) {
+  const auto rounded = [](int64_t n) { return static_cast<double>(round_up(n, tile_pixels())); };
+  int64_t best = 0;
+  double least = rounded(c.N * c.P * c.Q) * (form == kBFloatPairs ? 4.5 : 9.0);
+  for (const int64_t m : tiles) {
+    if (!winograd_serves(form, m)) continue;
+    const double products = rounded(winograd_tiles_of(c, m)) * winograd_products(m) * 1.2;
+    if (products < least) least = products, best = m;
+  }
+  return best;
+}
+
+int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvForm form, int64_t most) {
+  const int64_t strides = c.stride_h * c.stride_w * c.dilation_h * c.dilation_w;
+  const int64_t weights = c.C * c.K;
+  if (c.R != 3 || c.S != 3 || strides != 1 || weights > kMostWinogradWeights) return 0;
+  // Of fewer channels there are too few products beside the transforms.
+  const bool wide = c.C >= 64 && c.K >= 64 && weights <= most;
+  return wide ? winograd_tile(c, form, {2, 4}) : winograd_tile(c, form, {2});
+}
+
+void run_convolution(const ConvBnRelu& conv, ConvForm form) {
+  if (conv.winograd && winograd_tile(conv, form, {conv.winograd_tile}))
+    run_winograd(conv, form);
+  else
+    run_direct(&conv, 1, form);
+}
+
+bool run_convolution_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
+  if (conv.winograd && winograd_tile(conv, form, {conv.winograd_tile}))
+    return run_winograd_watched(conv, form, written);
+  return run_direct_watched(conv, form, written);
+}
+
+void run_direct(const ConvBnRelu* convs, size_t count, ConvForm form) {
+  int64_t all = 0;
+  for (size_t i = 0; i < count; ++i) all = std::max(all, tiles_of(convs[i]) * blocks_of(convs[i]));
+  const Split split(all, 1, kSmallestTask);
+  const ConvBnRelu& first = convs[0];
+  const int64_t share = first.N * first.H * first.W * first.C * operand_bytes(form) / split.tasks;
+  const int64_t turns = count == 1 ? 1 : share / kTurnBytes + 1, parts = split.tasks * turns;
+  split.run([&](int64_t task, int64_t, int64_t) {
+    for (int64_t part = task * turns; part < (task + 1) * turns; ++part)
+      for (size_t i = 0; i < count; ++i) {
+        const int64_t total = tiles_of(convs[i]) * blocks_of(convs[i]);
+        run_blocks(convs[i], form, total * part / parts, total * (part + 1) / parts);
+      }
+  });
+}
+
+namespace {
+
+// One row of an image, pixel by pixel: W pixels of C values, `step_c` and `step_w` apart.
+template <typename T>
+void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_t step_w,
+              int64_t channels) {
+  if (step_c == 1 && step_w == C && channels == C) {
+    std::copy_n(from, W * C, to);
+    return;
+  }
+  if (C == 3 && step_w == 1) {  // planes: the usual photograph
+    for (int64_t w = 0; w < W; ++w)
+      for (int64_t c = 0; c < 3; ++c) to[w * channels + c] = from[c * step_c + w];
+    return;
+  }
+  for (int64_t w = 0; w < W; ++w)
+    for (int64_t c = 0; c < C; ++c) to[w * channels + c] = from[w * step_w + c * step_c];
+}
+
+}  // namespace
+
+// x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
+// and winograd, where there is one, of F(2x2, 3x3) or F(4x4, 3x3): packed by native_conv.py, flat.
+// scale, shift: float32, (K,) and zeros up to a multiple of 64. first_channel: int64, (K / 16,) up
+// to a multiple of 4, where groups != 1. The result lies in the residual's memory where `overwrite`
+// says so, in memory that comes back (cpu/memory_pool.h) where `pooled` does.
+Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
+                    Tensor shift, std::optional<Tensor> first_channel,
+                    std::optional<Tensor> residual, bool overwrite, bool relu, bool pooled,
+                    std::vector<int64_t> g) {
+  constexpr const char* op = "conv_bn_relu";
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
+  check(g.size() == kCount && g[kR] * g[kS] <= 128, op, ": geometry must hold ", int{kCount},
+        " numbers and at most 128 taps");
+  const Layout4d layout = layout_of(op, x);
+  const int64_t C = layout.C, H = x.size(2), W = x.size(3), K = g[kK];
+  check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
+        strides_of(x), " for shape ", shape_of(x));
+  // bfloat16 with weights in float32 is multiplied so.
+  const ConvForm form = dtype == kFloat32                           ? kFloat
+                        : weight.scalar_type() == ScalarType::Float ? kBFloatWidened
+                                                                    : kBFloatPairs;
+  const int64_t padded = round_up(K, kBlockChannels), pair = form == kBFloatPairs ? 2 : 1;
+  check((weight.scalar_type() == x.scalar_type() || form == kBFloatWidened) && weight.dim() == 1 &&
+            is_dense(weight) &&
+            weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
+        op, ": weight must be packed in x's dtype or float32 for ", K, " outputs, got ",
+        name_of(weight.scalar_type()), " of shape ", shape_of(weight));
+  const int64_t m = !winograd                                           ? 0
+                    : winograd->numel() == winograd_products(2) * C * K ? 2
+                    : winograd->numel() == winograd_products(4) * C * K ? 4
+                                                                        : 0;
+  if (winograd)
+    check(m > 0 && winograd_serves(form, m) && winograd->scalar_type() == ScalarType::Float &&
+              winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
+              g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
+              g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0,
+          op,
+          ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with channels "
+          "and outputs in sixteens, got ",
+          name_of(winograd->scalar_type()), " of shape ", shape_of(*winograd));
+  check_channel_vector(op, "scale", scale, padded, ScalarType::Float, x);
+  check_channel_vector(op, "shift", shift, padded, ScalarType::Float, x);
+  if (first_channel)
+    check(first_channel->scalar_type() == ScalarType::Long && is_dense(*first_channel) &&
+              first_channel->numel() == padded / 16 && g[kRun] <= C,
+          op, ": first_channel must be int64, one per 16 outputs, got shape ",
+          shape_of(*first_channel));
+  else
+    check(g[kRun] == C * (g[kS] == 1 && g[kRun] > C ? g[kRun] / C : 1), op, ": x must have ",
+          g[kRun], " channels, got ", C);
+  const int64_t P = out_size(H, g[kR], g[kStrideH], g[kPadH], g[kDilationH]);
+  // A run longer than a pixel reaches over several: a row of taps in one.
+  const int64_t reach = first_channel ? 1 : g[kRun] / C;
+  const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
+  Tensor y = overwrite && residual ? *residual
+             : pooled ? pooled_channels_last(x.size(0), K, P, Q, x.scalar_type())
+                      : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt,
+                                             x.device(), std::nullopt,
+                                             torch::headeronly::MemoryFormat::ChannelsLast);
+  if (residual) {
+    const Layout4d other = layout_of(op, *residual);
+    check(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
+              other.C == K && residual->size(2) == P && residual->size(3) == Q &&
+              (other.channels_last || K == 1 || P * Q == 1),
+          op, ": residual must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", K,
+          ", ", P, ", ", Q, ") and channels_last, got ", name_of(residual->scalar_type()),
+          " of shape ", shape_of(*residual));
+  }
+  if (!(overwrite && residual) && !pooled)
+    advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
+  if (y.numel() == 0) return y;
+  const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(form)), 0);
+  ConvBnRelu conv{};
+  conv.weight = weight.const_data_ptr();
+  if (winograd) conv.winograd = winograd->const_data_ptr(), conv.winograd_tile = m;
+  conv.scale = static_cast<const float*>(scale.const_data_ptr());
+  conv.shift = static_cast<const float*>(shift.const_data_ptr());
+  if (first_channel)
+    conv.first_channel = static_cast<const int64_t*>(first_channel->const_data_ptr());
+  if (residual) conv.residual = residual->const_data_ptr();
+  conv.y = y.mutable_data_ptr();
+  conv.zeros = zeros.data();
+  conv.N = x.size(0), conv.C = C, conv.H = H, conv.W = W, conv.K = K, conv.P = P, conv.Q = Q;
+  conv.R = g[kR], conv.S = g[kS], conv.run = g[kRun], conv.relu = relu;
+  conv.stride_h = g[kStrideH], conv.stride_w = g[kStrideW];
+  conv.pad_h = g[kPadH], conv.pad_w = g[kPadW];
+  conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
+  conv.pointwise = conv.R * conv.S * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
+                   conv.pad_w == 0 && conv.run <= C;
+  const Source source(conv, x, form);
+  run_convolution(conv, form);
+  return y;
+}
+
+namespace {
+
+// x (N, C, H, W), of any strides -> (N, channels, H + 2 padding, W + 2 padding), channels_last,
+// with zeros around the image and in the channels from C on
+Tensor pad_rows(Tensor x, int64_t channels, std::vector<int64_t> padding) {
+  constexpr const char* op = "pad_rows";
+  dtype_index(op, "x", x);
+  check(x.dim() == 4 && channels >= x.size(1) && padding.size() == 2, op,
+        ": x must have shape (N, C, H, W) with C at most ", channels, ", got ", shape_of(x));
+  const int64_t N = x.size(0), H = x.size(2) + 2 * padding[0], W = x.size(3) + 2 * padding[1];
+  Tensor y = torch::stable::empty({N, channels, H, W}, x.scalar_type(), std::nullopt, x.device(),
+                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const auto copy = [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    Split(N * H, 1, std::max<int64_t>(16384 / (W * channels), 1))
+        .run([&](int64_t, int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            T* out = to + row * W * channels;
+            const int64_t h = row % H - padding[0];
+            std::fill_n(out, W * channels, T{});
+            if (h < 0 || h >= x.size(2)) continue;
+            const T* image = from + row / H * x.stride(0) + h * x.stride(2);
+            copy_row(image, out + padding[1] * channels, x.size(1), x.size(3), x.stride(1),
+                     x.stride(3), channels);
+          }
+        });
+  };
+  switch (x.element_size()) {
+    case 2:
+      copy(uint16_t{});
+      break;
+    case 4:
+      copy(uint32_t{});
+      break;
+    default:
+      copy(uint64_t{});
+  }
+  return y;
+}
+
+}  // namespace
+
+bool conv_bn_relu_serves(int dtype) { return conv_serves(static_cast<DtypeIndex>(dtype)); }
+
+}  // namespace fused_resnet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
+  m.def(
+      "conv_bn_relu(Tensor x, Tensor weight, Tensor? winograd, Tensor scale, Tensor shift, "
+      "Tensor? first_channel, Tensor? residual, bool overwrite, bool relu, bool pooled, "
+      "int[] geometry) -> "
+      "Tensor");
+  m.def("pad_rows(Tensor x, int channels, int[] padding) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
+  m.impl("conv_bn_relu", TORCH_BOX(fused_resnet::conv_bn_relu));
+  m.impl("pad_rows", TORCH_BOX(fused_resnet::pad_rows));
+}

@@ -1,0 +1,298 @@
+// y = relu(conv(x, weight) * scale[k] + shift[k] + residual), an implicit GEMM over channels_last
+// tensors: x (N, H, W, C) in memory -> y (N, P, Q, K). relu(NaN) = NaN, -0.0 passes, one rounding.
+//
+// A tile is 7 pixels of y (AVX2: 6) by up to 64 channels; its sums are made by
+// cpu/convolution/tile_avx512.h or cpu/convolution/tile_avx2.h. 7 divides the pixels of every
+// ResNet layer at 224 x 224 (49, 196, ...). A tile runs over all taps and input channels, so that y
+// is written once, scaled, shifted, added to the residual and rounded. Of the taps in the padding,
+// rows of them for a whole tile and those of its first or last pixel are left out (0.9 of the time
+// at 7 x 7); others read zeros.
+//
+// Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
+// channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. The last
+// of an odd run is paired with itself and half its weight, exact for Inf and NaN as for numbers.
+// Grouped: each vector of 16 outputs reads the channels of its group, which start at
+// `first_channel`.
+//
+// Bytes: x and residual read once from memory, y written once; weights once per superblock of
+// pixels (cpu/convolution/conv_bn_relu.cpp).
+//
+// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.
+#pragma once
+
+#include "cpu/isa/vec.h"
+
+constexpr int64_t kMostTaps = 128;  // R * S of a convolution served
+constexpr int64_t kPiece = 256;     // steps in one chain of additions
+
+constexpr int kLanes = Float32::lanes;  // of a vector of the instruction set's
+constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 7 : 6;
+constexpr int kSums = 64 * kTilePixels;  // of a tile: (pixel, 4, 16), called (pixel, vector, lane)
+
+// How products are made. D: of the tensors in memory; X: of x and the weights as they are
+// multiplied. Widened: where the processor's dot product of bfloat16 is slower than the two
+// multiply-adds of float32 that it stands for, or missing.
+struct DotFloat32 {
+  typedef Float32 D;
+  typedef Float32 X;
+  static constexpr int pair = 1;
+  static constexpr ConvForm form = kFloat;
+};
+struct DotBFloat16 {
+  typedef BFloat16 D;
+  typedef BFloat16 X;
+  static constexpr int pair = 2;
+  static constexpr ConvForm form = kBFloatPairs;
+};
+struct DotWidened {
+  typedef BFloat16 D;
+  typedef Float32 X;
+  static constexpr int pair = 1;
+  static constexpr ConvForm form = kBFloatWidened;
+};
+
+// Stores of whole vectors. The processor's own rounding to bfloat16 is one instruction to the six
+// of BFloat16::store, of which it differs in flushing subnormal numbers to zero, as vdpbf16ps does.
+template <typename Dot>
+FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
+  if constexpr (Dot::pair == 2) {  // with AVX-512 alone
+    vh rounded;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
+    store_any(y, rounded);
+  } else {
+    Dot::D::store(y, v);
+  }
+}
+
+// Memory that a tile's assembly fetches for those after it, a piece of 256 bytes in four steps, so
+// that loads wait beside multiply-adds and not before them: what will be read, into the
+// second-level cache, and what will be written. `pitch` bytes from a piece to the next, `left`
+// pieces.
+struct Fetch {
+  struct Stream {
+    const char* at;
+    int64_t pitch, left;
+  } read, written;
+};
+// clang-format off
+#define FR_FETCH(i, stream, prefetch) \
+  "decq 16+" stream "(%[fetch])\n\tjs " i "f\n\t" \
+  "movq " stream "(%[fetch]), %%rbx\n\t" \
+  prefetch " (%%rbx)\n\t" prefetch " 64(%%rbx)\n\t" \
+  prefetch " 128(%%rbx)\n\t" prefetch " 192(%%rbx)\n\t" \
+  "addq 8+" stream "(%[fetch]), %%rbx\n\tmovq %%rbx, " stream "(%[fetch])\n\t" \
+  i ":\n\t"
+// clang-format on
+
+#if FR_VECTOR_BYTES == 64
+#include "cpu/convolution/tile_avx512.h"
+#else
+#include "cpu/convolution/tile_avx2.h"
+#endif
+
+// Fills pixel[kTilePixels * tap + i], for taps of the rows [*begin, *end): where tap reads for
+// output pixel first + i. Rows of taps that lie in the padding for all pixels are left out. Past
+// the last of `pixels`, the last again.
+template <typename T>
+FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
+                      int64_t* begin, int64_t* end) {
+  const char* corner[kTilePixels];  // where tap (0, 0) reads, inside x or not
+  int64_t top[kTilePixels], left[kTilePixels];
+  int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
+  for (int i = 0; i < kTilePixels; ++i) {
+    top[i] = p * c.stride_h - c.pad_h;
+    left[i] = q * c.stride_w - c.pad_w;
+    corner[i] = static_cast<const char*>(c.x) +
+                ((n * c.H + top[i]) * c.W + left[i]) * c.C * static_cast<int64_t>(sizeof(T));
+    if (i + 1 < pixels && ++q == c.Q) {
+      q = 0;
+      if (++p == c.P) p = 0, ++n;
+    }
+  }
+  int64_t highest = top[0], lowest = top[0];
+  for (int i = 1; i < kTilePixels; ++i) {
+    highest = top[i] < highest ? top[i] : highest;
+    lowest = top[i] > lowest ? top[i] : lowest;
+  }
+  *begin = 0, *end = c.R;
+  while (*end > 1 && highest + (*end - 1) * c.dilation_h >= c.H) --*end;
+  while (*begin + 1 < *end && lowest + *begin * c.dilation_h < 0) ++*begin;
+  for (int64_t r = *begin; r < *end; ++r)
+    for (int64_t s = 0; s < c.S; ++s) {
+      const int64_t down = r * c.dilation_h, right = s * c.dilation_w;
+      const int64_t offset = (down * c.W + right) * c.C * static_cast<int64_t>(sizeof(T));
+      for (int i = 0; i < kTilePixels; ++i) {
+        const bool inside = static_cast<uint64_t>(top[i] + down) < static_cast<uint64_t>(c.H) &&
+                            static_cast<uint64_t>(left[i] + right) < static_cast<uint64_t>(c.W);
+        pixel[i] = inside ? corner[i] + offset : nullptr;
+      }
+      // The kernel leaves out one pixel, the first or the last; any other reads zeros.
+      for (int i = 1; i < kTilePixels; ++i)
+        if (!pixel[i] && (i < kTilePixels - 1 || !pixel[0]))
+          pixel[i] = static_cast<const char*>(c.zeros);
+      pixel += kTilePixels;
+    }
+}
+
+// The same for a pointwise convolution's one tap.
+template <typename T>
+FR_INLINE void follow(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel) {
+  const int64_t bytes = c.C * static_cast<int64_t>(sizeof(T));
+  const auto* x = static_cast<const char*>(c.x) + first * bytes;
+  for (int64_t i = 0; i < kTilePixels; ++i) pixel[i] = x + (i < pixels ? i : pixels - 1) * bytes;
+}
+
+// Where the pixels from `first` on lie in y.
+FR_INLINE void place(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
+  if (c.y_column == 0) {
+    for (int i = 0; i < kTilePixels; ++i) pixel[i] = first + i;
+    return;
+  }
+  int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
+  for (int i = 0; i < kTilePixels; ++i) {
+    pixel[i] = n * c.y_image + p * c.y_row + q * c.y_column;
+    if (++q == c.Q) {
+      q = 0;
+      if (++p == c.P) p = 0, ++n;
+    }
+  }
+}
+
+// A sum for outputs k ... as a batch norm with fixed statistics, if there is one, leaves it.
+FR_INLINE vf scaled(const ConvBnRelu& c, vf sum, int64_t k) {
+  return c.scale ? sum * load_any<vf>(c.scale + k) + load_any<vf>(c.shift + k) : sum;
+}
+
+// y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
+template <typename Dot, int vectors>
+FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const int64_t* pixel,
+                      int64_t pixels) {
+  typedef typename Dot::D D;
+  const bool whole = k + vectors * 16 <= c.K;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const int64_t at = pixel[i] * c.K + k;
+    auto* y = static_cast<typename D::T*>(c.y) + at;
+    const auto* residual = static_cast<const typename D::T*>(c.residual) + at;
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < vectors * 16; j += kLanes) {
+      vf value = scaled(c, load_any<vf>(sum + 64 * i + j), k + j);
+      if (__builtin_expect(whole, 1)) {
+        if (c.residual) value += D::load(residual + j);
+        store_rounded<Dot>(y + j, c.relu ? relu_of(value) : value);
+      } else if (k + j < c.K) {
+        const int64_t lanes = c.K - k - j < kLanes ? c.K - k - j : kLanes;
+        if (c.residual) value += D::load_n(residual + j, lanes);
+        D::store_n(y + j, c.relu ? relu_of(value) : value, lanes);
+      }
+    }
+  }
+}
+
+// The sums of a tile over all taps, in pieces of at most kPiece steps that are added up one by one:
+// a single float32 chain over thousands of products would lose twice what stock's blocked sums do.
+template <typename Dot, int vectors>
+FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
+                          int64_t single, int64_t channel, Fetch& fetch, float* sum) {
+  const int64_t taps_at_once = steps < kPiece ? kPiece / steps : 1;
+  for (int64_t tap = 0; tap < taps; tap += taps_at_once) {
+    const int64_t some = taps - tap < taps_at_once ? taps - tap : taps_at_once;
+    for (int64_t begin = 0; begin < steps; begin += kPiece) {
+      const int64_t count = steps - begin < kPiece ? steps - begin : kPiece;
+      const int64_t last = begin + count == steps ? single : 0;
+      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, last,
+                             channel + begin * 4, tap + begin > 0, fetch, sum);
+      weight += some * (count + last) * vectors * 64;
+    }
+  }
+}
+
+// A block of channels of pixels [first, first + count), count at most kTilePixels, which lie at
+// `written` in y.
+template <typename Dot, int vectors>
+FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
+                           const int64_t* written, Fetch& fetch) {
+  typedef typename Dot::D D;
+  const int64_t steps = c.run / Dot::pair, single = c.run % Dot::pair, k = block * 64;
+  const int64_t vector_bytes = c.R * c.S * (steps + single) * 64;  // of one vector of outputs
+  const char* weight = static_cast<const char*>(c.weight) + block * 4 * vector_bytes;
+  const char* pixel[kTilePixels * kMostTaps];
+  alignas(64) float sum[kSums];
+  int64_t row = 0, row_end = 1;
+  if (c.pointwise)
+    follow<typename Dot::X::T>(c, first, count, pixel);
+  else
+    locate<typename Dot::X::T>(c, first, count, pixel, &row, &row_end);
+  const int64_t taps = (row_end - row) * c.S;
+  const int64_t skipped = row * c.S * (steps + single) * 64;
+  if (c.residual && c.residual != c.y)
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* residual = static_cast<const typename D::T*>(c.residual) + written[i] * c.K + k;
+      for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T)))
+        __builtin_prefetch(residual + j);
+    }
+  if (c.first_channel) {
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t channel = c.first_channel[block * 4 + v];
+      sum_pieces<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
+                         channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), fetch, sum);
+      finish<Dot, 1>(c, sum, k + v * 16, written, count);
+    }
+  } else {
+    sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, fetch, sum);
+    finish<Dot, vectors>(c, sum, k, written, count);
+  }
+}
+
+// The same by itself, with nothing after it.
+template <typename Dot, int vectors>
+FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count) {
+  int64_t written[kTilePixels];
+  place(c, first, written);
+  Fetch none{};
+  conv_pixels<Dot, vectors>(c, block, first, count, written, none);
+}
+
+template <typename Dot, int vectors>
+void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
+  constexpr int64_t size = sizeof(typename Dot::D::T);
+  const int64_t pixels = c.N * c.P * c.Q, step = c.y_column == 0 ? 1 : c.y_column;
+  auto* y = static_cast<const char*>(c.y) + block * 64 * size;
+  // A pointwise convolution's x is fetched while its last channels are written: of the next tiles,
+  // or, x being read block after block, of the tiles as many further on.
+  const bool last = c.pointwise && (block + 1) * 64 >= c.K;
+  const bool fetches_x = last && sizeof(typename Dot::X::T) == size;
+  const int64_t distance = c.K <= 64 ? 2 : end - begin;
+  const int64_t tile_bytes = kTilePixels * c.C * size;
+  int64_t written[kTilePixels];
+  place(c, begin * kTilePixels, written);
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile * kTilePixels, left = pixels - first;
+    int64_t next[kTilePixels];
+    place(c, first + kTilePixels, next);
+    Fetch fetch{};
+    if (tile + 1 < end) fetch.written = {y + next[0] * c.K * size, step * c.K * size, kTilePixels};
+    if (fetches_x)
+      fetch.read = {static_cast<const char*>(c.x) + (tile + distance) * tile_bytes, 256,
+                    tile_bytes / 256};
+    conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels, written,
+                              fetch);
+    for (int i = 0; i < kTilePixels; ++i) written[i] = next[i];
+  }
+}
+
+void widen(const void* from, float* to, int64_t n) {
+  const auto* x = static_cast<const uint16_t*>(from);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_any(to + i, BFloat16::load(x + i));
+  for (; i < n; ++i) to[i] = BFloat16::get(x + i);
+}
+
+template <typename Dot>
+void conv_bn_relu(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) {
+  const int64_t vectors = (c.K + 15) / 16 - block * 4;
+  const auto run = vectors >= 4   ? conv_tiles<Dot, 4>
+                   : vectors == 3 ? conv_tiles<Dot, 3>
+                   : vectors == 2 ? conv_tiles<Dot, 2>
+                                  : conv_tiles<Dot, 1>;
+  run(c, block, begin, end);
+}

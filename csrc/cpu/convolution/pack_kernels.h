@@ -1,0 +1,194 @@
+// Convolution weights as cpu/convolution/direct_kernels.h and cpu/convolution/winograd_kernels.h
+// read them, made anew at every training step. From weight (K, R, S, C) in memory, either as it is
+// or, for the gradient of the input, with inputs and outputs changing places; its taps, or some of
+// them, in any order.
+//
+// A tile of 16 outputs by 16 inputs of every tap is brought into vectors of outputs (a copy when
+// outputs lie next to each other in memory, else a transposition in registers), then written in the
+// form asked for. Bytes: the weight read once, each form written once.
+#pragma once
+
+#include "cpu/convolution/winograd_kernels.h"
+
+// t[j][i] <- t[i][j] of as many vectors as they have lanes.
+FR_INLINE void transpose_square(vf* t) {
+#if FR_VECTOR_BYTES == 64
+  __m512 a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps((__m512)t[2 * i], (__m512)t[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_ps((__m512)t[2 * i], (__m512)t[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[4 * i] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm512_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm512_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88);
+    a[4 + i] = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
+    a[8 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
+    a[12 + i] = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0x88);
+    t[4 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0x88);
+    t[8 + i] = (vf)_mm512_shuffle_f32x4(a[i], a[8 + i], 0xdd);
+    t[12 + i] = (vf)_mm512_shuffle_f32x4(a[4 + i], a[12 + i], 0xdd);
+  }
+#else
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps((__m256)t[2 * i], (__m256)t[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps((__m256)t[2 * i], (__m256)t[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    t[4 + i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  }
+#endif
+}
+
+// The transpose of 16 rows of 16 floats. load(i, j): of row i, those from j on; store(i, j, v): the
+// same of the result; vectors of the instruction set's.
+template <typename Load, typename Store>
+FR_INLINE void transpose_16x16(const Load& load, const Store& store) {
+  for (int64_t row = 0; row < 16; row += kLanes)
+    for (int64_t column = 0; column < 16; column += kLanes) {
+      vf t[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) t[i] = load(row + i, column);
+      transpose_square(t);
+      for (int64_t i = 0; i < kLanes; ++i) store(column + i, row, t[i]);
+    }
+}
+
+void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  transpose_16x16([&](int64_t i, int64_t j)
+                      FR_LAMBDA { return load_any<vf>(from + i * from_row + j); },
+                  [&](int64_t i, int64_t j, vf v) FR_LAMBDA { store_any(to + i * to_row + j, v); });
+}
+
+// Rounded to bfloat16 (to nearest even), in the upper halves; what the lower ones hold is no part
+// of it.
+FR_INLINE vu bfloat_bits(vf x) {
+  const vu bits = (vu)x;
+  return (vu)(x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u));
+}
+FR_INLINE vf rounded_to_bfloat(vf x) { return (vf)(bfloat_bits(x) & 0xffff0000u); }
+// Two vectors rounded, interleaved: a's in the lower halves.
+FR_INLINE vu interleave_bfloat(vf a, vf b) {
+  return (bfloat_bits(a) >> 16) | (bfloat_bits(b) & 0xffff0000u);
+}
+
+FR_INLINE void copy_16(const float* from, float* to) {
+  for (int64_t j = 0; j < 16; j += kLanes) store_any(to + j, load_any<vf>(from + j));
+}
+
+// G g G^T of 9 vectors of taps, each the 3x3 of as many outputs as it has lanes.
+template <int m>
+FR_INLINE void winograd_weight(const vf* g, vf* out) {
+  constexpr int size = Minimal<m>::size;
+  vf t[size][3];
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s) {
+    const vf column[3] = {g[s], g[3 + s], g[6 + s]};
+    vf u[size];
+    Minimal<m>::weight(column, u);
+#pragma GCC unroll 6
+    for (int i = 0; i < size; ++i) t[i][s] = u[i];
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < size; ++i) Minimal<m>::weight(t[i], out + size * i);
+}
+
+// 16 inputs of up to 16 outputs, as pack_16 has them in `tile`: to `out`, `inputs` rows of
+// `vectors` vectors per product.
+template <int m>
+FR_INLINE void pack_winograd(const float* tile, int64_t inputs, int64_t vectors, float* out) {
+  constexpr int64_t products = winograd_products(m);
+  for (int64_t i = 0; i < 16; ++i)
+    for (int64_t j = 0; j < 16; j += kLanes) {
+      vf g[9], u[products];
+      for (int tap = 0; tap < 9; ++tap) g[tap] = load_any<vf>(tile + (tap * 16 + i) * 16 + j);
+      winograd_weight<m>(g, u);
+      for (int64_t k = 0; k < products; ++k)
+        store_any(out + (k * inputs + i) * vectors * 16 + j, u[k]);
+    }
+}
+
+constexpr int64_t kInputsAhead = 32;  // from those that are packed to those that are fetched
+
+// 16 inputs from c on of vector v of outputs; tile: memory for them, (tap, input, 16 outputs)
+FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
+  const int64_t K = p.outputs, C = p.inputs;
+  const auto* weight = static_cast<const float*>(p.weight);
+  const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
+  const int64_t first = block * 64 * C;  // of this block, in elements of one tap
+  for (int64_t tap = 0; tap < p.taps; ++tap) {
+    const float* source =
+        weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
+    float* t = tile + tap * 256;
+    const int64_t row = p.transposed ? p.input_stride : p.output_stride;
+    for (int64_t i = 0; i < 16; ++i)
+      __builtin_prefetch(source + kInputsAhead * p.input_stride + i * row, 0, 2);
+    if (p.transposed) {
+      for (int64_t i = 0; i < 16; ++i) copy_16(source + i * p.input_stride, t + i * 16);
+    } else {
+      transpose(source, p.output_stride, t, 16);
+    }
+  }
+  if (p.form == kBFloatWidened || (p.form == kBFloatPairs && p.winograd))
+    for (int64_t i = 0; i < p.taps * 256; i += kLanes)
+      store_any(tile + i, rounded_to_bfloat(load_any<vf>(tile + i)));
+  if (p.direct && p.form != kBFloatPairs) {
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      auto* out =
+          static_cast<float*>(p.direct) + first * p.taps + ((tap * C + c) * vectors + v % 4) * 16;
+      for (int64_t i = 0; i < 16; ++i) copy_16(tile + (tap * 16 + i) * 16, out + i * vectors * 16);
+    }
+  } else if (p.direct) {
+    for (int64_t tap = 0; tap < p.taps; ++tap) {
+      auto* out = static_cast<uint16_t*>(p.direct) + first * p.taps +
+                  ((tap * C + c) / 2 * vectors + v % 4) * 32;
+      for (int64_t i = 0; i < 8; ++i)
+        for (int64_t j = 0; j < 16; j += kLanes) {
+          const float* pair = tile + (tap * 16 + 2 * i) * 16 + j;
+          store_any(out + i * vectors * 32 + 2 * j,
+                    interleave_bfloat(load_any<vf>(pair), load_any<vf>(pair + 16)));
+        }
+    }
+  }
+  if (p.winograd) {
+    auto* out = static_cast<float*>(p.winograd) + (c * vectors + v % 4) * 16;
+    if (p.winograd_tile == 2)
+      pack_winograd<2>(tile, C, vectors, out + first * winograd_products(2));
+    else
+      pack_winograd<4>(tile, C, vectors, out + first * winograd_products(4));
+  }
+}
+
+// Vectors of outputs [begin, end), K / 16 of them in all. Where outputs lie next to each other in
+// memory, those of a block are taken together: 256 bytes of every row of weights instead of 64.
+void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
+  alignas(64) float tile[kMostPackedTaps * 256];
+  const int64_t together = p.transposed ? 4 : 1;
+  for (int64_t v = begin; v < end;) {
+    const int64_t next = (v / together + 1) * together, stop = next < end ? next : end;
+    for (int64_t c = 0; c < p.inputs; c += 16)
+      for (int64_t u = v; u < stop; ++u) pack_16(p, u, c, tile);
+    v = stop;
+  }
+}

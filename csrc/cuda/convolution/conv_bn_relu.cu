@@ -1,0 +1,261 @@
+// conv_bn_relu on CUDA devices: checks, and the kernel that the tile belongs to.
+#include <limits>
+
+#include "cuda/convolution/prologue.h"
+
+namespace fused_resnet {
+namespace {
+
+constexpr const char* kOp = "implicit_gemm";
+
+void check_matrix(const char* name, const Tensor& t, const Tensor& x,
+                  std::initializer_list<int64_t> shape) {
+  check(t.scalar_type() == x.scalar_type(), kOp, ": ", name, " must have x's dtype ",
+        name_of(x.scalar_type()), ", got ", name_of(t.scalar_type()));
+  check(t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index(), kOp, ": ", name,
+        " must be on x's device");
+  bool same = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == shape.begin()[d];
+  check(same, kOp, ": ", name, " has a wrong shape ", shape_of(t));
+  check(aligned16(t.const_data_ptr()), kOp, ": ", name, " must be aligned to 16 bytes");
+}
+
+void check_rows(const char* name, const Tensor& t) {
+  check(layout_of(kOp, t).channels_last, kOp, ": ", name, " must be channels_last, got strides ",
+        strides_of(t), " for shape ", shape_of(t));
+}
+
+// x (N, C, H, W) channels_last, weight (K, R, S, C / groups) contiguous, y (N, K, P, Q)
+// channels_last, and how they meet; tile: a row of kGemmTiles. All checked.
+ConvProblem problem_of(const Tensor& x, const Tensor& weight, const Tensor& y,
+                       const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                       const std::vector<int64_t>& dilation, int64_t groups, int64_t tile,
+                       int64_t splits) {
+  check(dtype_index(kOp, "x", x) != kFloat64, kOp,
+        ": x must be float32, bfloat16 or float16, got float64");
+  check(tile >= 0 && tile < kGemmTileCount, kOp, ": tile must be below ", kGemmTileCount, ", got ",
+        tile);
+  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, kOp,
+        ": stride, padding and dilation must be pairs");
+  check(x.dim() == 4 && y.dim() == 4 && weight.dim() == 4, kOp,
+        ": x, weight and y must be 4-D, got ", shape_of(x), ", ", shape_of(weight), " and ",
+        shape_of(y));
+  const int64_t N = x.size(0), C = x.size(1), K = weight.size(0);
+  check(groups > 0 && C % groups == 0 && K % groups == 0, kOp, ": groups must divide C and K, got ",
+        groups, " for ", C, " and ", K);
+  const int64_t elements = 16 / static_cast<int64_t>(x.element_size());
+  check(C / groups % elements == 0 && K / groups % elements == 0, kOp,
+        ": channels and outputs of a group must be multiples of ", elements, ", got ", C / groups,
+        " and ", K / groups);
+  const auto in_int = [](int64_t v) {
+    check(v >= 0 && v < int64_t{1} << 30, kOp,
+          ": sizes, stride, padding and dilation must be from 0 to 2^30 - 1, got ", v);
+    return static_cast<int>(v);
+  };
+  const ConvProblem problem{N,
+                            in_int(x.size(2)),
+                            in_int(x.size(3)),
+                            in_int(C / groups),
+                            in_int(K / groups),
+                            in_int(weight.size(1)),
+                            in_int(weight.size(2)),
+                            in_int(y.size(2)),
+                            in_int(y.size(3)),
+                            in_int(stride[0]),
+                            in_int(stride[1]),
+                            in_int(padding[0]),
+                            in_int(padding[1]),
+                            in_int(dilation[0]),
+                            in_int(dilation[1]),
+                            in_int(groups)};
+  const auto pixels = [](int64_t size, int64_t pad, int64_t kernel, int64_t step, int64_t gap) {
+    return (size + 2 * pad - gap * (kernel - 1) - 1) / step + 1;
+  };
+  check(stride[0] > 0 && stride[1] > 0 && dilation[0] > 0 && dilation[1] > 0 &&
+            problem.P == pixels(problem.H, padding[0], problem.R, stride[0], dilation[0]) &&
+            problem.Q == pixels(problem.W, padding[1], problem.S, stride[1], dilation[1]),
+        kOp, ": y has a wrong shape ", shape_of(y), " for x ", shape_of(x));
+  check_matrix("weight", weight, x, {K, problem.R, problem.S, problem.C});
+  int64_t row = 1;
+  for (int64_t d = 3; d >= 0; row *= weight.size(d--))
+    check(weight.size(d) <= 1 || weight.stride(d) == row, kOp,
+          ": weight must be contiguous, got strides ", strides_of(weight));
+  check_matrix("y", y, x, {N, K, problem.P, problem.Q});
+  // The last tile may end some pixels later, in an int too.
+  check(problem.M() < std::numeric_limits<int>::max() - 1024, kOp, ": y has ", problem.M(),
+        " pixels, too many for an int");
+  check(aligned16(x.const_data_ptr()), kOp, ": x must be aligned to 16 bytes");
+  check_rows("x", x);
+  check_rows("y", y);
+  check(splits >= 1, kOp, ": splits must be positive, got ", splits);
+  check(splits == 1 || kGemmTiles[tile].architecture == 80, kOp,
+        ": splits must be 1 for Hopper's kernel, got ", splits);
+  return problem;
+}
+
+void launch(const ConvProblem& problem, const ConvOperands& operands, int64_t tile, int64_t splits,
+            const Tensor& x) {
+  const DeviceScope scope(x);
+  if (kGemmTiles[tile].architecture == 90)
+    return launch_implicit_gemm_sm90(scope, problem, operands, kGemmTiles[tile]);
+  std::optional<Tensor> partial;
+  if (splits > 1)
+    partial = torch::stable::new_empty(
+        x, {splits, problem.M(), int64_t{problem.groups} * problem.K}, ScalarType::Float);
+  launch_implicit_gemm_sm80(scope, problem, operands, kGemmTiles[tile], static_cast<int>(splits),
+                            partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
+}
+
+// x (N, C, H, W), weight (K, R, S, C / groups), scale, shift (K,) float32, residual, y (N, K, P, Q)
+// -> y is written.
+void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
+                   std::optional<Tensor> residual, Tensor y, bool relu, std::vector<int64_t> stride,
+                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+                   int64_t tile, int64_t splits) {
+  const ConvProblem problem =
+      problem_of(x, weight, y, stride, padding, dilation, groups, tile, splits);
+  const int64_t K = weight.size(0);
+  if (residual) {
+    check_matrix("residual", *residual, x, {problem.N, K, problem.P, problem.Q});
+    check_rows("residual", *residual);
+  }
+  check_channel_vector(kOp, "scale", scale, K, ScalarType::Float, x);
+  check_channel_vector(kOp, "shift", shift, K, ScalarType::Float, x);
+  if (y.numel() == 0) return;
+  const ConvOperands operands{dtype_index(kOp, "x", x),
+                              x.const_data_ptr(),
+                              weight.const_data_ptr(),
+                              static_cast<const float*>(scale.const_data_ptr()),
+                              static_cast<const float*>(shift.const_data_ptr()),
+                              residual ? residual->const_data_ptr() : nullptr,
+                              y.mutable_data_ptr(),
+                              relu,
+                              nullptr,
+                              {}};
+  launch(problem, operands, tile, splits, x);
+}
+
+// x (N, C, H, W), weight (K, R, S, C / groups), z (N, K, P, Q) -> z, the convolution, is written;
+// statistics (parts, 3, K) float32 of it (cuda/convolution/statistics.cuh), and pixels of a part.
+std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tensor z,
+                                                   std::vector<int64_t> stride,
+                                                   std::vector<int64_t> padding,
+                                                   std::vector<int64_t> dilation, int64_t groups,
+                                                   int64_t tile, int64_t splits) {
+  const ConvProblem problem =
+      problem_of(x, weight, z, stride, padding, dilation, groups, tile, splits);
+  check(z.numel() > 0, kOp, ": an empty z has no statistics");
+  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
+  Tensor statistics = torch::stable::new_empty(
+      x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
+  const ConvOperands operands{dtype_index(kOp, "x", x),
+                              x.const_data_ptr(),
+                              weight.const_data_ptr(),
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              z.mutable_data_ptr(),
+                              false,
+                              static_cast<float*>(statistics.mutable_data_ptr()),
+                              {}};
+  launch(problem, operands, tile, splits, x);
+  return {statistics, pixels};
+}
+
+// The same of relu(norm(x)), which is not written: mean, var, rest (C,) as bn_merge_statistics
+// gives them, norm_weight?, norm_bias? (C,), all float32; weight (K, 1, 1, C), z (N, K, H, W).
+std::tuple<Tensor, int64_t> normalised_convolution_statistics(
+    Tensor x, Tensor mean, Tensor var, Tensor rest, std::optional<Tensor> norm_weight,
+    std::optional<Tensor> norm_bias, double eps, Tensor weight, Tensor z, int64_t tile) {
+  const ConvProblem problem = problem_of(x, weight, z, {1, 1}, {0, 0}, {1, 1}, 1, tile, 1);
+  check(problem.pointwise(), kOp, ": a norm is applied to x in a 1x1 convolution, got ", problem.R,
+        "x", problem.S);
+  const DtypeIndex dtype = dtype_index(kOp, "x", x);
+  check(dtype == kFloat16 || dtype == kBFloat16, kOp,
+        ": a norm is applied to x of float16 or bfloat16, got ", name_of(x.scalar_type()));
+  check(kGemmTiles[tile].normalises(), kOp, ": no kernel of tile ", tile, " normalises x");
+  check(z.numel() > 0, kOp, ": an empty z has no statistics");
+  for (const auto& [name, t] : {std::pair{"mean", &mean}, {"var", &var}, {"rest", &rest}})
+    check_channel_vector(kOp, name, *t, problem.C, ScalarType::Float, x);
+  if (norm_weight)
+    check_channel_vector(kOp, "norm_weight", *norm_weight, problem.C, ScalarType::Float, x);
+  if (norm_bias)
+    check_channel_vector(kOp, "norm_bias", *norm_bias, problem.C, ScalarType::Float, x);
+  const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+  const int64_t pixels = kGemmTiles[tile].part_pixels();
+  Tensor statistics = torch::stable::new_empty(
+      x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
+  Tensor table = torch::stable::new_empty(x, {kNormNumbers, problem.C}, ScalarType::Float);
+  auto* const numbers = static_cast<float*>(table.mutable_data_ptr());
+  launch_fold_norm(DeviceScope(x),
+                   {data(mean), data(var), data(rest), norm_weight ? data(*norm_weight) : nullptr,
+                    norm_bias ? data(*norm_bias) : nullptr, static_cast<float>(eps)},
+                   problem.C, numbers);
+  const ConvOperands operands{dtype,
+                              x.const_data_ptr(),
+                              weight.const_data_ptr(),
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              z.mutable_data_ptr(),
+                              false,
+                              static_cast<float*>(statistics.mutable_data_ptr()),
+                              numbers};
+  launch(problem, operands, tile, 1, x);
+  return {statistics, pixels};
+}
+
+// dy (N, K, P, Q), weight (C, R, S, K / groups), the convolution's of stride 1 that is the gradient
+// of a relu(norm(x)); x, g (N, C, H, W); mean, var, rest (C,) as bn_merge_statistics gives them,
+// norm_weight?, norm_bias? (C,) -> g is written, dy of the norm as the ReLU lets it through; sums
+// (parts, 2, C) float32 of it (cuda/convolution/gradient.cuh).
+Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, Tensor mean,
+                                 Tensor var, Tensor rest, std::optional<Tensor> norm_weight,
+                                 std::optional<Tensor> norm_bias, double eps,
+                                 std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                                 int64_t groups, int64_t tile, int64_t splits) {
+  check(dy.element_size() == 2, kOp, ": dy must be bfloat16 or float16, got ",
+        name_of(dy.scalar_type()));
+  const ConvProblem problem =
+      problem_of(dy, weight, g, {1, 1}, padding, dilation, groups, tile, splits);
+  check(g.numel() > 0, kOp, ": an empty g has no sums");
+  const int64_t C = weight.size(0);
+  check_matrix("x", x, dy, {problem.N, C, problem.P, problem.Q});
+  check_rows("x", x);
+  const auto vector = [&](const char* name, const Tensor& t) {
+    check_channel_vector(kOp, name, t, C, ScalarType::Float, dy);
+    return static_cast<const float*>(t.const_data_ptr());
+  };
+  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
+  Tensor sums =
+      torch::stable::new_empty(dy, {ceil_div(problem.M(), pixels), 2, C}, ScalarType::Float);
+  const ConvOperands operands{
+      dtype_index(kOp, "dy", dy),
+      dy.const_data_ptr(),
+      weight.const_data_ptr(),
+      nullptr,
+      nullptr,
+      nullptr,
+      g.mutable_data_ptr(),
+      false,
+      nullptr,
+      nullptr,
+      {{vector("mean", mean), vector("var", var), vector("rest", rest),
+        norm_weight ? vector("norm_weight", *norm_weight) : nullptr,
+        norm_bias ? vector("norm_bias", *norm_bias) : nullptr, static_cast<float>(eps)},
+       x.const_data_ptr(),
+       static_cast<float*>(sums.mutable_data_ptr())}};
+  launch(problem, operands, tile, splits, dy);
+  return sums;
+}
+
+}  // namespace
+}  // namespace fused_resnet
+
+FUSED_RESNET_CUDA_OPS(m) {
+  m.impl("implicit_gemm", TORCH_BOX(fused_resnet::implicit_gemm));
+  m.impl("convolution_statistics", TORCH_BOX(fused_resnet::convolution_statistics));
+  m.impl("normalised_convolution_statistics",
+         TORCH_BOX(fused_resnet::normalised_convolution_statistics));
+  m.impl("convolution_gradient_sums", TORCH_BOX(fused_resnet::convolution_gradient_sums));
+}

@@ -1,0 +1,102 @@
+// Tensor maps, made on the host: what the bulk copy engine is told of a tensor of 16-bit elements.
+// Passed by value as kernel parameters, so that a captured graph keeps them. The driver's encoders
+// are found through the runtime: nothing links libcuda.
+#pragma once
+
+#include "cuda/device/hopper.cuh"
+#include "cuda/device/launch.h"
+
+namespace fused_resnet {
+
+// Innermost dimension first; strides in bytes, of the dimensions after the innermost.
+template <int kRank>
+struct MappedTensor {
+  DtypeIndex dtype;  // kFloat16 or kBFloat16
+  const void* data;
+  std::array<uint64_t, kRank> sizes;
+  std::array<uint64_t, kRank - 1> strides;
+};
+
+// What an im2col map adds (CUDA driver API, cuTensorMapEncodeIm2col): of each dimension between the
+// innermost and the outermost, innermost first, the box's corners from the tensor's own, and the
+// step between pixels.
+template <int kRank>
+struct Im2colBox {
+  std::array<int, kRank - 2> lower, upper;
+  std::array<uint32_t, kRank - 2> steps;
+  uint32_t channels, pixels;
+};
+
+#if defined(FUSED_RESNET_EMULATED)
+
+template <int kRank>
+TensorMap tiled_map(const MappedTensor<kRank>& t, const std::array<uint32_t, kRank>& box) {
+  return emulated_tiled_map(kRank, t.data, t.sizes.data(), t.strides.data(), box.data());
+}
+template <int kRank>
+TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) {
+  return emulated_im2col_map(kRank, t.data, t.sizes.data(), t.strides.data(), box.lower.data(),
+                             box.upper.data(), box.steps.data(), box.channels, box.pixels);
+}
+
+#else
+
+// The driver's function of this name, as CUDA 12.0 has it.
+template <typename Function>
+Function* driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION >= 12050
+  STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &status));
+#else
+  STD_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &status));
+#endif
+  check(status == cudaDriverEntryPointSuccess && found != nullptr,
+        "implicit_gemm: this driver has no ", name,
+        "; Hopper's kernels need one of CUDA 12.0 or later");
+  return reinterpret_cast<Function*>(found);
+}
+
+inline CUtensorMapDataType map_dtype(DtypeIndex dtype) {
+  return dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+// A box of `box` elements, SWIZZLE_128B, zeros outside.
+template <int kRank>
+TensorMap tiled_map(const MappedTensor<kRank>& t, const std::array<uint32_t, kRank>& box) {
+  static const auto encode =
+      driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  std::array<uint32_t, kRank> steps;
+  steps.fill(1);
+  TensorMap map;
+  const CUresult result = encode(
+      &map, map_dtype(t.dtype), kRank, const_cast<void*>(t.data), t.sizes.data(), t.strides.data(),
+      box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(result == CUDA_SUCCESS, "implicit_gemm: cuTensorMapEncodeTiled failed with CUresult ",
+        static_cast<int>(result));
+  return map;
+}
+template <int kRank>
+TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) {
+  static const auto encode =
+      driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
+  // Corners go innermost dimension first too: so CUTLASS and Triton give them, though the driver's
+  // manual lists them as {D, H, W}.
+  std::array<uint32_t, kRank> steps;
+  steps.fill(1);
+  std::copy(box.steps.begin(), box.steps.end(), steps.begin() + 1);
+  TensorMap map;
+  const CUresult result =
+      encode(&map, map_dtype(t.dtype), kRank, const_cast<void*>(t.data), t.sizes.data(),
+             t.strides.data(), box.lower.data(), box.upper.data(), box.channels, box.pixels,
+             steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check(result == CUDA_SUCCESS, "implicit_gemm: cuTensorMapEncodeIm2col failed with CUresult ",
+        static_cast<int>(result));
+  return map;
+}
+
+#endif
+
+}  // namespace fused_resnet
