@@ -142,7 +142,7 @@ def plain(symbol: str) -> str:
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     name = name.replace("fused_resnet::", "").replace("__nv_bfloat16", "bfloat16_t")
-    name = name.replace("__half", "half_t")
+    name = name.replace("__half", "float16_t")
     depth = 0
     for i, letter in enumerate(name):  # up to the parameters
         depth += (letter == "<") - (letter == ">")

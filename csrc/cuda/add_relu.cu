@@ -119,13 +119,13 @@ Tensor add_relu_backward(Tensor dy, Tensor y) {
 void list_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu) {
   describe_kernel(list, "add_relu_float32", elementwise_kernel<AddRelu, float>, gpu);
   describe_kernel(list, "add_relu_bfloat16", elementwise_kernel<AddRelu, bfloat16_t>, gpu);
-  describe_kernel(list, "add_relu_float16", elementwise_kernel<AddRelu, half_t>, gpu);
+  describe_kernel(list, "add_relu_float16", elementwise_kernel<AddRelu, float16_t>, gpu);
   describe_kernel(list, "add_relu_float64", elementwise_kernel<AddRelu, double>, gpu);
   describe_kernel(list, "add_relu_backward_float32", elementwise_kernel<AddReluBackward, float>,
                   gpu);
   describe_kernel(list, "add_relu_backward_bfloat16",
                   elementwise_kernel<AddReluBackward, bfloat16_t>, gpu);
-  describe_kernel(list, "add_relu_backward_float16", elementwise_kernel<AddReluBackward, half_t>,
+  describe_kernel(list, "add_relu_backward_float16", elementwise_kernel<AddReluBackward, float16_t>,
                   gpu);
   describe_kernel(list, "add_relu_backward_float64", elementwise_kernel<AddReluBackward, double>,
                   gpu);

@@ -93,10 +93,10 @@ inline double rsqrt(double v) { return 1.0 / std::sqrt(v); }
 
 namespace fused_resnet {
 
-using half_t = torch::headeronly::Half;
+using float16_t = torch::headeronly::Half;
 using bfloat16_t = torch::headeronly::BFloat16;
 
-inline float widen(half_t v) { return static_cast<float>(v); }
+inline float widen(float16_t v) { return static_cast<float>(v); }
 inline float widen(bfloat16_t v) { return static_cast<float>(v); }
 template <typename T>
 T narrow_16(float v) {

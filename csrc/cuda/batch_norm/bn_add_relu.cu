@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_gradient_by_sums(Tensor g, Tensor x, Tenso
 void list_bn_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu) {
   list_bn_kernels<float>(list, "float32", gpu);
   list_bn_kernels<bfloat16_t>(list, "bfloat16", gpu);
-  list_bn_kernels<half_t>(list, "float16", gpu);
+  list_bn_kernels<float16_t>(list, "float16", gpu);
   list_bn_kernels<double>(list, "float64", gpu);
 }
 

@@ -327,7 +327,7 @@ Tensor stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) {
   Tensor y = torch::stable::transpose(torch::stable::transpose(rows, 1, 3), 2, 3);
   if (y.numel() == 0) return y;
   if (dtype == kFloat16)
-    run_stem<half_t>(x, weight, scale, shift, y, pool);
+    run_stem<float16_t>(x, weight, scale, shift, y, pool);
   else
     run_stem<bfloat16_t>(x, weight, scale, shift, y, pool);
   return y;
@@ -337,9 +337,9 @@ Tensor stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) {
 
 void list_stem_kernels(std::vector<CudaKernel>& list, bool gpu) {
   describe_kernel(list, "stem_bfloat16", stem_kernel<bfloat16_t, bfloat16_t, true>, gpu);
-  describe_kernel(list, "stem_float16", stem_kernel<half_t, half_t, true>, gpu);
+  describe_kernel(list, "stem_float16", stem_kernel<float16_t, float16_t, true>, gpu);
   describe_kernel(list, "stem_bfloat16_from_float32", stem_kernel<bfloat16_t, float, true>, gpu);
-  describe_kernel(list, "stem_float16_from_float32", stem_kernel<half_t, float, true>, gpu);
+  describe_kernel(list, "stem_float16_from_float32", stem_kernel<float16_t, float, true>, gpu);
 }
 
 }  // namespace fused_resnet

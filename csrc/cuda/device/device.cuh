@@ -19,14 +19,14 @@ namespace fused_resnet {
 
 #if !defined(FUSED_RESNET_EMULATED)
 
-using half_t = __half;
+using float16_t = __half;
 using bfloat16_t = __nv_bfloat16;
 
-__device__ __forceinline__ float widen(half_t v) { return __half2float(v); }
+__device__ __forceinline__ float widen(float16_t v) { return __half2float(v); }
 __device__ __forceinline__ float widen(bfloat16_t v) { return __bfloat162float(v); }
 template <typename T>
 __device__ __forceinline__ T narrow_16(float v) {
-  if constexpr (std::is_same_v<T, half_t>)
+  if constexpr (std::is_same_v<T, float16_t>)
     return __float2half_rn(v);
   else
     return __float2bfloat16_rn(v);
@@ -134,12 +134,13 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* r
                : "r"(shared_address(row))
                : "memory");
 }
-// mma (PTX ISA, "mma.m16n8k16" and "mma.m16n8k8"): D += A B, float32 sums; T: half_t, bfloat16_t,
-// or float, whose upper 19 bits are multiplied (TF32). Layouts: tests/cpp/emulated_device.h.
+// mma (PTX ISA, "mma.m16n8k16" and "mma.m16n8k8"): D += A B, float32 sums; T: float16_t,
+// bfloat16_t, or float, whose upper 19 bits are multiplied (TF32). Layouts:
+// tests/cpp/emulated_device.h.
 template <typename T>
 __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4],
                                                 const uint32_t (&b)[2]) {
-  if constexpr (std::is_same_v<T, half_t>)
+  if constexpr (std::is_same_v<T, float16_t>)
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"

@@ -227,7 +227,7 @@ template <typename T, int kN>
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor,
                                                    uint64_t b_descriptor, bool accumulate) {
   static_assert(kN == 64 || kN == 128 || kN == 256);
-  if constexpr (std::is_same_v<T, half_t>) {
+  if constexpr (std::is_same_v<T, float16_t>) {
     if constexpr (kN == 64)
       FR_WGMMA_64("f16");
     else if constexpr (kN == 128)
@@ -262,7 +262,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 // Two values of T in a register, the first in the lower half.
 template <typename T>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
-  if constexpr (std::is_same_v<T, half_t>) {
+  if constexpr (std::is_same_v<T, float16_t>) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
   } else {
@@ -272,7 +272,7 @@ __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
 }
 template <typename T>
 __device__ __forceinline__ float2 widen_pair(uint32_t bits) {
-  if constexpr (std::is_same_v<T, half_t>)
+  if constexpr (std::is_same_v<T, float16_t>)
     return __half22float2(*reinterpret_cast<const __half2*>(&bits));
   else
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&bits));

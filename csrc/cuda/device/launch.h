@@ -32,7 +32,7 @@ void with_element(DtypeIndex dtype, const Body& body) {
       body(bfloat16_t{});
       break;
     case kFloat16:
-      body(half_t{});
+      body(float16_t{});
       break;
     case kFloat64:
       body(double{});

@@ -2,5 +2,5 @@
 #include "cuda/batch_norm/launch.cuh"
 
 namespace fused_resnet {
-FUSED_RESNET_BN_KERNELS(half_t)
+FUSED_RESNET_BN_KERNELS(float16_t)
 }  // namespace fused_resnet

@@ -1,6 +1,11 @@
-// The sm_80 convolution of bfloat16.
+// Every sm_80 convolution of bfloat16: plain, with the gradient's epilogue, and with the norm's
+// prologue.
+#include "cuda/convolution/sm80/gradient.cuh"
 #include "cuda/convolution/sm80/launch.cuh"
+#include "cuda/convolution/sm80/prologue.cuh"
 
 namespace fused_resnet {
 FUSED_RESNET_IMPLICIT_GEMM_SM80(, bfloat16_t)
-}
+template struct Sm80Gradient<bfloat16_t>;
+template struct Sm80Prologues<bfloat16_t>;
+}  // namespace fused_resnet

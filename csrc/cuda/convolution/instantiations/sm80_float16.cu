@@ -1,6 +1,11 @@
-// The sm_80 convolution of float16.
+// Every sm_80 convolution of float16: plain, with the gradient's epilogue, and with the norm's
+// prologue.
+#include "cuda/convolution/sm80/gradient.cuh"
 #include "cuda/convolution/sm80/launch.cuh"
+#include "cuda/convolution/sm80/prologue.cuh"
 
 namespace fused_resnet {
-FUSED_RESNET_IMPLICIT_GEMM_SM80(, half_t)
-}
+FUSED_RESNET_IMPLICIT_GEMM_SM80(, float16_t)
+template struct Sm80Gradient<float16_t>;
+template struct Sm80Prologues<float16_t>;
+}  // namespace fused_resnet

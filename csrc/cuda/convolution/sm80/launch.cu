@@ -3,7 +3,7 @@
 
 namespace fused_resnet {
 
-FUSED_RESNET_IMPLICIT_GEMM_SM80(extern, half_t)
+FUSED_RESNET_IMPLICIT_GEMM_SM80(extern, float16_t)
 FUSED_RESNET_IMPLICIT_GEMM_SM80(extern, bfloat16_t)
 FUSED_RESNET_IMPLICIT_GEMM_SM80(extern, float)
 
@@ -12,7 +12,8 @@ void launch_implicit_gemm_sm80(const DeviceScope& scope, const ConvProblem& prob
                                float* partial) {
   switch (operands.dtype) {
     case kFloat16:
-      return launch_implicit_gemm_sm80_of<half_t>(scope, problem, operands, tile, splits, partial);
+      return launch_implicit_gemm_sm80_of<float16_t>(scope, problem, operands, tile, splits,
+                                                     partial);
     case kBFloat16:
       return launch_implicit_gemm_sm80_of<bfloat16_t>(scope, problem, operands, tile, splits,
                                                       partial);
@@ -24,10 +25,10 @@ void launch_implicit_gemm_sm80(const DeviceScope& scope, const ConvProblem& prob
 }
 
 void list_implicit_gemm_kernels(std::vector<CudaKernel>& list, bool gpu) {
-  list_implicit_gemm_sm80_of<half_t>(list, "float16", gpu);
+  list_implicit_gemm_sm80_of<float16_t>(list, "float16", gpu);
   list_implicit_gemm_sm80_of<bfloat16_t>(list, "bfloat16", gpu);
   list_implicit_gemm_sm80_of<float>(list, "float32", gpu);
-  Sm80Prologues<half_t>::list(list, gpu);
+  Sm80Prologues<float16_t>::list(list, gpu);
   Sm80Prologues<bfloat16_t>::list(list, gpu);
 }
 

@@ -50,7 +50,7 @@ void Sm80Prologues<T>::list(std::vector<CudaKernel>& list, bool gpu) {
     const GemmTile& tile = kGemmTiles[kTile];
     const std::string name = "implicit_gemm_sm80_" + std::to_string(tile.block_m) + "x" +
                              std::to_string(tile.block_n) + "_" + std::to_string(tile.warps) +
-                             "_warps_" + (std::is_same_v<T, half_t> ? "float16" : "bfloat16");
+                             "_warps_" + (std::is_same_v<T, float16_t> ? "float16" : "bfloat16");
     describe_kernel(
         list, name + "_prologue",
         implicit_gemm_sm80_kernel<T, kTile, true, Epilogue::statistics, Sm80Prologue<T, kTile>>,

@@ -488,7 +488,7 @@ void Sm90Kernels<T>::list(std::vector<CudaKernel>& list, bool gpu) {
     constexpr int kTile = decltype(number)::value;
     const GemmTile& tile = kGemmTiles[kTile];
     const std::string name = std::string("implicit_gemm_sm90_") +
-                             (std::is_same_v<T, half_t> ? "float16_" : "bfloat16_") +
+                             (std::is_same_v<T, float16_t> ? "float16_" : "bfloat16_") +
                              std::to_string(tile.block_m) + "x" + std::to_string(tile.block_n);
     describe_kernel(list, name, implicit_gemm_sm90_kernel<T, kTile, Epilogue::scale>, gpu);
     describe_kernel(list, name + "_statistics",

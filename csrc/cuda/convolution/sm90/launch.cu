@@ -129,16 +129,16 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   const auto number = static_cast<int>(&tile - kGemmTiles);
   if (gemm.norm != nullptr)
     return (operands.dtype == kFloat16
-                ? Sm90Prologues<half_t>::launch
+                ? Sm90Prologues<float16_t>::launch
                 : Sm90Prologues<bfloat16_t>::launch)(scope, number, maps, gemm);
-  (operands.dtype == kFloat16 ? Sm90Kernels<half_t>::launch : Sm90Kernels<bfloat16_t>::launch)(
+  (operands.dtype == kFloat16 ? Sm90Kernels<float16_t>::launch : Sm90Kernels<bfloat16_t>::launch)(
       scope, number, maps, gemm, operands.epilogue());
 }
 
 void list_implicit_gemm_sm90_kernels(std::vector<CudaKernel>& list, bool gpu) {
-  Sm90Kernels<half_t>::list(list, gpu);
+  Sm90Kernels<float16_t>::list(list, gpu);
   Sm90Kernels<bfloat16_t>::list(list, gpu);
-  Sm90Prologues<half_t>::list(list, gpu);
+  Sm90Prologues<float16_t>::list(list, gpu);
   Sm90Prologues<bfloat16_t>::list(list, gpu);
 }
 
