@@ -62,14 +62,14 @@ lint: $(VENV)/requirements.stamp
 bench: build
 	for op in add_relu bn_add_relu conv_bn_relu; do \
 	  $(PY) benchmarks/bench_$$op.py --out $(RESULTS) || exit 1; done
-	$(PY) benchmarks/bench_resnet.py --model resnet18 resnet50 --memory --name peers \
+	$(PY) benchmarks/models/bench_resnet.py --model resnet18 resnet50 --memory --name peers \
 	  --contender eager eager-channels_last compile onnxruntime openvino fused --out $(RESULTS)
-	$(PY) benchmarks/bench_resnet.py --model resnet18 resnet50 --batch 8 --mode train --name train \
+	$(PY) benchmarks/models/bench_resnet.py --model resnet18 resnet50 --batch 8 --mode train --name train \
 	  --contender eager eager-channels_last compile fused fused-full fused-lower fused-minimal \
 	  --out $(RESULTS)
-	$(PY) benchmarks/bench_resnet.py --out $(RESULTS)
-	$(PY) benchmarks/bench_depth.py --out $(RESULTS)
-	$(PY) benchmarks/accuracy.py --out $(RESULTS)
+	$(PY) benchmarks/models/bench_resnet.py --out $(RESULTS)
+	$(PY) benchmarks/depth/bench_depth.py --out $(RESULTS)
+	$(PY) benchmarks/models/accuracy.py --out $(RESULTS)
 	$(VENV)/bin/fused-resnet depth --out build/depth
 	cp build/depth/report.json \
 	  $(RESULTS)/depth-cpu-torch$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])').json

@@ -98,7 +98,7 @@ tests_of() {
   while [ "$1" != -- ]; do files+=("$1"); shift; done
   shift
   # shellcheck disable=SC2016 # $1 and the rest are the inner shell's
-  local one='name=$(basename "$1" .py); file=$1; folder=$2; seconds=$3; shift 3
+  local one='name=${1#tests/}; name=${name%.py}; name=${name//\//-}; file=$1; folder=$2; seconds=$3; shift 3
     timeout --foreground -k 10 "$seconds" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider \
       --junitxml="$folder/$name.xml" "$file" "$@" >"$folder/$name.log" 2>&1
     rc=$?; [ $rc -eq 5 ] && rc=0 # no test chosen
@@ -117,8 +117,8 @@ tests_of() {
   "$PYTHON" benchmarks/junit_summary.py "$folder" || failed=1
 }
 
-ops() { run "$PYTHON" benchmarks/bench_gpu_ops.py "$@"; }
-whole() { run "$PYTHON" benchmarks/bench_resnet.py --device cuda "$@"; }
+ops() { run "$PYTHON" benchmarks/kernels/cuda/bench_gpu_ops.py "$@"; }
+whole() { run "$PYTHON" benchmarks/models/bench_resnet.py --device cuda "$@"; }
 cli() { run "$PYTHON" -m fused_resnet.cli "$@"; }
 
 # --- sections: $1 is the folder for their results -------------------------------------------------
@@ -142,8 +142,7 @@ sys.exit("\n".join(filter(None, missing)) or None)' "$1/info.json"
 
 section_device-tests() {
   tests_of 8 280 "$1" \
-    tests/test_{add_relu,bn_add_relu,conv_bn_relu,implicit_gemm,hopper,stem,repeats}.py \
-    tests/test_conv_{statistics,prologue,gradient}.py \
+    tests/ops/test_*.py tests/kernels/cuda/test_*.py \
     -- -m gpu -k "not triton"
 }
 
@@ -158,7 +157,7 @@ section_ops() {
 section_resnet50() {
   local all=(--model resnet50 --batch 256 --dtype bfloat16 --seconds 10 --out "$1"
     --contender eager-channels_last fused fused-graph)
-  run env FUSED_RESNET_BACKEND=native "$PYTHON" benchmarks/bench_resnet.py --device cuda \
+  run env FUSED_RESNET_BACKEND=native "$PYTHON" benchmarks/models/bench_resnet.py --device cuda \
     "${all[@]}" --name resnet50_native
   whole "${all[@]}" --name resnet50_b256
 }
@@ -193,7 +192,7 @@ resnet18 1"
 }
 
 section_tests() {
-  tests_of "$(((CPUS + 1) / 2))" 560 "$1" tests/test_*.py --
+  tests_of "$(((CPUS + 1) / 2))" 560 "$1" $(find tests -name "test_*.py" | sort) --
 }
 
 section_sanitizer() {
@@ -207,7 +206,7 @@ section_sanitizer() {
     # process that is watched must end with the one that watches.)
     run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 140 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
-      "$PYTHON" tests/sanitizer_list.py --device cuda
+      "$PYTHON" -m tests.kernels.cuda.sanitizer_list --device cuda
   done
 }
 
@@ -261,7 +260,7 @@ torch.ones(9, device="cuda")' 2>&1 | grep ERR_NVGPUCTRPERM; then
     run ncu --kernel-name 'regex:^(implicit_gemm|stem|bn_|elementwise_kernel)' --launch-count 50 \
       --section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats \
       --section Occupancy --section LaunchStats --csv --page raw --log-file "$1/$op.csv" \
-      "$PYTHON" benchmarks/bench_gpu_ops.py --op "$op" --contender native --once
+      "$PYTHON" benchmarks/kernels/cuda/bench_gpu_ops.py --op "$op" --contender native --once
   done
 }
 

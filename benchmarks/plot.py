@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
+from models.bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
 
 from fused_resnet.bench import pair_ratio
 from fused_resnet.depth import report as depth_report

@@ -1,4 +1,4 @@
-"""The convolutions of csrc/cuda/convolution/sm80/kernel.cuh, implicit_gemm_sm90.cuh and stem_cuda.cu as a
+"""The convolutions of csrc/cuda/convolution/ as a
 contender (tuning.py): which problems they cover, tiles worth measuring, and a heuristic.
 
 Channels and outputs of a group come in 16 bytes; an x with fewer channels is padded, outputs are

@@ -21,8 +21,8 @@ applied as it reads z, and the activation is never written:
     z' = conv(a, weight),   a = relu(norm(z))
 
 An activation is written and read by nobody then, 4 bytes an element of 6, but normalised once for
-every tile of outputs. By prediction (csrc/cuda/convolution/prologue.cuh) that pays for up to about 512
-outputs, the first two stages of a bottleneck network; nobody has measured it. What would change
+every tile of outputs. By prediction (csrc/cuda/convolution/prologue.cuh) that pays for up to about
+512 outputs, the first two stages of a bottleneck network; nobody has measured it. What would change
 with a measurement (`gpu_ops_prologue` of benchmarks/gpu_day.sh): for which convolutions
 `convolve_normed` serves, and whether "auto", a model's default, is "low" here too.
 """

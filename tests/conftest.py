@@ -22,13 +22,12 @@ if not torch.cuda.is_available():
     # Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import emulation
-import machines
-
 import fused_resnet as fr
 from fused_resnet import backends
+from tests.emulator import emulation
+from tests.kernels.cuda import machines
 
-# The ops whose CUDA kernels run on CPU tensors too, in tests/cpp/emulator.h's machine.
+# The ops whose CUDA kernels run on CPU tensors too, in tests/emulator/emulator.h's machine.
 EMULATED_OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
 
 
@@ -116,7 +115,7 @@ def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of every recording of a training step; on the CPU they are played ones."""
-    import recorded_steps
+    from tests.graphs import recorded_steps
 
     return recorded_steps.play(monkeypatch)
 

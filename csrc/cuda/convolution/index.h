@@ -1,6 +1,6 @@
 // Index arithmetic of the sm_80 convolution: which tile a block takes, where a pixel's window lies
 // in x, how a thread walks over the window, and where values lie in shared memory. All of it runs
-// on the host too, where tests/test_implicit_gemm.py tries it by itself.
+// on the host too, where tests/kernels/cuda/test_implicit_gemm.py tries it by itself.
 #pragma once
 
 #include "cuda/convolution/tiles.h"

@@ -1,6 +1,6 @@
 // What the kernels are made of: types, vector accesses, and one wrapper for each PTX instruction
 // they use, with its place in the PTX ISA. A kernel includes this and no CUDA header, uses 1-D
-// grids and dynamic shared memory alone, and so runs on the host as well (tests/cpp/emulator.h).
+// grids and dynamic shared memory alone, and so runs on the host as well (tests/emulator/emulator.h).
 #pragma once
 
 #include <cstdint>
@@ -136,7 +136,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* r
 }
 // mma (PTX ISA, "mma.m16n8k16" and "mma.m16n8k8"): D += A B, float32 sums; T: float16_t,
 // bfloat16_t, or float, whose upper 19 bits are multiplied (TF32). Layouts:
-// tests/cpp/emulated_device.h.
+// tests/emulator/emulated_device.h.
 template <typename T>
 __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4],
                                                 const uint32_t (&b)[2]) {

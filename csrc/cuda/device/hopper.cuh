@@ -1,6 +1,6 @@
 // What only Hopper has: one wrapper for each PTX instruction of sm_90a that the kernels use, with
 // its place in the PTX ISA. Beside cuda/device/device.cuh; on the host by
-// tests/cpp/emulated_hopper.h.
+// tests/emulator/emulated_hopper.h.
 #pragma once
 
 #include "cuda/device/device.cuh"

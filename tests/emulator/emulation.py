@@ -1,0 +1,217 @@
+"""The CUDA kernels on CPU tensors: csrc/cuda/ compiled for the host against emulator.h.
+
+`load()` builds the library where it is not built, loads it, and makes "emulated" a backend of the
+CPU's ops.
+
+    python -m tests.emulator.emulation pytest -k emulated tests
+
+runs a command (a module of Python's) under AddressSanitizer, which then watches every access of the
+kernels to shared and global memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fused_resnet import backends, native
+from tests import ROOT
+
+SANITIZER = os.environ.get("FUSED_RESNET_EMULATION", "")
+ACCESSES = ("load", "store", "async_store", "ldmatrix", "stmatrix")
+
+
+def asan_environment() -> dict[str, str]:
+    """Environment for a process whose emulated kernels AddressSanitizer watches."""
+    compiler = os.environ.get("CXX", "g++")
+    # The C++ library as well: the sanitizer looks for its `throw` when it is loaded, and Python by
+    # itself has none.
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return {
+        **os.environ,
+        "FUSED_RESNET_EMULATION": "asan",
+        "LD_PRELOAD": ":".join(map(os.path.realpath, libraries)),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
+
+
+def _headers(source: Path, seen: set[Path] | None = None) -> set[Path]:
+    """What a source includes of this repository, and what that includes."""
+    seen = set() if seen is None else seen
+    for name in re.findall(r'^ *# *include "(.+)"', source.read_text(), re.M):
+        for header in (ROOT / "csrc" / name, ROOT / "tests/emulator" / name):
+            if header.exists() and header not in seen:
+                seen.add(header)
+                _headers(header, seen)
+    return seen
+
+
+def _build() -> Path:
+    """The library, compiled where its sources have changed; one process builds, others wait."""
+    torch_include = Path(torch.__file__).parent / "include"
+    # No path of this checkout: another one may take over what was compiled here.
+    flags = [
+        *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
+        "-fno-strict-aliasing",  # packs of values pass for uint4, and back
+        *("-Wall", "-Wextra", "-Werror"),
+        *("-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"),
+        *("-DFUSED_RESNET_EMULATED", "-Itests/emulator", "-Icsrc", "-isystem", str(torch_include)),
+    ]
+    if SANITIZER:
+        flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
+    compiler = os.environ.get("CXX", "g++")
+    kernels = [*(ROOT / "csrc/cuda").rglob("*.cu")]
+    # The list of kernels asks the CUDA runtime, which is not there.
+    kernels.remove(ROOT / "csrc/cuda/kernel_list.cu")
+    sources = sorted([*(ROOT / "tests/emulator").glob("*.cpp"), *kernels])
+    shared = hashlib.sha256(" ".join([compiler, torch.__version__, *flags]).encode())
+    folder = ROOT / "build" / ("emulated-" + (SANITIZER or "plain"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def compiled(source: Path) -> tuple[Path, bool]:
+            digest = shared.copy()
+            for file in (source, *sorted(_headers(source))):
+                digest.update(file.read_bytes())
+            name = "-".join(source.relative_to(ROOT).with_suffix("").parts)
+            target = folder / f"{name}-{digest.hexdigest()[:16]}.o"
+            if target.exists():
+                return target, False
+            for old in folder.glob(f"{name}-{'?' * 16}.o"):
+                old.unlink()
+            command = [compiler, *flags, "-x", "c++", "-c", str(source.relative_to(ROOT))]
+            command += ["-o", f"{target}.part"]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode != 0:
+                raise RuntimeError(f"emulation: compiling {source} failed\n{done.stderr}")
+            os.replace(f"{target}.part", target)
+            return target, True
+
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, sources))
+        library = folder / "libemulated.so"
+        if not library.exists() or any(new for _, new in objects):
+            torch_lib = Path(torch.__file__).parent / "lib"
+            command = [compiler, "-shared", *flags[1:3], *(str(o) for o, _ in objects)]
+            command += [
+                "-o",
+                f"{library}.part",
+                f"-L{torch_lib}",
+                "-ltorch",
+                "-ltorch_cpu",
+                "-lc10",
+            ]
+            if SANITIZER:
+                command.append("-fsanitize=address")
+            subprocess.run(command, check=True)
+            os.replace(f"{library}.part", library)
+    return library
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None when the emulated kernels can be built and loaded here, else why not."""
+    if native.load() is not None:
+        return native.load()
+    if os.uname().machine != "x86_64":
+        return "the emulator of the CUDA kernels needs an x86-64 processor"
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        return "the emulator of the CUDA kernels needs a C++ compiler"
+    return None
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library; "emulated" is a backend afterwards."""
+    library = _build()
+    native.load()  # it declares the ops
+    schemas = torch.library.Library("fused_resnet_emulated", "DEF")
+    globals()["_schemas"] = schemas  # lives as long as the process
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("fused_resnet_native::"):
+            packet = getattr(torch.ops.fused_resnet_native, name.split("::")[1])
+            schemas.define(str(packet.default._schema).split("::")[1])
+    torch.ops.load_library(str(library))
+    backends.BACKENDS += ("emulated",)
+    backends.KERNELS["emulated"] = lambda: torch.ops.fused_resnet_emulated
+    for op, order in backends._PREFERENCE["cpu"].items():
+        backends._PREFERENCE["cpu"][op] = (*order, "emulated")
+    backends.missing.cache_clear()
+    return ctypes.CDLL(str(library))
+
+
+def seed(number: int) -> None:
+    """The order in which threads and asynchronous operations go on from here."""
+    load().emulated_seed(ctypes.c_uint64(number))
+
+
+@contextmanager
+def device(multiprocessors: int = 3, architecture: int = 90) -> Iterator[None]:
+    """The GPU that host code sees: its size, and its architecture (80, 86, 90)."""
+    load().emulated_device(multiprocessors, architecture)
+    try:
+        yield
+    finally:
+        load().emulated_device(3, 90)
+
+
+class Launch(NamedTuple):
+    blocks: int
+    threads: int
+    shared_bytes: int
+    together: bool
+
+
+@contextmanager
+def launches() -> Iterator[list[Launch]]:
+    """Filled at its end: the launches of this thread, in order."""
+    room, found = 64, []
+    numbers = (ctypes.c_int64 * (4 * room))()
+    load().emulated_launches(numbers, 0)
+    try:
+        yield found
+    finally:
+        count = load().emulated_launches(numbers, room)
+        rows = (numbers[4 * i : 4 * i + 4] for i in range(min(count, room)))
+        found += [Launch(*row[:3], bool(row[3])) for row in rows]
+
+
+@contextmanager
+def wavefronts() -> Iterator[dict[str, tuple[int, int]]]:
+    """Filled at its end: per kind of access to shared memory, the wavefronts needed and ideal."""
+    library, found = load(), {}
+    library.emulated_wavefronts.restype = ctypes.c_int64
+    for kind in range(len(ACCESSES)):
+        library.emulated_wavefronts(kind, 0), library.emulated_wavefronts(kind, 1)
+    library.emulated_record(1)
+    try:
+        yield found
+    finally:
+        library.emulated_record(0)
+        for kind, name in enumerate(ACCESSES):
+            found[name] = tuple(library.emulated_wavefronts(kind, ideal) for ideal in (0, 1))
+
+
+if __name__ == "__main__":
+    command = [sys.executable, "-m", *sys.argv[1:]]
+    sys.exit(subprocess.run(command, env=asan_environment(), check=False).returncode)

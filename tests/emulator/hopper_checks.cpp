@@ -1,0 +1,95 @@
+// The index arithmetic of Hopper's convolution and of the emulated copy engine, for
+// tests/kernels/cuda/test_hopper.py to call one by one.
+#include <cstring>
+
+#include "cuda/convolution/sm90/kernel.h"
+
+#define FR_TEST extern "C" __attribute__((visibility("default")))
+
+using namespace fused_resnet;
+
+// Every tile's (m, group, k) into out (tiles, 3).
+FR_TEST void hopper_schedule(int tiles, int n_tiles, int groups, int block_m, int block_n,
+                             int* out) {
+  GemmSm90 gemm{};
+  gemm.n_tiles = n_tiles;
+  gemm.groups = groups;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const TileStart start = tile_start(gemm, tile, block_m, block_n);
+    const int values[3] = {start.m, start.group, start.k};
+    std::memcpy(out + 3 * tile, values, sizeof values);
+  }
+}
+
+// Stage and parity after each of `count` steps, `step` at a time, in a ring of 3: out (count, 2).
+FR_TEST void hopper_ring(int count, int step, int* out) {
+  StageRing<3> ring;
+  for (int i = 0; i < count; ++i) {
+    out[2 * i] = ring.stage;
+    out[2 * i + 1] = static_cast<int>(ring.parity);
+    ring.advance(step);
+  }
+}
+
+// The pixels (w, h, n) of x that an im2col load takes for outputs from m on at tap (r, s), into out
+// (pixels, 3). geometry: N, H, W, R, S, P, Q, stride, padding and dilation (h, w each).
+FR_TEST int hopper_column(const int* geometry, int m, int pixels, int r, int s, int* out) try {
+  const auto [N, H, W, R, S] =
+      std::array{geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]};
+  GemmSm90 gemm{};
+  gemm.P = geometry[5];
+  gemm.Q = geometry[6];
+  gemm.stride_h = geometry[7];
+  gemm.stride_w = geometry[8];
+  gemm.pad_h = geometry[9];
+  gemm.pad_w = geometry[10];
+  gemm.dilation_h = geometry[11];
+  gemm.dilation_w = geometry[12];
+  const uint64_t sizes[4] = {8, static_cast<uint64_t>(W), static_cast<uint64_t>(H),
+                             static_cast<uint64_t>(N)};
+  const uint64_t strides[3] = {16, 16 * sizes[1], 16 * sizes[1] * sizes[2]};
+  const int lower[2] = {-gemm.pad_w, -gemm.pad_h};
+  const int upper[2] = {gemm.pad_w - (S - 1) * gemm.dilation_w,
+                        gemm.pad_h - (R - 1) * gemm.dilation_h};
+  const uint32_t steps[2] = {static_cast<uint32_t>(gemm.stride_w),
+                             static_cast<uint32_t>(gemm.stride_h)};
+  const TensorMap map = emulated_im2col_map(4, nullptr, sizes, strides, lower, upper, steps, 8,
+                                            static_cast<uint32_t>(pixels));
+  const InputStart from = input_start(gemm, m);
+  emulated_visit_column(
+      map, {0, from.w, from.h, from.n}, {s * gemm.dilation_w, r * gemm.dilation_h, 0},
+      [&](int64_t element, const EmulatedPoint& at) {
+        for (size_t d = 0; d < 3; ++d)
+          out[element / 8 * 3 + static_cast<int64_t>(d)] = static_cast<int>(at[d + 1]);
+      });
+  return 0;
+} catch (const std::exception&) {
+  return 1;
+}
+
+FR_TEST int hopper_swizzled_offset(int row, int chunk) { return swizzled_offset(row, chunk); }
+// Where the emulated copy engine puts byte `offset` of a tile.
+FR_TEST int hopper_emulated_offset(int offset) {
+  alignas(1024) static uint8_t tile[2048];
+  return static_cast<int>(emulated_swizzled(tile + offset) - tile);
+}
+FR_TEST uint64_t hopper_descriptor(uint32_t address, int further) {
+  return tile_descriptor(address, further);
+}
+// R, S, stride, padding, dilation (h, w each), groups, C
+FR_TEST int hopper_covers(const int* v) {
+  ConvProblem p{};
+  p.N = 1;
+  p.H = p.W = p.K = 64;
+  p.R = v[0];
+  p.S = v[1];
+  p.stride_h = v[2];
+  p.stride_w = v[3];
+  p.pad_h = v[4];
+  p.pad_w = v[5];
+  p.dilation_h = v[6];
+  p.dilation_w = v[7];
+  p.groups = v[8];
+  p.C = v[9];
+  return covers_sm90(p);
+}

@@ -1,0 +1,406 @@
+"""When a block is fused and when it is not: surgery, hooks and patches behave as in torchvision."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet import backends, convolution, network, plans, vendor
+from fused_resnet.block_training import Prepared
+from tests.models.model_helpers import (
+    clone,
+    fused,
+    images,
+    pair,
+    randomise,
+    reasons,
+    same_outputs,
+    same_step,
+    tv,
+)
+
+pytestmark = pytest.mark.skipif(
+    backends.choose("conv_bn_relu", "cpu") == "reference", reason="nothing is fused here"
+)
+TRAINS = backends.choose("bn_add_relu", "cpu") == "native"
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many fused convolutions ran since it was last cleared."""
+    seen: list[str] = []
+    vendor.unavailable()  # its probes run some, once per process
+    for dtype in (torch.float32, torch.bfloat16):
+        vendor.serves(dtype)
+    for kind in convolution.FusedConv.__subclasses__():
+
+        def run(self, *args, _run=kind.run, **kwargs):
+            seen.append(type(self).__name__)
+            return _run(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "run", run)
+
+    def run_block(self, *args, _run=plans.Plan._run):
+        if self._one_op is not None:  # all of them in one
+            seen.extend(type(conv).__name__ for conv in self.all_convs)
+        return _run(self, *args)
+
+    monkeypatch.setattr(plans.Plan, "_run", run_block)
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "grouped"])
+def test_every_convolution_of_an_eval_network_is_fused(kind, runs):
+    stock, mine = pair(kind)
+    assert all(fused(mine)) and {e.path for e in fr.explain(mine)} == {"inference"}
+    same_outputs(stock, mine, images())
+    convs = sum(isinstance(m, nn.Conv2d) for m in mine.modules())
+    assert len(runs) == convs
+    runs.clear()
+    same_outputs(stock, mine, images())
+    assert len(runs) == convs
+    runs.clear()
+    x = images()
+    with torch.no_grad():
+        block = mine.layer2[0]
+        y = torch.randn(2, block.conv1.in_channels, 9, 9)
+        torch.testing.assert_close(block(y), stock.layer2[0](y), rtol=1e-3, atol=1e-4)
+        assert len(runs) == (4 if kind != "basic" else 3)
+        with fr.use_backend("reference"):
+            runs.clear()
+            assert torch.equal(mine(x), stock(x)) and not runs
+            assert reasons(mine)["stem"] == "the reference backend is forced"
+
+
+@pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
+@pytest.mark.parametrize("dilate", [False, True], ids=["plain", "dilated"])
+def test_large_batches_go_through_in_parts(dilate, runs, monkeypatch):
+    """The same numbers, and where one image holds a NaN, in that image alone."""
+    torch.set_num_threads(2)
+    stock, mine = pair("bottleneck", replace_stride_with_dilation=[False, dilate, dilate])
+    x = images(7)
+    x[4, 1, 20, 20] = torch.nan
+    whole = same_outputs(stock, mine, x)
+    assert whole.isnan().all(1).tolist() == [i == 4 for i in range(7)]
+    convs = sum(isinstance(m, nn.Conv2d) for m in mine.modules())
+    assert len(runs) == convs
+    # Three images' 64 x 32 x 32 values after the stem. As many leave layer1, half as many layer2,
+    # a quarter layer3: the 9 convolutions up to layer2.0 run on 2 + 2 + 3 images, the next 7 on
+    # 4 + 3 and layer4's 4 on all. Dilated, layer4 gives 2048 x 8 x 8 values: two images at a time,
+    # one per thread.
+    monkeypatch.setattr(network, "_AT_ONCE", 3 * 64 * 32 * 32 * 4)
+    runs.clear()
+    parts = same_outputs(stock, mine.eval(), x)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert len(runs) == (4 * convs if dilate else 3 * 9 + 2 * 7 + 4)
+
+
+@pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
+def test_every_norm_of_a_training_network_is_fused(monkeypatch):
+    stock, mine = pair("bottleneck")
+    calls: list[nn.Module] = []
+    track = Prepared.track
+    monkeypatch.setattr(
+        Prepared, "track", lambda self, s: (calls.extend(self.parts.norms), track(self, s))[1]
+    )
+    assert {e.path for e in fr.explain(mine.train())} == {"training"}
+    same_step(stock.train(), mine, images())
+    assert set(calls) == {m for m in mine.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert len(calls) == len(set(calls))
+
+
+def _set(path: str, make):
+    """An edit that puts make(old module) at `path`."""
+
+    def edit(model):
+        home, _, name = path.rpartition(".")
+        parent = model.get_submodule(home) if home else model
+        if name.isdigit():
+            parent[int(name)] = make(parent[int(name)])
+        else:
+            setattr(parent, name, make(getattr(parent, name)))
+
+    return edit
+
+
+class MyConv(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def _reflecting(conv):
+    return nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect", bias=False)
+
+
+def _patch_forward(model):
+    relu = model.layer1[0].relu
+    forward = relu.forward
+    relu.forward = lambda x: forward(x) + 1
+
+
+def _patch_block(model):
+    block = model.layer1[0]
+    forward = block.forward
+    block.forward = lambda x: forward(x) * 3
+
+
+def _weight_norm(model):
+    torch.nn.utils.parametrizations.weight_norm(model.layer1[0].conv1)
+
+
+def _prune(model):
+    torch.nn.utils.prune.l1_unstructured(model.layer1[0].conv1, "weight", 0.5)
+
+
+def _extend_downsample(model):
+    model.layer2[0].downsample.append(nn.Softplus())
+
+
+def _remove_downsample(model):
+    model.layer2[0].downsample = nn.Conv2d(64, 128, 1, stride=2)
+
+
+def _drop_affine(model):
+    model.layer1[0].bn1.weight = None
+    model.layer1[0].bn1.bias = None
+
+
+def _frozen(eps):
+    def make(bn):
+        from torchvision.ops import FrozenBatchNorm2d
+
+        frozen = FrozenBatchNorm2d(bn.num_features, eps=eps)
+        frozen.load_state_dict({k: v for k, v in bn.state_dict().items() if "num" not in k})
+        return frozen
+
+    return make
+
+
+def _two_by_two(_):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.MaxPool2d(2))
+
+
+def _classifier(_):
+    return nn.Sequential(nn.Dropout(0.0), nn.Linear(512, 3))
+
+
+# name -> the edit, and what explain says of the block (None: it stays fused)
+SURGERY = {
+    "GELU": (_set("layer1.0.relu", lambda _: nn.GELU()), "relu is a GELU, not a ReLU"),
+    "ReLU6": (_set("layer1.0.relu", lambda _: nn.ReLU6()), "relu is a ReLU6"),
+    "LeakyReLU": (_set("layer1.0.relu", lambda _: nn.LeakyReLU(0.3)), "relu is a LeakyReLU"),
+    "Identity for ReLU": (_set("layer1.0.relu", lambda _: nn.Identity()), "relu is a Identity"),
+    "ReLU not in place": (_set("layer1.0.relu", lambda _: nn.ReLU()), None),
+    "Identity for BN": (_set("layer1.0.bn1", lambda _: nn.Identity()), "bn1 is a Identity"),
+    "GroupNorm": (_set("layer1.0.bn2", lambda _: nn.GroupNorm(4, 64)), "bn2 is a GroupNorm"),
+    "BatchNorm2d of eps 0.1": (
+        _set("layer1.0.bn1", lambda bn: randomise(nn.BatchNorm2d(64, eps=0.1)).eval()), None,
+    ),
+    "without affine": (_drop_affine, None),
+    "FrozenBatchNorm2d": (_set("layer1.0.bn2", _frozen(0.03)), None),
+    "convolution with bias": (
+        _set("layer1.0.conv1", lambda _: nn.Conv2d(64, 64, 3, padding=1)), None,
+    ),
+    "1x5 convolution": (
+        _set("layer1.0.conv1", lambda _: nn.Conv2d(64, 64, (1, 5), padding=(0, 2))), None,
+    ),
+    "grouped, dilated convolution": (
+        _set("layer1.0.conv2", lambda _: nn.Conv2d(64, 64, 3, 1, 2, dilation=2, groups=8)), None,
+    ),
+    "subclass of Conv2d": (
+        _set("layer1.0.conv1", lambda _: MyConv(64, 64, 3, padding=1)), "conv1 is a MyConv",
+    ),
+    "padding='same'": (
+        _set("layer1.0.conv1", lambda _: nn.Conv2d(64, 64, 3, padding="same")), "pads by something",
+    ),
+    "reflecting padding": (_set("layer1.0.conv1", _reflecting), "pads by something"),
+    "weight_norm": (_weight_norm, "conv1 is a ParametrizedConv2d"),
+    "pruning": (_prune, "conv1 has hooks"),
+    "forward of a part replaced": (_patch_forward, "relu has its forward replaced"),
+    "forward of a block replaced": (_patch_block, "the block has its forward replaced"),
+    "downsample extended": (_extend_downsample, "downsample is not a Sequential of a convolution"),
+    "downsample replaced": (_remove_downsample, "downsample is not a Sequential"),
+    "another stem": (_set("conv1", lambda _: nn.Conv2d(3, 64, 3, 1, 1, bias=False)), None),
+    "no pooling": (_set("maxpool", lambda _: nn.Identity()), None),
+    "average pooling": (_set("maxpool", lambda _: nn.AvgPool2d(2)), None),
+    "pooling 2x2": (_set("maxpool", lambda _: nn.MaxPool2d(2, ceil_mode=True)), None),
+    "max pooling at the end": (_set("avgpool", lambda _: nn.AdaptiveMaxPool2d(1)), None),
+    "pooling to 2x2": (_set("avgpool", _two_by_two), None),
+    "classifier replaced": (_set("fc", _classifier), None),
+    "a stage is no Sequential": (_set("layer3", lambda s: s[0]), None),
+    "a block is an Identity": (_set("layer1.0", lambda _: nn.Identity()), None),
+    "a stage extended": (lambda m: m.layer1.append(nn.Softplus()), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SURGERY)
+def test_surgery_is_honoured(name):
+    edit, words = SURGERY[name]
+    stock, mine = pair("basic")
+    same_outputs(stock, mine, images())  # plans exist before the edit
+    for model in (stock, mine):
+        torch.manual_seed(7)
+        edit(model)
+        for m in model.modules():
+            m.training = False  # and not eval(), which drops plans: they must notice by themselves
+    for _ in range(2):
+        same_outputs(stock, mine, images())
+    why = reasons(mine)
+    assert (not why) if words is None else words in " ".join(why.values()), why
+    same_step(stock.train(), mine.train(), images())
+    same_outputs(stock.eval(), mine.eval(), images())
+
+
+def test_a_residual_that_broadcasts_does_so():
+    """One pixel in, nine out of the branch: stock adds the one to each of them."""
+    stock, mine = pair("basic")
+    for model in (stock, mine):
+        model.layer1[0].conv1.padding = (2, 2)
+    x = torch.randn(2, 64, 1, 1)
+    with torch.no_grad():
+        want, got = stock.layer1[0](x), mine.layer1[0](x)
+    assert got.shape == (2, 64, 3, 3)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, fr.convert_sync_batchnorm]
+)
+def test_synchronised_norms_of_one_process(convert):
+    """Batch norm, in inference and training; test_sync_batch_norm.py has more processes."""
+    stock, mine = pair()
+    mine = convert(mine)
+    assert fused(mine) == fused(pair()[1])
+    same_outputs(stock, mine, images())
+    same_step(stock.train(), mine.train(), images())
+
+
+HOOKS = ("forward_pre", "forward", "full_backward", "full_backward_pre")
+
+
+@pytest.mark.parametrize(
+    "where", ["layer1.0.conv1", "layer1.0", "layer1", "maxpool", "avgpool", "conv1"]
+)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_fire_and_may_change_things(kind, where):
+    stock, mine = pair("basic")
+    same_outputs(stock, mine, images())
+    counts = []
+    for model in (stock, mine):
+        fired: list[int] = []
+
+        def hook(module, *values, fired=fired):
+            fired.append(1)
+            if kind == "forward":
+                return values[-1] * 1.5
+            if kind == "forward_pre":
+                return tuple(v * 0.5 for v in values[0])
+            return None
+
+        handle = getattr(model.get_submodule(where), f"register_{kind}_hook")(hook)
+        counts.append((fired, handle))
+    same_outputs(stock, mine, images())
+    same_step(stock.train(), mine.train(), images())
+    assert len(counts[0][0]) == len(counts[1][0]) > 0
+    for _, handle in counts:
+        handle.remove()
+    same_outputs(stock.eval(), mine.eval(), images())
+    assert all(fused(mine))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_global_hooks_fire_for_every_module(kind):
+    stock, mine = pair("basic")
+    same_outputs(stock, mine, images())
+    seen: dict[int, list[str]] = {}
+    register = getattr(nn.modules.module, f"register_module_{kind}_hook")
+    current: list[str] = []
+    handle = register(lambda module, *_: current.append(type(module).__name__) or None)
+    try:
+        with torch.no_grad():
+            for i, model in enumerate((stock, mine)):
+                current.clear()
+                model(images())
+                seen[i] = list(current)
+        assert "global module hooks are registered" in reasons(mine).values()
+    finally:
+        handle.remove()
+    assert seen[0] == seen[1] and "ReLU" in seen[0]
+
+
+def test_feature_extraction_by_inner_names():
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    stock, mine = pair("bottleneck")
+    assert get_graph_node_names(mine) == get_graph_node_names(stock)
+    nodes = {"layer1.0.bn2": "a", "layer2.1.relu_2": "b", "layer3.0.add": "c", "flatten": "d"}
+    theirs, ours = (create_feature_extractor(m, nodes)(images()) for m in (stock, mine))
+    for key in nodes.values():
+        torch.testing.assert_close(ours[key], theirs[key])
+
+
+def test_intermediate_layers_by_hooks_on_stages():
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    stock, mine = pair("bottleneck")
+    layers = {"layer1": "a", "layer4": "b"}
+    with torch.no_grad():
+        theirs, ours = (IntermediateLayerGetter(m, layers)(images()) for m in (stock, mine))
+    for key in ("a", "b"):
+        torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
+
+
+def test_fine_tuning_in_eval_mode_has_stocks_gradients():
+    """Frozen statistics, gradients for everything, or for the last stage alone."""
+    for frozen in ((), ("conv1", "bn1", "layer1", "layer2", "layer3")):
+        stock, mine = pair("bottleneck")
+        for model in (stock, mine):
+            for name in frozen:
+                model.get_submodule(name).requires_grad_(False)
+        before = {n: b.clone() for n, b in mine.named_buffers()}
+        same_step(stock, mine, images())
+        assert all(torch.equal(b, before[n]) for n, b in mine.named_buffers())
+        x = images().requires_grad_()
+        for p in mine.parameters():
+            p.requires_grad_(False)
+        mine(x).sum().backward()
+        assert x.grad.abs().sum() > 0 and all(p.requires_grad is False for p in mine.parameters())
+
+
+def test_copies_pickles_and_saved_models(tmp_path):
+    stock, mine = pair("bottleneck")
+    keys, children = list(mine.state_dict()), len(list(mine.modules()))
+    same_outputs(stock, mine, images())
+    with torch.no_grad():
+        want = mine(images())
+    torch.save(mine, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for copy in (clone(mine), pickle.loads(pickle.dumps(mine)), loaded):
+        assert list(copy.state_dict()) == keys and len(list(copy.modules())) == children
+        with torch.no_grad():
+            assert torch.equal(copy(images()), want)
+            copy.conv1.weight.mul_(2)
+            assert not torch.equal(copy(images()), want) and torch.equal(mine(images()), want)
+    assert len(pickle.dumps(mine)) < 1.1 * len(pickle.dumps(stock))
+
+
+def test_explain_names_every_block_and_changes_nothing():
+    _, mine = pair("bottleneck")
+    found = fr.explain(mine)
+    assert [e.name for e in found] == [
+        "stem",
+        "layer1.0",
+        "layer2.0",
+        "layer2.1",
+        "layer3.0",
+        "layer4.0",
+    ]
+    assert not plans._plans.get(mine.layer1[0])
+    outer = nn.Sequential(mine, tv.resnet18())
+    assert [e.name for e in fr.explain(outer)][:2] == ["0.stem", "0.layer1.0"]

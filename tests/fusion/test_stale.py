@@ -1,0 +1,369 @@
+"""Whatever changes a weight, a statistic or a setting, the next output is made from the new one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import distributed as dist
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet import convolution, native, network, plans
+from tests.models.model_helpers import (
+    agree,
+    clone,
+    fused,
+    images,
+    pair,
+    randomise,
+    same_outputs,
+    same_step,
+)
+
+
+def _optimizer(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _fused_optimizer(model):
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, foreach=True)
+    model(images()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _no_grad(change):
+    def edit(model):
+        with torch.no_grad():
+            change(model)
+
+    return edit
+
+
+def _load(assign):
+    def edit(model):
+        other = randomise(clone(model), seed=9)
+        model.load_state_dict(other.state_dict(), assign=assign)
+
+    return edit
+
+
+def _exchange_data(model):
+    model.layer1[0].conv2.weight.data = model.layer1[0].conv2.weight.data * 1.5
+
+
+def _new_parameter(model):
+    conv = model.layer1[0].conv2
+    conv.weight = nn.Parameter(conv.weight.detach() * 1.5)
+
+
+def _new_buffer(model):
+    model.layer1[0].bn1.running_var = model.layer1[0].bn1.running_var * 4
+
+
+def _eps(model):
+    model.layer1[0].bn2.eps = 0.5
+
+
+def _stride(model):
+    model.layer1[0].conv1.stride = (2, 2)
+    model.layer1[0].downsample = nn.Sequential(nn.Conv2d(64, 64, 1, 2), nn.BatchNorm2d(64)).eval()
+    torch.nn.init.constant_(model.layer1[0].downsample[0].weight, 0.01)
+    torch.nn.init.constant_(model.layer1[0].downsample[0].bias, 0.5)
+
+
+def _padding(model):
+    model.conv1.padding = (1, 1)
+
+
+def _class(model):
+    class Doubled(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model.layer1[0].conv1.__class__ = Doubled
+
+
+def _pool_stride(model):
+    model.maxpool.stride = 1
+
+
+def _one_norm_trains(model):
+    model.layer1[0].bn1.train()
+
+
+def _tracking_off(model):
+    bn = model.layer1[0].bn1
+    bn.track_running_stats, bn.running_mean, bn.running_var = False, None, None
+
+
+def _shared_convolution(model):
+    model.layer1[0].conv2 = model.layer1[0].conv1
+
+
+def _through_training(model):
+    model.train()
+    for seed in (3, 4):
+        model(images(4, 64, seed))
+    model.eval()
+
+
+def _data_between_trips(model):
+    model.layer1[0].conv1.weight.data.mul_(2)
+    model.train().eval()
+
+
+def _to_and_back(model):
+    model.double()
+    model.float()
+
+
+def _swap_blocks(model):
+    model.layer2[0], model.layer2[1] = model.layer2[0], clone(model.layer2[1])
+    with torch.no_grad():
+        model.layer2[1].conv1.weight.neg_()
+
+
+EDITS = {
+    "an optimizer step": _optimizer,
+    "a multi-tensor optimizer step": _fused_optimizer,
+    "a weight in place": _no_grad(lambda m: m.layer1[0].conv1.weight.mul_(2)),
+    "a view of a weight in place": _no_grad(lambda m: m.layer1[0].conv1.weight[0].zero_()),
+    "a norm's weight in place": _no_grad(lambda m: m.layer1[0].bn1.weight.mul_(-2)),
+    "a norm's bias in place": _no_grad(lambda m: m.bn1.bias.add_(1)),
+    "a mean in place": _no_grad(lambda m: m.layer2[0].downsample[1].running_mean.add_(1)),
+    "a variance in place": _no_grad(lambda m: m.layer1[0].bn2.running_var.mul_(9)),
+    "load_state_dict": _load(False),
+    "load_state_dict(assign=True)": _load(True),
+    "another .data": _exchange_data,
+    "another parameter": _new_parameter,
+    "another buffer": _new_buffer,
+    "another eps": _eps,
+    "another stride": _stride,
+    "another padding": _padding,
+    "another class": _class,
+    "another stride of the pool": _pool_stride,
+    "one norm in training mode": _one_norm_trains,
+    "statistics taken away": _tracking_off,
+    "a convolution used twice": _shared_convolution,
+    "training and back": _through_training,
+    ".data in place, then training and back": _data_between_trips,
+    "float64 and back": _to_and_back,
+    "another block": _swap_blocks,
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("kind", ["basic", "whole network broken up"])
+def test_no_stale_copy(name, kind):
+    stock, mine = pair("basic")
+    if kind != "basic":
+        for model in (stock, mine):
+            model.layer4[0].relu = nn.Softplus()  # blocks are fused one by one then
+    before = same_outputs(stock, mine, images())
+    same_outputs(stock, mine, images())
+    for model in (stock, mine):
+        torch.manual_seed(11)
+        EDITS[name](model)
+    for _ in range(2):
+        after = same_outputs(stock, mine, images())
+    if name != "float64 and back":
+        assert (after - before).abs().max() > 1e-4 * before.abs().max(), "the edit changes nothing"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_dtype_and_back(dtype):
+    stock, mine = pair("bottleneck")
+    same_outputs(stock, mine, images())
+    stock.to(dtype), mine.to(dtype)
+    x = images().to(dtype)
+    with torch.no_grad():
+        want, got = stock(x), mine(x)
+        y = mine.layer1[0](torch.randn(2, 64, 9, 9).to(dtype))
+    assert got.dtype == y.dtype == dtype and (got - want).abs().max() <= 0.1 * want.abs().max()
+    stock.float(), mine.float()
+    same_outputs(stock, mine, images())
+
+
+def test_requires_grad_is_left_alone_and_toggles():
+    stock, mine = pair("basic")
+    for flag in (False, True):
+        for model in (stock, mine):
+            model.requires_grad_(flag)
+        assert mine(images()).requires_grad == flag
+        same_outputs(stock, mine, images())
+        assert all(p.requires_grad == flag for p in mine.parameters())
+
+
+def test_optimizers_built_before_the_first_call_drive_the_model():
+    stock, mine = pair("basic")
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (stock, mine)]
+    same_outputs(stock, mine, images())
+    same_step(stock.train(), mine.train(), images())
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        agree(mine.eval()(images()), stock.eval()(images()), 5e-3)
+
+
+def test_weights_made_in_inference_mode():
+    stock, mine = pair("basic")
+    state = {k: v.clone() for k, v in stock.state_dict().items()}
+    with torch.inference_mode():
+        made = fr.ResNet(fr.BasicBlock, [1, 2, 1, 1], num_classes=10).eval()
+        made.load_state_dict(state)
+    same_outputs(stock, made, images())
+    with torch.inference_mode():  # no version counter shows this edit
+        made.layer1[0].conv1.weight.mul_(3)
+    with torch.no_grad():
+        stock.layer1[0].conv1.weight.mul_(3)
+    same_outputs(stock, made, images())
+    with torch.inference_mode():
+        agree(mine(images()), pair("basic")[0](images()).clone())
+
+
+def test_plans_and_their_memory_go_with_the_model():
+    _, mine = pair("bottleneck")
+    with torch.no_grad():
+        mine(images())
+    gc.collect()
+    counts = len(plans._plans), len(network._networks)
+    assert counts[0] > 0
+    plan = next(iter(plans._plans[mine.layer1[0]].values()))
+    watched = [weakref.ref(plan), weakref.ref(mine)]
+    blocks = len(fused(mine))
+    del mine, plan
+    gc.collect()
+    assert [w() for w in watched] == [None, None]
+    assert len(plans._plans) == counts[0] - blocks
+
+
+def test_a_stale_plan_is_dropped_at_once():
+    _, mine = pair("basic")
+    with torch.no_grad():
+        mine(images())
+        old = weakref.ref(next(iter(plans._plans[mine.layer1[0]].values())))
+        mine.layer1[0].conv1.weight.mul_(2)
+        mine(images())
+    gc.collect()
+    assert old() is None
+
+
+def test_training_drops_what_inference_packed():
+    _, mine = pair("basic")
+    with torch.no_grad():
+        mine(images())
+    assert mine.layer1[0] in plans._plans
+    mine.train()
+    assert mine.layer1[0] not in plans._plans
+    block = mine.eval().layer1[0]
+    with torch.no_grad():
+        mine(images())
+    assert block in plans._plans
+    block.train()
+    assert block not in plans._plans
+
+
+@pytest.fixture
+def one_process():
+    if not (dist.is_available() and dist.is_gloo_available()):
+        pytest.skip("needs gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
+def test_weights_that_fsdp_puts_together(one_process, wanted):
+    """All-gathered into the same tensor, of the same version, where the allocator likes at the same
+    address: nothing tells of the step before."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    stock, mine = pair("basic")
+    for model in (stock, mine):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.requires_grad_(False)
+    fully_shard(mine, mesh=init_device_mesh("cpu", (1,)))
+    with torch.set_grad_enabled(wanted):
+        for _ in range(4):
+            agree(mine(images()), stock(images()))
+            for model in (stock, mine):  # whole still: the outermost module is not taken apart
+                for p in model.parameters():
+                    p.data.mul_(1.1)
+
+
+class Fused(nn.Module):
+    """One call of the op, with a fixed scale and shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32, 3, 3))
+        self.fixed = torch.ones(32), torch.zeros(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return fr.conv_bn_relu(x, self.weight, *self.fixed, None, False, (1, 1), (1, 1), (1, 1), 1)
+
+
+def test_an_op_on_weights_that_fsdp_puts_together(one_process, monkeypatch):
+    """The same tensor, version and address in every forward, here by force. Where the last sharded
+    module is gone, packed weights are kept again."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import _fully_shard, fully_shard
+
+    monkeypatch.setattr(_fully_shard._fsdp_param, "free_storage", lambda tensor: None)
+    mine = fully_shard(Fused(), mesh=init_device_mesh("cpu", (1,)))
+    x = torch.randn(2, 32, 8, 8)
+    seen = set()
+    hook = mine.register_forward_hook(
+        lambda m, *_: seen.add((id(m.weight), m.weight._version, m.weight.data_ptr()))
+    )
+    with torch.no_grad():
+        for _ in range(5):
+            y = mine(x)
+            mine.reshard()
+            weight = mine.weight.to_local()
+            torch.testing.assert_close(y, F.conv2d(x, weight, padding=1), rtol=1e-4, atol=1e-3)
+            weight.mul_(1.5)
+    assert len(seen) == 1
+    hook.remove()
+    del mine, weight
+    gc.collect()
+    plain = Fused()
+    with torch.no_grad():
+        for _ in range(3):
+            plain(x)
+    if native.load() is None:
+        assert convolution._kept[id(plain.weight)][3] is not None
+
+
+FUSED = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
+def test_fused_optimizers(kind, wanted):
+    """They move no version counter by themselves; and with frozen norms nobody switches to train()
+    and back."""
+    _, mine = pair("basic")
+    for m in mine.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.requires_grad_(False)
+    optimizer = FUSED[kind]([p for p in mine.parameters() if p.requires_grad])
+    for _ in range(4):
+        with torch.set_grad_enabled(wanted):
+            agree(mine(images()), clone(mine)(images()))
+        mine(images()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()

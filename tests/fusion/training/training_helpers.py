@@ -1,0 +1,136 @@
+"""Residual blocks in training, and one step of them, for the tests of training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_resnet as fr
+from fused_resnet import native
+from fused_resnet.cifar import CifarBlock, PlainBlock
+from fused_resnet.preact import PlainPreactBottleneck, PreactBlock, PreactBottleneck
+from fused_resnet.resnet import conv1x1
+from fused_resnet.shortcut import PadShortcut
+from tests.ops.op_cases import randn
+
+LAST = torch.channels_last
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+needs_native = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
+
+# name -> the block, and x's (N, C, H, W)
+BLOCKS = {
+    "basic": (lambda: fr.BasicBlock(16, 16), (3, 16, 9, 7)),
+    "basic, projection": (
+        lambda: fr.BasicBlock(16, 32, 2, _branch(16, 32, 2)),
+        (2, 16, 9, 10),
+    ),
+    "bottleneck": (lambda: fr.Bottleneck(64, 16), (2, 64, 7, 7)),
+    # So many pixels that threads share them out, and make what weight gradients read in pieces.
+    "basic, many pixels": (lambda: fr.BasicBlock(32, 32), (3, 32, 21, 23)),
+    "bottleneck, many pixels": (lambda: fr.Bottleneck(128, 32), (3, 128, 21, 23)),
+    "bottleneck, many pixels, stride 2": (
+        lambda: fr.Bottleneck(32, 16, 2, _branch(32, 64, 2)),
+        (3, 32, 41, 38),
+    ),
+    "bottleneck, projection": (
+        lambda: fr.Bottleneck(32, 16, 2, _branch(32, 64, 2)),
+        (2, 32, 10, 9),
+    ),
+    "bottleneck, groups": (
+        lambda: fr.Bottleneck(64, 16, groups=4, base_width=64),
+        (2, 64, 6, 5),
+    ),
+    "odd channels": (lambda: fr.BasicBlock(7, 7), (3, 7, 5, 6)),
+    "basic, padding": (lambda: CifarBlock(16, 32, 2, PadShortcut(16, 32, 2)), (2, 16, 9, 10)),
+    "plain": (lambda: PlainBlock(16, 32, 2), (2, 16, 9, 10)),
+    "preact": (lambda: PreactBlock(16, 16), (3, 16, 9, 7)),
+    "preact, shared": (lambda: PreactBlock(16, 16, activation_shared=True), (3, 16, 9, 7)),
+    "preact, padding": (
+        lambda: PreactBlock(16, 32, 2, PadShortcut(16, 32, 2)),
+        (2, 16, 9, 10),
+    ),
+    "preact bottleneck, projection": (
+        lambda: PreactBottleneck(16, 16, 2, conv1x1(16, 64, 2), activation_shared=True),
+        (2, 16, 9, 10),
+    ),
+    "preact bottleneck, padding": (
+        lambda: PreactBottleneck(16, 16, 1, PadShortcut(16, 64, 1), activation_shared=True),
+        (2, 16, 8, 7),
+    ),
+    "preact, own projection": (lambda: PreactBlock(16, 32, 2, conv1x1(16, 32, 2)), (2, 16, 9, 10)),
+    "preact, plain": (lambda: PlainPreactBottleneck(16, 16, 2), (2, 16, 9, 10)),
+    "preact, odd channels": (lambda: PreactBlock(7, 7), (3, 7, 5, 6)),
+}
+
+# Those whose every pass is a kernel of ours, so that a block is one op each way.
+ONE_OP = {name for name in BLOCKS if "odd channels" not in name and "groups" not in name}
+
+
+def _branch(C: int, K: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    """The block in training, with affine parameters and statistics that a trained one might have,
+    and an x that requires grad."""
+    torch.manual_seed(0)
+    build, shape = BLOCKS[name]
+    block = build()
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            with torch.no_grad():
+                m.weight.copy_(torch.rand_like(m.weight) + 0.5)
+                m.bias.copy_(torch.randn_like(m.bias) * 0.3)
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 2)
+    x = randn(shape, dtype).contiguous(memory_format=LAST).requires_grad_()
+    return block.to(dtype).to(memory_format=LAST).train(), x
+
+
+def stock_step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    with fr.use_backend("reference"):
+        return step(block, x, dy)
+
+
+def step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers after one forward and backward."""
+    block.zero_grad()
+    x = x.detach().requires_grad_(x.requires_grad)
+    y = block(x)
+    y.backward(dy)
+    found = {"y": y.detach()}
+    if x.grad is not None:
+        found["dx"] = x.grad
+    found |= {f"d{n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
+    found |= {n: b.detach().clone() for n, b in block.named_buffers() if b.is_floating_point()}
+    return found
+
+
+def is_whole(y: Tensor) -> bool:
+    """Whether y, or what a copy into another layout was made of, comes from the one node."""
+    node = y.grad_fn
+    while type(node).__name__ == "CloneBackward0":
+        node = node.next_functions[0][0]
+    return type(node).__name__ in (
+        "BlockFunctionBackward", "PreactFunctionBackward", "NativeBlockFunctionBackward",
+    )  # fmt: skip
+
+
+class Passes:
+    """The convolutions that kernels of ours run inside the `with`, by kind."""
+
+    def __enter__(self) -> Passes:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.convolutions, self.input_gradients, self.weight_gradients = (
+            after - before for before, after in zip(self._before, self._now(), strict=True)
+        )
+
+    @staticmethod
+    def _now() -> list[int]:
+        from fused_resnet import _C
+
+        return list(_C.conv_passes().values())

@@ -1,0 +1,181 @@
+"""A block as one op each way on the CPU: bit for bit its passes; what it says of bad operands."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fused_resnet as fr
+from fused_resnet import blocks, native_training, plans
+from fused_resnet.activation_memory import LEVELS
+from fused_resnet.plans import Flow
+from tests.fusion.training.training_helpers import (
+    BLOCKS,
+    LAST,
+    ONE_OP,
+    make,
+    needs_native,
+    step,
+    stock_step,
+)
+from tests.ops.op_cases import randn, same
+
+pytestmark = needs_native
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_op_is_all_passes(name, dtype, level, monkeypatch):
+    """A block that is one op each way gives, bit for bit, what its passes give one by one."""
+    block, x = make(name)
+    fr.set_activation_memory(block, level)
+    other, function = copy.deepcopy(block), native_training.NativeBlockFunction
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        y = block(x)
+        dy = randn(y.shape, y.dtype).contiguous(memory_format=LAST)
+        block.load_state_dict(other.state_dict())  # the forward above moved its statistics
+        found = step(block, x, dy)
+        assert (type(y.grad_fn).__name__ == f"{function.__name__}Backward") == (name in ONE_OP)
+        monkeypatch.setattr(native_training, "layout_of", lambda *_: None)
+        want = step(other, x, dy)
+    assert found.keys() == want.keys()
+    for key in found:
+        assert torch.equal(found[key], want[key]), key
+        assert found[key].stride() == want[key].stride(), key
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in BLOCKS if "many pixels" in name])
+def test_what_is_made_piece_by_piece(name, threads):
+    """An activation made again in pieces, by each thread its own, has the bits of the kept one:
+    every level's gradients are alike to the last of them; NaN and Inf in it as well."""
+    torch.set_num_threads(threads)
+    for value in (None, float("nan"), float("inf")):
+        block, x = make(name)
+        if value is not None:
+            with torch.no_grad():
+                x[1, :, 7, 5] = value
+        other = copy.deepcopy(block)
+        dy = randn(block(x).shape, x.dtype).contiguous(memory_format=LAST)
+        block.load_state_dict(other.state_dict())
+        fr.set_activation_memory(block, "low")
+        fr.set_activation_memory(other, "full")
+        found, want = step(block, x, dy), step(other, x, dy)
+        for key in want:
+            same(found[key], want[key])
+
+
+def test_what_was_made_ready_is_made_anew(monkeypatch):
+    """Whatever a block's step was made ready from may change between two steps."""
+
+    def wider(block: Any) -> None:
+        block.conv2.weight.data = block.conv2.weight.data.double().float().contiguous()
+
+    changes: dict[str, Any] = {
+        "momentum": lambda block: setattr(block.bn1, "momentum", 0.5),
+        "cumulative": lambda block: setattr(block.bn2, "momentum", None),
+        "eps": lambda block: setattr(block.bn2, "eps", 0.3),
+        "no tracking": lambda block: setattr(block.bn1, "track_running_stats", False),
+        "weight": lambda block: setattr(block, "conv1", copy.deepcopy(block.conv2)),
+        "data": wider,
+        "dilation": lambda block: setattr(block.conv1, "padding", (2, 2)) or setattr(
+            block.conv1, "dilation", (2, 2)),
+        "eval of a norm": lambda block: block.bn1.eval(),
+        "level": lambda block: fr.set_activation_memory(block, "minimal"),
+        "double": lambda block: block.double(),
+    }  # fmt: skip
+    for name, change in changes.items():
+        block, x = make("basic")
+        step(block, x, torch.ones(x.shape).contiguous(memory_format=LAST))
+        change(block)
+        other = copy.deepcopy(block)
+        x = x.detach().to(block.conv1.weight.dtype).requires_grad_()
+        dy = randn(x.shape, x.dtype).contiguous(memory_format=LAST)
+        found, want = step(block, x, dy), stock_step(other, x, dy)
+        for key in want:
+            torch.testing.assert_close(
+                found[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{name} {key}"
+            )
+        assert [int(b) for b in block.buffers() if b.dtype == torch.int64] == [
+            int(b) for b in other.buffers() if b.dtype == torch.int64
+        ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_inference_is_all_convolutions(name, owned, dtype):
+    """A plan that is one op gives, bit for bit, what its convolutions give one by one, and writes
+    only to what is its own."""
+    block, x = make(name, dtype)
+    block.eval()
+    x = x.detach()
+    plan: Any = plans.plan_for(block, blocks.FORWARDS[type(block).forward], dtype, x.device)
+    assert (plan._one_op is None) == ("odd channels" in name or "groups" in name)
+    found = []
+    for one_op in (plan._one_op, None):
+        plan._one_op = one_op
+        flow = Flow(x.clone(memory_format=LAST), None, owned)
+        found.append(plan.run(flow).x)
+        assert owned or torch.equal(flow.x, x)
+    assert torch.equal(*found)
+    assert found[0].is_contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("op", ["block_forward", "preact_forward", "block_inference"])
+def test_bad_operands_are_named(op):
+    x = torch.zeros(2, 16, 4, 4).contiguous(memory_format=LAST)
+    run = getattr(torch.ops.fused_resnet_native, op).default
+    weight = torch.zeros(16, 16, 3, 3).contiguous(memory_format=LAST)
+    weights = [weight, torch.ones(16), torch.zeros(16)]
+    geometry = [1, 1, 1, 1, 1, 1]
+    if op == "block_inference":
+        with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 numbers"):
+            run(x, None, None, None, 0.0, weights, geometry, 1, 1, False, False)
+        return
+    rest = (False, [0]) if op == "preact_forward" else ([0],)
+    with pytest.raises(RuntimeError, match=f"{op}: got 2 operands, 6 sizes and 1 eps"):
+        run(x, weights[:2], geometry, [1e-5], 1, 1, *rest)
+    with pytest.raises(RuntimeError, match=f"{op}: no such shortcut: 4"):
+        run(x, weights, geometry, [1e-5], 4, 1, *rest)
+    with pytest.raises(RuntimeError, match=f"{op}: keep must have 1 numbers, got 2"):
+        run(x, weights, geometry, [1e-5], 1, 1, *rest[:-1], [0, 0])
+    with pytest.raises(
+        RuntimeError,
+        match="x must have 16 channels, got 8"
+        if op == "block_forward"
+        else "weight must be float32",
+    ):
+        run(x[:, :8].contiguous(memory_format=LAST), weights, geometry, [1e-5], 1, 1, *rest)
+    y = run(x, weights, geometry, [1e-5], 1, 1, *rest)[0]
+    assert torch.equal(y, x)
+    back = getattr(torch.ops.fused_resnet_native, op.replace("forward", "backward")).default
+    outputs = () if op == "preact_forward" else (None,)
+    statistics = [torch.zeros(2, 16, dtype=torch.float64)]
+    with pytest.raises(RuntimeError, match="needs 4, got 1 and 3"):
+        back(y, x, *outputs, weights, statistics, geometry, [1e-5], 1, 1, *rest, [1, 1, 1])
+    with pytest.raises(RuntimeError, match="got 2 kept tensors instead of 1"):
+        back(y, x, *outputs, weights, [*statistics, y], geometry, [1e-5], 1, 1, *rest, [1] * 4)
+
+
+def test_norms_that_keep_their_own_statistics():
+    """A norm with a cumulative average, or one that keeps none, beside others."""
+    for change, value in (("momentum", None), ("track_running_stats", False)):
+        block, x = make("bottleneck")
+        setattr(block.bn2, change, value)
+        other = copy.deepcopy(block)
+        for _ in range(3):
+            dy = randn(x.shape, x.dtype).contiguous(memory_format=LAST)
+            found, want = step(block, x, dy), stock_step(other, x, dy)
+            for key in want:
+                torch.testing.assert_close(
+                    found[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{change}: {key}"
+                )
+        for mine, stocks in zip(block.modules(), other.modules(), strict=True):
+            if isinstance(mine, nn.BatchNorm2d):
+                assert int(mine.num_batches_tracked) == int(stocks.num_batches_tracked)

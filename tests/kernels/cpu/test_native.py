@@ -1,0 +1,316 @@
+"""The native ops by themselves: the C++ signatures are not compared with their schemas, so each is
+called with numbers that tell its arguments apart; and every instruction set gives the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_resnet import native, native_conv
+from tests.ops.op_cases import DTYPES, randn, same
+
+pytestmark = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
+ops = torch.ops.fused_resnet_native
+LAST = torch.channels_last
+
+
+def channels_last(shape, dtype) -> torch.Tensor:
+    return randn(shape, dtype).contiguous(memory_format=LAST)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_elementwise(dtype):
+    x, r = channels_last((2, 7, 5, 3), dtype), channels_last((2, 7, 5, 3), dtype)
+    same(ops.add_relu(x, r), torch.relu(x + r))
+    same(ops.add_relu_backward(x, r), torch.where(r > 0, x, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=str)
+def test_batch_norm(dtype, memory_format):
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, r, dy = (
+        randn((3, 5, 4, 6), dtype).contiguous(memory_format=memory_format) for _ in range(3)
+    )
+    weight, bias = torch.rand(5, dtype=acc) + 0.5, torch.randn(5, dtype=acc)
+    y, mean, var = ops.bn_add_relu(x, weight, bias, r, 0.25, True)
+    inputs = [t.double().requires_grad_() for t in (x, weight, bias, r)]
+    want = F.batch_norm(inputs[0], None, None, inputs[1], inputs[2], True, eps=0.25)
+    want = torch.relu(want + inputs[3])
+    near = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 3e-2)
+    torch.testing.assert_close(y.double(), want.detach(), rtol=near, atol=near)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        var.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-6
+    )
+    grads = torch.autograd.grad(want, inputs, torch.where(y > 0, dy, 0).double())
+    got = ops.bn_add_relu_backward(dy, x, y, weight, mean, var, 0.25, True, True, True)
+    for mine, exact in zip(got, grads, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=10 * near, atol=10 * near)
+    for flags in ((True, False), (False, True), (False, False)):
+        some = ops.bn_add_relu_backward(dy, x, y, weight, mean, var, 0.25, True, *flags)
+        for mine, full, wanted in zip(some, got, (flags[0], True, True, flags[1]), strict=True):
+            if wanted:
+                torch.testing.assert_close(mine, full)
+            else:
+                assert mine.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_pool2d(dtype):
+    for shape, kernel, stride, padding in (
+        ((2, 64, 9, 7), (3, 3), (2, 2), (1, 1)),
+        ((1, 5, 8, 6), (2, 3), (1, 2), (0, 1)),
+        ((3, 33, 4, 4), (4, 4), (4, 4), (2, 2)),
+        ((1, 1, 5, 5), (3, 2), (3, 1), (1, 0)),
+    ):
+        x = channels_last(shape, dtype)
+        x[0, 0, 2, 1], x[-1, -1, 0, 0] = float("nan"), -float("nan")
+        x[0, -1, 1, 1], x[0, 0, 3, 3] = float("inf"), -float("inf")
+        x[0, 0, 0, :2] = torch.tensor([-0.0, 0.0])
+        got = ops.max_pool2d(x, kernel, stride, padding)
+        same(got, F.max_pool2d(x, kernel, stride, padding))
+        assert got.is_contiguous(memory_format=LAST)
+    low = channels_last((1, 8, 6, 6), dtype) - 100
+    same(ops.max_pool2d(low, [3], [2], [1]), F.max_pool2d(low, 3, 2, 1))
+    with pytest.raises(RuntimeError, match="max_pool2d: padding must be between 0 and half of"):
+        ops.max_pool2d(low, [3], [2], [2])
+    with pytest.raises(
+        RuntimeError, match="max_pool2d: x of size 6 x 6 is smaller than the kernel"
+    ):
+        ops.max_pool2d(low, [9], [1], [1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mean_pool_and_abs_max(dtype):
+    x = channels_last((3, 37, 5, 7), dtype)
+    want = x.double().mean((2, 3), keepdim=True)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(ops.mean_pool(x).double(), want, rtol=4 * unit, atol=4 * unit)
+    assert ops.mean_pool(x).is_contiguous()
+    assert ops.abs_max(x) == x.double().abs().max().item()
+    x[1, 2, 3, 4] = -77
+    assert ops.abs_max(x) == 77 and ops.abs_max(x[:0]) == 0
+    x[0, 0, 0, 0] = -float("inf")
+    assert ops.abs_max(x) == float("inf")
+    x[2, 36, 4, 6] = float("nan")
+    assert ops.abs_max(x) != ops.abs_max(x)
+    assert ops.mean_pool(x)[0, 0].item() == -float("inf")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pad_rows(dtype):
+    x = randn((2, 3, 4, 5), dtype)
+    for view in (x, x.contiguous(memory_format=LAST), x.transpose(2, 3), x[:, :, 1:, ::2]):
+        got = ops.pad_rows(view, 4, [2, 3])
+        same(got, F.pad(view, (3, 3, 2, 2, 0, 1)))
+        assert got.is_contiguous(memory_format=LAST)
+    with pytest.raises(RuntimeError, match=r"pad_rows: x must have shape .* C at most 2"):
+        ops.pad_rows(x, 2, [1, 1])
+
+
+def test_convolution_refuses_what_does_not_fit():
+    if not native_conv.serves(torch.float32):
+        pytest.skip("the native convolution needs a processor with AVX2")
+    conv = native_conv.NativeConv(
+        torch.randn(70, 32, 3, 3), torch.ones(70), torch.zeros(70), torch.float32,
+        (1, 1), (1, 1), (1, 1), 1,
+    )  # fmt: skip
+    x = torch.randn(2, 32, 5, 5).contiguous(memory_format=LAST)
+    conv.run(x, None, True)
+    for bad, words in (
+        (x.contiguous(), "must be channels_last"),
+        (x[:, :31].contiguous(memory_format=LAST), "must have 32 channels, got 31"),
+        (x.double(), "x must be torch.float32, got torch.float64"),
+        (x.bfloat16(), "x must be torch.float32, got torch.bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=f"conv_bn_relu: .*{words}|{words}"):
+            conv.run(bad, None, True)
+    with pytest.raises(RuntimeError, match="residual must be float32 of shape"):
+        conv.run(x, x, True)
+    strided = native_conv.NativeConv(
+        torch.randn(64, 32, 3, 3), torch.ones(64), torch.zeros(64), torch.float32,
+        (2, 2), (1, 1), (1, 1), 1,
+    )  # fmt: skip
+    assert strided._winograd is None
+    strided._winograd = torch.zeros(16 * 32 * 64)
+    with pytest.raises(RuntimeError, match="winograd must be packed in float32 for a 3x3"):
+        strided.run(x, None, True)
+
+
+# name -> x's (N, C, H, W), K, kernel, stride, padding, dilation, groups
+FORMS_OF = {
+    "pointwise": ((2, 48, 13, 9), 80, (1, 1), 1, 0, 1, 1),
+    "pointwise, many pixels": ((2, 64, 61, 59), 144, (1, 1), 1, 0, 1, 1),
+    "pointwise, stride 2": ((2, 48, 13, 9), 64, (1, 1), 2, 0, 1, 1),
+    "odd channels": ((2, 33, 6, 5), 18, (3, 3), 1, 1, 1, 1),
+    "Winograd's": ((3, 48, 13, 14), 80, (3, 3), 1, 1, 1, 1),
+    "Winograd's, tiles of 4 x 4": ((3, 64, 13, 18), 112, (3, 3), 1, 1, 1, 1),
+    "Winograd's of 16": ((2, 16, 33, 17), 16, (3, 3), 1, 1, 1, 1),
+    "3x3, stride 2, dilated": ((2, 32, 17, 20), 70, (3, 3), 2, 2, 2, 1),
+    "grouped": ((2, 64, 9, 8), 64, (3, 3), 1, 1, 1, 4),
+    "stem": ((2, 3, 37, 30), 64, (7, 7), 2, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("case", FORMS_OF)
+def test_bfloat16_by_dot_product_and_in_float32(case, widened):
+    """Either is within one rounding of float64, whose relu(conv * scale + shift + residual) it is;
+    in place of the residual too."""
+    if not native_conv.serves(torch.bfloat16):
+        pytest.skip("the native convolution needs a processor with AVX2")
+    shape, K, kernel, *geometry = FORMS_OF[case]
+    try:
+        native.widen_bfloat16(widened)
+        if native.widens_bfloat16() != widened:
+            pytest.skip("this processor has no dot product of bfloat16")
+        weight = torch.randn(K, shape[1] // geometry[-1], *kernel) / 8
+        scale, shift = torch.rand(K) + 0.5, torch.randn(K)
+        if not native_conv.covers(weight.shape, torch.bfloat16, (geometry[2],) * 2, geometry[3]):
+            assert not widened
+            pytest.skip("left to others")
+        pairs = [(n, n) for n in geometry[:3]]
+        conv = native_conv.NativeConv(weight, scale, shift, torch.bfloat16, *pairs, geometry[3])
+        winograd = case.startswith("Winograd") and (widened or "4 x 4" in case)
+        assert (conv._winograd is not None) == winograd
+        x = channels_last(shape, torch.bfloat16)
+        rounded = weight.bfloat16().double()
+        sums = torch.nn.functional.conv2d(x.double(), rounded, None, *geometry)
+        residual = channels_last(tuple(sums.shape), torch.bfloat16)
+        exact = sums * scale.double()[:, None, None] + shift.double()[:, None, None]
+        exact = torch.relu(exact + residual.double())
+        y = conv.run(x, residual, True, overwrite=True)
+    finally:
+        native.widen_bfloat16(None)
+    assert y.data_ptr() == residual.data_ptr()
+    # Half a unit in the last place of bfloat16, and what float32's sums lose: measured 4e-8, in
+    # tiles of 4 x 4 3e-5.
+    error = (y.double() - exact).abs()
+    assert (error <= exact.abs() * 2.0**-8 + (1e-4 if "4 x 4" in case else 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("C", "K"), [(32, 48), (16, 16), (64, 64)])
+def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
+    """Winograd's sums overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
+    if not native_conv.serves(dtype):
+        pytest.skip("the native convolution needs a processor with AVX2")
+    weight = torch.zeros(K, C, 3, 3)
+    weight[:, :, 1, 1] = torch.eye(K, C)
+    native.widen_bfloat16(True)
+    try:
+        conv = native_conv.NativeConv(
+            weight, torch.ones(K), torch.zeros(K), dtype, (1, 1), (1, 1), (1, 1), 1
+        )
+    finally:
+        native.widen_bfloat16(None)
+    assert conv._winograd is not None
+    x = channels_last((2, C, 12, 12), dtype)
+    x[1, 3, 4, 4], x[1, 3, 4, 6] = 3e38, -3e38
+    residual = channels_last((2, K, 12, 12), dtype)
+    want = (x.float() + residual[:, :C].float()).to(dtype)
+    got = conv.run(x, residual, False, overwrite=True)
+    assert torch.isfinite(got).all() and torch.equal(got, residual)
+    # Tiles that read one of the two, and whose sums are finite, are exact beside 3e38 only.
+    one_of_them = torch.zeros(2, C, 12, 12, dtype=torch.bool)
+    rtol = 1e-6
+    if C == 64 and dtype == torch.bfloat16:
+        # Tiles of 4 x 4, of which others overflow; where sums of two are ties, a rounding.
+        one_of_them[1, 3, :4, :4] = True
+        rtol = 2**-7
+    else:
+        one_of_them[1, 3, 3:7, 2:4] = one_of_them[1, 3, 3:7, 6:8] = True
+        one_of_them[1, 3, 4, 6] = False
+    torch.testing.assert_close(got[:, :C][~one_of_them], want[~one_of_them], rtol=rtol, atol=1e-5)
+
+
+def test_overwriting_the_residual_gives_the_same():
+    if not native_conv.serves(torch.float32):
+        pytest.skip("the native convolution needs a processor with AVX2")
+    for dtype in filter(native_conv.serves, (torch.float32, torch.bfloat16)):
+        for groups in (1, 5):
+            conv = native_conv.NativeConv(
+                torch.randn(80, 60 // groups, 3, 3), torch.rand(80), torch.randn(80), dtype,
+                (1, 1), (1, 1), (1, 1), groups,
+            )  # fmt: skip
+            x, residual = (channels_last((3, c, 5, 9), dtype) for c in (60, 80))
+            want = conv.run(x, residual, True)
+            kept = residual.clone()
+            assert torch.equal(conv.run(x, kept, True, overwrite=True), want)
+            assert torch.equal(kept, want)
+
+
+def test_thread_counts_agree_bit_by_bit():
+    x = channels_last((4, 64, 28, 28), torch.float32)
+    weight, bias = torch.rand(64), torch.rand(64)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found = [ops.add_relu(x, x), ops.max_pool2d(x, [3], [2], [1]), ops.mean_pool(x)]
+        if native_conv.serves(torch.float32):
+            g = torch.Generator().manual_seed(0)
+            w = torch.randn(96, 64, 3, 3, generator=g)
+            conv = native_conv.NativeConv(
+                w, torch.ones(96), torch.zeros(96), torch.float32, (1, 1), (1, 1), (1, 1), 1
+            )
+            found.append(conv.run(x, None, False))
+        results.append(found)
+        y = ops.bn_add_relu(x, weight, bias, None, 1e-5, True)[0]
+        torch.testing.assert_close(y, F.relu(F.batch_norm(x, None, None, weight, bias, True)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(capability):
+    """PyTorch's own switch chooses the kernels; each build of them passes the same tests."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "FR_NESTED": "1"}
+    if os.environ.get("FR_NESTED"):
+        pytest.skip("this is that run")
+    code = "from fused_resnet import native; print(native.build_info()['cpu_isa'])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert run.stdout.strip() in (
+        {"default": ("generic", "neon")}.get(capability, ("avx2", "neon"))
+    )
+    tests = [__file__, "-q", "-x", "-p", "no:cacheprovider", "-k", "not capability"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+
+
+def test_build_info_and_kernels():
+    info = native.build_info()
+    assert info["compiler"] and info["torch_target_version"] == "2.11"
+    assert set(info["conv_dtypes"]) <= {"float32", "bfloat16"}
+    names = {k["name"] for k in native.kernels() if k["device"] == "cpu"}
+    schemas = {s.name for s in torch._C._jit_get_all_schemas()}
+    assert names and {f"fused_resnet_native::{n}" for n in names} <= schemas
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0+PTX;9.0a", (8, 0), True),
+        ("8.0+PTX;9.0a", (8, 6), True),  # machine code of an older minor version
+        ("8.0+PTX;9.0a", (9, 0), True),
+        ("8.0+PTX;9.0a", (12, 0), True),  # PTX
+        ("9.0a", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("9.0a+PTX", (10, 0), False),  # PTX of sm_90a is for sm_90a
+        ("8.6", (8, 0), False),
+        (None, (9, 0), False),
+    ],
+)
+def test_which_gpus_find_code_in_the_build(monkeypatch, archs, capability, runs):
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": archs})
+    assert native.runs_on(capability) == runs

@@ -1,0 +1,288 @@
+"""implicit_gemm on sm_80: its kernels run on the host, and on a GPU where there is one; their index
+arithmetic by itself."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import pytest
+import torch
+
+from fused_resnet import cuda_conv, gemm, native
+from tests.emulator import emulation
+from tests.kernels.cuda import machines
+from tests.ops.op_cases import close, integers, randn, same
+from tests.ops.test_conv_bn_relu import CASES, exact, operands, stock
+
+if emulation.unavailable() is not None:
+    pytest.skip(emulation.unavailable(), allow_module_level=True)
+
+from tests.kernels.cuda import gemm_cases
+from tests.kernels.cuda.gemm_cases import check_close, run, to_tf32
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TILES = gemm_cases.tiles(80)
+SMALLEST = min(TILES, key=lambda tile: tile.block_m * tile.block_n)
+# More pixels and outputs than any tile, neither a multiple of one, over several steps.
+BEYOND_ONE_TILE = {
+    "windows": ((1, 24, 13, 11), 136, (3, 3), 1, 1, 1, 1),
+    "pointwise": ((1, 136, 12, 11), 136, (1, 1), 1, 0, 1, 1),
+    "two groups": ((1, 48, 9, 15), 144, (1, 3), 1, (0, 1), 1, 2),
+}
+
+
+# Without it a test is about the emulator, or about code that runs on the host.
+on_a_gpu_too = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(autouse=True)
+def same_seed(request):
+    if "kernels" in request.fixturenames:
+        request.getfixturevalue("kernels")
+    machines.seed(1)
+
+
+def small_integers(case, dtype):
+    """Arguments of a convolution whose products and sums are exact, and what comes out."""
+    (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, "cpu", integers)
+    x, weight = x.clamp(-1, 1), weight.clamp(-1, 1)
+    want = exact(x, weight, scale, shift, residual, True, *geometry).to(dtype)
+    x, weight, residual = (t.to(dtype) for t in (x, weight, residual))
+    return (x, weight, scale, shift, residual, True, *geometry), want
+
+
+def random(case, dtype):
+    tensors, geometry = operands(case, dtype)
+    if dtype == torch.float32:
+        tensors[:2] = map(to_tf32, tensors[:2])
+    return tensors, geometry
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_values(case, dtype):
+    """Every case, the tiles in turn."""
+    number = list(CASES).index(case) + DTYPES.index(dtype)
+    (*tensors, residual), geometry = random(case, dtype)
+    variants = ((residual, True), (None, True), (residual, False), (None, False))
+    many = " many" in f" {case}" or CASES[case][-1] > 8  # slow here
+    for i, rest in enumerate(variants[:1] if many else variants):
+        arguments = (*tensors, *rest, *geometry)
+        tile = SMALLEST if many else TILES[(number + i) % len(TILES)]
+        check_close(arguments, run(*arguments, tile=tile))
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_small_integers_are_exact(case, dtype):
+    """One wrong index shows as a difference."""
+    number = list(CASES).index(case) + DTYPES.index(dtype)
+    arguments, want = small_integers(case, dtype)
+    many = " many" in f" {case}" or CASES[case][-1] > 8
+    tile = SMALLEST if many else TILES[number % len(TILES)]
+    same(run(*arguments, tile=tile), want)
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("name", BEYOND_ONE_TILE)
+def test_every_tile(monkeypatch, name, tile, dtype):
+    monkeypatch.setitem(CASES, name, BEYOND_ONE_TILE[name])
+    arguments, want = small_integers(name, dtype)
+    splits = 1 + (TILES.index(tile) + DTYPES.index(dtype)) % 3
+    same(run(*arguments, tile=tile, splits=splits), want)
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+@pytest.mark.parametrize("case", ["3x3", "pointwise", "groups of 24, 48 outputs"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_splits(dtype, case, splits):
+    """Some have no step at all; the sums are added in order, whatever order the blocks come in."""
+    (*tensors, residual), geometry = random(case, dtype)
+    for rest in ((residual, True), (None, False)):
+        arguments = (*tensors, *rest, *geometry)
+        y = run(*arguments, tile=SMALLEST, splits=splits)
+        check_close(arguments, y)
+        machines.seed(2)
+        assert torch.equal(run(*arguments, tile=SMALLEST, splits=splits), y)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_the_order_of_threads_and_copies_changes_nothing(tile):
+    for case, dtype in (("3x3, stride 2", torch.bfloat16), ("many channels", torch.float16)):
+        tensors, geometry = random(case, dtype)
+        first = run(*tensors, True, *geometry, tile=tile)
+        for seed in (2, 3):
+            emulation.seed(seed)
+            assert torch.equal(run(*tensors, True, *geometry, tile=tile), first)
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_go_where_stock_sends_them(dtype, value, splits):
+    (x, weight, scale, shift, residual), geometry = random("3x3, stride 2", dtype)
+    for target, at in ((x, (0, -1, 2, 3)), (residual, (0, 3, 1, 1)), (x, (0, 0, -1, -1))):
+        kept = target[at].item()
+        target[at] = value
+        for rest in ((residual, True), (residual, False)):
+            arguments = (x, weight, scale, shift, *rest, *geometry)
+            got = run(*arguments, tile=SMALLEST, splits=splits)
+            want = stock(*(t.float() for t in arguments[:5]), rest[1], *geometry)
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.isinf(), want.isinf())
+            finite = want.isfinite()
+            torch.testing.assert_close(got[finite].float(), want[finite], rtol=0.03, atol=0.03)
+        target[at] = kept
+
+
+@on_a_gpu_too
+@pytest.mark.parametrize("splits", [1, 2])
+def test_parameters_stay_in_their_channel(splits):
+    tensors, geometry = random("3x3", torch.bfloat16)
+    tensors[2][2], tensors[3][5], tensors[3][7] = float("nan"), float("inf"), -float("inf")
+    arguments = (*tensors, True, *geometry)
+    got, want = run(*arguments, tile=SMALLEST, splits=splits), stock(*arguments)
+    assert got[:, 2].isnan().all() and got[:, 5].isinf().all()
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+
+
+@on_a_gpu_too
+def test_one_rounding_and_in_float32():
+    """2049 is a number of float32 alone: in 16 bits the 1 is lost before -2048 is added."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.ones(1, 64, 1, 3, dtype=dtype)
+        weight = torch.full((8, 64, 1, 1), 32.0, dtype=dtype)
+        weight[:, 0] += 1
+        ones, less = torch.ones(8), torch.full((8,), -2048.0)
+        residual = torch.full((1, 8, 1, 3), -2048.0, dtype=dtype)
+        for shift, added in ((less, None), (less * 0, residual)):
+            y = run(x, weight, ones, shift, added, False, 1, 0, 1, 1, tile=SMALLEST)
+            same(y, torch.ones_like(y))
+
+
+@on_a_gpu_too
+def test_tf32_is_rounded_to_nearest():
+    """Of operands that float32 holds and TF32 does not."""
+    x, weight = (randn(shape, torch.float32) for shape in ((2, 64, 5, 5), (16, 64, 3, 3)))
+    rest = (torch.ones(16), torch.zeros(16), None, False, 1, 1, 1, 1)
+    want = exact(to_tf32(x), to_tf32(weight), *rest)
+    y = run(x, weight, *rest, tile=SMALLEST)
+    theirs = machines.stock(stock, to_tf32(x), to_tf32(weight), *rest)
+    close(("y",), [y], [theirs], [want], torch.float32, {"y": 64 * 9.0})
+    assert not torch.equal(to_tf32(x), x)
+    x[0, 0, 0, 0] = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).item()
+    x[1, 0, 0, 0] = torch.finfo(torch.float32).max
+    y = run(x, weight, *rest, tile=SMALLEST)
+    assert y[0, :, :2, :2].isnan().all() and not y[0, :, 2:].isnan().any()
+    assert not y[1].isfinite()[:, :2, :2].any()
+
+
+# --- shared memory, memory -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_no_bank_conflicts(tile, dtype):
+    for case in ("3x3", "pointwise"):
+        arguments, _ = small_integers(case, dtype)
+        with emulation.wavefronts() as found:
+            run(*arguments, tile=tile)
+        for access in ("async_store", "ldmatrix", "store", "load"):
+            needed, ideal = found[access]
+            assert needed == ideal > 0, f"{access}: {needed} wavefronts for {ideal}"
+
+
+# --- index arithmetic ----------------------------------------------------------------------------
+
+
+def test_fast_division():
+    wrong = emulation.load().wrong_quotients
+    wrong.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64]
+    wrong.restype = ctypes.c_int64
+    for d in range(1, 9):
+        assert wrong(d, 1 << 21, 1 << 16, d) == 0, d
+    edges = {2**b + e for b in range(1, 31) for e in (-1, 0, 1)} | {2**31 - 1, 2**31 - 2}
+    chosen = torch.randint(1, 2**31 - 1, (1000,)).tolist()
+    for d in {*range(1, 3000), *edges, *chosen} - {0}:
+        assert wrong(d, 2000, 2000, d) == 0, d
+
+
+@pytest.mark.parametrize("tiles_m", [1, 2, 7, 8, 9, 16, 29])
+@pytest.mark.parametrize("tiles_n", [1, 3, 16])
+def test_every_tile_and_split_has_one_block(tiles_m, tiles_n):
+    library, place = emulation.load(), (ctypes.c_int * 3)()
+    places = []
+    for block in range(3 * tiles_m * tiles_n):
+        library.gemm_tile_place(block, tiles_m, tiles_n, place)
+        places.append(tuple(place))
+    assert sorted(places) == sorted(itertools.product(range(tiles_m), range(tiles_n), range(3)))
+    # Blocks that run at once share rows and columns.
+    together = places[: 8 * tiles_n]
+    assert len({row for row, _, _ in together}) <= 8
+    assert len({column for _, column, _ in together[:8]}) <= -(-8 // min(tiles_m, 8))
+
+
+def test_splits_share_all_steps():
+    library, found = emulation.load(), (ctypes.c_int * 2)()
+    for steps, splits in itertools.product((1, 2, 3, 7, 8, 72), (1, 2, 3, 8)):
+        taken = []
+        for split in range(splits):
+            library.gemm_split_steps(steps, splits, split, found)
+            taken += range(*found)
+        assert taken == list(range(steps))
+
+
+@pytest.mark.parametrize("channels", [8, 16, 24, 40, 56, 64, 72, 136, 512])
+def test_windows_are_walked_as_divided(channels):
+    """With more than 2^31 elements before the last image too."""
+    for kernel, dilation, groups in (((1, 1), (1, 1), 1), ((3, 3), (1, 1), 2), ((1, 5), (7, 2), 1),
+                                     ((7, 7), (1, 1), 1), ((5, 1), (3, 9), 3)):  # fmt: skip
+        problem = (61, 47, channels, *kernel, *dilation, groups)
+        image = 61 * 47 * channels * groups
+        for n in (0, 2, 2**33 // image):
+            pixels = (ctypes.c_int * 8)(*problem)
+            assert emulation.load().wrong_window_places(pixels, n) == 0, (problem, n)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_sums_have_places_of_their_own(tile):
+    assert emulation.load().wrong_sum_offsets(tile.block_m, tile.block_n) == 0
+
+
+def test_tiles_are_chosen_for_the_device_and_the_problem(monkeypatch):
+    """Large ones for many pixels, several blocks to a tile for few; Hopper's on Hopper alone."""
+    monkeypatch.setattr(native, "built_for", lambda arch: True)  # whatever is installed here
+    many = gemm.Problem(100352, 256, 64, 3, 3, 1, 1, "float16")
+    few, far = many._replace(M=49, C=2048), many._replace(stride=9)
+    for capability, problem in (
+        ((8, 0), many),
+        ((9, 0), far),
+        ((9, 0), many._replace(operands="tf32")),
+    ):
+        for config in cuda_conv.candidates(problem, capability):
+            assert cuda_conv.tiles()[config.tile]["architecture"] == 80
+    for capability in ((8, 0), (9, 0)):
+        tile = cuda_conv.tiles()[cuda_conv.choose(many, capability, 108).tile]
+        assert tile["architecture"] == 10 * capability[0]
+        assert tile["block_m"] * tile["block_n"] >= 128 * 128
+    assert cuda_conv.choose(few, (8, 0), 108).splits > 1
+    stem = many._replace(K=64, C=3, R=7, S=7, stride=2)
+    assert cuda_conv.choose(stem, (8, 0), 108).tile == cuda_conv.STEM
+    assert cuda_conv.choose(stem._replace(stride=1), (8, 0), 108).tile != cuda_conv.STEM
+
+
+@on_a_gpu_too
+def test_no_split_at_all_is_refused():
+    arguments, _ = small_integers("pointwise", torch.float16)
+    with pytest.raises(RuntimeError, match="splits must be positive"):
+        run(*arguments, tile=SMALLEST, splits=0)

@@ -1,0 +1,466 @@
+"""The Triton kernels beyond what every backend is held to: tiles, tuning, what comes out compiled.
+
+Values, layouts, special values and gradients are tested with the other backends in test_<op>.py,
+in Triton's interpreter where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_resnet import backends, cuda_conv, gemm, machine, reference, tuning
+from fused_resnet.gemm import Problem
+from tests import ROOT
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REASON = backends.missing("conv_bn_relu", "triton", DEVICE)
+if REASON:
+    pytest.skip(REASON, allow_module_level=True)
+
+import triton.language as tl  # noqa: E402
+
+from fused_resnet.triton_kernels import (  # noqa: E402
+    backward,
+    batch_norm,
+    configs,
+    convolution,
+    elementwise,
+    support,
+)
+from fused_resnet.triton_kernels.configs import Config  # noqa: E402
+
+SMALL = Config(32, 32, 16, 4, 2)
+
+
+def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = None, **where):
+    """What `config` gives, and the reference, of integers: every product and sum is exact."""
+    sizes = {"stride": 1, "padding": 0, "dilation": 1, **where}
+    geometry = gemm.Geometry(*((v, v) for v in sizes.values()))
+    g = torch.Generator().manual_seed(0)
+    if x is None:
+        x = torch.randint(-2, 3, shape, generator=g).float().to(DEVICE)
+    weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel), generator=g).float().to(DEVICE)
+    scale = torch.randint(1, 3, (K,), generator=g).float().to(DEVICE)
+    shift = torch.randint(-5, 6, (K,), generator=g).float().to(DEVICE)
+    want = reference.conv_bn_relu(x, weight, scale, shift, None, True, *geometry, groups)
+    y = gemm.channels_last_empty(want.shape, x).fill_(torch.nan)
+    x, weight = gemm.channels_last(x), gemm.channels_last(weight)
+    problem = Problem(
+        y.numel() // K, K, shape[1] // groups, *kernel, groups, sizes["stride"], "float32"
+    )
+    config = configs.fitted(config, problem) if config else None
+    convolution.run(x, weight, scale, shift, None, y, True, geometry, groups, config)
+    return y, want
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 8])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("group_m", [1, 8])
+def test_every_tile_is_computed_once(splits, persistent, group_m):
+    config = replace(SMALL, splits=splits, persistent=persistent, group_m=group_m)
+    got, want = conv(config, (3, 40, 7, 9), 70, (3, 3), padding=1, stride=2)
+    assert torch.equal(got, want)
+
+
+LISTED = {
+    config
+    for operands in ("bfloat16", "tf32", "float32")
+    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
+    for config in configs.configs(operands, capability)
+}
+
+
+@pytest.mark.parametrize("listed", sorted(LISTED, key=str), ids=str)
+def test_every_listed_tile(listed):
+    got, want = conv(listed, (2, 72, 6, 5), 70, (1, 1))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "groups, C, outputs", [(8, 4, 4), (32, 4, 8), (6, 8, 8), (3, 5, 7), (2, 48, 40)]
+)
+def test_groups_of_every_width(groups, C, outputs):
+    got, want = conv(SMALL, (2, groups * C, 6, 5), groups * outputs, (3, 3), groups, padding=1)
+    assert torch.equal(got, want)
+
+
+# x's (N, C, H, W), K, kernel, stride, padding, dilation, groups
+BACKWARD = {
+    "many parts": ((2, 16, 20, 20), 24, (1, 1), (1, 1), (0, 0), (1, 1), 1),
+    "many parts, 3x3": ((3, 8, 19, 17), 16, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    "stride 2": ((1, 8, 9, 8), 16, (3, 3), (2, 2), (1, 1), (1, 1), 1),
+    "pixels that no tap reaches": ((1, 8, 9, 8), 16, (1, 1), (3, 2), (0, 0), (1, 1), 1),
+    "asymmetric": ((2, 6, 9, 12), 10, (2, 5), (2, 1), (0, 2), (1, 1), 2),
+    "dilated": ((1, 6, 11, 9), 8, (3, 2), (1, 1), (2, 0), (2, 3), 1),
+    "padding beyond the kernel": ((1, 4, 5, 4), 4, (2, 2), (1, 1), (3, 2), (1, 1), 1),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARD)
+def test_gradients_of_integers_are_exact(case):
+    shape, K, kernel, *sizes, groups = BACKWARD[case]
+    geometry = gemm.Geometry(*sizes)
+    x = torch.randint(-2, 3, shape).float().to(DEVICE)
+    weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel)).float().to(DEVICE)
+    y = torch.nn.functional.conv2d(x, weight, None, *geometry, groups)
+    g = torch.randint(-2, 3, y.shape).float().to(DEVICE)
+    want_dx, want_dweight, _ = torch.ops.aten.convolution_backward(
+        g, x, weight, None, *geometry, False, [0, 0], groups, [True, True, False]
+    )
+    assert torch.equal(backward.convolution_dx(g, weight, x.shape, geometry, groups), want_dx)
+    dweight = backward.convolution_dweight(g, x, weight.shape, geometry, groups)
+    assert torch.equal(dweight, want_dweight)
+
+
+def test_the_backward_op():
+    """Its schema and fake; what it leaves to PyTorch (stride with dilation), and an empty batch."""
+    op = torch.ops.fused_resnet.convolution_backward_triton
+    x, weight = torch.randn(2, 6, 9, 8, device=DEVICE), torch.randn(4, 3, 3, 3, device=DEVICE)
+    for stride, dilation in (([1, 1], [1, 1]), ([2, 1], [1, 2])):
+        geometry = (stride, [1, 1], dilation)
+        g = torch.nn.functional.conv2d(x, weight, None, *geometry, 2)
+        for mask in ([True, True, False], [True, False, False], [False, True, False]):
+            utils = ("test_schema", "test_faketensor")
+            torch.library.opcheck(op, (g, x, weight, *geometry, 2, mask), test_utils=utils)
+        want = torch.ops.aten.convolution_backward(
+            g, x, weight, None, *geometry, False, [0, 0], 2, [True, True, False]
+        )
+        mine = op(g, x, weight, *geometry, 2, [True, True, False])
+        torch.testing.assert_close(mine, want[:2], rtol=1e-4, atol=1e-4)
+        dx, dweight = op(g[:0], x[:0], weight, *geometry, 2, [True, True, False])
+        assert dx.shape == (0, 6, 9, 8) and dweight.count_nonzero() == 0
+
+
+def test_nan_stays_in_its_group():
+    """A tile of several groups multiplies by zeros between them, which NaN and Inf would pass."""
+    x = torch.ones(1, 32, 5, 5, device=DEVICE)
+    x[0, 9, 2, 2], x[0, 21, 0, 0] = torch.nan, torch.inf
+    got, want = conv(SMALL, (1, 32, 5, 5), 32, (3, 3), 8, x=x, padding=1)
+    assert configs.groups_per_tile(Problem(25, 32, 4, 3, 3, 8, 1, "float32"), 32, 16) == 4
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_interpreter_still_multiplies_bfloat16_wrongly():
+    """When this fails, BY_HAND can go from the kernels."""
+    if not support.interpreting():
+        pytest.skip("on a GPU")
+
+    @triton.jit
+    def product(a_ptr, b_ptr, y_ptr):
+        i = tl.arange(0, 16)
+        at = i[:, None] * 16 + i[None, :]
+        tl.store(y_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
+
+    a = torch.randn(16, 16).bfloat16()
+    y = torch.zeros(16, 16)
+    product[(1,)](a, a, y)
+    assert not torch.allclose(y, a.float() @ a.float(), rtol=1e-2, atol=1e-2)
+
+
+RESNET50 = [
+    Problem(batch * P * P, K, C, R, S, 1, 1, "bfloat16")
+    for batch in (1, 32, 256)
+    for P, K, C, R, S in (
+        (112, 64, 28, 7, 1), (56, 64, 256, 1, 1), (56, 64, 64, 3, 3), (28, 512, 128, 1, 1),
+        (14, 256, 256, 3, 3), (7, 512, 512, 3, 3), (7, 2048, 512, 1, 1),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_the_heuristic_fits_the_device(capability):
+    shared = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
+    for problem in RESNET50:
+        config = configs.choose(problem, capability, 132)
+        assert configs.shared_bytes(config, "bfloat16") <= shared
+        tiles = configs.tiles(config, problem) * config.splits
+        # Small grids are split until half of the multiprocessors have work, where that is possible.
+        most = configs.steps(config, problem) // 4
+        assert tiles >= 66 or config.splits >= min(most, configs.MOST_SPLITS) / 2, (problem, config)
+
+
+WINNERS = {
+    RESNET50[0]: {"triton": tuning.Choice("triton", SMALL, 1e-5)},
+    RESNET50[3]: {
+        "native": tuning.Choice("native", cuda_conv.CudaConfig(2, 4), 3e-5),
+        "triton": tuning.Choice("triton", replace(SMALL, splits=2, persistent=True), 2e-5),
+    },
+}
+
+
+def test_winners_survive_the_disk(tmp_path):
+    path = tmp_path / "deeper" / "winners.json"
+    assert tuning.read(path) == {}
+    assert tuning.write(path, WINNERS) is None
+    assert tuning.read(path) == WINNERS and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"winners": [{"problem": {"M": 1}}]}'])
+def test_a_corrupt_file_is_ignored_with_one_line(tmp_path, content):
+    path = tmp_path / "winners.json"
+    path.write_text(content)
+    with pytest.warns(RuntimeWarning, match=r"winners.json is ignored .* writes it anew"):
+        assert tuning.read(path) == {}
+    assert tuning.write(path, WINNERS) is None and tuning.read(path) == WINNERS
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    said = tuning.write(tmp_path / "file" / "winners.json", WINNERS)
+    assert said is not None and "cannot be written" in said
+
+
+def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "file_name", lambda device: "here.json")
+    monkeypatch.setattr(tuning, "_winners", {})
+    device, problem, nobody = torch.device("cpu"), RESNET50[2], RESNET50[5]
+    both = ("triton", "native")
+    listed = tuning.candidates(problem, device, both)
+    assert {backend for backend, _ in listed} == set(both)
+    best, broken = listed[-1], listed[3]
+    assert math.isinf(tuning.choice(problem, device, both).time_s)  # and forgotten by tuning
+
+    def measure(problem: Problem, backend: str, config: Any) -> float:
+        if (backend, config) == broken or problem == nobody:
+            raise RuntimeError("out of resources")
+        return 1.0 if (backend, config) == best else 2.0
+
+    seen = []
+    found, problem_with_file = tuning.tune(
+        [problem, nobody], device, both, measure, lambda p, b, c, t: seen.append((b, c))
+    )
+    assert broken in seen, "a progress bar would not reach its end"
+    assert problem_with_file is None and found[nobody] == {}
+    assert found[problem] == {
+        "triton": tuning.Choice("triton", listed[0][1], 2.0),
+        best[0]: tuning.Choice(*best, 1.0),
+    }
+    assert tuning.choice(problem, device, both) == tuning.Choice(*best, 1.0)
+    assert tuning.choice(problem, device, ("triton",)).backend == "triton"  # one that is forced
+    assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {problem: found[problem]}
+    # Nobody has measured it, or nobody could: the first backend's heuristic.
+    for other in (RESNET50[4], nobody):
+        config = configs.choose(other, (9, 0), gemm.multiprocessors(device))
+        assert tuning.choice(other, device, both) == tuning.Choice("triton", config)
+    # What was measured before stays.
+    tuning.tune([RESNET50[4]], device, both, measure)
+    assert set(tuning.read(tmp_path / "fused_resnet" / "cpu")) == {problem, RESNET50[4]}
+
+
+def test_winners_of_the_user_come_before_those_shipped(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
+    monkeypatch.setattr(tuning, "_winners", {})
+    mine = {RESNET50[0]: {"triton": tuning.Choice("triton", SMALL, 9e-5)}}
+    for folder, winners in ((tuning.SHIPPED, WINNERS), (tuning.cache_folder(), mine)):
+        assert tuning.write(folder / "a_gpu.json", winners) is None
+    assert tuning.winners(torch.device("cuda")) == WINNERS | mine
+
+
+# What goes wrong around Triton. Each in a process of its own, compiling for a GPU that is
+# not here, since the interpreter compiles nothing.
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fused_resnet.triton_kernels import support
+
+def build():
+    source = ASTSource(support.probe_kernel, {"y_ptr": "*fp32", "BLOCK": "constexpr"}, {(1,): 16})
+    options = {"num_warps": 4, **support.OPTIONS}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+for _ in range(2):
+    assert len(support.with_other_cache(build).asm["cubin"]) > 1000
+"""
+
+
+def compile_with_cache(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "always", "-c", COMPILE]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_cache_that_cannot_be_written_is_left_with_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run = compile_with_cache(tmp_path / "file")
+    said = [line for line in run.stderr.splitlines() if "Triton's cache" in line]
+    assert run.returncode == 0 and len(said) == 1, run.stderr
+    assert str(tmp_path / "file") in said[0] and "fused_resnet-triton-" in said[0]
+    own = Path(said[0].split()[-1])
+    assert not own.exists(), "the process's own folder outlived it"
+
+
+def test_a_corrupt_cache_is_made_anew(tmp_path):
+    assert compile_with_cache(tmp_path).returncode == 0
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    run = compile_with_cache(tmp_path)
+    assert files and run.returncode == 0, run.stderr
+
+
+def test_a_gpu_that_triton_does_not_know_is_said_in_one_line(monkeypatch):
+    def launch(*args: object, **constants: object) -> None:
+        raise RuntimeError("ptxas: Value 'sm_130' is not defined\nmore of it")
+
+    assert support.probe(DEVICE) is None
+    monkeypatch.setattr(support, "launch", launch)
+    said = support.probe(DEVICE)
+    assert said.endswith("does not run here (RuntimeError: ptxas: Value 'sm_130' is not defined)")
+
+
+@pytest.mark.parametrize(
+    "attribute, value, words",
+    [
+        ("IMPORT_ERROR", "ModuleNotFoundError: triton", "does not import .*pip install triton"),
+        ("OLDEST", (99, 0), "is too old: 99.0 is needed"),
+        ("interpreting", lambda: False, "Triton kernels run on a GPU, or anywhere in its"),
+    ],
+    ids=["absent", "too old", "no GPU"],
+)
+def test_why_triton_does_not_serve(monkeypatch, attribute, value, words):
+    monkeypatch.setattr(support, attribute, value)
+    assert re.search(words, support.unavailable.__wrapped__("cpu"))
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, fused_resnet as fr
+x = torch.randn(2, 8, 6, 6)
+torch.testing.assert_close(fr.add_relu(x, x), torch.relu(2 * x))
+try:
+    with fr.use_backend("triton"):
+        raise SystemExit("triton was not there and nobody said so")
+except RuntimeError as error:
+    assert "pip install triton" in str(error), error
+"""
+
+
+def test_without_triton_the_other_backends_serve():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, timeout=120)
+    assert run.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "memory_format", (torch.contiguous_format, torch.channels_last), ids=("contiguous", "last")
+)
+def test_grids_of_large_batches_fit(monkeypatch, memory_format):
+    """All dimensions of a grid but the first end at 65535."""
+    grids = {}
+    for module in (elementwise, batch_norm, convolution, backward):
+        monkeypatch.setattr(module, "launch", lambda k, grid, *a, **c: grids.update({k: grid}))
+    x = torch.empty(
+        1024, 64, 112, 112, dtype=torch.bfloat16, device="meta"
+    ).contiguous(memory_format=memory_format)  # fmt: skip
+    weight, vector = x.new_empty(64, 64, 3, 3), x.new_empty(64, dtype=torch.float32)
+    geometry = gemm.Geometry((1, 1), (1, 1), (1, 1))
+    elementwise.add_relu(x, x)
+    batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
+    flags = (1e-5, True, True, True)
+    batch_norm.bn_add_relu_backward(x, x, x, None, vector, vector, *flags)
+    convolution.run(x, gemm.channels_last(weight), vector, vector, x, x, True, geometry, 1)
+    backward.convolution_dx(x, weight, x.shape, geometry, 1)
+    backward.convolution_dweight(x, x, weight.shape, geometry, 1)
+    assert len(grids) >= 9 and max(grid[0] for grid in grids.values()) > 65535
+    assert all(max((0, *grid[1:])) <= 65535 for grid in grids.values()), grids
+
+
+def test_offsets_are_64_bit_where_32_do_not_reach():
+    """At the size of a test more than 2^31 elements are beyond the interpreter."""
+    small, large = torch.empty(5, device="meta"), torch.empty(2**31, device="meta")
+    assert support.index_type(small, None) == tl.int32
+    assert support.index_type(small, large) == tl.int64
+    # A masked tile may reach past the end: the last offset counts, not the last element.
+    assert support.index_type(torch.empty(2**31 - 2**19, device="meta")) == tl.int64
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
+    """`fused-resnet tune` with a GPU's name and a clock that likes large tiles, and its folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(backends, "conv_contenders", lambda: ("triton", "native"))
+    monkeypatch.setattr(machine, "check_device", lambda name: None)
+    monkeypatch.setattr(tuning, "_winners", {})
+    monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
+
+    def time_s(problem: Problem, backend: str, config: Any) -> float:
+        if backend == "native":
+            return 1.0 if config.splits == 1 else 2.0
+        return 2**14 / (config.block_m * config.block_n * config.splits)
+
+    monkeypatch.setattr(tuning, "measure_on", lambda *which: time_s)
+    yield tmp_path / "fused_resnet"
+    tuning.choice.cache_clear()
+
+
+def test_the_tune_command(as_if_on_a_gpu):
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from fused_resnet.commands import app
+
+    def tune(*words: str):
+        return CliRunner().invoke(app, ["tune", "--model", "resnet18", *words])
+
+    run = tune("--batch", "1,32", "--dtype", "bfloat16")
+    assert run.exit_code == 0, run.output
+    assert "100%" in run.output and "resnet18, batch 32, bfloat16" in run.output
+    assert "triton 128x256x64, 8 warps" in run.output and "native 2.00" in run.output
+    kept = tuning.read(as_if_on_a_gpu / "a_gpu.json")
+    for name in ("cuda", "cuda:0"):  # what a tensor's device says, and what the command was given
+        assert tuning.winners(torch.device(name)) == kept
+    layers = {gemm.problem_of(x, torch.bfloat16) for x in gemm.layers_of("resnet18", 32)}
+    assert layers < kept.keys() and len(layers) == 11
+    triton_configs = [by_backend["triton"].config for by_backend in kept.values()]
+    assert {c.block_m * c.block_n for c in triton_configs if c.splits == 1} == {128 * 256}
+
+    as_if_on_a_gpu.joinpath("a_gpu.json").unlink()
+    as_if_on_a_gpu.rmdir()
+    as_if_on_a_gpu.write_text("in the way")
+    run = tune("--batch", "1")
+    assert run.exit_code == 0 and "kept for this process only" in run.output, run.output
+
+    run = tune("--batch", "none")
+    assert run.exit_code == 2 and "--batch" in run.output
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")
+def test_compiled_for_hopper_it_uses_the_tensor_cores_and_spills_nothing(tmp_path):
+    """All kernels, configurations and architectures: triton_resources.py, which CI runs."""
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks/kernels/triton/triton_resources.py"),
+        "--arch",
+        "90",
+    ]
+    command += ["--dtype", "bfloat16", "--kernel", "conv", "--out", str(tmp_path)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (file,) = tmp_path.glob("triton_resources-*.json")
+    table = json.loads(file.read_text())["kernels"]
+    products = [row for row in table if row["kernel"] == "conv_bn_relu_kernel"]
+    products = [row for row in products if row["variant"] != "sizes of one"]
+    assert all(row["found"]["tensor"] > 0 for row in products)
+    tiles = {row["variant"].split(",")[0] for row in products}
+    assert len(tiles) == len(configs.configs("bfloat16", (9, 0)))

@@ -1,0 +1,239 @@
+"""Whole models by the kernels of GPUs: on a GPU, and in the emulator where there is none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused_resnet as fr
+from fused_resnet import convolution, cuda_conv, gpu_conv, tuning
+from fused_resnet.tolerance import TOLERANCE, measure_error
+from tests.emulator import emulation
+from tests.models.model_helpers import KINDS, pair, randomise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "native" if DEVICE == "cuda" else "emulated"
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest) -> None:
+    if DEVICE == "cpu":
+        request.getfixturevalue("emulator")
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+def images(count: int = 2, size: int = 64) -> Tensor:
+    return torch.randn(count, 3, size, size, device=DEVICE)
+
+
+def within_the_rule(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """The fused model's error against float64 is at most twice stock's, plus a small floor."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).cpu().double()(x.cpu().double())
+        with fr.use_backend("reference"):
+            stock = model(x)
+        kept = x.clone()
+        with fr.use_backend(BACKEND):
+            y = model(x)
+    assert torch.equal(x, kept) and y.dtype == stock.dtype
+    error, theirs = measure_error(y, exact), measure_error(stock, exact)
+    assert error.max_abs <= TOLERANCE.allowed_max(theirs, dtype), (error, theirs)
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_are_as_near_as_stock(kind, dtype):
+    _, model = pair(kind)
+    within_the_rule(model.to(DEVICE, dtype), images().to(dtype), dtype)
+
+
+@pytest.mark.parametrize("size", [33, 50, 96])
+def test_odd_sizes(size):
+    _, model = pair("bottleneck")
+    x = images(1, size).to(torch.bfloat16)
+    within_the_rule(model.to(DEVICE, torch.bfloat16), x, torch.bfloat16)
+
+
+def count(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each of the CUDA convolutions was run."""
+    found = {"gemm": 0, "stem": 0, "stem and pool": 0, "reference": 0}
+    run_conv, run_stem = cuda_conv.run_conv, cuda_conv.run_stem
+    reference = gpu_conv.reference.conv_bn_relu
+
+    def counted(name, function):
+        def call(*arguments):
+            found[name] += 1
+            return function(*arguments)
+
+        return call
+
+    def stem(conv, x, pool):
+        found["stem and pool" if pool else "stem"] += 1
+        return run_stem(conv, x, pool)
+
+    monkeypatch.setattr(cuda_conv, "run_conv", counted("gemm", run_conv))
+    monkeypatch.setattr(cuda_conv, "run_stem", stem)
+    monkeypatch.setattr(gpu_conv.reference, "conv_bn_relu", counted("reference", reference))
+    with torch.no_grad(), fr.use_backend(BACKEND):
+        run()
+    return found
+
+
+def test_every_convolution_is_ours(monkeypatch):
+    model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+    x = images(1).to(torch.bfloat16)
+    found = count(lambda: model(x), monkeypatch)
+    assert found == {"gemm": 19, "stem": 0, "stem and pool": 1, "reference": 0}
+    with fr.use_backend(BACKEND):
+        assert all(row.fused and row.path == "inference" for row in fr.explain(model))
+
+
+def test_another_pooling_behind_the_stem(monkeypatch):
+    model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+    model.maxpool = nn.MaxPool2d(2)
+    x = images(1).to(torch.bfloat16)
+    assert count(lambda: model(x), monkeypatch)["stem"] == 1
+    within_the_rule(model, x, torch.bfloat16)
+
+
+def test_a_stem_with_other_padding_is_not_the_stem(monkeypatch):
+    model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+    model.conv1 = nn.Conv2d(3, 64, 7, 2, 2, bias=False).to(DEVICE, torch.bfloat16)
+    x = images(1).to(torch.bfloat16)
+    found = count(lambda: model(x), monkeypatch)
+    assert found["stem"] == found["stem and pool"] == 0 and found["gemm"] == 20
+    within_the_rule(model, x, torch.bfloat16)
+
+
+def test_autocast(monkeypatch):
+    model = pair("basic")[1].to(DEVICE)
+    x = images(1)
+
+    def run():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            y = model(x)
+            assert y.dtype == torch.bfloat16
+            with fr.use_backend("reference"):
+                torch.testing.assert_close(y, model(x), rtol=0.1, atol=0.2)
+
+    assert count(run, monkeypatch)["gemm"] == 13
+
+
+def test_what_the_kernels_do_not_cover_is_the_references(monkeypatch):
+    """Groups of 4 channels, and float32 where TF32 is not allowed."""
+    model = randomise(fr.resnext50_32x4d(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+    x = images(1, 32).to(torch.bfloat16)
+    found = count(lambda: model(x), monkeypatch)
+    assert found["reference"] == 3 and found["gemm"] == 49
+
+
+CHANGES = {
+    "weight": lambda m: m.layer1[0].conv1.weight.mul_(1.5),
+    "stem": lambda m: m.conv1.weight.mul_(1.5),
+    "statistics": lambda m: m.layer2[0].bn1.running_var.mul_(3.0),
+    "loaded": lambda m: m.load_state_dict({k: v * 1.25 for k, v in m.state_dict().items()}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_never_go_stale(change):
+    model = pair("basic")[1].to(DEVICE, torch.bfloat16)
+    x = images(1, 32).to(torch.bfloat16)
+    with torch.no_grad(), fr.use_backend(BACKEND):
+        before = model(x)
+        CHANGES[change](model)
+        after = model(x)
+        fresh = copy.deepcopy(model)(x)
+    assert torch.equal(after, fresh) and not torch.equal(after, before)
+
+
+def test_a_training_step_is_stocks():
+    """bn_add_relu by its CUDA kernels, forward and backward, in a whole network."""
+    stock, mine = pair("basic")
+    stock, mine = stock.to(DEVICE).train(), mine.to(DEVICE).train()
+    x = images(4, 32)
+    for model, backend in ((stock, "reference"), (mine, BACKEND)):
+        with fr.use_backend(backend):
+            model(x).square().mean().backward()
+    for (name, a), b in zip(stock.named_parameters(), mine.parameters(), strict=True):
+        scale = a.grad.abs().max().item()
+        assert (a.grad - b.grad).abs().max().item() <= 1e-3 * scale + 1e-7, name
+    for (name, a), b in zip(stock.named_buffers(), mine.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_inference_in_16_bits():
+    model = pair("basic")[1].to(DEVICE)
+    x = images(2, 32)
+    with fr.use_backend(BACKEND):
+        call = fr.inference(model, x, dtype=torch.bfloat16)
+        y = call(x)
+        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+            assert torch.equal(y, model(x))
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["a call", "a call that a graph records"])
+def test_what_is_kept_has_been_waited_for(record, monkeypatch):
+    """Weights laid out on one stream are there when another stream's call meets them, and none is
+    kept whose memory is a graph's."""
+    model = pair("basic")[1].to(DEVICE, torch.bfloat16)
+    x, asked, made = images(1, 32).to(torch.bfloat16), [], []
+    monkeypatch.setattr(
+        convolution, "capturing", lambda t: asked.append(t.shape) is None and record
+    )
+    make = cuda_conv.pack_stem
+    monkeypatch.setattr(cuda_conv, "pack_stem", lambda w: made.append(1) or make(w))
+    with torch.no_grad(), fr.use_backend(BACKEND):
+        first = model(x)
+        blocks = 1 + sum(len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4))
+        assert len(asked) > blocks  # every plan, and the stem's other form
+        asked.clear()
+        assert torch.equal(model(x), first)
+    assert len(made) == (2 if record else 1) and bool(asked) == record
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_another_stream_finds_the_weights_laid_out():
+    x = images(1).to(torch.bfloat16)
+    for _ in range(5):
+        model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+        first, second = torch.cuda.Stream(), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.no_grad(), fr.use_backend(BACKEND):
+            with torch.cuda.stream(first):
+                torch.cuda._sleep(200_000_000)
+                want = model(x)
+            with torch.cuda.stream(second):
+                got = model(x)
+        torch.cuda.synchronize()
+        assert torch.equal(got, want)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has the architecture it has")
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_tiles_are_those_of_the_architecture(architecture, monkeypatch):
+    monkeypatch.setattr(gpu_conv, "capability", lambda device: divmod(architecture, 10))
+    monkeypatch.setattr(tuning, "capability", lambda device: divmod(architecture, 10))
+    tuning.choice.cache_clear()
+    used, run_conv = set(), cuda_conv.run_conv
+
+    def see(conv, x, residual, relu, y, config):
+        used.add(cuda_conv.tiles()[config.tile]["architecture"])
+        run_conv(conv, x, residual, relu, y, config)
+
+    monkeypatch.setattr(cuda_conv, "run_conv", see)
+    _, model = pair("bottleneck")
+    with emulation.device(architecture=architecture):
+        x = images(1, 32).to(torch.bfloat16)
+        within_the_rule(model.to(torch.bfloat16), x, torch.bfloat16)
+    tuning.choice.cache_clear()
+    assert architecture in used and used <= {80, architecture}
