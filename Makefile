@@ -42,7 +42,7 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 
 $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCES)
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
-	@$(PY) -c 'from fused_resnet import native; print("build:", native.load() or "native kernels")'
+	@$(PY) -c 'from fused_resnet.kernels import native; print("build:", native.load() or "native kernels")'
 	@touch $@
 
 build: $(VENV)/build.stamp

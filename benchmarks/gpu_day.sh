@@ -132,7 +132,7 @@ section_build() {
     "$PYTHON" setup.py build_ext --inplace || return 1
   run nvidia-smi
   run "$PYTHON" -c 'import fused_resnet as fr, json, sys
-from fused_resnet import backends, native
+from fused_resnet.kernels import backends, native
 json.dump({**fr.info(), "kernels": native.kernels()}, open(sys.argv[1], "w"), indent=1, default=str)
 print(native.build_info())
 missing = [backends.missing(op, "native", "cuda") for op in backends.OPS]

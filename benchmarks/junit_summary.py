@@ -15,7 +15,7 @@ import xml.etree.ElementTree as tree
 from pathlib import Path
 from typing import Any
 
-from fused_resnet.bench import write_json
+from fused_resnet.bench.harness import write_json
 
 FIRST = 600  # characters of a failure's message
 MOST = 60  # failures of one file

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from models.bench_resnet import BATCHES, DTYPES, FAMILY_CONTENDERS, MODELS
 
-from fused_resnet.bench import pair_ratio
+from fused_resnet.bench.harness import pair_ratio
+from fused_resnet.bench.report import device_name, plot_bench, processor_name
 from fused_resnet.depth import report as depth_report
-from fused_resnet.report import device_name, plot_bench, processor_name
-from fused_resnet.resnet import get_model
+from fused_resnet.models.resnet import get_model
 
 HERE = Path(__file__).resolve().parent
 PAGES = [HERE.parent / "README.md", HERE / "RESULTS.md"]

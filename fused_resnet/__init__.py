@@ -1,15 +1,16 @@
 """Fused conv-BN-ReLU and residual-add-ReLU for PyTorch, with a drop-in ResNet family."""
 
 from . import depth
-from .activation_memory import set_activation_memory
-from .backends import use_backend
-from .blocks import Explanation, explain
-from .cifar import CifarResNet, PreactResNet, cifar_resnet
-from .inference import Inference, inference
-from .machine import info
-from .native import release_memory
-from .ops import add_relu, bn_add_relu, conv_bn_relu
-from .resnet import (
+from .bench.machine import info
+from .fusion.blocks import Explanation, explain
+from .fusion.training.activation_memory import set_activation_memory
+from .graphs.inference import Inference, inference
+from .graphs.training_step import TrainingStep, training_step
+from .kernels.backends import use_backend
+from .kernels.native import release_memory
+from .layers.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
+from .models.resnet import (
     BasicBlock,
     Bottleneck,
     ResNet,
@@ -26,8 +27,7 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from .sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
-from .training_step import TrainingStep, training_step
+from .ops.library import add_relu, bn_add_relu, conv_bn_relu
 
 __version__ = "0.1.0"
 

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_resnet as fr
-from fused_resnet import backends
+from fused_resnet.kernels import backends
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 

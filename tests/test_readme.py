@@ -33,8 +33,8 @@ def test_commands_exist():
     assert len(commands) >= 5
     from typer.testing import CliRunner
 
-    from fused_resnet import commands as cli
-    from fused_resnet import train_command  # noqa: F401 - registers its command
+    from fused_resnet.cli import commands as cli
+    from fused_resnet.cli import train as train_command  # noqa: F401 - registers its command
 
     for command in commands:
         words = command.split("#")[0].split()

@@ -4,7 +4,7 @@ its own, taking turns.
     python benchmarks/depth/bench_depth.py --out benchmarks/results [--case DEPTH,BATCH,SIZE ...]
 
 In a process of its own, because what one contender leaves behind in the allocator helps or hinders
-another (fused_resnet/bench_worker.py). A step is forward, cross entropy, backward
+another (fused_resnet/bench/worker.py). A step is forward, cross entropy, backward
 and SGD, on random images. Bytes saved for backward are counted once, for every contender.
 """
 
@@ -24,10 +24,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import fused_resnet as fr
-from fused_resnet import machine
-from fused_resnet.bench import write_json
-from fused_resnet.contenders import Step
-from fused_resnet.memory import saved_bytes
+from fused_resnet.bench import machine
+from fused_resnet.bench.contenders import Step
+from fused_resnet.bench.harness import write_json
+from fused_resnet.bench.memory import saved_bytes
 
 CONTENDERS = ("eager", "eager-channels_last", "fused", "fused-full", "fused-minimal")
 # (depth, images, their size): the paper's setting, and scikit-learn's digits.

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import fused_resnet as fr
-from fused_resnet import machine
-from fused_resnet.bench import write_json
+from fused_resnet.bench import machine
+from fused_resnet.bench.harness import write_json
 from fused_resnet.train import Config, run
 
 

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from fused_resnet import bench
-from fused_resnet.contenders import CONTENDERS
+from fused_resnet.bench.contenders import CONTENDERS
 
 # What the README shows. Compiling takes 10 to 60 s a case: only the two that people know best.
 MODELS = (

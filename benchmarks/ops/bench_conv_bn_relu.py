@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from common import Case, copy_of, main, under_pytest
 
-from fused_resnet import backends
+from fused_resnet.kernels import backends
 
 # (C, H = W, K, R = S, stride, groups) of ResNet-18, ResNet-50 and ResNeXt-50
 LAYERS = {

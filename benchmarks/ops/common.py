@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fused_resnet.bench import pair_ratio, save
-from fused_resnet.machine import provenance
+from fused_resnet.bench.harness import pair_ratio, save
+from fused_resnet.bench.machine import provenance
 
 WARM_UP = 3
 

@@ -24,11 +24,12 @@ from torch.nn.functional import cross_entropy, pad
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from ..activation_memory import LEVELS, set_activation_memory
-from ..cifar import BLOCKS, cifar_resnet
-from ..train import data as datasets
-from ..train.loop import need
-from ..train.state import write_whole
+from fused_resnet.fusion.training.activation_memory import LEVELS, set_activation_memory
+from fused_resnet.models.cifar import BLOCKS, cifar_resnet
+from fused_resnet.train import data as datasets
+from fused_resnet.train.loop import need
+from fused_resnet.train.state import write_whole
+
 from . import profiles, ultra
 
 KINDS = ("plain", "residual")

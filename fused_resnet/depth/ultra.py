@@ -16,10 +16,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LinearLR
 
 import fused_resnet as fr
-
-from ..activation_memory import LEVELS, segments, set_activation_memory
-from ..contenders import Step
-from ..memory import activation_peak_bytes, saved_bytes
+from fused_resnet.bench.contenders import Step
+from fused_resnet.bench.memory import activation_peak_bytes, saved_bytes
+from fused_resnet.fusion.training.activation_memory import LEVELS, segments, set_activation_memory
 
 if TYPE_CHECKING:
     from .experiment import Config, Experiment

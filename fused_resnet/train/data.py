@@ -170,7 +170,7 @@ class _Images(Dataset["tuple[Tensor, int] | None"]):
             return self._transform(image), label
 
     def _read(self, index: int) -> tuple[Any, int] | None:
-        from ..images import _open_rgb
+        from fused_resnet.parity.images import _open_rgb
 
         for offset in range(len(self._source) if self._replaced else 1):
             image, label = self._source[(index + offset) % len(self._source)]

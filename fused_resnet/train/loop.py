@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .. import cifar
-from ..activation_memory import CHOICES, set_activation_memory
-from ..checkpoint import CheckpointError
-from ..resnet import get_model, list_models
-from ..sync_batch_norm import convert_sync_batchnorm
-from ..training_step import training_step
+from fused_resnet.fusion.training.activation_memory import CHOICES, set_activation_memory
+from fused_resnet.graphs.training_step import training_step
+from fused_resnet.layers.sync_batch_norm import convert_sync_batchnorm
+from fused_resnet.models import cifar
+from fused_resnet.models.resnet import get_model, list_models
+from fused_resnet.parity.checkpoint import CheckpointError
+
 from . import data as datasets
 from . import distributed, optim, state
 from .diagnose import first_non_finite, first_of

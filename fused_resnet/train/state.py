@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError
+from fused_resnet.parity.checkpoint import CheckpointError
 
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet import native, tuning
+from fused_resnet.kernels import native, tuning
 from tests import ROOT
 from tests.emulator import emulation
 
@@ -41,7 +41,7 @@ def bench(monkeypatch):
 def kernels_on_the_cpu(quick_interpreter, monkeypatch):
     if emulation.unavailable() is not None:
         pytest.skip(str(emulation.unavailable()))
-    support = pytest.importorskip("fused_resnet.triton_kernels.support")
+    support = pytest.importorskip("fused_resnet.kernels.triton.support")
     if support.unavailable("cpu") is not None:
         pytest.skip(support.unavailable("cpu"))
     emulation.load()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fused_resnet import bench
-from fused_resnet.bench_worker import Worker
-from fused_resnet.contenders import Case, Unavailable
+from fused_resnet.bench import harness as bench
+from fused_resnet.bench.contenders import Case, Unavailable
+from fused_resnet.bench.worker import Worker
 from tests.fusion.training.training_helpers import needs_native
 
 CASE = Case("resnet18", 1, "float32", "train", "cpu")

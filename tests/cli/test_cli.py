@@ -53,7 +53,7 @@ def test_parity_in_training_mode():
 def test_parity_fails_with_exit_status_1_when_the_code_is_wrong():
     pytest.importorskip("torchvision")
     broken = (
-        "from fused_resnet import plans\n"
+        "from fused_resnet.fusion.inference import plans\n"
         "right = plans.scale_and_shift\n"
         "plans.scale_and_shift = lambda c, b, d: (right(c, b, d)[0], right(c, b, d)[1] * 1.02)"
     )

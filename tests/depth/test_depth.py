@@ -22,16 +22,13 @@ pytest.importorskip("typer", reason="the command needs typer and rich")
 
 from typer.testing import CliRunner
 
-from fused_resnet import (
-    cli,  # noqa: F401 - registers the commands
-    depth_command,
-)
-from fused_resnet.activation_memory import set_activation_memory
-from fused_resnet.commands import app
-from fused_resnet.contenders import Step
+from fused_resnet.bench.contenders import Step
+from fused_resnet.bench.memory import activation_peak_bytes
+from fused_resnet.cli import depth as depth_command
+from fused_resnet.cli.commands import app
 from fused_resnet.depth import experiment, report, ultra
 from fused_resnet.depth.experiment import Config, Experiment
-from fused_resnet.memory import activation_peak_bytes
+from fused_resnet.fusion.training.activation_memory import set_activation_memory
 
 SMALL = dict(depths=(8, 14), deep=(20, 26), deep_steps=3, seeds=2, epochs=1)
 

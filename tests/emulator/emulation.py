@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_resnet import backends, native
+from fused_resnet.kernels import backends, native
 from tests import ROOT
 
 SANITIZER = os.environ.get("FUSED_RESNET_EMULATION", "")
@@ -179,7 +179,7 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     shared_bytes: int
-    together: bool
+    cooperative: bool
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import reference
+from fused_resnet.ops import reference
 from tests.emulator import emulation
 from tests.ops.op_cases import LAYOUTS, randn
 
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     layout: str
     machine: dict[str, int]
-    forward: list[tuple[int, bool]]  # blocks, together: of every launch
+    forward: list[tuple[int, bool]]  # (blocks, cooperative) of every launch
     backward: list[tuple[int, bool]]
 
 
@@ -119,7 +119,7 @@ def test_bn_add_relu_takes_the_intended_launches(poison, name):
     case = BN_CASES[name]
     _, found = bn_run(case)
     for launches, want in zip(found, (case.forward, case.backward), strict=True):
-        assert [(launch.blocks, launch.together) for launch in launches] == want
+        assert [(launch.blocks, launch.cooperative) for launch in launches] == want
 
 
 @pytest.mark.parametrize("name", ["parts in one launch", "two launches"])

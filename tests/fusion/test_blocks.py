@@ -11,8 +11,10 @@ import torch.nn.utils.prune
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import backends, convolution, network, plans, vendor
-from fused_resnet.block_training import Prepared
+from fused_resnet.fusion.inference import network, plans
+from fused_resnet.fusion.training.prepare import Prepared
+from fused_resnet.kernels import backends, convolution
+from fused_resnet.kernels.cpu import onednn as vendor
 from tests.models.model_helpers import (
     clone,
     fused,

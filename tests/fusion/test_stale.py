@@ -12,7 +12,8 @@ from torch import distributed as dist
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import convolution, native, network, plans
+from fused_resnet.fusion.inference import network, plans
+from fused_resnet.kernels import convolution, native
 from tests.models.model_helpers import (
     agree,
     clone,

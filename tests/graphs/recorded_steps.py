@@ -9,7 +9,7 @@ import importlib
 
 import torch
 
-module = importlib.import_module("fused_resnet.training_step")
+module = importlib.import_module("fused_resnet.graphs.training_step")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -20,7 +20,7 @@ from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.models.model_helpers import randomise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-module = __import__("sys").modules["fused_resnet.inference"]
+module = __import__("sys").modules["fused_resnet.graphs.inference"]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet import backends, native
+from fused_resnet.kernels import backends, native
 
 
 @pytest.mark.gpu
@@ -60,7 +60,7 @@ def test_unknown_names_are_refused():
 def test_the_environment_forces_a_backend():
     code = (
         "import torch, fused_resnet as fr\n"
-        "from fused_resnet import backends\n"
+        "from fused_resnet.kernels import backends\n"
         "x = torch.ones(1, 1, 1, 1)\n"
         "print(backends.choose('add_relu', 'cpu'), fr.add_relu(x, x).item())"
     )
@@ -88,7 +88,7 @@ sys.meta_path.insert(0, Block())
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fused_resnet._C" else find(name, *a)
 import torch, fused_resnet as fr
-from fused_resnet import native, backends
+from fused_resnet.kernels import native, backends
 """
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import activation_memory, blocks
-from fused_resnet.contenders import Step
-from fused_resnet.memory import saved_bytes
-from fused_resnet.shortcut import PadShortcut
+from fused_resnet.bench.contenders import Step
+from fused_resnet.bench.memory import saved_bytes
+from fused_resnet.fusion import blocks
+from fused_resnet.fusion.training import activation_memory
+from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.tolerance import assert_close
 from tests.fusion.training.training_helpers import LAST, needs_native
 from tests.ops.op_cases import lifted
@@ -254,7 +255,7 @@ def test_survival_falls_linearly():
 def draws(monkeypatch: pytest.MonkeyPatch, dropped: set[int]) -> None:
     """Of the next networks' blocks, leaves out these."""
     monkeypatch.setattr(
-        "fused_resnet.cifar.torch.rand",
+        "fused_resnet.models.cifar.torch.rand",
         lambda n: torch.tensor([1.0 if i in dropped else 0.0 for i in range(n)]),
     )
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import convolution, cuda_conv, gpu_conv, tuning
+from fused_resnet.kernels import convolution, tuning
+from fused_resnet.kernels.cuda import convolution as gpu_conv
+from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
 from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.emulator import emulation
 from tests.models.model_helpers import KINDS, pair, randomise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet.testing import assert_parity
+from fused_resnet.parity.report import assert_parity
 from tests.models.model_helpers import clone, images, pair, randomise, same_outputs, same_step, tv
 
 NAMES = (
@@ -238,7 +238,7 @@ def test_fifty_steps_lose_as_stock_does():
     in NCHW do. Rounding grows from step to step, between stock's two layouts as between it and
     ours."""
     pytest.importorskip("skimage", reason="the photographs are scikit-image's")
-    from fused_resnet.images import load_images, photographs
+    from fused_resnet.parity.images import load_images, photographs
 
     pictures = load_images(photographs()).images
     pictures = torch.nn.functional.interpolate(pictures, size=48, mode="area")

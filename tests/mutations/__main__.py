@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from fused_resnet import native as native_kernels
+from fused_resnet.kernels import native as native_kernels
 from tests import ROOT
 from tests.mutations.cuda import CUDA
 from tests.mutations.gpu import GPU_PYTHON

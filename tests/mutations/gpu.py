@@ -6,25 +6,25 @@ from __future__ import annotations
 CONV = "tests/ops/test_conv_bn_relu.py"
 BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
-TCONV = "fused_resnet/triton_kernels/convolution.py"
-TBN = "fused_resnet/triton_kernels/batch_norm.py"
-TBACK = "fused_resnet/triton_kernels/backward.py"
-TCONFIG = "fused_resnet/triton_kernels/configs.py"
-TADD = "fused_resnet/triton_kernels/elementwise.py"
+TCONV = "fused_resnet/kernels/triton/convolution.py"
+TBN = "fused_resnet/kernels/triton/batch_norm.py"
+TBACK = "fused_resnet/kernels/triton/backward.py"
+TCONFIG = "fused_resnet/kernels/triton/configs.py"
+TADD = "fused_resnet/kernels/triton/elementwise.py"
 TRITON = "tests/kernels/triton/test_triton.py"
-INFERENCE_PY = "fused_resnet/inference.py"
+INFERENCE_PY = "fused_resnet/graphs/inference.py"
 INFERENCE = "tests/graphs/test_inference.py"
-GPU = "fused_resnet/gpu_conv.py"
-CUDA_PY = "fused_resnet/cuda_conv.py"
-TUNING = "fused_resnet/tuning.py"
+GPU = "fused_resnet/kernels/cuda/convolution.py"
+CUDA_PY = "fused_resnet/kernels/cuda/implicit_gemm.py"
+TUNING = "fused_resnet/kernels/tuning.py"
 CUDA_TRAINING, GRADIENT = (
-    "fused_resnet/cuda_training.py",
+    "fused_resnet/kernels/training/cuda.py",
     "tests/kernels/cuda/test_conv_gradient.py",
 )
 GEMM = "tests/kernels/cuda/test_implicit_gemm.py"
-TRAIN_PY, PRO = "fused_resnet/cuda_training.py", "tests/kernels/cuda/test_conv_prologue.py"
+TRAIN_PY, PRO = "fused_resnet/kernels/training/cuda.py", "tests/kernels/cuda/test_conv_prologue.py"
 
-STEP_PY, ON_GRAPHS = "fused_resnet/training_step.py", "tests/graphs/test_training_step.py"
+STEP_PY, ON_GRAPHS = "fused_resnet/graphs/training_step.py", "tests/graphs/test_training_step.py"
 
 GPU_PYTHON = [
     ("triton: eps = 0", TBN, "1.0 / tl.sqrt(var + EPS)", "1.0 / tl.sqrt(var)",
@@ -138,11 +138,11 @@ GPU_PYTHON = [
     ("training: a tile that does not reach", TRAIN_PY,
      "cuda_conv.reaches(problem, geometry_of(*g[:3]))", "True",
      "tests/kernels/cuda/test_conv_statistics.py -k measured_winners"),
-    ("prologue: an activation that is kept", "fused_resnet/training.py",
+    ("prologue: an activation that is kept", "fused_resnet/fusion/training/block.py",
      'if spec.level != "full" else None', "if spec.level else None", f"{PRO} -k block_trains"),
-    ("prologue: never in forward", "fused_resnet/training.py",
+    ("prologue: never in forward", "fused_resnet/fusion/training/block.py",
      'if spec.level != "full" else None', "if False else None", f"{PRO} -k block_trains"),
-    ("prologue: never in backward", "fused_resnet/training.py",
+    ("prologue: never in backward", "fused_resnet/fusion/training/block.py",
      "if 0 < i < self.main and self.inner[i - 1] is None:", "if False:", f"{PRO} -k block_trains"),
     ("prologue: statistics of x's own", TRAIN_PY, "not pointwise or state[2] is None or",
      "not pointwise or", f"{PRO} -k not_served"),
@@ -184,7 +184,7 @@ GPU_PYTHON = [
     ("tuning: the file's other winners lost", TUNING,
      "write(path, merged(read(path), {problem: best}))", "write(path, {problem: best})",
      f"{TRITON} -k tune"),
-    ("kept without waiting for it", "fused_resnet/convolution.py",
+    ("kept without waiting for it", "fused_resnet/kernels/convolution.py",
      "    if capturing(t):\n        return False\n", "",
      "tests/models/test_gpu.py -k waited_for"),
     ("tuning: shipped winners before the user's", TUNING,

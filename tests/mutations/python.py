@@ -9,12 +9,12 @@ FAULTS = "tests/models/test_faults.py"
 CONV = "tests/ops/test_conv_bn_relu.py"
 BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
-PLANS = "fused_resnet/plans.py"
-STRUCTURE = "fused_resnet/structure.py"
-TRAINING = "fused_resnet/training.py"
-KERNELS_PY = "fused_resnet/train_kernels.py"
-MEMORY = "fused_resnet/activation_memory.py"
-SYNC = "fused_resnet/sync_batch_norm.py"
+PLANS = "fused_resnet/fusion/inference/plans.py"
+STRUCTURE = "fused_resnet/fusion/structure.py"
+TRAINING = "fused_resnet/fusion/training/block.py"
+KERNELS_PY = "fused_resnet/kernels/training/protocol.py"
+MEMORY = "fused_resnet/fusion/training/activation_memory.py"
+SYNC = "fused_resnet/layers/sync_batch_norm.py"
 STEP = "tests/fusion/training/test_training.py"
 LEVELS = "tests/fusion/training/test_activation_memory.py"
 CONVOLUTIONS = "tests/kernels/cpu/test_train_convolution.py"
@@ -24,19 +24,19 @@ DATA = "fused_resnet/train/data.py"
 SHARED = "fused_resnet/train/distributed.py"
 LEARNING = "tests/train/test_train.py"
 TOGETHER = "tests/train/test_distributed.py"
-OPS = "fused_resnet/ops.py"
-BLOCKS_PY = "fused_resnet/blocks.py"
-READY = "fused_resnet/block_training.py"
+OPS = "fused_resnet/ops/library.py"
+BLOCKS_PY = "fused_resnet/fusion/blocks.py"
+READY = "fused_resnet/fusion/training/prepare.py"
 CIFAR = "tests/models/test_cifar.py"
-CIFAR_PY = "fused_resnet/cifar.py"
-PREACT = "fused_resnet/preact_training.py"
-SHORTCUT = "fused_resnet/shortcut.py"
+CIFAR_PY = "fused_resnet/models/cifar.py"
+PREACT = "fused_resnet/fusion/training/preact.py"
+SHORTCUT = "fused_resnet/layers/shortcut.py"
 PROFILES = "fused_resnet/depth/profiles.py"
 EXPERIMENT = "fused_resnet/depth/experiment.py"
 DEPTH_REPORT = "fused_resnet/depth/report.py"
 DEPTH = "tests/depth/test_depth.py"
-CIFAR10, EMPTY = "tests/train/test_cifar10.py", "fused_resnet/empty_batch.py"
-ULTRA, CONVOLUTION = "fused_resnet/depth/ultra.py", "fused_resnet/convolution.py"
+CIFAR10, EMPTY = "tests/train/test_cifar10.py", "fused_resnet/kernels/training/empty.py"
+ULTRA, CONVOLUTION = "fused_resnet/depth/ultra.py", "fused_resnet/kernels/convolution.py"
 LOOKS = "tests/depth/test_profiles.py"
 
 PYTHON = [
@@ -124,10 +124,10 @@ PYTHON = [
      f"{STEP} -k running"),
     ("training: statistics counted twice", READY,
      "if activation_memory.recomputing():", "if False:", f"{LEVELS} -k counted_once"),
-    ("training: every model keeps everything", "fused_resnet/block_training.py",
+    ("training: every model keeps everything", "fused_resnet/fusion/training/prepare.py",
      'level = "low" if isinstance(kernels, train_kernels.Native) else "full"', 'level = "full"',
      f"{LEVELS} -k own_level"),
-    ("training: PyTorch's convolutions keep little too", "fused_resnet/block_training.py",
+    ("training: PyTorch's convolutions keep little too", "fused_resnet/fusion/training/prepare.py",
      'level = "low" if isinstance(kernels, train_kernels.Native) else "full"', 'level = "low"',
      f"{LEVELS} -k own_level"),
     ("one op: another batch size's step used again", READY,
@@ -136,9 +136,9 @@ PYTHON = [
     ("one op: a changed block's step used again", READY,
      "found.prepared if found.structure.holds() else None", "found.prepared",
      "tests/kernels/cpu/test_block_ops.py -k made_anew"),
-    ("one op: cumulative averages by a fixed momentum", "fused_resnet/native_training.py",
+    ("one op: cumulative averages by a fixed momentum", "fused_resnet/fusion/training/one_op.py",
      "bn.momentum is not None for bn", "True for bn", "tests/kernels/cpu/test_block_ops.py -k their_own"),
-    ("one op: more kept than the level says", "fused_resnet/native_training.py",
+    ("one op: more kept than the level says", "fused_resnet/fusion/training/one_op.py",
      "full = spec.level == \"full\"", "full = True", f"{LEVELS} -k saves_less"),
     ("training: segments of changed weights", MEMORY,
      "self._made.check()", "pass", f"{LEVELS} -k changed"),
@@ -149,7 +149,7 @@ PYTHON = [
     ("training: blocks in segments run three times", MEMORY,
      "token = _in_segment.set(True)", "token = _in_segment.set(False)",
      f"{LEVELS} -k segment_runs"),
-    ("training: segments run twice past hooks", "fused_resnet/network.py",
+    ("training: segments run twice past hooks", "fused_resnet/fusion/inference/network.py",
      "if whole is None or not blocks.counts_once(whole[0], x):",
      "whole = whole or ([], [])\n    if False:", f"{LEVELS} -k twice_would_show"),
     ("training: one segment for all blocks", MEMORY,
@@ -200,7 +200,7 @@ PYTHON = [
     ("FSDP's weights kept by blocks", PLANS,
      "if not keepable(plan.weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):",
      "if not keepable(plan.weight):", f"{STALE} -k fsdp"),
-    ("FSDP's weights kept by networks", "fused_resnet/network.py",
+    ("FSDP's weights kept by networks", "fused_resnet/fusion/inference/network.py",
      " or any(is_fsdps(conv) for conv, _ in whole.pairs):", ":", f"{STALE} -k fsdp"),
     ("FSDP's norms kept", BLOCKS_PY, " and not is_fsdps(bn):", ":", f"{STALE} -k fsdp"),
     ("eps left out of the fold", PLANS, "bn.running_var.to(dtype) + bn.eps",
@@ -222,7 +222,7 @@ PYTHON = [
      f"{BLOCKS} -k broadcasts"),
     ("norms of any dtype taken", PLANS,
      "t is None or t.dtype in (dtype, torch.float32)", "True", f"{FAULTS} -k float64"),
-    ("training does not drop plans", "fused_resnet/resnet.py", "plans.forget(self)",
+    ("training does not drop plans", "fused_resnet/models/resnet.py", "plans.forget(self)",
      "pass", STALE),
     ("versions not watched", STRUCTURE,
      "list(map(_version, self._tensors)) == self._versions and ", "", STALE),
@@ -264,19 +264,19 @@ PYTHON = [
     ("NaN let into oneDNN's ReLU", OPS,
      "if not conv.bound(convolution.max_abs(x)) + added <= convolution.BOUND_LIMIT:",
      "if False:", f"{CONV} -k special_values"),
-    ("packed weights kept too long", "fused_resnet/convolution.py",
+    ("packed weights kept too long", "fused_resnet/kernels/convolution.py",
      "state = (weight._version, weight.data_ptr(), kind, dtype, geometry)",
      "state = (kind, dtype, geometry)", f"{CONV} -k stale"),
-    ("stride and padding exchanged", "fused_resnet/native_conv.py",
+    ("stride and padding exchanged", "fused_resnet/kernels/cpu/convolution.py",
      "[*taps, *self.stride, *pad, *dilate", "[*taps, *pad, *self.stride, *dilate",
      f"{CONV} -k integers"),
-    ("an odd run's last weight whole", "fused_resnet/native_conv.py",
+    ("an odd run's last weight whole", "fused_resnet/kernels/cpu/convolution.py",
      "weight[:, -1:] / 2, weight[:, -1:] / 2", "weight[:, -1:], weight[:, -1:]",
      f"{CONV} -k integers"),
-    ("an odd run's last value beside a zero", "fused_resnet/native_conv.py",
+    ("an odd run's last value beside a zero", "fused_resnet/kernels/cpu/convolution.py",
      "weight[:, -1:] / 2, weight[:, -1:] / 2", "weight[:, -1:], weight[:, -1:] * 0",
      f"{CONV} -k special"),
-    ("a group's channels off by one", "fused_resnet/native_conv.py",
+    ("a group's channels off by one", "fused_resnet/kernels/cpu/convolution.py",
      "_padded(group * C_per_group, 0", "_padded(group * C_per_group + 1, 0",
      f"{CONV} -k integers"),
     ("no mask in conv_bn_relu's backward", OPS,

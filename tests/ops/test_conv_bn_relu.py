@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
-from fused_resnet import convolution
+from fused_resnet.kernels import convolution
 from fused_resnet.layout import memory_format
 from tests.ops.op_cases import (
     DENSE,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet.checkpoint import CheckpointError, load_checkpoint, load_into
+from fused_resnet.parity.checkpoint import CheckpointError, load_checkpoint, load_into
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 Image = pytest.importorskip("PIL.Image", reason="reading images needs Pillow")
 np = pytest.importorskip("numpy")
 
-from fused_resnet.images import load_images  # noqa: E402
+from fused_resnet.parity.images import load_images  # noqa: E402
 
 
 def picture(mode: str, size=(40, 30)):

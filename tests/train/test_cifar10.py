@@ -23,8 +23,8 @@ pytest.importorskip("typer", reason="the commands need typer and rich")
 from torchvision.datasets import CIFAR10
 from typer.testing import CliRunner
 
-from fused_resnet import cli, depth_command, train_command  # noqa: F401 - register commands
-from fused_resnet.commands import app
+from fused_resnet import cli  # noqa: F401 - register commands
+from fused_resnet.cli.commands import app
 from fused_resnet.depth.experiment import Config, Experiment, Steps, paper_factor
 from fused_resnet.train import data as datasets
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 import fused_resnet as fr
-from fused_resnet import native
-from fused_resnet.activation_memory import LEVELS
-from fused_resnet.checkpoint import CheckpointError
+from fused_resnet.fusion.training.activation_memory import LEVELS
+from fused_resnet.kernels import native
+from fused_resnet.parity.checkpoint import CheckpointError
 from fused_resnet.train import Config, NonFinite, OutOfMemory, distributed, loop, run, state
 from fused_resnet.train import data as datasets
 from fused_resnet.train.diagnose import first_of

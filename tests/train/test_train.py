@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import multiprocessing as mp
 
 import fused_resnet as fr
-from fused_resnet.checkpoint import CheckpointError
+from fused_resnet.parity.checkpoint import CheckpointError
 from fused_resnet.train import Config, NonFinite, OutOfMemory, loop, optim, run, state
 from fused_resnet.train import data as datasets
 from fused_resnet.train.diagnose import first_non_finite
@@ -456,8 +456,8 @@ def test_augmentation_is_each_images_own():
 def test_the_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from fused_resnet import train_command
-    from fused_resnet.commands import app
+    from fused_resnet.cli import train as train_command
+    from fused_resnet.cli.commands import app
 
     words = ["train", "--image-size", "16", "--batch", "32", "--epochs", "1", "--threads", "1"]
     words += ["--out", str(tmp_path / "run")]

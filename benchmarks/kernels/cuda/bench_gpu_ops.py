@@ -33,8 +33,8 @@ import torch
 from gpu_contenders import Absent, Case, Exact, Ready
 from torch import Tensor
 
-from fused_resnet.bench import pair_ratio, save
-from fused_resnet.machine import provenance
+from fused_resnet.bench.harness import pair_ratio, save
+from fused_resnet.bench.machine import provenance
 from fused_resnet.tolerance import TOLERANCE, assert_close, measure_error
 
 FLUSH_BYTES = 256 * 2**20  # more than any last-level cache

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_resnet.bench import save
-from fused_resnet.machine import provenance
+from fused_resnet.bench.harness import save
+from fused_resnet.bench.machine import provenance
 
 CSRC = Path(__file__).parents[3] / "csrc"
 ARCHS = ("80", "90a")

@@ -44,17 +44,19 @@ from gpu_train_cases import (
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import backends, cudnn_conv, gemm, tuning
-from fused_resnet.cuda_training import gradient_layer
-from fused_resnet.gemm import Geometry, Layer
-from fused_resnet.gpu_conv import GpuConv
+from fused_resnet.kernels import backends, tuning
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.cuda import cudnn as cudnn_conv
+from fused_resnet.kernels.cuda.convolution import GpuConv
+from fused_resnet.kernels.problem import Geometry, Layer
+from fused_resnet.kernels.training.cuda import gradient_layer
 
 CHECKED_IMAGES = 32  # of a convolution, from the first to the last: each is computed by itself
 
 
 def places(model: str, batch: int, size: int) -> Counter[Place]:
     """Every convolution of a model of the family, in order, and how often it comes."""
-    from fused_resnet.resnet import get_model
+    from fused_resnet.models.resnet import get_model
 
     found: list[Place] = []
     with torch.device("meta"), torch.no_grad():

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import backends
-from fused_resnet.gemm import Layer
+from fused_resnet.kernels import backends
+from fused_resnet.kernels.problem import Layer
 
 EPS = 1e-5
 Call = Callable[[], list[Tensor]]

@@ -28,8 +28,12 @@ from gpu_contenders import (
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import cuda_conv, cuda_training, gemm, train_kernels, tuning
-from fused_resnet.gemm import Layer
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels import tuning
+from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+from fused_resnet.kernels.problem import Layer
+from fused_resnet.kernels.training import cuda as cuda_training
+from fused_resnet.kernels.training import protocol as train_kernels
 
 Seconds = Callable[[Callable[[], Any]], float] | None
 

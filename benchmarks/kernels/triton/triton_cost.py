@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from fused_resnet import gemm
-from fused_resnet.bench import save
-from fused_resnet.machine import provenance
-from fused_resnet.triton_kernels import configs, convolution
+from fused_resnet.bench.harness import save
+from fused_resnet.bench.machine import provenance
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.triton import configs, convolution
 
 # One H200, measured: dense bfloat16 products and copies; multiprocessors.
 GPU = {"flops": 790e12, "bytes_per_s": 4.3e12, "multiprocessors": 132}

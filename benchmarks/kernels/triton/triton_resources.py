@@ -32,10 +32,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_resnet import gemm
-from fused_resnet.bench import save
-from fused_resnet.machine import provenance
-from fused_resnet.triton_kernels import (
+from fused_resnet.bench.harness import save
+from fused_resnet.bench.machine import provenance
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.triton import (
     backward,
     batch_norm,
     configs,

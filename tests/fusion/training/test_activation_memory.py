@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet import activation_memory, native, train_kernels
-from fused_resnet.activation_memory import LEVELS, segments
-from fused_resnet.block_training import Prepared
-from fused_resnet.contenders import Step
-from fused_resnet.memory import saved_bytes
-from fused_resnet.resnet import Planned
-from fused_resnet.train_kernels import Portable
+from fused_resnet.bench.contenders import Step
+from fused_resnet.bench.memory import saved_bytes
+from fused_resnet.fusion.training import activation_memory
+from fused_resnet.fusion.training.activation_memory import LEVELS, segments
+from fused_resnet.fusion.training.prepare import Prepared
+from fused_resnet.kernels import native
+from fused_resnet.kernels.training import protocol as train_kernels
+from fused_resnet.kernels.training.protocol import Portable
+from fused_resnet.models.resnet import Planned
 from tests.fusion.training.training_helpers import Passes
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import blocks
+from fused_resnet.fusion import blocks
 from tests.fusion.training.training_helpers import DTYPES, LAST, needs_native
 
 

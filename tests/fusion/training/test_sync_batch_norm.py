@@ -15,8 +15,9 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 import fused_resnet as fr
-from fused_resnet import native, sync_batch_norm
-from fused_resnet.preact import PreactBlock
+from fused_resnet.kernels import native
+from fused_resnet.layers import sync_batch_norm
+from fused_resnet.models.preact import PreactBlock
 
 pytestmark = [
     pytest.mark.skipif(native.load() is not None, reason="needs the native kernels"),

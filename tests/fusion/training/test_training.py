@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
-from fused_resnet import blocks, native, native_training, preact_training, train_kernels, training
-from fused_resnet.train_kernels import Geometry, Native, Portable
+from fused_resnet.fusion import blocks
+from fused_resnet.fusion.training import block as training
+from fused_resnet.fusion.training import one_op as native_training
+from fused_resnet.fusion.training import preact as preact_training
+from fused_resnet.kernels import native
+from fused_resnet.kernels.training import protocol as train_kernels
+from fused_resnet.kernels.training.protocol import Geometry, Native, Portable
 from tests.fusion.training.training_helpers import (
     BLOCKS,
     DTYPES,

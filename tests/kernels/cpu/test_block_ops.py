@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet import blocks, native_training, plans
-from fused_resnet.activation_memory import LEVELS
-from fused_resnet.plans import Flow
+from fused_resnet.fusion import blocks
+from fused_resnet.fusion.inference import plans
+from fused_resnet.fusion.inference.plans import Flow
+from fused_resnet.fusion.training import one_op as native_training
+from fused_resnet.fusion.training.activation_memory import LEVELS
 from tests.fusion.training.training_helpers import (
     BLOCKS,
     LAST,

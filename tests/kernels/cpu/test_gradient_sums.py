@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.train_kernels import Geometry, Native, Norm, Normed
+from fused_resnet.kernels.training.protocol import Geometry, Native, Norm, Normed
 from tests.kernels.cpu.test_train_convolution import (
     CASES,
     FORMS,

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_resnet import native, native_conv
+from fused_resnet.kernels import native
+from fused_resnet.kernels.cpu import convolution as native_conv
 from tests.ops.op_cases import DTYPES, randn, same
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
@@ -272,7 +273,7 @@ def test_narrower_instruction_sets(capability):
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "FR_NESTED": "1"}
     if os.environ.get("FR_NESTED"):
         pytest.skip("this is that run")
-    code = "from fused_resnet import native; print(native.build_info()['cpu_isa'])"
+    code = "from fused_resnet.kernels import native; print(native.build_info()['cpu_isa'])"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
     )

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import native
-from fused_resnet.train_kernels import Geometry, Native, Portable
+from fused_resnet.kernels import native
+from fused_resnet.kernels.training.protocol import Geometry, Native, Portable
 from tests.ops.op_cases import close, integers, lifted, randn, same, unchanged
 
 LAST = torch.channels_last

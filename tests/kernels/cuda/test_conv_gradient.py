@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import gemm, native, reference
+from fused_resnet.kernels import native
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
+from fused_resnet.ops import reference
 from fused_resnet.tolerance import measure_error
-from fused_resnet.train_kernels import Geometry, Norm, Normed
 from tests.emulator import emulation
 from tests.fusion.training.training_helpers import make, step, stock_step
 from tests.kernels.cuda import machines
@@ -356,8 +358,8 @@ GEOMETRIES = {
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_gradients_of_a_unit(name, splits):
     """From the next convolution's output to the norm's input, within the rule."""
-    from fused_resnet.cuda_conv import CudaConfig
-    from fused_resnet.cuda_training import CUDA
+    from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
+    from fused_resnet.kernels.training.cuda import CUDA
 
     K, C, taps, padding, dilation, groups = GEOMETRIES[name]
     g, dtype = Geometry((1, 1), padding, dilation, groups), DTYPES[splits - 1]
@@ -397,7 +399,7 @@ def test_gradients_of_a_unit(name, splits):
 @pytest.fixture
 def taken(monkeypatch):
     """The shapes of weights whose input gradients took a norm's sums."""
-    from fused_resnet import cuda_training
+    from fused_resnet.kernels.training import cuda as cuda_training
 
     found = []
     run = cuda_training.Cuda.relu_gradient_by
@@ -458,8 +460,9 @@ def test_float32_and_strides_are_served_by_nobody(taken):
 
 def test_only_measured_winners_of_the_gradient_serve_unforced(monkeypatch):
     """Of the convolution that the gradient is, K and C exchanged: not of the forward one's."""
-    from fused_resnet import cuda_training, tuning
-    from fused_resnet.cuda_conv import CudaConfig
+    from fused_resnet.kernels import tuning
+    from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
+    from fused_resnet.kernels.training import cuda as cuda_training
 
     weight = torch.empty(24, 16, 3, 3)
     dy = torch.empty(2, 24, 9, 7, dtype=torch.bfloat16).contiguous(
@@ -499,7 +502,7 @@ MODELS = ("resnet50", "resnext50_32x4d")
 
 def test_gradients_are_tuned_too():
     """Every convolution of stride 1 of a network as its input gradient, where ours can be one."""
-    from fused_resnet import tuning
+    from fused_resnet.kernels import tuning
 
     layers = [layer for name in MODELS for layer in gemm.layers_of(name, 2, 64)]
     device, dtype = torch.device("cpu"), torch.bfloat16

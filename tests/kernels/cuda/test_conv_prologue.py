@@ -216,7 +216,7 @@ def test_errors():
 @pytest.fixture
 def served(monkeypatch):
     """The shapes of weights whose convolutions normalised their inputs by themselves."""
-    from fused_resnet import cuda_training
+    from fused_resnet.kernels.training import cuda as cuda_training
 
     taken = []
     convolve = cuda_training.Cuda.convolve_normed_by
@@ -232,7 +232,7 @@ def served(monkeypatch):
 @pytest.fixture
 def written(monkeypatch):
     """The shapes of activations that a pass of its own wrote."""
-    from fused_resnet import cuda_training
+    from fused_resnet.kernels.training import cuda as cuda_training
 
     taken = []
     apply = cuda_training.Cuda.apply
@@ -249,7 +249,8 @@ def by_tile(monkeypatch, tile: Tile) -> None:
     """1x1 convolutions of stride 1 run by it: so small ones would get a smaller tile."""
     if (reason := machines.skip_reason(tile.architecture)) is not None:
         pytest.skip(reason)
-    from fused_resnet import cuda_conv, cuda_training
+    from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+    from fused_resnet.kernels.training import cuda as cuda_training
 
     choose = cuda_training.Cuda._config
 
@@ -295,8 +296,9 @@ def test_a_block_trains(name, tile, served, written, monkeypatch):
 def test_what_is_not_served(served, monkeypatch):
     """3x3 convolutions, float32, statistics that came with no convolution, tiles without such a
     kernel, splits."""
-    from fused_resnet import cuda_conv, cuda_training
-    from fused_resnet.train_kernels import Geometry, Norm, Normed
+    from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+    from fused_resnet.kernels.training import cuda as cuda_training
+    from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 
     device = "cpu" if machines.emulated() else "cuda"
     x = torch.randn(2, 64, 6, 6, device=device).contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet import gemm, native
+from fused_resnet.kernels import native
+from fused_resnet.kernels import problem as gemm
 from fused_resnet.tolerance import measure_error
 from tests.emulator import emulation
 from tests.fusion.training.training_helpers import make, step, stock_step
@@ -356,7 +357,8 @@ def test_errors():
 @pytest.fixture
 def counted(monkeypatch):
     """The shapes of weights whose convolutions took statistics, on the kernels' device."""
-    from fused_resnet import cuda_conv, cuda_training
+    from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+    from fused_resnet.kernels.training import cuda as cuda_training
 
     taken = []
     convolve = cuda_training.Cuda.convolve
@@ -440,8 +442,10 @@ def problem_of_block(x: Tensor, weight: Tensor) -> gemm.Problem:
 def test_only_measured_winners_serve_unforced(monkeypatch, counted):
     """As a GPU would decide: nobody measured, another backend won, Hopper's tile won where it is
     built and where it is not, ours won."""
-    from fused_resnet import cuda_conv, cuda_training, tuning
-    from fused_resnet.train_kernels import Geometry
+    from fused_resnet.kernels import tuning
+    from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+    from fused_resnet.kernels.training import cuda as cuda_training
+    from fused_resnet.kernels.training.protocol import Geometry
 
     with fr.use_backend("emulated"):
         tiles = cuda_conv.tiles()

@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet import backends, convolution, cuda_conv, gemm, gpu_conv, native
+from fused_resnet.kernels import backends, convolution, native
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.cuda import convolution as gpu_conv
+from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.kernels.cuda.gemm_cases import tiles

@@ -9,7 +9,9 @@ import itertools
 import pytest
 import torch
 
-from fused_resnet import cuda_conv, gemm, native
+from fused_resnet.kernels import native
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.ops.op_cases import close, integers, randn, same

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import fused_resnet as fr
-from fused_resnet import backends, gpu_conv
+from fused_resnet.kernels import backends
+from fused_resnet.kernels.cuda import convolution as gpu_conv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.ops.op_cases import LAYOUTS, close, integers, lifted, randn, same

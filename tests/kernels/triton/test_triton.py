@@ -20,8 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet import backends, cuda_conv, gemm, machine, reference, tuning
-from fused_resnet.gemm import Problem
+from fused_resnet.bench import machine
+from fused_resnet.kernels import backends, tuning
+from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.ops import reference
 from tests import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -32,7 +36,7 @@ if REASON:
 
 import triton.language as tl  # noqa: E402
 
-from fused_resnet.triton_kernels import (  # noqa: E402
+from fused_resnet.kernels.triton import (  # noqa: E402
     backward,
     batch_norm,
     configs,
@@ -40,7 +44,7 @@ from fused_resnet.triton_kernels import (  # noqa: E402
     elementwise,
     support,
 )
-from fused_resnet.triton_kernels.configs import Config  # noqa: E402
+from fused_resnet.kernels.triton.configs import Config  # noqa: E402
 
 SMALL = Config(32, 32, 16, 4, 2)
 
@@ -278,7 +282,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fused_resnet.triton_kernels import support
+from fused_resnet.kernels.triton import support
 
 def build():
     source = ASTSource(support.probe_kernel, {"y_ptr": "*fp32", "BLOCK": "constexpr"}, {(1,): 16})
@@ -417,7 +421,7 @@ def test_the_tune_command(as_if_on_a_gpu):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from fused_resnet.commands import app
+    from fused_resnet.cli.commands import app
 
     def tune(*words: str):
         return CliRunner().invoke(app, ["tune", "--model", "resnet18", *words])

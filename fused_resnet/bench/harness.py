@@ -1,0 +1,411 @@
+"""The whole-model benchmark: contenders take turns, and everything is measured in one run.
+
+    from fused_resnet import bench
+    results = bench.collect(bench.run(["resnet50"], [1, 8], ["float32", "bfloat16"]))
+    bench.save(results, "benchmarks/results")
+
+In every round each contender is timed once, and who starts changes from round to round, so that a
+busy machine slows all of them alike. On the CPU each trains in a process of its own
+(bench_worker.py says why). Figures are medians with the interquartile range; a ratio is taken pair
+by pair within the rounds and its median is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import contenders as entrants
+from . import machine, memory
+from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable
+from .worker import Worker
+
+# Importing torch.utils.benchmark looks for a CUDA toolkit and warns where one is without a GPU.
+_toolkit_log = logging.getLogger("torch.utils.cpp_extension")
+_toolkit_level = _toolkit_log.level
+_toolkit_log.setLevel(logging.ERROR)
+from torch.utils.benchmark import Measurement, TaskSpec, timer  # noqa: E402
+
+_toolkit_log.setLevel(_toolkit_level)
+
+__all__ = ["Event", "collect", "pair_ratio", "run", "save"]
+
+MIN_SAMPLE_S = 0.02  # a shorter call is repeated until one sample lasts this long
+WARM_BELOW_S = 0.1  # a sample shorter than this is preceded by one call that is not timed
+MAX_ROUNDS = 60
+
+
+@dataclass
+class Event:
+    """Progress of a run: `fraction` (0 to 1) is done, `text` says what is being done.
+
+    `case` is set when a case is finished, `results` on the last event only.
+    """
+
+    fraction: float
+    text: str
+    case: dict[str, Any] | None = None
+    results: dict[str, Any] | None = None
+
+
+@dataclass
+class _Entry:
+    """One contender within a case, and the seconds per call it took in each round."""
+
+    name: str
+    step: Step
+    construct_s: float
+    first_call_s: float
+    call_s: float
+    output: Tensor
+    owned_bytes: int
+    times_s: list[float] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> int:
+        return max(1, math.ceil(MIN_SAMPLE_S / max(self.call_s, 1e-6)))
+
+    @property
+    def sample_s(self) -> float:
+        warm = self.call_s if self.call_s < WARM_BELOW_S else 0.0
+        return self.call_s * self.repeats + warm
+
+    def sample(self) -> None:
+        """Time `repeats` calls; PyTorch's clock waits for the accelerator on both sides."""
+        if self.call_s < WARM_BELOW_S:
+            self.step()
+        start = timer()
+        for _ in range(self.repeats):
+            self.step()
+        self.times_s.append((timer() - start) / self.repeats)
+
+
+@dataclass
+class _Remote(_Entry):
+    """A contender in a process of its own."""
+
+    worker: Worker | None = None
+
+    def sample(self) -> None:
+        assert self.worker is not None
+        self.times_s.append(self.worker.ask("sample"))
+
+
+def run(
+    models: Sequence[str],
+    batches: Sequence[int],
+    dtypes: Sequence[str],
+    *,
+    modes: Sequence[str] = ("infer",),
+    device: str = "cpu",
+    contenders: Sequence[str] = CONTENDERS,
+    threads: int | None = None,
+    seconds: float = 15.0,
+    rounds: int = 7,
+    with_memory: bool = False,
+    name: str = "resnet",
+) -> Iterator[Event]:
+    """Measure every model x batch x dtype x mode; yields progress, and the results at the end.
+
+    Arguments are checked at once (ValueError), everything else happens while iterating.
+
+    dtypes:      "float32", "bfloat16", "float16"; in training 16-bit means autocast
+    threads:     for PyTorch and the other engines, default PyTorch's present number
+    seconds:     aimed at for the timed rounds of one case
+    rounds:      at least so many (at most 60)
+    with_memory: peak memory too; on the CPU one fresh process per contender
+    """
+    cases = [
+        Case(model, batch, dtype, mode, device)
+        for mode in modes
+        for model in models
+        for batch in batches
+        for dtype in dtypes
+    ]
+    _validate(cases, contenders)
+    return _run(cases, contenders, threads, seconds, rounds, with_memory, name)
+
+
+def _run(
+    cases: Sequence[Case],
+    contenders: Sequence[str],
+    threads: int | None,
+    seconds: float,
+    rounds: int,
+    with_memory: bool,
+    name: str,
+) -> Iterator[Event]:
+    device, names = cases[0].device, list(dict.fromkeys(case.dtype for case in cases))
+    if device == "cpu":
+        names = list(dict.fromkeys(["float32", *names]))  # all can be multiplied so
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield Event(0.0, "the machine's limits")
+        results = machine.provenance(name, device)
+        results["other_load_cores"] = machine.other_load()
+        limits = machine.measure_limits(names, device)
+        results["limits"], results["cases"] = limits, []
+        for index, case in enumerate(cases):
+            for event in _run_case(case, contenders, seconds, rounds, with_memory):
+                event.fraction = (index + event.fraction) / len(cases)
+                if event.case is not None:
+                    results["cases"].append(event.case)
+                yield event
+        yield Event(1.0, "the machine's limits once more")
+        results["other_load_cores"] = max(
+            results["other_load_cores"] or 0, machine.other_load() or 0
+        )
+        results["limits"] = machine.larger_limits(limits, machine.measure_limits(names, device))
+        for finished in results["cases"]:
+            _add_share_of_limit(finished, results["limits"])
+        yield Event(1.0, "done", results=results)
+    finally:
+        torch.set_num_threads(before)
+
+
+def collect(
+    events: Iterable[Event], on_event: Callable[[Event], None] | None = None
+) -> dict[str, Any]:
+    """Run through `events` and return the results; `on_event` sees each one."""
+    results: dict[str, Any] = {}
+    for event in events:
+        if on_event is not None:
+            on_event(event)
+        if event.results is not None:
+            results = event.results
+    return results
+
+
+def save(results: dict[str, Any], folder: str | Path) -> Path:
+    """Write <bench>-<device>-torch<version>.json into `folder`, whole or not at all."""
+    version = results["torch"].split("+")[0]
+    path = Path(folder) / f"{results['bench']}-{results['device']}-torch{version}.json"
+    return write_json(results, path)
+
+
+def write_json(value: Any, path: str | Path) -> Path:
+    """Write JSON beside `path` and rename it, so that a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.replace(path)
+    return path
+
+
+def pair_ratio(times: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """(median, interquartile range) of times / other, taken round by round."""
+    ratios = [a / b for a, b in zip(times, other, strict=True)]
+    return statistics.median(ratios), _iqr(ratios)
+
+
+# --- one case -------------------------------------------------------------------------------------
+
+
+def _validate(cases: Sequence[Case], contenders: Sequence[str]) -> None:
+    from fused_resnet.models.resnet import list_models
+
+    allowed = {
+        "model": list_models(),
+        "dtype": ["float32", "bfloat16", "float16"],
+        "mode": ["infer", "train"],
+    }
+    for case in cases:
+        for key, values in allowed.items():
+            if getattr(case, key) not in values:
+                raise ValueError(
+                    f"bench: {key} must be one of {', '.join(values)}, got {getattr(case, key)!r}"
+                )
+        if case.batch < 1:
+            raise ValueError(f"bench: batch must be at least 1, got {case.batch}")
+    if not cases or not contenders:
+        raise ValueError("bench: at least one model, batch, dtype, mode and contender are needed")
+    machine.check_device(cases[0].device)
+    for name in contenders:
+        if name not in CONTENDERS:
+            raise ValueError(
+                f"bench: contender must be one of {', '.join(CONTENDERS)}, got {name!r}"
+            )
+
+
+def _run_case(
+    case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool
+) -> Iterator[Event]:
+    """Events with fractions of this case alone; building takes the first half of the bar."""
+    with contextlib.ExitStack() as workers:
+        yield from _measure_case(case, contenders, seconds, rounds, with_memory, workers)
+
+
+def _measure_case(
+    case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool,
+    workers: contextlib.ExitStack,
+) -> Iterator[Event]:  # fmt: skip
+    apart = case.mode == "train" and torch.device(case.device).type == "cpu"
+    data = None if apart else entrants.make_data(case)
+    entries: list[_Entry] = []
+    skipped: dict[str, str] = {}
+    for index, name in enumerate(contenders):
+        yield Event(0.5 * index / len(contenders), f"{case.label}: first call of {name}")
+        try:
+            if data is None:
+                entries.append(_enter_apart(name, case, workers))
+            else:
+                entries.append(_enter(name, case, data))
+        except Unavailable as error:
+            skipped[name] = str(error)
+        except Exception as error:
+            # Another engine failing is a line in the results; stock PyTorch or this package
+            # failing is a fault to be seen.
+            if name in (*EAGER, "fused"):
+                raise
+            skipped[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
+    count = _rounds(entries, seconds, rounds)
+    for index in range(count):
+        yield Event(0.5 + 0.5 * index / count, f"{case.label}: round {index + 1} of {count}")
+        _one_round(entries, index)
+    peaks: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        if with_memory or case.mode == "train" or torch.device(case.device).type == "cuda":
+            yield Event(0.99, f"{case.label}: memory of {entry.name}")
+            peaks[entry.name] = _memory(entry, case, with_memory)
+    summary = _summary(case, entries, skipped, peaks)
+    torch.compiler.reset()
+    yield Event(1.0, case.label, case=summary)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
+
+
+def _enter(name: str, case: Case, data: entrants.Data) -> _Entry:
+    """Build a contender and call it three times: the first call, one to settle, one to time."""
+    cuda = torch.device(case.device).type == "cuda"
+    held = torch.cuda.memory_allocated(case.device) if cuda else 0
+    t0 = timer()
+    step = entrants.build(name, case, data)
+    t1 = timer()
+    output = step().detach().float().cpu().clone()
+    t2 = timer()
+    step()
+    t3 = timer()
+    step()
+    t4 = timer()
+    owned = torch.cuda.memory_allocated(case.device) - held if cuda else 0
+    return _Entry(name, step, t1 - t0, t2 - t1, t4 - t3, output, owned)
+
+
+def _enter_apart(name: str, case: Case, workers: contextlib.ExitStack) -> _Remote:
+    """The same in a process of its own, which lives as long as `workers`."""
+    worker = Worker(name, case, torch.get_num_threads())
+    workers.callback(worker.close)
+    found = worker.ask("enter")
+    output = torch.tensor(found["output"])
+    no_step = Step(lambda: output)  # it is the process that steps
+    return _Remote(
+        name, no_step, found["construct_s"], found["first_call_s"], found["call_s"], output, 0,
+        worker=worker,
+    )  # fmt: skip
+
+
+def _rounds(entries: Sequence[_Entry], seconds: float, rounds: int) -> int:
+    per_round = sum(e.sample_s for e in entries)
+    wanted = int(seconds / per_round) if per_round > 0 else rounds
+    return max(rounds, min(MAX_ROUNDS, wanted))
+
+
+def _one_round(entries: list[_Entry], index: int) -> None:
+    """Every contender once, starting with another one each time; no garbage collection inside."""
+    start = index % max(1, len(entries))
+    gc.collect()
+    gc.disable()
+    try:
+        for entry in entries[start:] + entries[:start]:
+            entry.sample()
+    finally:
+        gc.enable()
+
+
+def _memory(entry: _Entry, case: Case, with_memory: bool) -> dict[str, int]:
+    found: dict[str, int] = {}
+    if isinstance(entry, _Remote) and entry.worker is not None:
+        found |= entry.worker.ask("saved")
+    elif case.mode == "train" and entry.step.model is not None:
+        found["saved_bytes"] = memory.saved_bytes(entry.step)
+    if torch.device(case.device).type == "cuda":
+        if entry.step.model is not None:
+            found["peak_bytes"] = memory.cuda_peak_bytes(entry.step, entry.owned_bytes, case.device)
+    elif with_memory:
+        threads = torch.get_num_threads()
+        found["peak_bytes"] = memory.fresh_process_peak_bytes(entry.name, case, threads)
+    return found
+
+
+def _iqr(values: Sequence[float]) -> float:
+    """Distance of the quartiles, by torch.utils.benchmark's own definition."""
+    return Measurement(1, list(values), TaskSpec("", "")).iqr
+
+
+def _summary(
+    case: Case,
+    entries: Sequence[_Entry],
+    skipped: dict[str, str],
+    peaks: dict[str, dict[str, int]],
+) -> dict[str, Any]:
+    """The case as it stands in the results file."""
+    medians = {e.name: statistics.median(e.times_s) for e in entries}
+    best = min((e for e in entries if e.name in EAGER), key=lambda e: medians[e.name], default=None)
+    rows: dict[str, Any] = {}
+    for e in entries:
+        ratio = pair_ratio(e.times_s, best.times_s) if best else (None, None)
+        rows[e.name] = {
+            "median_ms": medians[e.name] * 1e3,
+            "iqr_ms": _iqr(e.times_s) * 1e3,
+            "images_per_s": case.batch / medians[e.name],
+            "ratio_to_eager": ratio[0],
+            "ratio_iqr": ratio[1],
+            "construct_s": e.construct_s,
+            "first_call_s": e.first_call_s,
+            "difference_to_eager": _difference(e.output, best.output) if best else None,
+            "peak_bytes": peaks.get(e.name, {}).get("peak_bytes"),
+            "saved_bytes": peaks.get(e.name, {}).get("saved_bytes"),
+            "activation_peak_bytes": peaks.get(e.name, {}).get("activation_peak_bytes"),
+            "times_ms": [round(t * 1e3, 4) for t in e.times_s],
+        }
+    return {
+        "model": case.model,
+        "batch": case.batch,
+        "dtype": case.dtype,
+        "mode": case.mode,
+        "rounds": len(entries[0].times_s) if entries else 0,
+        "better_eager": best.name if best else None,
+        "contenders": rows,
+        "skipped": skipped,
+    }
+
+
+def _difference(output: Tensor, eager: Tensor) -> float:
+    """Relative rms difference of two first outputs (logits, or the loss): a sanity check."""
+    return ((output - eager).norm() / eager.norm()).item()
+
+
+def _add_share_of_limit(case: dict[str, Any], limits: dict[str, Any]) -> None:
+    """share_of_limit = FLOP/s reached / FLOP/s of the best large matrix product: of those in the
+    case's dtype and in float32, in which numbers of 16 bits can be multiplied too."""
+    work = entrants.flops(case["model"], case["mode"])
+    rates = limits["flops"]
+    limit = max(rates[case["dtype"]], rates.get("float32", 0.0))
+    for row in case["contenders"].values():
+        row["share_of_limit"] = row["images_per_s"] * work / limit

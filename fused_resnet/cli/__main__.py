@@ -1,0 +1,5 @@
+"""python -m fused_resnet.cli"""
+
+from . import main
+
+main()

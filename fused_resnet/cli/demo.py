@@ -1,0 +1,109 @@
+"""The main job end to end: is it exact on real photographs, and how much faster is it here?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fused_resnet.bench import harness as bench
+from fused_resnet.bench import machine, report
+from fused_resnet.kernels import native
+from fused_resnet.parity import report as testing
+
+from .commands import load_inputs, with_progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+IMAGES = 8  # photographs for parity, and at most so many to calibrate on
+BATCHES = (1, 8)
+DTYPES = ("float32", "bfloat16")
+CONTENDERS = ("eager", "eager-channels_last", "compile", "fused")
+SECONDS = 4.0  # per case, at least ROUNDS rounds
+ROUNDS = 7
+
+
+def run(
+    console: Console,
+    out: Path,
+    images: Path | None = None,
+    models: list[str] | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+) -> bool:
+    """Parity, benchmark, table, plot and JSON under `out`; True when parity holds everywhere."""
+    models = models or ["resnet18", "resnet50"]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    machine.check_device(device)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    missing = native.load()
+    if missing is not None:
+        console.print(f"running without native kernels: {missing}", soft_wrap=True)
+    inputs = load_inputs(images, IMAGES, console)
+    parities = _parity(console, models, inputs, device)
+    events = bench.run(
+        models,
+        BATCHES,
+        DTYPES,
+        device=device,
+        contenders=CONTENDERS,
+        seconds=SECONDS,
+        rounds=ROUNDS,
+        name="demo",
+    )
+    results = with_progress(events, console)
+    results["parity"] = parities
+    console.print(report.bench_table(results))
+    for line in report.remarks(results):
+        console.print(line, soft_wrap=True)
+    path = bench.save(results, out)
+    title = f"fused_resnet on {report.device_name(results)}: images per second, higher is better"
+    plot = report.plot_bench(results, path.with_suffix(".png"), title)
+    console.print(_conclusion(results), style="bold", soft_wrap=True)
+    console.print(f"JSON: {path}\nplot: {plot}", soft_wrap=True)
+    return all(entry["ok"] for entry in parities)
+
+
+def _parity(
+    console: Console, models: list[str], inputs: Tensor, device: str
+) -> list[dict[str, Any]]:
+    """Compare every model in every dtype; a table of outputs, and whole tables where broken."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    found: list[dict[str, Any]] = []
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console) as progress:
+        task = progress.add_task("")
+        for model in models:
+            progress.update(task, description=f"{model}: calibrating on {len(inputs)} photographs")
+            fused, reference = testing.matched_models(model, inputs, device=device)
+            for dtype in DTYPES:
+                progress.update(task, description=f"{model} {dtype}: parity with stock PyTorch")
+                parity = testing.parity(fused, reference, inputs, getattr(torch, dtype))
+                found.append({"model": model, **parity.to_dict()})
+                console.print(_parity_line(model, parity), soft_wrap=True)
+                if not parity.ok:
+                    console.print(report.parity_table(parity, f"{model} {dtype}"))
+                    console.print(report.verdict(parity), style="bold red")
+        progress.update(task, description="parity done")
+    return found
+
+
+def _parity_line(model: str, parity: testing.ParityReport) -> str:
+    output = parity.row("output")
+    agreement = parity.agreement["fused with stock"]
+    return (
+        f"parity {model} {parity.dtype}: {'holds' if parity.ok else 'BROKEN'}; error against "
+        f"float64: stock {output.stock.rms:.1e}, fused {output.fused.rms:.1e}; "
+        f"same top-1 class as stock: {agreement.top1:.0%}"
+    )
+
+
+def _conclusion(results: dict[str, Any]) -> str:
+    ratios = [case["contenders"]["fused"]["ratio_to_eager"] for case in results["cases"]]
+    return (
+        f"fused_resnet is {1 / max(ratios):.2f} to {1 / min(ratios):.2f} times as fast as the "
+        f"better eager layout here"
+    )

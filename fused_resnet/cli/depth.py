@@ -1,0 +1,116 @@
+"""`fused-resnet depth`: the experiment behind residual learning, as a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from .commands import Threads, _clear_errors, _console, app
+
+if TYPE_CHECKING:
+    from fused_resnet.depth.experiment import Config
+
+_OPTION = typer.Option
+
+
+@app.command()
+def depth(
+    data: Annotated[str, _OPTION(help="digits (scikit-learn's) or cifar10.")] = "digits",
+    root: Annotated[
+        Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
+        _OPTION(help="Where cifar10 is."),
+    ] = None,
+    depths: Annotated[str, _OPTION(help="Layers, 6n + 2 each.")] = "20,56,110",
+    deep: Annotated[str, _OPTION(help="Of residual networks trained for some steps.")] = "1202",
+    deep_steps: int = 60,
+    seeds: int = 3,
+    epochs: Annotated[
+        Optional[int],  # noqa: UP045
+        _OPTION(help="Default: 30, of cifar10 164."),
+    ] = None,
+    batch: Annotated[
+        Optional[int],  # noqa: UP045
+        _OPTION(help="Default: 64, of cifar10 128."),
+    ] = None,
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        _OPTION(help="At its peak; default: 0.05, of cifar10 0.1."),
+    ] = None,
+    block: Annotated[str, _OPTION(help="basic, preact or preact_bottleneck.")] = "basic",
+    activation_memory: Annotated[
+        str, _OPTION(help="Of the deep networks: full, low, lower or minimal.")
+    ] = "low",
+    stochastic_depth: Annotated[
+        float, _OPTION(help="Probability that a residual network's last block is left out.")
+    ] = 0.0,
+    zero_init_residual: Annotated[
+        bool, _OPTION(help="Each residual block starts as its shortcut.")
+    ] = True,
+    out: Annotated[str, _OPTION(help="Folder; a report begun there goes on.")] = "runs/depth",
+    threads: Threads = None,
+) -> None:
+    """Train plain and residual networks of growing depth; write what depth does to them."""
+    options = dict(locals())
+    console = _console()
+    with _clear_errors():
+        import torch
+
+        from fused_resnet.depth.experiment import Config, Experiment
+        from fused_resnet.depth.ultra import TooDeep
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        options["depths"], options["deep"] = _layers("--depths", depths), _layers("--deep", deep)
+        fields = {f.name for f in dataclasses.fields(Config)}
+        config = Config(**{k: v for k, v in options.items() if k in fields})
+        with Progress(
+            TextColumn("depth"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+            console=console, transient=True, disable=not console.is_terminal,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("depth", total=None)
+            experiment = Experiment(
+                config,
+                lambda line: console.print(line, soft_wrap=True),
+                lambda done, parts: bar.update(task, completed=done, total=parts),
+            )
+            try:
+                parts = experiment.run()
+            except TooDeep as error:
+                typer.echo(f"fused-resnet: {error}", err=True)
+                raise typer.Exit(1) from None
+        for line in write(experiment.config, parts, Path(out)):
+            console.print(line, soft_wrap=True)
+
+
+def _layers(option: str, text: str) -> tuple[int, ...]:
+    """ "20,56" -> (20, 56)"""
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise ValueError(
+            f"{option} must be numbers of layers, as 20,56,110, got {text!r}"
+        ) from None
+
+
+def write(config: Config, parts: dict[str, dict[str, object]], folder: Path) -> list[str]:
+    """report.json, report.md and the plots in `folder`; what the report says, line by line."""
+    from fused_resnet.bench.machine import provenance
+    from fused_resnet.depth import report
+    from fused_resnet.train.state import write_whole
+
+    summary = {**provenance("depth", "cpu"), **report.summarise(config, parts)}
+    text = json.dumps(summary, allow_nan=False)
+    write_whole(folder / "report.json", lambda f: f.write(text.encode()))
+    page = report.markdown(summary)
+    write_whole(folder / "report.md", lambda f: f.write(page.encode()))
+    plots = report.plot(summary, folder) or ["no plots (pip install matplotlib)"]
+    said = [
+        f"{'shown' if c['shown'] else 'not shown'}: {c['claim']}. {c['words']}"
+        for c in summary["claims"]
+    ]
+    return [*said, f"{folder}: report.md, report.json, {', '.join(plots)}"]

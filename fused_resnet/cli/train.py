@@ -1,0 +1,145 @@
+"""`fused-resnet train`: the options of train.Config, a progress bar, a plot of the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .commands import Device, Threads, _clear_errors, _console, app
+
+if TYPE_CHECKING:
+    from fused_resnet.train import Result
+
+_OPTION = typer.Option
+
+
+@app.command()
+def train(
+    model: Annotated[
+        str, _OPTION(help="Of the family, or cifar_resnet20 (any 6n + 2).")
+    ] = "resnet18",
+    data: Annotated[str, _OPTION(help="digits (scikit-learn's), cifar10 or folder.")] = "digits",
+    root: Annotated[
+        Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
+        _OPTION(help="Where cifar10 or the folder of images is."),
+    ] = None,
+    image_size: Annotated[
+        Optional[int],  # noqa: UP045
+        _OPTION(help="Pixels; default: 32, of a folder 224.", min=8),
+    ] = None,
+    epochs: int = 10,
+    batch: Annotated[int, _OPTION(help="Images per optimizer step, over all processes.")] = 64,
+    accumulate: Annotated[int, _OPTION(help="Backwards per optimizer step.")] = 1,
+    optimizer: Annotated[str, _OPTION(help="sgd, adamw or lamb.")] = "sgd",
+    lr: Annotated[
+        Optional[float],  # noqa: UP045
+        _OPTION(help="At its peak; default: 0.1 x batch / 256, or 0.001 but for sgd."),
+    ] = None,
+    momentum: float = 0.9,
+    weight_decay: Annotated[float, _OPTION(help="Not of biases and norms.")] = 1e-4,
+    warmup: Annotated[float, _OPTION(help="Epochs, before the cosine.")] = 1.0,
+    label_smoothing: float = 0.0,
+    amp: Annotated[str, _OPTION(help="no, bfloat16 or float16.")] = "no",
+    ema: Annotated[
+        Optional[float],  # noqa: UP045
+        _OPTION(help="Decay of an average of the weights, which is then tested."),
+    ] = None,
+    clip: Annotated[
+        Optional[float],  # noqa: UP045
+        _OPTION(help="Longest gradient."),
+    ] = None,
+    channels_last: bool = True,
+    activation_memory: Annotated[str, _OPTION(help="auto, full, low, lower or minimal.")] = "auto",
+    cuda_graph: Annotated[
+        bool, _OPTION("--cuda-graph", help="On a GPU: a step as one CUDA graph, sgd and adamw.")
+    ] = False,
+    sync_bn: Annotated[bool, _OPTION("--sync-bn", help="Batch norm over all processes.")] = False,
+    sharding: Annotated[
+        str, _OPTION(help="none, or fsdp: weights shared out over torchrun's processes.")
+    ] = "none",
+    seed: int = 0,
+    workers: Annotated[int, _OPTION(help="Processes that load images.")] = 0,
+    checkpoint_every: Annotated[int, _OPTION(help="Steps; and after every epoch.")] = 100,
+    resume: Annotated[bool, _OPTION("--resume", help="Go on with the run in --out.")] = False,
+    out: Annotated[
+        Optional[str],  # noqa: UP045
+        _OPTION(help="Folder; default: runs/MODEL-DATA."),
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Train a model; under torchrun, on many devices. Writes metrics, a plot and checkpoints."""
+    options = dict(locals())
+    console = _console()
+    with _clear_errors():
+        from fused_resnet.train import Config, NonFinite, OutOfMemory, run
+
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        fields = {f.name for f in dataclasses.fields(Config)}
+        config = Config(**{k: v for k, v in options.items() if k in fields})
+        with Progress(
+            TextColumn("loss {task.fields[loss]:.4f}"), BarColumn(), MofNCompleteColumn(),
+            TimeRemainingColumn(), console=console, transient=True,
+            disable=not console.is_terminal,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("train", total=None, loss=float("nan"))
+
+            def progress(step: int, steps: int, loss: float) -> None:
+                bar.update(task, completed=step, total=steps, loss=loss)
+
+            def say(line: str) -> None:
+                console.print(line, soft_wrap=True)
+
+            try:
+                result = run(config, say, resume=resume, progress=progress)
+            except (NonFinite, OutOfMemory) as error:
+                typer.echo(f"fused-resnet: {error}", err=True)
+                raise typer.Exit(1) from None
+    if os.environ.get("RANK", "0") == "0":
+        _finish(result, console)
+
+
+def _finish(result: Result, console: Any) -> None:
+    from fused_resnet.train.state import read_metrics
+
+    rows = read_metrics(result.folder / "metrics.jsonl")
+    plot = plot_metrics(rows, result.folder / "metrics.png")
+    console.print(f"test accuracy {result.test_accuracy:.2%} after {result.steps} steps")
+    console.print(f"{result.folder}: metrics.jsonl, {plot}, checkpoint.pt", soft_wrap=True)
+
+
+def plot_metrics(rows: list[dict[str, Any]], file: Path) -> str:
+    """Loss against step, and test accuracy at each epoch's end; the file's name."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no plot (pip install matplotlib)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [row for row in rows if "loss" in row]
+    tests = [row for row in rows if "test_accuracy" in row]
+    figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#7f7f7f", lw=1)
+    left.set_xlabel("step")
+    left.set_ylabel("training loss", color="#555555")
+    left.set_ylim(bottom=0)
+    right = left.twinx()
+    right.plot(
+        [r["step"] for r in tests], [100 * r["test_accuracy"] for r in tests],
+        color="#0072b2", marker="o",
+    )  # fmt: skip
+    right.set_ylabel("test accuracy, %", color="#0072b2")
+    for axes in (left, right):
+        axes.spines["top"].set_visible(False)
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+    return file.name

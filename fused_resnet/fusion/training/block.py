@@ -1,0 +1,375 @@
+"""A residual block's training step as one node of autograd's graph.
+
+Forward and backward of all its convolutions, norms, additions and ReLUs are laid out here, so that
+nothing is computed or kept that the next pass does not need: the two norms of a downsampling block
+are applied and added in one pass and reduced in one, the gradient of the identity shortcut is added
+inside the convolution's own gradient, and what is kept for backward is a matter of choice:
+
+    full     every convolution's output and every ReLU's
+    low      every convolution's output and the block's; a ReLU's output inside the block is
+             computed again, in one elementwise pass, from the convolution's
+    lower    besides, the outputs of widening 1x1 convolutions and of the shortcut's are computed
+             again from their inputs
+    minimal  nothing but the block's input: all of it is computed again
+
+Recomputed tensors are, to the last bit, what they were. A backward that is itself to be
+differentiated runs the block's formula by PyTorch's own operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed, Portable
+from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient, padded
+
+
+class Spec(NamedTuple):
+    """A block without its tensors. geometries, eps: one per unit (convolution and norm), the
+    shortcut's last. shortcut: "identity", "projection" (a unit of its own), "pad" (a PadShortcut of
+    this stride) or "none"."""
+
+    kernels: Portable
+    geometries: tuple[Geometry, ...]
+    eps: tuple[float, ...]
+    shortcut: str
+    level: str
+    dtype: torch.dtype  # of the activations
+    groups: tuple[Any, ...]  # the norms' process groups, None where they need no other process
+    stride: int = 1  # of a PadShortcut
+    # Of norms that come first: whether the shortcut starts from the first of them, not from x.
+    shared: bool = False
+
+
+Units = list[tuple[Tensor, Norm]]
+
+
+def _units(spec: Spec, tensors: Sequence[Any]) -> Units:
+    """tensors: weight (K, C/groups, R, S), norm weight and bias (K,) or None, unit by unit."""
+    return [
+        (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps, group))
+        for i, (eps, group) in enumerate(zip(spec.eps, spec.groups, strict=True))
+    ]
+
+
+def _recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
+    """For each unit, whether its convolution's output is computed again in backward."""
+    found = [spec.level == "minimal"] * len(weights)
+    if spec.level == "lower":
+        last = len(weights) - 1
+        if spec.shortcut == "projection":
+            found[last] = True
+            last -= 1
+        pointwise = tuple(weights[last].shape[2:]) == (1, 1)
+        found[last] = pointwise and last > 0
+    return found
+
+
+def _convolve_next(
+    spec: Spec, made: Any, z: Tensor, units: Units, i: int
+) -> tuple[Tensor | None, tuple[Any, ...], tuple[Tensor, Any]]:
+    """h = relu(norm(z)) of the unit before main unit i, by what came with z, and i's convolution of
+    it: h, or None where it was not written, as nobody keeps it; the norm's state; what `convolve`
+    returns."""
+    kernels, norm = spec.kernels, units[i - 1][1]
+    weight, g = units[i][0], spec.geometries[i]
+    if made is None:
+        h, state = kernels.normalise(z, norm, None, True)
+        return h, state, kernels.convolve(h, weight, g)
+    state = kernels.statistics(z, norm.group, made)
+    normed = Normed(z, norm, state)
+    found = kernels.convolve_normed(normed, weight, g) if spec.level != "full" else None
+    if found is not None:
+        return None, state, found
+    h = kernels.apply(normed, None, True)
+    return h, state, kernels.convolve(h, weight, g)
+
+
+class BlockFunction(torch.autograd.Function):
+    """y = relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)), batch statistics.
+
+    apply(spec, states, x, *tensors): x (N, C, H, W) of spec.dtype, channels_last or as the kernels
+    take it; `states` is filled with every unit's statistics and number of values per channel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, states: list[Any], x: Tensor, *tensors: Any) -> Tensor:
+        kernels = spec.kernels
+        units = _units(spec, tensors)
+        projection = spec.shortcut == "projection"
+        main = len(units) - projection
+        outputs: list[Tensor] = []  # of convolutions
+        inner: list[Tensor | None] = []  # ReLUs inside the block; None: never written
+        moments: list[tuple[Tensor, ...]] = []
+        z, made = kernels.convolve(x, units[0][0], spec.geometries[0])
+        outputs.append(z)
+        for i in range(1, main):
+            h, state, (z, made) = _convolve_next(spec, made, z, units, i)
+            outputs.append(z)
+            inner.append(h)
+            moments.append(state)
+        weight, norm = units[main - 1]
+        residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
+        if projection:
+            branch, its = kernels.convolve(x, units[-1][0], spec.geometries[-1])
+            its = kernels.statistics(branch, units[-1][1].group, its)
+            residual = Normed(branch, units[-1][1], its)
+        y, state = kernels.normalise_by(made, z, norm, residual, True)
+        moments.append(state)
+        if isinstance(residual, Normed):
+            outputs.append(residual.x)
+            moments.append(residual.state)
+        for z, (_, norm), state in zip(outputs, units, moments, strict=True):
+            states.append((state, kernels.count(Normed(z, norm, state))))
+
+        again = _recomputed(spec, [weight for weight, _ in units])
+        kept = [None if a else z for a, z in zip(again, outputs, strict=True)]
+        ctx.spec = spec
+        ctx.state_size = len(moments[0])
+        ctx.save_for_backward(
+            x, None if spec.level == "minimal" else y, *tensors, *kept,
+            *(inner if spec.level == "full" else []), *(t for state in moments for t in state),
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        spec: Spec = ctx.spec
+        x, y, *rest = ctx.saved_tensors
+        n = len(spec.eps)
+        tensors, rest = rest[: 3 * n], rest[3 * n :]
+        if torch.is_grad_enabled():
+            needs = ctx.needs_input_grad[2:]
+            return None, None, *differentiable(spec, x, tensors, dy, needs, formula)
+        return _Backward(ctx, x, y, tensors, rest).run(dy)
+
+
+class _Backward:
+    """One run of `BlockFunction.backward`, on what forward kept."""
+
+    def __init__(
+        self, ctx: Any, x: Tensor, y: Tensor | None, tensors: Any, rest: Sequence[Any]
+    ) -> None:
+        self.spec: Spec = ctx.spec
+        self.kernels = self.spec.kernels
+        self.x = x
+        self.units = _units(self.spec, tensors)
+        n = len(self.units)
+        self.main = n - (self.spec.shortcut == "projection")
+        self.outputs = list(rest[:n])
+        rest = rest[n:]
+        self.inner: list[Tensor | None] = [None] * (self.main - 1)
+        if self.spec.level == "full":
+            self.inner, rest = list(rest[: self.main - 1]), rest[self.main - 1 :]
+        size = ctx.state_size
+        self.states = [tuple(rest[i * size : (i + 1) * size]) for i in range(n)]
+        _, _, self.need_x, *self.needs = ctx.needs_input_grad
+        self.y = self.output() if y is None else y
+
+    def normed(self, i: int) -> Normed:
+        """Unit i's convolution output, computed again where it was not kept."""
+        if self.outputs[i] is None:
+            self.outputs[i] = self.convolved(i)
+        return Normed(self.outputs[i], self.units[i][1], self.states[i])
+
+    def convolved(self, i: int) -> Tensor:
+        """Unit i's convolution, computed again as forward did."""
+        weight, g = self.units[i][0], self.spec.geometries[i]
+        if 0 < i < self.main and self.inner[i - 1] is None:
+            found = self.kernels.convolve_normed(self.normed(i - 1), weight, g)
+            if found is not None:
+                return found[0]
+        source = self.x if i >= self.main else self.unit_input(i)
+        return self.kernels.convolution(source, weight, g)
+
+    def unit_input(self, i: int) -> Tensor:
+        """What main unit i read: x, or the ReLU before it, computed again where it was not kept."""
+        if i == 0:
+            return self.x
+        h = self.inner[i - 1]
+        if h is None:
+            h = self.inner[i - 1] = self.kernels.apply(self.normed(i - 1), None, relu=True)
+        return h
+
+    def output(self) -> Tensor:
+        """The block's output, computed again."""
+        weight = self.units[self.main - 1][0]
+        residual: Tensor | Normed | None = free_shortcut(self.spec, self.x, weight)
+        if self.spec.shortcut == "projection":
+            residual = self.normed(self.main)
+        return self.kernels.apply(self.normed(self.main - 1), residual, relu=True)
+
+    def run(self, dy: Tensor) -> tuple[Any, ...]:
+        spec, kernels = self.spec, self.kernels
+        if dy.stride() != self.y.stride():
+            dy = torch.empty_like(self.y).copy_(dy)
+        grads: list[Any] = [None] * len(self.needs)
+        projection = spec.shortcut == "projection"
+        # The first main unit that has something to learn; before it nothing is propagated.
+        first = 0 if self.need_x else next(
+            (i for i in range(self.main) if any(self.needs[3 * i : 3 * i + 3])), self.main
+        )  # fmt: skip
+        masked = spec.shortcut in ("identity", "pad") and self.need_x
+        last = self.main - 1
+        other = self.normed(last + 1) if projection else None
+        found: Any
+        found, branch, g = kernels.norm_gradients(
+            dy, self.y, self.normed(last), other, alone=spec.shortcut == "none", masked=masked
+        )
+        del dy
+        self.outputs[last] = None
+        dx = g if spec.shortcut == "identity" and self.need_x else None
+        if branch is not None:
+            self.keep(grads, last + 1, branch)
+            if self.needs[3 * (last + 1)]:
+                grads[3 * (last + 1)] = self.weight_gradient(last + 1, branch.dx, self.x)
+            self.outputs[last + 1] = other = None
+        g = g if spec.shortcut == "pad" else None
+        for i in range(last, first - 1, -1):
+            self.keep(grads, i, found)
+            source = self.unit_input(i)
+            if self.needs[3 * i]:
+                grads[3 * i] = self.weight_gradient(i, found.dx, source)
+            if i == 0:
+                if self.need_x:
+                    dx = kernels.input_gradient(
+                        found.dx, source, self.units[0][0], spec.geometries[0], dx
+                    )
+                break
+            if i == first:
+                break
+            before = self.normed(i - 1)
+            dh, made = kernels.relu_gradient(
+                found.dx, source, self.units[i][0], spec.geometries[i], before
+            )
+            found = None  # frees its memory for what comes
+            found = kernels.norm_gradients_by(made, dh, source, before)
+            del dh, made, source, before
+            self.inner[i - 1] = self.outputs[i - 1] = None
+        if branch is not None and self.need_x:
+            dx = kernels.input_gradient(
+                branch.dx, self.x, self.units[-1][0], spec.geometries[-1], dx
+            )
+        if dx is not None and g is not None:
+            dx = add_padded_gradient(dx, g, spec.stride)
+        return None, None, dx, *grads
+
+    def keep(self, grads: list[Any], i: int, found: Any) -> None:
+        norm = self.units[i][1]
+        if norm.weight is not None and self.needs[3 * i + 1]:
+            grads[3 * i + 1] = found.dweight.to(norm.weight.dtype)
+        if norm.bias is not None and self.needs[3 * i + 2]:
+            grads[3 * i + 2] = found.dbias.to(norm.bias.dtype)
+
+    def weight_gradient(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
+        return self.kernels.weight_gradient(dy, x, self.units[i][0], self.spec.geometries[i])
+
+
+class StemFunction(torch.autograd.Function):
+    """y = maxpool(relu(bn(conv(x)))), batch statistics: a network's stem.
+
+    apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) as the kernels
+    take it; window: kernel, stride, padding, (height, width) each; `states` as in `BlockFunction`.
+    Kept for backward are x, the convolution's output (at "minimal" computed again), the pooled one
+    and a byte per pixel of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, window: list[int], states: list[Any], x: Tensor, *tensors: Any
+    ) -> Tensor:
+        ((weight, norm),) = _units(spec, tensors)
+        z = spec.kernels.convolution(x, weight, spec.geometries[0])
+        normed = Normed(z, norm, spec.kernels.statistics(z, norm.group))
+        y, index = spec.kernels.pool(normed, window)
+        states.append((normed.state, spec.kernels.count(normed)))
+        ctx.spec, ctx.window = spec, window
+        kept = None if spec.level == "minimal" else z
+        ctx.save_for_backward(x, *tensors, kept, y, index, *normed.state)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        spec: Spec = ctx.spec
+        kernels, geometry = spec.kernels, spec.geometries[0]
+        x, weight, norm_weight, norm_bias, z, y, index, *state = ctx.saved_tensors
+        tensors = (weight, norm_weight, norm_bias)
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            window = ctx.window
+
+            def pooled(*operands: Any) -> Tensor:
+                y = formula(*operands)
+                return functional.max_pool2d(y, window[:2], window[2:4], window[4:])
+
+            return None, None, None, *differentiable(spec, x, tensors, dy, needs, pooled)
+        norm = Norm(norm_weight, norm_bias, spec.eps[0], spec.groups[0])
+        z = kernels.convolution(x, weight, geometry) if z is None else z
+        if dy.stride() != y.stride():
+            dy = torch.empty_like(y).copy_(dy)
+        g = kernels.pool_gradient(dy, y, index, z, ctx.window)
+        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), alone=True)[0]
+        dx = kernels.input_gradient(found.dx, x, weight, geometry) if needs[0] else None
+        dweight = kernels.weight_gradient(found.dx, x, weight, geometry) if needs[1] else None
+        norms = [
+            d.to(t.dtype) if need else None
+            for d, t, need in zip(found[1:], tensors[1:], needs[2:], strict=True)
+        ]
+        return None, None, None, dx, dweight, *norms
+
+
+def free_shortcut(spec: Spec, x: Tensor, weight: Tensor) -> Tensor | None:
+    """A shortcut without parameters, (N, K, P, Q), K being the channels of the last weight."""
+    if spec.shortcut == "pad":
+        return padded(x, weight.shape[0], spec.stride)
+    return x if spec.shortcut == "identity" else None
+
+
+def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
+    """The block by PyTorch's own differentiable operations."""
+
+    def unit(i: int, h: Tensor) -> Tensor:
+        weight, norm = units[i]
+        g = spec.geometries[i]
+        z = functional.conv2d(
+            h, weight.to(spec.dtype), None, g.stride, g.padding, g.dilation, g.groups
+        )
+        return functional.batch_norm(
+            z, None, None, norm.weight, norm.bias, training=True, eps=norm.eps
+        )
+
+    units = _units(spec, tensors)
+    main = len(units) - (spec.shortcut == "projection")
+    h = x
+    for i in range(main - 1):
+        h = torch.relu(unit(i, h))
+    y = unit(main - 1, h)
+    if spec.shortcut == "projection":
+        y = y + unit(main, x)
+    elif spec.shortcut == "pad":
+        y = y + PadShortcut(x.shape[1], y.shape[1], spec.stride)(x)
+    elif spec.shortcut == "identity":
+        y = y + x
+    return torch.relu(y)
+
+
+def differentiable(
+    spec: Spec, x: Tensor, tensors: Sequence[Any], dy: Tensor, needs: Sequence[bool],
+    formula: Callable[[Spec, Tensor, Sequence[Any]], Tensor],
+) -> list[Tensor | None]:  # fmt: skip
+    """Backward where somebody wants to differentiate it, written in differentiable operations: the
+    gradients of x and of tensors, as far as each needs one."""
+    if any(group is not None for group in spec.groups):
+        raise NotImplementedError(
+            "fused_resnet: a synchronised batch norm is not differentiable twice; "
+            "differentiate it in one process, or freeze it (eval)"
+        )
+    wanted = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
+    y = formula(spec, x, tensors)
+    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(grads) if need else None for need in needs]

@@ -1,0 +1,139 @@
+"""A fused convolution on a GPU: weights laid out once, and for each size of input the backend and
+tile that `tuning` chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.kernels import backends, tuning
+from fused_resnet.kernels.convolution import FusedConv, keepable, note
+from fused_resnet.kernels.problem import (
+    Problem,
+    capability,
+    channels_last,
+    channels_last_empty,
+    geometry_of,
+    multiprocessors,
+    operands_of,
+)
+from fused_resnet.ops import reference
+
+from . import implicit_gemm as cuda_conv
+
+
+class GpuConv(FusedConv):
+    """One convolution with batch normalisation folded in, for kernels of GPUs.
+
+    weight: (K, C / groups, R, S) in `dtype`, channels_last, the parameter itself where it is that
+    already; scale, shift: (K,) float32.
+    """
+
+    takes_any = True
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        dtype: torch.dtype,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> None:
+        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
+        self.geometry = geometry_of(stride, padding, dilation)
+        self.weight = channels_last(weight.detach().to(dtype))
+        # Read in pairs; a row of somebody's table may start anywhere.
+        self.scale = cuda_conv.aligned(scale.detach().float().contiguous())
+        self.shift = cuda_conv.aligned(shift.detach().float().contiguous())
+        self._kept: dict[str, Tensor] = {}
+        # The stem's kernel converts x by itself.
+        self.stem = (
+            self.geometry == ((2, 2), (3, 3), (1, 1)) and cuda_conv.is_stem(self._problem(1))
+        )  # fmt: skip
+        self._reached = cuda_conv.reaches(self._problem(1), self.geometry)
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Another form of the weights, made once if the convolution itself is kept."""
+        made = self._kept.get(name)
+        if made is None:
+            made = make()
+            if self.lasting and keepable(made):
+                self._kept[name] = made
+        return made
+
+    def problem(self, shape: Sequence[int]) -> Problem:
+        """The matrix product for an x of this shape (N, C, H, W)."""
+        out = self.output_shape(shape)
+        assert out is not None, shape
+        return self._problem(out[0] * out[2] * out[3])
+
+    def _problem(self, pixels: int) -> Problem:
+        K, C, R, S = self.weight_shape
+        stride, operands = self.stride[1], operands_of(self.dtype)
+        return Problem(pixels, K, C, R, S, self.groups, stride, operands)
+
+    def choice(self, x: Tensor, relu: bool) -> tuning.Choice | None:
+        """Who computes it for this x, by `tuning.choice`; None: the reference."""
+        allowed = backends.conv_contenders()
+        if not relu:  # which cuDNN always does
+            allowed = tuple(b for b in allowed if b != "vendor")
+        return tuning.choice(self.problem(x.shape), x.device, allowed)
+
+    def pools(self, x: Tensor) -> bool:
+        """Whether this is a stem that its kernel computes with the pooling behind it."""
+        found = self.choice(x, True) if self.stem else None
+        return found is not None and found.config == cuda_conv.CudaConfig(cuda_conv.STEM)
+
+    def run_pooled(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) of any layout -> relu, then max pooling 3x3 of stride 2 and padding 1."""
+        note(self)
+        return cuda_conv.run_stem(self, x, True)
+
+    def run(
+        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+    ) -> Tensor:
+        note(self)
+        found = self.choice(x, relu)
+        if found is None:
+            geometry = (*self.geometry, self.groups)
+            x = x.to(self.dtype)
+            return channels_last(
+                reference.conv_bn_relu(
+                    x, self.weight, self.scale, self.shift, residual, relu, *geometry
+                )
+            )
+        return self.run_by(found.backend, found.config, x, residual, relu, overwrite)
+
+    def run_by(
+        self,
+        backend: str,
+        config: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """`run` by this backend with this configuration of it."""
+        if backend == "native":
+            stem = config.tile == cuda_conv.STEM
+            if stem and self.stem and residual is None and relu:
+                return cuda_conv.run_stem(self, x, False)
+            device = capability(x.device), multiprocessors(x.device)
+            config = cuda_conv.fitting(config, self.problem(x.shape), *device, self._reached)
+        x = channels_last(x.to(self.dtype))
+        y = residual if overwrite and residual is not None else None
+        if y is None:
+            out = self.output_shape(x.shape)
+            assert out is not None, x.shape
+            y = channels_last_empty(out, x)
+        if residual is not None and residual.stride() != y.stride():
+            residual = torch.empty_like(y).copy_(residual)
+        own = tuning.contender(backend).run_conv(self, x, residual, relu, y, config)
+        return y if own is None else own

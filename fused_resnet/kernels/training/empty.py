@@ -1,0 +1,68 @@
+"""A training step of no images, on one of several processes whose norms are synchronised: it takes
+part in what the others compute together, with a count of 0, and has gradients of zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.layers import sync_batch_norm
+from fused_resnet.ops.reference import accumulate_dtype
+
+from .protocol import Geometry, Native, Normed, NormGradients
+
+
+class Empty(Native):
+    """`Native` for tensors (0, C, H, W): the same collectives in the same order."""
+
+    def convolution(
+        self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
+    ) -> Tensor:
+        return super(Native, self).convolution(x, weight, g, residual)
+
+    def input_gradient(
+        self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
+    ) -> Tensor:
+        return torch.empty_like(x)
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+        return torch.zeros_like(weight)
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, g: Geometry
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        return self.convolution(x, weight, g), None
+
+    def statistics(
+        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+    ) -> tuple[Any, ...]:
+        none = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        return sync_batch_norm.merge(none, 0, group)
+
+    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+        return torch.empty_like(normed.x)
+
+    def norm_gradients(
+        self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None = None, *,
+        alone: bool, masked: bool = False,
+    ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:  # fmt: skip
+        none = torch.zeros(3, normed.x.shape[1], dtype=torch.float64)
+        sync_batch_norm.reduce(none, normed.norm.group)
+
+        def gradients(of: Normed) -> NormGradients:
+            zeros = none[0].to(accumulate_dtype(of.x.dtype))
+            return NormGradients(torch.empty_like(of.x), zeros, zeros)
+
+        second = None if other is None else gradients(other)
+        return gradients(normed), second, dy if masked or other is not None else None
+
+
+_kernels: list[Empty] = []
+
+
+def kernels() -> Empty:
+    if not _kernels:
+        _kernels.append(Empty())
+    return _kernels[0]

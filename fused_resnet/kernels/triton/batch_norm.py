@@ -1,0 +1,503 @@
+"""bn_add_relu and its backward, three kernels each way.
+
+    mean[c] = sum x[:, c] / M,   var[c] = sum (x[:, c] - mean[c])^2 / M,   M = N*H*W
+    y = relu((x - mean[c]) * weight[c] / sqrt(var[c] + eps) + bias[c] + residual)
+
+    g = dy * !(y <= 0),   dbias[c] = sum g
+    dweight[c] = sum g * (x - mean[c]) / sqrt(var[c] + eps)
+    dx = weight[c] / sqrt(var[c] + eps) * (g - dbias[c] / M - (x - mean[c]) * slope[c]),
+    slope[c] = dweight[c] / sqrt(var[c] + eps) / M
+
+A tensor is M pixels by C channels. A program of a reduction takes BLOCK_C channels of one part of
+the pixels, BLOCK_M at a time; every place of its tile keeps sums of its own (Youngs and Cramer 1971
+for the squares, about the first tile's mean, so that nothing cancels), and only the last step adds
+places up. A second kernel merges the parts (Chan, Golub and LeVeque 1983), in one order, so every
+run gives the same bits, and makes what the third, the elementwise pass, needs per channel. There
+the mean comes as centre + offset: x - centre is exact where it matters, so a mean far larger than
+the deviation costs no digits.
+
+Bytes per element of x, in elements: statistics 1 read; apply 1 read, 1 written, and the residual's
+read; backward reduction 3 read (dy, x, y), 1 written where the residual's gradient is asked for;
+backward apply 3 read (2 after a reduction that wrote g), 1 written.
+Tiles are two-dimensional, what is adjacent in memory last: channels_last, pixels by channels, in
+rows of 128 bytes; else channels by pixels. 16 bytes a thread where the addresses allow it.
+Speed: not yet measured. Rejected: Chan's merge tile by tile (two reductions across the warps for
+every tile), a merge of the parts one by one (hundreds of dependent steps).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_resnet.kernels.problem import multiprocessors
+from fused_resnet.ops.reference import accumulate_dtype
+
+from .support import BY_HAND, accumulate, index_type, launch, launch_on, rounded, widened
+
+TILE = 4096  # elements of a tile: 16 per thread of 8 warps
+WARPS = 8
+ROW_BYTES = 128  # of a channels_last tile: a cache line, at least
+PROGRAMS_PER_MULTIPROCESSOR = 4  # of a reduction: they hide each other's latency
+MERGE_PARTS, MERGE_CHANNELS = 64, 16  # tile of the merging kernels, 64 bytes to a row
+
+
+@triton.jit
+def _of_pixels(v, CHANNELS_LAST: tl.constexpr):
+    """(BLOCK_M,) -> its shape in a tile."""
+    if CHANNELS_LAST:
+        return v[:, None]
+    else:
+        return v[None, :]
+
+
+@triton.jit
+def _of_channels(v, CHANNELS_LAST: tl.constexpr):
+    """(BLOCK_C,) -> its shape in a tile."""
+    if CHANNELS_LAST:
+        return v[None, :]
+    else:
+        return v[:, None]
+
+
+@triton.jit
+def _over_pixels(tile, CHANNELS_LAST: tl.constexpr):
+    """A tile's sums over its pixels: (BLOCK_C,)."""
+    if CHANNELS_LAST:
+        # The interpreter adds rows one after another, a GPU in a tree.
+        if BY_HAND and tile.shape[0] >= 16:
+            tile = tl.sum(tl.reshape(tile, (16, tile.shape[0] // 16, tile.shape[1])), 1)
+        return tl.sum(tile, 0)
+    else:
+        return tl.sum(tile, 1)
+
+
+@triton.jit
+def _offsets(m, c, C, HW, CHANNELS_LAST: tl.constexpr):
+    """m: (BLOCK_M,) pixels of N*H*W, c: (BLOCK_C,) channels -> a tile of offsets."""
+    if CHANNELS_LAST:
+        return m[:, None] * C + c[None, :]
+    else:
+        return (c * HW)[:, None] + ((m // HW) * (C * HW) + m % HW)[None, :]
+
+
+@triton.jit
+def _inside(m, c, M, C, CHANNELS_LAST: tl.constexpr):
+    """Which places of a tile lie in the tensor."""
+    return _of_pixels(m < M, CHANNELS_LAST) & _of_channels(c < C, CHANNELS_LAST)
+
+
+@triton.jit
+def _channel(ptr, c, C, CHANNELS_LAST: tl.constexpr):
+    """(C,) values for the channels of a tile."""
+    return _of_channels(tl.load(ptr + c, mask=c < C, other=0), CHANNELS_LAST)
+
+
+@triton.jit
+def _place(C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """The pixels and channels of an elementwise program's tile: one after another over the
+    channels. The grid has one dimension, for a second one ends at 65535."""
+    tile = tl.program_id(0)
+    over_channels = tl.cdiv(C, BLOCK_C)
+    m = (tile // over_channels).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = (tile % over_channels).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return m, c
+
+
+@triton.jit
+def bn_stats_kernel(
+    x_ptr,  # (N, C, H, W)
+    parts_ptr,  # (parts, 3, C): centre, mean - centre, sum of squares about the mean
+    M,
+    C,
+    HW,
+    pixels_per_part,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    c = tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(1).to(INDEX)
+    begin = part * pixels_per_part
+    end = tl.minimum(begin + pixels_per_part, M)
+    m = begin + tl.arange(0, BLOCK_M)
+    at = _offsets(m, c, C, HW, CHANNELS_LAST)
+    x = widened(tl.load(x_ptr + at, mask=_inside(m, c, end, C, CHANNELS_LAST), other=0), ACC)
+    centre = _over_pixels(x, CHANNELS_LAST) / tl.minimum(end - begin, BLOCK_M).to(ACC)
+    centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
+    total = tl.zeros_like(x)
+    squares = tl.zeros_like(x)
+    count = tl.zeros((BLOCK_M,), ACC)
+    for first in range(begin, end, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        inside = _inside(m, c, end, C, CHANNELS_LAST)
+        at = _offsets(m, c, C, HW, CHANNELS_LAST)
+        x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
+        d = tl.where(inside, x - _of_channels(centre, CHANNELS_LAST), 0.0)
+        count += tl.where(m < end, 1.0, 0.0).to(ACC)
+        weight = tl.where(count > 1, 1.0 / (count * tl.maximum(count - 1, 1.0)), 0.0)
+        total += d
+        # About the mean so far: equal to the last value's distance from it, and scaled.
+        apart = tl.where(inside, _of_pixels(count, CHANNELS_LAST) * d - total, 0.0)
+        squares += apart * apart * _of_pixels(weight, CHANNELS_LAST)
+    mean = _over_pixels(total, CHANNELS_LAST) / (end - begin).to(ACC)
+    of_places = total / _of_pixels(tl.maximum(count, 1.0), CHANNELS_LAST)
+    apart = of_places - _of_channels(mean, CHANNELS_LAST)
+    squares += _of_pixels(count, CHANNELS_LAST) * (apart * apart)
+    at = part * 3 * C + c
+    tl.store(parts_ptr + at, centre, mask=c < C)
+    tl.store(parts_ptr + at + C, mean, mask=c < C)
+    tl.store(parts_ptr + at + 2 * C, _over_pixels(squares, CHANNELS_LAST), mask=c < C)
+
+
+@triton.jit
+def bn_stats_merge_kernel(
+    parts_ptr,  # (parts, 3, C): centre, mean - centre, sum of squares about the mean
+    weight_ptr,  # (C,) or None
+    mean_ptr,  # (C,)
+    var_ptr,  # (C,)
+    folded_ptr,  # (3, C): centre, mean - centre, weight / sqrt(var + eps)
+    M,
+    C,
+    parts,
+    pixels_per_part,
+    EPS: tl.constexpr,  # an argument would be float32
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    centre = tl.load(parts_ptr + c, mask=in_c, other=0)
+    total = tl.zeros((BLOCK_C,), ACC)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        n = tl.minimum(tl.maximum(M - part * pixels_per_part, 0), pixels_per_part).to(ACC)
+        at = (part * 3 * C)[:, None] + c[None, :]
+        inside = (part < parts)[:, None] & in_c[None, :]
+        own = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
+        mean = own + tl.load(parts_ptr + at + C, mask=inside, other=0)
+        total += tl.sum(tl.where(inside, n[:, None] * mean, 0.0), 0)
+    offset = total / M
+    squares = tl.zeros((BLOCK_C,), ACC)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        n = tl.minimum(tl.maximum(M - part * pixels_per_part, 0), pixels_per_part).to(ACC)
+        at = (part * 3 * C)[:, None] + c[None, :]
+        inside = (part < parts)[:, None] & in_c[None, :]
+        own = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
+        apart = own + tl.load(parts_ptr + at + C, mask=inside, other=0) - offset[None, :]
+        within = tl.load(parts_ptr + at + 2 * C, mask=inside, other=0)
+        squares += tl.sum(tl.where(inside, within + n[:, None] * apart * apart, 0.0), 0)
+    var = squares / M
+    scale = 1.0 / tl.sqrt(var + EPS)
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + c, mask=in_c, other=0)
+    tl.store(mean_ptr + c, centre + offset, mask=in_c)
+    tl.store(var_ptr + c, var, mask=in_c)
+    tl.store(folded_ptr + c, centre, mask=in_c)
+    tl.store(folded_ptr + C + c, offset, mask=in_c)
+    tl.store(folded_ptr + 2 * C + c, scale, mask=in_c)
+
+
+@triton.jit
+def bn_apply_kernel(
+    x_ptr,  # (N, C, H, W)
+    residual_ptr,  # as x, or None
+    y_ptr,  # as x
+    folded_ptr,  # (3, C): centre, mean - centre, weight / sqrt(var + eps)
+    bias_ptr,  # (C,) or None
+    M,
+    C,
+    HW,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    m, c = _place(C, BLOCK_M, BLOCK_C, INDEX)
+    inside = _inside(m, c, M, C, CHANNELS_LAST)
+    at = _offsets(m, c, C, HW, CHANNELS_LAST)
+    y = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
+    y -= _channel(folded_ptr, c, C, CHANNELS_LAST)
+    y -= _channel(folded_ptr + C, c, C, CHANNELS_LAST)
+    y *= _channel(folded_ptr + 2 * C, c, C, CHANNELS_LAST)
+    if bias_ptr is not None:
+        y += _channel(bias_ptr, c, C, CHANNELS_LAST)
+    if residual_ptr is not None:
+        y += widened(tl.load(residual_ptr + at, mask=inside, other=0), ACC)
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)
+    tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bn_reduce_kernel(
+    dy_ptr,  # (N, C, H, W)
+    x_ptr,  # as dy
+    y_ptr,  # as dy, or None: no mask
+    dresidual_ptr,  # as dy, or None
+    mean_ptr,  # (C,)
+    parts_ptr,  # (parts, 2, C): sum g, sum g * (x - mean)
+    M,
+    C,
+    HW,
+    pixels_per_part,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    c = tl.program_id(0).to(INDEX) * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(1).to(INDEX)
+    begin = part * pixels_per_part
+    end = tl.minimum(begin + pixels_per_part, M)
+    mean = _channel(mean_ptr, c, C, CHANNELS_LAST)
+    if CHANNELS_LAST:
+        sum_g = tl.zeros((BLOCK_M, BLOCK_C), ACC)
+    else:
+        sum_g = tl.zeros((BLOCK_C, BLOCK_M), ACC)
+    sum_gx = tl.zeros_like(sum_g)
+    for first in range(begin, end, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)
+        inside = _inside(m, c, end, C, CHANNELS_LAST)
+        at = _offsets(m, c, C, HW, CHANNELS_LAST)
+        g = widened(tl.load(dy_ptr + at, mask=inside, other=0), ACC)
+        x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
+        if y_ptr is not None:
+            g = tl.where(widened(tl.load(y_ptr + at, mask=inside, other=0), ACC) <= 0, 0.0, g)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + at, rounded(g, dresidual_ptr.dtype.element_ty), mask=inside)
+        sum_g += g
+        sum_gx += tl.where(inside, g * (x - mean), 0.0)
+    at = part * 2 * C + c
+    tl.store(parts_ptr + at, _over_pixels(sum_g, CHANNELS_LAST), mask=c < C)
+    tl.store(parts_ptr + at + C, _over_pixels(sum_gx, CHANNELS_LAST), mask=c < C)
+
+
+@triton.jit
+def bn_reduce_merge_kernel(
+    parts_ptr,  # (parts, 2, C): sum g, sum g * (x - mean)
+    weight_ptr,  # (C,) or None
+    var_ptr,  # (C,)
+    dweight_ptr,  # (C,)
+    dbias_ptr,  # (C,)
+    folded_ptr,  # (3, C): dbias / M, dweight / sqrt(var + eps) / M, weight / sqrt(var + eps)
+    M,
+    C,
+    parts,
+    EPS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    sum_g = tl.zeros((BLOCK_C,), ACC)
+    sum_gx = tl.zeros((BLOCK_C,), ACC)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        at = (part * 2 * C)[:, None] + c[None, :]
+        inside = (part < parts)[:, None] & in_c[None, :]
+        sum_g += tl.sum(tl.load(parts_ptr + at, mask=inside, other=0), 0)
+        sum_gx += tl.sum(tl.load(parts_ptr + at + C, mask=inside, other=0), 0)
+    invstd = 1.0 / tl.sqrt(tl.load(var_ptr + c, mask=in_c, other=1) + EPS)
+    dweight = sum_gx * invstd
+    scale = invstd
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + c, mask=in_c, other=0)
+    tl.store(dweight_ptr + c, dweight, mask=in_c)
+    tl.store(dbias_ptr + c, sum_g, mask=in_c)
+    tl.store(folded_ptr + c, sum_g / M, mask=in_c)
+    tl.store(folded_ptr + C + c, dweight * invstd / M, mask=in_c)
+    tl.store(folded_ptr + 2 * C + c, scale, mask=in_c)
+
+
+@triton.jit
+def bn_backward_kernel(
+    g_ptr,  # (N, C, H, W): dy, or the masked g
+    x_ptr,  # as g
+    y_ptr,  # as g, or None: no mask, or g is masked already
+    dx_ptr,  # as g
+    mean_ptr,  # (C,)
+    folded_ptr,  # (3, C): dbias / M, dweight / sqrt(var + eps) / M, weight / sqrt(var + eps)
+    M,
+    C,
+    HW,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    ACC: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    m, c = _place(C, BLOCK_M, BLOCK_C, INDEX)
+    inside = _inside(m, c, M, C, CHANNELS_LAST)
+    at = _offsets(m, c, C, HW, CHANNELS_LAST)
+    g = widened(tl.load(g_ptr + at, mask=inside, other=0), ACC)
+    x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
+    if y_ptr is not None:
+        g = tl.where(widened(tl.load(y_ptr + at, mask=inside, other=0), ACC) <= 0, 0.0, g)
+    # The differences first, since they nearly cancel for small batches.
+    g -= _channel(folded_ptr, c, C, CHANNELS_LAST)
+    x -= _channel(mean_ptr, c, C, CHANNELS_LAST)
+    dx = g - _channel(folded_ptr + C, c, C, CHANNELS_LAST) * x
+    dx *= _channel(folded_ptr + 2 * C, c, C, CHANNELS_LAST)
+    tl.store(dx_ptr + at, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
+
+
+class Shape(NamedTuple):
+    """How a tensor is cut into tiles, and its pixels into parts."""
+
+    M: int
+    C: int
+    HW: int
+    block_m: int
+    block_c: int
+    channels_last: bool
+    pixels_per_part: int
+
+    @property
+    def parts(self) -> int:
+        return triton.cdiv(self.M, self.pixels_per_part)
+
+    @property
+    def over_channels(self) -> int:
+        return triton.cdiv(self.C, self.block_c)
+
+    @property
+    def tiles(self) -> int:
+        """Programs of an elementwise pass."""
+        return self.over_channels * triton.cdiv(self.M, self.block_m)
+
+
+def shape_of(x: Tensor) -> Shape:
+    """x: (N, C, H, W), dense, channels_last or contiguous."""
+    N, C, H, W = x.shape
+    M = N * H * W
+    channels_last = C > 1 and x.stride(1) == 1
+    if channels_last:
+        block_c = min(triton.next_power_of_2(C), ROW_BYTES // x.element_size())
+        block_m = min(triton.next_power_of_2(M), TILE // block_c)
+    else:
+        block_m = min(triton.next_power_of_2(M), TILE)
+        block_c = min(triton.next_power_of_2(C), TILE // block_m)
+    # A part is whole tiles, and so many of them that the programs just fill the device.
+    programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+    wanted = max(1, programs // triton.cdiv(C, block_c))
+    tiles = triton.cdiv(M, block_m)
+    return Shape(M, C, H * W, block_m, block_c, channels_last, triton.cdiv(tiles, wanted) * block_m)
+
+
+def _tiling(x: Tensor, shape: Shape) -> dict[str, Any]:
+    return {
+        "BLOCK_M": shape.block_m,
+        "BLOCK_C": shape.block_c,
+        "CHANNELS_LAST": shape.channels_last,
+        "ACC": accumulate(x.dtype),
+        "INDEX": index_type(x),
+        "num_warps": WARPS,
+    }
+
+
+def _merging(x: Tensor, shape: Shape) -> tuple[tuple[int], dict[str, Any]]:
+    """The merging kernels' grid and constants."""
+    constants = {"BLOCK_P": MERGE_PARTS, "BLOCK_C": MERGE_CHANNELS, "ACC": accumulate(x.dtype)}
+    return (triton.cdiv(shape.C, MERGE_CHANNELS),), constants
+
+
+def _vectors(x: Tensor, *sizes: int) -> Tensor:
+    """Uninitialised (*sizes, C) of the dtype that x accumulates in."""
+    return x.new_empty((*sizes, x.shape[1]), dtype=accumulate_dtype(x.dtype))
+
+
+def bn_add_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x, residual: (N, C, H, W), dense and of the same strides; weight, bias: (C,) of the dtype
+    that x accumulates in -> y, of x's strides; mean and biased variance, (C,)."""
+    mean, var = _vectors(x), _vectors(x)
+    y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y, mean.zero_(), var.zero_()
+    shape = shape_of(x)
+    parts, folded = _vectors(x, shape.parts, 3), _vectors(x, 3)
+    tiling, (grid, merging) = _tiling(x, shape), _merging(x, shape)
+    M, C, HW = shape.M, shape.C, shape.HW
+    with launch_on(x):
+        launch(
+            bn_stats_kernel,
+            (shape.over_channels, shape.parts),
+            x,
+            parts,
+            M,
+            C,
+            HW,
+            shape.pixels_per_part,
+            **tiling,
+        )
+        launch(
+            bn_stats_merge_kernel, grid,
+            parts, weight, mean, var, folded, M, C, shape.parts, shape.pixels_per_part, eps,
+            **merging,
+        )  # fmt: skip
+        launch(
+            bn_apply_kernel, (shape.tiles,), x, residual, y, folded, bias, M, C, HW, RELU=relu,
+            **tiling,
+        )  # fmt: skip
+    return y, mean, var
+
+
+def bn_add_relu_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy, x, y: (N, C, H, W), dense and of the same strides; weight, mean, var: (C,) of the dtype
+    that x accumulates in -> dx, dweight, dbias, dresidual; what was not asked for is empty."""
+    dx = torch.empty_like(x) if need_dx else x.new_empty(0)
+    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
+    dweight, dbias = _vectors(x), _vectors(x)
+    if x.numel() == 0:
+        return dx, dweight.zero_(), dbias.zero_(), dresidual
+    shape = shape_of(x)
+    parts, folded = _vectors(x, shape.parts, 2), _vectors(x, 3)
+    tiling, (grid, merging) = _tiling(x, shape), _merging(x, shape)
+    M, C, HW = shape.M, shape.C, shape.HW
+    mask = y if relu else None
+    with launch_on(x):
+        launch(
+            bn_reduce_kernel, (shape.over_channels, shape.parts),
+            dy, x, mask, dresidual if need_dresidual else None, mean, parts,
+            M, C, HW, shape.pixels_per_part, **tiling,
+        )  # fmt: skip
+        launch(
+            bn_reduce_merge_kernel, grid,
+            parts, weight, var, dweight, dbias, folded, M, C, shape.parts, eps, **merging,
+        )  # fmt: skip
+        if need_dx:
+            g, mask = (dresidual, None) if need_dresidual else (dy, mask)
+            launch(
+                bn_backward_kernel, (shape.tiles,), g, x, mask, dx, mean, folded, M, C, HW, **tiling
+            )
+    return dx, dweight, dbias, dresidual

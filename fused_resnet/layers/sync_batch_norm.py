@@ -1,0 +1,175 @@
+"""Synchronised batch norm of the fused training path on the CPU: what goes between processes.
+
+PyTorch's SyncBatchNorm is for GPUs: on the CPU its forward raises, and DistributedDataParallel
+refuses a module that holds one. `SyncBatchNorm` here is for both. In training it normalises by the
+values of all processes of its group. One collective per norm and pass:
+
+    forward    all_gather of mean, M2 = sum (x - mean)^2 and count; every process merges them in the
+               order of ranks, so that all come to the same bits
+    backward   all_reduce of sum g, sum g (x - mean), of both norms of a block's end at once
+
+Sums of x and x^2 would need one all_reduce and cancel for a channel whose mean is large; counts may
+differ between processes, and be 0 on some (empty_batch.py). Gradients of weight and bias stay each
+process's own, as PyTorch's are: DistributedDataParallel averages them.
+
+Source: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing
+Sample Variances".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d that in training normalises by the values of all processes of a group.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased var over (N, H, W) of every
+    process; x, y: (N, C, H, W), N may differ between processes. The running variance is unbiased by
+    the count of all. Inside a block of `fused_resnet` it is part of the fused step; by itself it is
+    on GPUs PyTorch's, and on the CPU, where PyTorch has none, made of PyTorch's operations.
+    process_group: as torch.nn.SyncBatchNorm's; None: all processes.
+    """
+
+    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        if group_of(self) is None:
+            return super().forward(x)
+        if x.device.type == "cpu":
+            return self._forward_on_cpu(x)
+        stock = nn.SyncBatchNorm.__new__(nn.SyncBatchNorm)
+        stock.__dict__ = self.__dict__  # the same parameters, buffers and settings
+        return nn.SyncBatchNorm.forward(stock, x)
+
+    def _forward_on_cpu(self, x: Tensor) -> Tensor:
+        from fused_resnet.fusion.training import (
+            prepare as block_training,  # which import this module
+        )
+        from fused_resnet.kernels.training import protocol as train_kernels
+
+        states: list[Any] = []
+        group = group_of(self)
+        y = _Synchronised.apply(x, self.weight, self.bias, self.eps, group, states)
+        (state, total), *_ = states
+        block_training.track(self, train_kernels.PORTABLE, state, total)
+        return y
+
+
+class _Synchronised(torch.autograd.Function):
+    """A norm over the processes of a group, in float64 inside.
+
+    apply(x, weight, bias, eps, group, states): states is filled with ((mean, variance), count)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any,
+        states: list[Any],
+    ) -> Tensor:  # fmt: skip
+        values = x.double()
+        own = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
+        # A process without images has a mean of none: its count of 0 leaves it out of the sum.
+        (mean, variance), total = merge(own, x.numel() // x.shape[1], group)
+        states.append(((mean, variance), int(total)))
+        invstd = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, weight, bias, mean, invstd)
+        ctx.group, ctx.total = group, float(total)
+        scale = invstd if weight is None else invstd * weight.double()
+        y = (values - _channels(mean)) * _channels(scale)
+        return (y if bias is None else y + _channels(bias.double())).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, weight, bias, mean, invstd = ctx.saved_tensors
+        g, centred = dy.double(), x.double() - _channels(mean)
+        own = torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3)), torch.zeros_like(mean)])
+        sum_g, sum_gx, _ = reduce(own, ctx.group) / ctx.total
+        scale = invstd if weight is None else invstd * weight.double()
+        slope = invstd.square() * sum_gx
+        dx = (g - _channels(sum_g) - centred * _channels(slope)) * _channels(scale)
+        dweight = None if weight is None else (own[1] * invstd).to(weight.dtype)
+        dbias = None if bias is None else own[0].to(bias.dtype)
+        return dx.to(x.dtype), dweight, dbias, None, None, None
+
+
+def _channels(t: Tensor) -> Tensor:
+    return t.view(1, -1, 1, 1)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """`module` with every BatchNorm2d replaced by a `SyncBatchNorm` of the same parameters, buffers
+    and settings, synchronised ones too, which then are of this group, as
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm does for GPUs; returns it, or the norm that stands
+    for it where it is one itself. Convert before DistributedDataParallel.
+    """
+    if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm):
+        norm = SyncBatchNorm.__new__(SyncBatchNorm)
+        norm.__dict__ = module.__dict__.copy()
+        norm.process_group = process_group
+        return norm
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module
+
+
+def group_of(bn: Any) -> Any:
+    """The process group that `bn` would normalise over now, as SyncBatchNorm decides it; None for
+    this process alone."""
+    if type(bn) not in (nn.SyncBatchNorm, SyncBatchNorm) or not bn.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def agreed(draws: Tensor, norms: Iterable[Any]) -> Tensor:
+    """Random numbers by which processes choose what they compute: where one of the norms is
+    synchronised, those of its group's first process, since all must meet at the same norms."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return draws  # before going through every module, at every step
+    group = next((g for g in map(group_of, norms) if g is not None), None)
+    if group is not None:
+        dist.broadcast(draws, dist.get_global_rank(group, 0), group=group)
+    return draws
+
+
+def merge(stats: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
+    """This process's mean and biased variance over `count` values, (2, C) float64 -> those over all
+    processes, and how many values they have: a float64 of shape (). ValueError, on every process,
+    where none of them has a value."""
+    own = torch.cat([stats.flatten(), stats.new_tensor([float(count)])])
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, own, group=group)
+    mean = torch.zeros_like(stats[0])
+    squares, total = torch.zeros_like(mean), 0.0
+    for part in gathered:
+        n = float(part[-1])
+        if n == 0:
+            continue
+        other, variance = part[:-1].view(2, -1)
+        total += n
+        off = other - mean
+        mean = mean + off * (n / total)
+        squares = squares + variance * n + off.square() * (n * (total - n) / total)
+    if total == 0:
+        raise ValueError(
+            "SyncBatchNorm: x must hold an image on one process at least, got none on all of "
+            f"{len(gathered)}"
+        )
+    return torch.stack([mean, squares / total]), stats.new_tensor(total)
+
+
+def reduce(sums: Tensor, group: Any) -> Tensor:
+    """This process's sums (3, C) float64 -> those over all processes."""
+    total = sums.clone()
+    dist.all_reduce(total, group=group)
+    return total

@@ -1,0 +1,154 @@
+"""Pre-activation blocks: He et al. 2016, "Identity Mappings in Deep Residual Networks"
+(1603.05027).
+
+Norm and ReLU come before each convolution, and nothing after the addition, so that a signal goes
+from any block to any later one unchanged, in both directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.fusion import blocks, structure
+
+from .resnet import Block, conv1x1, conv3x3
+
+__all__ = ["PlainPreactBlock", "PlainPreactBottleneck", "PreactBlock", "PreactBottleneck"]
+
+
+class PreactBlock(Block):
+    """y = conv2(relu(bn2(conv1(relu(bn1(x)))))) + x, two 3x3 convolutions.
+
+    x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride). downsample: a PadShortcut or a
+    1x1 convolution, where the shapes differ. activation_shared: the shortcut starts from
+    relu(bn1(x)), as in a network's first block, and where the shortcut is a convolution.
+    """
+
+    expansion: int = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        activation_shared: bool = False,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.bn1 = norm_layer(inplanes)
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn2 = norm_layer(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+        self.activation_shared = activation_shared
+        self.survival = 1.0
+
+    def _shortcut(self, x: Tensor, h: Tensor) -> Tensor:
+        source = h if self.activation_shared else x
+        return source if self.downsample is None else self.downsample(source)
+
+    def _residual(self, h: Tensor) -> Tensor:
+        """What the block adds to its shortcut; h (N, inplanes, H, W) is relu(bn1(x))."""
+        z = self.conv2(self.relu(self.bn2(self.conv1(h))))
+        return z / self.survival if self.training and self.survival < 1 else z
+
+    def _run(self, x: Tensor) -> Tensor:
+        h = self.relu(self.bn1(x))
+        return self._residual(h) + self._shortcut(x, h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT, x)
+            if y is not None:
+                return y
+        return self._run(x)
+
+    def skip(self, x: Tensor) -> Tensor:
+        """The block without what it adds to its shortcut."""
+        if not self.activation_shared:
+            return self._shortcut(x, x)
+        h = blocks.run_norm(self.bn1, self.relu, x)
+        return self._shortcut(x, self.relu(self.bn1(x)) if h is None else h)
+
+
+class PreactBottleneck(PreactBlock):
+    """y = conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x))))))))) + x: 1x1, 3x3, 1x1.
+
+    x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride); the stride is in the 3x3
+    convolution. The rest as for PreactBlock.
+    """
+
+    expansion: int = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        activation_shared: bool = False,
+    ) -> None:
+        super().__init__(inplanes, planes, stride, downsample, norm_layer, activation_shared)
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = conv1x1(inplanes, planes)
+        self.conv2 = conv3x3(planes, planes, stride)
+        self.bn3 = norm_layer(planes)
+        self.conv3 = conv1x1(planes, planes * self.expansion)
+
+    def _residual(self, h: Tensor) -> Tensor:
+        z = self.conv2(self.relu(self.bn2(self.conv1(h))))
+        z = self.conv3(self.relu(self.bn3(z)))
+        return z / self.survival if self.training and self.survival < 1 else z
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT_BOTTLENECK, x)
+            if y is not None:
+                return y
+        return self._run(x)
+
+
+class PlainPreactBlock(PreactBlock):
+    """PreactBlock's layers without its shortcut."""
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self._residual(self.relu(self.bn1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT_PLAIN, x)
+            if y is not None:
+                return y
+        return self._run(x)
+
+
+class PlainPreactBottleneck(PreactBottleneck):
+    """PreactBottleneck's layers without its shortcut."""
+
+    def _run(self, x: Tensor) -> Tensor:
+        return self._residual(self.relu(self.bn1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, structure.PREACT_PLAIN_BOTTLENECK, x)
+            if y is not None:
+                return y
+        return self._run(x)
+
+
+blocks.FORWARDS.update(
+    {
+        PreactBlock.forward: structure.PREACT,
+        PreactBottleneck.forward: structure.PREACT_BOTTLENECK,
+        PlainPreactBlock.forward: structure.PREACT_PLAIN,
+        PlainPreactBottleneck.forward: structure.PREACT_PLAIN_BOTTLENECK,
+    }
+)

@@ -1,0 +1,487 @@
+"""The ResNet family: torchvision's signatures, module names, initialisation and state_dict.
+
+He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385); the bottleneck
+has its stride in the 3x3 convolution (ResNet v1.5). Xie et al. 2016 (1611.05431) for ResNeXt,
+Zagoruyko and Komodakis 2016 (1605.07146) for the wide ones.
+
+Each forward asks blocks.py for a fused result first; what follows is torchvision's own path, which
+runs wherever that has none: under tracing, compilers and transforms, and after model surgery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.fusion import blocks
+from fused_resnet.fusion.inference import network, plans
+from fused_resnet.fusion.structure import BASIC, BOTTLENECK
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "get_model",
+    "list_models",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+
+def conv3x3(
+    in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    """3x3 convolution that keeps height and width at stride 1, without bias."""
+    return nn.Conv2d(
+        in_planes,
+        out_planes,
+        kernel_size=3,
+        stride=stride,
+        padding=dilation,
+        groups=groups,
+        bias=False,
+        dilation=dilation,
+    )
+
+
+def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias."""
+    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
+
+
+class Planned(nn.Module):
+    """A module for which inference is made ready: a switch of mode drops what was precomputed."""
+
+    activation_memory = "auto"  # see activation_memory.py
+
+    def train(self, mode: bool = True) -> Any:
+        plans.forget(self)
+        return super().train(mode)
+
+
+class Block(Planned):
+    """A residual block, or the same layers without the shortcut."""
+
+
+class BasicBlock(Block):
+    """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + x), two 3x3 convolutions.
+
+    x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride); downsample brings x to that
+    shape where it differs. Only groups=1, base_width=64 and dilation=1, as in torchvision.
+    """
+
+    expansion: int = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Optional[nn.Module] = None,  # noqa: UP045 - TorchScript reads it
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"BasicBlock only supports groups=1 and base_width=64, got {groups}, {base_width}"
+            )
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock only supports dilation=1, got {dilation}")
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, BASIC, x)
+            if y is not None:
+                return y
+        identity = x
+
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+
+        out = self.conv2(out)
+        out = self.bn2(out)
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+
+        out += identity
+        out = self.relu(out)
+
+        return out
+
+
+class Bottleneck(Block):
+    """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + x): 1x1, 3x3, 1x1.
+
+    x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride). The stride is in the 3x3
+    convolution (v1.5), where the paper has it in the first.
+    """
+
+    expansion: int = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: Optional[nn.Module] = None,  # noqa: UP045 - TorchScript reads it
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = blocks.run_block(self, BOTTLENECK, x)
+            if y is not None:
+                return y
+        identity = x
+
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+
+        out = self.conv2(out)
+        out = self.bn2(out)
+        out = self.relu(out)
+
+        out = self.conv3(out)
+        out = self.bn3(out)
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+
+        out += identity
+        out = self.relu(out)
+
+        return out
+
+
+blocks.FORWARDS.update({BasicBlock.forward: BASIC, Bottleneck.forward: BOTTLENECK})
+
+
+class ResNet(Planned):
+    """A residual network for images: stem, four stages of blocks, average pooling, classifier.
+
+    x: (N, 3, H, W), usually 224 x 224, normalised -> (N, num_classes) logits.
+    block: BasicBlock, Bottleneck or a subclass; layers: blocks per stage.
+    replace_stride_with_dilation: for stages 2 to 4, whether dilation takes the stride's place.
+    norm_layer: what makes a norm from a number of channels; blocks are fused for BatchNorm2d and
+    FrozenBatchNorm2d.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: list[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: list[bool] | None = None,
+        norm_layer: Callable[..., nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.inplanes = 64
+        self.dilation = 1
+        dilate = replace_stride_with_dilation or [False, False, False]
+        if len(dilate) != 3:
+            raise ValueError(
+                f"replace_stride_with_dilation should be None or a 3-element tuple, got {dilate}"
+            )
+        self.groups = groups
+        self.base_width = width_per_group
+        self.conv1 = nn.Conv2d(3, self.inplanes, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = self._norm_layer(self.inplanes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], stride=2, dilate=dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
+                nn.init.constant_(m.weight, 1)
+                nn.init.constant_(m.bias, 0)
+        if not zero_init_residual:
+            return
+        # Each block starts as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+        for m in self.modules():
+            if isinstance(m, (BasicBlock, Bottleneck)):
+                weight: Any = (m.bn3 if isinstance(m, Bottleneck) else m.bn2).weight
+                if weight is not None:
+                    nn.init.constant_(weight, 0)
+
+    def _make_layer(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
+        norm_layer = self._norm_layer
+        downsample = None
+        previous_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        if stride != 1 or self.inplanes != planes * block.expansion:
+            downsample = nn.Sequential(
+                conv1x1(self.inplanes, planes * block.expansion, stride),
+                norm_layer(planes * block.expansion),
+            )
+        stage = [
+            block(
+                self.inplanes,
+                planes,
+                stride,
+                downsample,
+                self.groups,
+                self.base_width,
+                previous_dilation,
+                norm_layer,
+            )
+        ]
+        self.inplanes = planes * block.expansion
+        for _ in range(1, blocks):
+            stage.append(
+                block(
+                    self.inplanes,
+                    planes,
+                    groups=self.groups,
+                    base_width=self.base_width,
+                    dilation=self.dilation,
+                    norm_layer=norm_layer,
+                )
+            )
+        return nn.Sequential(*stage)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        pooled: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it
+        stem: Optional[Tensor] = None  # noqa: UP045
+        if not torch.jit.is_scripting():
+            y = network.run_resnet(self, x)
+            if y is None:
+                y = network.run_in_segments(self, x)
+            if y is not None:
+                return y
+            pooled = blocks.run_pooled_stem(self, x)
+            if pooled is None:
+                stem = blocks.run_stem(self, x)
+        if pooled is not None:
+            x = pooled
+        else:
+            if stem is not None:
+                x = stem
+            else:
+                x = self.conv1(x)
+                x = self.bn1(x)
+                x = self.relu(x)
+            x = self.maxpool(x)
+
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)
+
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        x = self.fc(x)
+
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
+
+
+# name -> block, blocks per stage, and what differs from ResNet's defaults
+_MODELS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], dict[str, int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2], {}),
+    "resnet34": (BasicBlock, [3, 4, 6, 3], {}),
+    "resnet50": (Bottleneck, [3, 4, 6, 3], {}),
+    "resnet101": (Bottleneck, [3, 4, 23, 3], {}),
+    "resnet152": (Bottleneck, [3, 8, 36, 3], {}),
+    "resnext50_32x4d": (Bottleneck, [3, 4, 6, 3], {"groups": 32, "width_per_group": 4}),
+    "resnext101_32x8d": (Bottleneck, [3, 4, 23, 3], {"groups": 32, "width_per_group": 8}),
+    "resnext101_64x4d": (Bottleneck, [3, 4, 23, 3], {"groups": 64, "width_per_group": 4}),
+    "wide_resnet50_2": (Bottleneck, [3, 4, 6, 3], {"width_per_group": 128}),
+    "wide_resnet101_2": (Bottleneck, [3, 4, 23, 3], {"width_per_group": 128}),
+}
+
+
+def list_models() -> list[str]:
+    """The names that `get_model` takes."""
+    return list(_MODELS)
+
+
+def get_model(name: str, **config: Any) -> ResNet:
+    """The model of that name; `config` as for the function of that name (weights, ...)."""
+    if name.lower() not in _MODELS:
+        raise ValueError(f"get_model: name must be one of {', '.join(_MODELS)}, got {name!r}")
+    return globals()[name.lower()](**config)
+
+
+def _weights(name: str, weights: Any) -> Any:
+    """torchvision's weights enum entry for whatever torchvision itself would accept."""
+    if weights is None or weights is False:
+        return None
+    try:
+        from torchvision.models import get_model_weights
+    except Exception as error:  # absent, or beside a torch it does not fit
+        raise RuntimeError(
+            f"{name}: weights={weights!r} needs torchvision, which does not import here "
+            f"({type(error).__name__}: {error}); pass weights=None and load a state_dict"
+        ) from error
+    enum = get_model_weights(name)
+    if weights is True:  # torchvision's old pretrained=True
+        return next(iter(enum))
+    if isinstance(weights, str):
+        return enum[weights.removeprefix(enum.__name__ + ".")]
+    if not isinstance(weights, enum):
+        raise TypeError(
+            f"{name}: weights must be None, a name or a member of {enum.__name__}, got {weights!r}"
+        )
+    return weights
+
+
+def _build(name: str, weights: Any, progress: bool, config: dict[str, Any]) -> ResNet:
+    weights = _weights(name, weights)
+    block, layers, defaults = _MODELS[name]
+    for key, value in defaults.items():
+        if config.setdefault(key, value) != value:
+            raise ValueError(f"{name}: {key} must be {value}, got {config[key]}")
+    if weights is not None:
+        classes = len(weights.meta["categories"])
+        if config.setdefault("num_classes", classes) != classes:
+            raise ValueError(
+                f"{name}: num_classes must be {classes} with {weights}, got {config['num_classes']}"
+            )
+    model = ResNet(block, layers, **config)
+    if weights is not None:
+        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
+
+
+def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-18: 11.7 M parameters, 1.81 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnet18", weights, progress, kwargs)
+
+
+def resnet34(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-34: 21.8 M parameters, 3.66 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnet34", weights, progress, kwargs)
+
+
+def resnet50(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50 v1.5: 25.6 M parameters, 4.09 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnet50", weights, progress, kwargs)
+
+
+def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101 v1.5: 44.5 M parameters, 7.80 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnet101", weights, progress, kwargs)
+
+
+def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-152 v1.5: 60.2 M parameters, 11.5 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnet152", weights, progress, kwargs)
+
+
+def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50 32x4d: 25.0 M parameters, 4.23 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnext50_32x4d", weights, progress, kwargs)
+
+
+def resnext101_32x8d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101 32x8d: 88.8 M parameters, 16.4 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnext101_32x8d", weights, progress, kwargs)
+
+
+def resnext101_64x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101 64x4d: 83.5 M parameters, 15.5 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("resnext101_64x4d", weights, progress, kwargs)
+
+
+def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2: 68.9 M parameters, 11.4 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("wide_resnet50_2", weights, progress, kwargs)
+
+
+def wide_resnet101_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-101-2: 126.9 M parameters, 22.8 GMAC at 224 x 224.
+
+    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
+    """
+    return _build("wide_resnet101_2", weights, progress, kwargs)
