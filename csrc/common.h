@@ -1,9 +1,10 @@
-// What every op's host code shares: argument checks, memory layout, dtypes, splitting work over
-// threads, and (in CUDA files) the device guard and launch check. Only libtorch's stable ABI.
+// Host code shared by all ops: argument checks, memory layout, dtypes, splitting work over threads,
+// and (in CUDA files) the device guard and launch check. Uses only libtorch's stable ABI.
 #pragma once
 
-// libtorch 2.11: what is built against any release from there on runs with every one from there on.
-// Defined here and not for the whole build, since pybind11's headers refuse it.
+// libtorch 2.11 is the oldest supported release: a build against it or a later one runs with every
+// release from 2.11 on. Defined here, not for the whole build, because pybind11's headers reject
+// it.
 #define TORCH_TARGET_VERSION 0x020b000000000000
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -33,13 +34,13 @@ namespace fused_resnet {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Throws std::runtime_error, RuntimeError in Python, with the given words and nothing else: the
-// stable ABI's own check puts the C++ file and line before the message.
-template <typename... Words>
-inline void check(bool condition, const Words&... words) {
+// Throws std::runtime_error (RuntimeError in Python) with only the given message: the stable ABI's
+// own check puts the C++ file and line before it.
+template <typename... Parts>
+inline void check(bool condition, const Parts&... parts) {
   if (__builtin_expect(!condition, 0)) {
     std::ostringstream message;
-    (message << ... << words);
+    (message << ... << parts);
     throw std::runtime_error(message.str());
   }
 }
@@ -96,7 +97,7 @@ inline DtypeIndex dtype_index(const char* op, const char* argument, const Tensor
   }
 }
 
-// True when the elements fill one gapless stretch of memory, in any order of the dimensions.
+// True if the elements fill one range of memory without gaps, in any order of the dimensions.
 inline bool is_dense(const Tensor& t) {
   std::vector<std::array<int64_t, 2>> dims;  // (stride, size), innermost first
   for (int64_t d = 0; d < t.dim(); ++d) {
@@ -112,24 +113,25 @@ inline bool is_dense(const Tensor& t) {
   return true;
 }
 
-// `t` must be another tensor's twin: same shape, dtype, device and strides, so that one flat index
-// addresses both. The strides of dimensions of size 1 carry no meaning and are not compared.
+// Checks that `t` has the reference's shape, dtype, device and strides, so that one flat index
+// addresses both. Strides of dimensions of size 1 are meaningless and not compared.
 inline void check_same_layout(const char* op, const char* argument, const Tensor& t,
-                              const char* model_name, const Tensor& model) {
-  check(t.scalar_type() == model.scalar_type(), op, ": ", argument, " must have ", model_name,
-        "'s dtype ", name_of(model.scalar_type()), ", got ", name_of(t.scalar_type()));
-  bool same_shape = t.dim() == model.dim();
-  for (int64_t d = 0; same_shape && d < t.dim(); ++d) same_shape = t.size(d) == model.size(d);
-  check(same_shape, op, ": ", argument, " must have ", model_name, "'s shape ", shape_of(model),
-        ", got ", shape_of(t));
-  check(t.is_cuda() == model.is_cuda() && t.is_cpu() == model.is_cpu() &&
-            t.get_device_index() == model.get_device_index(),
-        op, ": ", argument, " must be on ", model_name, "'s device");
+                              const char* reference_name, const Tensor& reference) {
+  check(t.scalar_type() == reference.scalar_type(), op, ": ", argument, " must have ",
+        reference_name, "'s dtype ", name_of(reference.scalar_type()), ", got ",
+        name_of(t.scalar_type()));
+  bool same_shape = t.dim() == reference.dim();
+  for (int64_t d = 0; same_shape && d < t.dim(); ++d) same_shape = t.size(d) == reference.size(d);
+  check(same_shape, op, ": ", argument, " must have ", reference_name, "'s shape ",
+        shape_of(reference), ", got ", shape_of(t));
+  check(t.is_cuda() == reference.is_cuda() && t.is_cpu() == reference.is_cpu() &&
+            t.get_device_index() == reference.get_device_index(),
+        op, ": ", argument, " must be on ", reference_name, "'s device");
   bool same_strides = true;
   for (int64_t d = 0; t.numel() > 0 && d < t.dim(); ++d)
-    same_strides &= t.size(d) <= 1 || t.stride(d) == model.stride(d);
-  check(same_strides, op, ": ", argument, " must have ", model_name, "'s strides ",
-        strides_of(model), ", got ", strides_of(t));
+    same_strides &= t.size(d) <= 1 || t.stride(d) == reference.stride(d);
+  check(same_strides, op, ": ", argument, " must have ", reference_name, "'s strides ",
+        strides_of(reference), ", got ", strides_of(t));
 }
 
 inline void check_dense(const char* op, const char* argument, const Tensor& t) {
@@ -138,7 +140,7 @@ inline void check_dense(const char* op, const char* argument, const Tensor& t) {
         shape_of(t));
 }
 
-// A per-channel vector: contiguous, (C,), float32 (float64 beside float64 data).
+// A per-channel vector: contiguous, (C,), float32 (float64 for float64 data).
 inline void check_channel_vector(const char* op, const char* argument, const Tensor& t, int64_t C,
                                  ScalarType dtype, const Tensor& x) {
   check(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == C, op, ": ", argument, " must be ",
@@ -151,7 +153,7 @@ inline void check_channel_vector(const char* op, const char* argument, const Ten
         op, ": ", argument, " must be on x's device");
 }
 
-// How a kernel walks a dense (N, C, H, W) tensor:
+// How a kernel iterates over a dense (N, C, H, W) tensor:
 //   channels_last: rows of C values, N*H*W of them;
 //   contiguous: planes of H*W values, N*C of them, the channel changing from plane to plane.
 struct Layout4d {
@@ -171,21 +173,21 @@ inline Layout4d layout_of(const char* op, const Tensor& x) {
   const bool planes = empty || strides_are(C * H * W, H * W, W, 1);
   check(rows || planes, op, ": x must be contiguous or channels_last, got strides ", strides_of(x),
         " for shape ", shape_of(x));
-  // One channel is both: long planes vectorise, rows of one value do not.
+  // One channel matches both: long planes vectorise, rows of one value do not.
   return {N, C, H * W, rows && !(planes && C == 1)};
 }
 
-// Fresh memory for an output is paid for in page faults: writing 100 MB through 4 KiB pages costs
-// several times the arithmetic of a fused kernel. Above 32 MiB glibc maps every allocation anew;
-// there, where the system lets a program ask for huge pages (transparent_hugepage=madvise), ask,
-// for the part of the output that fills them. (32, 256, 56, 56) float32, bn_add_relu forward and
-// backward: 0.28 of the time. Below, memory comes back from the heap with its pages, and the advice
+// Writing newly mapped memory costs page faults: writing 100 MB through 4 KiB pages takes several
+// times as long as the arithmetic of a fused kernel. glibc maps every allocation above 32 MiB anew,
+// so request huge pages there, where the system allows it (transparent_hugepage=madvise), for the
+// part of the output that fills them: bn_add_relu forward and backward at (32, 256, 56, 56) float32
+// takes 0.28 of the time. Smaller blocks come from the heap with their pages mapped, and the advice
 // costs more than it saves (1.1 to 1.3 of the time at 26 MB).
 inline void advise_huge_pages(const Tensor& output, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t mapped_anew_bytes = int64_t{1} << 25;
+  constexpr int64_t mmap_threshold_bytes = int64_t{1} << 25;
   constexpr uintptr_t huge_page_bytes = uintptr_t{1} << 21;
-  if (bytes < mapped_anew_bytes) return;
+  if (bytes < mmap_threshold_bytes) return;
   const auto begin = reinterpret_cast<uintptr_t>(output.data_ptr());
   const uintptr_t first = (begin + huge_page_bytes - 1) & ~(huge_page_bytes - 1);
   const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(huge_page_bytes - 1);
@@ -198,9 +200,10 @@ inline void advise_huge_pages(const Tensor& output, int64_t bytes) {
 
 constexpr int64_t kLineBytes = 64;
 
-// Whether an output is written past the caches: when it is too large for its reader to find it
-// there, and starts on a cache line. A cached store reads the line it overwrites first.
-inline bool streams_past_caches(const void* p, int64_t bytes) {
+// Whether to write an output with non-temporal stores: if it is too large to still be in the caches
+// when it is read, and starts on a cache line. A regular store reads the line that it overwrites
+// first.
+inline bool use_streaming_stores(const void* p, int64_t bytes) {
   constexpr int64_t large_bytes = int64_t{1} << 24;
   return p && bytes >= large_bytes && reinterpret_cast<uintptr_t>(p) % kLineBytes == 0;
 }
@@ -212,23 +215,23 @@ inline Tensor empty_output_like(const Tensor& x) {
   return y;
 }
 
-// Runs body(task, begin, end) for `tasks` consecutive pieces of [0, total), each a multiple of
-// `granule` long but the last. The pieces depend on total and the thread count alone, so sums that
-// are merged piece by piece come out the same every time.
+// Runs body(task, begin, end) for `tasks` consecutive ranges of [0, total), each but the last a
+// multiple of `granule` long. The ranges depend only on total and the thread count, so sums that
+// are merged range by range are reproducible.
 struct Split {
-  int64_t total, tasks, piece;
-  Split(int64_t total, int64_t granule, int64_t smallest_piece) : total(total) {
+  int64_t total, tasks, task_size;
+  Split(int64_t total, int64_t granule, int64_t min_task_size) : total(total) {
     const int64_t threads = torch::stable::get_num_threads();
-    tasks = std::clamp<int64_t>(total / std::max<int64_t>(smallest_piece, 1), 1, threads);
-    piece = (total + tasks - 1) / tasks;
-    piece = std::max<int64_t>((piece + granule - 1) / granule * granule, 1);
-    tasks = (total + piece - 1) / piece;
+    tasks = std::clamp<int64_t>(total / std::max<int64_t>(min_task_size, 1), 1, threads);
+    task_size = (total + tasks - 1) / tasks;
+    task_size = std::max<int64_t>((task_size + granule - 1) / granule * granule, 1);
+    tasks = (total + task_size - 1) / task_size;
   }
   template <typename Body>
   void run(const Body& body) const {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task)
-        body(task, task * piece, std::min(total, (task + 1) * piece));
+        body(task, task * task_size, std::min(total, (task + 1) * task_size));
     });
   }
 };

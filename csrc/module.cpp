@@ -1,5 +1,5 @@
-// The Python module fused_resnet._C: what was built. Importing it registers the ops, which the
-// other files do through the dispatcher; tensors never pass through here.
+// The Python module fused_resnet._C: build information. Importing it registers the ops, which the
+// other files do through the dispatcher; no tensor passes through this module.
 #include <pybind11/pybind11.h>
 
 #include "cpu/convolution/train.h"
@@ -35,7 +35,7 @@ py::dict build_info() {
   py::list conv_dtypes;
   const char* const dtypes[] = {"float32", "bfloat16", "float16", "float64"};
   for (int i = 0; i < 4; ++i)
-    if (fused_resnet::conv_bn_relu_serves(i)) conv_dtypes.append(dtypes[i]);
+    if (fused_resnet::conv_bn_relu_supports(i)) conv_dtypes.append(dtypes[i]);
   info["conv_dtypes"] = conv_dtypes;
   info["conv_bfloat16"] = fused_resnet::widens_bfloat16() ? "in float32" : "by dot product";
   return info;
@@ -61,7 +61,6 @@ py::list kernels() {
                            "convolution",
                            "convolution_weight_gradient",
                            "narrow_weight_gradient",
-
                            "strided_input_gradient",
                            "block_forward",
                            "block_backward",
@@ -129,33 +128,34 @@ py::dict conv_passes() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "What the native build of fused_resnet contains; importing it registers the ops.";
+  m.doc() = "Build information of the native part of fused_resnet; importing it registers the ops.";
   m.def("build_info", &build_info, "Compiler, flags, versions and the CPU instruction set in use.");
   m.def(
       "gemm_tiles", &gemm_tiles,
       "One dict per tile of the CUDA convolutions: architecture, block_m, block_n, warps, stages, "
       "normalises.");
   m.def("memory", &memory,
-        "Bytes of the CPU memory that training steps take again and again: used_bytes, by tensors "
-        "that live; free_bytes; peak_bytes, the most used since reset_memory_peak().");
-  m.def("reset_memory_peak", &fused_resnet::reset_pool_peak, "Start peak_bytes anew.");
+        "Bytes of the CPU memory pool of training steps: used_bytes, by live tensors; free_bytes; "
+        "peak_bytes, the maximum of used_bytes since reset_memory_peak().");
+  m.def("reset_memory_peak", &fused_resnet::reset_pool_peak, "Reset peak_bytes to used_bytes.");
   m.def("release_memory", &fused_resnet::release_pool,
-        "Give the free bytes back to the system; returns how many.");
-  m.def("conv_passes", &conv_passes,
-        "How many convolutions, gradients of their inputs and of their weights the CPU kernels of "
-        "training have run in this process.");
+        "Return the pool's free memory to the system; returns its size in bytes.");
+  m.def(
+      "conv_passes", &conv_passes,
+      "Numbers of convolutions, input gradients and weight gradients that the CPU training kernels "
+      "have run in this process.");
   m.def("widens_bfloat16", &fused_resnet::widens_bfloat16,
-        "Whether convolutions of bfloat16 on the CPU are multiplied in float32, not by the "
-        "processor's dot product: where that is slower, or there is none.");
+        "Whether bfloat16 convolutions on the CPU are computed in float32 instead of with the "
+        "processor's dot product, because that is slower or unavailable.");
   m.def(
       "widen_bfloat16",
       [](const py::object& choice) {
         fused_resnet::widen_bfloat16(choice.is_none() ? -1 : int{choice.cast<bool>()});
       },
       py::arg("choice"),
-      "Multiply them so from now on (True), by the dot product where there is one (False), or by "
-      "whichever is faster (None).");
+      "Compute later bfloat16 convolutions in float32 (True), with the dot product if available "
+      "(False), or with the faster of the two (None).");
   m.def("kernels", &kernels,
         "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
-        "this asks the CUDA runtime, which initialises it.");
+        "this initialises the CUDA runtime.");
 }

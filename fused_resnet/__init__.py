@@ -1,14 +1,17 @@
 """Fused conv-BN-ReLU and residual-add-ReLU for PyTorch, with a drop-in ResNet family."""
 
+import sys
+
 from . import depth
 from .bench.machine import info
-from .fusion.blocks import Explanation, explain
-from .fusion.training.activation_memory import set_activation_memory
+from .fusion import Explanation, explain, set_activation_memory
 from .graphs.inference import Inference, inference
 from .graphs.training_step import TrainingStep, training_step
-from .kernels.backends import use_backend
 from .kernels.native import release_memory
+from .kernels.registry import use_backend
+from .layers import shortcut, sync_batch_norm
 from .layers.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
+from .models import cifar, preact, resnet
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
 from .models.resnet import (
     BasicBlock,
@@ -27,9 +30,13 @@ from .models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from .ops.library import add_relu, bn_add_relu, conv_bn_relu
+from .ops import add_relu, bn_add_relu, conv_bn_relu
 
 __version__ = "0.1.0"
+
+# Pickles of whole models name the modules that held their classes in version 0.1.
+for _module in (cifar, preact, resnet, shortcut, sync_batch_norm):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = [
     "BasicBlock",

@@ -49,3 +49,25 @@ def empty(
 ) -> Tensor:
     """An uninitialised tensor on x's device; the strides depend on shape and layout alone."""
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
+
+
+def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense channels_last tensor of shape (N, C, H, W)."""
+    _, C, H, W = shape
+    return H * W * C, 1, W * C, C
+
+
+def channels_last_empty(shape: Sequence[int], x: Tensor) -> Tensor:
+    """An uninitialised channels_last tensor of x's dtype on its device."""
+    strides = channels_last_strides(shape)
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """t, or a copy of it, with exactly the strides of channels_last.
+
+    PyTorch leaves the strides of dimensions of size one as they come; GPU kernels read all four.
+    """
+    t = t.contiguous(memory_format=torch.channels_last)
+    strides = channels_last_strides(t.shape)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_resnet as fr
-from fused_resnet.kernels import backends
+from fused_resnet.kernels import registry
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 
@@ -40,8 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = getattr(metafunc.module, "OP", None)
     names = [
         name
-        for name in backends.BACKENDS
-        if op is None or any(name in table[op] for table in backends._PREFERENCE.values())
+        for name in registry.names()
+        if op is None or any(name in table[op] for table in registry.PREFERENCE.values())
     ]
     names += ["emulated"] if op in EMULATED_OPS and "emulated" not in names else []
     metafunc.parametrize("backend", names, indirect=True)
@@ -62,7 +62,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     op = getattr(request.module, "OP", None)
     if request.param == "emulated":
         request.getfixturevalue("emulator")
-    reason = None if op is None else backends.missing(op, request.param, device)
+    reason = None if op is None else registry.missing(op, request.param, device)
     if reason is not None:
         pytest.skip(reason)
     if request.param == "triton" and device == "cpu":
@@ -94,7 +94,7 @@ def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     """The raw CUDA kernels by machines.py, in the emulator and on a GPU where there is one."""
     if request.param == "cuda":
-        reason = backends.missing("conv_bn_relu", "native", "cuda")
+        reason = registry.missing("conv_bn_relu", "native", "cuda")
     else:
         reason = emulation.unavailable()
     if reason is not None:

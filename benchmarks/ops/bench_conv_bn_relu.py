@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from common import Case, copy_of, main, under_pytest
 
-from fused_resnet.kernels import backends
+from fused_resnet.kernels import dispatch
 
 # (C, H = W, K, R = S, stride, groups) of ResNet-18, ResNet-50 and ResNeXt-50
 LAYERS = {
@@ -46,7 +46,7 @@ def make_case(title: str, variant: str) -> Case:
     weight = weight.contiguous(memory_format=torch.channels_last)
     scale, shift, mean, var = torch.rand(4, K)  # (K,)
     geometry = ((stride, stride), (R // 2, R // 2), (1, 1), groups)
-    kind = backends.conv_kind(weight.shape, dtype, (1, 1), groups)
+    kind = dispatch.conv_kind(weight.shape, dtype, (1, 1), groups, "cpu")
     assert kind is not None, "no fused convolution here"
     conv = kind(weight, scale, shift, dtype, *geometry)
 

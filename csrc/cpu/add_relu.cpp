@@ -1,16 +1,16 @@
 // add_relu and its backward on the CPU: checks, allocation, splitting over threads.
-// The kernels and what they move are in cpu/add_relu_kernels.h.
+// Kernels and their memory traffic: cpu/add_relu_kernels.h.
 #include "common.h"
 #include "cpu/isa/kernels.h"
 
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kSmallestPiece = 32768;  // elements worth handing to another thread
+constexpr int64_t kMinTaskElements = 32768;  // elements that justify another task
 
 using Kernel = void (*)(const void*, const void*, void*, int64_t, bool);
 
-// out = kernel(a, b), element by element; a, b, out of one shape and memory order. out may be a or
+// out = kernel(a, b), elementwise; a, b and out have one shape and memory order. out may alias a or
 // b.
 void run_elementwise(Kernel kernel, const Tensor& a, const Tensor& b, const Tensor& out) {
   const int64_t n = a.numel(), size = static_cast<int64_t>(a.element_size());
@@ -18,15 +18,15 @@ void run_elementwise(Kernel kernel, const Tensor& a, const Tensor& b, const Tens
   const auto* a_ptr = static_cast<const char*>(a.const_data_ptr());
   const auto* b_ptr = static_cast<const char*>(b.const_data_ptr());
   auto* out_ptr = static_cast<char*>(out.mutable_data_ptr());
-  // In place, the line that is overwritten has just been read.
+  // In place, the overwritten line has just been read: a non-temporal store gains nothing.
   const bool in_place = out_ptr == a_ptr || out_ptr == b_ptr;
-  const bool stream = !in_place && streams_past_caches(out_ptr, n * size);
-  Split(n, kLineBytes, kSmallestPiece).run([&](int64_t, int64_t begin, int64_t end) {
+  const bool stream = !in_place && use_streaming_stores(out_ptr, n * size);
+  Split(n, kLineBytes, kMinTaskElements).run([&](int64_t, int64_t begin, int64_t end) {
     kernel(a_ptr + begin * size, b_ptr + begin * size, out_ptr + begin * size, end - begin, stream);
   });
 }
 
-// x, residual (any shape, one for both) -> out, which may be x or residual
+// x, residual (any shape, the same for both) -> out, which may alias either
 void add_relu_out(Tensor x, Tensor residual, Tensor out) {
   const DtypeIndex dtype = dtype_index("add_relu", "x", x);
   check_dense("add_relu", "x", x);
@@ -35,14 +35,14 @@ void add_relu_out(Tensor x, Tensor residual, Tensor out) {
   run_elementwise(cpu_kernels().add_relu[dtype], x, residual, out);
 }
 
-// x, residual (any shape, one for both) -> y
+// x, residual (any shape, the same for both) -> y
 Tensor add_relu(Tensor x, Tensor residual) {
   Tensor y = empty_output_like(x);
   add_relu_out(x, residual, y);
   return y;
 }
 
-// dy, y (any shape, one for both) -> dx, which is the residual's gradient too
+// dy, y (any shape, the same for both) -> dx, which is also the residual's gradient
 Tensor add_relu_backward(Tensor dy, Tensor y) {
   const DtypeIndex dtype = dtype_index("add_relu_backward", "dy", dy);
   check_dense("add_relu_backward", "dy", dy);

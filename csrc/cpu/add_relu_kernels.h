@@ -17,7 +17,7 @@ void add_relu(const void* x_ptr, const void* residual_ptr, void* y_ptr, int64_t 
   });
 }
 
-// A NaN in y lets the gradient through, as torch's threshold_backward does.
+// A NaN in y passes the gradient, as in torch's threshold_backward.
 template <typename D>
 void add_relu_backward(const void* dy_ptr, const void* y_ptr, void* dx_ptr, int64_t n,
                        bool stream) {

@@ -10,13 +10,13 @@ namespace {
 
 constexpr int64_t kSmallestBytes = int64_t{1} << 20;  // below, PyTorch's allocator reuses well
 constexpr int64_t kHugePageBytes = int64_t{1} << 21;
-// Takes from the pool after which a block that none of them wanted is given back: several steps
-// of a network of a hundred layers.
-constexpr int64_t kPatience = 8192;
+// A free block that this many allocations have not used is returned to the system: several steps of
+// a network of a hundred layers.
+constexpr int64_t kMaxIdleTakes = 8192;
 
 struct Block {
   int64_t bytes;
-  int64_t last_use;  // the pool's count of takes when it was given back
+  int64_t last_use;  // takes_ when the block was freed
 };
 
 class Pool {
@@ -25,7 +25,7 @@ class Pool {
     bytes = rounded(bytes);
     std::lock_guard<std::mutex> lock(mutex_);
     ++takes_;
-    // The smallest that fits, unless it would waste more than an eighth.
+    // The smallest block that fits, unless it wastes more than an eighth.
     const auto fit = free_.lower_bound(bytes);
     void* p = nullptr;
     if (fit != free_.end() && fit->first - bytes <= bytes / 8) {
@@ -37,11 +37,11 @@ class Pool {
     }
     used_bytes_ += blocks_[p].bytes;
     peak_bytes_ = std::max(peak_bytes_, used_bytes_);
-    if (takes_ % 256 == 0) give_back(takes_ - kPatience);
+    if (takes_ % 256 == 0) release_unused_since(takes_ - kMaxIdleTakes);
     return p;
   }
 
-  void give(void* p) {
+  void put(void* p) {
     std::lock_guard<std::mutex> lock(mutex_);
     Block& block = blocks_[p];
     block.last_use = takes_;
@@ -52,7 +52,7 @@ class Pool {
 
   int64_t release() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return give_back(takes_ + 1);
+    return release_unused_since(takes_ + 1);
   }
 
   PoolState state() {
@@ -66,7 +66,7 @@ class Pool {
   }
 
  private:
-  // In steps of a sixteenth of a power of two, so that a block fits more than one shape.
+  // Rounds up in steps of a sixteenth of a power of two, so that a block fits several shapes.
   static int64_t rounded(int64_t bytes) {
     int64_t step = kSmallestBytes / 16;
     while (step * 32 < bytes) step *= 2;
@@ -78,7 +78,7 @@ class Pool {
     const auto get = [&] {
       return posix_memalign(&p, kHugePageBytes, static_cast<size_t>(bytes)) == 0;
     };
-    const bool found = get() || (give_back(takes_ + 1) > 0 && get());
+    const bool found = get() || (release_unused_since(takes_ + 1) > 0 && get());
     check(found, "not enough memory: fused_resnet tried to allocate ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     madvise(p, static_cast<size_t>(bytes), MADV_HUGEPAGE);
@@ -87,7 +87,7 @@ class Pool {
     return p;
   }
 
-  int64_t give_back(int64_t before) {
+  int64_t release_unused_since(int64_t before) {
     int64_t bytes = 0;
     for (auto it = free_.begin(); it != free_.end();) {
       const auto found = blocks_.find(it->second);
@@ -105,18 +105,18 @@ class Pool {
   }
 
   std::mutex mutex_;
-  std::unordered_map<void*, Block> blocks_;  // all of them
+  std::unordered_map<void*, Block> blocks_;  // used and free
   std::multimap<int64_t, void*> free_;
   int64_t takes_ = 0, used_bytes_ = 0, free_bytes_ = 0, peak_bytes_ = 0;
 };
 
 // Never destroyed: tensors may outlive every static of this library.
 Pool& pool() {
-  static Pool* const only = new Pool;
-  return *only;
+  static Pool* const instance = new Pool;
+  return *instance;
 }
 
-void give_to_pool(void* p) { pool().give(p); }
+void return_to_pool(void* p) { pool().put(p); }
 
 }  // namespace
 
@@ -141,7 +141,7 @@ Tensor pooled_empty(const std::vector<int64_t>& sizes, const std::vector<int64_t
     return Tensor(small);
   }
   void* p = pool().take(bytes);
-  return torch::stable::from_blob(p, sizes, strides, cpu, dtype, &give_to_pool);
+  return torch::stable::from_blob(p, sizes, strides, cpu, dtype, &return_to_pool);
 }
 
 Tensor pooled_channels_last(int64_t N, int64_t C, int64_t H, int64_t W, ScalarType dtype) {
@@ -158,6 +158,6 @@ Tensor pooled_like(const Tensor& dense) {
 }
 
 Scratch::Scratch(int64_t bytes) : data_(pool().take(bytes)) {}
-Scratch::~Scratch() { pool().give(data_); }
+Scratch::~Scratch() { pool().put(data_); }
 
 }  // namespace fused_resnet

@@ -1,13 +1,13 @@
 // add_relu and its backward on CUDA devices.
 //   y = max(x + residual, 0), relu(NaN) = NaN;   dx = dy where !(y <= 0), else 0
-// Layout: all tensors share one shape and one memory order; a kernel sees n flat elements.
-// Arithmetic in float32 (double for float64), one rounding.
-// A block owns tiles of kThreads * kUnroll packs of 16 bytes; a thread owns kUnroll packs, kThreads
-// apart, and has all their loads in flight before the first is used. Blocks stride over the tiles.
-// Pointers that are not aligned to 16 bytes, and what is left after the last pack, go one element
-// at a time.
-// Bytes: 3 elements per element of y, two read and one written. Registers only, no shared memory.
-// Speed: not yet measured.
+// Layout: all tensors have one shape and one memory order; a kernel processes n flat elements.
+// Arithmetic in float32 (float64 for float64), one rounding.
+// A block processes tiles of kThreads * kUnroll packs of 16 bytes, in a grid-stride loop. A thread
+// processes kUnroll packs, kThreads apart, and issues all their loads before it uses the first.
+// Elements after the last full pack, and all elements of pointers that are not aligned to 16 bytes,
+// are processed one at a time.
+// Memory traffic: 3 elements per element of y (two reads, one write). No shared memory. Speed: not
+// yet measured.
 #include "cuda/device/launch.h"
 
 namespace fused_resnet {
@@ -33,8 +33,8 @@ struct AddReluBackward {
   }
 };
 
-// a, b, out (n,), out may be a or b: no __restrict__, and a thread's loads come before its stores.
-// The first `packs` packs of each are taken 16 bytes at a time
+// a, b, out: (n,). `out` may alias a or b, so there is no __restrict__, and a thread loads before
+// it stores. The first `packs` packs are accessed 16 bytes at a time.
 template <typename Op, typename T>
 __global__ void __launch_bounds__(kThreads)
     elementwise_kernel(const T* a, const T* b, T* out, int64_t packs, int64_t n) {
@@ -83,7 +83,8 @@ void launch_elementwise(const Tensor& a, const Tensor& b, const Tensor& out) {
   scope.launch({blocks, kThreads}, elementwise_kernel<Op, T>, a_ptr, b_ptr, out_ptr, packs, n);
 }
 
-// out = Op(a, b), element by element; a, b, out of one shape and memory order. out may be a or b.
+// out = Op(a, b), elementwise. a, b, out have the same shape and memory order; `out` may alias a or
+// b.
 template <typename Op>
 void run_elementwise(const char* op, const char* a_name, const Tensor& a, const char* b_name,
                      const Tensor& b, const Tensor& out) {
@@ -95,19 +96,19 @@ void run_elementwise(const char* op, const char* a_name, const Tensor& a, const 
   with_element(dtype, [&](auto element) { launch_elementwise<Op, decltype(element)>(a, b, out); });
 }
 
-// x, residual (any shape, one for both) -> out, which may be x or residual
+// x, residual (any shape, the same for both) -> out, which may alias x or residual
 void add_relu_out(Tensor x, Tensor residual, Tensor out) {
   run_elementwise<AddRelu>("add_relu", "x", x, "residual", residual, out);
 }
 
-// x, residual (any shape, one for both) -> y
+// x, residual (any shape, the same for both) -> y
 Tensor add_relu(Tensor x, Tensor residual) {
   Tensor y = empty_output_on(x);
   add_relu_out(x, residual, y);
   return y;
 }
 
-// dy, y (any shape, one for both) -> dx, which is the residual's gradient too
+// dy, y (any shape, the same for both) -> dx, which is also the gradient of residual
 Tensor add_relu_backward(Tensor dy, Tensor y) {
   Tensor dx = empty_output_on(dy);
   run_elementwise<AddReluBackward>("add_relu_backward", "dy", dy, "y", y, dx);

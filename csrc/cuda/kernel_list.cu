@@ -1,4 +1,4 @@
-// The list of every CUDA kernel, for fused_resnet._C.kernels().
+// The list of all CUDA kernels, for fused_resnet._C.kernels().
 #include <cuda_runtime.h>
 
 #include "cuda/kernel_list.h"
@@ -12,7 +12,7 @@ std::string cuda_toolkit_version() {
 std::vector<CudaKernel> cuda_kernels() {
   int devices = 0;
   const bool gpu = cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0;
-  if (!gpu) (void)cudaGetLastError();  // leaves no error for the next caller to find
+  if (!gpu) (void)cudaGetLastError();  // clear the error
   std::vector<CudaKernel> list;
   list_add_relu_kernels(list, gpu);
   list_stem_kernels(list, gpu);

@@ -1,4 +1,4 @@
-// What module.cpp asks of the CUDA files: no torch, no Python, no CUDA headers.
+// The interface of the CUDA files to module.cpp. No torch, Python or CUDA headers.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@ namespace fused_resnet {
 
 struct CudaKernel {
   std::string name;
-  int binary_version;  // e.g. 90; -1 where there is no GPU to ask
+  int binary_version;  // e.g. 90; -1 without a GPU
   int registers;       // per thread, or -1
   int shared_bytes;    // per block, static, or -1
 };
@@ -16,7 +16,7 @@ struct CudaKernel {
 std::string cuda_toolkit_version();  // e.g. "13.0"
 std::vector<CudaKernel> cuda_kernels();
 
-// One for each CUDA file with kernels; gpu: whether there is one to ask.
+// One function for each CUDA file with kernels. gpu: whether a GPU is available to query.
 void list_add_relu_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_stem_kernels(std::vector<CudaKernel>& list, bool gpu);
 void list_implicit_gemm_kernels(std::vector<CudaKernel>& list, bool gpu);

@@ -1,4 +1,4 @@
-// Schemas of the ops that only CUDA files implement.
+// Schemas of the ops that are implemented for CUDA only.
 #include "common.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {

@@ -15,12 +15,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import logging
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +28,11 @@ from torch import Tensor
 from . import contenders as entrants
 from . import machine, memory
 from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable
+from .entry import Entry, Measurement, TaskSpec, enter
 from .worker import Worker
-
-# Importing torch.utils.benchmark looks for a CUDA toolkit and warns where one is without a GPU.
-_toolkit_log = logging.getLogger("torch.utils.cpp_extension")
-_toolkit_level = _toolkit_log.level
-_toolkit_log.setLevel(logging.ERROR)
-from torch.utils.benchmark import Measurement, TaskSpec, timer  # noqa: E402
-
-_toolkit_log.setLevel(_toolkit_level)
 
 __all__ = ["Event", "collect", "pair_ratio", "run", "save"]
 
-MIN_SAMPLE_S = 0.02  # a shorter call is repeated until one sample lasts this long
-WARM_BELOW_S = 0.1  # a sample shorter than this is preceded by one call that is not timed
 MAX_ROUNDS = 60
 
 
@@ -61,39 +50,7 @@ class Event:
 
 
 @dataclass
-class _Entry:
-    """One contender within a case, and the seconds per call it took in each round."""
-
-    name: str
-    step: Step
-    construct_s: float
-    first_call_s: float
-    call_s: float
-    output: Tensor
-    owned_bytes: int
-    times_s: list[float] = field(default_factory=list)
-
-    @property
-    def repeats(self) -> int:
-        return max(1, math.ceil(MIN_SAMPLE_S / max(self.call_s, 1e-6)))
-
-    @property
-    def sample_s(self) -> float:
-        warm = self.call_s if self.call_s < WARM_BELOW_S else 0.0
-        return self.call_s * self.repeats + warm
-
-    def sample(self) -> None:
-        """Time `repeats` calls; PyTorch's clock waits for the accelerator on both sides."""
-        if self.call_s < WARM_BELOW_S:
-            self.step()
-        start = timer()
-        for _ in range(self.repeats):
-            self.step()
-        self.times_s.append((timer() - start) / self.repeats)
-
-
-@dataclass
-class _Remote(_Entry):
+class _Remote(Entry):
     """A contender in a process of its own."""
 
     worker: Worker | None = None
@@ -255,7 +212,7 @@ def _measure_case(
 ) -> Iterator[Event]:  # fmt: skip
     apart = case.mode == "train" and torch.device(case.device).type == "cpu"
     data = None if apart else entrants.make_data(case)
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     skipped: dict[str, str] = {}
     for index, name in enumerate(contenders):
         yield Event(0.5 * index / len(contenders), f"{case.label}: first call of {name}")
@@ -263,7 +220,7 @@ def _measure_case(
             if data is None:
                 entries.append(_enter_apart(name, case, workers))
             else:
-                entries.append(_enter(name, case, data))
+                entries.append(enter(name, case, data))
         except Unavailable as error:
             skipped[name] = str(error)
         except Exception as error:
@@ -290,23 +247,6 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
 
 
-def _enter(name: str, case: Case, data: entrants.Data) -> _Entry:
-    """Build a contender and call it three times: the first call, one to settle, one to time."""
-    cuda = torch.device(case.device).type == "cuda"
-    held = torch.cuda.memory_allocated(case.device) if cuda else 0
-    t0 = timer()
-    step = entrants.build(name, case, data)
-    t1 = timer()
-    output = step().detach().float().cpu().clone()
-    t2 = timer()
-    step()
-    t3 = timer()
-    step()
-    t4 = timer()
-    owned = torch.cuda.memory_allocated(case.device) - held if cuda else 0
-    return _Entry(name, step, t1 - t0, t2 - t1, t4 - t3, output, owned)
-
-
 def _enter_apart(name: str, case: Case, workers: contextlib.ExitStack) -> _Remote:
     """The same in a process of its own, which lives as long as `workers`."""
     worker = Worker(name, case, torch.get_num_threads())
@@ -320,13 +260,13 @@ def _enter_apart(name: str, case: Case, workers: contextlib.ExitStack) -> _Remot
     )  # fmt: skip
 
 
-def _rounds(entries: Sequence[_Entry], seconds: float, rounds: int) -> int:
+def _rounds(entries: Sequence[Entry], seconds: float, rounds: int) -> int:
     per_round = sum(e.sample_s for e in entries)
     wanted = int(seconds / per_round) if per_round > 0 else rounds
     return max(rounds, min(MAX_ROUNDS, wanted))
 
 
-def _one_round(entries: list[_Entry], index: int) -> None:
+def _one_round(entries: list[Entry], index: int) -> None:
     """Every contender once, starting with another one each time; no garbage collection inside."""
     start = index % max(1, len(entries))
     gc.collect()
@@ -338,7 +278,7 @@ def _one_round(entries: list[_Entry], index: int) -> None:
         gc.enable()
 
 
-def _memory(entry: _Entry, case: Case, with_memory: bool) -> dict[str, int]:
+def _memory(entry: Entry, case: Case, with_memory: bool) -> dict[str, int]:
     found: dict[str, int] = {}
     if isinstance(entry, _Remote) and entry.worker is not None:
         found |= entry.worker.ask("saved")
@@ -360,7 +300,7 @@ def _iqr(values: Sequence[float]) -> float:
 
 def _summary(
     case: Case,
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     skipped: dict[str, str],
     peaks: dict[str, dict[str, int]],
 ) -> dict[str, Any]:

@@ -129,16 +129,16 @@ def info() -> dict[str, Any]:
 
     Never initialises CUDA.
     """
-    from fused_resnet.kernels import backends, native
+    from fused_resnet.kernels import native, registry
 
     missing = native.load()
     return {
         "versions": _versions(),
         "machine": describe("cpu") | {"threads": torch.get_num_threads()},
         "native build": {"missing": missing} if missing else native.build_info(),
-        "forced backend": backends.forced(),
-        "cpu": backends.table("cpu"),
-        "cuda": backends.table("cuda"),
+        "forced backend": registry.forced(),
+        "cpu": registry.table("cpu"),
+        "cuda": registry.table("cuda"),
     }
 
 

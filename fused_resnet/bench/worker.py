@@ -22,6 +22,8 @@ import torch
 from . import contenders as entrants
 from . import memory
 from .contenders import Case, Unavailable
+from .entry import WARM_BELOW_S
+from .entry import enter as new_entry
 
 
 class Worker:
@@ -58,8 +60,6 @@ class Worker:
 
 
 def _serve(request: dict[str, Any]) -> None:
-    from . import harness as bench
-
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
     out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
@@ -72,7 +72,7 @@ def _serve(request: dict[str, Any]) -> None:
     def enter() -> dict[str, Any]:
         nonlocal entry
         try:
-            entry = bench._enter(request["name"], case, entrants.make_data(case))
+            entry = new_entry(request["name"], case, entrants.make_data(case))
         except Unavailable as error:
             return {"unavailable": str(error)}
         return {
@@ -83,7 +83,7 @@ def _serve(request: dict[str, Any]) -> None:
     def sample() -> float:
         gc.collect()
         gc.disable()
-        if entry.call_s >= bench.WARM_BELOW_S:
+        if entry.call_s >= WARM_BELOW_S:
             entry.step()  # caches, and memory that the host took back, are the others' until then
         entry.sample()
         gc.enable()

@@ -1,9 +1,10 @@
-"""The `fused-resnet` command. Its subcommands are in commands.py, which needs the cli extra."""
+"""The `fused-resnet` command. Each subcommand is a file; they need the cli extra."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 NEEDED = ("typer", "rich")
 
@@ -19,6 +20,14 @@ def _arguments(argv: list[str]) -> list[str]:
     return filled
 
 
+def application() -> Any:
+    """The typer application with every command, in the order of `fused-resnet --help`."""
+    from . import info, parity, bench, tune, demo, depth, train  # noqa: F401, I001 - each registers
+    from .app import app
+
+    return app
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; exits with status 2 where typer or rich is missing."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -28,8 +37,5 @@ def main(argv: list[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from . import depth as depth_command  # noqa: F401 - register their commands
-    from . import train as train_command  # noqa: F401
-    from .commands import app
-
+    app = application()
     app(args=_arguments(sys.argv[1:] if argv is None else argv), prog_name="fused-resnet")

@@ -1,18 +1,29 @@
-"""The main job end to end: is it exact on real photographs, and how much faster is it here?"""
+"""fused-resnet demo: is it exact on real photographs, and how much faster is it here?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import torch
+import typer
 
 from fused_resnet.bench import harness as bench
 from fused_resnet.bench import machine, report
 from fused_resnet.kernels import native
 from fused_resnet.parity import report as testing
 
-from .commands import load_inputs, with_progress
+from .app import (
+    Images,
+    Models,
+    Threads,
+    app,
+    clear_errors,
+    console_for,
+    load_inputs,
+    split,
+    with_progress,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +35,26 @@ DTYPES = ("float32", "bfloat16")
 CONTENDERS = ("eager", "eager-channels_last", "compile", "fused")
 SECONDS = 4.0  # per case, at least ROUNDS rounds
 ROUNDS = 7
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file and the plot.")] = Path(
+        "demo-results"
+    ),
+    images: Images = None,
+    model: Models = ["resnet18", "resnet50"],  # noqa: B006
+    device: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="cpu or cuda; default: whatever there is."),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """The main job: parity with torchvision on photographs, then images per second, in minutes."""
+    with clear_errors():
+        ok = run(console_for(), out, images, split(model), device, threads)
+    if not ok:
+        raise typer.Exit(1)
 
 
 def run(

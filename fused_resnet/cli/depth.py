@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .commands import Threads, _clear_errors, _console, app
+from .app import Threads, app, clear_errors, console_for
 
 if TYPE_CHECKING:
-    from fused_resnet.depth.experiment import Config
+    from fused_resnet.depth.setting import Config
 
 _OPTION = typer.Option
 
@@ -56,11 +56,12 @@ def depth(
 ) -> None:
     """Train plain and residual networks of growing depth; write what depth does to them."""
     options = dict(locals())
-    console = _console()
-    with _clear_errors():
+    console = console_for()
+    with clear_errors():
         import torch
 
-        from fused_resnet.depth.experiment import Config, Experiment
+        from fused_resnet.depth.experiment import Experiment
+        from fused_resnet.depth.setting import Config
         from fused_resnet.depth.ultra import TooDeep
 
         if threads is not None:

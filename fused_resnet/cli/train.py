@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .commands import Device, Threads, _clear_errors, _console, app
+from .app import Device, Threads, app, clear_errors, console_for
 
 if TYPE_CHECKING:
     from fused_resnet.train import Result
@@ -75,8 +75,8 @@ def train(
 ) -> None:
     """Train a model; under torchrun, on many devices. Writes metrics, a plot and checkpoints."""
     options = dict(locals())
-    console = _console()
-    with _clear_errors():
+    console = console_for()
+    with clear_errors():
         from fused_resnet.train import Config, NonFinite, OutOfMemory, run
 
         if threads is not None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .experiment import KINDS, Config
+from .setting import KINDS, Config
 
 VANISHED, EXPLODED = 1e-3, 1e3  # the first layers' gradient over that of the shallowest network's
 _WORSE = 0.01  # of errors: above this a difference is called one

@@ -9,19 +9,19 @@ import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LinearLR
 
-import fused_resnet as fr
 from fused_resnet.bench.contenders import Step
 from fused_resnet.bench.memory import activation_peak_bytes, saved_bytes
 from fused_resnet.fusion.training.activation_memory import LEVELS, segments, set_activation_memory
+from fused_resnet.kernels.registry import use_backend
 
-if TYPE_CHECKING:
-    from .experiment import Config, Experiment
+from .setting import Config, make, number
+from .steps import Steps
 
 _SHALLOW = 20  # layers, beside which time per layer is held
 _TIMED = 3  # steps
@@ -32,10 +32,8 @@ class TooDeep(RuntimeError):
     """The activations of a step would not fit; the message says what would."""
 
 
-def run(experiment: Experiment, depth: int) -> dict[str, Any]:
+def run(experiment: Any, depth: int) -> dict[str, Any]:
     """Some steps of training a residual network of `depth` layers, and the cost of one."""
-    from .experiment import Steps, _number, make
-
     c, data = experiment.config, experiment.data
     assert c.batch is not None
     estimates = {level: estimate_bytes(c, depth, c.batch, data.size, level) for level in LEVELS}
@@ -53,7 +51,7 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
                 break
     diverged = None if math.isfinite(losses[-1]) else len(losses)
     found: dict[str, Any] = {
-        "depth": depth, "steps": len(losses), "losses": [_number(v) for v in losses],
+        "depth": depth, "steps": len(losses), "losses": [number(v) for v in losses],
         "diverged": diverged,
         "gradients_after": None if diverged else experiment.gradients(model, c.batch),
         "estimated_bytes": estimates, "costs": costs(experiment, depth, estimates),
@@ -64,12 +62,10 @@ def run(experiment: Experiment, depth: int) -> dict[str, Any]:
     return found
 
 
-def costs(experiment: Experiment, depth: int, estimates: dict[str, int]) -> list[dict[str, Any]]:
+def costs(experiment: Any, depth: int, estimates: dict[str, int]) -> list[dict[str, Any]]:
     """Of one step by level, and of stock's: time per layer beside that of a shallow network's, both
     measured in turns, bytes saved for backward, peak of live activations. Of one whose estimate is
     more than there is free now, that estimate alone."""
-    from .experiment import make
-
     c, data = experiment.config, experiment.data
     assert c.batch is not None
     x, y = data.x[: c.batch], data.y[: c.batch]
@@ -91,7 +87,7 @@ def costs(experiment: Experiment, depth: int, estimates: dict[str, int]) -> list
         stock = level == "eager"
         for model in models:
             set_activation_memory(model, "full" if stock else level)
-        with fr.use_backend("reference") if stock else contextlib.nullcontext():
+        with use_backend("reference") if stock else contextlib.nullcontext():
             yield
 
     available = available_bytes()
@@ -127,8 +123,6 @@ def costs(experiment: Experiment, depth: int, estimates: dict[str, int]) -> list
 def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str) -> int:
     """About the activations that live at a time in a step of a residual network, from what two
     small networks save for two images; "minimal" grows with the square root of depth."""
-    from .experiment import make
-
     per_block = 9 if config.block == "preact_bottleneck" else 6
     stage_blocks = (2, 4)
     x = torch.randn(2, 3, size, size).contiguous(memory_format=torch.channels_last)

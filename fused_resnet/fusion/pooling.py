@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .structure import patched
+from fused_resnet.layers.hooks import patched
 
 
 def pair(v: Any) -> list[int]:

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fused_resnet.layers.hooks import HOOKS, patched
+from fused_resnet.layers.norms import is_frozen_bn
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _BN_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 _conv_state = attrgetter("stride", "padding", "dilation", "groups", "padding_mode")
@@ -39,13 +40,6 @@ class Names(NamedTuple):
 
 
 STEM = Names((("conv1", "bn1"),), downsample=None)
-BASIC = Names((("conv1", "bn1"), ("conv2", "bn2")))
-BOTTLENECK = Names((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
-PLAIN = BASIC._replace(downsample=None)
-PREACT = BASIC._replace(norm_first=True)
-PREACT_BOTTLENECK = BOTTLENECK._replace(norm_first=True)
-PREACT_PLAIN = PLAIN._replace(norm_first=True)
-PREACT_PLAIN_BOTTLENECK = BOTTLENECK._replace(norm_first=True, downsample=None)
 
 
 class Place(NamedTuple):
@@ -121,37 +115,6 @@ def take_apart(block: nn.Module, names: Names) -> Parts | str:
     return _structure_reason(parts, names.norm_first) or parts
 
 
-def has_hooks(m: nn.Module) -> bool:
-    return any(getattr(m, name) for name in _HOOKS)
-
-
-def patched(m: nn.Module) -> str | None:
-    """What makes calling m more than its class's forward, or None."""
-    if has_hooks(m):
-        return "has hooks"
-    if "forward" in m.__dict__:
-        return "has its forward replaced"
-    return None
-
-
-def is_frozen_bn(m: nn.Module) -> bool:
-    """torchvision.ops.FrozenBatchNorm2d, recognised without importing torchvision."""
-    return type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__ == "torchvision.ops.misc"
-
-
-def is_fsdps(m: nn.Module) -> bool:
-    """Whether FSDP puts m's parameters together for every forward. It does so behind the back of
-    their version counters, and often at the same address: nothing made from them can be kept."""
-    return "_is_fsdp_managed_module" in m.__dict__
-
-
-def uses_batch_statistics(bn: Any) -> bool:
-    """Whether this norm would normalise by the batch now, as BatchNorm2d.forward decides it."""
-    if is_frozen_bn(bn):
-        return False
-    return bn.training or (bn.running_mean is None and bn.running_var is None)
-
-
 def _structure_reason(parts: Parts, norm_first: bool) -> str | None:
     for _, name, part, kind in parts.places:
         norm = kind is nn.BatchNorm2d and (type(part) in _SYNCHRONISED or is_frozen_bn(part))
@@ -197,7 +160,7 @@ class Structure:
         )
         modules = [m for m in self._parts if m is not None]
         self._modules, self._types = modules, list(map(type, modules))
-        self._hooks = [getattr(m, name) for m in modules for name in _HOOKS]
+        self._hooks = [getattr(m, name) for m in modules for name in HOOKS]
         self._dicts = [m.__dict__ for m in modules]
         self._children = [m._modules for m in modules]
         self._counts = list(map(len, self._children))

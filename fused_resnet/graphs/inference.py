@@ -7,22 +7,20 @@ recorded once per shape of input, from and into memory that stays where it is.
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.kernels import backends, convolution
+from fused_resnet.kernels import registry
+
+from .capture import Graph, record
 
 _MOST_GRAPHS = 8  # shapes of input whose graphs, and memory, are kept
-_recording = threading.Lock()  # PyTorch records one graph at a time in a process
-_WARM_UPS = 3  # before recording: kernels are compiled, weights packed, cuDNN's plans chosen
 
 
 def inference(
@@ -74,7 +72,7 @@ class Inference:
         self.device = example.device
         self.dtype = dtype
         self.cuda_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
-        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._graphs: OrderedDict[Any, Graph] = OrderedDict()
         self._watch = _Watch(model)
         self._turn = threading.Lock()
         self(example)
@@ -103,7 +101,7 @@ class Inference:
             return self.model(x)
 
     def _replay(self, x: Tensor) -> Tensor:
-        key = (x.shape, x.dtype, backends.forced())
+        key = (x.shape, x.dtype, registry.forced())
         graph = self._graphs.pop(key, None)
         if graph is None:
             graph = record(self._run, x)
@@ -114,51 +112,6 @@ class Inference:
             graph.x.copy_(x)
             graph.replay()
             return graph.y.clone()
-
-
-class _Graph(NamedTuple):
-    """A recorded forward: from x, by replay, into y. turn: waits for the last user on whichever
-    stream that was, and lets the next one wait for this. used: what it reads besides the model's
-    own tensors, whose memory must stay though nobody else may want it any more."""
-
-    x: Tensor
-    y: Tensor
-    replay: Callable[[], None]
-    turn: Callable[[], contextlib.AbstractContextManager[None]]
-    used: Sequence[object] = ()
-
-
-def record(run: Callable[[Tensor], Tensor], example: Tensor) -> _Graph:
-    """Records run(x) for an x of example's shape and dtype, on its device."""
-    # Under inference mode x would be a tensor that no call outside of it could copy into.
-    device = example.device
-    with _recording, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-        x = example.detach().clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                run(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # On a stream of this device: PyTorch's own for recording is of whichever came first. And
-        # other threads may go on allocating.
-        with (
-            convolution.noting() as used,
-            torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),
-        ):
-            y = run(x)
-        done = torch.cuda.Event()
-
-    @contextlib.contextmanager
-    def turn() -> Iterator[None]:
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream()
-            stream.wait_event(done)
-            yield
-            done.record(stream)
-
-    return _Graph(x, y, graph.replay, turn, used)
 
 
 class _Watch:

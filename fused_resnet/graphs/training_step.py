@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from fused_resnet.fusion.blocks import _GLOBAL_HOOKS
-from fused_resnet.kernels import backends, convolution
+from fused_resnet.kernels import registry
+from fused_resnet.kernels.cache import noting
+from fused_resnet.layers.hooks import GLOBAL_HOOKS
 
-from .inference import _recording
+from .capture import RECORDING
 
 _MOST_GRAPHS = 4  # shapes of input whose graphs are kept; they share their memory
 _WARM_UPS = 3  # steps before recording: kernels are compiled, the optimizer makes its state
@@ -287,7 +288,7 @@ def _key(x: Tensor, target: Tensor, kind: str) -> Any:
         torch.backends.cudnn.allow_tf32,
         torch.are_deterministic_algorithms_enabled(),
     )
-    return (*((t.shape, t.dtype) for t in (x, target)), backends.forced(), autocast, switches)
+    return (*((t.shape, t.dtype) for t in (x, target)), registry.forced(), autocast, switches)
 
 
 def _host_state() -> tuple[bytes, Any]:
@@ -354,8 +355,8 @@ class _Memory:
                 group["lr"] = lr
             # Other threads may go on allocating.
             with (
-                _recording,
-                convolution.noting() as used,
+                RECORDING,
+                noting() as used,
                 torch.cuda.graph(
                     graph,
                     pool=self._pool,
@@ -394,7 +395,7 @@ class _Watch:
             for kind in ("forward", "forward_pre", "backward", "backward_pre")
         ]
         self._hooks += [step.optimizer._optimizer_step_pre_hooks]
-        self._hooks += [step.optimizer._optimizer_step_post_hooks, *_GLOBAL_HOOKS]
+        self._hooks += [step.optimizer._optimizer_step_post_hooks, *GLOBAL_HOOKS]
         self._averages = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm)
             and m.momentum is None

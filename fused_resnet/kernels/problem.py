@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Geometry(NamedTuple):
@@ -64,54 +62,21 @@ def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
     return Problem(N * P * Q, K, C, R, S, layer.groups, stride, operands_of(dtype))
 
 
-def layers_of(model: str, batch: int, size: int = 224) -> list[Layer]:
-    """Every convolution of a model of the family, in order, for `batch` images of size x size."""
-    from fused_resnet.models.resnet import get_model
-
-    found: list[Layer] = []
-
-    def see(conv: Any, inputs: Any, output: Tensor) -> None:
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation)
-        x_shape, y_shape = tuple(inputs[0].shape), tuple(output.shape)
-        found.append(Layer(x_shape, tuple(conv.weight.shape), y_shape, geometry, conv.groups))
-
-    with torch.device("meta"), torch.no_grad():
-        net = get_model(model).eval()
-        for m in net.modules():
-            if isinstance(m, torch.nn.Conv2d):
-                m.register_forward_hook(see)
-        net(torch.empty(batch, 3, size, size))
-    return found
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; in an interpreter or emulator, few, so that more than one round of tiles is met."""
-    if device.type != "cuda":
-        return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Of a GPU; in an interpreter or emulator, Hopper's."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-
-
-def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    _, C, H, W = shape
-    return H * W * C, 1, W * C, C
-
-
-def channels_last_empty(shape: Sequence[int], x: Tensor) -> Tensor:
-    """An uninitialised channels_last tensor of x's dtype on its device."""
-    strides = channels_last_strides(shape)
-    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
-
-
-def channels_last(t: Tensor) -> Tensor:
-    """t, or a copy of it, in channels_last: with those very strides. PyTorch leaves the strides of
-    dimensions of size one as they come, and kernels read them all."""
-    t = t.contiguous(memory_format=torch.channels_last)
-    strides = channels_last_strides(t.shape)
-    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+def output_shape(
+    shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, ...] | None:
+    """(N, C, H, W) -> (N, K, P, Q) of a convolution; None where such an x does not fit."""
+    if len(shape) != 4 or shape[1] != weight_shape[1] * groups or 0 in shape:
+        return None
+    sizes = tuple(
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
+        )
+    )
+    return None if min(sizes) < 1 else (shape[0], weight_shape[0], *sizes)

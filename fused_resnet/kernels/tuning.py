@@ -30,21 +30,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .problem import Layer, Problem, capability, multiprocessors, problem_of
+from fused_resnet.kernels.target import capability, multiprocessors
+
+from .problem import Problem
+from .registry import gpu_convolution
 
 SHIPPED = Path(__file__).parent / "tuned"
-
-# backend -> the module with its convolution, imported where it is asked for.
-CONTENDERS = {
-    "native": "fused_resnet.kernels.cuda.implicit_gemm",
-    "triton": "fused_resnet.kernels.triton.convolution",
-    "vendor": "fused_resnet.kernels.cuda.cudnn",
-}
-
-
-@functools.cache
-def contender(backend: str) -> Any:
-    return importlib.import_module(CONTENDERS[backend])
 
 
 class Choice(NamedTuple):
@@ -84,7 +75,7 @@ def read(path: Path) -> Winners:
     try:
         for row in json.loads(path.read_text())["winners"]:
             backend = row["backend"]
-            config = contender(backend).CONFIG(**row["config"])
+            config = gpu_convolution(backend).CONFIG(**row["config"])
             if config.label() != row["label"]:
                 continue  # tiles were numbered otherwise then
             choice = Choice(backend, config, float(row["time_s"]))
@@ -154,7 +145,7 @@ def choice(problem: Problem, device: torch.device, allowed: tuple[str, ...]) -> 
     if known:
         return min(known, key=lambda c: c.time_s)
     for backend in allowed:
-        module = contender(backend)
+        module = gpu_convolution(backend)
         if module.covers(problem, capability(device)):
             config = module.choose(problem, capability(device), multiprocessors(device))
             return Choice(backend, config)
@@ -168,54 +159,9 @@ def candidates(
     return [
         (backend, config)
         for backend in backends
-        if contender(backend).covers(problem, capability(device))
-        for config in contender(backend).candidates(problem, capability(device))
+        if gpu_convolution(backend).covers(problem, capability(device))
+        for config in gpu_convolution(backend).candidates(problem, capability(device))
     ]
-
-
-def problems(
-    layers: Iterable[Layer], device: torch.device, backends: Sequence[str], dtype: torch.dtype
-) -> dict[Problem, Layer]:
-    """The problems that layers are, and their input gradients where these may be convolutions by
-    this package's CUDA kernels in a training step (cuda_training.py); one layer of each."""
-    layers = list(layers)
-    found = {problem_of(layer, dtype): layer for layer in layers}
-    if "native" in backends and dtype.itemsize == 2:
-        from .training.cuda import gradient_layer
-
-        for layer in filter(None, map(gradient_layer, layers)):
-            problem = problem_of(layer, dtype)
-            if contender("native").covers(problem, capability(device)):
-                found.setdefault(problem, layer)
-    return found
-
-
-def measure_on(
-    layers: dict[Problem, Layer], device: torch.device, dtype: torch.dtype
-) -> Callable[[Problem, str, Any], float]:
-    """A function that times one problem on one backend with one configuration on the device, in
-    seconds."""
-    from triton.testing import do_bench
-
-    from .cuda.convolution import GpuConv
-
-    def measure(problem: Problem, backend: str, config: Any) -> float:
-        layer = layers[problem]
-        x, weight = (
-            torch.randn(shape, device=device, dtype=dtype).contiguous(
-                memory_format=torch.channels_last
-            )
-            for shape in (layer.x_shape, layer.weight_shape)
-        )
-        scale, shift = torch.rand(2, layer.weight_shape[0], device=device)
-        conv = GpuConv(weight, scale, shift, dtype, *layer.geometry, layer.groups)
-        conv.lasting = True
-        conv.run_by(backend, config, x, None, True)  # packs, compiles
-        return do_bench(
-            lambda: conv.run_by(backend, config, x, None, True), return_mode="median"
-        ) / 1e3  # fmt: skip
-
-    return measure
 
 
 def tune(

@@ -1,19 +1,10 @@
-"""Synchronised batch norm of the fused training path on the CPU: what goes between processes.
+"""Synchronised batch norm on any device.
 
 PyTorch's SyncBatchNorm is for GPUs: on the CPU its forward raises, and DistributedDataParallel
 refuses a module that holds one. `SyncBatchNorm` here is for both. In training it normalises by the
-values of all processes of its group. One collective per norm and pass:
-
-    forward    all_gather of mean, M2 = sum (x - mean)^2 and count; every process merges them in the
-               order of ranks, so that all come to the same bits
-    backward   all_reduce of sum g, sum g (x - mean), of both norms of a block's end at once
-
-Sums of x and x^2 would need one all_reduce and cancel for a channel whose mean is large; counts may
-differ between processes, and be 0 on some (empty_batch.py). Gradients of weight and bias stay each
-process's own, as PyTorch's are: DistributedDataParallel averages them.
-
-Source: Chan, Golub and LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing
-Sample Variances".
+values of all processes of its group; fused_resnet/kernels/training/collectives.py says what they
+exchange. Gradients of weight and bias stay each process's own, as PyTorch's are:
+DistributedDataParallel averages them.
 """
 
 from __future__ import annotations
@@ -24,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+
+from fused_resnet.kernels.training import collectives
+
+from .norms import track
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -50,16 +45,11 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return nn.SyncBatchNorm.forward(stock, x)
 
     def _forward_on_cpu(self, x: Tensor) -> Tensor:
-        from fused_resnet.fusion.training import (
-            prepare as block_training,  # which import this module
-        )
-        from fused_resnet.kernels.training import protocol as train_kernels
-
         states: list[Any] = []
         group = group_of(self)
         y = _Synchronised.apply(x, self.weight, self.bias, self.eps, group, states)
         (state, total), *_ = states
-        block_training.track(self, train_kernels.PORTABLE, state, total)
+        track(self, state, total)
         return y
 
 
@@ -76,7 +66,7 @@ class _Synchronised(torch.autograd.Function):
         values = x.double()
         own = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
         # A process without images has a mean of none: its count of 0 leaves it out of the sum.
-        (mean, variance), total = merge(own, x.numel() // x.shape[1], group)
+        (mean, variance), total = collectives.merge(own, x.numel() // x.shape[1], group)
         states.append(((mean, variance), int(total)))
         invstd = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, weight, bias, mean, invstd)
@@ -91,7 +81,7 @@ class _Synchronised(torch.autograd.Function):
         x, weight, bias, mean, invstd = ctx.saved_tensors
         g, centred = dy.double(), x.double() - _channels(mean)
         own = torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3)), torch.zeros_like(mean)])
-        sum_g, sum_gx, _ = reduce(own, ctx.group) / ctx.total
+        sum_g, sum_gx, _ = collectives.reduce(own, ctx.group) / ctx.total
         scale = invstd if weight is None else invstd * weight.double()
         slope = invstd.square() * sum_gx
         dx = (g - _channels(sum_g) - centred * _channels(slope)) * _channels(scale)
@@ -140,36 +130,3 @@ def agreed(draws: Tensor, norms: Iterable[Any]) -> Tensor:
     if group is not None:
         dist.broadcast(draws, dist.get_global_rank(group, 0), group=group)
     return draws
-
-
-def merge(stats: Tensor, count: int, group: Any) -> tuple[Tensor, Tensor]:
-    """This process's mean and biased variance over `count` values, (2, C) float64 -> those over all
-    processes, and how many values they have: a float64 of shape (). ValueError, on every process,
-    where none of them has a value."""
-    own = torch.cat([stats.flatten(), stats.new_tensor([float(count)])])
-    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, own, group=group)
-    mean = torch.zeros_like(stats[0])
-    squares, total = torch.zeros_like(mean), 0.0
-    for part in gathered:
-        n = float(part[-1])
-        if n == 0:
-            continue
-        other, variance = part[:-1].view(2, -1)
-        total += n
-        off = other - mean
-        mean = mean + off * (n / total)
-        squares = squares + variance * n + off.square() * (n * (total - n) / total)
-    if total == 0:
-        raise ValueError(
-            "SyncBatchNorm: x must hold an image on one process at least, got none on all of "
-            f"{len(gathered)}"
-        )
-    return torch.stack([mean, squares / total]), stats.new_tensor(total)
-
-
-def reduce(sums: Tensor, group: Any) -> Tensor:
-    """This process's sums (3, C) float64 -> those over all processes."""
-    total = sums.clone()
-    dist.all_reduce(total, group=group)
-    return total

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.fusion import blocks, structure
-from fused_resnet.fusion.inference import network
-from fused_resnet.layers import sync_batch_norm
+from fused_resnet import fusion
+from fused_resnet.layers.conv import conv1x1, conv3x3
+from fused_resnet.layers.planned import Planned
 from fused_resnet.layers.shortcut import PadShortcut
+from fused_resnet.layers.sync_batch_norm import agreed
 
 from .preact import PlainPreactBlock, PlainPreactBottleneck, PreactBlock, PreactBottleneck
-from .resnet import BasicBlock, Planned, conv1x1, conv3x3
+from .resnet import BASIC, BasicBlock
 
 __all__ = ["CifarBlock", "CifarResNet", "PlainBlock", "PreactResNet", "cifar_resnet"]
 
 SHORTCUTS = ("identity", "projection", "none")
 BLOCKS = ("basic", "preact", "preact_bottleneck")
+PLAIN = BASIC._replace(downsample=None)
 WIDTHS = (16, 32, 64)  # planes of the three stages
 
 
@@ -49,7 +51,7 @@ class CifarBlock(BasicBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, structure.BASIC, x)
+            y = fusion.run_block(self, BASIC, x)
             if y is not None:
                 return y
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -61,7 +63,7 @@ class CifarBlock(BasicBlock):
             return x
         if isinstance(self.downsample, PadShortcut):
             return self.downsample(x)
-        y = blocks.run_projection(self, structure.BASIC, x)
+        y = fusion.run_projection(self, BASIC, x)
         return self.relu(self.downsample(x)) if y is None else y
 
 
@@ -70,13 +72,13 @@ class PlainBlock(CifarBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, structure.PLAIN, x)
+            y = fusion.run_block(self, PLAIN, x)
             if y is not None:
                 return y
         return self.relu(self._residual(x))
 
 
-blocks.FORWARDS.update({CifarBlock.forward: structure.BASIC, PlainBlock.forward: structure.PLAIN})
+fusion.register_blocks({CifarBlock.forward: BASIC, PlainBlock.forward: PLAIN})
 
 
 class CifarResNet(Planned):
@@ -163,7 +165,7 @@ class CifarResNet(Planned):
         if not (self.training and self._drops):
             return [list(stage) for stage in self.stages()]
         drawn = torch.rand(sum(map(len, self.stages())))
-        draws = iter(sync_batch_norm.agreed(drawn, self.modules()).tolist())
+        draws = iter(agreed(drawn, self.modules()).tolist())
         stages = []
         for stage in self.stages():
             some: list[Callable[[Tensor], Tensor]] = []
@@ -177,16 +179,16 @@ class CifarResNet(Planned):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = network.run_resnet(self, x)
+            y = fusion.run_resnet(self, x)
             if y is None:
-                y = network.run_in_segments(self, x)
+                y = fusion.run_in_segments(self, x)
             if y is not None:
                 return y
-            x = network.enter_stages(self, x)
+            x = fusion.enter_stages(self, x)
             for stage in self.running():
                 for run in stage:
                     x = run(x)
-            return network.head(self, x)
+            return fusion.head(self, x)
         assert not (self.training and self._drops), "stochastic_depth is not scripted: call eval()"
         x = self.conv1(x)
         if self.first_norm:
@@ -219,7 +221,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 def _make_block(
     kind: str, shortcut: str, before: int, planes: int, stride: int, norm_layer: Any, first: bool
 ) -> Any:
-    """A block that comes after `before` channels; first: of the whole network."""
+    """A block that comes after `before` channels; first: of the whole fusion."""
     cls = _CLASSES[kind][shortcut == "none"]
     after = planes * cls.expansion
     downsample: nn.Module | None = None

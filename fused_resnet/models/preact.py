@@ -12,11 +12,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.fusion import blocks, structure
+from fused_resnet import fusion
+from fused_resnet.layers.conv import conv1x1, conv3x3
+from fused_resnet.layers.planned import Block
 
-from .resnet import Block, conv1x1, conv3x3
+from .resnet import BASIC, BOTTLENECK
 
 __all__ = ["PlainPreactBlock", "PlainPreactBottleneck", "PreactBlock", "PreactBottleneck"]
+
+PREACT = BASIC._replace(norm_first=True)
+PREACT_BOTTLENECK = BOTTLENECK._replace(norm_first=True)
+PREACT_PLAIN = PREACT._replace(downsample=None)
+PREACT_PLAIN_BOTTLENECK = PREACT_BOTTLENECK._replace(downsample=None)
 
 
 class PreactBlock(Block):
@@ -65,7 +72,7 @@ class PreactBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, structure.PREACT, x)
+            y = fusion.run_block(self, PREACT, x)
             if y is not None:
                 return y
         return self._run(x)
@@ -74,7 +81,7 @@ class PreactBlock(Block):
         """The block without what it adds to its shortcut."""
         if not self.activation_shared:
             return self._shortcut(x, x)
-        h = blocks.run_norm(self.bn1, self.relu, x)
+        h = fusion.run_norm(self.bn1, self.relu, x)
         return self._shortcut(x, self.relu(self.bn1(x)) if h is None else h)
 
 
@@ -110,7 +117,7 @@ class PreactBottleneck(PreactBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, structure.PREACT_BOTTLENECK, x)
+            y = fusion.run_block(self, PREACT_BOTTLENECK, x)
             if y is not None:
                 return y
         return self._run(x)
@@ -124,7 +131,7 @@ class PlainPreactBlock(PreactBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, structure.PREACT_PLAIN, x)
+            y = fusion.run_block(self, PREACT_PLAIN, x)
             if y is not None:
                 return y
         return self._run(x)
@@ -138,17 +145,17 @@ class PlainPreactBottleneck(PreactBottleneck):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, structure.PREACT_PLAIN_BOTTLENECK, x)
+            y = fusion.run_block(self, PREACT_PLAIN_BOTTLENECK, x)
             if y is not None:
                 return y
         return self._run(x)
 
 
-blocks.FORWARDS.update(
+fusion.register_blocks(
     {
-        PreactBlock.forward: structure.PREACT,
-        PreactBottleneck.forward: structure.PREACT_BOTTLENECK,
-        PlainPreactBlock.forward: structure.PREACT_PLAIN,
-        PlainPreactBottleneck.forward: structure.PREACT_PLAIN_BOTTLENECK,
+        PreactBlock.forward: PREACT,
+        PreactBottleneck.forward: PREACT_BOTTLENECK,
+        PlainPreactBlock.forward: PREACT_PLAIN,
+        PlainPreactBottleneck.forward: PREACT_PLAIN_BOTTLENECK,
     }
 )

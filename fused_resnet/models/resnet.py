@@ -16,9 +16,10 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.fusion import blocks
-from fused_resnet.fusion.inference import network, plans
-from fused_resnet.fusion.structure import BASIC, BOTTLENECK
+from fused_resnet import fusion
+from fused_resnet.fusion import Names
+from fused_resnet.layers.conv import conv1x1, conv3x3
+from fused_resnet.layers.planned import Block, Planned
 
 __all__ = [
     "BasicBlock",
@@ -39,39 +40,8 @@ __all__ = [
 ]
 
 
-def conv3x3(
-    in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
-) -> nn.Conv2d:
-    """3x3 convolution that keeps height and width at stride 1, without bias."""
-    return nn.Conv2d(
-        in_planes,
-        out_planes,
-        kernel_size=3,
-        stride=stride,
-        padding=dilation,
-        groups=groups,
-        bias=False,
-        dilation=dilation,
-    )
-
-
-def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias."""
-    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
-
-
-class Planned(nn.Module):
-    """A module for which inference is made ready: a switch of mode drops what was precomputed."""
-
-    activation_memory = "auto"  # see activation_memory.py
-
-    def train(self, mode: bool = True) -> Any:
-        plans.forget(self)
-        return super().train(mode)
-
-
-class Block(Planned):
-    """A residual block, or the same layers without the shortcut."""
+BASIC = Names((("conv1", "bn1"), ("conv2", "bn2")))
+BOTTLENECK = Names((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
 
 
 class BasicBlock(Block):
@@ -112,7 +82,7 @@ class BasicBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, BASIC, x)
+            y = fusion.run_block(self, BASIC, x)
             if y is not None:
                 return y
         identity = x
@@ -168,7 +138,7 @@ class Bottleneck(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = blocks.run_block(self, BOTTLENECK, x)
+            y = fusion.run_block(self, BOTTLENECK, x)
             if y is not None:
                 return y
         identity = x
@@ -193,7 +163,7 @@ class Bottleneck(Block):
         return out
 
 
-blocks.FORWARDS.update({BasicBlock.forward: BASIC, Bottleneck.forward: BOTTLENECK})
+fusion.register_blocks({BasicBlock.forward: BASIC, Bottleneck.forward: BOTTLENECK})
 
 
 class ResNet(Planned):
@@ -305,14 +275,14 @@ class ResNet(Planned):
         pooled: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it
         stem: Optional[Tensor] = None  # noqa: UP045
         if not torch.jit.is_scripting():
-            y = network.run_resnet(self, x)
+            y = fusion.run_resnet(self, x)
             if y is None:
-                y = network.run_in_segments(self, x)
+                y = fusion.run_in_segments(self, x)
             if y is not None:
                 return y
-            pooled = blocks.run_pooled_stem(self, x)
+            pooled = fusion.run_pooled_stem(self, x)
             if pooled is None:
-                stem = blocks.run_stem(self, x)
+                stem = fusion.run_stem(self, x)
         if pooled is not None:
             x = pooled
         else:

@@ -24,7 +24,7 @@ Key = tuple[str, str]
 @contextlib.contextmanager
 def stock_path() -> Iterator[None]:
     """Within it, a fused_resnet model runs exactly torchvision's path; others do not notice."""
-    from fused_resnet.kernels.backends import use_backend
+    from fused_resnet.kernels.registry import use_backend
 
     with use_backend("reference"):
         yield

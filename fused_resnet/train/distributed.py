@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fused_resnet.models.resnet import Block
+from fused_resnet.layers.planned import Block
 
 SHARDINGS = ("none", "fsdp")
 

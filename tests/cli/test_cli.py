@@ -53,9 +53,9 @@ def test_parity_in_training_mode():
 def test_parity_fails_with_exit_status_1_when_the_code_is_wrong():
     pytest.importorskip("torchvision")
     broken = (
-        "from fused_resnet.fusion.inference import plans\n"
-        "right = plans.scale_and_shift\n"
-        "plans.scale_and_shift = lambda c, b, d: (right(c, b, d)[0], right(c, b, d)[1] * 1.02)"
+        "from fused_resnet.fusion.inference import plan\n"
+        "right = plan.scale_and_shift\n"
+        "plan.scale_and_shift = lambda c, b, d: (right(c, b, d)[0], right(c, b, d)[1] * 1.02)"
     )
     result = run("parity", "--model", "resnet18", "--batch", "2", code=broken)
     assert result.returncode == 1, result.stdout + result.stderr

@@ -24,10 +24,11 @@ from typer.testing import CliRunner
 
 from fused_resnet.bench.contenders import Step
 from fused_resnet.bench.memory import activation_peak_bytes
+from fused_resnet.cli import application
 from fused_resnet.cli import depth as depth_command
-from fused_resnet.cli.commands import app
-from fused_resnet.depth import experiment, report, ultra
-from fused_resnet.depth.experiment import Config, Experiment
+from fused_resnet.depth import report, setting, steps, ultra
+from fused_resnet.depth.experiment import Experiment
+from fused_resnet.depth.setting import Config
 from fused_resnet.fusion.training.activation_memory import set_activation_memory
 
 SMALL = dict(depths=(8, 14), deep=(20, 26), deep_steps=3, seeds=2, epochs=1)
@@ -39,7 +40,8 @@ def small(out: Path, **changes: Any) -> Config:
 
 def command(out: Path, *more: str) -> Any:
     arguments = ["--depths", "8,14", "--deep", "20,26", "--deep-steps", "3", "--seeds", "2"]
-    return CliRunner().invoke(app, ["depth", *arguments, "--epochs", "1", "--out", str(out), *more])
+    arguments += ["--epochs", "1", "--out", str(out), *more]
+    return CliRunner().invoke(application(), ["depth", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +135,15 @@ def test_the_deep_warm_up_to_the_peak(data, tmp_path, monkeypatch):
     made = Experiment(small(tmp_path, deep_steps=6, lr=0.3))
     made.config = dataclasses.replace(made.config, data=data)
     monkeypatch.setattr(ultra, "costs", lambda *_: [])
-    monkeypatch.setattr(experiment, "WARM_UP_DEPTH", 8)
+    monkeypatch.setattr(steps, "WARM_UP_DEPTH", 8)
     taken: list[tuple[float, float]] = []
-    plain_step = experiment.Steps.step
+    plain_step = steps.Steps.step
 
-    def step(self: experiment.Steps, x: torch.Tensor, y: torch.Tensor) -> tuple[float, int]:
+    def step(self: steps.Steps, x: torch.Tensor, y: torch.Tensor) -> tuple[float, int]:
         taken.extend((g["lr"], g["momentum"]) for g in self.optimizer.param_groups)
         return plain_step(self, x, y)
 
-    monkeypatch.setattr(experiment.Steps, "step", step)
+    monkeypatch.setattr(steps.Steps, "step", step)
     ultra.run(made, 8)
     assert [momentum for _, momentum in taken] == [0.9] * 6
     assert [lr for lr, _ in taken] == pytest.approx([0.003, 0.102, 0.201, 0.3, 0.3, 0.3])
@@ -168,7 +170,7 @@ def test_memory_is_foreseen(level):
     """1.02 to 1.52 of what then lives at a time was measured, workspace included; the most at
     "minimal", which a weight gradient's input made in pieces, or let go at once, does not grow."""
     estimate = ultra.estimate_bytes(Config(), 110, 32, 16, level)
-    model = experiment.make(Config(), "residual", 110, 0, 10)
+    model = setting.make(Config(), "residual", 110, 0, 10)
     set_activation_memory(model, level)
     x = torch.randn(32, 3, 16, 16).contiguous(memory_format=torch.channels_last)
 
@@ -236,7 +238,7 @@ def test_too_deep_ends_the_command(tmp_path, monkeypatch):
     ],
 )
 def test_clear_errors(arguments, message, tmp_path):
-    result = CliRunner().invoke(app, ["depth", "--out", str(tmp_path), *arguments])
+    result = CliRunner().invoke(application(), ["depth", "--out", str(tmp_path), *arguments])
     assert result.exit_code == 2
     assert message in result.output
 
@@ -246,7 +248,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "sklearn" else find(name, *a)
     )
-    result = CliRunner().invoke(app, ["depth", "--out", str(tmp_path)])
+    result = CliRunner().invoke(application(), ["depth", "--out", str(tmp_path)])
     assert result.exit_code == 2
     assert "depth needs sklearn: pip install fused-resnet[train]" in result.output
 

@@ -1,4 +1,5 @@
-// What the 32 banks of shared memory, 4 bytes wide, need for the accesses of a warp.
+// Counts the wavefronts that the 32 banks of shared memory, 4 bytes wide, need for the accesses of
+// a warp.
 #pragma once
 
 #include <algorithm>
@@ -11,11 +12,12 @@
 
 namespace emulated {
 
-// A lane's accesses of one kind in order: address and bytes.
+// A lane's accesses of one kind, in order: address and bytes.
 using LaneAccesses = std::vector<std::pair<uintptr_t, unsigned>>;
 
-// The i-th accesses of a warp's lanes are one access of the warp: as many lanes at once as make 128
-// bytes, and of those one wavefront for each further word that one bank has to give.
+// The i-th accesses of a warp's lanes form one warp access. It is processed in groups of as many
+// lanes as access 128 bytes. A group needs as many wavefronts as the largest number of distinct
+// words in one bank.
 inline void add_wavefronts(const std::vector<const LaneAccesses*>& lanes, Wavefronts& sum) {
   size_t longest = 0;
   for (const LaneAccesses* lane : lanes) longest = std::max(longest, lane->size());

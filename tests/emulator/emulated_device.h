@@ -1,6 +1,5 @@
-// What csrc/cuda/device/device.cuh and csrc/cuda/device/launch.h declare, for kernels that the
-// emulator runs: the keywords and built-ins of CUDA that the kernels use, and every wrapper of a
-// PTX instruction by its documented layout.
+// Host counterpart of csrc/cuda/device/device.cuh: the CUDA keywords and built-ins that the kernels
+// use, and every PTX wrapper, with the register layouts that the PTX ISA documents.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -107,8 +106,8 @@ inline float mul_rn(float a, float b) { return a * b; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 
-inline int thread_now() { return static_cast<int>(threadIdx.x); }
-inline unsigned block_now() { return blockIdx.x; }
+inline int read_tid() { return static_cast<int>(threadIdx.x); }
+inline unsigned read_ctaid() { return blockIdx.x; }
 
 inline uint8_t* shared_memory() { return ::emulated::shared_memory(); }
 inline void sync_grid() { ::emulated::grid_sync(); }
@@ -117,7 +116,7 @@ inline void sync_grid() { ::emulated::grid_sync(); }
 
 inline void emulated_check_aligned(const char* what, const void* p, unsigned bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes)
-    ::emulated::fault(std::string(what) + ": an address that is no multiple of " +
+    ::emulated::fault(std::string(what) + ": the address is not a multiple of " +
                       std::to_string(bytes));
 }
 template <typename V>
@@ -155,21 +154,21 @@ void copy_async(void* shared, const void* global, int valid_bytes) {
   ::emulated::record(::emulated::Access::async_store, shared, kBytes);
   if (valid_bytes < 0 || valid_bytes > kBytes) ::emulated::fault("copy_async: valid_bytes");
   if (valid_bytes > 0) emulated_check_aligned("copy_async", global, kBytes);
-  ::emulated::start(::emulated::Queue::copies, [=] {
+  ::emulated::start(::emulated::Queue::cp_async, [=] {
     std::memset(shared, 0, kBytes);
     if (valid_bytes > 0) std::memcpy(shared, global, static_cast<size_t>(valid_bytes));
   });
 }
-inline void copy_async_commit() { ::emulated::commit(::emulated::Queue::copies); }
+inline void copy_async_commit() { ::emulated::commit(::emulated::Queue::cp_async); }
 template <int kGroupsLeft>
 void copy_async_wait() {
-  ::emulated::finish(::emulated::Queue::copies, kGroupsLeft);
+  ::emulated::finish(::emulated::Queue::cp_async, kGroupsLeft);
 }
 
 // --- matrix fragments ----------------------------------------------------------------------------
 
-// PTX ISA, ldmatrix: lane l names row l % 8 of matrix l / 8; it receives, of each matrix, row l /
-// 4, elements 2 (l % 4) and the one after (of 16 bits).
+// PTX ISA, ldmatrix: lane l passes row l % 8 of matrix l / 8. It receives, from each matrix,
+// elements 2 (l % 4) and 2 (l % 4) + 1 (16 bits each) of row l / 4.
 inline void load_matrix_x4(uint32_t (&out)[4], const void* row) {
   struct Lane {
     uint32_t* out;
@@ -183,7 +182,7 @@ inline void load_matrix_x4(uint32_t (&out)[4], const void* row) {
                     static_cast<Lane*>(lanes[8 * m + l / 4])->row + 4 * (l % 4), 4);
   });
 }
-// PTX ISA, stmatrix: the same, written.
+// PTX ISA, stmatrix: the store counterpart.
 inline void store_matrix_x4(void* row, const uint32_t (&in)[4]) {
   struct Lane {
     const uint32_t* in;
@@ -199,16 +198,16 @@ inline void store_matrix_x4(void* row, const uint32_t (&in)[4]) {
 }
 
 template <typename T>
-float emulated_half_of(uint32_t pair, int which) {
+float emulated_unpack(uint32_t pair, int which) {
   const auto bits = static_cast<uint16_t>(pair >> (16 * which));
   T v;
   std::memcpy(&v, &bits, 2);
   return widen(v);
 }
-// What the tensor cores read of a float32: sign, exponent and 10 bits of mantissa.
+// The bits of a float32 that tensor cores use: sign, exponent and 10 bits of mantissa.
 inline float emulated_tf32(uint32_t bits) { return std::bit_cast<float>(bits & 0xffffe000u); }
 inline uint32_t float_bits(float v) { return std::bit_cast<uint32_t>(v); }
-// PTX ISA, cvt.rna.tf32.f32: to nearest, ties away from zero; a NaN stays one.
+// PTX ISA, cvt.rna.tf32.f32: to nearest, ties away from zero; NaN stays NaN.
 inline uint32_t round_to_tf32(uint32_t bits) {
   return std::isnan(std::bit_cast<float>(bits)) ? 0x7fffffffu : (bits + 0x1000u) & 0xffffe000u;
 }
@@ -236,14 +235,14 @@ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
           A[row][t + 4 * (r / 2)] = emulated_tf32(lane.a[r]);
         } else {
           for (int h = 0; h < 2; ++h)
-            A[row][2 * t + 8 * (r / 2) + h] = emulated_half_of<T>(lane.a[r], h);
+            A[row][2 * t + 8 * (r / 2) + h] = emulated_unpack<T>(lane.a[r], h);
         }
       }
       for (int r = 0; r < 2; ++r) {
         if constexpr (std::is_same_v<T, float>) {
           B[t + 4 * r][g] = emulated_tf32(lane.b[r]);
         } else {
-          for (int h = 0; h < 2; ++h) B[2 * t + 8 * r + h][g] = emulated_half_of<T>(lane.b[r], h);
+          for (int h = 0; h < 2; ++h) B[2 * t + 8 * r + h][g] = emulated_unpack<T>(lane.b[r], h);
         }
       }
     }

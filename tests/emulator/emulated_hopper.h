@@ -1,7 +1,7 @@
-// What csrc/cuda/device/hopper.cuh declares, for kernels that the emulator runs: tensor maps and
-// the copy engine as the CUDA driver API and the PTX ISA ("Tensors", "Tiled Mode", "Im2col mode",
-// "Swizzling Modes") document them, wgmma from shared-memory descriptors ("Asynchronous Warpgroup
-// Level Matrix Instructions"). Written from those documents, not from the kernels.
+// Host counterpart of csrc/cuda/device/hopper.cuh: tensor maps and TMA as documented by the CUDA
+// driver API and the PTX ISA ("Tensors", "Tiled Mode", "Im2col mode", "Swizzling Modes"),
+// mbarriers, and wgmma from shared-memory descriptors ("Asynchronous Warpgroup Level Matrix
+// Instructions"). Written from those documents, not from the kernels.
 #pragma once
 
 #include <array>
@@ -13,15 +13,15 @@ namespace fused_resnet {
 
 // --- tensor maps ---------------------------------------------------------------------------------
 
-// Of 16-bit elements, with SWIZZLE_128B, zeros outside. Innermost dimension first.
+// Map of 16-bit elements with SWIZZLE_128B and zero fill outside. Innermost dimension first.
 struct TensorMap {
   int rank = 0;
   bool im2col = false;
   const uint8_t* data = nullptr;
   std::array<int64_t, 5> sizes{};
-  std::array<int64_t, 5> strides{};     // bytes; [0] is the element's
+  std::array<int64_t, 5> strides{};     // bytes; [0] is the element size
   std::array<int, 5> box{};             // tiled
-  std::array<int, 3> lower{}, upper{};  // im2col: of the dimensions 1 to rank - 2
+  std::array<int, 3> lower{}, upper{};  // im2col: dimensions 1 to rank - 2
   std::array<int, 3> steps{};
   int channels = 0, pixels = 0;
 
@@ -33,7 +33,7 @@ struct TensorMap {
   }
 };
 
-// The driver's checks; a fault where it would return CUDA_ERROR_INVALID_VALUE.
+// The driver's checks: faults where the driver returns CUDA_ERROR_INVALID_VALUE.
 inline void emulated_require(bool condition, const char* what) {
   if (!condition) ::emulated::fault(std::string("tensor map: ") + what);
 }
@@ -50,7 +50,8 @@ inline TensorMap emulated_map(int rank, const void* data, const uint64_t* sizes,
     if (d == 0) continue;
     emulated_require(strides[d - 1] % 16 == 0 && strides[d - 1] < uint64_t{1} << 40, "stride");
     map.strides[d] = static_cast<int64_t>(strides[d - 1]);
-    emulated_require(map.strides[d] % map.strides[d - 1] == 0, "a stride between those before it");
+    emulated_require(map.strides[d] % map.strides[d - 1] == 0,
+                     "stride is not a multiple of the previous stride");
   }
   return map;
 }
@@ -62,7 +63,7 @@ inline TensorMap emulated_tiled_map(int rank, const void* data, const uint64_t* 
     emulated_require(box[d] >= 1 && box[d] <= 256, "box");
     map.box[d] = static_cast<int>(box[d]);
   }
-  emulated_require(box[0] * 2 % 16 == 0 && box[0] * 2 <= 128, "innermost size of the box");
+  emulated_require(box[0] * 2 % 16 == 0 && box[0] * 2 <= 128, "innermost box size");
   return map;
 }
 inline TensorMap emulated_im2col_map(int rank, const void* data, const uint64_t* sizes,
@@ -71,11 +72,11 @@ inline TensorMap emulated_im2col_map(int rank, const void* data, const uint64_t*
   emulated_require(rank >= 3 && rank <= 5, "rank");
   TensorMap map = emulated_map(rank, data, sizes, strides);
   map.im2col = true;
-  const int least = rank == 3 ? -32768 : rank == 4 ? -128 : -16;
+  const int min_corner = rank == 3 ? -32768 : rank == 4 ? -128 : -16;
   for (size_t d = 0; d < static_cast<size_t>(rank) - 2; ++d) {
-    emulated_require(lower[d] >= least && lower[d] < -least, "lower corner");
-    emulated_require(upper[d] >= least && upper[d] < -least, "upper corner");
-    emulated_require(lower[d] <= map.sizes[d + 1] - 1 + upper[d], "a box without pixels");
+    emulated_require(lower[d] >= min_corner && lower[d] < -min_corner, "lower corner");
+    emulated_require(upper[d] >= min_corner && upper[d] < -min_corner, "upper corner");
+    emulated_require(lower[d] <= map.sizes[d + 1] - 1 + upper[d], "empty bounding box");
     emulated_require(steps[d] >= 1 && steps[d] <= 8, "traversal stride");
     map.lower[d] = lower[d];
     map.upper[d] = upper[d];
@@ -88,7 +89,7 @@ inline TensorMap emulated_im2col_map(int rank, const void* data, const uint64_t*
   return map;
 }
 
-// Address bits 4 to 6 ^= bits 7 to 9.
+// Swizzle: address bits 4 to 6 ^= bits 7 to 9.
 inline uint8_t* emulated_swizzled(uint8_t* p) {
   const auto at = reinterpret_cast<uintptr_t>(p);
   return p + static_cast<intptr_t>(at ^ (at >> 3 & 0x70)) - static_cast<intptr_t>(at);
@@ -96,7 +97,7 @@ inline uint8_t* emulated_swizzled(uint8_t* p) {
 
 using EmulatedPoint = std::array<int64_t, 5>;
 
-// The element at a point of the tensor, or null outside.
+// The element at a point of the tensor, or null if outside.
 inline const uint8_t* emulated_element(const TensorMap& map, const EmulatedPoint& at) {
   const uint8_t* p = map.data;
   for (size_t d = 0; d < static_cast<size_t>(map.rank); ++d) {
@@ -106,7 +107,8 @@ inline const uint8_t* emulated_element(const TensorMap& map, const EmulatedPoint
   return p;
 }
 
-// Calls visit(element of the box, point) for a tiled box at `first`, innermost fastest.
+// Calls visit(element of the box, point) for every element of a tiled box at `first`, innermost
+// dimension fastest.
 template <typename Visit>
 void emulated_visit_box(const TensorMap& map, const EmulatedPoint& first, const Visit& visit) {
   EmulatedPoint step{};
@@ -120,10 +122,10 @@ void emulated_visit_box(const TensorMap& map, const EmulatedPoint& first, const 
     }
   }
 }
-// The same for an im2col column. The bounding box is [lower, size - 1 + upper] in each dimension of
-// pixels; the walk starts at `first`, goes by the traversal strides, back to the lower corner and
-// one dimension up at the box's end, and into the next image after the last. Offsets move every
-// pixel, not the box.
+// The same for an im2col column. The bounding box is [lower, size - 1 + upper] in each pixel
+// dimension. The traversal starts at `first` and advances by the traversal strides; at the end of a
+// dimension it returns to the lower corner and advances the next dimension, and after the last it
+// advances to the next image. The offsets shift every pixel, but not the bounding box.
 template <typename Visit>
 void emulated_visit_column(const TensorMap& map, const EmulatedPoint& first,
                            const std::array<int, 3>& offsets, const Visit& visit) {
@@ -158,22 +160,23 @@ inline void mbarrier_arrive_expect(uint64_t* bar, uint32_t bytes) {
 inline void fence_mbarrier_init() {}
 inline void fence_proxy_async() { ::emulated::proxy_fence(); }
 
-// --- the copy engine -----------------------------------------------------------------------------
+// --- TMA -----------------------------------------------------------------------------------------
 
-inline void emulated_check_box(const void* shared, int bytes) {
+inline void emulated_check_tile(const void* shared, int bytes) {
   ::emulated::shared_offset(shared);
   ::emulated::shared_offset(static_cast<const uint8_t*>(shared) + bytes - 1);
-  // Where the pattern of the swizzle starts.
-  emulated_check_aligned("a swizzled tile of the copy engine", shared, 1024);
+  // The swizzle pattern must start at the tile.
+  emulated_check_aligned("a swizzled TMA tile", shared, 1024);
 }
 inline void prefetch_map(const TensorMap&) {}
 
-// Source of a box's or column's element, null for zero; all reads happen when the copy does.
+// sources(visit) enumerates the elements of a box or column. All reads take place at the time of
+// the copy.
 template <typename Sources>
 void emulated_load(void* shared, const TensorMap& map, uint64_t* bar, Sources sources) {
   const int bytes = map.box_bytes();
-  emulated_check_box(shared, bytes);
-  ::emulated::start_alone([=] {
+  emulated_check_tile(shared, bytes);
+  ::emulated::start_unordered([=] {
     sources([&](int64_t element, const EmulatedPoint& at) {
       uint8_t* to = emulated_swizzled(static_cast<uint8_t*>(shared) + 2 * element);
       const uint8_t* from = emulated_element(map, at);
@@ -200,9 +203,9 @@ inline void load_im2col(void* shared, const TensorMap& map, uint64_t* bar, int c
 }
 inline void store_box(const TensorMap& map, const void* shared, int c0, int c1, int c2) {
   if (map.im2col || map.rank != 3) ::emulated::fault("store_box: not a tiled map of rank 3");
-  emulated_check_box(shared, map.box_bytes());
+  emulated_check_tile(shared, map.box_bytes());
   ::emulated::check_fenced(shared, static_cast<unsigned>(map.box_bytes()));
-  ::emulated::start(::emulated::Queue::stores, [=] {
+  ::emulated::start(::emulated::Queue::tma_stores, [=] {
     emulated_visit_box(map, {c0, c1, c2}, [&](int64_t element, const EmulatedPoint& at) {
       auto* from = const_cast<uint8_t*>(static_cast<const uint8_t*>(shared)) + 2 * element;
       auto* to = const_cast<uint8_t*>(emulated_element(map, at));
@@ -210,49 +213,49 @@ inline void store_box(const TensorMap& map, const void* shared, int c0, int c1, 
     });
   });
 }
-inline void store_commit() { ::emulated::commit(::emulated::Queue::stores); }
-inline void store_wait_read() { ::emulated::finish(::emulated::Queue::stores, 0); }
+inline void store_commit() { ::emulated::commit(::emulated::Queue::tma_stores); }
+inline void store_wait_read() { ::emulated::finish(::emulated::Queue::tma_stores, 0); }
 
 // --- warpgroups ----------------------------------------------------------------------------------
 
 inline void barrier_sync(uint32_t id, uint32_t threads) { ::emulated::barrier(id, threads); }
-// Any lane, the same each time: here the 23rd.
+// Any lane, the same each time: here lane 23.
 inline bool elect_lane() {
   ::emulated::collective("elect.sync", nullptr, [](void**) {});
   return threadIdx.x % 32 == 23;
 }
 template <int kRegisters>
-void give_registers() {
+void setmaxnreg_dec() {
   ::emulated::collective("setmaxnreg", nullptr, [](void**) {});
 }
 template <int kRegisters>
-void take_registers() {
+void setmaxnreg_inc() {
   ::emulated::collective("setmaxnreg", nullptr, [](void**) {});
 }
 
-// Shared memory starts at an address that is 128 more than a multiple of 1024, as its host address.
+// Shared memory starts at an address that is 128 modulo 1024, as does its host address.
 inline uint32_t shared_address(const void* p) { return 128 + ::emulated::shared_offset(p); }
 
 // --- wgmma ---------------------------------------------------------------------------------------
 
-// The warps of a warpgroup go on separately, each with the 16 rows of the product that it holds: on
-// the hardware, too, nothing makes them meet.
+// The warps of a warpgroup proceed independently, each with the 16 rows of the product that it
+// holds. On the hardware too, wgmma does not synchronise them.
 
-inline void products_fence() { ::emulated::products_fence(); }
-inline void products_commit() {
+inline void wgmma_fence() { ::emulated::wgmma_fence(); }
+inline void wgmma_commit() {
   ::emulated::collective("wgmma.commit_group", nullptr,
-                         [](void**) { ::emulated::commit(::emulated::Queue::products); });
+                         [](void**) { ::emulated::commit(::emulated::Queue::wgmma); });
 }
 template <int kGroupsLeft>
-void products_wait() {
-  ::emulated::finish(::emulated::Queue::products, kGroupsLeft);
+void wgmma_wait() {
+  ::emulated::finish(::emulated::Queue::wgmma, kGroupsLeft);
 }
 template <int kCount>
-void products_arrived(float (&)[kCount]) {}
+void wgmma_fence_operand(float (&)[kCount]) {}
 
-// Element (row, k) of an operand that lies along K in shared memory (PTX ISA, "Matrix Descriptor
+// Reads elements (row, k) of a K-major operand in shared memory (PTX ISA, "Matrix Descriptor
 // Format", "Strides"): core matrices of 8 rows, `stride byte offset` apart; within one, rows of 128
-// bytes, whose addresses are swizzled as everything with that mode is.
+// bytes with swizzled addresses.
 template <typename T>
 std::vector<float> emulated_operand(uint8_t* shared, uint64_t descriptor, int rows) {
   const auto start = static_cast<unsigned>(descriptor & 0x3fff) << 4;
@@ -272,13 +275,13 @@ std::vector<float> emulated_operand(uint8_t* shared, uint64_t descriptor, int ro
 
 inline void emulated_check_descriptor(uint64_t descriptor, int rows) {
   if (descriptor >> 62 != 1) ::emulated::fault("wgmma: a descriptor without the 128-byte swizzle");
-  if ((descriptor >> 49 & 7) != 0) ::emulated::fault("wgmma: a base offset");
+  if ((descriptor >> 49 & 7) != 0) ::emulated::fault("wgmma: a non-zero base offset");
   const auto start = static_cast<unsigned>(descriptor & 0x3fff) << 4;
   const auto stride = static_cast<unsigned>(descriptor >> 32 & 0x3fff) << 4;
   if (start < 128) ::emulated::fault("wgmma: an address before shared memory");
   const unsigned last = start - 128 + static_cast<unsigned>(rows / 8 - 1) * stride + 7 * 128;
   ::emulated::shared_offset(::emulated::shared_at(last + 31));
-  // Whole rows: the swizzle moves chunks within them.
+  // Check whole rows, because the swizzle permutes chunks within a row.
   const unsigned first = (start - 128) / 128 * 128;
   ::emulated::check_fenced(::emulated::shared_at(first), last / 128 * 128 + 128 - first);
 }
@@ -291,21 +294,21 @@ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor, uint64_t b_de
     uint64_t a, b;
     bool accumulate;
   } mine{d, a_descriptor, b_descriptor, accumulate};
-  ::emulated::check_products_fenced();
+  ::emulated::check_wgmma_fenced();
   ::emulated::collective("wgmma.mma_async", &mine, [](void** threads) {
     const Thread first = *static_cast<Thread*>(threads[0]);
     std::array<float*, 32> sums;
     for (size_t t = 0; t < 32; ++t) {
       const Thread& thread = *static_cast<Thread*>(threads[t]);
       if (thread.a != first.a || thread.b != first.b || thread.accumulate != first.accumulate)
-        ::emulated::fault("wgmma: a warp's threads disagree");
+        ::emulated::fault("wgmma: the threads of a warp passed different arguments");
       sums[t] = thread.d;
     }
     emulated_check_descriptor(first.a, 64);
     emulated_check_descriptor(first.b, kN);
     uint8_t* shared = ::emulated::shared_memory();
     const size_t first_row = threadIdx.x % 128 / 32 * 16;
-    ::emulated::start(::emulated::Queue::products, [=] {
+    ::emulated::start(::emulated::Queue::wgmma, [=] {
       const std::vector<float> a = emulated_operand<T>(shared, first.a, 64);
       const std::vector<float> b = emulated_operand<T>(shared, first.b, kN);
       std::vector<float> columns(b.size());  // (16, kN)
@@ -342,7 +345,7 @@ uint32_t narrow_pair(float low, float high) {
 }
 template <typename T>
 float2 widen_pair(uint32_t bits) {
-  return {emulated_half_of<T>(bits, 0), emulated_half_of<T>(bits, 1)};
+  return {emulated_unpack<T>(bits, 0), emulated_unpack<T>(bits, 1)};
 }
 
 }  // namespace fused_resnet

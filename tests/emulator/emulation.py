@@ -1,12 +1,11 @@
-"""The CUDA kernels on CPU tensors: csrc/cuda/ compiled for the host against emulator.h.
+"""Runs the CUDA kernels on CPU tensors: csrc/cuda/ compiled for the host against emulator.h.
 
-`load()` builds the library where it is not built, loads it, and makes "emulated" a backend of the
-CPU's ops.
+`load()` builds the library if necessary, loads it, and registers "emulated" as a CPU backend.
 
     python -m tests.emulator.emulation pytest -k emulated tests
 
-runs a command (a module of Python's) under AddressSanitizer, which then watches every access of the
-kernels to shared and global memory.
+runs a Python module under AddressSanitizer, which checks every access of the kernels to shared and
+global memory. See README.md in this folder.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_resnet.kernels import backends, native
+from fused_resnet.kernels import native, registry
 from tests import ROOT
 
 SANITIZER = os.environ.get("FUSED_RESNET_EMULATION", "")
@@ -36,10 +35,10 @@ ACCESSES = ("load", "store", "async_store", "ldmatrix", "stmatrix")
 
 
 def asan_environment() -> dict[str, str]:
-    """Environment for a process whose emulated kernels AddressSanitizer watches."""
+    """The environment for a process that runs the emulated kernels under AddressSanitizer."""
     compiler = os.environ.get("CXX", "g++")
-    # The C++ library as well: the sanitizer looks for its `throw` when it is loaded, and Python by
-    # itself has none.
+    # libstdc++ too: AddressSanitizer looks up its `throw` when it is loaded, and the Python
+    # executable does not link libstdc++.
     libraries = [
         subprocess.run(
             [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
@@ -55,7 +54,7 @@ def asan_environment() -> dict[str, str]:
 
 
 def _headers(source: Path, seen: set[Path] | None = None) -> set[Path]:
-    """What a source includes of this repository, and what that includes."""
+    """The headers of this repository that a source includes, directly or indirectly."""
     seen = set() if seen is None else seen
     for name in re.findall(r'^ *# *include "(.+)"', source.read_text(), re.M):
         for header in (ROOT / "csrc" / name, ROOT / "tests/emulator" / name):
@@ -66,12 +65,12 @@ def _headers(source: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def _build() -> Path:
-    """The library, compiled where its sources have changed; one process builds, others wait."""
+    """Compiles changed sources and links the library; concurrent processes wait for a lock."""
     torch_include = Path(torch.__file__).parent / "include"
-    # No path of this checkout: another one may take over what was compiled here.
+    # Only relative paths to this checkout: copies of it can reuse the object files.
     flags = [
         *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden"),
-        "-fno-strict-aliasing",  # packs of values pass for uint4, and back
+        "-fno-strict-aliasing",  # packs are reinterpreted as uint4 and back
         *("-Wall", "-Wextra", "-Werror"),
         *("-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-psabi"),
         *("-DFUSED_RESNET_EMULATED", "-Itests/emulator", "-Icsrc", "-isystem", str(torch_include)),
@@ -80,7 +79,7 @@ def _build() -> Path:
         flags += ["-fsanitize=address", "-fno-omit-frame-pointer"]
     compiler = os.environ.get("CXX", "g++")
     kernels = [*(ROOT / "csrc/cuda").rglob("*.cu")]
-    # The list of kernels asks the CUDA runtime, which is not there.
+    # The list of kernels needs the CUDA runtime, which is unavailable.
     kernels.remove(ROOT / "csrc/cuda/kernel_list.cu")
     sources = sorted([*(ROOT / "tests/emulator").glob("*.cpp"), *kernels])
     shared = hashlib.sha256(" ".join([compiler, torch.__version__, *flags]).encode())
@@ -130,44 +129,47 @@ def _build() -> Path:
 
 @functools.cache
 def unavailable() -> str | None:
-    """None when the emulated kernels can be built and loaded here, else why not."""
+    """None if the emulated kernels can be built and loaded, otherwise the reason."""
     if native.load() is not None:
         return native.load()
     if os.uname().machine != "x86_64":
-        return "the emulator of the CUDA kernels needs an x86-64 processor"
+        return "the emulator of the CUDA kernels requires an x86-64 processor"
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        return "the emulator of the CUDA kernels needs a C++ compiler"
+        return "the emulator of the CUDA kernels requires a C++ compiler"
     return None
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library; "emulated" is a backend afterwards."""
+    """Builds and loads the library and registers the backend "emulated"."""
     library = _build()
-    native.load()  # it declares the ops
+    native.load()  # declares the ops
     schemas = torch.library.Library("fused_resnet_emulated", "DEF")
-    globals()["_schemas"] = schemas  # lives as long as the process
+    globals()["_schemas"] = schemas  # must live as long as the process
     for name in torch._C._dispatch_get_all_op_names():
         if name.startswith("fused_resnet_native::"):
             packet = getattr(torch.ops.fused_resnet_native, name.split("::")[1])
             schemas.define(str(packet.default._schema).split("::")[1])
     torch.ops.load_library(str(library))
-    backends.BACKENDS += ("emulated",)
-    backends.KERNELS["emulated"] = lambda: torch.ops.fused_resnet_emulated
-    for op, order in backends._PREFERENCE["cpu"].items():
-        backends._PREFERENCE["cpu"][op] = (*order, "emulated")
-    backends.missing.cache_clear()
+    provider = registry.Provider(
+        missing=lambda op: None,
+        kernels=lambda: torch.ops.fused_resnet_emulated,
+        for_gpus=True,
+        built_for=lambda architecture: True,
+        stands_for="native",
+    )
+    registry.register("emulated", "cpu", provider)
     return ctypes.CDLL(str(library))
 
 
 def seed(number: int) -> None:
-    """The order in which threads and asynchronous operations go on from here."""
+    """Seeds the order of threads and asynchronous operations."""
     load().emulated_seed(ctypes.c_uint64(number))
 
 
 @contextmanager
 def device(multiprocessors: int = 3, architecture: int = 90) -> Iterator[None]:
-    """The GPU that host code sees: its size, and its architecture (80, 86, 90)."""
+    """Sets the GPU that host code sees: multiprocessors and architecture (80, 86, 90)."""
     load().emulated_device(multiprocessors, architecture)
     try:
         yield
@@ -184,21 +186,21 @@ class Launch(NamedTuple):
 
 @contextmanager
 def launches() -> Iterator[list[Launch]]:
-    """Filled at its end: the launches of this thread, in order."""
-    room, found = 64, []
-    numbers = (ctypes.c_int64 * (4 * room))()
-    load().emulated_launches(numbers, 0)
+    """Yields a list; on exit it is filled with the launches of this thread, in order."""
+    capacity, found = 64, []
+    values = (ctypes.c_int64 * (4 * capacity))()
+    load().emulated_launches(values, 0)
     try:
         yield found
     finally:
-        count = load().emulated_launches(numbers, room)
-        rows = (numbers[4 * i : 4 * i + 4] for i in range(min(count, room)))
+        count = load().emulated_launches(values, capacity)
+        rows = (values[4 * i : 4 * i + 4] for i in range(min(count, capacity)))
         found += [Launch(*row[:3], bool(row[3])) for row in rows]
 
 
 @contextmanager
 def wavefronts() -> Iterator[dict[str, tuple[int, int]]]:
-    """Filled at its end: per kind of access to shared memory, the wavefronts needed and ideal."""
+    """Yields a dict; on exit it maps each kind of access to (wavefronts needed, ideal)."""
     library, found = load(), {}
     library.emulated_wavefronts.restype = ctypes.c_int64
     for kind in range(len(ACCESSES)):

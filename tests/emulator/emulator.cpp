@@ -21,7 +21,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Keeps the old stack pointer, goes on where the other stack was left (stack_switch.cpp).
+// Saves the current stack pointer and resumes the other stack (stack_switch.cpp).
 extern "C" void fused_resnet_switch_stack(void** old_sp, void* new_sp);
 
 namespace emulated {
@@ -32,14 +32,15 @@ constexpr unsigned kWarp = 32;
 
 struct Operation {
   std::function<void()> run;
-  bool commit = false;  // not an operation: the end of a group
+  bool commit = false;  // marks the end of a group
 };
 
 using OperationQueue = std::deque<Operation>;
 
-// Some kinds, drawn for each grid, happen only when they are waited for or nothing else can: most
-// missing waits would hardly ever show otherwise.
-enum class Kind : unsigned { copies, products, stores, alone, count };
+// For each grid, a random subset of these kinds is delayed: such operations take place only when
+// they are waited for, or when no thread can run. Otherwise most missing waits would rarely have an
+// effect.
+enum class Kind : unsigned { cp_async, wgmma, tma_stores, tma_loads, count };
 
 struct Block;
 
@@ -52,13 +53,13 @@ struct Thread {
   bool done = false;
   const char* waits_for = "";
   OperationQueue copies, stores;
-  std::set<uintptr_t> unfenced;  // writes to shared memory, by their 16 bytes
-  bool products_fenced = false;
+  std::set<uintptr_t> unfenced;  // writes to shared memory, as 16-byte chunks
+  bool wgmma_fenced = false;
   std::array<LaneAccesses, static_cast<size_t>(Access::kinds)> accesses;
 };
 
-// Threads that have come to one place, until all have.
-struct Meeting {
+// Threads that have arrived at a synchronisation point.
+struct Rendezvous {
   const char* name = nullptr;
   std::vector<void*> arguments;
   std::vector<Thread*> waiting;
@@ -72,11 +73,11 @@ struct Block {
   size_t shared_bytes = 0;
   std::vector<Thread*> threads;
   unsigned alive = 0;
-  Meeting all;
-  std::map<unsigned, Meeting> barriers;
-  std::vector<Meeting> warps;
-  std::map<unsigned, OperationQueue> products;  // by warp
-  std::vector<OperationQueue> alone;
+  Rendezvous all;
+  std::map<unsigned, Rendezvous> barriers;
+  std::vector<Rendezvous> warps;
+  std::map<unsigned, OperationQueue> wgmma;  // by warp
+  std::vector<OperationQueue> tma_loads;
   std::map<uint64_t*, std::vector<Thread*>> mbarrier_waiters;
 };
 
@@ -85,14 +86,14 @@ struct Machine {
   std::vector<Launch> launches;
   uint64_t random = 1;
   bool recording = false;
-  unsigned late_kinds = 0;  // a bit each
+  unsigned delayed_kinds = 0;  // one bit per Kind
   std::array<Wavefronts, static_cast<size_t>(Access::kinds)> wavefronts;
   Index grid, block_size;
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Thread>> pool;
-  std::vector<Thread*> ready;
+  std::vector<Thread*> runnable;
   std::vector<Block*> running;
-  Meeting grid_meeting;
+  Rendezvous grid_rendezvous;
   Thread* current = nullptr;
   void* host_sp = nullptr;
   void* host_fake_stack = nullptr;
@@ -118,38 +119,39 @@ Thread& self() {
   return *machine.current;
 }
 
-// --- switching -----------------------------------------------------------------------------------
+// --- stack switching
+// -----------------------------------------------------------------------------------
 
-void arrived_on([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_host) {
+void finish_switch([[maybe_unused]] void* fake_stack, [[maybe_unused]] bool from_host) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake_stack, from_host ? &machine.host_bottom : nullptr,
                                   from_host ? &machine.host_size : nullptr);
 #endif
 }
 
-void to_host([[maybe_unused]] bool for_ever) {
+void switch_to_host([[maybe_unused]] bool final) {
   Thread& thread = self();
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &thread.fake_stack, machine.host_bottom,
+  __sanitizer_start_switch_fiber(final ? nullptr : &thread.fake_stack, machine.host_bottom,
                                  machine.host_size);
 #endif
   fused_resnet_switch_stack(&thread.sp, machine.host_sp);
-  arrived_on(thread.fake_stack, true);
+  finish_switch(thread.fake_stack, true);
 }
 
 void thread_main() {
-  arrived_on(nullptr, true);
+  finish_switch(nullptr, true);
   try {
     (*machine.body)();
   } catch (...) {
     machine.error = std::current_exception();
   }
   self().done = true;
-  to_host(true);
+  switch_to_host(true);
   std::abort();
 }
 
-void to_thread(Thread& thread) {
+void switch_to_thread(Thread& thread) {
   machine.current = &thread;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&machine.host_fake_stack, thread.stack, kStackBytes);
@@ -163,11 +165,11 @@ void to_thread(Thread& thread) {
 
 void wait(const char* what) {
   self().waits_for = what;
-  to_host(false);
+  switch_to_host(false);
 }
 
 void wake(std::vector<Thread*>& waiting) {
-  machine.ready.insert(machine.ready.end(), waiting.begin(), waiting.end());
+  machine.runnable.insert(machine.runnable.end(), waiting.begin(), waiting.end());
   waiting.clear();
 }
 
@@ -182,9 +184,9 @@ Thread* new_thread(size_t number) {
   }
   Thread* thread = machine.pool[number].get();
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(thread->stack, kStackBytes);  // of frames that never returned
+  __asan_unpoison_memory_region(thread->stack, kStackBytes);  // of frames that did not return
 #endif
-  // Six registers and the address to return to, such that the stack is aligned as after a call.
+  // Six registers and the return address, placed so that the stack is aligned as after a call.
   auto** top = reinterpret_cast<void**>(thread->stack + kStackBytes - 56);
   top[0] = nullptr;
   top[-1] = reinterpret_cast<void*>(&thread_main);
@@ -196,7 +198,7 @@ Thread* new_thread(size_t number) {
   thread->copies.clear();
   thread->stores.clear();
   thread->unfenced.clear();
-  thread->products_fenced = false;
+  thread->wgmma_fenced = false;
   for (auto& list : thread->accesses) list.clear();
   return thread;
 }
@@ -213,21 +215,21 @@ void run(OperationQueue& queue, OperationQueue::iterator which) {
   if (!operation.commit) operation.run();
 }
 
-// Some operation in flight happens now: of a kind that is late in this grid only if `late`. Returns
-// false where there is none.
-bool run_some_operation(bool late) {
+// Performs one random pending operation, of a kind that is delayed in this grid only if `delayed`.
+// Returns false if there is none.
+bool run_some_operation(bool delayed) {
   std::vector<OperationQueue*> found;
-  const auto happens = [&](Kind kind) {
-    return late == ((machine.late_kinds >> static_cast<unsigned>(kind) & 1) != 0);
+  const auto selected = [&](Kind kind) {
+    return delayed == ((machine.delayed_kinds >> static_cast<unsigned>(kind) & 1) != 0);
   };
   for (Block* block : machine.running) {
-    if (happens(Kind::products))
-      for (auto& [group, queue] : block->products) found.push_back(&queue);
-    if (happens(Kind::alone))
-      for (auto& queue : block->alone) found.push_back(&queue);
+    if (selected(Kind::wgmma))
+      for (auto& [group, queue] : block->wgmma) found.push_back(&queue);
+    if (selected(Kind::tma_loads))
+      for (auto& queue : block->tma_loads) found.push_back(&queue);
     for (Thread* thread : block->threads) {
-      if (!thread->copies.empty() && happens(Kind::copies)) found.push_back(&thread->copies);
-      if (!thread->stores.empty() && happens(Kind::stores)) found.push_back(&thread->stores);
+      if (!thread->copies.empty() && selected(Kind::cp_async)) found.push_back(&thread->copies);
+      if (!thread->stores.empty() && selected(Kind::tma_stores)) found.push_back(&thread->stores);
     }
   }
   std::erase_if(found, [](OperationQueue* q) { return first_operation(*q) == q->end(); });
@@ -235,19 +237,19 @@ bool run_some_operation(bool late) {
   OperationQueue& queue = *found[machine.below(found.size())];
   run(queue, first_operation(queue));
   for (Block* block : machine.running)
-    std::erase_if(block->alone, [](const OperationQueue& q) { return q.empty(); });
+    std::erase_if(block->tma_loads, [](const OperationQueue& q) { return q.empty(); });
   return true;
 }
 
 OperationQueue& queue_of(Queue queue) {
   Thread& thread = self();
   switch (queue) {
-    case Queue::copies:
+    case Queue::cp_async:
       return thread.copies;
-    case Queue::stores:
+    case Queue::tma_stores:
       return thread.stores;
     default:
-      return thread.block->products[thread.index.x / kWarp];
+      return thread.block->wgmma[thread.index.x / kWarp];
   }
 }
 
@@ -261,11 +263,13 @@ void count_wavefronts(const Block& block) {
     }
 }
 
-// --- running -------------------------------------------------------------------------------------
+// --- execution
+// -------------------------------------------------------------------------------------
 
-void open(Block& block, unsigned number, unsigned threads, size_t shared_bytes, size_t first) {
+void start_block(Block& block, unsigned number, unsigned threads, size_t shared_bytes,
+                 size_t first) {
   block.index = {number, 0, 0};
-  // Aligned as the hardware promises for dynamic shared memory, and no better.
+  // 128 modulo 1024: no better aligned than the hardware guarantees for dynamic shared memory.
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, 128 + shared_bytes) != 0) throw std::bad_alloc();
   block.memory = static_cast<uint8_t*>(memory);
@@ -279,53 +283,53 @@ void open(Block& block, unsigned number, unsigned threads, size_t shared_bytes, 
     thread->index = {t, 0, 0};
     thread->block = &block;
     block.threads.push_back(thread);
-    machine.ready.push_back(thread);
+    machine.runnable.push_back(thread);
   }
 }
 
-[[noreturn]] void hang() {
+[[noreturn]] void report_deadlock() {
   std::map<std::string, int> reasons;
   for (Block* block : machine.running)
     for (Thread* thread : block->threads)
       if (!thread->done) ++reasons[thread->waits_for];
-  std::string what = "the kernel hangs:";
+  std::string what = "deadlock:";
   for (const auto& [reason, count] : reasons)
     what += " " + std::to_string(count) + " threads wait at " + reason + ";";
   throw Fault(what);
 }
 
-void sync_if_all_here(Block& block) {
+void release_if_complete(Block& block) {
   if (block.alive > 0 && block.all.arrived == block.alive) {
     block.all.arrived = 0;
     wake(block.all.waiting);
   }
 }
 
-void run_running() {
-  const size_t one_in = 8;  // steps between operations in flight that happen by themselves
-  // All warps drawn alike go on in step. One that is held back, or none, shows what others may do
-  // to the memory that it still reads.
+void run_resident_blocks() {
+  const size_t operation_interval = 8;  // average steps between spontaneous asynchronous operations
+  // With uniform choice all warps advance at about the same rate. Slowing down one warp (or none)
+  // exposes writes by other warps to memory that it still reads.
   const unsigned slow_warp = machine.below((machine.block_size.x + kWarp - 1) / kWarp + 1);
   for (;;) {
-    if (machine.below(one_in) == 0) run_some_operation(false);
-    if (machine.ready.empty()) {
+    if (machine.below(operation_interval) == 0) run_some_operation(false);
+    if (machine.runnable.empty()) {
       if (run_some_operation(false) || run_some_operation(true)) continue;
       const bool all_done = std::all_of(machine.running.begin(), machine.running.end(),
                                         [](Block* b) { return b->alive == 0; });
       if (all_done) return;
-      hang();
+      report_deadlock();
     }
-    size_t pick = machine.below(machine.ready.size());
-    for (int again = 0; again < 4 && machine.ready[pick]->index.x / kWarp == slow_warp; ++again)
-      pick = machine.below(machine.ready.size());
-    Thread* thread = machine.ready[pick];
-    machine.ready[pick] = machine.ready.back();
-    machine.ready.pop_back();
-    to_thread(*thread);
+    size_t pick = machine.below(machine.runnable.size());
+    for (int retry = 0; retry < 4 && machine.runnable[pick]->index.x / kWarp == slow_warp; ++retry)
+      pick = machine.below(machine.runnable.size());
+    Thread* thread = machine.runnable[pick];
+    machine.runnable[pick] = machine.runnable.back();
+    machine.runnable.pop_back();
+    switch_to_thread(*thread);
     if (machine.error) std::rethrow_exception(machine.error);
     if (thread->done) {
       --thread->block->alive;
-      sync_if_all_here(*thread->block);
+      release_if_complete(*thread->block);
     }
   }
 }
@@ -334,19 +338,19 @@ void run_blocks(const std::vector<unsigned>& numbers, unsigned threads, size_t s
   std::vector<Block> blocks(numbers.size());
   size_t first = 0;
   for (size_t i = 0; i < numbers.size(); ++i, first += threads) {
-    open(blocks[i], numbers[i], threads, shared_bytes, first);
+    start_block(blocks[i], numbers[i], threads, shared_bytes, first);
     machine.running.push_back(&blocks[i]);
   }
   const auto close = [&] {
     for (Block& block : blocks) std::free(block.memory);
     machine.running.clear();
-    machine.ready.clear();
-    machine.grid_meeting = {};
+    machine.runnable.clear();
+    machine.grid_rendezvous = {};
     machine.current = nullptr;
     machine.error = nullptr;
   };
   try {
-    run_running();
+    run_resident_blocks();
   } catch (...) {
     const auto error = std::current_exception();
     close();
@@ -357,7 +361,7 @@ void run_blocks(const std::vector<unsigned>& numbers, unsigned threads, size_t s
 }
 
 void check_launch(unsigned blocks, unsigned threads, size_t shared_bytes) {
-  if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("launch: no such grid");
+  if (blocks == 0 || threads == 0 || threads > 1024) throw Fault("launch: invalid grid");
   if (shared_bytes > static_cast<size_t>(machine.device.shared_bytes))
     throw Fault("launch: " + std::to_string(shared_bytes) + " bytes of shared memory");
   if (machine.current != nullptr) throw Fault("launch inside a kernel");
@@ -367,7 +371,7 @@ void start_grid(unsigned blocks, unsigned threads, const std::function<void()>& 
   machine.grid = {blocks, 1, 1};
   machine.block_size = {threads, 1, 1};
   machine.body = &body;
-  machine.late_kinds = machine.below(1u << static_cast<unsigned>(Kind::count));
+  machine.delayed_kinds = machine.below(1u << static_cast<unsigned>(Kind::count));
 }
 
 }  // namespace
@@ -384,16 +388,16 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
   check_launch(blocks, threads, shared_bytes);
   machine.launches.push_back({blocks, threads, static_cast<int64_t>(shared_bytes), 0});
   start_grid(blocks, threads, body);
-  // Blocks come in any order.
+  // Start at a random block: kernels must not depend on block order.
   const unsigned offset = machine.below(blocks);
   for (unsigned b = 0; b < blocks; ++b) run_blocks({(b + offset) % blocks}, threads, shared_bytes);
 }
 
-void run_grid_together(unsigned blocks, unsigned threads, size_t shared_bytes,
-                       const std::function<void()>& body) {
+void run_cooperative_grid(unsigned blocks, unsigned threads, size_t shared_bytes,
+                          const std::function<void()>& body) {
   check_launch(blocks, threads, shared_bytes);
   if (blocks > 2048u / threads * static_cast<unsigned>(machine.device.multiprocessors))
-    throw Fault("launch: a grid too large to be resident at once");
+    throw Fault("launch: the cooperative grid is too large to be resident");
   machine.launches.push_back({blocks, threads, static_cast<int64_t>(shared_bytes), 1});
   start_grid(blocks, threads, body);
   std::vector<unsigned> numbers(blocks);
@@ -412,44 +416,44 @@ unsigned shared_offset(const void* p) {
   const Block& block = *self().block;
   const auto* at = static_cast<const uint8_t*>(p);
   if (at < block.shared || at >= block.shared + block.shared_bytes)
-    fault("an address outside shared memory");
+    fault("the address is outside shared memory");
   return static_cast<unsigned>(at - block.shared);
 }
 
 void collective(const char* name, void* argument, const std::function<void(void**)>& action) {
   Thread& thread = self();
-  Meeting& meeting = thread.block->warps[thread.index.x / kWarp];
-  if (meeting.arrived == 0) {
-    meeting.name = name;
-    meeting.arguments.assign(kWarp, nullptr);
+  Rendezvous& rendezvous = thread.block->warps[thread.index.x / kWarp];
+  if (rendezvous.arrived == 0) {
+    rendezvous.name = name;
+    rendezvous.arguments.assign(kWarp, nullptr);
   }
-  if (std::strcmp(meeting.name, name) != 0)
-    fault(std::string("lanes of one warp are at ") + meeting.name + " and at " + name);
-  meeting.arguments[thread.index.x % kWarp] = argument;
-  if (++meeting.arrived < kWarp) {
-    meeting.waiting.push_back(&thread);
+  if (std::strcmp(rendezvous.name, name) != 0)
+    fault(std::string("divergent warp: lanes are at ") + rendezvous.name + " and at " + name);
+  rendezvous.arguments[thread.index.x % kWarp] = argument;
+  if (++rendezvous.arrived < kWarp) {
+    rendezvous.waiting.push_back(&thread);
     wait(name);
     return;
   }
-  action(meeting.arguments.data());
-  meeting.arrived = 0;
-  wake(meeting.waiting);
+  action(rendezvous.arguments.data());
+  rendezvous.arrived = 0;
+  wake(rendezvous.waiting);
 }
 
 void sync_threads() {
   Thread& thread = self();
-  Meeting& meeting = thread.block->all;
-  ++meeting.arrived;
-  meeting.waiting.push_back(&thread);
-  sync_if_all_here(*thread.block);
+  Rendezvous& rendezvous = thread.block->all;
+  ++rendezvous.arrived;
+  rendezvous.waiting.push_back(&thread);
+  release_if_complete(*thread.block);
   wait("__syncthreads");
 }
 
 void barrier_arrive(unsigned id, unsigned threads) {
-  Meeting& meeting = self().block->barriers[id];
-  if (++meeting.arrived == threads) {
-    meeting.arrived = 0;
-    wake(meeting.waiting);
+  Rendezvous& rendezvous = self().block->barriers[id];
+  if (++rendezvous.arrived == threads) {
+    rendezvous.arrived = 0;
+    wake(rendezvous.waiting);
   }
 }
 
@@ -460,12 +464,12 @@ void barrier(unsigned id, unsigned threads) {
 }
 
 void grid_sync() {
-  Meeting& meeting = machine.grid_meeting;
-  meeting.waiting.push_back(&self());
-  if (++meeting.arrived == machine.running.size() * machine.block_size.x) {
-    if (machine.running.size() != machine.grid.x) fault("grid_sync: blocks are not all resident");
-    meeting.arrived = 0;
-    wake(meeting.waiting);
+  Rendezvous& rendezvous = machine.grid_rendezvous;
+  rendezvous.waiting.push_back(&self());
+  if (++rendezvous.arrived == machine.running.size() * machine.block_size.x) {
+    if (machine.running.size() != machine.grid.x) fault("grid_sync: not all blocks are resident");
+    rendezvous.arrived = 0;
+    wake(rendezvous.waiting);
   }
   wait("grid_sync");
 }
@@ -477,7 +481,7 @@ void start(Queue queue, std::function<void()> operation) {
 void commit(Queue queue) { queue_of(queue).push_back({nullptr, true}); }
 
 void finish(Queue queue, unsigned groups_left) {
-  if (queue == Queue::products) self().products_fenced = false;
+  if (queue == Queue::wgmma) self().wgmma_fenced = false;
   OperationQueue& operations = queue_of(queue);
   auto groups = static_cast<unsigned>(std::count_if(operations.begin(), operations.end(),
                                                     [](const Operation& o) { return o.commit; }));
@@ -487,8 +491,8 @@ void finish(Queue queue, unsigned groups_left) {
   }
 }
 
-void start_alone(std::function<void()> operation) {
-  self().block->alone.push_back({Operation{std::move(operation), false}});
+void start_unordered(std::function<void()> operation) {
+  self().block->tma_loads.push_back({Operation{std::move(operation), false}});
 }
 
 void proxy_fence() { self().unfenced.clear(); }
@@ -498,22 +502,22 @@ void check_fenced(const void* p, unsigned bytes) {
   for (const Thread* thread : self().block->threads) {
     const auto written = thread->unfenced.lower_bound(at / 16 * 16);
     if (written != thread->unfenced.end() && *written < at + bytes)
-      fault("the asynchronous proxy reads what a thread wrote without a proxy fence");
+      fault("the async proxy reads a thread's write without a proxy fence");
   }
 }
 
-void products_fence() { self().products_fenced = true; }
+void wgmma_fence() { self().wgmma_fenced = true; }
 
-void check_products_fenced() {
-  if (!self().products_fenced) fault("wgmma: no wgmma.fence since the last wait");
+void check_wgmma_fenced() {
+  if (!self().wgmma_fenced) fault("wgmma: no wgmma.fence since the last wait");
 }
 
 // --- mbarriers -----------------------------------------------------------------------------------
 
 namespace {
-struct Barrier {  // in the 8 bytes
+struct Barrier {  // content of the 8 bytes
   uint16_t count, pending;
-  int32_t bytes_and_phase;  // 2 * bytes still awaited + phase
+  int32_t bytes_and_phase;  // 2 * pending bytes + phase
 };
 static_assert(sizeof(Barrier) == sizeof(uint64_t));
 
@@ -544,7 +548,7 @@ void mbarrier_init(uint64_t* bar, unsigned count) {
 
 void mbarrier_arrive(uint64_t* bar) {
   Barrier b = load(bar);
-  if (b.pending == 0) fault("mbarrier: more arrivals than it was made for");
+  if (b.pending == 0) fault("mbarrier: more arrivals than its count");
   --b.pending;
   store(bar, b, *self().block);
 }
@@ -556,7 +560,7 @@ void mbarrier_expect(uint64_t* bar, unsigned bytes) {
 }
 
 void mbarrier_complete(uint64_t* bar, unsigned bytes) {
-  // By the copy engine, outside any thread: find the block by the address.
+  // Called by TMA, outside any thread: find the block by the address.
   for (Block* block : machine.running) {
     const auto* at = reinterpret_cast<const uint8_t*>(bar);
     if (at < block->shared || at >= block->shared + block->shared_bytes) continue;

@@ -1,4 +1,4 @@
-// What tests/emulator/emulation.py calls by ctypes.
+// The functions that tests/emulator/emulation.py calls through ctypes.
 #include <algorithm>
 #include <cstring>
 
@@ -16,16 +16,16 @@ __attribute__((visibility("default"))) void emulated_device(int multiprocessors,
 __attribute__((visibility("default"))) void emulated_seed(uint64_t seed) {
   emulated::set_seed(seed);
 }
-// The launches since the last time this was asked, oldest first: at most `room` of four numbers
-// each (blocks, threads, bytes of shared memory, together). Returns how many there were.
-__attribute__((visibility("default"))) int emulated_launches(int64_t* out, int room) {
+// Writes the launches since the previous call, oldest first: at most `capacity`, as four values
+// each (blocks, threads, bytes of shared memory, cooperative). Returns the number of launches.
+__attribute__((visibility("default"))) int emulated_launches(int64_t* out, int capacity) {
   const auto launches = emulated::take_launches();
-  for (size_t i = 0; i < std::min(launches.size(), static_cast<size_t>(room)); ++i)
+  for (size_t i = 0; i < std::min(launches.size(), static_cast<size_t>(capacity)); ++i)
     std::memcpy(out + 4 * i, &launches[i], sizeof launches[i]);
   return static_cast<int>(launches.size());
 }
 __attribute__((visibility("default"))) void emulated_record(int on) { emulated::set_recording(on); }
-// Wavefronts needed (and, with ideal, the least possible) since the last time this was asked.
+// The wavefronts needed (with `ideal`: the minimum) since the previous call.
 __attribute__((visibility("default"))) int64_t emulated_wavefronts(int kind, int ideal) {
   emulated::Wavefronts& found = emulated::wavefronts(static_cast<emulated::Access>(kind));
   int64_t& value = ideal ? found.ideal : found.needed;

@@ -1,5 +1,5 @@
-// The index arithmetic of Hopper's convolution and of the emulated copy engine, for
-// tests/kernels/cuda/test_hopper.py to call one by one.
+// Exports the index arithmetic of the Hopper convolution and of the emulated TMA, for
+// tests/kernels/cuda/test_hopper.py.
 #include <cstring>
 
 #include "cuda/convolution/sm90/kernel.h"
@@ -8,7 +8,7 @@
 
 using namespace fused_resnet;
 
-// Every tile's (m, group, k) into out (tiles, 3).
+// Writes every tile's (m, group, k) to out (tiles, 3).
 FR_TEST void hopper_schedule(int tiles, int n_tiles, int groups, int block_m, int block_n,
                              int* out) {
   GemmSm90 gemm{};
@@ -21,7 +21,8 @@ FR_TEST void hopper_schedule(int tiles, int n_tiles, int groups, int block_m, in
   }
 }
 
-// Stage and parity after each of `count` steps, `step` at a time, in a ring of 3: out (count, 2).
+// Writes stage and parity before each of `count` advances by `step` in a ring of 3 to out (count,
+// 2).
 FR_TEST void hopper_ring(int count, int step, int* out) {
   StageRing<3> ring;
   for (int i = 0; i < count; ++i) {
@@ -31,8 +32,8 @@ FR_TEST void hopper_ring(int count, int step, int* out) {
   }
 }
 
-// The pixels (w, h, n) of x that an im2col load takes for outputs from m on at tap (r, s), into out
-// (pixels, 3). geometry: N, H, W, R, S, P, Q, stride, padding and dilation (h, w each).
+// Writes the pixels (w, h, n) of x that an im2col load reads for outputs from m on at tap (r, s) to
+// out (pixels, 3). geometry: N, H, W, R, S, P, Q, stride, padding and dilation (h, w each).
 FR_TEST int hopper_column(const int* geometry, int m, int pixels, int r, int s, int* out) try {
   const auto [N, H, W, R, S] =
       std::array{geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]};
@@ -68,7 +69,7 @@ FR_TEST int hopper_column(const int* geometry, int m, int pixels, int r, int s, 
 }
 
 FR_TEST int hopper_swizzled_offset(int row, int chunk) { return swizzled_offset(row, chunk); }
-// Where the emulated copy engine puts byte `offset` of a tile.
+// Where the emulated TMA stores byte `offset` of a tile.
 FR_TEST int hopper_emulated_offset(int offset) {
   alignas(1024) static uint8_t tile[2048];
   return static_cast<int>(emulated_swizzled(tile + offset) - tile);

@@ -1,5 +1,5 @@
-// csrc/cuda/convolution/index.h and cuda/device/fast_division.h for tests/kernels/cuda/test_implicit_gemm.py:
-// called by ctypes.
+// Exports functions of csrc/cuda/convolution/index.h and csrc/cuda/device/fast_division.h for
+// tests/kernels/cuda/test_implicit_gemm.py, called through ctypes.
 #include "cuda/convolution/index.h"
 #include "cuda/convolution/problem.h"
 
@@ -21,8 +21,8 @@ bool divides(const fused_resnet::FastDivision& by, int64_t n) {
 
 }  // namespace
 
-// Dividends n that come out wrong: the first `first` ones, those about every multiple of d near
-// either end of the range, the last one, and `random` others.
+// Counts dividends n with a wrong quotient or remainder, among: the first `first` ones, those next
+// to the first and last 1000 multiples of d, the largest one, and `random` others.
 EXPORTED int64_t wrong_quotients(int d, int64_t first, int64_t random, uint64_t seed) {
   const auto by = fused_resnet::FastDivision::by(d);
   int64_t wrong = 0;
@@ -47,10 +47,10 @@ EXPORTED void gemm_split_steps(int steps, int splits, int split, int* range) {
   range[0] = found.first, range[1] = found.last;
 }
 
-// Wrong places of a walk over the window from every chunk of the first two steps on, against the
-// chunk's number divided: problem {H, W, C, R, S, dilation_h, dilation_w, groups}, C in elements of
-// two bytes. And wrong starts of the pixels of image n, with stride 2 and padding 1, of more than
-// 2^31 elements before it.
+// Counts wrong positions when iterating over the window from every chunk of the first two steps,
+// compared with division of the chunk number. problem: {H, W, C, R, S, dilation_h, dilation_w,
+// groups}, C in elements of two bytes. Also counts wrong window starts of the pixels of image n,
+// with stride 2 and padding 1, where more than 2^31 elements may precede it.
 EXPORTED int wrong_window_places(const int* problem, int n) {
   using namespace fused_resnet;
   ConvProblem p{};
@@ -85,8 +85,8 @@ EXPORTED int wrong_window_places(const int* problem, int n) {
   return wrong;
 }
 
-// Offsets within a tile of sums that are no permutation of its elements, or part two neighbours of
-// a pair.
+// Counts offsets in a tile of accumulators that are not a permutation of its elements, or that do
+// not keep each group of four columns contiguous.
 EXPORTED int wrong_sum_offsets(int rows, int columns) {
   std::vector<int> seen(static_cast<size_t>(rows * columns));
   int wrong = 0;

@@ -1,11 +1,11 @@
-// From one stack to another: what lets the emulator leave a thread and come back to it.
+// Switches stacks, so that the emulator can suspend and resume a thread.
 
 #if !defined(__x86_64__)
-#error "the emulator switches stacks by x86-64 instructions"
+#error "the emulator's stack switch is implemented for x86-64 only"
 #endif
 
-// Saves the registers that a call keeps (System V ABI), exchanges the stacks, restores them.
-// rdi: where to keep the old stack pointer, rsi: the new one.
+// Saves the callee-saved registers (System V ABI), switches the stack pointer, restores them. rdi:
+// where to store the old stack pointer; rsi: the new stack pointer.
 asm(R"(
 .text
 .globl fused_resnet_switch_stack

@@ -1,7 +1,7 @@
-"""The CUDA kernels in the emulator of a GPU: which kernel a problem gets, whether every order of
-threads gives the same bits, and the same under AddressSanitizer.
+"""Tests of the CUDA kernels in the emulator: launch configurations, bitwise reproducibility for any
+order of threads, and AddressSanitizer.
 
-Values, layouts and derivatives are in the ops' own tests, whose `backend` runs over "emulated".
+Values, layouts and derivatives are tested in the ops' tests, whose `backend` includes "emulated".
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ BN_CASES = {
         (5, 16, 40, 40), FLOAT, LAST, {"multiprocessors": 5, **SMALL}, 2 * [(5, False)],
         2 * [(5, False)],
     ),
-    "the backward alone in two launches": Case(
+    "only the backward in two launches": Case(
         (3, 16, 40, 40), FLOAT, LAST, {"multiprocessors": 5, **SMALL}, [(5, True)],
         2 * [(5, False)],
     ),
@@ -85,7 +85,7 @@ BN_CASES = {
 
 
 def bn_run(case: Case, need: tuple[bool, bool] = (True, True)) -> tuple[list[Tensor], list[Any]]:
-    """Seven results, with those of the reference in float64, and the launches of each op."""
+    """The seven results, checked against the float64 reference, and the launches of each op."""
     torch.manual_seed(0)
     x, residual, dy = (
         LAYOUTS[case.layout](randn(case.shape, case.dtype) * 2 + 0.7) for _ in range(3)
@@ -123,8 +123,8 @@ def test_bn_add_relu_takes_the_intended_launches(poison, name):
 
 
 @pytest.mark.parametrize("name", ["parts in one launch", "two launches"])
-def test_bn_add_relu_backward_writes_what_is_asked_for(poison, name):
-    """With nothing to write, the second launch only adds up, one block for each slab."""
+def test_bn_add_relu_backward_writes_only_needed_outputs(poison, name):
+    """Without outputs to write, the second launch only adds the parts, with one block per slab."""
     case = BN_CASES[name]
     for need in ((True, False), (False, True), (False, False)):
         results, (_, launches) = bn_run(case, need)
@@ -166,7 +166,7 @@ def bn_cut(shape, channels_last=True, element_bytes=2, operands=1, multiprocesso
 @pytest.mark.parametrize("operands", [1, 2], ids=["forward", "backward"])
 @pytest.mark.parametrize("element_bytes", [2, 4, 8])
 def test_bn_add_relu_fills_a_large_device(element_bytes, operands, channels_last):
-    """ResNet-50's layers on 132 multiprocessors: all rows, and blocks for most of the device."""
+    """ResNet-50's layers on 132 multiprocessors: covers all rows, occupies most of the device."""
     sizes = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
              (2048, 7))  # fmt: skip
     for N in (1, 8, 32, 256):
@@ -213,8 +213,8 @@ def test_bn_add_relu_indices_beyond_two_to_the_31(channels_last):
 
 
 @pytest.mark.skipif(not emulation.SANITIZER, reason="python -m tests.emulator.emulation pytest")
-def test_address_sanitizer_notices():
-    """A write past the end of an output, which is made too small behind the op's back."""
+def test_address_sanitizer_detects_overflow():
+    """Writes past the end of an output whose storage was shrunk after the shape was set."""
     program = """
 import sys
 import torch

@@ -11,9 +11,9 @@ import torch.nn.utils.prune
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.inference import network, plans
+from fused_resnet.fusion.inference import network, plan, plans
 from fused_resnet.fusion.training.prepare import Prepared
-from fused_resnet.kernels import backends, convolution
+from fused_resnet.kernels import convolution, registry
 from fused_resnet.kernels.cpu import onednn as vendor
 from tests.models.model_helpers import (
     clone,
@@ -28,9 +28,9 @@ from tests.models.model_helpers import (
 )
 
 pytestmark = pytest.mark.skipif(
-    backends.choose("conv_bn_relu", "cpu") == "reference", reason="nothing is fused here"
+    registry.choose("conv_bn_relu", "cpu") == "reference", reason="nothing is fused here"
 )
-TRAINS = backends.choose("bn_add_relu", "cpu") == "native"
+TRAINS = registry.choose("bn_add_relu", "cpu") == "native"
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def runs(monkeypatch):
 
         monkeypatch.setattr(kind, "run", run)
 
-    def run_block(self, *args, _run=plans.Plan._run):
+    def run_block(self, *args, _run=plan.Plan._run):
         if self._one_op is not None:  # all of them in one
             seen.extend(type(conv).__name__ for conv in self.all_convs)
         return _run(self, *args)
 
-    monkeypatch.setattr(plans.Plan, "_run", run_block)
+    monkeypatch.setattr(plan.Plan, "_run", run_block)
     return seen
 
 

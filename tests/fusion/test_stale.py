@@ -13,7 +13,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.fusion.inference import network, plans
-from fused_resnet.kernels import convolution, native
+from fused_resnet.kernels import cache, native
 from tests.models.model_helpers import (
     agree,
     clone,
@@ -343,7 +343,7 @@ def test_an_op_on_weights_that_fsdp_puts_together(one_process, monkeypatch):
         for _ in range(3):
             plain(x)
     if native.load() is None:
-        assert convolution._kept[id(plain.weight)][3] is not None
+        assert cache._kept[id(plain.weight)][3] is not None
 
 
 FUSED = {

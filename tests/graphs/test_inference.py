@@ -35,7 +35,7 @@ def graphs(monkeypatch):
         own = fr.Inference.__new__(fr.Inference)
         own.__dict__.update(run.__self__.__dict__, model=frozen)
         y = run(x).clone()
-        return module._Graph(x, y, lambda: y.copy_(own._run(x)), contextlib.nullcontext)
+        return module.Graph(x, y, lambda: y.copy_(own._run(x)), contextlib.nullcontext)
 
     def noted(run, example):
         made.append(tuple(example.shape))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet.kernels import backends, native
+from fused_resnet.kernels import native, registry
 
 
 @pytest.mark.gpu
@@ -31,19 +31,19 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_forcing_nests_and_is_undone_after_errors():
-    assert backends.forced() is None
+    assert registry.forced() is None
     with fr.use_backend("reference"):
-        assert backends.choose("add_relu", "cpu") == "reference"
+        assert registry.choose("add_relu", "cpu") == "reference"
         with pytest.raises(KeyError), fr.use_backend("reference"):
             raise KeyError
-        assert backends.forced() == "reference"
-    assert backends.forced() is None
+        assert registry.forced() == "reference"
+    assert registry.forced() is None
 
 
 def test_forcing_belongs_to_its_thread():
     seen = []
     with fr.use_backend("reference"):
-        thread = threading.Thread(target=lambda: seen.append(backends.forced()))
+        thread = threading.Thread(target=lambda: seen.append(registry.forced()))
         thread.start()
         thread.join()
     assert seen == [None]
@@ -60,9 +60,9 @@ def test_unknown_names_are_refused():
 def test_the_environment_forces_a_backend():
     code = (
         "import torch, fused_resnet as fr\n"
-        "from fused_resnet.kernels import backends\n"
+        "from fused_resnet.kernels import registry\n"
         "x = torch.ones(1, 1, 1, 1)\n"
-        "print(backends.choose('add_relu', 'cpu'), fr.add_relu(x, x).item())"
+        "print(registry.choose('add_relu', 'cpu'), fr.add_relu(x, x).item())"
     )
     run = python(code, FUSED_RESNET_BACKEND="reference")
     assert run.stdout.split() == ["reference", "2.0"], run.stderr
@@ -71,8 +71,8 @@ def test_the_environment_forces_a_backend():
 @pytest.mark.filterwarnings("error")  # a table says what is missing in its cells
 def test_every_op_has_one_server_on_every_device():
     for device in ("cpu", "cuda", "mps"):
-        rows = backends.table(device)
-        for op in backends.OPS:
+        rows = registry.table(device)
+        for op in registry.OPS:
             assert [r["serves"] for r in rows if r["op"] == op].count("yes") == 1
         for row in rows:
             assert row["serves"] == "no" or row["missing"] is None
@@ -88,7 +88,7 @@ sys.meta_path.insert(0, Block())
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fused_resnet._C" else find(name, *a)
 import torch, fused_resnet as fr
-from fused_resnet.kernels import native, backends
+from fused_resnet.kernels import native, registry
 """
 
 
@@ -112,7 +112,7 @@ with torch.no_grad():
     except RuntimeError as error:
         assert "not available" in str(error) and "pip install" in str(error)
 model.train()(x).sum().backward()
-print(backends.choose("conv_bn_relu", "cpu"))
+print(registry.choose("conv_bn_relu", "cpu"))
 """  # fmt: skip
     run = python(code)
     assert run.returncode == 0, run.stderr
@@ -134,11 +134,11 @@ def test_import_is_light_and_leaves_cuda_alone():
 
 
 def test_messages_are_said_once():
-    backends._say_once.cache_clear()
+    registry._say_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            backends._say_once("fused_resnet: a message")
+            registry._say_once("fused_resnet: a message")
     assert [str(w.message) for w in caught] == ["fused_resnet: a message"]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet.bench.contenders import Step
 from fused_resnet.bench.memory import saved_bytes
-from fused_resnet.fusion import blocks
+from fused_resnet.fusion import run_norm
 from fused_resnet.fusion.training import activation_memory
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.tolerance import assert_close
@@ -376,4 +376,4 @@ def test_the_last_norm_is_one_op():
         names.add(type(node).__name__)
         todo += [n for n, _ in node.next_functions if n is not None]
     assert "NativeBatchNormBackward0" not in names
-    assert blocks.run_norm(nn.GELU(), model.relu, images()) is None
+    assert run_norm(nn.GELU(), model.relu, images()) is None

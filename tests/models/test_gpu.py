@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.kernels import convolution, tuning
+from fused_resnet.kernels import cache, tuning
 from fused_resnet.kernels.cuda import convolution as gpu_conv
 from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+from fused_resnet.ops import reference
 from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.emulator import emulation
 from tests.models.model_helpers import KINDS, pair, randomise
@@ -69,7 +70,7 @@ def count(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[st
     """How often each of the CUDA convolutions was run."""
     found = {"gemm": 0, "stem": 0, "stem and pool": 0, "reference": 0}
     run_conv, run_stem = cuda_conv.run_conv, cuda_conv.run_stem
-    reference = gpu_conv.reference.conv_bn_relu
+    by_reference = reference.conv_bn_relu
 
     def counted(name, function):
         def call(*arguments):
@@ -84,7 +85,7 @@ def count(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
     monkeypatch.setattr(cuda_conv, "run_conv", counted("gemm", run_conv))
     monkeypatch.setattr(cuda_conv, "run_stem", stem)
-    monkeypatch.setattr(gpu_conv.reference, "conv_bn_relu", counted("reference", reference))
+    monkeypatch.setattr(reference, "conv_bn_relu", counted("reference", by_reference))
     with torch.no_grad(), fr.use_backend(BACKEND):
         run()
     return found
@@ -189,9 +190,7 @@ def test_what_is_kept_has_been_waited_for(record, monkeypatch):
     kept whose memory is a graph's."""
     model = pair("basic")[1].to(DEVICE, torch.bfloat16)
     x, asked, made = images(1, 32).to(torch.bfloat16), [], []
-    monkeypatch.setattr(
-        convolution, "capturing", lambda t: asked.append(t.shape) is None and record
-    )
+    monkeypatch.setattr(cache, "capturing", lambda t: asked.append(t.shape) is None and record)
     make = cuda_conv.pack_stem
     monkeypatch.setattr(cuda_conv, "pack_stem", lambda w: made.append(1) or make(w))
     with torch.no_grad(), fr.use_backend(BACKEND):

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
-from fused_resnet.kernels import convolution
+from fused_resnet.kernels import cache
 from fused_resnet.layout import memory_format
 from tests.ops.op_cases import (
     DENSE,
@@ -296,13 +296,13 @@ def test_packed_weights_never_go_stale(device, backend):
 
 def test_packed_weights_die_with_the_weight(device, backend):
     (x, weight, scale, shift, _), geometry = operands("3x3", torch.float32, device)
-    before = len(convolution._kept)
+    before = len(cache._kept)
     for _ in range(3):
         fr.conv_bn_relu(x, weight, scale, shift, None, True, *geometry)
     watch = weakref.ref(weight)
     del weight
     gc.collect()
-    assert watch() is None and len(convolution._kept) <= before
+    assert watch() is None and len(cache._kept) <= before
 
 
 def test_empty(device, backend):

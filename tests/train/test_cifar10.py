@@ -23,9 +23,10 @@ pytest.importorskip("typer", reason="the commands need typer and rich")
 from torchvision.datasets import CIFAR10
 from typer.testing import CliRunner
 
-from fused_resnet import cli  # noqa: F401 - register commands
-from fused_resnet.cli.commands import app
-from fused_resnet.depth.experiment import Config, Experiment, Steps, paper_factor
+from fused_resnet.cli import application
+from fused_resnet.depth.experiment import Experiment
+from fused_resnet.depth.setting import Config
+from fused_resnet.depth.steps import Steps, paper_factor
 from fused_resnet.train import data as datasets
 
 TRAIN, TEST = 130, 40  # images
@@ -62,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def fused_resnet(*arguments: Any) -> Any:
-    result = CliRunner().invoke(app, list(map(str, arguments)))
+    result = CliRunner().invoke(application(), list(map(str, arguments)))
     assert result.exit_code == 0, result.output
     return result
 

@@ -456,21 +456,21 @@ def test_augmentation_is_each_images_own():
 def test_the_command(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
+    from fused_resnet.cli import application
     from fused_resnet.cli import train as train_command
-    from fused_resnet.cli.commands import app
 
     words = ["train", "--image-size", "16", "--batch", "32", "--epochs", "1", "--threads", "1"]
     words += ["--out", str(tmp_path / "run")]
-    done = CliRunner().invoke(app, words)
+    done = CliRunner().invoke(application(), words)
     assert done.exit_code == 0, done.output
     assert "test accuracy" in done.output and "after 5 steps" in done.output
     picture = tmp_path / "run" / "metrics.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    again = CliRunner().invoke(app, words)
+    again = CliRunner().invoke(application(), words)
     assert again.exit_code == 2 and "--resume" in again.output
-    wrong = CliRunner().invoke(app, [*words, "--optimizer", "adam"])
+    wrong = CliRunner().invoke(application(), [*words, "--optimizer", "adam"])
     assert wrong.exit_code == 2 and "--optimizer must be one of" in wrong.output
-    alone = CliRunner().invoke(app, [*words, "--sharding", "fsdp"])
+    alone = CliRunner().invoke(application(), [*words, "--sharding", "fsdp"])
     assert alone.exit_code == 2 and "needs more than one process" in alone.output
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in train_command.plot_metrics([], tmp_path / "none.png")

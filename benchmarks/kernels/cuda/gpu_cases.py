@@ -44,8 +44,8 @@ from gpu_train_cases import (
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.kernels import backends, tuning
 from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels import registry, target, tuning
 from fused_resnet.kernels.cuda import cudnn as cudnn_conv
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from fused_resnet.kernels.problem import Geometry, Layer
@@ -250,7 +250,7 @@ def conv_case(
     shift = beta - mean * scale
     geometry = (*layer.geometry, layer.groups)
     where, problem = like.device, gemm.problem_of(layer, like.dtype)
-    native_on_cpu = where.type == "cpu" and "emulated" in backends.KERNELS
+    native_on_cpu = where.type == "cpu" and "emulated" in registry.names()
 
     def chain(x: Tensor, residual: Tensor | None) -> Tensor:
         y = F.batch_norm(F.conv2d(x, weight, None, *geometry), mean, var, gamma, beta, eps=EPS)
@@ -288,18 +288,20 @@ def conv_case(
 
     def candidates(backend: str) -> list[Any]:
         kernels("conv_bn_relu", backend, where)
-        module = tuning.contender(backend)
-        if not module.covers(problem, gemm.capability(where)):
+        module = registry.gpu_convolution(backend)
+        if not module.covers(problem, target.capability(where)):
             raise Absent("it does not cover this convolution")
-        return module.candidates(problem, gemm.capability(where))
+        return module.candidates(problem, target.capability(where))
 
     def measured(backend: str) -> Any:
         best = tuning.winners(where).get(problem, {}).get(backend)
         return None if best is None else best.config
 
     def unmeasured(backend: str) -> Any:
-        processors = gemm.multiprocessors(where)
-        return tuning.contender(backend).choose(problem, gemm.capability(where), processors)
+        processors = target.multiprocessors(where)
+        return registry.gpu_convolution(backend).choose(
+            problem, target.capability(where), processors
+        )
 
     def native() -> Ready:
         listed = candidates("native")
@@ -327,7 +329,7 @@ def conv_case(
         reason = cudnn_conv.unavailable()
         if where.type != "cuda" or reason is not None:
             raise Absent(reason or "cuDNN needs a GPU")
-        if not relu or not cudnn_conv.covers(problem, gemm.capability(where)):
+        if not relu or not cudnn_conv.covers(problem, target.capability(where)):
             raise Absent("cuDNN fuses 16-bit convolutions with a ReLU")
         folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(like.dtype)
         folded = folded.contiguous(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.kernels import backends
+from fused_resnet.kernels import registry
 from fused_resnet.kernels.problem import Layer
 
 EPS = 1e-5
@@ -66,13 +66,13 @@ def randn(shape: tuple[int, ...], like: Tensor) -> Tensor:
 def kernels(op: str, backend: str, device: torch.device) -> Any:
     """The kernels of "native" (CUDA; emulated where a test has loaded the emulator) or "triton"."""
     if backend == "native" and device.type == "cpu":
-        if "emulated" not in backends.KERNELS:
+        if "emulated" not in registry.names():
             raise Absent("the CUDA kernels need a GPU")
-        return backends.KERNELS["emulated"]()
-    reason = backends.missing(op, backend, device.type)
+        return registry.kernels("emulated", "cpu")
+    reason = registry.missing(op, backend, device.type)
     if reason is not None:
         raise Absent(reason)
-    return backends.KERNELS[backend]()
+    return registry.kernels(backend, device.type)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

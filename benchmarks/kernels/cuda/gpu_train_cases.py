@@ -29,9 +29,10 @@ from torch import Tensor
 
 import fused_resnet as fr
 from fused_resnet.kernels import problem as gemm
-from fused_resnet.kernels import tuning
+from fused_resnet.kernels import registry, target
 from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
 from fused_resnet.kernels.problem import Layer
+from fused_resnet.kernels.training import choice
 from fused_resnet.kernels.training import cuda as cuda_training
 from fused_resnet.kernels.training import protocol as train_kernels
 
@@ -41,8 +42,8 @@ Seconds = Callable[[Callable[[], Any]], float] | None
 def tiles_of(layer: Layer, like: Tensor) -> list[Any]:
     """The configurations of the CUDA kernels that take statistics of such a convolution."""
     kernels("conv_bn_relu", "native", like.device)
-    module, problem = tuning.contender("native"), gemm.problem_of(layer, like.dtype)
-    capability = gemm.capability(like.device)
+    module, problem = registry.gpu_convolution("native"), gemm.problem_of(layer, like.dtype)
+    capability = target.capability(like.device)
     if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
         raise Absent("it does not cover this convolution")
     return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
@@ -61,8 +62,8 @@ def fastest(
             return math.inf
 
     if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
-        module, problem = tuning.contender("native"), gemm.problem_of(layer, like.dtype)
-        capability, processors = gemm.capability(like.device), gemm.multiprocessors(like.device)
+        module, problem = registry.gpu_convolution("native"), gemm.problem_of(layer, like.dtype)
+        capability, processors = target.capability(like.device), target.multiprocessors(like.device)
         reached = module.reaches(problem, layer.geometry)
         listed = [module.choose_tile(problem, capability, processors, reached)]
     best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
@@ -97,7 +98,7 @@ def conv_train_case(
         return [maker.normalise_by(state, z, norm, residual, relu)[0]]
 
     def fused() -> Ready:
-        maker = train_kernels.PORTABLE
+        maker = choice.portable()
         return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
 
     def call(config: Any) -> Call:
@@ -189,7 +190,7 @@ def prologue_case(
 
     def cudnn() -> Ready:
         kernels("bn_add_relu", "native", like.device)
-        stock = train_kernels.PORTABLE
+        stock = choice.portable()
         return Ready(
             ending(lambda: stock.convolve(maker.apply(normed, None, True), weight, geometry))
         )
@@ -283,15 +284,15 @@ def conv_norm_backward_case(
     geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
     gradient = cuda_training.gradient_layer(layer)
     assert gradient is not None
-    y, (mean, var) = train_kernels.PORTABLE.normalise(x, norm, None, True)
+    y, (mean, var) = choice.portable().normalise(x, norm, None, True)
     normed = train_kernels.Normed(x, norm, (mean, var, torch.zeros_like(mean)))
 
     def after(dh: Tensor) -> list[Tensor]:
         plain = normed._replace(state=(mean, var))
-        return list(train_kernels.PORTABLE.norm_gradients_by(None, dh, y, plain))
+        return list(choice.portable().norm_gradients_by(None, dh, y, plain))
 
     def fused() -> Ready:
-        maker = train_kernels.PORTABLE
+        maker = choice.portable()
         return Ready(lambda: after(maker.input_gradient(dy, y, weight, geometry)))
 
     def call(config: Any) -> Call:

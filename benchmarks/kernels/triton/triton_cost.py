@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fused_resnet.bench.harness import save
+from fused_resnet.bench.layers import layers_of
 from fused_resnet.bench.machine import provenance
 from fused_resnet.kernels import problem as gemm
 from fused_resnet.kernels.triton import configs, convolution
@@ -82,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for batch in args.batch:
-        for layer, times in Counter(gemm.layers_of("resnet50", batch)).items():
+        for layer, times in Counter(layers_of("resnet50", batch)).items():
             rows.append({**estimate(layer), "times": times})
     print(" | ".join(rows[0]))
     for row in rows:

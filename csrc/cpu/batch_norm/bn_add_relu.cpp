@@ -6,40 +6,40 @@ namespace fused_resnet {
 namespace {
 
 template <typename A>
-std::tuple<Tensor, Tensor, Tensor> forward(const Plan& plan, DtypeIndex dtype, const Tensor& x,
-                                           const std::optional<Tensor>& weight,
+std::tuple<Tensor, Tensor, Tensor> forward(const Partition& partition, DtypeIndex dtype,
+                                           const Tensor& x, const std::optional<Tensor>& weight,
                                            const std::optional<Tensor>& bias,
                                            const std::optional<Tensor>& residual, double eps,
                                            bool relu) {
-  const int64_t C = plan.layout.C;
+  const int64_t C = partition.layout.C;
   Tensor y = empty_output_like(x);
-  const Norm norm{statistics(plan, x, dtype), to_vector<A>(weight, C, 1.0),
+  const Norm norm{statistics(partition, x, dtype), to_vector<A>(weight, C, 1.0),
                   to_vector<A>(bias, C, 0.0), eps};
-  apply_norm<A>(plan, dtype, x, norm, residual, nullptr, relu, y);
+  apply_norm<A>(partition, dtype, x, norm, residual, nullptr, relu, y);
   return {y, to_tensor<A>(x, norm.stats.mean), to_tensor<A>(x, norm.stats.var)};
 }
 
 template <typename A>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Plan& plan, DtypeIndex dtype, const Tensor& dy, const Tensor& x,
+    const Partition& partition, DtypeIndex dtype, const Tensor& dy, const Tensor& x,
     const std::optional<Tensor>& y, const std::optional<Tensor>& weight, const Tensor& mean,
     const Tensor& var, double eps, bool relu, bool need_dx, bool need_dresidual) {
-  const int64_t C = plan.layout.C;
+  const int64_t C = partition.layout.C;
   Tensor nothing = torch::stable::new_empty(x, {0});
   Tensor dx = need_dx ? empty_output_like(x) : nothing;
   Tensor dresidual = need_dresidual ? empty_output_like(x) : nothing;
   const Mask mask{relu ? y : std::nullopt};
   const Norm norm{{to_vector<A>(mean), to_vector<A>(var)}, to_vector<A>(weight, C, 1.0), {}, eps};
-  GradientSums sums = reduce_gradient<A>(plan, dtype, dy, mask, x, norm.stats, std::nullopt,
+  GradientSums sums = reduce_gradient<A>(partition, dtype, dy, mask, x, norm.stats, std::nullopt,
                                          nullptr, need_dresidual ? &dresidual : nullptr);
   auto& [dbias, dweight, unused] = sums;
   if (need_dx) {
-    // With dresidual written, g is there to be read; otherwise it is masked out of dy once more.
-    const double count = static_cast<double>(plan.count);
+    // dresidual, if written, holds g; otherwise g is recomputed from dy and the mask.
+    const double count = static_cast<double>(partition.count);
     if (need_dresidual)
-      apply_gradient<A>(plan, dtype, dresidual, {}, x, norm, dbias, dweight, count, dx);
+      apply_gradient<A>(partition, dtype, dresidual, {}, x, norm, dbias, dweight, count, dx);
     else
-      apply_gradient<A>(plan, dtype, dy, mask, x, norm, dbias, dweight, count, dx);
+      apply_gradient<A>(partition, dtype, dy, mask, x, norm, dbias, dweight, count, dx);
   }
   for (int64_t c = 0; c < C; ++c) dweight[c] *= norm.invstd(c);
   return {dx, to_tensor<A>(x, dweight), to_tensor<A>(x, dbias), dresidual};
@@ -53,14 +53,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
                                                bool relu) {
   constexpr const char* op = "bn_add_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Plan plan(layout_of(op, x));
+  const Partition partition(layout_of(op, x));
   const ScalarType vector_dtype = statistics_dtype(dtype);
-  const int64_t C = plan.layout.C;
+  const int64_t C = partition.layout.C;
   if (weight) check_channel_vector(op, "weight", *weight, C, vector_dtype, x);
   if (bias) check_channel_vector(op, "bias", *bias, C, vector_dtype, x);
   if (residual) check_same_layout(op, "residual", *residual, "x", x);
-  return dtype == kFloat64 ? forward<double>(plan, dtype, x, weight, bias, residual, eps, relu)
-                           : forward<float>(plan, dtype, x, weight, bias, residual, eps, relu);
+  return dtype == kFloat64 ? forward<double>(partition, dtype, x, weight, bias, residual, eps, relu)
+                           : forward<float>(partition, dtype, x, weight, bias, residual, eps, relu);
 }
 
 // dy, x (N, C, H, W), y? (N, C, H, W), weight? (C,), mean (C,), var (C,)
@@ -70,19 +70,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
     Tensor var, double eps, bool relu, bool need_dx, bool need_dresidual) {
   constexpr const char* op = "bn_add_relu_backward";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Plan plan(layout_of(op, x));
+  const Partition partition(layout_of(op, x));
   const ScalarType vector_dtype = statistics_dtype(dtype);
-  const int64_t C = plan.layout.C;
+  const int64_t C = partition.layout.C;
   check_same_layout(op, "dy", dy, "x", x);
   check(!relu || y.has_value(), op, ": y must be given when relu is true");
   if (y) check_same_layout(op, "y", *y, "x", x);
   if (weight) check_channel_vector(op, "weight", *weight, C, vector_dtype, x);
   check_channel_vector(op, "mean", mean, C, vector_dtype, x);
   check_channel_vector(op, "var", var, C, vector_dtype, x);
-  return dtype == kFloat64 ? backward<double>(plan, dtype, dy, x, y, weight, mean, var, eps, relu,
-                                              need_dx, need_dresidual)
-                           : backward<float>(plan, dtype, dy, x, y, weight, mean, var, eps, relu,
-                                             need_dx, need_dresidual);
+  return dtype == kFloat64 ? backward<double>(partition, dtype, dy, x, y, weight, mean, var, eps,
+                                              relu, need_dx, need_dresidual)
+                           : backward<float>(partition, dtype, dy, x, y, weight, mean, var, eps,
+                                             relu, need_dx, need_dresidual);
 }
 
 }  // namespace

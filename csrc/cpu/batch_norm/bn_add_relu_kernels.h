@@ -1,30 +1,30 @@
-// Training batch normalisation, + residual, + ReLU, forward and backward, over rows (channels_last)
-// or planes (contiguous); Walk in cpu/isa/kernels.h says how a tensor is cut.
+// Training batch norm, + residual, + ReLU, forward and backward, over rows (channels_last) or
+// planes (contiguous). Walk in cpu/isa/kernels.h defines how a tensor is partitioned.
 //
-// Statistics: sums of (x - near) and (x - near)^2 over blocks short enough for float32, `near`
-// being a value close to the mean (rows: the mean of the block before; planes: of a few values
-// spread over the piece, the largest and the smallest left out), so nothing cancels however large
-// the mean; each block is then moved to the tensor's common centre and added up in double, where
-// plain sums are safe:
-//   sum(x - c) = s1 + n d,  sum((x - c)^2) = s2 + 2 d s1 + n d^2,  d = near - c.
-// An outlier that gets into `near` costs digits only beside its own, larger, part of the variance.
-// A constant channel comes out with a variance of exactly 0.
+// Statistics: sums of (x - pivot) and (x - pivot)^2 over blocks short enough for float32. `pivot`
+// is a value close to the mean (rows: the mean of the previous block; planes: of a few values
+// spread over the segment, without the largest and the smallest), so nothing cancels however large
+// the mean is. Each block is then moved to the tensor's common centre c and added up in double,
+// where plain sums are safe:
+//   sum(x - c) = s1 + n d,  sum((x - c)^2) = s2 + 2 d s1 + n d^2,  d = pivot - c.
+// An outlier in `pivot` costs only digits that are small against its own part of the variance.
+// A constant channel has a variance of exactly 0.
 //
-// Bytes per element of x, in elements: statistics 1 read; forward apply 1 read, 1 written, and the
-// residual's read; backward reduction 2 or 3 read (dy, x, y for the mask), 1 written where the
-// residual's gradient is asked for; backward apply 2 or 3 read, 1 written. After a reduction that
-// wrote g, the apply pass reads g in place of dy and y.
+// Bytes per element of x, in elements: statistics 1 read; forward apply 1 read, 1 written, plus the
+// residual's read; backward reduction 2 or 3 read (dy, x, y for the mask), 1 written if the
+// residual's gradient is requested; backward apply 2 or 3 read, 1 written. After a reduction that
+// wrote g, the apply pass reads g instead of dy and y.
 #pragma once
 
 #include "cpu/isa/vec.h"
 
-// Rows are read one after another, each from end to end: four at a time saves loads and stores of
-// the running sums but defeats the hardware's prefetching, and took half as long again.
+// Rows are read one at a time, end to end: four at a time saves loads and stores of the running
+// sums but defeats hardware prefetching, and took 1.5 times as long.
 
-constexpr int64_t kBlockRows = 32;  // rows added up in float32 before they go to double
-constexpr int64_t kAhead = 2048;    // values, from what is read to what is fetched
-constexpr int64_t kTile = 2048;     // columns whose running sums stay in the first-level cache
-constexpr int64_t kSamples = 16;    // values of a plane's piece that `near` is the mean of
+constexpr int64_t kBlockRows = 32;  // rows added up in float32 before they are added in double
+constexpr int64_t kPrefetchDistance = 2048;  // in values
+constexpr int64_t kTile = 2048;   // columns whose running sums stay in the first-level cache
+constexpr int64_t kSamples = 16;  // values of a segment averaged for `pivot`
 
 struct Segment {
   int64_t channel, offset, length;
@@ -50,12 +50,12 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
   typedef typename D::V V;
   const auto* x = static_cast<const typename D::T*>(x_ptr);
   const int64_t C = walk.period;
-  A near[kTile], t1[kTile], t2[kTile];
+  A pivot[kTile], t1[kTile], t2[kTile];
   for (int64_t tile = 0; tile < C; tile += kTile) {
     const int64_t columns = C - tile < kTile ? C - tile : kTile;
-    // Whole vectors are read of the last, shorter one too.
-    for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) near[j] = 0;
-    for (int64_t j = 0; j < columns; ++j) near[j] = static_cast<A>(centre[tile + j]);
+    // The last, shorter vector is also read as a whole.
+    for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) pivot[j] = 0;
+    for (int64_t j = 0; j < columns; ++j) pivot[j] = static_cast<A>(centre[tile + j]);
     for (int64_t block = begin; block < end; block += kBlockRows) {
       const int64_t rows = end - block < kBlockRows ? end - block : kBlockRows;
       for_groups<D>(columns, [&](int64_t j, auto memory, auto group) FR_LAMBDA {
@@ -67,7 +67,7 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
           for (int v = 0; v < count; ++v) {
             if (v * D::lanes * static_cast<int64_t>(sizeof(*p)) % 64 == 0)
               __builtin_prefetch(p + kBlockRows * C + v * D::lanes, 0, 2);
-            const V d = memory.load(p + v * D::lanes) - load_any<V>(near + j + v * D::lanes);
+            const V d = memory.load(p + v * D::lanes) - load_any<V>(pivot + j + v * D::lanes);
             sum[v] += d;
             squares[v] += d * d;
           }
@@ -80,8 +80,8 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
       const double n = rows;
       const A one_nth = A{1} / rows;
       for (int64_t j = 0; j < columns; ++j) {
-        move_centre(n, near[j] - centre[tile + j], t1[j], t2[j], s1 + tile + j, s2 + tile + j);
-        near[j] += t1[j] * one_nth;
+        move_centre(n, pivot[j] - centre[tile + j], t1[j], t2[j], s1 + tile + j, s2 + tile + j);
+        pivot[j] += t1[j] * one_nth;
       }
     }
   }
@@ -96,20 +96,20 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
   for (int64_t item = begin; item < end; ++item) {
     const Segment segment = segment_of(walk, item);
     const auto* p = x + segment.offset;
-    // Spread over the segment, so that no one corner of it decides, and no one outlier. A power of
-    // two of them: integers have an exact mean.
-    int64_t kept = kSamples;
-    while (kept > 1 && kept + 2 > segment.length) kept /= 2;
-    const int64_t some = kept + 2 > segment.length ? 1 : kept + 2;
+    // Spread over the segment, so that no single region or outlier dominates. Their number is a
+    // power of two, so that the mean of integers is exact.
+    int64_t averaged = kSamples;
+    while (averaged > 1 && averaged + 2 > segment.length) averaged /= 2;
+    const int64_t sampled = averaged + 2 > segment.length ? 1 : averaged + 2;
     double sample = 0, least = D::get(p), most = least;
-    for (int64_t i = 0; i < some; ++i) {
-      const double value = D::get(p + i * segment.length / some);
+    for (int64_t i = 0; i < sampled; ++i) {
+      const double value = D::get(p + i * segment.length / sampled);
       sample += value;
       least = value < least ? value : least, most = value > most ? value : most;
     }
-    if (some > 1) sample -= least + most;
-    const auto near = static_cast<typename D::A>(sample / kept);
-    const V m = D::splat(near);
+    if (sampled > 1) sample -= least + most;
+    const auto pivot = static_cast<typename D::A>(sample / averaged);
+    const V m = D::splat(pivot);
     V a1[4] = {}, a2[4] = {};
     int64_t i = 0;
     for (; i + 4 * L <= segment.length; i += 4 * L)
@@ -124,13 +124,13 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
       a2[0] += d * d;
     });
     const int64_t c = segment.channel;
-    move_centre(segment.length, near - centre[c], sum_lanes<D>((a1[0] + a1[1]) + (a1[2] + a1[3])),
+    move_centre(segment.length, pivot - centre[c], sum_lanes<D>((a1[0] + a1[1]) + (a1[2] + a1[3])),
                 sum_lanes<D>((a2[0] + a2[1]) + (a2[2] + a2[3])), s1 + c, s2 + c);
   }
 }
 
-// The same sums one value at a time in double: for float64 data with its exact mean as centre, and
-// for float32 data whose squares overflow. Slower, and never cancels.
+// The same sums, one value at a time in double: for float64 data with its exact mean as centre, and
+// for float32 data whose squares overflow. Slower, without cancellation.
 template <typename D>
 void bn_stats_rows_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
                           const double* centre, double* s1, double* s2) {
@@ -160,8 +160,8 @@ void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, 
   }
 }
 
-// y = relu((x - mean) * scale + shift + residual), the residual being taken as it is or as
-// (residual - mean2) * scale2, with its shift in `shift`
+// y = relu((x - mean) * scale + shift + residual). With scale2, the residual's term is (residual -
+// mean2) * scale2, and `shift` includes its shift.
 template <typename D>
 void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
   typedef typename D::V V;
@@ -217,8 +217,8 @@ void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
   }
 }
 
-// g = dy * !(y <= 0); sums of g, g * (x - mean) and, where there is an x2, g * (x2 - mean2); g
-// written to dresidual where asked for.
+// g = dy * !(y <= 0); sums of g, g * (x - mean) and, with x2, g * (x2 - mean2). g is written to
+// dresidual unless that is null.
 template <typename D>
 void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __restrict sum_g,
                     double* __restrict sum_gx, double* __restrict sum_gx2) {
@@ -233,8 +233,10 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
       const int64_t columns = C - tile < kTile ? C - tile : kTile;
       const auto* mean = static_cast<const A*>(bn.mean) + tile;
       const auto* mean2 = bn.x2 ? static_cast<const A*>(bn.mean2) + tile : nullptr;
-      const auto* own_scale = bn.own_scale ? static_cast<const A*>(bn.own_scale) + tile : nullptr;
-      const auto* own_shift = bn.own_scale ? static_cast<const A*>(bn.own_shift) + tile : nullptr;
+      const auto* mask_scale =
+          bn.mask_scale ? static_cast<const A*>(bn.mask_scale) + tile : nullptr;
+      const auto* mask_shift =
+          bn.mask_scale ? static_cast<const A*>(bn.mask_shift) + tile : nullptr;
       for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
         const int64_t base = row * C + tile;
@@ -244,16 +246,16 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
         const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + base : nullptr;
         T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
         for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
-          // Beside stores past the caches, which take the same buffers, this took 2.5 times as
-          // long.
+          // With non-temporal stores, which use the same fill buffers, prefetching took 2.5 times
+          // as long.
           if (!dresidual) {
-            __builtin_prefetch(dy + j + kAhead, 0, 2);
-            __builtin_prefetch(x + j + kAhead, 0, 2);
+            __builtin_prefetch(dy + j + kPrefetchDistance, 0, 2);
+            __builtin_prefetch(x + j + kPrefetchDistance, 0, 2);
           }
           V g = memory.load(dy + j);
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
-          if (own_scale)
-            g = masked_by(g, centred * load_any<V>(own_scale + j) + load_any<V>(own_shift + j));
+          if (mask_scale)
+            g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
           else if (y)
             g = masked_by(g, memory.load(y + j));
           if (dresidual) memory.store(dresidual + j, g, bn.stream);
@@ -287,19 +289,19 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
     const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
     T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
     const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
-    const bool own = bn.own_scale != nullptr;
-    V mean2 = {}, own_scale = {}, own_shift = {};
-    if (own) {
-      own_scale = D::splat(static_cast<const typename D::A*>(bn.own_scale)[segment.channel]);
-      own_shift = D::splat(static_cast<const typename D::A*>(bn.own_shift)[segment.channel]);
+    const bool recompute_mask = bn.mask_scale != nullptr;
+    V mean2 = {}, mask_scale = {}, mask_shift = {};
+    if (recompute_mask) {
+      mask_scale = D::splat(static_cast<const typename D::A*>(bn.mask_scale)[segment.channel]);
+      mask_shift = D::splat(static_cast<const typename D::A*>(bn.mask_shift)[segment.channel]);
     }
     if (x2) mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
     V t1[4] = {}, t2[4] = {}, t3[4] = {};
     const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
       V g = memory.load(dy + i);
       const V centred = memory.keep(memory.load(x + i) - mean);
-      if (own)
-        g = masked_by(g, centred * own_scale + own_shift);
+      if (recompute_mask)
+        g = masked_by(g, centred * mask_scale + mask_shift);
       else if (y)
         g = masked_by(g, memory.load(y + i));
       if (dresidual) memory.store(dresidual + i, g, bn.stream);
@@ -310,7 +312,7 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
     constexpr int64_t L = D::lanes;
     int64_t i = 0;
     for (; i + 4 * L <= segment.length; i += 4 * L)
-      for (int k = 0; k < 4; ++k) add(i + k * L, k, Whole<D>{});
+      for (int k = 0; k < 4; ++k) add(i + k * L, k, FullVector<D>{});
     for_vectors<D>(segment.length - i,
                    [&](int64_t j, auto memory) FR_LAMBDA { add(i + j, 0, memory); });
     sum_g[segment.channel] += sum_lanes<D>((t1[0] + t1[1]) + (t1[2] + t1[3]));
@@ -330,8 +332,8 @@ void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
   const auto* g_mean = static_cast<const A*>(bn.g_mean);
   const auto* slope = static_cast<const A*>(bn.slope);
   const auto* scale = static_cast<const A*>(bn.scale);
-  const auto* own_scale = static_cast<const A*>(bn.own_scale);
-  const auto* own_shift = static_cast<const A*>(bn.own_shift);
+  const auto* mask_scale = static_cast<const A*>(bn.mask_scale);
+  const auto* mask_shift = static_cast<const A*>(bn.mask_shift);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t base = row * C;
     const auto* dy = static_cast<const typename D::T*>(bn.dy) + base;
@@ -341,8 +343,8 @@ void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
     for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
       const V centred = memory.load(x + j) - load_any<V>(mean + j);
-      if (own_scale)
-        g = masked_by(g, centred * load_any<V>(own_scale + j) + load_any<V>(own_shift + j));
+      if (mask_scale)
+        g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
       else if (y)
         g = masked_by(g, memory.load(y + j));
       g = (g - load_any<V>(g_mean + j)) - load_any<V>(slope + j) * centred;
@@ -365,17 +367,17 @@ void bn_backward_planes(const BnBackward& bn, int64_t begin, int64_t end) {
     const V g_mean = D::splat(static_cast<const A*>(bn.g_mean)[segment.channel]);
     const V slope = D::splat(static_cast<const A*>(bn.slope)[segment.channel]);
     const V scale = D::splat(static_cast<const A*>(bn.scale)[segment.channel]);
-    const bool own = bn.own_scale != nullptr;
-    V own_scale = {}, own_shift = {};
-    if (own) {
-      own_scale = D::splat(static_cast<const A*>(bn.own_scale)[segment.channel]);
-      own_shift = D::splat(static_cast<const A*>(bn.own_shift)[segment.channel]);
+    const bool recompute_mask = bn.mask_scale != nullptr;
+    V mask_scale = {}, mask_shift = {};
+    if (recompute_mask) {
+      mask_scale = D::splat(static_cast<const A*>(bn.mask_scale)[segment.channel]);
+      mask_shift = D::splat(static_cast<const A*>(bn.mask_shift)[segment.channel]);
     }
     for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
       const V centred = memory.load(x + j) - mean;
-      if (own)
-        g = masked_by(g, centred * own_scale + own_shift);
+      if (recompute_mask)
+        g = masked_by(g, centred * mask_scale + mask_shift);
       else if (y)
         g = masked_by(g, memory.load(y + j));
       g = (g - g_mean) - slope * centred;

@@ -6,17 +6,19 @@
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kSmallestRow = 16384;  // elements worth handing to another thread
+constexpr int64_t kMinPoolTaskElements = 16384;  // elements that justify another task
 
 // g: kernel, stride and padding, each (height, width)
 MaxPool window_of(const char* op, const Tensor& x, const std::vector<int64_t>& g) {
   const Layout4d layout = layout_of(op, x);
   check(layout.channels_last || layout.C == 1, op, ": x must be channels_last, got strides ",
         strides_of(x), " for shape ", shape_of(x));
-  check(g.size() == 6 && g[0] > 0 && g[1] > 0 && g[0] * g[1] <= 256 && g[2] > 0 && g[3] > 0 &&
-            g[4] >= 0 && g[5] >= 0 && 2 * g[4] <= g[0] && 2 * g[5] <= g[1],
-        op,
-        ": window must be kernel of at most 256 taps, stride, and padding of at most half of it");
+  check(
+      g.size() == 6 && g[0] > 0 && g[1] > 0 && g[0] * g[1] <= 256 && g[2] > 0 && g[3] > 0 &&
+          g[4] >= 0 && g[5] >= 0 && 2 * g[4] <= g[0] && 2 * g[5] <= g[1],
+      op,
+      ": window must be a kernel of at most 256 taps, a stride, and a padding of at most half the "
+      "kernel");
   const int64_t H = x.size(2), W = x.size(3);
   check(H + 2 * g[4] >= g[0] && W + 2 * g[5] >= g[1], op, ": x of size ", H, " x ", W,
         " is smaller than the kernel ", g[0], " x ", g[1]);
@@ -44,15 +46,16 @@ std::tuple<Tensor, Tensor> bn_pool(Tensor x, Tensor stats, std::optional<Tensor>
   Tensor index = pooled_channels_last(N, g.C, g.P, g.Q, ScalarType::Byte);
   pool.window.y = y.mutable_data_ptr();
   pool.index = static_cast<uint8_t*>(index.mutable_data_ptr());
-  const Plan plan(layout_of(op, x));
+  const Partition partition(layout_of(op, x));
   with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Norm norm = norm_of<A>(op, stats, weight, bias, eps, g.C, x);
     const Affine affine = affine_of<A>(norm);
-    const auto mean = spread<A>(plan, norm.stats.mean);
-    const auto scale = spread<A>(plan, affine.scale), shift = spread<A>(plan, affine.shift);
+    const auto mean = spread<A>(partition, norm.stats.mean);
+    const auto scale = spread<A>(partition, affine.scale),
+               shift = spread<A>(partition, affine.shift);
     pool.mean = mean.data(), pool.scale = scale.data(), pool.shift = shift.data();
-    Split(N * g.P, 1, std::max<int64_t>(kSmallestRow / (g.Q * g.C + 1), 1))
+    Split(N * g.P, 1, std::max<int64_t>(kMinPoolTaskElements / (g.Q * g.C + 1), 1))
         .run([&](int64_t, int64_t begin, int64_t end) {
           cpu_kernels().bn_pool[dtype](pool, begin, end);
         });
@@ -60,7 +63,8 @@ std::tuple<Tensor, Tensor> bn_pool(Tensor x, Tensor stats, std::optional<Tensor>
   return {y, index};
 }
 
-// dy, y, index (N, C, P, Q), x (N, C, H, W) for its shape -> g (N, C, H, W), channels_last
+// dy, y, index (N, C, P, Q), x (N, C, H, W), of which only the shape is used -> g (N, C, H, W),
+// channels_last
 Tensor bn_pool_gradient(Tensor dy, Tensor y, Tensor index, Tensor x, std::vector<int64_t> window) {
   constexpr const char* op = "bn_pool_gradient";
   const DtypeIndex dtype = dtype_index(op, "x", x);
@@ -68,14 +72,14 @@ Tensor bn_pool_gradient(Tensor dy, Tensor y, Tensor index, Tensor x, std::vector
   pool.window = window_of(op, x, window);
   const MaxPool& g = pool.window;
   check(y.size(0) == x.size(0) && y.size(1) == g.C && y.size(2) == g.P && y.size(3) == g.Q, op,
-        ": y of shape ", shape_of(y), " is not of x's shape ", shape_of(x), " pooled");
+        ": y of shape ", shape_of(y), " does not match x of shape ", shape_of(x), " pooled");
   check_same_layout(op, "dy", dy, "y", y);
   check(index.scalar_type() == ScalarType::Byte && index.numel() == y.numel(), op,
         ": index must be uint8 of y's shape, got ", name_of(index.scalar_type()), " of shape ",
         shape_of(index));
   Tensor dx = pooled_like(x), passed = pooled_like(dy);
-  // What passes the ReLU: it is the same for a value as for the output that it became.
-  Split(dy.numel(), kLineBytes, kSmallestRow).run([&](int64_t, int64_t begin, int64_t end) {
+  // Masks dy by the ReLU: the pooled output is positive exactly if the value it was taken from is.
+  Split(dy.numel(), kLineBytes, kMinPoolTaskElements).run([&](int64_t, int64_t begin, int64_t end) {
     const auto size = static_cast<int64_t>(x.element_size());
     const auto at = [&](const Tensor& t) {
       return static_cast<const char*>(t.const_data_ptr()) + begin * size;
@@ -87,7 +91,7 @@ Tensor bn_pool_gradient(Tensor dy, Tensor y, Tensor index, Tensor x, std::vector
   pool.index = static_cast<uint8_t*>(const_cast<void*>(index.const_data_ptr()));
   pool.dy = passed.const_data_ptr();
   pool.dx = dx.mutable_data_ptr();
-  Split(x.size(0) * g.H, 1, std::max<int64_t>(kSmallestRow / (g.W * g.C + 1), 1))
+  Split(x.size(0) * g.H, 1, std::max<int64_t>(kMinPoolTaskElements / (g.W * g.C + 1), 1))
       .run([&](int64_t, int64_t begin, int64_t end) {
         cpu_kernels().bn_pool_gradient[dtype](pool, begin, end);
       });

@@ -2,11 +2,11 @@
 //
 //   y[n, p, q, c] = max over the window of relu((x - mean[c]) * scale[c] + shift[c])
 //
-// The ReLU's output, the largest activation of a network, is never written: each value of it is
-// rounded as it would have been, so that the same one wins. `index` says which tap that was: the
-// first of the largest in the order of rows, then columns, or the last NaN, as torch.max_pool2d has
-// it. Backward gathers: every pixel of x adds up dy of the windows that it won. Where y is zero,
-// dy does not pass the ReLU, so its mask is needed nowhere else.
+// The ReLU's output, the largest activation of a network, is never written. Each of its values is
+// rounded to the dtype, so that the same value wins as in separate passes. `index` holds the
+// winning tap: the first of the largest in the order of rows, then columns, or the last NaN, as in
+// torch.max_pool2d. Backward gathers: every pixel of x adds up dy of the windows that it won. Where
+// y is zero, dy does not pass the ReLU, so no other mask is needed.
 //
 // Bytes: forward x read (its windows overlap in cache), y and one byte of index written; backward
 // dy, y and index read, g written.
@@ -14,7 +14,7 @@
 
 #include "cpu/isa/vec.h"
 
-// A vector rounded to the dtype's memory and back.
+// Rounds a vector to the precision of the dtype in memory.
 template <typename D>
 FR_INLINE typename D::V rounded_to(typename D::V v) {
   if constexpr (sizeof(typename D::T) == sizeof(typename D::A)) return v;
@@ -37,8 +37,7 @@ struct TapVector {
 
   FR_INLINE Bytes narrow(V v) {
 #if FR_VECTOR_BYTES == 64 && defined(__x86_64__)
-    if constexpr (!wide)
-      return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);  // what GCC 12 does not find
+    if constexpr (!wide) return (Bytes)_mm512_cvtepi32_epi8((__m512i)v);  // not selected by GCC 12
 #endif
     return __builtin_convertvector(v, Bytes);
   }
@@ -48,20 +47,20 @@ struct TapVector {
 #endif
     return __builtin_convertvector(bytes, V);
   }
-  FR_INLINE void store(uint8_t* p, V v, Whole<D>) {
+  FR_INLINE void store(uint8_t* p, V v, FullVector<D>) {
     const Bytes bytes = narrow(v);
     __builtin_memcpy(p, &bytes, sizeof(bytes));
   }
-  FR_INLINE void store(uint8_t* p, V v, First<D> first) {
+  FR_INLINE void store(uint8_t* p, V v, PartialVector<D> first) {
     const Bytes bytes = narrow(v);
     __builtin_memcpy(p, &bytes, static_cast<uint64_t>(first.n));
   }
-  FR_INLINE V load(const uint8_t* p, Whole<D>) {
+  FR_INLINE V load(const uint8_t* p, FullVector<D>) {
     Bytes bytes;
     __builtin_memcpy(&bytes, p, sizeof(bytes));
     return widen(bytes);
   }
-  FR_INLINE V load(const uint8_t* p, First<D> first) {
+  FR_INLINE V load(const uint8_t* p, PartialVector<D> first) {
     Bytes bytes = {};
     __builtin_memcpy(&bytes, p, static_cast<uint64_t>(first.n));
     return widen(bytes);
@@ -110,7 +109,7 @@ void bn_pool(const BnPool& pool, int64_t begin, int64_t end) {
   }
 }
 
-// A window that a pixel of x lies in: its outputs' dy and index, and the pixel's tap.
+// A window that contains a pixel of x: dy and index of its output, and the pixel's tap.
 template <typename T>
 struct PoolWindow {
   const T* dy;
@@ -118,7 +117,7 @@ struct PoolWindow {
   int64_t tap;
 };
 
-// dx of one pixel; n: how many windows there are, 0: `windows`, in number.
+// dx of one pixel. n: number of windows, or 0 if only `windows` holds it.
 template <typename D, int n>
 FR_INLINE void gather_windows(const PoolWindow<typename D::T>* window, int64_t windows, int64_t C,
                               typename D::T* dx) {
@@ -136,8 +135,8 @@ FR_INLINE void gather_windows(const PoolWindow<typename D::T>* window, int64_t w
   });
 }
 
-// g = the gradient of the ReLU's input, for rows [begin, end) of the N*H rows of x's pixels; dy: as
-// it passes the ReLU.
+// g = the gradient of the ReLU's input, for rows [begin, end) of the N*H rows of x's pixels; dy is
+// already masked by the ReLU.
 template <typename D>
 void bn_pool_gradient(const BnPool& pool, int64_t begin, int64_t end) {
   typedef typename D::T T;

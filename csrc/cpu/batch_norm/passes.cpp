@@ -1,22 +1,23 @@
-// Training batch normalisation pass by pass, for what goes on between its passes in training.py:
-// statistics merged over processes, two norms applied and added in one pass, an activation computed
-// again from the same statistics. Outputs lie in memory that comes back (cpu/memory_pool.h).
+// Training batch norm as separate passes, for the operations that training places between them:
+// statistics merged over processes, two norms applied and added in one pass, an activation
+// recomputed from the same statistics. Outputs come from the memory pool (cpu/memory_pool.h).
 #include "cpu/batch_norm/passes.h"
 
 #include "cpu/batch_norm/statistics.h"
 #include "cpu/memory_pool.h"
 
 namespace fused_resnet {
+
 // x (N, C, H, W) -> (2, C) float64: mean and biased variance
 Tensor bn_statistics(Tensor x) {
   constexpr const char* op = "bn_statistics";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Plan plan(layout_of(op, x));
-  const Statistics stats = statistics(plan, x, dtype);
-  return to_rows(x, {&stats.mean, &stats.var}, plan.layout.C);
+  const Partition partition(layout_of(op, x));
+  const Statistics stats = statistics(partition, x, dtype);
+  return to_rows(x, {&stats.mean, &stats.var}, partition.layout.C);
 }
 
-// y = relu(norm(x) + residual), the residual by a norm of its own where it has statistics.
+// y = relu(norm(x) + residual); with residual_stats the residual is normalised too.
 // x, residual? (N, C, H, W); stats, residual_stats? (2, C) float64; vectors (C,)
 Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias,
                 double eps, std::optional<Tensor> residual, std::optional<Tensor> residual_stats,
@@ -24,8 +25,8 @@ Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optio
                 double residual_eps, bool relu) {
   constexpr const char* op = "bn_apply";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Plan plan(layout_of(op, x));
-  const int64_t C = plan.layout.C;
+  const Partition partition(layout_of(op, x));
+  const int64_t C = partition.layout.C;
   if (residual) check_same_layout(op, "residual", *residual, "x", x);
   check(residual.has_value() || !residual_stats, op,
         ": residual must be given with its statistics");
@@ -36,26 +37,26 @@ Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optio
     if (residual_stats) {
       const Norm other =
           norm_of<A>(op, *residual_stats, residual_weight, residual_bias, residual_eps, C, x);
-      apply_norm<A>(plan, dtype, x, norm, residual, &other, relu, y);
+      apply_norm<A>(partition, dtype, x, norm, residual, &other, relu, y);
     } else {
-      apply_norm<A>(plan, dtype, x, norm, residual, nullptr, relu, y);
+      apply_norm<A>(partition, dtype, x, norm, residual, nullptr, relu, y);
     }
   });
   return y;
 }
 
-// dy, x, y?, x2? (N, C, H, W); stats, stats2? (2, C) float64 -> (3, C) float64: sum g,
-// sum g (x - mean), sum g (x2 - mean2), with g = dy where y lets it through; and g itself (N, C, H,
-// W) where `masked`, else an empty tensor. With `own_mask`, y is relu(norm(x)) by weight, bias and
-// eps, computed again instead of read.
+// dy, x, y?, x2? (N, C, H, W); stats, stats2? (2, C) float64 -> (3, C) float64: sum g, sum g (x -
+// mean), sum g (x2 - mean2), with g = dy masked by y; and g itself (N, C, H, W) if `masked`, else
+// an empty tensor. With `recompute_mask`, y is relu(norm(x)) by weight, bias and eps, recomputed
+// instead of read.
 std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats,
                                      std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                     double eps, bool own_mask, std::optional<Tensor> x2,
+                                     double eps, bool recompute_mask, std::optional<Tensor> x2,
                                      std::optional<Tensor> stats2, bool masked) {
   constexpr const char* op = "bn_reduce";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Plan plan(layout_of(op, x));
-  const int64_t C = plan.layout.C;
+  const Partition partition(layout_of(op, x));
+  const int64_t C = partition.layout.C;
   check_same_layout(op, "dy", dy, "x", x);
   if (y) check_same_layout(op, "y", *y, "x", x);
   check_rows(op, "statistics", stats, 2, C);
@@ -66,14 +67,15 @@ std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor 
   const GradientSums sums = with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Norm norm = norm_of<A>(op, stats, weight, bias, eps, C, x);
-    const Affine own = affine_of<A>(norm);
-    GradientSums found = reduce_gradient<A>(
-        plan, dtype, dy, {own_mask ? std::nullopt : y, own_mask ? &own : nullptr}, x, norm.stats,
-        x2, &second, masked ? &g : nullptr);
-    // The kernels centre by the means rounded to A.
+    const Affine affine = affine_of<A>(norm);
+    GradientSums found =
+        reduce_gradient<A>(partition, dtype, dy,
+                           {recompute_mask ? std::nullopt : y, recompute_mask ? &affine : nullptr},
+                           x, norm.stats, x2, &second, masked ? &g : nullptr);
+    // The kernels subtract the means rounded to A.
     for (int64_t c = 0; c < C; ++c) {
-      found[1][c] -= found[0][c] * norm.template lost<A>(c);
-      if (x2) found[2][c] -= found[0][c] * Norm{second, {}, {}, 0}.template lost<A>(c);
+      found[1][c] -= found[0][c] * norm.template rounding_error<A>(c);
+      if (x2) found[2][c] -= found[0][c] * Norm{second, {}, {}, 0}.template rounding_error<A>(c);
     }
     return found;
   });
@@ -81,14 +83,14 @@ std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor 
 }
 
 // dy, y?, x (N, C, H, W); stats (2, C), sum_g and sum_gx (C,), float64, over `count` values per
-// channel; weight?, bias? (C,) -> dx (N, C, H, W). own_mask: as in bn_reduce
+// channel; weight?, bias? (C,) -> dx (N, C, H, W). recompute_mask: as in bn_reduce
 Tensor bn_gradient(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats, Tensor sums,
                    int64_t row, double count, std::optional<Tensor> weight,
-                   std::optional<Tensor> bias, double eps, bool own_mask) {
+                   std::optional<Tensor> bias, double eps, bool recompute_mask) {
   constexpr const char* op = "bn_gradient";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Plan plan(layout_of(op, x));
-  const int64_t C = plan.layout.C;
+  const Partition partition(layout_of(op, x));
+  const int64_t C = partition.layout.C;
   check_same_layout(op, "dy", dy, "x", x);
   if (y) check_same_layout(op, "y", *y, "x", x);
   check_rows(op, "sums", sums, 3, C);
@@ -97,14 +99,15 @@ Tensor bn_gradient(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats, T
   with_accumulator(dtype, [&](auto zero) {
     using A = decltype(zero);
     const Norm norm = norm_of<A>(op, stats, weight, bias, eps, C, x);
-    const Affine own = affine_of<A>(norm);
-    apply_gradient<A>(plan, dtype, dy, {own_mask ? std::nullopt : y, own_mask ? &own : nullptr}, x,
+    const Affine affine = affine_of<A>(norm);
+    apply_gradient<A>(partition, dtype, dy,
+                      {recompute_mask ? std::nullopt : y, recompute_mask ? &affine : nullptr}, x,
                       norm, row_of(sums, 0), row_of(sums, row), count, dx);
   });
   return dx;
 }
 
-// dweight = sum_gx / sqrt(var + eps), dbias = sum_g: (C,), float32, float64 where `wide`
+// dweight = sum_gx / sqrt(var + eps), dbias = sum_g: (C,), float32, or float64 if `wide`
 std::tuple<Tensor, Tensor> bn_parameter_gradients(Tensor sums, int64_t row, Tensor stats,
                                                   double eps, bool wide) {
   constexpr const char* op = "bn_parameter_gradients";
@@ -121,9 +124,10 @@ std::tuple<Tensor, Tensor> bn_parameter_gradients(Tensor sums, int64_t row, Tens
               : std::make_tuple(to_tensor<float>(sums, dweight), to_tensor<float>(sums, dbias));
 }
 
-// running = running * (1 - momentum) + now * momentum, the variance unbiased over `count` values,
-// norm by norm; means, vars: (C,) float32, contiguous; counters: () int64, one more after it, or
-// empty where a norm has none; in place. The arithmetic is float32, in the order of the formula.
+// running = running * (1 - momentum) + now * momentum for every norm, in place; the variance is
+// unbiased over `count` values. means, vars: (C,) float32, contiguous; counters: () int64,
+// incremented, or empty for a norm without one. The arithmetic is float32, in the order of the
+// formula.
 void bn_update_running(std::vector<Tensor> means, std::vector<Tensor> vars,
                        std::vector<Tensor> counters, std::vector<Tensor> stats,
                        std::vector<double> momenta, std::vector<double> counts) {
@@ -168,10 +172,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "float residual_eps, bool relu) -> Tensor");
   m.def(
       "bn_reduce(Tensor dy, Tensor? y, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, "
-      "float eps, bool own_mask, Tensor? x2, Tensor? stats2, bool masked) -> (Tensor, Tensor)");
+      "float eps, bool recompute_mask, Tensor? x2, Tensor? stats2, bool masked) -> (Tensor, "
+      "Tensor)");
   m.def(
       "bn_gradient(Tensor dy, Tensor? y, Tensor x, Tensor stats, Tensor sums, int row, "
-      "float count, Tensor? weight, Tensor? bias, float eps, bool own_mask) -> Tensor");
+      "float count, Tensor? weight, Tensor? bias, float eps, bool recompute_mask) -> Tensor");
   m.def(
       "bn_parameter_gradients(Tensor sums, int row, Tensor stats, float eps, bool wide) -> "
       "(Tensor, Tensor)");

@@ -1,5 +1,4 @@
-// Training batch normalisation pass by pass, for what puts the passes together
-// (cpu/batch_norm/passes.cpp).
+// Training batch norm as separate passes (cpu/batch_norm/passes.cpp).
 #pragma once
 
 #include "common.h"
@@ -15,12 +14,12 @@ Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optio
 
 std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats,
                                      std::optional<Tensor> weight, std::optional<Tensor> bias,
-                                     double eps, bool own_mask, std::optional<Tensor> x2,
+                                     double eps, bool recompute_mask, std::optional<Tensor> x2,
                                      std::optional<Tensor> stats2, bool masked);
 
 Tensor bn_gradient(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats, Tensor sums,
                    int64_t row, double count, std::optional<Tensor> weight,
-                   std::optional<Tensor> bias, double eps, bool own_mask);
+                   std::optional<Tensor> bias, double eps, bool recompute_mask);
 
 std::tuple<Tensor, Tensor> bn_parameter_gradients(Tensor sums, int64_t row, Tensor stats,
                                                   double eps, bool wide);

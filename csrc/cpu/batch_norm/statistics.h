@@ -1,5 +1,5 @@
-// Training batch normalisation on the CPU, as host code: cutting a tensor for threads, statistics,
-// and the per-channel arithmetic between the passes of cpu/batch_norm/bn_add_relu_kernels.h.
+// Host code of training batch norm on the CPU: partitioning a tensor for threads, statistics, and
+// the per-channel arithmetic between the passes of cpu/batch_norm/bn_add_relu_kernels.h.
 #pragma once
 
 #include <cmath>
@@ -10,22 +10,22 @@
 
 namespace fused_resnet {
 
-constexpr int64_t kSmallestPiece = 16384;  // elements worth handing to another thread
-constexpr int64_t kSegment = 2048;         // elements of a plane added up in float32 at a time
-constexpr int64_t kCentreValues = 16;  // values per channel that a first guess of the mean takes
-constexpr int64_t kPadding = 16;       // the widest vector's lanes
-constexpr int64_t kShortRow = 256;     // rows shorter than this are joined into longer ones
+constexpr int64_t kMinTaskElements = 16384;  // elements that justify another task
+constexpr int64_t kSegment = 2048;           // elements of a plane added up in float32 at a time
+constexpr int64_t kCentreValues = 16;        // values per channel averaged for the first centre
+constexpr int64_t kPadding = 16;             // lanes of the widest vector
+constexpr int64_t kShortRow = 256;           // rows shorter than this are joined into longer ones
 
-// How many rows of C values are taken for one: short rows are joined into longer ones that are a
-// multiple of a vector, as if there were so many times as many channels: no lanes idle, and a sum
-// is not needed again at once.
+// How many rows of C values are processed as one. Short rows are joined into longer ones that are a
+// multiple of a vector, as if there were that many times as many channels: no lanes idle, and
+// consecutive additions go to different sums.
 inline int64_t rows_joined(int64_t C) {
   const int64_t whole = kPadding / std::gcd(std::max<int64_t>(C, 1), kPadding);
   return C > 0 && C < kShortRow ? (kShortRow / C + whole - 1) / whole * whole : 1;
 }
 
-// body(walk, first row, count) over `rows` rows of C values: joined ones, then the rest as a short
-// one.
+// body(walk, first row, count) over `rows` rows of C values: joined rows, then the remainder as one
+// shorter row.
 template <typename Body>
 void for_joined_rows(int64_t C, int64_t rows, const Body& body) {
   const int64_t joined = rows_joined(C), whole = rows / joined, rest = rows % joined;
@@ -33,15 +33,15 @@ void for_joined_rows(int64_t C, int64_t rows, const Body& body) {
   if (rest > 0) body(Walk{C * rest, 0, 0, 0}, whole * joined, int64_t{1});
 }
 
-// The pieces of a tensor that threads take: rows or segments of planes.
-struct Plan {
+// Partition of a tensor into items for threads: rows, or segments of planes.
+struct Partition {
   Layout4d layout;
   Walk walk;
   int64_t items;     // whole rows (or joined rows), or segments
   int64_t leftover;  // rows that did not fill the last joined row
   int64_t count;     // values per channel
 
-  explicit Plan(const Layout4d& layout) : layout(layout), walk{}, items(0), leftover(0) {
+  explicit Partition(const Layout4d& layout) : layout(layout), walk{}, items(0), leftover(0) {
     const auto [N, C, HW, channels_last] = layout;
     count = N * HW;
     if (channels_last) {
@@ -60,7 +60,7 @@ struct Plan {
 
   int64_t item_elements() const { return layout.channels_last ? walk.period : walk.segment; }
   Split split() const {
-    return Split(items, 1, kSmallestPiece / std::max<int64_t>(item_elements(), 1));
+    return Split(items, 1, kMinTaskElements / std::max<int64_t>(item_elements(), 1));
   }
   // Whether every item starts on a cache line when the tensor does.
   bool items_are_lines(int64_t element_bytes) const {
@@ -69,7 +69,7 @@ struct Plan {
   }
 
   // body(walk, first element, begin, end, task) over all items, then over the leftover rows, which
-  // are one short row of their own.
+  // form one shorter row.
   template <typename Body>
   void run(const Split& split, const Body& body) const {
     split.run([&](int64_t task, int64_t begin, int64_t end) { body(walk, 0, begin, end, task); });
@@ -83,28 +83,30 @@ struct Plan {
 
 // A per-channel array as the kernels read it: repeated for joined rows, padded with zeros.
 template <typename A>
-std::vector<A> spread(const Plan& plan, const std::vector<double>& channels) {
-  std::vector<A> out(static_cast<size_t>(plan.walk.period + kPadding), A{0});
-  for (int64_t j = 0; j < plan.walk.period; ++j)
-    out[j] = static_cast<A>(channels[j % plan.layout.C]);
+std::vector<A> spread(const Partition& partition, const std::vector<double>& channels) {
+  std::vector<A> out(static_cast<size_t>(partition.walk.period + kPadding), A{0});
+  for (int64_t j = 0; j < partition.walk.period; ++j)
+    out[j] = static_cast<A>(channels[j % partition.layout.C]);
   return out;
 }
 
-// Per-channel sums, as many as `sums` has: kernel(walk, first element, begin, end, own sums) on
-// every piece, each task into arrays of its own, added up in the order of the tasks.
+// n per-channel sums: kernel(walk, first element, begin, end, task_sums) runs on every range of
+// items. Each task adds to its own arrays, which are added up in the order of the tasks.
 template <size_t n, typename Kernel>
-void add_up(const Plan& plan, std::array<std::vector<double>, n>& sums, const Kernel& kernel) {
-  const Split split = plan.split();
-  const int64_t period = plan.walk.period, C = plan.layout.C;
+void sum_over_tasks(const Partition& partition, std::array<std::vector<double>, n>& sums,
+                    const Kernel& kernel) {
+  const Split split = partition.split();
+  const int64_t period = partition.walk.period, C = partition.layout.C;
   // One cache line between the arrays of different tasks.
   const int64_t pitch = static_cast<int64_t>(n) * period + 8;
   std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(split.tasks, 1) * pitch), 0.0);
-  plan.run(split, [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t task) {
-    std::array<double*, n> own;
-    for (size_t i = 0; i < n; ++i)
-      own[i] = partial.data() + task * pitch + static_cast<int64_t>(i) * period;
-    kernel(walk, first, begin, end, own);
-  });
+  partition.run(split,
+                [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t task) {
+                  std::array<double*, n> task_sums;
+                  for (size_t i = 0; i < n; ++i)
+                    task_sums[i] = partial.data() + task * pitch + static_cast<int64_t>(i) * period;
+                  kernel(walk, first, begin, end, task_sums);
+                });
   for (size_t i = 0; i < n; ++i) {
     sums[i].assign(static_cast<size_t>(C), 0.0);
     for (int64_t task = 0; task < split.tasks || task == 0; ++task)
@@ -117,8 +119,8 @@ struct Statistics {
   std::vector<double> mean, var;  // (C,)
 };
 
-// Mean and variance of `count` values with s1 = sum(x - centre) and s2 = sum((x - centre)^2), into
-// channel c; false where they are no finite numbers.
+// Sets mean and variance of channel c from `count` values with s1 = sum(x - centre) and s2 = sum((x
+// - centre)^2); false if they are non-finite.
 inline bool set_moments(Statistics& to, int64_t c, double count, double centre, double s1,
                         double s2) {
   const double shift = s1 / count;
@@ -129,13 +131,13 @@ inline bool set_moments(Statistics& to, int64_t c, double count, double centre, 
   return std::isfinite(to.mean[c]) && std::isfinite(s2);
 }
 
-inline Statistics no_statistics(int64_t C) {
+inline Statistics zero_statistics(int64_t C) {
   const std::vector<double> zeros(static_cast<size_t>(C), 0.0);
   return {zeros, zeros};
 }
 
-// Statistics of x (N, C, H, W), channels_last, not float64, whose pixels tasks come by piece by
-// piece. Each task adds up about a centre of its own, the mean of its first few pixels: near enough
+// Statistics of x (N, C, H, W), channels_last, not float64, accumulated over ranges of pixels by
+// several tasks. Each task uses a centre of its own, the mean of its first few pixels: near enough
 // to the mean for sums in double, and exact for a constant channel.
 class RowStatistics {
  public:
@@ -146,7 +148,7 @@ class RowStatistics {
         joined_(rows_joined(C_)),
         tasks_(static_cast<size_t>(tasks)) {}
 
-  // x: the first of `rows` pixels that no task has added before
+  // Adds `rows` pixels, the first of which is at x. Every pixel is added once, by one task.
   void add(int64_t task, const char* x, int64_t rows) {
     if (rows == 0) return;
     Sums& sums = tasks_[task];
@@ -158,9 +160,9 @@ class RowStatistics {
     });
   }
 
-  // Of all pixels; nothing where squares overflow float32 or a value is no finite number.
+  // Statistics of all pixels; nullopt if squares overflow float32 or a value is non-finite.
   std::optional<Statistics> finish() const {
-    Statistics result = no_statistics(C_);
+    Statistics result = zero_statistics(C_);
     const Sums* first = nullptr;
     std::vector<double> s1(static_cast<size_t>(C_), 0.0), s2(s1);
     double count = 0;
@@ -191,13 +193,13 @@ class RowStatistics {
 
   void start(Sums& sums, const char* x, int64_t rows) const {
     const auto period = static_cast<size_t>(C_ * joined_);
-    const int64_t some = std::min(kCentreValues, rows);
+    const int64_t samples = std::min(kCentreValues, rows);
     std::vector<double> unused(static_cast<size_t>(C_), 0.0);
     const std::vector<double> zeros(unused);
     sums.centre.assign(period, 0.0), sums.s1.assign(period, 0.0), sums.s2.assign(period, 0.0);
-    cpu_kernels().bn_stats_rows_double[dtype_](Walk{C_, 0, 0, 0}, x, 0, some, zeros.data(),
+    cpu_kernels().bn_stats_rows_double[dtype_](Walk{C_, 0, 0, 0}, x, 0, samples, zeros.data(),
                                                sums.centre.data(), unused.data());
-    for (int64_t c = 0; c < C_; ++c) sums.centre[c] /= static_cast<double>(some);
+    for (int64_t c = 0; c < C_; ++c) sums.centre[c] /= static_cast<double>(samples);
     for (int64_t j = C_; j < C_ * joined_; ++j) sums.centre[j] = sums.centre[j - C_];
   }
 
@@ -207,34 +209,37 @@ class RowStatistics {
   std::vector<Sums> tasks_;
 };
 
-// Statistics of all of x at a time, and of planes. `twice`: float64, or squares that overflow
-// float32, or Inf and NaN in x: two passes in double.
-inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype,
+// Statistics of a whole tensor, channels_last or contiguous. Two passes in double if `twice`, for
+// float64, if squares overflow float32, or with Inf or NaN in x.
+inline Statistics statistics(const Partition& partition, const Tensor& x, DtypeIndex dtype,
                              bool twice = false) {
   const CpuKernels& kernels = cpu_kernels();
-  const bool rows = plan.layout.channels_last;
-  const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
+  const bool rows = partition.layout.channels_last;
+  const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const double count = static_cast<double>(plan.count);
-  Statistics result = no_statistics(C);
-  if (plan.count == 0) return result;
+  const double count = static_cast<double>(partition.count);
+  Statistics result = zero_statistics(C);
+  if (partition.count == 0) return result;
   std::array<std::vector<double>, 2> sums;
   const auto& [s1, s2] = sums;
   const auto pass = [&](const std::vector<double>& centre, bool in_double) {
-    const std::vector<double> centres = spread<double>(plan, centre);
+    const std::vector<double> centres = spread<double>(partition, centre);
     const auto kernel = rows        ? kernels.bn_stats_rows_double[dtype]
                         : in_double ? kernels.bn_stats_planes_double[dtype]
                                     : kernels.bn_stats_planes[dtype];
-    add_up(plan, sums, [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& own) {
-      kernel(walk, x_ptr + first * size, begin, end, centres.data(), own[0], own[1]);
-    });
+    sum_over_tasks(
+        partition, sums,
+        [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& task_sums) {
+          kernel(walk, x_ptr + first * size, begin, end, centres.data(), task_sums[0],
+                 task_sums[1]);
+        });
     bool finite = true;
     for (int64_t c = 0; c < C; ++c)
       finite = set_moments(result, c, count, centre[c], s1[c], s2[c]) && finite;
     return finite;
   };
   if (dtype != kFloat64 && !twice && rows) {
-    const Split split(plan.count, 1, kSmallestPiece / std::max<int64_t>(C, 1));
+    const Split split(partition.count, 1, kMinTaskElements / std::max<int64_t>(C, 1));
     RowStatistics found(C, dtype, split.tasks);
     split.run([&](int64_t task, int64_t begin, int64_t end) {
       found.add(task, x_ptr + begin * C * size, end - begin);
@@ -245,11 +250,11 @@ inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype
     std::vector<double> centre(static_cast<size_t>(C), 0.0);
     std::vector<double> unused(static_cast<size_t>(C), 0.0);
     const std::vector<double> zeros(static_cast<size_t>(C), 0.0);
-    const int64_t some = std::min(kCentreValues, plan.layout.HW);
+    const int64_t samples = std::min(kCentreValues, partition.layout.HW);
     for (int64_t c = 0; c < C; ++c)
-      kernels.bn_stats_rows_double[dtype](Walk{1, 0, 0, 0}, x_ptr + c * plan.layout.HW * size, 0,
-                                          some, zeros.data(), &centre[c], &unused[c]);
-    for (double& c : centre) c /= static_cast<double>(some);
+      kernels.bn_stats_rows_double[dtype](Walk{1, 0, 0, 0}, x_ptr + c * partition.layout.HW * size,
+                                          0, samples, zeros.data(), &centre[c], &unused[c]);
+    for (double& c : centre) c /= static_cast<double>(samples);
     if (pass(centre, false)) return result;
   }
   pass(std::vector<double>(static_cast<size_t>(C), 0.0), true);
@@ -260,7 +265,7 @@ inline Statistics statistics(const Plan& plan, const Tensor& x, DtypeIndex dtype
   return result;
 }
 
-// A new (C,) tensor, float32 (float64 beside float64 data), holding `values`.
+// A new (C,) tensor, float32 (float64 for float64 data), holding `values`.
 template <typename A>
 Tensor to_tensor(const Tensor& x, const std::vector<double>& values) {
   constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
@@ -281,16 +286,16 @@ std::vector<double> to_vector(const std::optional<Tensor>& t, int64_t C, double 
   return t ? to_vector<A>(*t) : std::vector<double>(static_cast<size_t>(C), otherwise);
 }
 
-// One batch normalisation: y = (x - mean) * weight / sqrt(var + eps) + bias, all (C,).
+// A batch norm: y = (x - mean) * weight / sqrt(var + eps) + bias, all (C,).
 struct Norm {
   Statistics stats;
   std::vector<double> weight, bias;
   double eps;
 
   double invstd(int64_t c) const { return 1.0 / std::sqrt(stats.var[c] + eps); }
-  // What rounding the mean to A takes off it.
+  // The mean minus the mean rounded to A; 0 if non-finite.
   template <typename A>
-  double lost(int64_t c) const {
+  double rounding_error(int64_t c) const {
     const double d = stats.mean[c] - static_cast<double>(static_cast<A>(stats.mean[c]));
     return std::isfinite(d) ? d : 0.0;
   }
@@ -347,18 +352,18 @@ Affine affine_of(const Norm& norm) {
   Affine affine{norm.weight, norm.bias};
   for (size_t c = 0; c < affine.scale.size(); ++c) {
     affine.scale[c] = norm.weight[c] * norm.invstd(static_cast<int64_t>(c));
-    // (x - mean) is taken with the mean rounded to A; what the rounding took off goes here.
-    affine.shift[c] -= norm.lost<A>(static_cast<int64_t>(c)) * affine.scale[c];
+    // The kernels subtract the mean rounded to A; this corrects for the rounding.
+    affine.shift[c] -= norm.rounding_error<A>(static_cast<int64_t>(c)) * affine.scale[c];
   }
   return affine;
 }
 
 // y = relu(norm(x) + residual), or with `residual_norm` y = relu(norm(x) + residual_norm(residual))
 template <typename A>
-void apply_norm(const Plan& plan, DtypeIndex dtype, const Tensor& x, const Norm& norm,
+void apply_norm(const Partition& partition, DtypeIndex dtype, const Tensor& x, const Norm& norm,
                 const std::optional<Tensor>& residual, const Norm* residual_norm, bool relu,
                 Tensor& y) {
-  const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
+  const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
   if (x.numel() == 0) return;
   auto [scale, shift] = affine_of<A>(norm);
   std::vector<double> scale2;
@@ -367,22 +372,24 @@ void apply_norm(const Plan& plan, DtypeIndex dtype, const Tensor& x, const Norm&
     scale2 = other.scale;
     for (int64_t c = 0; c < C; ++c) shift[c] += other.shift[c];
   }
-  const auto means = spread<A>(plan, norm.stats.mean);
-  const auto scales = spread<A>(plan, scale), shifts = spread<A>(plan, shift);
+  const auto means = spread<A>(partition, norm.stats.mean);
+  const auto scales = spread<A>(partition, scale), shifts = spread<A>(partition, shift);
   std::vector<A> means2, scales2;
   if (residual_norm) {
-    means2 = spread<A>(plan, residual_norm->stats.mean);
-    scales2 = spread<A>(plan, scale2);
+    means2 = spread<A>(partition, residual_norm->stats.mean);
+    scales2 = spread<A>(partition, scale2);
   }
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
   const auto* residual_ptr =
       residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr;
   auto* y_ptr = static_cast<char*>(y.mutable_data_ptr());
-  const bool stream = plan.items_are_lines(size) && streams_past_caches(y_ptr, x.numel() * size);
+  const bool stream =
+      partition.items_are_lines(size) && use_streaming_stores(y_ptr, x.numel() * size);
   const CpuKernels& kernels = cpu_kernels();
   const auto kernel =
-      (plan.layout.channels_last ? kernels.bn_apply_rows : kernels.bn_apply_planes)[dtype];
-  plan.run(plan.split(), [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t) {
+      (partition.layout.channels_last ? kernels.bn_apply_rows : kernels.bn_apply_planes)[dtype];
+  partition.run(partition.split(), [&](const Walk& walk, int64_t first, int64_t begin, int64_t end,
+                                       int64_t) {
     const int64_t offset = first * size;
     kernel({walk, x_ptr + offset, residual_ptr ? residual_ptr + offset : nullptr, y_ptr + offset,
             means.data(), scales.data(), shifts.data(), residual_norm ? means2.data() : nullptr,
@@ -391,104 +398,105 @@ void apply_norm(const Plan& plan, DtypeIndex dtype, const Tensor& x, const Norm&
   });
 }
 
-// What masks dy: nothing, the ReLU's output y (N, C, H, W), or `own`, by which the kernels compute
-// that output again from x.
+// Mask of dy: none, the ReLU's output y (N, C, H, W), or `affine`, from which the kernels recompute
+// that output from x.
 struct Mask {
   std::optional<Tensor> y;
-  const Affine* own = nullptr;
+  const Affine* affine = nullptr;
 };
 
-// With g = dy where the mask lets it through: sum g, sum g * (x - mean)
-// and, with another normalised tensor x2, sum g * (x2 - mean2), each (C,); g goes to `masked`, if
-// that is given.
+// With g = masked dy: sum g, sum g * (x - mean) and, with another normalised tensor x2, sum g * (x2
+// - mean2), each (C,). g is written to `masked` if given.
 using GradientSums = std::array<std::vector<double>, 3>;
 template <typename A>
-GradientSums reduce_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy, const Mask& mask,
-                             const Tensor& x, const Statistics& stats,
+GradientSums reduce_gradient(const Partition& partition, DtypeIndex dtype, const Tensor& dy,
+                             const Mask& mask, const Tensor& x, const Statistics& stats,
                              const std::optional<Tensor>& x2, const Statistics* stats2,
                              Tensor* masked) {
   GradientSums sums;
-  const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
+  const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
   for (auto& s : sums) s.assign(static_cast<size_t>(C), 0.0);
   if (x.numel() == 0) return sums;
-  const auto means = spread<A>(plan, stats.mean);
-  const auto means2 = x2 ? spread<A>(plan, stats2->mean) : std::vector<A>{};
+  const auto means = spread<A>(partition, stats.mean);
+  const auto means2 = x2 ? spread<A>(partition, stats2->mean) : std::vector<A>{};
   const auto pointer = [](const auto& t) {
     return t ? static_cast<const char*>(t->const_data_ptr()) : nullptr;
   };
   const auto* dy_ptr = static_cast<const char*>(dy.const_data_ptr());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
   const char *y_ptr = pointer(mask.y), *x2_ptr = pointer(x2);
-  const auto own_scale = mask.own ? spread<A>(plan, mask.own->scale) : std::vector<A>{};
-  const auto own_shift = mask.own ? spread<A>(plan, mask.own->shift) : std::vector<A>{};
+  const auto mask_scale = mask.affine ? spread<A>(partition, mask.affine->scale) : std::vector<A>{};
+  const auto mask_shift = mask.affine ? spread<A>(partition, mask.affine->shift) : std::vector<A>{};
   auto* masked_ptr = masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr;
   const bool stream =
-      plan.items_are_lines(size) && streams_past_caches(masked_ptr, x.numel() * size);
+      partition.items_are_lines(size) && use_streaming_stores(masked_ptr, x.numel() * size);
   const auto at = [](auto* p, int64_t offset) { return p ? p + offset : p; };
   const CpuKernels& kernels = cpu_kernels();
   const auto reduce =
-      (plan.layout.channels_last ? kernels.bn_reduce_rows : kernels.bn_reduce_planes)[dtype];
-  add_up(plan, sums, [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& own) {
-    const int64_t offset = first * size;
-    BnBackward bn{};
-    bn.walk = walk;
-    bn.dy = dy_ptr + offset;
-    bn.x = x_ptr + offset;
-    bn.y = at(y_ptr, offset);
-    bn.x2 = at(x2_ptr, offset);
-    bn.dresidual = at(masked_ptr, offset);
-    bn.mean = means.data();
-    bn.mean2 = means2.data();
-    bn.own_scale = mask.own ? own_scale.data() : nullptr;
-    bn.own_shift = own_shift.data();
-    bn.stream = stream;
-    reduce(bn, begin, end, own[0], own[1], own[2]);
-  });
+      (partition.layout.channels_last ? kernels.bn_reduce_rows : kernels.bn_reduce_planes)[dtype];
+  sum_over_tasks(partition, sums,
+                 [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& task_sums) {
+                   const int64_t offset = first * size;
+                   BnBackward bn{};
+                   bn.walk = walk;
+                   bn.dy = dy_ptr + offset;
+                   bn.x = x_ptr + offset;
+                   bn.y = at(y_ptr, offset);
+                   bn.x2 = at(x2_ptr, offset);
+                   bn.dresidual = at(masked_ptr, offset);
+                   bn.mean = means.data();
+                   bn.mean2 = means2.data();
+                   bn.mask_scale = mask.affine ? mask_scale.data() : nullptr;
+                   bn.mask_shift = mask_shift.data();
+                   bn.stream = stream;
+                   reduce(bn, begin, end, task_sums[0], task_sums[1], task_sums[2]);
+                 });
   return sums;
 }
 
-// As reduce_gradient, with dy's pixels as tasks come by piece by piece, masked by the ReLU of what
-// `norm` makes of x (N, C, H, W), channels_last, not float64.
+// reduce_gradient accumulated over ranges of dy's pixels by several tasks, with dy masked by
+// relu(norm(x)); x (N, C, H, W), channels_last, not float64.
 class RowGradientSums {
  public:
   RowGradientSums(const Tensor& x, const Norm& norm, int64_t tasks)
-      : plan_(layout_of("gradient sums", x)),
+      : partition_(layout_of("gradient sums", x)),
         dtype_(dtype_index("gradient sums", "x", x)),
         norm_(norm),
-        mean_(spread<float>(plan_, norm.stats.mean)),
-        scale_(spread<float>(plan_, affine_of<float>(norm).scale)),
-        shift_(spread<float>(plan_, affine_of<float>(norm).shift)),
+        mean_(spread<float>(partition_, norm.stats.mean)),
+        scale_(spread<float>(partition_, affine_of<float>(norm).scale)),
+        shift_(spread<float>(partition_, affine_of<float>(norm).shift)),
         x_(static_cast<const char*>(x.const_data_ptr())),
-        pixel_bytes_(plan_.layout.C * static_cast<int64_t>(x.element_size())),
-        pitch_(2 * plan_.walk.period + 8),  // one cache line between the sums of different tasks
+        pixel_bytes_(partition_.layout.C * static_cast<int64_t>(x.element_size())),
+        pitch_(2 * partition_.walk.period + 8),  // one cache line between tasks
         sums_(static_cast<size_t>(tasks * pitch_), 0.0) {}
 
-  // dy: pixel `begin` of those up to `end`, which no task has added before
+  // Adds pixels [begin, end), the first of which is at dy. Every pixel is added once, by one task.
   void add(int64_t task, const char* dy, int64_t begin, int64_t end) {
     for_joined_rows(
-        plan_.layout.C, end - begin, [&](const Walk& walk, int64_t first, int64_t count) {
+        partition_.layout.C, end - begin, [&](const Walk& walk, int64_t first, int64_t count) {
           BnBackward bn{};
           bn.walk = walk;
           bn.dy = dy + first * pixel_bytes_;
           bn.x = x_ + (begin + first) * pixel_bytes_;
-          bn.mean = mean_.data(), bn.own_scale = scale_.data(), bn.own_shift = shift_.data();
-          double* own = sums_.data() + task * pitch_;
-          cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, own, own + plan_.walk.period, nullptr);
+          bn.mean = mean_.data(), bn.mask_scale = scale_.data(), bn.mask_shift = shift_.data();
+          double* task_sums = sums_.data() + task * pitch_;
+          cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, task_sums,
+                                               task_sums + partition_.walk.period, nullptr);
         });
   }
 
   GradientSums finish() const {
-    const int64_t C = plan_.layout.C, period = plan_.walk.period;
+    const int64_t C = partition_.layout.C, period = partition_.walk.period;
     GradientSums found;
     for (auto& sum : found) sum.assign(static_cast<size_t>(C), 0.0);
-    for (auto own = sums_.begin(); own != sums_.end(); own += pitch_)
-      for (int64_t i = 0; i < 2 * period; ++i) found[i / period][i % C] += own[i];
-    for (int64_t c = 0; c < C; ++c) found[1][c] -= found[0][c] * norm_.lost<float>(c);
+    for (auto task_sums = sums_.begin(); task_sums != sums_.end(); task_sums += pitch_)
+      for (int64_t i = 0; i < 2 * period; ++i) found[i / period][i % C] += task_sums[i];
+    for (int64_t c = 0; c < C; ++c) found[1][c] -= found[0][c] * norm_.rounding_error<float>(c);
     return found;
   }
 
  private:
-  Plan plan_;
+  Partition partition_;
   DtypeIndex dtype_;
   Norm norm_;
   std::vector<float> mean_, scale_, shift_;
@@ -498,50 +506,52 @@ class RowGradientSums {
 };
 
 // dx = scale * ((g - sum_g / count) - (x - mean) * invstd^2 * sum_gx / count), scale = weight *
-// invstd, g = dy where the mask lets it through; sums over all `count` values of a channel,
-// wherever they are.
+// invstd, g = masked dy; the sums are over all `count` values of a channel, in all processes.
 template <typename A>
-void apply_gradient(const Plan& plan, DtypeIndex dtype, const Tensor& dy, const Mask& mask,
-                    const Tensor& x, const Norm& norm, const std::vector<double>& sum_g,
-                    const std::vector<double>& sum_gx, double count, Tensor& dx) {
-  const int64_t C = plan.layout.C, size = static_cast<int64_t>(x.element_size());
+void apply_gradient(const Partition& partition, DtypeIndex dtype, const Tensor& dy,
+                    const Mask& mask, const Tensor& x, const Norm& norm,
+                    const std::vector<double>& sum_g, const std::vector<double>& sum_gx,
+                    double count, Tensor& dx) {
+  const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
   if (x.numel() == 0) return;
   std::vector<double> g_mean(sum_g), slope(sum_g), scale(sum_g);
   for (int64_t c = 0; c < C; ++c) {
     const double invstd = norm.invstd(c);
     slope[c] = invstd * invstd * sum_gx[c] / count;
-    g_mean[c] = sum_g[c] / count - slope[c] * norm.lost<A>(c);
+    g_mean[c] = sum_g[c] / count - slope[c] * norm.rounding_error<A>(c);
     scale[c] = norm.weight[c] * invstd;
   }
-  const auto means = spread<A>(plan, norm.stats.mean), g_means = spread<A>(plan, g_mean);
-  const auto slopes = spread<A>(plan, slope), scales = spread<A>(plan, scale);
+  const auto means = spread<A>(partition, norm.stats.mean), g_means = spread<A>(partition, g_mean);
+  const auto slopes = spread<A>(partition, slope), scales = spread<A>(partition, scale);
   const auto* dy_ptr = static_cast<const char*>(dy.const_data_ptr());
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
   const auto* y_ptr = mask.y ? static_cast<const char*>(mask.y->const_data_ptr()) : nullptr;
-  const auto own_scale = mask.own ? spread<A>(plan, mask.own->scale) : std::vector<A>{};
-  const auto own_shift = mask.own ? spread<A>(plan, mask.own->shift) : std::vector<A>{};
+  const auto mask_scale = mask.affine ? spread<A>(partition, mask.affine->scale) : std::vector<A>{};
+  const auto mask_shift = mask.affine ? spread<A>(partition, mask.affine->shift) : std::vector<A>{};
   auto* dx_ptr = static_cast<char*>(dx.mutable_data_ptr());
-  const bool stream = plan.items_are_lines(size) && streams_past_caches(dx_ptr, x.numel() * size);
+  const bool stream =
+      partition.items_are_lines(size) && use_streaming_stores(dx_ptr, x.numel() * size);
   const CpuKernels& kernels = cpu_kernels();
-  const auto kernel =
-      (plan.layout.channels_last ? kernels.bn_backward_rows : kernels.bn_backward_planes)[dtype];
-  plan.run(plan.split(), [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t) {
-    const int64_t offset = first * size;
-    BnBackward bn{};
-    bn.walk = walk;
-    bn.dy = dy_ptr + offset;
-    bn.x = x_ptr + offset;
-    bn.y = y_ptr ? y_ptr + offset : nullptr;
-    bn.dx = dx_ptr + offset;
-    bn.mean = means.data();
-    bn.g_mean = g_means.data();
-    bn.own_scale = mask.own ? own_scale.data() : nullptr;
-    bn.own_shift = own_shift.data();
-    bn.slope = slopes.data();
-    bn.scale = scales.data();
-    bn.stream = stream;
-    kernel(bn, begin, end);
-  });
+  const auto kernel = (partition.layout.channels_last ? kernels.bn_backward_rows
+                                                      : kernels.bn_backward_planes)[dtype];
+  partition.run(partition.split(),
+                [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t) {
+                  const int64_t offset = first * size;
+                  BnBackward bn{};
+                  bn.walk = walk;
+                  bn.dy = dy_ptr + offset;
+                  bn.x = x_ptr + offset;
+                  bn.y = y_ptr ? y_ptr + offset : nullptr;
+                  bn.dx = dx_ptr + offset;
+                  bn.mean = means.data();
+                  bn.g_mean = g_means.data();
+                  bn.mask_scale = mask.affine ? mask_scale.data() : nullptr;
+                  bn.mask_shift = mask_shift.data();
+                  bn.slope = slopes.data();
+                  bn.scale = scales.data();
+                  bn.stream = stream;
+                  kernel(bn, begin, end);
+                });
 }
 
 inline ScalarType statistics_dtype(DtypeIndex dtype) {

@@ -1,5 +1,5 @@
-// A residual block's inference on the CPU as one op: what plans.py runs convolution by convolution,
-// without an interpreter between them.
+// A residual block's inference on the CPU as one op: the convolutions that
+// fused_resnet/fusion/inference runs one by one, without the Python interpreter between them.
 #include "cpu/batch_norm/passes.h"
 #include "cpu/block/block.h"
 #include "cpu/convolution/conv_bn_relu.h"
@@ -7,14 +7,13 @@
 namespace fused_resnet {
 namespace {
 
-constexpr size_t kConvTensors = 4;  // weight, winograd (empty where there is none), scale, shift
+constexpr size_t kConvTensors = 4;  // weight, winograd (empty if unused), scale, shift
 
-// y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), each convolution with its norm inside.
-// With `statistics`, (2, C) float64, the block's norms come first: conv_1 reads relu(norm(x)) by
-// them, the shortcut starts from there where it is `shared`, and no ReLU follows the addition.
-// x (N, C, H, W) channels_last, written to where `overwrite` allows it. convs: packed, as
-// conv_bn_relu takes them, four tensors each, of a projecting shortcut the last; geometry: ten
-// numbers each.
+// y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), with every norm folded into its convolution.
+// With `statistics`, (2, C) float64, the block is pre-activated: conv_1 reads relu(norm(x)), the
+// shortcut starts from there if `shared`, and no ReLU follows the addition.
+// x (N, C, H, W) channels_last, which may be overwritten if `overwrite`. convs: packed as for
+// conv_bn_relu, four tensors each, a projection shortcut last; geometry: ten values each.
 Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional<Tensor> weight,
                        std::optional<Tensor> bias, double eps, std::vector<Tensor> convs,
                        std::vector<int64_t> geometry, int64_t shortcut, int64_t pad_stride,
@@ -25,14 +24,14 @@ Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional
   check(shortcut >= kNone && shortcut <= kPad && n * kConvTensors == convs.size() &&
             geometry.size() == n * kCount && n <= 64 && main >= 1,
         op, ": got ", convs.size(), " tensors and ", geometry.size(),
-        " numbers, which are of no block");
+        " geometry values, which do not describe a block");
   const auto run = [&](size_t i, const Tensor& from, bool relu,
                        const std::optional<Tensor>& residual = {}, bool in_place = false) {
     const Tensor* conv = &convs[kConvTensors * i];
-    const auto numbers = geometry.begin() + static_cast<int64_t>(kCount * i);
+    const auto values = geometry.begin() + static_cast<int64_t>(kCount * i);
     return conv_bn_relu(from, conv[0],
                         conv[1].numel() ? std::optional<Tensor>(conv[1]) : std::nullopt, conv[2],
-                        conv[3], {}, residual, in_place, relu, false, {numbers, numbers + kCount});
+                        conv[3], {}, residual, in_place, relu, false, {values, values + kCount});
   };
   Tensor h = x;
   if (statistics) h = bn_apply(x, *statistics, weight, bias, eps, {}, {}, {}, {}, 0, true);

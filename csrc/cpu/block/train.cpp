@@ -1,8 +1,8 @@
-// A residual block's training step on the CPU, forward and backward as one op each: what
-// training.py and preact_training.py put together pass by pass, without an interpreter between the
-// passes. On the narrow, small feature maps of very deep networks that is a third of a step.
+// A residual block's training step on the CPU, forward and backward as one op each: the passes of
+// fused_resnet/fusion/training, without the Python interpreter between them, which takes a third of
+// a step on the narrow, small feature maps of very deep networks.
 //
-// The passes are the same functions, so the results are too, to the last bit.
+// The passes are the same functions, so the results are bitwise equal.
 #include "cpu/convolution/train.h"
 
 #include <cstring>
@@ -36,7 +36,7 @@ Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
 
 namespace {
 
-constexpr int64_t kSmallestRow = 16384;  // elements worth handing to another thread
+constexpr int64_t kMinTaskElements = 16384;  // elements that justify another task
 
 struct Conv {
   Tensor weight;  // (K, C, R, S) float32, channels_last
@@ -55,7 +55,7 @@ struct Conv {
                                        dilation);
   }
 
-  // (N, C, H, W) of x's shape, plus `added`, in whose memory it is then
+  // (N, C, H, W) of x's shape, plus `added`, which it overwrites
   Tensor input_gradient(const Tensor& dy, const Tensor& x,
                         const std::optional<Tensor>& added = {}) const {
     if (const auto around = gradient_padding(weight, stride, padding, dilation))
@@ -69,7 +69,7 @@ struct Parameters {  // of a batch norm: (C,) float32
   double eps;
 };
 
-struct Normed {  // x (N, C, H, W) as a norm normalises it by the statistics, (2, C) float64
+struct Normed {  // input x (N, C, H, W) of a batch norm with statistics (2, C) float64
   Tensor x, statistics;
   const Parameters* norm;
 
@@ -91,65 +91,67 @@ struct NormGradients {
   Tensor dx, dweight, dbias;
 };
 
-// By the sums that bn_reduce gives, (3, C), of which `row` is this norm's; dy is masked by y or,
-// for `own`, by the ReLU of what the norm made.
-NormGradients norm_gradients_by(const Tensor& sums, int64_t row, const Tensor& dy,
-                                const std::optional<Tensor>& y, const Normed& n, bool own) {
+// From the sums of bn_reduce, (3, C), of which `row` is this norm's. dy is masked by y or, with
+// recompute_mask, by relu(norm(x)), which is recomputed.
+NormGradients norm_gradients_from_sums(const Tensor& sums, int64_t row, const Tensor& dy,
+                                       const std::optional<Tensor>& y, const Normed& n,
+                                       bool recompute_mask) {
   Tensor dx = bn_gradient(dy, y, n.x, n.statistics, sums, row, n.count(), n.norm->weight,
-                          n.norm->bias, n.norm->eps, own);
+                          n.norm->bias, n.norm->eps, recompute_mask);
   auto [dweight, dbias] = bn_parameter_gradients(sums, row, n.statistics, n.norm->eps, false);
   return {dx, dweight, dbias};
 }
 
-// Of the weights of `conv`, whose input the ReLU of `before` made, and which is not there.
+// Weight gradient of `conv`, whose input relu(norm(x)) of `before` was not saved and is recomputed.
 Tensor weight_gradient_through(const Conv& conv, const Tensor& dy, const Normed& before) {
   return weight_gradient_of_normed(dy, before.x, conv.weight.size(2), conv.weight.size(3),
                                    conv.stride, conv.padding, conv.dilation, before.statistics,
                                    before.norm->weight, before.norm->bias, before.norm->eps);
 }
 
-// Of `before`, whose ReLU made what `conv` read; dy is the gradient of what `conv` made.
+// Gradients of `before`, whose ReLU's output is the input of `conv`; dy is the gradient of the
+// output of `conv`.
 NormGradients norm_gradients_through(const Conv& conv, Tensor dy, const Normed& before) {
-  // dy's memory is free for what comes after.
+  // Moved, so that the memory of dy is free for later passes.
   const auto [dx, sums] = input_gradient_and_sums(
       std::move(dy), conv.weight, conv.stride, conv.padding, conv.dilation, before.x,
       before.statistics, before.norm->weight, before.norm->bias, before.norm->eps);
-  return norm_gradients_by(sums, 1, dx, {}, before, true);
+  return norm_gradients_from_sums(sums, 1, dx, {}, before, true);
 }
 
 struct BlockEndGradients {
   NormGradients main;
   std::optional<NormGradients> other;
-  std::optional<Tensor> g;  // dy where the ReLU let it through
+  std::optional<Tensor> g;  // dy masked by the ReLU
 };
 
-// Of relu(norm(x) + other), y being the ReLU's output. `alone`: nothing was added. `masked`: g is
-// wanted. What a norm and a ReLU alone made of x is computed again rather than read.
+// Gradients of y = relu(norm(x) + other). has_residual: whether anything is added. `masked`: g is
+// required. Without either, y is recomputed from x rather than read.
 BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Normed& n,
-                                 const Normed* other, bool alone, bool masked) {
+                                 const Normed* other, bool has_residual, bool masked) {
   masked = masked || other;
-  const bool own = alone && !masked;
-  if (own) y.reset();
+  const bool recompute_mask = !has_residual && !masked;
+  if (recompute_mask) y.reset();
   std::optional<Tensor> x2, statistics2;
   if (other) x2 = other->x, statistics2 = other->statistics;
   auto [sums, g] = bn_reduce(dy, y, n.x, n.statistics, n.norm->weight, n.norm->bias, n.norm->eps,
-                             own, x2, statistics2, masked);
+                             recompute_mask, x2, statistics2, masked);
   if (masked) dy = g, y.reset();
   std::optional<NormGradients> second;
-  if (other) second = norm_gradients_by(sums, 2, dy, y, *other, own);
-  NormGradients first = norm_gradients_by(sums, 1, dy, y, n, own);
+  if (other) second = norm_gradients_from_sums(sums, 2, dy, y, *other, recompute_mask);
+  NormGradients first = norm_gradients_from_sums(sums, 1, dy, y, n, recompute_mask);
   return {first, second, masked ? std::optional<Tensor>(dy) : std::nullopt};
 }
 
-// dx[:, :, ::stride, ::stride] += dy[:, :C], in place: what `padded` passes back. dx (N, C, H, W),
+// dx[:, :, ::stride, ::stride] += dy[:, :C], in place: the gradient of `padded`. dx (N, C, H, W),
 // dy (N, K, P, Q)
-void add_unpadded(Tensor& dx, const Tensor& dy, int64_t stride, DtypeIndex dtype) {
+void add_padding_gradient(Tensor& dx, const Tensor& dy, int64_t stride, DtypeIndex dtype) {
   const int64_t N = dx.size(0), C = dx.size(1), H = dx.size(2), W = dx.size(3);
   const int64_t K = dy.size(1), P = dy.size(2), Q = dy.size(3);
   const auto size = static_cast<int64_t>(dx.element_size());
   auto* to = static_cast<char*>(dx.mutable_data_ptr());
   const auto* from = static_cast<const char*>(dy.const_data_ptr());
-  Split(N * P, 1, std::max<int64_t>(kSmallestRow / (Q * C), 1))
+  Split(N * P, 1, std::max<int64_t>(kMinTaskElements / (Q * C), 1))
       .run([&](int64_t, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row)
           for (int64_t q = 0; q < Q; ++q) {
@@ -163,13 +165,13 @@ void add_in_place(Tensor& to, const Tensor& from, DtypeIndex dtype) {
   const auto size = static_cast<int64_t>(to.element_size());
   auto* to_ptr = static_cast<char*>(to.mutable_data_ptr());
   const auto* from_ptr = static_cast<const char*>(from.const_data_ptr());
-  Split(to.numel(), kLineBytes, kSmallestRow).run([&](int64_t, int64_t begin, int64_t end) {
+  Split(to.numel(), kLineBytes, kMinTaskElements).run([&](int64_t, int64_t begin, int64_t end) {
     cpu_kernels().add[dtype](from_ptr + begin * size, to_ptr + begin * size, end - begin);
   });
 }
 
-// A block's operands, as the ops take them: operands are weight, norm's weight and norm's bias,
-// convolution by convolution, of a convolution without a norm its weight alone; geometry is stride,
+// A block's operands, in the order of the ops' arguments. operands: weight, norm weight and norm
+// bias of every convolution, or only the weight for a convolution without a norm. geometry: stride,
 // padding and dilation, (height, width) each, of every convolution. The shortcut's come last.
 struct Block {
   std::vector<Conv> convs;
@@ -187,7 +189,7 @@ struct Block {
     check(geometry.size() % 6 == 0 && main >= 1 && n <= 64 &&
               (eps.size() == n || eps.size() == main) && operands.size() == n + 2 * eps.size(),
           op, ": got ", operands.size(), " operands, ", geometry.size(), " sizes and ", eps.size(),
-          " eps, which are of no block");
+          " eps, which do not describe a block");
     const auto pair = [&](size_t at) {
       return std::vector<int64_t>{geometry[at], geometry[at + 1]};
     };
@@ -198,34 +200,34 @@ struct Block {
   }
 
   // A shortcut without parameters, (N, K, P, Q).
-  std::optional<Tensor> free_shortcut(const Tensor& x) const {
+  std::optional<Tensor> parameterless_shortcut(const Tensor& x) const {
     if (shortcut == kPad) return padded(x, convs[main - 1].weight.size(0), pad_stride);
     return shortcut == kIdentity ? std::optional<Tensor>(x) : std::nullopt;
   }
 };
 
-// Hands out `from` one by one; what is not `kept` is left empty.
+// The tensors of `from` in order; entries that were not saved stay empty.
 std::vector<std::optional<Tensor>> unpack(const std::vector<Tensor>& from, size_t& next,
-                                          const std::vector<int64_t>& kept) {
-  std::vector<std::optional<Tensor>> found(kept.size());
-  for (size_t i = 0; i < kept.size(); ++i)
-    if (kept[i]) found[i] = from.at(next++);
+                                          const std::vector<int64_t>& saved) {
+  std::vector<std::optional<Tensor>> found(saved.size());
+  for (size_t i = 0; i < saved.size(); ++i)
+    if (saved[i]) found[i] = from.at(next++);
   return found;
 }
 
-// What forward leaves behind, and what of it backward gets to see.
-struct Kept {
+// Tensors that forward saves for backward.
+struct Saved {
   std::vector<std::optional<Tensor>> outputs;  // of convolutions
   std::vector<std::optional<Tensor>> inner;    // of ReLUs inside the block
   std::vector<Tensor> statistics;
 };
 
-// y, every norm's statistics, then of the convolutions' outputs and the ReLUs' those that `keep`
-// names: one number for each output of a convolution, one for each ReLU inside.
-std::vector<Tensor> packed(const Tensor& y, const Kept& kept) {
+// y, the statistics of every norm, then the outputs of convolutions and ReLUs that `keep` selects:
+// one flag per convolution output, then one per ReLU inside the block.
+std::vector<Tensor> packed(const Tensor& y, const Saved& saved) {
   std::vector<Tensor> found{y};
-  found.insert(found.end(), kept.statistics.begin(), kept.statistics.end());
-  for (const auto* tensors : {&kept.outputs, &kept.inner})
+  found.insert(found.end(), saved.statistics.begin(), saved.statistics.end());
+  for (const auto* tensors : {&saved.outputs, &saved.inner})
     for (const auto& t : *tensors)
       if (t) found.push_back(*t);
   return found;
@@ -241,12 +243,12 @@ std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
   const Block block(op, operands, geometry, eps, shortcut, pad_stride);
   const size_t n = block.convs.size(), main = block.main;
   check(keep.size() == n + main - 1 && eps.size() == n, op, ": keep must have ", n + main - 1,
-        " numbers, got ", keep.size());
-  Kept kept{{}, std::vector<std::optional<Tensor>>(main - 1), {}};
-  kept.outputs.resize(n);
+        " values, got ", keep.size());
+  Saved saved{{}, std::vector<std::optional<Tensor>>(main - 1), {}};
+  saved.outputs.resize(n);
   const auto normed = [&](size_t i, const Tensor& source) {
     auto [z, found] = block.convs[i].run_with_statistics(source);
-    if (keep[i]) kept.outputs[i] = z;
+    if (keep[i]) saved.outputs[i] = z;
     return Normed{z, found, &block.norms[i]};
   };
   std::vector<std::optional<Tensor>> statistics(n);
@@ -255,7 +257,7 @@ std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
     const Normed found = normed(i, h);
     statistics[i] = found.statistics;
     h = normalised(found);
-    if (keep[n + i]) kept.inner[i] = h;
+    if (keep[n + i]) saved.inner[i] = h;
   }
   const Normed last = normed(main - 1, h);
   statistics[main - 1] = last.statistics;
@@ -265,28 +267,28 @@ std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
     statistics[main] = branch.statistics;
     y = normalised(last, branch);
   } else {
-    y = normalised(last, block.free_shortcut(x));
+    y = normalised(last, block.parameterless_shortcut(x));
   }
-  for (auto& s : statistics) kept.statistics.push_back(*s);
-  return packed(*y, kept);
+  for (auto& s : statistics) saved.statistics.push_back(*s);
+  return packed(*y, saved);
 }
 
-// A gradient for each operand that needs one, in their order, x's first.
+// The gradients of the operands that require one, in order, x's first.
 struct Gradients {
   const std::vector<int64_t>& needs;  // of x and of every operand
   std::vector<std::optional<Tensor>> found;
 
   explicit Gradients(const std::vector<int64_t>& needs) : needs(needs), found(needs.size()) {}
 
-  bool wants_x() const { return needs[0]; }
-  bool wants(size_t operand) const { return needs[1 + operand]; }
-  bool wants_any(size_t begin, size_t end) const {
+  bool requires_x() const { return needs[0]; }
+  bool requires_gradient(size_t operand) const { return needs[1 + operand]; }
+  bool requires_any(size_t begin, size_t end) const {
     for (size_t i = begin; i < end; ++i)
-      if (wants(i)) return true;
+      if (requires_gradient(i)) return true;
     return false;
   }
   void set(size_t operand, const Tensor& t) {
-    if (wants(operand)) found[1 + operand] = t;
+    if (requires_gradient(operand)) found[1 + operand] = t;
   }
   // Of unit i's norm; its parameters follow the weight.
   void set_norm(size_t i, const NormGradients& norm) {
@@ -303,9 +305,9 @@ struct Gradients {
   }
 };
 
-// dy, y? (N, K, P, Q), x (N, C, H, W), channels_last; kept: what block_forward gave after y, in
-// that order -> the gradients that are needed, in the order of x and operands. Without y, and
-// without what was not kept, those are computed again.
+// dy, y? (N, K, P, Q), x (N, C, H, W), channels_last; kept: the outputs of block_forward after y,
+// in that order -> the required gradients, in the order of x and operands. y, if not given, and
+// outputs that were not saved are recomputed.
 std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
                                    std::vector<Tensor> operands, std::vector<Tensor> kept,
                                    std::vector<int64_t> geometry, std::vector<double> eps,
@@ -315,21 +317,21 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
   const Block block(op, operands, geometry, eps, shortcut, pad_stride);
   const size_t n = block.convs.size(), main = block.main, last = main - 1;
   check(keep.size() == n + main - 1 && eps.size() == n && needs.size() == operands.size() + 1, op,
-        ": keep must have ", n + main - 1, " numbers and needs ", operands.size() + 1, ", got ",
+        ": keep must have ", n + main - 1, " values and needs ", operands.size() + 1, ", got ",
         keep.size(), " and ", needs.size());
   size_t next = n;
   const std::vector<int64_t> keep_outputs(keep.begin(), keep.begin() + static_cast<int64_t>(n));
   const std::vector<int64_t> keep_inner(keep.begin() + static_cast<int64_t>(n), keep.end());
   auto outputs = unpack(kept, next, keep_outputs), inner = unpack(kept, next, keep_inner);
-  check(next == kept.size(), op, ": got ", kept.size(), " kept tensors instead of ", next);
+  check(next == kept.size(), op, ": got ", kept.size(), " saved tensors instead of ", next);
 
   const auto normed_from = [&](size_t i, const Tensor& source) {
     if (!outputs[i]) outputs[i] = block.convs[i].run(source);
     return Normed{*outputs[i], kept[i], &block.norms[i]};
   };
-  // What main convolution i read, computed again where it was not kept.
+  // Input of convolution i of the branch, recomputed if it was not saved.
   const auto input_of = [&](size_t i) {
-    // Forward once more from the last that is there.
+    // Recompute forward from the last saved one.
     size_t from = i;
     while (from > 0 && !inner[from - 1]) --from;
     for (size_t j = from; j < i; ++j)
@@ -345,21 +347,22 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
   std::optional<Normed> other;
   if (block.shortcut == kProjection) other = normed(main);
   if (!y)
-    y = other ? normalised(normed(last), *other) : normalised(normed(last), block.free_shortcut(x));
-  // The first main unit that has something to learn; before it nothing is propagated.
+    y = other ? normalised(normed(last), *other)
+              : normalised(normed(last), block.parameterless_shortcut(x));
+  // The first unit of the branch that requires gradients; nothing is propagated before it.
   size_t first = 0;
-  if (!grads.wants_x())
-    while (first < main && !grads.wants_any(3 * first, 3 * first + 3)) ++first;
-  const bool masked = (block.shortcut == kIdentity || block.shortcut == kPad) && grads.wants_x();
+  if (!grads.requires_x())
+    while (first < main && !grads.requires_any(3 * first, 3 * first + 3)) ++first;
+  const bool masked = (block.shortcut == kIdentity || block.shortcut == kPad) && grads.requires_x();
   BlockEndGradients end = norm_gradients(dy, y, normed(last), other ? &*other : nullptr,
-                                         block.shortcut == kNone, masked);
+                                         block.shortcut != kNone, masked);
   y.reset();
   outputs[last].reset();
   std::optional<Tensor> dx;
-  if (block.shortcut == kIdentity && grads.wants_x()) dx = end.g;
+  if (block.shortcut == kIdentity && grads.requires_x()) dx = end.g;
   if (end.other) {
     grads.set_norm(main, *end.other);
-    if (grads.wants(3 * main))
+    if (grads.requires_gradient(3 * main))
       grads.set(3 * main, block.convs[main].weight_gradient(end.other->dx, x));
     outputs[main].reset(), other.reset();
   }
@@ -370,27 +373,27 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
   for (size_t i = last; i + 1 > first; --i) {
     grads.set_norm(i, *found);
     if (i == 0) {
-      if (grads.wants(0)) grads.set(0, block.convs[0].weight_gradient(found->dx, x));
-      if (grads.wants_x()) dx = block.convs[0].input_gradient(found->dx, x, dx);
+      if (grads.requires_gradient(0)) grads.set(0, block.convs[0].weight_gradient(found->dx, x));
+      if (grads.requires_x()) dx = block.convs[0].input_gradient(found->dx, x, dx);
       break;
     }
     const Normed before = normed(i - 1);
-    if (grads.wants(3 * i))
+    if (grads.requires_gradient(3 * i))
       grads.set(3 * i, inner[i - 1] ? block.convs[i].weight_gradient(found->dx, *inner[i - 1])
                                     : weight_gradient_through(block.convs[i], found->dx, before));
     if (i == first) break;
     found = norm_gradients_through(block.convs[i], std::move(found->dx), before);
     inner[i - 1].reset(), outputs[i - 1].reset();
   }
-  if (end.other && grads.wants_x()) dx = block.convs[main].input_gradient(end.other->dx, x, dx);
-  if (dx && g) add_unpadded(*dx, *g, pad_stride, dtype_index(op, "x", x));
+  if (end.other && grads.requires_x()) dx = block.convs[main].input_gradient(end.other->dx, x, dx);
+  if (dx && g) add_padding_gradient(*dx, *g, pad_stride, dtype_index(op, "x", x));
   if (dx) grads.found[0] = dx;
   return grads.packed(op);
 }
 
-// y = conv_n(relu(norm_n(... conv_1(relu(norm_1(x)))))) + shortcut, batch statistics; the shortcut,
-// a projecting one without a norm, starts from x, or, where it is `shared`, from the first ReLU.
-// keep: (2n - 1,) of n norms: every convolution's output but the last, every ReLU's.
+// y = conv_n(relu(norm_n(... conv_1(relu(norm_1(x)))))) + shortcut, batch statistics. The shortcut,
+// of which a projection has no norm, starts from x or, if `shared`, from the first ReLU. keep: (2n
+// - 1,) for n norms: the outputs of all convolutions but the last, and of all ReLUs.
 std::vector<Tensor> preact_forward(Tensor x, std::vector<Tensor> operands,
                                    std::vector<int64_t> geometry, std::vector<double> eps,
                                    int64_t shortcut, int64_t pad_stride, bool shared,
@@ -399,27 +402,27 @@ std::vector<Tensor> preact_forward(Tensor x, std::vector<Tensor> operands,
   const Block block(op, operands, geometry, eps, shortcut, pad_stride);
   const size_t main = block.main;
   check(keep.size() == 2 * main - 1 && eps.size() == main, op, ": keep must have ", 2 * main - 1,
-        " numbers, got ", keep.size());
-  Kept kept{
+        " values, got ", keep.size());
+  Saved saved{
       std::vector<std::optional<Tensor>>(main - 1), std::vector<std::optional<Tensor>>(main), {}};
   Tensor z = x, h = x, source = x, statistics = bn_statistics(x);
   for (size_t i = 0; i < main; ++i) {
     const Normed normed{z, statistics, &block.norms[i]};
-    kept.statistics.push_back(normed.statistics);
+    saved.statistics.push_back(normed.statistics);
     h = normalised(normed);
-    if (keep[main - 1 + i]) kept.inner[i] = h;
+    if (keep[main - 1 + i]) saved.inner[i] = h;
     if (i == 0 && shared) source = h;
     if (i + 1 < main) {
       std::tie(z, statistics) = block.convs[i].run_with_statistics(h);
-      if (keep[i]) kept.outputs[i] = z;
+      if (keep[i]) saved.outputs[i] = z;
     }
   }
-  std::optional<Tensor> residual = block.free_shortcut(source);
+  std::optional<Tensor> residual = block.parameterless_shortcut(source);
   if (block.shortcut == kProjection) residual = block.convs[main].run(source);
-  return packed(block.convs[main - 1].run(h, residual), kept);
+  return packed(block.convs[main - 1].run(h, residual), saved);
 }
 
-// As block_backward, of preact_forward.
+// As block_backward, for preact_forward.
 std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> operands,
                                     std::vector<Tensor> kept, std::vector<int64_t> geometry,
                                     std::vector<double> eps, int64_t shortcut, int64_t pad_stride,
@@ -429,18 +432,18 @@ std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> ope
   const Block block(op, operands, geometry, eps, shortcut, pad_stride);
   const size_t main = block.main;
   check(keep.size() == 2 * main - 1 && eps.size() == main && needs.size() == operands.size() + 1,
-        op, ": keep must have ", 2 * main - 1, " numbers and needs ", operands.size() + 1, ", got ",
+        op, ": keep must have ", 2 * main - 1, " values and needs ", operands.size() + 1, ", got ",
         keep.size(), " and ", needs.size());
   const DtypeIndex dtype = dtype_index(op, "x", x);
   size_t next = main;
   const auto middle = keep.begin() + static_cast<int64_t>(main) - 1;
   auto outputs = unpack(kept, next, {keep.begin(), middle});
   auto inner = unpack(kept, next, {middle, keep.end()});
-  check(next == kept.size(), op, ": got ", kept.size(), " kept tensors instead of ", next);
+  check(next == kept.size(), op, ": got ", kept.size(), " saved tensors instead of ", next);
   outputs.insert(outputs.begin(), x);
 
   const auto normed = [&](size_t i) { return Normed{*outputs[i], kept[i], &block.norms[i]}; };
-  // What convolution i read, computed again where it was not kept.
+  // Input of convolution i, recomputed if it was not saved.
   const auto input_of = [&](size_t i) {
     size_t from = i;
     while (!inner[from] && !outputs[from]) --from;
@@ -450,28 +453,28 @@ std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> ope
     }
     return *inner[i];
   };
-  // `added`, in whose memory this may be, plus the gradient of the shortcut's source.
+  // `added`, which may be overwritten, plus the gradient of the shortcut's source.
   const auto shortcut_gradient = [&](const Tensor& from, Tensor added) {
     if (block.shortcut == kProjection) return block.convs[main].input_gradient(dy, from, added);
-    if (block.shortcut == kPad) add_unpadded(added, dy, pad_stride, dtype);
+    if (block.shortcut == kPad) add_padding_gradient(added, dy, pad_stride, dtype);
     if (block.shortcut == kIdentity) add_in_place(added, dy, dtype);
     return added;
   };
 
   Gradients grads(needs);
-  // The first unit that has something to learn; before it nothing is propagated.
+  // The first unit that requires gradients; nothing is propagated before it.
   size_t first = 0;
-  if (!grads.wants_x())
-    while (first < main && !grads.wants_any(3 * first, 3 * first + 3)) ++first;
+  if (!grads.requires_x())
+    while (first < main && !grads.requires_any(3 * first, 3 * first + 3)) ++first;
   std::optional<Tensor> dz = dy;
   for (size_t i = main; i-- > first;) {
     const Tensor h = input_of(i);
-    if (grads.wants(3 * i)) grads.set(3 * i, block.convs[i].weight_gradient(*dz, h));
-    if (i == first && !grads.wants_x() && !grads.wants_any(3 * i + 1, 3 * i + 3)) break;
+    if (grads.requires_gradient(3 * i)) grads.set(3 * i, block.convs[i].weight_gradient(*dz, h));
+    if (i == first && !grads.requires_x() && !grads.requires_any(3 * i + 1, 3 * i + 3)) break;
     std::optional<NormGradients> norm;
     if (i == 0 && shared) {
       const Tensor dh = shortcut_gradient(h, block.convs[i].input_gradient(*dz, h));
-      norm = norm_gradients(dh, h, normed(i), nullptr, true, false).main;
+      norm = norm_gradients(dh, h, normed(i), nullptr, false, false).main;
     } else {
       norm = norm_gradients_through(block.convs[i], std::move(*dz), normed(i));
     }
@@ -480,8 +483,8 @@ std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> ope
     dz = found.dx;
     if (i > 0) inner[i].reset(), outputs[i].reset();
   }
-  if (grads.wants_x()) grads.found[0] = shared ? *dz : shortcut_gradient(x, *dz);
-  if (block.shortcut == kProjection && grads.wants(3 * main))
+  if (grads.requires_x()) grads.found[0] = shared ? *dz : shortcut_gradient(x, *dz);
+  if (block.shortcut == kProjection && grads.requires_gradient(3 * main))
     grads.set(3 * main, block.convs[main].weight_gradient(dy, shared ? input_of(0) : x));
   return grads.packed(op);
 }

@@ -1,5 +1,5 @@
 // conv_bn_relu on the CPU: checks, allocation, splitting over threads. The kernel is in
-// cpu/convolution/direct_kernels.h; weights come packed from fused_resnet/native_conv.py.
+// cpu/convolution/direct_kernels.h; fused_resnet/kernels/cpu/convolution.py packs the weights.
 #include "cpu/convolution/conv_bn_relu.h"
 
 #include <atomic>
@@ -11,9 +11,10 @@
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kSmallestTask = 4;  // tiles worth handing to another thread
-// Of x, which convolutions of the same x take turns over, while it is in the second-level cache.
-constexpr int64_t kTurnBytes = 256 * 1024;
+constexpr int64_t kMinTaskTiles = 4;  // tiles that justify another task
+// Slice of x that convolutions of the same x process in turn, while it is in the second-level
+// cache.
+constexpr int64_t kSliceBytes = 256 * 1024;
 
 int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
 int64_t tiles_of(const ConvBnRelu& conv) {
@@ -21,19 +22,19 @@ int64_t tiles_of(const ConvBnRelu& conv) {
 }
 int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
 
-// All blocks of channels pass over one superblock of pixels, of so many tiles, before the next
-// begins. Its part of x should stay in the second-level cache, beside the weights where those fit
-// as well.
-int64_t superblock_of(const ConvBnRelu& conv, ConvForm form) {
-  const int64_t element_bytes = operand_bytes(form);
+// Tiles of a superblock of pixels: all blocks of channels process one superblock before the next.
+// Its part of x should stay in the second-level cache, together with the weights if those fit as
+// well.
+int64_t superblock_of(const ConvBnRelu& conv, ConvVariant variant) {
+  const int64_t element_bytes = operand_bytes(variant);
   const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
   const int64_t tile_bytes = tile_pixels() * conv.stride_h * conv.stride_w * conv.C * element_bytes;
   const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
   return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
 }
 
-// conv for tiles [begin, end): where its x is yet to be widened, with that part of it as x, in this
-// thread's memory.
+// conv for tiles [begin, end). If its x is still bfloat16, that part is widened into thread-local
+// memory.
 ConvBnRelu widened(const ConvBnRelu& conv, int64_t begin, int64_t end) {
   ConvBnRelu found = conv;
   if (!conv.narrow) return found;
@@ -47,22 +48,22 @@ ConvBnRelu widened(const ConvBnRelu& conv, int64_t begin, int64_t end) {
   return found;
 }
 
-// Blocks of tiles [begin, end) of tiles_of() * blocks_of().
-void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t end) {
-  const auto kernel = cpu_kernels().conv_bn_relu[form];
+// Work items [begin, end) of tiles_of() * blocks_of().
+void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int64_t end) {
+  const auto kernel = cpu_kernels().conv_bn_relu[variant];
   const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
-  const int64_t super = superblock_of(conv, form);
-  ConvBnRelu ready = conv;
-  int64_t ready_start = -1;
+  const int64_t super = superblock_of(conv, variant);
+  ConvBnRelu prepared = conv;
+  int64_t prepared_start = -1;
   while (begin < end) {
     const int64_t start = begin / (super * blocks) * super;
     const int64_t length = std::min(super, tiles - start);
-    if (start != ready_start) ready = widened(conv, start, start + length);
-    ready_start = start;
+    if (start != prepared_start) prepared = widened(conv, start, start + length);
+    prepared_start = start;
     const int64_t place = begin - start * blocks;
     const int64_t block = place / length, tile = place % length;
     const int64_t count = std::min(length - tile, end - begin);
-    kernel(ready, block, start + tile, start + tile + count);
+    kernel(prepared, block, start + tile, start + tile + count);
     begin += count;
   }
 }
@@ -70,20 +71,20 @@ void run_blocks(const ConvBnRelu& conv, ConvForm form, int64_t begin, int64_t en
 int64_t winograd_tiles_of(const ConvBnRelu& conv, int64_t m) {
   return winograd_tiles(conv.N, conv.P, conv.Q, m);
 }
-bool is_16(const ConvBnRelu& conv) {
+bool has_16_channels(const ConvBnRelu& conv) {
   return conv.C == 16 && conv.K == 16 && conv.winograd_tile == 2 &&
          cpu_kernels().conv_winograd_16[kFloat];
 }
 
-// run: all of groups [begin, end) of tiles, or, of 16 channels, of tiles [begin, end). run_blocks:
-// of groups, blocks [block_begin, block_end) alone.
+// run: all channels of groups [begin, end) of tiles or, for 16 channels, of tiles [begin, end).
+// run_blocks: only blocks [block_begin, block_end) of channels of the groups.
 class Winograd {
  public:
-  Winograd(const ConvBnRelu& conv, ConvForm form) : conv_(conv), form_(form) {}
+  Winograd(const ConvBnRelu& conv, ConvVariant variant) : conv_(conv), variant_(variant) {}
 
   void run(int64_t begin, int64_t end) const {
-    if (is_16(conv_))
-      cpu_kernels().conv_winograd_16[form_](conv_, begin, end);
+    if (has_16_channels(conv_))
+      cpu_kernels().conv_winograd_16[variant_](conv_, begin, end);
     else
       run_blocks(0, blocks_of(conv_), begin, end);
   }
@@ -94,18 +95,19 @@ class Winograd {
         winograd_scratch_bytes(conv_.winograd_tile, tile_pixels(), conv_.C) + kLineBytes));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
-    cpu_kernels().conv_bn_relu_winograd[form_](conv_, scratch, block_begin, block_end, begin, end);
+    cpu_kernels().conv_bn_relu_winograd[variant_](conv_, scratch, block_begin, block_end, begin,
+                                                  end);
   }
 
  private:
   const ConvBnRelu& conv_;
-  ConvForm form_;
+  ConvVariant variant_;
 };
 
-void run_winograd(const ConvBnRelu& conv, ConvForm form) {
+void run_winograd(const ConvBnRelu& conv, ConvVariant variant) {
   const int64_t tiles = winograd_tiles_of(conv, conv.winograd_tile);
-  const Winograd winograd(conv, form);
-  if (is_16(conv)) {
+  const Winograd winograd(conv, variant);
+  if (has_16_channels(conv)) {
     Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
       winograd.run(begin, end);
     });
@@ -113,8 +115,7 @@ void run_winograd(const ConvBnRelu& conv, ConvForm form) {
   }
   const int64_t groups = (tiles + tile_pixels() - 1) / tile_pixels(), blocks = blocks_of(conv);
   const int64_t threads = torch::stable::get_num_threads();
-  // Groups, or where they are too few to be shared out evenly, blocks; x is then transformed by
-  // every thread.
+  // Split by groups or, if there are too few to balance, by blocks; every thread then transforms x.
   const bool by_blocks = groups < 8 * threads && blocks % threads == 0;
   Split(by_blocks ? blocks : groups, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     if (by_blocks)
@@ -124,45 +125,48 @@ void run_winograd(const ConvBnRelu& conv, ConvForm form) {
   });
 }
 
-// Tasks take whole rows of tiles, that is, whole rows of y.
-bool run_winograd_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
+// Tasks cover whole rows of tiles, that is, whole rows of y.
+bool run_winograd_with_callback(const ConvBnRelu& conv, ConvVariant variant,
+                                const TileCallback& callback) {
   const int64_t m = conv.winograd_tile, tiles = winograd_tiles_of(conv, m);
   const int64_t tiles_h = (conv.P + m - 1) / m, tiles_w = (conv.Q + m - 1) / m;
-  const int64_t group = is_16(conv) ? kTilesOf16 : tile_pixels();  // what is computed together
+  // Tiles that are computed together.
+  const int64_t group = has_16_channels(conv) ? kTilesOf16 : tile_pixels();
   const int64_t granule = std::lcm(group, tiles_w);
   if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
-  const int64_t at_once = is_16(conv) ? 4 : winograd_groups(m, tile_pixels(), conv.C);
+  const int64_t at_once = has_16_channels(conv) ? 4 : winograd_groups(m, tile_pixels(), conv.C);
   const auto first_pixel = [&](int64_t row) {  // of a row of tiles
     return (row / tiles_h * conv.P + row % tiles_h * m) * conv.Q;
   };
-  const Winograd winograd(conv, form);
+  const Winograd winograd(conv, variant);
   Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
-    int64_t told = begin / tiles_w;
+    int64_t reported = begin / tiles_w;
     for (int64_t tile = begin; tile < end; tile += at_once * group) {
       const int64_t stop = std::min(tile + at_once * group, end);
-      if (is_16(conv))
+      if (has_16_channels(conv))
         winograd.run(tile, stop);
       else
         winograd.run(tile / group, (stop + group - 1) / group);
       const int64_t done = stop / tiles_w;
-      if (done > told) written(task, first_pixel(told), first_pixel(done));
-      told = std::max(told, done);
+      if (done > reported) callback(task, first_pixel(reported), first_pixel(done));
+      reported = std::max(reported, done);
     }
   });
   return true;
 }
 
-bool run_direct_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
+bool run_direct_with_callback(const ConvBnRelu& conv, ConvVariant variant,
+                              const TileCallback& callback) {
   const int64_t tiles = tiles_of(conv), pixels = conv.N * conv.P * conv.Q;
   if (tiles < 8 * torch::stable::get_num_threads()) return false;
-  const auto kernel = cpu_kernels().conv_bn_relu[form];
-  const int64_t super = superblock_of(conv, form), blocks = blocks_of(conv);
-  Split(tiles, 1, kSmallestTask).run([&](int64_t task, int64_t begin, int64_t end) {
+  const auto kernel = cpu_kernels().conv_bn_relu[variant];
+  const int64_t super = superblock_of(conv, variant), blocks = blocks_of(conv);
+  Split(tiles, 1, kMinTaskTiles).run([&](int64_t task, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile += super) {
       const int64_t stop = std::min(tile + super, end);
-      const ConvBnRelu ready = widened(conv, tile, stop);
-      for (int64_t block = 0; block < blocks; ++block) kernel(ready, block, tile, stop);
-      written(task, tile * tile_pixels(), std::min(stop * tile_pixels(), pixels));
+      const ConvBnRelu prepared = widened(conv, tile, stop);
+      for (int64_t block = 0; block < blocks; ++block) kernel(prepared, block, tile, stop);
+      callback(task, tile * tile_pixels(), std::min(stop * tile_pixels(), pixels));
     }
   });
   return true;
@@ -172,88 +176,92 @@ bool run_direct_watched(const ConvBnRelu& conv, ConvForm form, const Written& wr
 
 namespace {
 
-std::atomic<int> bfloat16_choice{-1};  // -1: none
+std::atomic<int> bfloat16_choice{-1};  // -1: automatic
 
-// Whether there are kernels by a dot product of bfloat16, and whether they are the faster way.
+// Whether kernels with a bfloat16 dot product are available, and whether they are faster.
 struct BFloat16Dot {
-  bool there = false, pays = false;
+  bool available = false, faster = false;
   BFloat16Dot() {
 #if defined(__x86_64__)
-    there = cpu_kernels().conv_bn_relu[kBFloatPairs] && __builtin_cpu_supports("avx512bf16");
-    pays = there && __builtin_cpu_is("amd");
+    available = cpu_kernels().conv_bn_relu[kBFloatPairs] && __builtin_cpu_supports("avx512bf16");
+    faster = available && __builtin_cpu_is("amd");
 #endif
   }
 };
 
 }  // namespace
 
-std::optional<ConvForm> conv_form(DtypeIndex dtype) {
+std::optional<ConvVariant> conv_variant(DtypeIndex dtype) {
   static const BFloat16Dot dot;
   if (!cpu_kernels().conv_bn_relu[kFloat]) return std::nullopt;
   if (dtype == kFloat32) return kFloat;
   if (dtype != kBFloat16) return std::nullopt;
   const int choice = bfloat16_choice.load();
-  const bool pairs = choice < 0 ? dot.pays : dot.there && choice == 0;
+  const bool pairs = choice < 0 ? dot.faster : dot.available && choice == 0;
   return pairs ? kBFloatPairs : kBFloatWidened;
 }
 
-bool widens_bfloat16() { return conv_form(kBFloat16) == kBFloatWidened; }
+bool widens_bfloat16() { return conv_variant(kBFloat16) == kBFloatWidened; }
 
 void widen_bfloat16(int choice) { bfloat16_choice = choice; }
 
-int64_t winograd_tile(const ConvBnRelu& c, ConvForm form, std::initializer_list<int64_t> tiles) {
+int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
+                      std::initializer_list<int64_t> tiles) {
   const auto rounded = [](int64_t n) { return static_cast<double>(round_up(n, tile_pixels())); };
   int64_t best = 0;
-  double least = rounded(c.N * c.P * c.Q) * (form == kBFloatPairs ? 4.5 : 9.0);
+  double least = rounded(c.N * c.P * c.Q) * (variant == kBFloatPairs ? 4.5 : 9.0);
   for (const int64_t m : tiles) {
-    if (!winograd_serves(form, m)) continue;
+    if (!winograd_supported(variant, m)) continue;
     const double products = rounded(winograd_tiles_of(c, m)) * winograd_products(m) * 1.2;
     if (products < least) least = products, best = m;
   }
   return best;
 }
 
-int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvForm form, int64_t most) {
+int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4) {
   const int64_t strides = c.stride_h * c.stride_w * c.dilation_h * c.dilation_w;
   const int64_t weights = c.C * c.K;
-  if (c.R != 3 || c.S != 3 || strides != 1 || weights > kMostWinogradWeights) return 0;
-  // Of fewer channels there are too few products beside the transforms.
-  const bool wide = c.C >= 64 && c.K >= 64 && weights <= most;
-  return wide ? winograd_tile(c, form, {2, 4}) : winograd_tile(c, form, {2});
+  if (c.R != 3 || c.S != 3 || strides != 1 || weights > kMaxWinogradWeights) return 0;
+  // With fewer channels the transforms outweigh the products.
+  const bool wide = c.C >= 64 && c.K >= 64 && weights <= max_weights_4;
+  return wide ? winograd_tile(c, variant, {2, 4}) : winograd_tile(c, variant, {2});
 }
 
-void run_convolution(const ConvBnRelu& conv, ConvForm form) {
-  if (conv.winograd && winograd_tile(conv, form, {conv.winograd_tile}))
-    run_winograd(conv, form);
+void run_convolution(const ConvBnRelu& conv, ConvVariant variant) {
+  if (conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile}))
+    run_winograd(conv, variant);
   else
-    run_direct(&conv, 1, form);
+    run_direct(&conv, 1, variant);
 }
 
-bool run_convolution_watched(const ConvBnRelu& conv, ConvForm form, const Written& written) {
-  if (conv.winograd && winograd_tile(conv, form, {conv.winograd_tile}))
-    return run_winograd_watched(conv, form, written);
-  return run_direct_watched(conv, form, written);
+bool run_convolution_with_callback(const ConvBnRelu& conv, ConvVariant variant,
+                                   const TileCallback& callback) {
+  if (conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile}))
+    return run_winograd_with_callback(conv, variant, callback);
+  return run_direct_with_callback(conv, variant, callback);
 }
 
-void run_direct(const ConvBnRelu* convs, size_t count, ConvForm form) {
+void run_direct(const ConvBnRelu* convs, size_t count, ConvVariant variant) {
   int64_t all = 0;
   for (size_t i = 0; i < count; ++i) all = std::max(all, tiles_of(convs[i]) * blocks_of(convs[i]));
-  const Split split(all, 1, kSmallestTask);
+  const Split split(all, 1, kMinTaskTiles);
   const ConvBnRelu& first = convs[0];
-  const int64_t share = first.N * first.H * first.W * first.C * operand_bytes(form) / split.tasks;
-  const int64_t turns = count == 1 ? 1 : share / kTurnBytes + 1, parts = split.tasks * turns;
+  const int64_t task_bytes =
+      first.N * first.H * first.W * first.C * operand_bytes(variant) / split.tasks;
+  const int64_t slices = count == 1 ? 1 : task_bytes / kSliceBytes + 1,
+                parts = split.tasks * slices;
   split.run([&](int64_t task, int64_t, int64_t) {
-    for (int64_t part = task * turns; part < (task + 1) * turns; ++part)
+    for (int64_t part = task * slices; part < (task + 1) * slices; ++part)
       for (size_t i = 0; i < count; ++i) {
         const int64_t total = tiles_of(convs[i]) * blocks_of(convs[i]);
-        run_blocks(convs[i], form, total * part / parts, total * (part + 1) / parts);
+        run_blocks(convs[i], variant, total * part / parts, total * (part + 1) / parts);
       }
   });
 }
 
 namespace {
 
-// One row of an image, pixel by pixel: W pixels of C values, `step_c` and `step_w` apart.
+// Copies one row of an image, W pixels of C values with strides `step_w` and `step_c`.
 template <typename T>
 void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_t step_w,
               int64_t channels) {
@@ -261,7 +269,7 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
     std::copy_n(from, W * C, to);
     return;
   }
-  if (C == 3 && step_w == 1) {  // planes: the usual photograph
+  if (C == 3 && step_w == 1) {  // contiguous RGB
     for (int64_t w = 0; w < W; ++w)
       for (int64_t c = 0; c < 3; ++c) to[w * channels + c] = from[c * step_c + w];
     return;
@@ -272,31 +280,33 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
 
 }  // namespace
 
-// x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight:
-// and winograd, where there is one, of F(2x2, 3x3) or F(4x4, 3x3): packed by native_conv.py, flat.
-// scale, shift: float32, (K,) and zeros up to a multiple of 64. first_channel: int64, (K / 16,) up
-// to a multiple of 4, where groups != 1. The result lies in the residual's memory where `overwrite`
-// says so, in memory that comes back (cpu/memory_pool.h) where `pooled` does.
+// x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight
+// and winograd? (of F(2x2, 3x3) or F(4x4, 3x3)): flat, packed by
+// fused_resnet/kernels/cpu/convolution.py. scale, shift: float32, (K,), zero-padded to a multiple
+// of 64. first_channel: int64, (K / 16,), padded to a multiple of 4, if groups != 1. The result
+// overwrites the residual if `overwrite`, and comes from the memory pool (cpu/memory_pool.h) if
+// `pooled`.
 Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
                     Tensor shift, std::optional<Tensor> first_channel,
                     std::optional<Tensor> residual, bool overwrite, bool relu, bool pooled,
                     std::vector<int64_t> g) {
   constexpr const char* op = "conv_bn_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
+  check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
+        " on this processor");
   check(g.size() == kCount && g[kR] * g[kS] <= 128, op, ": geometry must hold ", int{kCount},
-        " numbers and at most 128 taps");
+        " values and at most 128 taps");
   const Layout4d layout = layout_of(op, x);
   const int64_t C = layout.C, H = x.size(2), W = x.size(3), K = g[kK];
   check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
         strides_of(x), " for shape ", shape_of(x));
-  // bfloat16 with weights in float32 is multiplied so.
-  const ConvForm form = dtype == kFloat32                           ? kFloat
-                        : weight.scalar_type() == ScalarType::Float ? kBFloatWidened
-                                                                    : kBFloatPairs;
-  const int64_t padded = round_up(K, kBlockChannels), pair = form == kBFloatPairs ? 2 : 1;
-  check((weight.scalar_type() == x.scalar_type() || form == kBFloatWidened) && weight.dim() == 1 &&
-            is_dense(weight) &&
+  // bfloat16 with float32 weights is computed in float32.
+  const ConvVariant variant = dtype == kFloat32                           ? kFloat
+                              : weight.scalar_type() == ScalarType::Float ? kBFloatWidened
+                                                                          : kBFloatPairs;
+  const int64_t padded = round_up(K, kBlockChannels), pair = variant == kBFloatPairs ? 2 : 1;
+  check((weight.scalar_type() == x.scalar_type() || variant == kBFloatWidened) &&
+            weight.dim() == 1 && is_dense(weight) &&
             weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
         op, ": weight must be packed in x's dtype or float32 for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));
@@ -305,14 +315,15 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
                     : winograd->numel() == winograd_products(4) * C * K ? 4
                                                                         : 0;
   if (winograd)
-    check(m > 0 && winograd_serves(form, m) && winograd->scalar_type() == ScalarType::Float &&
-              winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
-              g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
-              g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0,
-          op,
-          ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with channels "
-          "and outputs in sixteens, got ",
-          name_of(winograd->scalar_type()), " of shape ", shape_of(*winograd));
+    check(
+        m > 0 && winograd_supported(variant, m) && winograd->scalar_type() == ScalarType::Float &&
+            winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
+            g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
+            g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0,
+        op,
+        ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with multiples of "
+        "16 channels and outputs, got ",
+        name_of(winograd->scalar_type()), " of shape ", shape_of(*winograd));
   check_channel_vector(op, "scale", scale, padded, ScalarType::Float, x);
   check_channel_vector(op, "shift", shift, padded, ScalarType::Float, x);
   if (first_channel)
@@ -324,7 +335,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
     check(g[kRun] == C * (g[kS] == 1 && g[kRun] > C ? g[kRun] / C : 1), op, ": x must have ",
           g[kRun], " channels, got ", C);
   const int64_t P = out_size(H, g[kR], g[kStrideH], g[kPadH], g[kDilationH]);
-  // A run longer than a pixel reaches over several: a row of taps in one.
+  // A run longer than a pixel covers several: a row of taps at once.
   const int64_t reach = first_channel ? 1 : g[kRun] / C;
   const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
   Tensor y = overwrite && residual ? *residual
@@ -344,7 +355,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   if (!(overwrite && residual) && !pooled)
     advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
   if (y.numel() == 0) return y;
-  const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(form)), 0);
+  const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(variant)), 0);
   ConvBnRelu conv{};
   conv.weight = weight.const_data_ptr();
   if (winograd) conv.winograd = winograd->const_data_ptr(), conv.winograd_tile = m;
@@ -362,8 +373,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
   conv.pointwise = conv.R * conv.S * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
                    conv.pad_w == 0 && conv.run <= C;
-  const Source source(conv, x, form);
-  run_convolution(conv, form);
+  const Source source(conv, x, variant);
+  run_convolution(conv, variant);
   return y;
 }
 
@@ -411,7 +422,7 @@ Tensor pad_rows(Tensor x, int64_t channels, std::vector<int64_t> padding) {
 
 }  // namespace
 
-bool conv_bn_relu_serves(int dtype) { return conv_serves(static_cast<DtypeIndex>(dtype)); }
+bool conv_bn_relu_supports(int dtype) { return conv_supported(static_cast<DtypeIndex>(dtype)); }
 
 }  // namespace fused_resnet
 

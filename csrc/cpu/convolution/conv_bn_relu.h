@@ -1,12 +1,11 @@
-// A convolution with packed weights on the CPU, for what runs several
-// (cpu/convolution/conv_bn_relu.cpp).
+// A convolution with packed weights on the CPU (cpu/convolution/conv_bn_relu.cpp).
 #pragma once
 
 #include "common.h"
 
 namespace fused_resnet {
 
-// R, S, stride, padding, dilation, K and the input channels that a tap reads
+// R, S, stride, padding, dilation, K and the number of input channels that a tap reads
 enum Geometry {
   kR,
   kS,

@@ -1,17 +1,17 @@
 // y = relu(conv(x, weight) * scale[k] + shift[k] + residual), an implicit GEMM over channels_last
 // tensors: x (N, H, W, C) in memory -> y (N, P, Q, K). relu(NaN) = NaN, -0.0 passes, one rounding.
 //
-// A tile is 7 pixels of y (AVX2: 6) by up to 64 channels; its sums are made by
-// cpu/convolution/tile_avx512.h or cpu/convolution/tile_avx2.h. 7 divides the pixels of every
-// ResNet layer at 224 x 224 (49, 196, ...). A tile runs over all taps and input channels, so that y
+// A tile is 7 pixels of y (AVX2: 6) by up to 64 channels; cpu/convolution/tile_avx512.h or
+// cpu/convolution/tile_avx2.h computes its sums. 7 divides the number of pixels of every ResNet
+// layer at 224 x 224 (49, 196, ...). A tile accumulates over all taps and input channels, so that y
 // is written once, scaled, shifted, added to the residual and rounded. Of the taps in the padding,
-// rows of them for a whole tile and those of its first or last pixel are left out (0.9 of the time
+// rows of taps for a whole tile and those of its first or last pixel are skipped (0.9 of the time
 // at 7 x 7); others read zeros.
 //
 // Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
 // channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. The last
-// of an odd run is paired with itself and half its weight, exact for Inf and NaN as for numbers.
-// Grouped: each vector of 16 outputs reads the channels of its group, which start at
+// channel of an odd run is paired with itself and half its weight, which is exact, also for Inf and
+// NaN. Grouped: each vector of 16 outputs reads the channels of its group, which start at
 // `first_channel`.
 //
 // Bytes: x and residual read once from memory, y written once; weights once per superblock of
@@ -22,40 +22,40 @@
 
 #include "cpu/isa/vec.h"
 
-constexpr int64_t kMostTaps = 128;  // R * S of a convolution served
-constexpr int64_t kPiece = 256;     // steps in one chain of additions
+constexpr int64_t kMaxTaps = 128;     // maximum R * S
+constexpr int64_t kChainSteps = 256;  // steps in one chain of additions
 
-constexpr int kLanes = Float32::lanes;  // of a vector of the instruction set's
+constexpr int kLanes = Float32::lanes;  // of a vector
 constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 7 : 6;
-constexpr int kSums = 64 * kTilePixels;  // of a tile: (pixel, 4, 16), called (pixel, vector, lane)
+constexpr int kSums = 64 * kTilePixels;  // of a tile: (pixel, 4, 16) = (pixel, vector, lane)
 
-// How products are made. D: of the tensors in memory; X: of x and the weights as they are
-// multiplied. Widened: where the processor's dot product of bfloat16 is slower than the two
-// multiply-adds of float32 that it stands for, or missing.
+// How products are computed. D: dtype of the tensors in memory; X: dtype of x and the weights in
+// the multiplication. Widened: for processors whose bfloat16 dot product is missing, or slower than
+// the two float32 multiply-adds it replaces.
 struct DotFloat32 {
   typedef Float32 D;
   typedef Float32 X;
   static constexpr int pair = 1;
-  static constexpr ConvForm form = kFloat;
+  static constexpr ConvVariant variant = kFloat;
 };
 struct DotBFloat16 {
   typedef BFloat16 D;
   typedef BFloat16 X;
   static constexpr int pair = 2;
-  static constexpr ConvForm form = kBFloatPairs;
+  static constexpr ConvVariant variant = kBFloatPairs;
 };
 struct DotWidened {
   typedef BFloat16 D;
   typedef Float32 X;
   static constexpr int pair = 1;
-  static constexpr ConvForm form = kBFloatWidened;
+  static constexpr ConvVariant variant = kBFloatWidened;
 };
 
-// Stores of whole vectors. The processor's own rounding to bfloat16 is one instruction to the six
-// of BFloat16::store, of which it differs in flushing subnormal numbers to zero, as vdpbf16ps does.
+// Stores a whole vector. The processor's conversion to bfloat16 is one instruction instead of the
+// six of BFloat16::store; unlike that, it flushes subnormals to zero, as vdpbf16ps does.
 template <typename Dot>
 FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
-  if constexpr (Dot::pair == 2) {  // with AVX-512 alone
+  if constexpr (Dot::pair == 2) {  // AVX-512 only
     vh rounded;
     asm("vcvtneps2bf16 %1, %0" : "=v"(rounded) : "v"(v));
     store_any(y, rounded);
@@ -64,15 +64,15 @@ FR_INLINE void store_rounded(typename Dot::D::T* y, vf v) {
   }
 }
 
-// Memory that a tile's assembly fetches for those after it, a piece of 256 bytes in four steps, so
-// that loads wait beside multiply-adds and not before them: what will be read, into the
-// second-level cache, and what will be written. `pitch` bytes from a piece to the next, `left`
-// pieces.
+// Memory that a tile's assembly prefetches for later tiles, a block of 256 bytes every four steps,
+// so that loads overlap with multiply-adds instead of preceding them: memory to be read, into the
+// second-level cache, and memory to be written. `pitch`: bytes from one block to the next; `left`:
+// number of blocks.
 struct Fetch {
   struct Stream {
     const char* at;
     int64_t pitch, left;
-  } read, written;
+  } read, write;
 };
 // clang-format off
 #define FR_FETCH(i, stream, prefetch) \
@@ -91,12 +91,12 @@ struct Fetch {
 #endif
 
 // Fills pixel[kTilePixels * tap + i], for taps of the rows [*begin, *end): where tap reads for
-// output pixel first + i. Rows of taps that lie in the padding for all pixels are left out. Past
-// the last of `pixels`, the last again.
+// output pixel first + i. Rows of taps that lie in the padding for all pixels are skipped. After
+// the last of `pixels`, the last is repeated.
 template <typename T>
 FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
                       int64_t* begin, int64_t* end) {
-  const char* corner[kTilePixels];  // where tap (0, 0) reads, inside x or not
+  const char* corner[kTilePixels];  // address of tap (0, 0), inside x or not
   int64_t top[kTilePixels], left[kTilePixels];
   int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
   for (int i = 0; i < kTilePixels; ++i) {
@@ -126,7 +126,7 @@ FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
                             static_cast<uint64_t>(left[i] + right) < static_cast<uint64_t>(c.W);
         pixel[i] = inside ? corner[i] + offset : nullptr;
       }
-      // The kernel leaves out one pixel, the first or the last; any other reads zeros.
+      // The kernel can skip one pixel, the first or the last; any other reads zeros.
       for (int i = 1; i < kTilePixels; ++i)
         if (!pixel[i] && (i < kTilePixels - 1 || !pixel[0]))
           pixel[i] = static_cast<const char*>(c.zeros);
@@ -134,16 +134,17 @@ FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
     }
 }
 
-// The same for a pointwise convolution's one tap.
+// The same for the one tap of a pointwise convolution.
 template <typename T>
-FR_INLINE void follow(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel) {
+FR_INLINE void locate_pointwise(const ConvBnRelu& c, int64_t first, int64_t pixels,
+                                const char** pixel) {
   const int64_t bytes = c.C * static_cast<int64_t>(sizeof(T));
   const auto* x = static_cast<const char*>(c.x) + first * bytes;
   for (int64_t i = 0; i < kTilePixels; ++i) pixel[i] = x + (i < pixels ? i : pixels - 1) * bytes;
 }
 
-// Where the pixels from `first` on lie in y.
-FR_INLINE void place(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
+// Indices in y of the pixels from `first` on.
+FR_INLINE void locate_outputs(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
   if (c.y_column == 0) {
     for (int i = 0; i < kTilePixels; ++i) pixel[i] = first + i;
     return;
@@ -158,7 +159,7 @@ FR_INLINE void place(const ConvBnRelu& c, int64_t first, int64_t* pixel) {
   }
 }
 
-// A sum for outputs k ... as a batch norm with fixed statistics, if there is one, leaves it.
+// Applies scale and shift, if given, to a vector of sums for outputs k ...
 FR_INLINE vf scaled(const ConvBnRelu& c, vf sum, int64_t k) {
   return c.scale ? sum * load_any<vf>(c.scale + k) + load_any<vf>(c.shift + k) : sum;
 }
@@ -188,68 +189,68 @@ FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const in
   }
 }
 
-// The sums of a tile over all taps, in pieces of at most kPiece steps that are added up one by one:
-// a single float32 chain over thousands of products would lose twice what stock's blocked sums do.
+// The sums of a tile over all taps, in chains of at most kChainSteps steps that are then added up:
+// a single float32 chain over thousands of products has twice the error of stock's blocked sums.
 template <typename Dot, int vectors>
-FR_INLINE void sum_pieces(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
+FR_INLINE void sum_chains(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
                           int64_t single, int64_t channel, Fetch& fetch, float* sum) {
-  const int64_t taps_at_once = steps < kPiece ? kPiece / steps : 1;
+  const int64_t taps_at_once = steps < kChainSteps ? kChainSteps / steps : 1;
   for (int64_t tap = 0; tap < taps; tap += taps_at_once) {
-    const int64_t some = taps - tap < taps_at_once ? taps - tap : taps_at_once;
-    for (int64_t begin = 0; begin < steps; begin += kPiece) {
-      const int64_t count = steps - begin < kPiece ? steps - begin : kPiece;
+    const int64_t chain_taps = taps - tap < taps_at_once ? taps - tap : taps_at_once;
+    for (int64_t begin = 0; begin < steps; begin += kChainSteps) {
+      const int64_t count = steps - begin < kChainSteps ? steps - begin : kChainSteps;
       const int64_t last = begin + count == steps ? single : 0;
-      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, some, count, last,
+      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, chain_taps, count, last,
                              channel + begin * 4, tap + begin > 0, fetch, sum);
-      weight += some * (count + last) * vectors * 64;
+      weight += chain_taps * (count + last) * vectors * 64;
     }
   }
 }
 
-// A block of channels of pixels [first, first + count), count at most kTilePixels, which lie at
-// `written` in y.
+// A block of channels of pixels [first, first + count), count at most kTilePixels, whose indices in
+// y are `y_pixel`.
 template <typename Dot, int vectors>
 FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
-                           const int64_t* written, Fetch& fetch) {
+                           const int64_t* y_pixel, Fetch& fetch) {
   typedef typename Dot::D D;
   const int64_t steps = c.run / Dot::pair, single = c.run % Dot::pair, k = block * 64;
   const int64_t vector_bytes = c.R * c.S * (steps + single) * 64;  // of one vector of outputs
   const char* weight = static_cast<const char*>(c.weight) + block * 4 * vector_bytes;
-  const char* pixel[kTilePixels * kMostTaps];
+  const char* pixel[kTilePixels * kMaxTaps];
   alignas(64) float sum[kSums];
   int64_t row = 0, row_end = 1;
   if (c.pointwise)
-    follow<typename Dot::X::T>(c, first, count, pixel);
+    locate_pointwise<typename Dot::X::T>(c, first, count, pixel);
   else
     locate<typename Dot::X::T>(c, first, count, pixel, &row, &row_end);
   const int64_t taps = (row_end - row) * c.S;
   const int64_t skipped = row * c.S * (steps + single) * 64;
   if (c.residual && c.residual != c.y)
     for (int64_t i = 0; i < count; ++i) {
-      const auto* residual = static_cast<const typename D::T*>(c.residual) + written[i] * c.K + k;
+      const auto* residual = static_cast<const typename D::T*>(c.residual) + y_pixel[i] * c.K + k;
       for (int64_t j = 0; j < vectors * 16; j += 64 / static_cast<int64_t>(sizeof(typename D::T)))
         __builtin_prefetch(residual + j);
     }
   if (c.first_channel) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t channel = c.first_channel[block * 4 + v];
-      sum_pieces<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
+      sum_chains<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
                          channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), fetch, sum);
-      finish<Dot, 1>(c, sum, k + v * 16, written, count);
+      finish<Dot, 1>(c, sum, k + v * 16, y_pixel, count);
     }
   } else {
-    sum_pieces<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, fetch, sum);
-    finish<Dot, vectors>(c, sum, k, written, count);
+    sum_chains<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, fetch, sum);
+    finish<Dot, vectors>(c, sum, k, y_pixel, count);
   }
 }
 
-// The same by itself, with nothing after it.
+// The same without prefetching.
 template <typename Dot, int vectors>
 FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count) {
-  int64_t written[kTilePixels];
-  place(c, first, written);
+  int64_t y_pixel[kTilePixels];
+  locate_outputs(c, first, y_pixel);
   Fetch none{};
-  conv_pixels<Dot, vectors>(c, block, first, count, written, none);
+  conv_pixels<Dot, vectors>(c, block, first, count, y_pixel, none);
 }
 
 template <typename Dot, int vectors>
@@ -257,26 +258,26 @@ void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) 
   constexpr int64_t size = sizeof(typename Dot::D::T);
   const int64_t pixels = c.N * c.P * c.Q, step = c.y_column == 0 ? 1 : c.y_column;
   auto* y = static_cast<const char*>(c.y) + block * 64 * size;
-  // A pointwise convolution's x is fetched while its last channels are written: of the next tiles,
-  // or, x being read block after block, of the tiles as many further on.
+  // The x of a pointwise convolution is prefetched during its last block of channels: two tiles
+  // ahead or, as several blocks read x one after another, the tiles after this range.
   const bool last = c.pointwise && (block + 1) * 64 >= c.K;
   const bool fetches_x = last && sizeof(typename Dot::X::T) == size;
   const int64_t distance = c.K <= 64 ? 2 : end - begin;
   const int64_t tile_bytes = kTilePixels * c.C * size;
-  int64_t written[kTilePixels];
-  place(c, begin * kTilePixels, written);
+  int64_t y_pixel[kTilePixels];
+  locate_outputs(c, begin * kTilePixels, y_pixel);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kTilePixels, left = pixels - first;
     int64_t next[kTilePixels];
-    place(c, first + kTilePixels, next);
+    locate_outputs(c, first + kTilePixels, next);
     Fetch fetch{};
-    if (tile + 1 < end) fetch.written = {y + next[0] * c.K * size, step * c.K * size, kTilePixels};
+    if (tile + 1 < end) fetch.write = {y + next[0] * c.K * size, step * c.K * size, kTilePixels};
     if (fetches_x)
       fetch.read = {static_cast<const char*>(c.x) + (tile + distance) * tile_bytes, 256,
                     tile_bytes / 256};
-    conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels, written,
+    conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels, y_pixel,
                               fetch);
-    for (int i = 0; i < kTilePixels; ++i) written[i] = next[i];
+    for (int i = 0; i < kTilePixels; ++i) y_pixel[i] = next[i];
   }
 }
 

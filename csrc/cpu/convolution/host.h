@@ -1,4 +1,4 @@
-// What the host code of convolutions on the CPU shares.
+// Host code shared by the CPU convolutions.
 #pragma once
 
 #include <functional>
@@ -21,21 +21,21 @@ inline int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pa
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
-// How convolutions of this dtype are multiplied; nothing where they are not served. bfloat16 goes
-// by the processor's dot product where that is the faster way: by AMD's. Intel's takes four times
-// as long as a multiply-add of float32, for two products (measured on a Xeon of family 6, model
-// 207: 0.78 ns beside 0.19), and earlier processors have none.
-std::optional<ConvForm> conv_form(DtypeIndex dtype);
-inline bool conv_serves(DtypeIndex dtype) { return conv_form(dtype).has_value(); }
+// How convolutions of this dtype are computed; nullopt if unsupported. bfloat16 uses the
+// processor's dot product if that is faster: on AMD. Intel's takes four times as long as a float32
+// multiply-add, for two products (measured on a Xeon of family 6, model 207: 0.78 ns against 0.19),
+// and earlier processors have none.
+std::optional<ConvVariant> conv_variant(DtypeIndex dtype);
+inline bool conv_supported(DtypeIndex dtype) { return conv_variant(dtype).has_value(); }
 
-// Of x and packed weights, as they are multiplied.
-inline int64_t operand_bytes(ConvForm form) { return form == kBFloatPairs ? 2 : 4; }
+// Of x and packed weights in the multiplication.
+inline int64_t operand_bytes(ConvVariant variant) { return variant == kBFloatPairs ? 2 : 4; }
 
-// A dense tensor as it is multiplied: itself, or its float32 copy.
+// A dense tensor in the dtype of the multiplication: itself, or a float32 copy.
 class Operand {
  public:
-  Operand(const Tensor& t, ConvForm form) : data_(t.const_data_ptr()) {
-    if (form != kBFloatWidened) return;
+  Operand(const Tensor& t, ConvVariant variant) : data_(t.const_data_ptr()) {
+    if (variant != kBFloatWidened) return;
     const auto* from = static_cast<const char*>(data_);
     copy_.emplace(t.numel() * 4);
     auto* to = reinterpret_cast<float*>(copy_->data());
@@ -51,15 +51,15 @@ class Operand {
   const void* data_;
 };
 
-// What `conv` reads as x, for as long as this lives. A pointwise convolution's pixels are read once
-// each, and widened while they are in a cache.
+// Sets the x of `conv` and owns its memory. The pixels of a pointwise convolution are read once
+// each, and are widened later, in cache.
 class Source {
  public:
-  Source(ConvBnRelu& conv, const Tensor& x, ConvForm form) {
-    if (conv.pointwise && form == kBFloatWidened) {
+  Source(ConvBnRelu& conv, const Tensor& x, ConvVariant variant) {
+    if (conv.pointwise && variant == kBFloatWidened) {
       conv.narrow = x.const_data_ptr();
     } else {
-      operand_.emplace(x, form);
+      operand_.emplace(x, variant);
       conv.x = operand_->data();
     }
   }
@@ -68,31 +68,33 @@ class Source {
   std::optional<Operand> operand_;
 };
 
-// Of these tiles' sizes m that of Winograd's form F(m x m, 3x3) that multiplies least, or 0 where
-// nothing is saved: (m + 2)^2 products per tile, and a fifth more for the transforms, to 9 per
-// pixel, of which the dot product does two at once. All go by tiles of the kernel.
-int64_t winograd_tile(const ConvBnRelu& c, ConvForm form, std::initializer_list<int64_t> tiles);
+// Of these tile sizes m, that of the Winograd algorithm F(m x m, 3x3) with the fewest products, or
+// 0 if none saves any: (m + 2)^2 products per tile, plus a fifth for the transforms, against 9 per
+// pixel, of which the dot product does two at once. All are rounded up to tiles of the kernel.
+int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
+                      std::initializer_list<int64_t> tiles);
 
-// The same for a pass of a training step over up to so many weights (outputs * inputs), of F(4x4,
-// 3x3) `most` of them.
-int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvForm form, int64_t most);
+// The same for a pass of a training step with up to kMaxWinogradWeights weights (outputs *
+// inputs); F(4x4, 3x3) with up to `max_weights_4`.
+int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4);
 
-// Above, what the transformed weights of a layer with few pixels cost is more than is saved: they
-// are 16/9 and 4 times the weights, and packed anew at every step.
-constexpr int64_t kMostWinogradWeights = 256 * 256, kMostWinogradWeights4 = 128 * 128;
+// Above these, transforming the weights of a layer with few pixels costs more than it saves: they
+// are 16/9 and 4 times the weights, and are repacked at every step.
+constexpr int64_t kMaxWinogradWeights = 256 * 256, kMaxWinogradWeights4 = 128 * 128;
 
-// All of y, by whichever of the two kernels pays.
-void run_convolution(const ConvBnRelu& conv, ConvForm form);
+// All of y, by the faster of the two kernels.
+void run_convolution(const ConvBnRelu& conv, ConvVariant variant);
 
-// Told by a task of y's pixels [begin, end), all channels, as soon as it has written them, while
-// they are in its cache. Tasks are fewer than threads.
-using Written = std::function<void(int64_t task, int64_t begin, int64_t end)>;
+// Callback after each tile range: a task calls it with y's pixels [begin, end), all channels, as
+// soon as they are written, while they are in its cache. `task` is less than the number of threads.
+using TileCallback = std::function<void(int64_t task, int64_t begin, int64_t end)>;
 
-// The same, pixel for pixel, with `written` told of all of y; false, with nothing done, where there
-// is too little of it to be shared out by pixels.
-bool run_convolution_watched(const ConvBnRelu& conv, ConvForm form, const Written& written);
+// The same, with `callback` called for all pixels of y; false, with nothing computed, if y is too
+// small to be split by pixels.
+bool run_convolution_with_callback(const ConvBnRelu& conv, ConvVariant variant,
+                                   const TileCallback& callback);
 
-// Several of the same x by the direct kernel, every thread a share of each.
-void run_direct(const ConvBnRelu* convs, size_t count, ConvForm form);
+// Several convolutions of the same x by the direct kernel; every thread computes a share of each.
+void run_direct(const ConvBnRelu* convs, size_t count, ConvVariant variant);
 
 }  // namespace fused_resnet

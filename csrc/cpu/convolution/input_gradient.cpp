@@ -1,13 +1,13 @@
-// The gradient of a strided convolution by its input, on the CPU:
+// The input gradient of a strided convolution, on the CPU:
 //
 //   dx[n, h, w, c] = sum over r, s, k of dy[n, (h + pad - r) / stride, ..., k] * weight[k, r, s, c]
 //
-// over those taps at which the division leaves no rest. They are the same for every stride-th row
-// and column: a phase of dx, which is a convolution of dy with stride 1, by the direct kernel. A
-// 3x3 of stride 2 has phases of 1, 2, 2 and 4 taps, no product more than the forward convolution.
+// over the taps for which the division is exact. They are the same for every stride-th row and
+// column: a phase of dx, which is a convolution of dy with stride 1, by the direct kernel. A 3x3 of
+// stride 2 has phases of 1, 2, 2 and 4 taps, with no more products than the forward convolution.
 //
-// Bytes: dy read once per phase, from cache where a thread's share fits; dx (and what is added)
-// once: pixels are whole cache lines, so that leaving out the neighbours costs nothing.
+// Bytes: dy read once per phase, from cache if a thread's share fits; dx (and `added`) once: pixels
+// are whole cache lines, so skipping the neighbours costs nothing.
 #include "cpu/convolution/host.h"
 #include "cpu/convolution/train.h"
 #include "cpu/memory_pool.h"
@@ -15,8 +15,8 @@
 namespace fused_resnet {
 namespace {
 
-// One direction of a phase: dx's rows (or columns) first, first + stride, ..., `size` of them. Row
-// i reads dy's rows i - pad, ... by the taps `last_tap`, last_tap - stride, ..., `taps` of them.
+// One dimension of a phase: dx's rows (or columns) first, first + stride, ..., `size` of them. Row
+// i reads dy's rows i - pad, ... with the taps last_tap, last_tap - stride, ..., `taps` of them.
 struct Phase {
   int64_t first, size, taps, last_tap, pad;
   Phase(int64_t first, int64_t size, int64_t kernel, int64_t stride, int64_t padding)
@@ -28,7 +28,7 @@ struct Phase {
   }
 };
 
-// Zeros into the phase's pixels of dx (N, H, W, C), whose pixels have `bytes` bytes.
+// Zeroes the phase's pixels of dx (N, H, W, C), of `bytes` bytes each.
 void clear(char* dx, int64_t bytes, int64_t N, int64_t H, int64_t W, const Phase& rows,
            const Phase& columns, const std::vector<int64_t>& stride) {
   Split(N * rows.size, 1, std::max<int64_t>(65536 / (columns.size * bytes), 1))
@@ -49,7 +49,7 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
                               std::vector<int64_t> padding) {
   constexpr const char* op = "strided_input_gradient";
   const DtypeIndex dtype = dtype_index(op, "dy", dy);
-  check(conv_serves(dtype), op, ": no kernel for ", name_of(dy.scalar_type()),
+  check(conv_supported(dtype), op, ": no kernel for ", name_of(dy.scalar_type()),
         " on this processor");
   const Layout4d from = layout_of(op, dy);
   check(from.channels_last, op, ": dy must be channels_last, got strides ", strides_of(dy),
@@ -62,14 +62,14 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
   check(is_dense(weight) && (C <= 1 || weight.stride(1) == 1) &&
             (R * S == 1 || R == 1 || weight.stride(2) == S * C),
         op, ": weight must be channels_last, got strides ", strides_of(weight));
-  check(C % 16 == 0 && K % 16 == 0 && R * S <= kMostPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
+  check(C % 16 == 0 && K % 16 == 0 && R * S <= kMaxPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMaxPackedTaps,
         ", got weight of shape ", shape_of(weight));
   check(stride.size() == 2 && padding.size() == 2, op, ": stride and padding must be pairs");
   check(from.C == K && P == out_size(H, R, stride[0], padding[0], 1) &&
             Q == out_size(W, S, stride[1], padding[1], 1),
-        op, ": dy of shape ", shape_of(dy), " is not of a ", H, " x ", W, " image by weight ",
-        shape_of(weight));
+        op, ": dy of shape ", shape_of(dy), " does not match a ", H, " x ", W,
+        " image convolved with weight ", shape_of(weight));
   if (added) {
     const Layout4d other = layout_of(op, *added);
     check(added->scalar_type() == dy.scalar_type() && other.N == N && other.C == C &&
@@ -81,10 +81,10 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
   Tensor dx = added ? *added : pooled_channels_last(N, C, H, W, dy.scalar_type());
   if (dx.numel() == 0) return dx;
   ++conv_passes().input_gradients;
-  const ConvForm form = *conv_form(dtype);
+  const ConvVariant variant = *conv_variant(dtype);
   const auto size = static_cast<int64_t>(dy.element_size());
-  const int64_t operand_size = operand_bytes(form);
-  const Operand source(dy, form);
+  const int64_t operand_size = operand_bytes(variant);
+  const Operand source(dy, variant);
   auto* dx_ptr = static_cast<char*>(dx.mutable_data_ptr());
 
   // Per tap, K * C weights in the order in which the phases read them.
@@ -111,7 +111,7 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
           pack.tap_offset[r * columns.taps + s] =
               ((rows.last_tap - r * stride[0]) * S + columns.last_tap - s * stride[1]) * C;
       pack.transposed = true;
-      pack.form = form;
+      pack.variant = variant;
       taps_before += pack.taps;
 
       ConvBnRelu& conv = convs.emplace_back();
@@ -127,7 +127,7 @@ Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
   Split(C / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     for (const ConvPack& pack : packs) cpu_kernels().conv_pack(pack, begin, end);
   });
-  run_direct(convs.data(), convs.size(), form);
+  run_direct(convs.data(), convs.size(), variant);
   return dx;
 }
 

@@ -1,16 +1,16 @@
-// Convolution weights as cpu/convolution/direct_kernels.h and cpu/convolution/winograd_kernels.h
-// read them, made anew at every training step. From weight (K, R, S, C) in memory, either as it is
-// or, for the gradient of the input, with inputs and outputs changing places; its taps, or some of
-// them, in any order.
+// Packs convolution weights as cpu/convolution/direct_kernels.h and
+// cpu/convolution/winograd_kernels.h read them, at every training step. weight (K, R, S, C) in
+// memory is packed as it is or, for the input gradient, with inputs and outputs swapped; all or
+// some of its taps, in any order.
 //
-// A tile of 16 outputs by 16 inputs of every tap is brought into vectors of outputs (a copy when
-// outputs lie next to each other in memory, else a transposition in registers), then written in the
-// form asked for. Bytes: the weight read once, each form written once.
+// A tile of 16 outputs by 16 inputs of every tap is rearranged into vectors of outputs (a copy if
+// outputs are contiguous in memory, else a transposition in registers), then written in the
+// requested layouts. Bytes: the weight read once, each layout written once.
 #pragma once
 
 #include "cpu/convolution/winograd_kernels.h"
 
-// t[j][i] <- t[i][j] of as many vectors as they have lanes.
+// t[j][i] <- t[i][j] of kLanes vectors.
 FR_INLINE void transpose_square(vf* t) {
 #if FR_VECTOR_BYTES == 64
   __m512 a[16], b[16];
@@ -62,8 +62,8 @@ FR_INLINE void transpose_square(vf* t) {
 #endif
 }
 
-// The transpose of 16 rows of 16 floats. load(i, j): of row i, those from j on; store(i, j, v): the
-// same of the result; vectors of the instruction set's.
+// Transposes 16 rows of 16 floats. load(i, j): the vector of row i from column j on; store(i, j,
+// v): the same for the result.
 template <typename Load, typename Store>
 FR_INLINE void transpose_16x16(const Load& load, const Store& store) {
   for (int64_t row = 0; row < 16; row += kLanes)
@@ -81,41 +81,40 @@ void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
                   [&](int64_t i, int64_t j, vf v) FR_LAMBDA { store_any(to + i * to_row + j, v); });
 }
 
-// Rounded to bfloat16 (to nearest even), in the upper halves; what the lower ones hold is no part
-// of it.
-FR_INLINE vu bfloat_bits(vf x) {
+// Rounded to bfloat16 (to nearest even) in the upper halves; the lower halves are undefined.
+FR_INLINE vu bfloat16_bits(vf x) {
   const vu bits = (vu)x;
   return (vu)(x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u));
 }
-FR_INLINE vf rounded_to_bfloat(vf x) { return (vf)(bfloat_bits(x) & 0xffff0000u); }
+FR_INLINE vf rounded_to_bfloat16(vf x) { return (vf)(bfloat16_bits(x) & 0xffff0000u); }
 // Two vectors rounded, interleaved: a's in the lower halves.
-FR_INLINE vu interleave_bfloat(vf a, vf b) {
-  return (bfloat_bits(a) >> 16) | (bfloat_bits(b) & 0xffff0000u);
+FR_INLINE vu interleave_bfloat16(vf a, vf b) {
+  return (bfloat16_bits(a) >> 16) | (bfloat16_bits(b) & 0xffff0000u);
 }
 
 FR_INLINE void copy_16(const float* from, float* to) {
   for (int64_t j = 0; j < 16; j += kLanes) store_any(to + j, load_any<vf>(from + j));
 }
 
-// G g G^T of 9 vectors of taps, each the 3x3 of as many outputs as it has lanes.
+// G g G^T of 9 vectors of taps, one output's 3x3 per lane.
 template <int m>
 FR_INLINE void winograd_weight(const vf* g, vf* out) {
-  constexpr int size = Minimal<m>::size;
+  constexpr int size = WinogradTransform<m>::size;
   vf t[size][3];
 #pragma GCC unroll 3
   for (int s = 0; s < 3; ++s) {
     const vf column[3] = {g[s], g[3 + s], g[6 + s]};
     vf u[size];
-    Minimal<m>::weight(column, u);
+    WinogradTransform<m>::weight(column, u);
 #pragma GCC unroll 6
     for (int i = 0; i < size; ++i) t[i][s] = u[i];
   }
 #pragma GCC unroll 6
-  for (int i = 0; i < size; ++i) Minimal<m>::weight(t[i], out + size * i);
+  for (int i = 0; i < size; ++i) WinogradTransform<m>::weight(t[i], out + size * i);
 }
 
-// 16 inputs of up to 16 outputs, as pack_16 has them in `tile`: to `out`, `inputs` rows of
-// `vectors` vectors per product.
+// 16 inputs by 16 outputs, laid out in `tile` by pack_16: to `out`, `inputs` rows of `vectors`
+// vectors per product.
 template <int m>
 FR_INLINE void pack_winograd(const float* tile, int64_t inputs, int64_t vectors, float* out) {
   constexpr int64_t products = winograd_products(m);
@@ -129,9 +128,9 @@ FR_INLINE void pack_winograd(const float* tile, int64_t inputs, int64_t vectors,
     }
 }
 
-constexpr int64_t kInputsAhead = 32;  // from those that are packed to those that are fetched
+constexpr int64_t kPrefetchInputs = 32;  // from packed to prefetched inputs
 
-// 16 inputs from c on of vector v of outputs; tile: memory for them, (tap, input, 16 outputs)
+// Packs 16 inputs from c on of vector v of outputs; tile: scratch, (tap, input, 16 outputs)
 FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
   const int64_t K = p.outputs, C = p.inputs;
   const auto* weight = static_cast<const float*>(p.weight);
@@ -143,17 +142,17 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
     float* t = tile + tap * 256;
     const int64_t row = p.transposed ? p.input_stride : p.output_stride;
     for (int64_t i = 0; i < 16; ++i)
-      __builtin_prefetch(source + kInputsAhead * p.input_stride + i * row, 0, 2);
+      __builtin_prefetch(source + kPrefetchInputs * p.input_stride + i * row, 0, 2);
     if (p.transposed) {
       for (int64_t i = 0; i < 16; ++i) copy_16(source + i * p.input_stride, t + i * 16);
     } else {
       transpose(source, p.output_stride, t, 16);
     }
   }
-  if (p.form == kBFloatWidened || (p.form == kBFloatPairs && p.winograd))
+  if (p.variant == kBFloatWidened || (p.variant == kBFloatPairs && p.winograd))
     for (int64_t i = 0; i < p.taps * 256; i += kLanes)
-      store_any(tile + i, rounded_to_bfloat(load_any<vf>(tile + i)));
-  if (p.direct && p.form != kBFloatPairs) {
+      store_any(tile + i, rounded_to_bfloat16(load_any<vf>(tile + i)));
+  if (p.direct && p.variant != kBFloatPairs) {
     for (int64_t tap = 0; tap < p.taps; ++tap) {
       auto* out =
           static_cast<float*>(p.direct) + first * p.taps + ((tap * C + c) * vectors + v % 4) * 16;
@@ -167,7 +166,7 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
         for (int64_t j = 0; j < 16; j += kLanes) {
           const float* pair = tile + (tap * 16 + 2 * i) * 16 + j;
           store_any(out + i * vectors * 32 + 2 * j,
-                    interleave_bfloat(load_any<vf>(pair), load_any<vf>(pair + 16)));
+                    interleave_bfloat16(load_any<vf>(pair), load_any<vf>(pair + 16)));
         }
     }
   }
@@ -180,10 +179,10 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
   }
 }
 
-// Vectors of outputs [begin, end), K / 16 of them in all. Where outputs lie next to each other in
-// memory, those of a block are taken together: 256 bytes of every row of weights instead of 64.
+// Packs vectors [begin, end) of the K / 16 vectors of outputs. If outputs are contiguous in memory,
+// those of a block are packed together: 256 bytes of every row of weights instead of 64.
 void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
-  alignas(64) float tile[kMostPackedTaps * 256];
+  alignas(64) float tile[kMaxPackedTaps * 256];
   const int64_t together = p.transposed ? 4 : 1;
   for (int64_t v = begin; v < end;) {
     const int64_t next = (v / together + 1) * together, stop = next < end ? next : end;

@@ -1,14 +1,14 @@
 // The sums of a convolution's tile (cpu/convolution/direct_kernels.h) by AVX2, 16 outputs at a
 // time: 6 pixels by 2 vectors of 8 are 12 accumulators, which with both vectors of weights and two
-// of x in all lanes fill the 16 registers. A step of 12 multiply-adds, 6 cycles at two a cycle,
-// loads 2 + 6 times. What 64 outputs share of x is read four times from the first-level cache.
-// Measured on Zen 3, data in cache: the processor's limit of multiply-adds. Tried and rejected: 7
-// pixels, whose 14 accumulators leave one vector of weights to be read by each multiply-add: 15
-// loads a step, 0.87 of the speed.
+// broadcasts of x fill the 16 registers. A step of 12 multiply-adds, 6 cycles at two a cycle, loads
+// 2 + 6 times. For 64 outputs, x is read four times from the first-level cache. Measured on Zen 3,
+// data in cache: the processor's peak rate of multiply-adds. Tried and rejected: 7 pixels, whose 14
+// accumulators leave one vector of weights as a memory operand of each multiply-add: 15 loads a
+// step, 0.87 of the speed.
 #pragma once
 
 // clang-format off
-// A pixel: its x at `d` bytes from pointer `p` (r8 ... r13), times both vectors of weights.
+// A pixel: x at `d` bytes from pointer `p` (r8 ... r13), times both vectors of weights.
 #define FR_PIXEL(d, p, x, a, b) \
   "vbroadcastss " d "(%%r" p "), %%ymm" x "\n\t" \
   "vfmadd231ps %%ymm0, %%ymm" x ", %%ymm" a "\n\t" \
@@ -21,9 +21,9 @@
   FR_PIXEL(d, "9", "3", "6", "7") FR_PIXEL(d, "10", "2", "8", "9") \
   FR_PIXEL(d, "11", "3", "10", "11") FR_PIXEL(d, "12", "2", "12", "13")
 #define FR_LAST(d) FR_PIXEL(d, "13", "3", "14", "15")
-// A step: one input channel of every pixel that the tap reads for, with the weights at `w`. ALL
-// pixels, or all but one whose tap lies in the padding: the FIRST at the left edge of the image, the
-// LAST at its right.
+// A step: one input channel of every pixel of the tap, with the weights at `w`. ALL pixels, or all
+// but one whose tap lies in the padding: the FIRST at the left edge of the image, the LAST at its
+// right edge.
 #define FR_ALL(d, w) FR_WEIGHTS(w) FR_FIRST(d) FR_MIDDLE(d) FR_LAST(d)
 #define FR_BUT_FIRST(d, w) FR_WEIGHTS(w) FR_MIDDLE(d) FR_LAST(d)
 #define FR_BUT_LAST(d, w) FR_WEIGHTS(w) FR_FIRST(d) FR_MIDDLE(d)
@@ -34,7 +34,8 @@
 #define FR_ADVANCE(bytes) \
   FR_ADVANCE_BY(bytes, "8") FR_ADVANCE_BY(bytes, "9") FR_ADVANCE_BY(bytes, "10") \
   FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13")
-// The steps of one tap, four at a time and then one at a time. Label `i` and the five after it.
+// The steps of one tap, four at a time and then one at a time. Uses label `i` and the five after
+// it.
 #define FR_STEPS(i, step) \
   "movq %[quads], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
@@ -61,12 +62,12 @@
   FR_BOTH(end, "0", "4", "5") FR_BOTH(end, "1", "6", "7") FR_BOTH(end, "2", "8", "9") \
   FR_BOTH(end, "3", "10", "11") FR_BOTH(end, "4", "12", "13") FR_BOTH(end, "5", "14", "15")
 
-// After a tap's pointers: its weights follow those of the tap before, or, in the gradient of the
-// weights, where the last of eight pointers says, plus `offset`.
+// After a tap's pointers: its weights follow those of the previous tap or, in the weight gradient,
+// are at the last of eight pointers plus `offset`.
 #define FR_FOLLOWING "addq $48, %[pixel]\n\t"
 #define FR_POINTED "movq 56(%[pixel]), %[weight]\n\taddq %[offset], %[weight]\n\taddq $64, %[pixel]\n\t"
 
-// All taps of a tile; the sums end in `out`, or, `again`, are added to what is there.
+// All taps of a tile; the sums are stored to `out` or, with `accumulate`, added to it.
 #define FR_TILE(next) \
   asm volatile(                                                                                   \
       FR_ZERO_2("4", "5") FR_ZERO_2("6", "7") FR_ZERO_2("8", "9") FR_ZERO_2("10", "11")           \
@@ -88,29 +89,29 @@
       "5:\n\t"                                                                                    \
       "decq %[taps]\n\tjnz 1b\n\t"                                                                \
       "movq %[out], %%rax\n\t"                                                                    \
-      "cmpq $0, %[again]\n\tjne 4f\n\t"                                                           \
+      "cmpq $0, %[accumulate]\n\tjne 4f\n\t"                                                           \
       FR_EACH(FR_SAVE) "jmp 9f\n\t"                                                               \
       "4:\n\t" FR_EACH(FR_ADD_SAVE)                                                               \
       "9:\n\t"                                                                                    \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
       : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [out] "m"(out),             \
-        [again] "m"(again), [offset] "m"(offset), [fetch] "r"(&fetch),              \
+        [accumulate] "m"(accumulate), [offset] "m"(offset), [fetch] "r"(&fetch),              \
         [w0] "i"(0), [w1] "i"(vectors * 64), [w2] "i"(vectors * 128), [w3] "i"(vectors * 192), [w4] "i"(vectors * 256)                 \
       : "rax", "rbx", "r8", "r9", "r10", "r11", "r12", "r13", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15")
 // clang-format on
 
-// One vector of 16 outputs; of `vectors` a step.
+// One vector of 16 outputs; a step has `vectors` vectors of weights.
 template <int vectors>
 FR_INLINE void sum_vector(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                          int64_t channel, int64_t again, Fetch& fetch, float* out) {
+                          int64_t channel, int64_t accumulate, Fetch& fetch, float* out) {
   const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
   FR_TILE(FR_FOLLOWING);
 }
 template <int vectors>
 FR_INLINE void sum_row_vector(const char* const* pixel, int64_t taps, int64_t steps,
-                              int64_t channel, int64_t offset, int64_t again, Fetch& fetch,
+                              int64_t channel, int64_t offset, int64_t accumulate, Fetch& fetch,
                               float* out) {
   const int64_t quads = steps / 4, rest = steps % 4;
   const char* weight = nullptr;
@@ -118,22 +119,23 @@ FR_INLINE void sum_row_vector(const char* const* pixel, int64_t taps, int64_t st
 }
 
 // out[64 i + 16 v + lane] = sum over taps and steps of pixel i and vector v; pixel: 6 pointers per
-// tap, to which `channel` bytes are added. The first of the 6, or else the last, may be null: left
-// out. `single` is 0: there are no pairs here.
+// tap, to which `channel` bytes are added. The first or the last of the 6 may be null: skipped.
+// `single` is unused: there are no pairs here.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                        int64_t, int64_t channel, int64_t again, Fetch& fetch, float* out) {
+                        int64_t, int64_t channel, int64_t accumulate, Fetch& fetch, float* out) {
   static_assert(Dot::pair == 1);
   for (int64_t v = 0; v < vectors; ++v)
-    sum_vector<vectors>(weight + v * 64, pixel, taps, steps, channel, again, fetch, out + v * 16);
+    sum_vector<vectors>(weight + v * 64, pixel, taps, steps, channel, accumulate, fetch,
+                        out + v * 16);
 }
 
-// The same with 8 pointers per tap, the last, plus `offset`, to what `weight` is above.
+// The same with 8 pointers per tap; the last, plus `offset`, replaces `weight`.
 template <typename Dot, int vectors>
 FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, int64_t channel,
-                        int64_t offset, int64_t again, Fetch& fetch, float* out) {
+                        int64_t offset, int64_t accumulate, Fetch& fetch, float* out) {
   static_assert(Dot::pair == 1);
   for (int64_t v = 0; v < vectors; ++v)
-    sum_row_vector<vectors>(pixel, taps, steps, channel, offset + v * 64, again, fetch,
+    sum_row_vector<vectors>(pixel, taps, steps, channel, offset + v * 64, accumulate, fetch,
                             out + v * 16);
 }

@@ -1,6 +1,6 @@
 // The sums of a convolution's tile (cpu/convolution/direct_kernels.h) by AVX-512: 7 pixels by up to
-// 64 outputs. 28 accumulators of 16 floats, which with 3 vectors of weights and one of x fill the
-// 32 registers; the 4th vector of weights stays in memory. Assembly, since compilers spill the
+// 64 outputs. 28 accumulators of 16 floats, 3 vectors of weights and one of x fill the 32
+// registers; the 4th vector of weights stays in memory. Assembly, because compilers spill the
 // accumulators (0.7 of the speed).
 //
 // Tried and rejected: x as each multiply-add's broadcast operand and 4 vectors of weights in
@@ -10,14 +10,14 @@
 
 // clang-format off
 // One multiply-add: sums (zmm4 ... zmm31) += weights * one pixel's x in all lanes (zmm3). Of four
-// vectors of weights three are registers and the fourth is read by each instruction: 3 + 7 + 7 loads
-// a step, where a broadcast by each would take 4 + 28, two a cycle beside 28 multiply-adds at two a
+// vectors of weights three are in registers and the fourth is a memory operand: 3 + 7 + 7 loads a
+// step, where broadcast operands would take 4 + 28, at two loads and two of the 28 multiply-adds a
 // cycle.
 #define FR_FMA(op, weight, sum) op " " weight ", %%zmm3, %%zmm" sum "\n\t"
 #define FR_AT(d, n, v) "((" d "/4*" n "+" v ")*64)(%[weight])"
 #define FR_WEIGHT(d, n, v) "vmovups " FR_AT(d, n, v) ", %%zmm" v "\n\t"
 #define FR_X(load, d, p) load " " d "(%%r" p "), %%zmm3\n\t"
-// A pixel: its x at `d` bytes from pointer `p` (r8 ... r14), times the vectors of weights.
+// A pixel: x at `d` bytes from pointer `p` (r8 ... r14), times the vectors of weights.
 #define FR_PIXEL_1(op, load, d, p, a, b, c, e) FR_X(load, d, p) FR_FMA(op, "%%zmm0", a)
 #define FR_PIXEL_2(op, load, d, p, a, b, c, e) FR_PIXEL_1(op, load, d, p, a, b, c, e) FR_FMA(op, "%%zmm1", b)
 #define FR_PIXEL_3(op, load, d, p, a, b, c, e) FR_PIXEL_2(op, load, d, p, a, b, c, e) FR_FMA(op, "%%zmm2", c)
@@ -35,9 +35,9 @@
   FR_PIXEL_##n(op, load, d, "12", "20", "21", "22", "23") \
   FR_PIXEL_##n(op, load, d, "13", "24", "25", "26", "27")
 #define FR_LAST(op, load, d, n) FR_PIXEL_##n(op, load, d, "14", "28", "29", "30", "31")
-// A step: one input channel (or pair) of every pixel that the tap reads for, times its weights. ALL
-// pixels, or all but one whose tap lies in the padding: the FIRST at the left edge of the image, the
-// LAST at its right.
+// A step: one input channel (or pair) of every pixel of the tap, times its weights. ALL pixels, or
+// all but one whose tap lies in the padding: the FIRST at the left edge of the image, the LAST at
+// its right edge.
 #define FR_ALL(op, load, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, load, d, n) FR_MIDDLE(op, load, d, n) FR_LAST(op, load, d, n)
 #define FR_BUT_FIRST(op, load, d, n) FR_WEIGHTS_##n(d) FR_MIDDLE(op, load, d, n) FR_LAST(op, load, d, n)
 #define FR_BUT_LAST(op, load, d, n) FR_WEIGHTS_##n(d) FR_FIRST(op, load, d, n) FR_MIDDLE(op, load, d, n)
@@ -49,8 +49,8 @@
   FR_ADVANCE_BY(bytes, "8") FR_ADVANCE_BY(bytes, "9") FR_ADVANCE_BY(bytes, "10") \
   FR_ADVANCE_BY(bytes, "11") FR_ADVANCE_BY(bytes, "12") FR_ADVANCE_BY(bytes, "13") \
   FR_ADVANCE_BY(bytes, "14")
-// The steps of one tap, four at a time and then one at a time; then, of a run with an odd number of
-// 16-bit values, the last one twice, its weight having been halved. Label `i` and the five after it.
+// The steps of one tap, four at a time and then one at a time; then, for an odd run of 16-bit
+// values, the last one twice, with halved weight. Uses label `i` and the five after it.
 #define FR_STEPS(i, op, n, step) \
   "movq %[quads], %%rax\n\t" \
   "testq %%rax, %%rax\n\tjz " i "1f\n\t" \
@@ -87,12 +87,12 @@
   FR_EACH_4(end, "20", "21", "22", "23", "24", "25", "26", "27") \
   FR_EACH_4(end, "24", "25", "26", "27", "28", "29", "30", "31")
 
-// After a tap's pointers: its weights follow those of the tap before, or, in the gradient of the
-// weights, where an eighth pointer says, plus `offset`.
+// After a tap's pointers: its weights follow those of the previous tap or, in the weight gradient,
+// are at the eighth pointer plus `offset`.
 #define FR_FOLLOWING "addq $56, %[pixel]\n\t"
 #define FR_POINTED "movq 56(%[pixel]), %[weight]\n\taddq %[offset], %[weight]\n\taddq $64, %[pixel]\n\t"
 
-// All taps of a tile; the sums end in `out`, or, `again`, are added to what is there.
+// All taps of a tile; the sums are stored to `out` or, with `accumulate`, added to it.
 #define FR_TILE(op, n, next) \
   asm volatile(                                                                                   \
       FR_ZERO_4("4", "5", "6", "7") FR_ZERO_4("8", "9", "10", "11")                               \
@@ -116,12 +116,12 @@
       "5:\n\t"                                                                                    \
       "decq %[taps]\n\tjnz 1b\n\t"                                                                \
       "movq %[out], %%rax\n\t"                                                                    \
-      "cmpq $0, %[again]\n\tjne 4f\n\t"                                                           \
+      "cmpq $0, %[accumulate]\n\tjne 4f\n\t"                                                           \
       FR_EACH(FR_SAVE) "jmp 9f\n\t"                                                               \
       "4:\n\t" FR_EACH(FR_ADD_SAVE)                                                              \
       "9:\n\t"                                                                                    \
       : [weight] "+r"(weight), [pixel] "+r"(pixel), [taps] "+r"(taps)                             \
-      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [again] "m"(again), [offset] "m"(offset), [fetch] "r"(&fetch) \
+      : [channel] "r"(channel), [quads] "m"(quads), [rest] "m"(rest), [single] "m"(single), [out] "m"(out), [accumulate] "m"(accumulate), [offset] "m"(offset), [fetch] "r"(&fetch) \
       : "rax", "rbx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "cc", "memory", "xmm0", "xmm1",     \
         "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",         \
         "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20", "xmm21", \
@@ -136,11 +136,11 @@
 // clang-format on
 
 // out[64 i + 16 v + lane] = sum over taps and steps of pixel i and vector v; pixel: 7 pointers per
-// tap, to which `channel` bytes are added. The first of the 7, or else the last, may be null: left
-// out.
+// tap, to which `channel` bytes are added. The first or the last of the 7 may be null: skipped.
 template <typename Dot, int vectors>
 FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                        int64_t single, int64_t channel, int64_t again, Fetch& fetch, float* out) {
+                        int64_t single, int64_t channel, int64_t accumulate, Fetch& fetch,
+                        float* out) {
   const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
   if constexpr (Dot::pair == 1) {
     FR_TILES("vfmadd231ps", FR_FOLLOWING)
@@ -149,10 +149,10 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
   }
 }
 
-// The same with 8 pointers per tap, the eighth, plus `offset`, to what `weight` is above.
+// The same with 8 pointers per tap; the eighth, plus `offset`, replaces `weight`.
 template <typename Dot, int vectors>
 FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, int64_t channel,
-                        int64_t offset, int64_t again, Fetch& fetch, float* out) {
+                        int64_t offset, int64_t accumulate, Fetch& fetch, float* out) {
   const int64_t quads = steps / 4, rest = steps % 4, single = 0;
   const char* weight = nullptr;
   if constexpr (Dot::pair == 1) {

@@ -1,5 +1,5 @@
-// A training step's convolutions on the CPU: the convolution itself and the gradient of its input,
-// by the kernels of cpu/convolution/direct_kernels.h with weights packed anew, since every step
+// Convolutions of a training step on the CPU: the convolution itself and its input gradient, by the
+// kernels of cpu/convolution/direct_kernels.h. Weights are repacked at every step, since every step
 // changes them.
 #include "cpu/convolution/train.h"
 
@@ -17,12 +17,12 @@ ConvPasses& conv_passes() {
 
 namespace {
 
-// Told of y's pixels [begin, end), the first of which lies at `y`, as `Written` is.
-using WrittenRows = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
+// TileCallback, with the address of the first of y's pixels [begin, end).
+using RowCallback = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
 
-// Whether there are so few pixels for so many weights that a block of outputs takes them all at
-// once, and the weights are packed block by block into a cache: then they are read from memory
-// once, and written nowhere else.
+// Whether there are so few pixels for so many weights that a block of outputs processes all pixels
+// at once and the weights are packed block by block in cache: they are then read from memory once
+// and not written back.
 bool packs_block_by_block(const ConvBnRelu& conv) {
   const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
   const int64_t threads = torch::stable::get_num_threads();
@@ -30,36 +30,37 @@ bool packs_block_by_block(const ConvBnRelu& conv) {
          (blocks % threads == 0 || blocks >= 4 * threads);
 }
 
-void run_packing(const ConvBnRelu& conv, const ConvPack& pack, ConvForm form) {
+void run_packing(const ConvBnRelu& conv, const ConvPack& pack, ConvVariant variant) {
   const int64_t tile = cpu_kernels().tile_pixels;
   const int64_t tiles = (conv.N * conv.P * conv.Q + tile - 1) / tile, vectors = conv.K / 16;
-  const int64_t vector_bytes = 16 * pack.inputs * pack.taps * operand_bytes(form);
+  const int64_t vector_bytes = 16 * pack.inputs * pack.taps * operand_bytes(variant);
   Split((vectors + 3) / 4, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     const Scratch packed(4 * vector_bytes);
     for (int64_t block = begin; block < end; ++block) {
-      // Where the block's weights would lie among all of them.
+      // Offset so that the block's weights are at packed.data().
       ConvPack part = pack;
       part.direct = packed.data() - block * 4 * vector_bytes;
       cpu_kernels().conv_pack(part, 4 * block, std::min(4 * block + 4, vectors));
-      ConvBnRelu ready = conv;
-      ready.weight = part.direct;
-      cpu_kernels().conv_bn_relu[form](ready, block, 0, tiles);
+      ConvBnRelu prepared = conv;
+      prepared.weight = part.direct;
+      cpu_kernels().conv_bn_relu[variant](prepared, block, 0, tiles);
     }
   });
 }
 
 struct Convolved {
   Tensor y;
-  bool watched;  // whether `written` was told of all of y
+  bool callback_done;  // whether `callback` was called for all of y
 };
 
-// `convolution`, with `written` told of y piece by piece, where there is enough of it.
+// `convolution`, with `callback` after each tile range if y is large enough.
 Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                   std::vector<int64_t> dilation, const WrittenRows& written = {}) {
+                   std::vector<int64_t> dilation, const RowCallback& callback = {}) {
   constexpr const char* op = "convolution";
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
+  check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
+        " on this processor");
   const Layout4d layout = layout_of(op, x);
   check(layout.channels_last, op, ": x must be channels_last, got strides ", strides_of(x),
         " for shape ", shape_of(x));
@@ -73,8 +74,8 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
             (taps == 1 || (weight.stride(2) == S * columns || R == 1)),
         op, ": weight must be channels_last, got strides ", strides_of(weight));
   check(layout.C == C, op, ": x must have ", C, " channels, got ", layout.C);
-  check(C % 16 == 0 && K % 16 == 0 && taps <= kMostPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
+  check(C % 16 == 0 && K % 16 == 0 && taps <= kMaxPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMaxPackedTaps,
         ", got weight of shape ", shape_of(weight));
   check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
         ": stride, padding and dilation must be pairs");
@@ -102,10 +103,10 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                  : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
   if (y.numel() == 0) return {y, false};
   ++(transposed ? conv_passes().input_gradients : conv_passes().convolutions);
-  const ConvForm form = *conv_form(dtype);
-  const int64_t size = operand_bytes(form);
+  const ConvVariant variant = *conv_variant(dtype);
+  const int64_t size = operand_bytes(variant);
 
-  conv.winograd_tile = winograd_tile_of_step(conv, form, kMostWinogradWeights4);
+  conv.winograd_tile = winograd_tile_of_step(conv, variant, kMaxWinogradWeights4);
   const bool winograd = conv.winograd_tile > 0;
   ConvPack pack{};
   pack.weight = weight.const_data_ptr();
@@ -115,7 +116,7 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   for (int64_t tap = 0; tap < taps; ++tap)
     pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
   pack.transposed = transposed;
-  pack.form = form;
+  pack.variant = variant;
   pack.winograd_tile = conv.winograd_tile;
   std::optional<Scratch> packed, packed_winograd;
   const auto pack_for = [&](bool direct, bool by_winograd) {
@@ -134,38 +135,39 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
   if (!winograd && packs_block_by_block(conv)) {
-    const Operand source(x, form);
+    const Operand source(x, variant);
     conv.x = source.data();
-    run_packing(conv, pack, form);
+    run_packing(conv, pack, variant);
     return {y, false};
   }
 
-  // Winograd's form leaves what is no finite number to the direct one, whose weights are packed
-  // when that occurs; beforehand where y takes the memory of what is added, which is then gone.
-  bool left_out = false;
-  conv.left_out = &left_out;
+  // The Winograd algorithm leaves non-finite results to the direct one. Its weights are packed when
+  // that occurs, or beforehand if y overwrites the residual, which is then lost.
+  bool skipped_pixels = false;
+  conv.skipped_pixels = &skipped_pixels;
   pack_for(!winograd || (overwrite && residual), winograd);
-  const Source source(conv, x, form);
+  const Source source(conv, x, variant);
   const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
   const int64_t pixel_bytes = K * static_cast<int64_t>(y.element_size());
-  const bool watched =
-      written && run_convolution_watched(conv, form, [&](int64_t task, int64_t begin, int64_t end) {
-        written(task, y_ptr + begin * pixel_bytes, begin, end);
+  const bool callback_done =
+      callback &&
+      run_convolution_with_callback(conv, variant, [&](int64_t task, int64_t begin, int64_t end) {
+        callback(task, y_ptr + begin * pixel_bytes, begin, end);
       });
-  if (!watched) run_convolution(conv, form);
-  if (left_out) {
+  if (!callback_done) run_convolution(conv, variant);
+  if (skipped_pixels) {
     pack_for(true, false);
-    run_convolution(conv, form);
+    run_convolution(conv, variant);
   }
-  return {y, watched && !left_out};
+  return {y, callback_done && !skipped_pixels};
 }
 
 }  // namespace
 
 // x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
 // y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
-// is (C, K, R, S) in that notation and its taps are reversed: the gradient of a convolution of
-// stride 1 by its input. residual (N, K, P, Q), which y overwrites where `overwrite`.
+// is (C, K, R, S) in that notation and its taps are reversed: the input gradient of a convolution
+// of stride 1. residual (N, K, P, Q), overwritten by y if `overwrite`.
 // K and C multiples of 16; padding and dilation (2,), stride (2,).
 Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -177,13 +179,15 @@ std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
                                                       std::vector<int64_t> stride,
                                                       std::vector<int64_t> padding,
                                                       std::vector<int64_t> dilation) {
-  // Of what has just been written, and is still in a cache: one reading of y from memory less.
+  // The statistics are accumulated while y is in cache, which saves one read of y from memory.
   const int64_t K = weight.dim() == 4 ? weight.size(0) : 0;
   RowStatistics sums(K, dtype_index("convolution", "x", x), torch::stable::get_num_threads());
-  const auto [y, watched] = convolve(x, weight, false, {}, false, stride, padding, dilation,
-                                     [&](int64_t task, const char* written, int64_t begin,
-                                         int64_t end) { sums.add(task, written, end - begin); });
-  const auto found = watched ? sums.finish() : std::nullopt;
+  const auto [y, callback_done] =
+      convolve(x, weight, false, {}, false, stride, padding, dilation,
+               [&](int64_t task, const char* y_rows, int64_t begin, int64_t end) {
+                 sums.add(task, y_rows, end - begin);
+               });
+  const auto found = callback_done ? sums.finish() : std::nullopt;
   return {y, found ? to_rows(y, {&found->mean, &found->var}, K) : bn_statistics(y)};
 }
 
@@ -218,7 +222,7 @@ std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
         bn_reduce(dx, {}, x, stats, norm_weight, norm_bias, eps, true, {}, {}, false));
   };
   if (!around) {
-    check(dilation[0] * dilation[1] == 1, op, ": no kernel for dilation beside stride");
+    check(dilation[0] * dilation[1] == 1, op, ": no kernel for dilation with stride");
     const Tensor dx = strided_input_gradient(dy, weight, x.size(2), x.size(3), {}, stride, padding);
     return {dx, summed(dx)};
   }
@@ -232,10 +236,12 @@ std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
         size(0), ", ", size(1), "), got strides ", strides_of(x), " for shape ", shape_of(x));
   const Norm norm = norm_of<float>(op, stats, norm_weight, norm_bias, eps, x.size(1), x);
   RowGradientSums sums(x, norm, torch::stable::get_num_threads());
-  const auto [dx, watched] = convolve(dy, weight, true, {}, false, {1, 1}, *around, dilation,
-                                      [&](int64_t task, const char* written, int64_t begin,
-                                          int64_t end) { sums.add(task, written, begin, end); });
-  if (!watched) return {dx, summed(dx)};
+  const auto [dx, callback_done] =
+      convolve(dy, weight, true, {}, false, {1, 1}, *around, dilation,
+               [&](int64_t task, const char* dx_rows, int64_t begin, int64_t end) {
+                 sums.add(task, dx_rows, begin, end);
+               });
+  if (!callback_done) return {dx, summed(dx)};
   const GradientSums found = sums.finish();
   return {dx, to_rows(x, {&found[0], &found[1], &found[2]}, x.size(1))};
 }

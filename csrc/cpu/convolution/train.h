@@ -1,5 +1,4 @@
-// A training step's convolutions on the CPU, for what puts them together
-// (cpu/convolution/train.cpp).
+// Convolutions of a training step on the CPU (cpu/convolution/train.cpp).
 #pragma once
 
 #include <atomic>
@@ -8,7 +7,8 @@
 
 namespace fused_resnet {
 
-// How many passes of each kind this process has run: what a step computes is a promise.
+// Number of passes of each kind that this process has run, by which tests check what a step
+// computes.
 struct ConvPasses {
   std::atomic<int64_t> convolutions, input_gradients, weight_gradients;
 };
@@ -18,22 +18,22 @@ Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
                    bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
                    std::vector<int64_t> dilation);
 
-// y = convolution(x, weight), and what bn_statistics says of it.
+// y = convolution(x, weight), and bn_statistics(y), fused.
 std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
                                                       std::vector<int64_t> stride,
                                                       std::vector<int64_t> padding,
                                                       std::vector<int64_t> dilation);
 
-// The padding of the convolution of stride 1 that the gradient of a convolution of weight (K, C, R,
-// S) by its input is; nothing where it is none.
+// The padding of the convolution of stride 1 that computes the input gradient of a convolution with
+// weight (K, C, R, S); nullopt if there is none.
 std::optional<std::vector<int64_t>> gradient_padding(const Tensor& weight,
                                                      const std::vector<int64_t>& stride,
                                                      const std::vector<int64_t>& padding,
                                                      const std::vector<int64_t>& dilation);
 
-// The gradient of that convolution by its input, dx of x's shape, where the input is a ReLU's
-// output that a norm made of x (N, C, H, W) by stats (2, C) float64, and norm_weight, norm_bias
-// (C,); and what bn_reduce says of dx and x, (3, C) float64, added up as dx is written.
+// The input gradient of that convolution, dx of x's shape, where the input is relu(norm(x)), x (N,
+// C, H, W), with stats (2, C) float64, and norm_weight, norm_bias (C,); and the sums of bn_reduce
+// of dx and x, (3, C) float64, accumulated as dx is written.
 std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
                                                    std::vector<int64_t> stride,
                                                    std::vector<int64_t> padding,
@@ -45,17 +45,17 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
                                    std::vector<int64_t> dilation);
 
-// The same where the convolution's input is a ReLU's output that a norm made of x by stats (2, C)
-// float64, norm_weight and norm_bias (C,): made again piece by piece, to the same bits.
+// The same where the convolution's input is relu(norm(x)) with stats (2, C) float64, norm_weight
+// and norm_bias (C,): recomputed range by range, bitwise equal.
 Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
                                  std::vector<int64_t> stride, std::vector<int64_t> padding,
                                  std::vector<int64_t> dilation, Tensor stats, Tensor norm_weight,
                                  Tensor norm_bias, double eps);
 
 // dy (N, K, P, Q) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
-// dx (N, C, H, W) channels_last of dy's dtype: the gradient of the convolution, of any stride and
-// padding and without dilation, by its input, plus `added` (N, C, H, W), whose memory dx then
-// takes. K and C multiples of 16, R * S at most kMostPackedTaps; stride and padding (2,).
+// dx (N, C, H, W) channels_last of dy's dtype: the input gradient of the convolution, of any stride
+// and padding and without dilation, plus `added` (N, C, H, W), which dx overwrites. K and C
+// multiples of 16, R * S at most kMaxPackedTaps; stride and padding (2,).
 Tensor strided_input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W,
                               std::optional<Tensor> added, std::vector<int64_t> stride,
                               std::vector<int64_t> padding);

@@ -1,4 +1,4 @@
-// The gradient of a training step's convolutions by their weights, on the CPU, by the kernels of
+// Weight gradients of a training step's convolutions, on the CPU, by the kernels of
 // cpu/convolution/weight_gradient_kernels.h and, for 3x3,
 // cpu/convolution/weight_gradient_winograd_kernels.h.
 #include "cpu/batch_norm/passes.h"
@@ -19,7 +19,8 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
   });
 }
 
-// out (count,) <- the sum of what body(begin, end, sums) leaves for every thread's rows, in order
+// out (count,) <- the sum over the tasks, in order, of what body(begin, end, sums) computes for
+// each task's rows
 template <typename Body>
 void sum_over_rows(int64_t rows, int64_t count, float* out, const Body& body) {
   const Split split(rows, 1, 1);
@@ -37,22 +38,22 @@ void sum_over_rows(int64_t rows, int64_t count, float* out, const Body& body) {
   });
 }
 
-// Whether threads share out the outputs, and each lays out all of x; else they share out the rows,
-// and their sums are to be added up.
-bool goes_by_outputs(const WeightGradient& g, int64_t outputs) {
+// Whether to split outputs over threads, each of which lays out all of x; else rows are split, and
+// the threads' sums added up.
+bool splits_outputs(const WeightGradient& g, int64_t outputs) {
   return g.pixels < 3 * outputs * g.R * g.S;
 }
 
-// out (K, R, S, C) float32 <- the gradient of the weights, over all rows and outputs
-void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
-  const auto kernel = cpu_kernels().conv_weight_gradient[form];
-  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[form];
+// out (K, R, S, C) float32 <- the weight gradient, over all rows and outputs
+void sum_weight_gradient(const WeightGradient& g, ConvVariant variant, float* out) {
+  const auto kernel = cpu_kernels().conv_weight_gradient[variant];
+  const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[variant];
   const int64_t taps = g.R * g.S, rows = g.N * g.P, weights = g.K * taps * g.C;
   if (g.pixels == 0) {
     std::fill_n(out, weights, 0.0f);
     return;
   }
-  if (goes_by_outputs(g, g.K)) {
+  if (splits_outputs(g, g.K)) {
     Split(g.K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
       const Scratch scratch(scratch_bytes(g, (end - begin) * 16));
       kernel(g, scratch.data(), 0, rows, begin * 16, end * 16, out + begin * 16 * taps * g.C);
@@ -65,18 +66,19 @@ void sum_weight_gradient(const WeightGradient& g, ConvForm form, float* out) {
   });
 }
 
-// Whether there is a kernel of Winograd's form for so many channels alone. It reads float32.
-bool is_16(const WeightGradient& g) {
+// Whether the Winograd kernel for exactly 16 channels applies. It reads float32.
+bool has_16_channels(const WeightGradient& g) {
   return g.C == 16 && g.K == 16 && cpu_kernels().winograd_gradient_16;
 }
 
-// The same for a 3x3 convolution of stride 1; false where a result is no finite number.
-bool sum_winograd_gradient(const WeightGradient& g, ConvForm form, float* out) {
+// The same for a 3x3 convolution of stride 1, by the Winograd algorithm; false if a result is
+// non-finite.
+bool sum_winograd_gradient(const WeightGradient& g, ConvVariant variant, float* out) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t m = g.winograd_tile, weights = g.K * winograd_products(m) * g.C;
   const int64_t tiles = winograd_tiles(g.N, g.P, g.Q, m);
-  const bool sixteen = is_16(g);
-  const bool by_outputs = !sixteen && goes_by_outputs(g, g.K);
+  const bool sixteen = has_16_channels(g);
+  const bool by_outputs = !sixteen && splits_outputs(g, g.K);
   const int64_t granule = sixteen ? kTilesOf16 : 1;
   const Split split(by_outputs ? g.K / 16 : tiles, granule, granule);
   const int64_t parts = by_outputs ? 1 : split.tasks;
@@ -87,11 +89,11 @@ bool sum_winograd_gradient(const WeightGradient& g, ConvForm form, float* out) {
     const int64_t outputs = by_outputs ? (end - begin) * 16 : g.K;
     const Scratch scratch(kernels.winograd_gradient_scratch(g, outputs));
     if (by_outputs)
-      kernels.winograd_gradient[form](g, scratch.data(), 0, tiles, begin * 16, end * 16,
-                                      sums_ptr + begin * 16 * (weights / g.K));
+      kernels.winograd_gradient[variant](g, scratch.data(), 0, tiles, begin * 16, end * 16,
+                                         sums_ptr + begin * 16 * (weights / g.K));
     else
-      kernels.winograd_gradient[form](g, scratch.data(), begin, end, 0, g.K,
-                                      sums_ptr + task * weights);
+      kernels.winograd_gradient[variant](g, scratch.data(), begin, end, 0, g.K,
+                                         sums_ptr + task * weights);
   });
   const Split finish(g.K, 1, 8);
   std::vector<char> finite(static_cast<size_t>(finish.tasks), 0);
@@ -103,13 +105,14 @@ bool sum_winograd_gradient(const WeightGradient& g, ConvForm form, float* out) {
   return std::find(finite.begin(), finite.end(), 0) == finite.end();
 }
 
-// What the gradient of a convolution's weights is made of, checked.
+// The checked operands of a weight gradient.
 WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor& x, int64_t R,
                                   int64_t S, const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding,
                                   const std::vector<int64_t>& dilation) {
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_serves(dtype), op, ": no kernel for ", name_of(x.scalar_type()), " on this processor");
+  check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
+        " on this processor");
   const Layout4d in = layout_of(op, x), out = layout_of(op, dy);
   check((in.channels_last || in.C == 1) && out.channels_last && dy.scalar_type() == x.scalar_type(),
         op, ": x and dy must be channels_last and of one dtype, got strides ", strides_of(x),
@@ -125,7 +128,8 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
   g.pixels = g.N * g.P * g.Q, g.x_pixels = g.N * g.H * g.W;
   check(dy.size(0) == g.N && g.P == out_size(g.H, R, g.stride_h, g.pad_h, g.dilation_h) &&
             g.Q == out_size(g.W, S, g.stride_w, g.pad_w, g.dilation_w),
-        op, ": dy of shape ", shape_of(dy), " is not of x's shape ", shape_of(x), " convolved");
+        op, ": dy of shape ", shape_of(dy), " does not match x of shape ", shape_of(x),
+        " convolved");
   return g;
 }
 
@@ -133,43 +137,43 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
 
 namespace {
 
-// m of Winograd's form F(m x m, 3x3) that a gradient is computed in, or 0.
-int64_t winograd_tile_of(const WeightGradient& g, ConvForm form) {
+// m of the Winograd algorithm F(m x m, 3x3) that computes a gradient, or 0.
+int64_t winograd_tile_of(const WeightGradient& g, ConvVariant variant) {
   ConvBnRelu conv{};
   conv.N = g.N, conv.C = g.C, conv.K = g.K, conv.P = g.P, conv.Q = g.Q, conv.R = g.R, conv.S = g.S;
   conv.stride_h = g.stride_h, conv.stride_w = g.stride_w;
   conv.dilation_h = g.dilation_h, conv.dilation_w = g.dilation_w;
-  return winograd_tile_of_step(conv, form, kMostWinogradWeights);
+  return winograd_tile_of_step(conv, variant, kMaxWinogradWeights);
 }
 
-// How the sums of a gradient are shared out and computed.
-struct Ways {
-  ConvForm form;
+// How a gradient is computed and split over threads.
+struct GradientAlgorithm {
+  ConvVariant variant;
   bool pointwise;
   int64_t winograd_tile;
-  bool swapped;     // x and dy have changed places, and so have K and C
-  bool by_outputs;  // else by rows (of tiles)
+  bool swapped;     // x and dy are swapped, and so are K and C
+  bool by_outputs;  // outputs are split, else rows (of tiles)
 
-  Ways(const WeightGradient& g, DtypeIndex dtype) : form(*conv_form(dtype)) {
-    const bool strides = g.stride_h * g.stride_w > 1, some = g.pixels > 0;
-    pointwise = some && !strides && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
-    // The transposed operand costs more to lay out: let it be the one of fewer channels.
+  GradientAlgorithm(const WeightGradient& g, DtypeIndex dtype) : variant(*conv_variant(dtype)) {
+    const bool strides = g.stride_h * g.stride_w > 1, nonempty = g.pixels > 0;
+    pointwise = nonempty && !strides && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
+    // The transposed operand costs more to lay out: use the one with fewer channels.
     swapped = pointwise && g.K > g.C;
-    winograd_tile = some ? winograd_tile_of(g, form) : 0;
-    by_outputs = goes_by_outputs(g, swapped ? g.C : g.K);
+    winograd_tile = nonempty ? winograd_tile_of(g, variant) : 0;
+    by_outputs = splits_outputs(g, swapped ? g.C : g.K);
   }
 };
 
-Tensor weight_gradient_by(WeightGradient g, const Ways& ways, const Tensor& dy, const Tensor& x) {
-  const ConvForm form = ways.form;
+Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, const Tensor& dy,
+                          const Tensor& x) {
+  const ConvVariant variant = algorithm.variant;
   Tensor dweight = pooled_channels_last(g.K, g.C, g.R, g.S, ScalarType::Float);
   ++conv_passes().weight_gradients;
-  if (ways.pointwise) {
-    // Rows as long as one chain of additions, or a little shorter, so that threads get equal
-    // shares.
+  if (algorithm.pointwise) {
+    // Rows as long as one chain of additions, or slightly shorter for equal shares of the threads.
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    const int64_t pair = form == kBFloatPairs ? 2 : 1,
-                  longest = cpu_kernels().gradient_piece[form] * pair;
+    const int64_t pair = variant == kBFloatPairs ? 2 : 1,
+                  longest = cpu_kernels().gradient_chain[variant] * pair;
     const int64_t rows = round_up((g.pixels + longest - 1) / longest, threads);
     g.N = 1, g.Q = round_up((g.pixels + rows - 1) / rows, pair);
     g.P = (g.pixels + g.Q - 1) / g.Q;
@@ -178,24 +182,24 @@ Tensor weight_gradient_by(WeightGradient g, const Ways& ways, const Tensor& dy, 
   Tensor result = dweight;
   const std::vector<float> zeros(static_cast<size_t>(g.C), 0.0f);
   g.zeros = zeros.data();
-  if (ways.winograd_tile > 0) {
-    WeightGradient ready = g;
-    ready.winograd_tile = ways.winograd_tile;
+  if (algorithm.winograd_tile > 0) {
+    WeightGradient prepared = g;
+    prepared.winograd_tile = algorithm.winograd_tile;
     std::optional<Operand> wide_x, wide_dy;
-    if (is_16(g)) {
-      wide_x.emplace(x, form), wide_dy.emplace(dy, form);
-      ready.x = wide_x->data(), ready.dy = wide_dy->data();
+    if (has_16_channels(g)) {
+      wide_x.emplace(x, variant), wide_dy.emplace(dy, variant);
+      prepared.x = wide_x->data(), prepared.dy = wide_dy->data();
     }
-    if (sum_winograd_gradient(ready, form, static_cast<float*>(dweight.mutable_data_ptr())))
+    if (sum_winograd_gradient(prepared, variant, static_cast<float*>(dweight.mutable_data_ptr())))
       return dweight;
   }
-  if (ways.swapped) {
+  if (algorithm.swapped) {
     std::swap(g.x, g.dy), std::swap(g.C, g.K);
-    g.makes_dy = true;
+    g.recomputes_dy = true;
     result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);
   }
-  sum_weight_gradient(g, form, static_cast<float*>(result.mutable_data_ptr()));
-  if (ways.swapped)
+  sum_weight_gradient(g, variant, static_cast<float*>(result.mutable_data_ptr()));
+  if (algorithm.swapped)
     transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
               static_cast<float*>(dweight.mutable_data_ptr()));
   return dweight;
@@ -206,34 +210,34 @@ WeightGradient packed_weight_gradient_of(const char* op, const Tensor& dy, const
                                          const std::vector<int64_t>& padding,
                                          const std::vector<int64_t>& dilation) {
   const WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
-  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMostPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMostPackedTaps,
-        ", got x of shape ", shape_of(x), ", dy of shape ", shape_of(dy));
+  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMaxPackedTaps, op,
+        ": channels must be multiples of 16 and taps at most ", kMaxPackedTaps, ", got x of shape ",
+        shape_of(x), ", dy of shape ", shape_of(dy));
   return g;
 }
 
-// relu(norm(x)), x (N, C, H, W) channels_last, not float64, some pixels at a time into memory of
-// each thread's own.
+// Computes relu(norm(x)), x (N, C, H, W) channels_last, not float64, for a range of pixels at a
+// time, into thread-local memory.
 class NormedPixels {
  public:
   NormedPixels(const Tensor& x, const Norm& norm)
-      : plan_(layout_of("normalised", x)),
+      : partition_(layout_of("normalised", x)),
         kernel_(cpu_kernels().bn_apply_rows[dtype_index("normalised", "x", x)]),
-        mean_(spread<float>(plan_, norm.stats.mean)),
-        scale_(spread<float>(plan_, affine_of<float>(norm).scale)),
-        shift_(spread<float>(plan_, affine_of<float>(norm).shift)),
+        mean_(spread<float>(partition_, norm.stats.mean)),
+        scale_(spread<float>(partition_, affine_of<float>(norm).scale)),
+        shift_(spread<float>(partition_, affine_of<float>(norm).shift)),
         x_(static_cast<const char*>(x.const_data_ptr())),
-        pixel_bytes_(plan_.layout.C * static_cast<int64_t>(x.element_size())) {}
+        pixel_bytes_(partition_.layout.C * static_cast<int64_t>(x.element_size())) {}
 
-  // As WeightGradient::make says; context: one of these.
-  static const void* make(const void* context, int64_t begin, int64_t end) {
+  // Implements WeightGradient::recompute; context: a NormedPixels.
+  static const void* recompute(const void* context, int64_t begin, int64_t end) {
     thread_local std::vector<char> memory;
     const auto& self = *static_cast<const NormedPixels*>(context);
     const int64_t bytes = std::max<int64_t>(end - begin, 0) * self.pixel_bytes_ + 2 * kLineBytes;
     memory.resize(std::max(memory.size(), static_cast<size_t>(bytes)));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     char* y = memory.data() + (kLineBytes - address % kLineBytes);
-    for_joined_rows(self.plan_.layout.C, end - begin,
+    for_joined_rows(self.partition_.layout.C, end - begin,
                     [&](const Walk& walk, int64_t first, int64_t rows) {
                       BnForward bn{};
                       bn.walk = walk, bn.relu = true;
@@ -247,7 +251,7 @@ class NormedPixels {
   }
 
  private:
-  Plan plan_;
+  Partition partition_;
   void (*kernel_)(const BnForward&, int64_t begin, int64_t end);
   std::vector<float> mean_, scale_, shift_;
   const char* x_;
@@ -263,7 +267,8 @@ Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                                    std::vector<int64_t> dilation) {
   const WeightGradient g = packed_weight_gradient_of("convolution_weight_gradient", dy, x, R, S,
                                                      stride, padding, dilation);
-  return weight_gradient_by(g, Ways(g, dtype_index("convolution_weight_gradient", "x", x)), dy, x);
+  return weight_gradient_by(
+      g, GradientAlgorithm(g, dtype_index("convolution_weight_gradient", "x", x)), dy, x);
 }
 
 Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
@@ -272,43 +277,43 @@ Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
                                  Tensor norm_bias, double eps) {
   constexpr const char* op = "weight_gradient_of_normed";
   WeightGradient g = packed_weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
-  const Ways ways(g, dtype_index(op, "x", x));
-  // Each thread makes what it needs of x: all of it where it has outputs of its own. With 16
-  // channels Winograd's form reads tensors alone.
-  const bool as_a_whole = ways.winograd_tile > 0 && is_16(g);
-  if (g.pixels == 0 || ways.by_outputs || as_a_whole)
+  const GradientAlgorithm algorithm(g, dtype_index(op, "x", x));
+  // Each thread recomputes what it reads of relu(norm(x)), which is all of it if outputs are split.
+  // Then, and for the Winograd kernel for 16 channels, which reads only tensors, it is computed
+  // once as a tensor.
+  const bool needs_tensor = algorithm.winograd_tile > 0 && has_16_channels(g);
+  if (g.pixels == 0 || algorithm.by_outputs || needs_tensor)
     return convolution_weight_gradient(
         dy, bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, true), R, S, stride,
         padding, dilation);
   const NormedPixels source(x, norm_of<float>(op, stats, norm_weight, norm_bias, eps, g.C, x));
-  g.make = NormedPixels::make, g.context = &source;
-  return weight_gradient_by(g, ways, dy, x);
+  g.recompute = NormedPixels::recompute, g.context = &source;
+  return weight_gradient_by(g, algorithm, dy, x);
 }
 
 namespace {
 
-// dy (N, K, P, Q), x (N, C, H, W) of few channels, channels_last, float32 or bfloat16 -> (R, S C,
+// dy (N, K, P, Q), x (N, C, H, W) with few channels, channels_last, float32 or bfloat16 -> (R, S C,
 // K), float32: dweight of a convolution without dilation, (K, C, R, S) in another order.
 Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
                               std::vector<int64_t> stride, std::vector<int64_t> padding) {
   constexpr const char* op = "narrow_weight_gradient";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, {1, 1});
-  check(g.K % 16 == 0 && R <= kMostNarrowRows && S * g.C >= cpu_kernels().tile_pixels, op,
-        ": dy must have a multiple of 16 channels, x and taps must make ",
-        cpu_kernels().tile_pixels, " values or more a row, in at most ", kMostNarrowRows,
-        " rows, got dy of shape ", shape_of(dy), ", x of shape ", shape_of(x), ", taps ", R, " x ",
-        S);
+  check(g.K % 16 == 0 && R <= kMaxNarrowRows && S * g.C >= cpu_kernels().tile_pixels, op,
+        ": dy must have a multiple of 16 channels, S * C must be at least ",
+        cpu_kernels().tile_pixels, " and R at most ", kMaxNarrowRows, ", got dy of shape ",
+        shape_of(dy), ", x of shape ", shape_of(x), ", taps ", R, " x ", S);
   Tensor sums = torch::stable::new_empty(x, {R, S * g.C, g.K}, ScalarType::Float);
   auto* sums_ptr = static_cast<float*>(sums.mutable_data_ptr());
   if (g.pixels == 0) {
     std::fill_n(sums_ptr, sums.numel(), 0.0f);
     return sums;
   }
-  const ConvForm form = *conv_form(dtype);
-  const Operand wide_x(x, form), wide_dy(dy, form);
+  const ConvVariant variant = *conv_variant(dtype);
+  const Operand wide_x(x, variant), wide_dy(dy, variant);
   g.x = wide_x.data(), g.dy = wide_dy.data();
-  const auto kernel = cpu_kernels().narrow_gradient[form == kBFloatPairs ? form : kFloat];
+  const auto kernel = cpu_kernels().narrow_gradient[variant == kBFloatPairs ? variant : kFloat];
   sum_over_rows(g.N * g.P, sums.numel(), sums_ptr, [&](int64_t begin, int64_t end, float* out) {
     const Scratch scratch(cpu_kernels().narrow_gradient_scratch(g));
     kernel(g, scratch.data(), begin, end, out);

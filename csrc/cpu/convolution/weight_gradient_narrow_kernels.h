@@ -1,17 +1,18 @@
-// The gradient of the weights of a convolution of few input channels, a network's stem:
+// The weight gradient of a convolution with few input channels, a network's stem:
 //
-//   out[r][s C + c][k] = sum over n, p, q of x[n, p stride - pad + r, q stride - pad + s, c] dy[n,
-//   p, q, k]
+//   out[r][s C + c][k] = sum over n, p, q of x[n, p stride - pad + r, q stride - pad + s, c]
+//                        * dy[n, p, q, k]
 //
-// over channels_last tensors. As in cpu/convolution/weight_gradient_kernels.h, with the operands'
-// parts changed: the S C values of x that a row of taps reads for one pixel are what is broadcast,
-// laid out so that each one's pixels lie next to each other, and serve every r; dy is what is read
-// in vectors.
+// over channels_last tensors. As in cpu/convolution/weight_gradient_kernels.h, with the roles of
+// the operands swapped: the broadcast operand is the S C values of x that a row of taps reads for
+// one pixel, laid out with the pixels of each value contiguous, which serve every r; the vector
+// operand is dy.
 #pragma once
 
 #include "cpu/convolution/weight_gradient_kernels.h"
 
-// Laid out at a time. Fewer read x's rows around the taps too often: 512 take 1.03 of the time.
+// Pixels laid out at a time. With fewer, x's rows around the taps are read too often: 512 take 1.03
+// of the time.
 constexpr int64_t kNarrowPixels = 2048;
 
 struct NarrowPanel {
@@ -38,8 +39,8 @@ int64_t narrow_gradient_scratch(const WeightGradient& g) {
          lines_of(g.C * g.stride_w * panel.columns * 4) + 64;
 }
 
-// One row of x: (value, pitch), zeros where a tap reads outside. planes: room for the row parted by
-// channel and phase, whose shifts the values are; zeros in the padding.
+// One row of x: (value, pitch), zeros where a tap reads outside. planes: scratch for the row split
+// by channel and phase, of which the values are shifted copies; zeros in the padding.
 template <typename T>
 FR_INLINE void spread_values(const WeightGradient& g, const NarrowPanel& panel, int64_t row,
                              T* planes, T* to) {
@@ -62,19 +63,19 @@ FR_INLINE void spread_values(const WeightGradient& g, const NarrowPanel& panel, 
 
 template <typename Dot, int vectors>
 FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, int64_t k,
-                            const char* const* table, const int64_t* entries, bool again,
+                            const char* const* table, const int64_t* entries, bool accumulate,
                             float* out) {
   constexpr int64_t size = sizeof(typename Dot::D::T), pair = Dot::pair;
   const int64_t steps = (g.Q + pair - 1) / pair;
-  const int64_t at_once = steps < gradient_piece(pair) ? gradient_piece(pair) / steps : 1;
+  const int64_t at_once = steps < gradient_chain(pair) ? gradient_chain(pair) / steps : 1;
   Fetch none{};
   for (int64_t r = 0; r < g.R; ++r)
     for (int64_t j = 0; j < panel.values; j += kTilePixels) {
       const int64_t start = j + kTilePixels <= panel.values ? j : panel.values - kTilePixels;
       alignas(64) float sum[kSums];
       for (int64_t row = 0; row < entries[r]; row += at_once) {
-        const int64_t some = entries[r] - row < at_once ? entries[r] - row : at_once;
-        sum_rows<Dot, vectors>(table + (r * panel.rows + row) * 8, some, steps,
+        const int64_t chunk = entries[r] - row < at_once ? entries[r] - row : at_once;
+        sum_rows<Dot, vectors>(table + (r * panel.rows + row) * 8, chunk, steps,
                                start * panel.pitch * size, 0, row > 0, none, sum);
       }
       for (int64_t i = j - start; i < kTilePixels; ++i) {
@@ -82,7 +83,7 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
 #pragma GCC unroll 8
         for (int64_t lane = 0; lane < vectors * 16; lane += kLanes) {
           vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + lane) : vf{};
-          if (again) value += load_any<vf>(to + lane);
+          if (accumulate) value += load_any<vf>(to + lane);
           store_any(to + lane, value);
         }
       }
@@ -90,7 +91,7 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
 }
 
 // out (R, S C, K) <- the sum over output rows [begin, end); scratch aligned to 64 bytes. At least 7
-// values, at most 16 rows of taps, K a multiple of 16.
+// values, at most kMaxNarrowRows rows of taps, K a multiple of 16.
 template <typename Dot>
 void narrow_gradient(const WeightGradient& g, char* scratch, int64_t begin, int64_t end,
                      float* out) {
@@ -103,7 +104,7 @@ void narrow_gradient(const WeightGradient& g, char* scratch, int64_t begin, int6
       reinterpret_cast<T*>(reinterpret_cast<char*>(table) + lines_of(g.R * panel.rows * 64));
   for (int64_t i = 0; i < g.C * g.stride_w * panel.columns; ++i) planes[i] = 0;
   const int64_t slot_values = panel.values * panel.pitch;
-  // dy as gather_x_row lays out x: rows of Q pixels of K channels.
+  // dy in the layout that gather_x_row makes of x: rows of Q pixels of K channels.
   WeightGradient vectors_of = g;
   vectors_of.x = g.dy, vectors_of.C = g.K, vectors_of.W = g.Q, vectors_of.x_pixels = g.pixels;
   vectors_of.stride_w = 1, vectors_of.pad_w = 0;
@@ -114,16 +115,16 @@ void narrow_gradient(const WeightGradient& g, char* scratch, int64_t begin, int6
     for (int64_t k = 0; k < g.K; k += 64) {
       const int64_t vectors = (g.K - k) / 16 < 4 ? (g.K - k) / 16 : 4;
       const int64_t row_bytes = panel.pitch / Dot::pair * vectors * 64;
-      int64_t entries[kMostNarrowRows] = {}, slot = 0, row = 0;
+      int64_t entries[kMaxNarrowRows] = {}, slot = 0, row = 0;
       while (row < rows) {
         const int64_t n = (first + row) / g.P, p = (first + row) % g.P;
-        const int64_t some = rows - row < g.P - p ? rows - row : g.P - p;
+        const int64_t chunk = rows - row < g.P - p ? rows - row : g.P - p;
         const int64_t top = p * g.stride_h - g.pad_h;
-        const int64_t bottom = (p + some - 1) * g.stride_h - g.pad_h + g.R - 1;
+        const int64_t bottom = (p + chunk - 1) * g.stride_h - g.pad_h + g.R - 1;
         const int64_t low = top < 0 ? 0 : top, high = bottom < g.H ? bottom : g.H - 1;
         for (int64_t h = low; h <= high && k == 0; ++h)
           spread_values(g, panel, n * g.H + h, planes, x + (slot + h - low) * slot_values);
-        for (int64_t i = 0; i < some; ++i) {
+        for (int64_t i = 0; i < chunk; ++i) {
           gather_x_row<Dot>(vectors_of, rows_of, first + row + i, k, vectors,
                             dy + (row + i) * row_bytes);
           for (int64_t r = 0; r < g.R; ++r) {
@@ -137,7 +138,7 @@ void narrow_gradient(const WeightGradient& g, char* scratch, int64_t begin, int6
           }
         }
         slot += high < low ? 0 : high - low + 1;
-        row += some;
+        row += chunk;
       }
       const auto run = vectors == 4   ? narrow_block<Dot, 4>
                        : vectors == 3 ? narrow_block<Dot, 3>

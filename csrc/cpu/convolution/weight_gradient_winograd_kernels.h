@@ -1,49 +1,49 @@
-// The gradient of a 3x3, stride 1 convolution's weights by Winograd's minimal filtering: the
-// transpose of what cpu/convolution/winograd_kernels.h computes, (m + 2)^2 multiplications in
-// float32 for the 9 m^2 that an m x m tile of dy takes directly.
+// The weight gradient of a 3x3, stride 1 convolution by Winograd's minimal filtering: the transpose
+// of cpu/convolution/winograd_kernels.h, (m + 2)^2 multiplications in float32 for the 9 m^2 that an
+// m x m tile of dy takes directly.
 //
 //   dg = G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G     B, G, A: as in
 //   cpu/convolution/winograd_kernels.h
 //
 // The sums over tiles are matrix products by the assembly of
-// cpu/convolution/weight_gradient_kernels.h: for some tiles at a time, transformed x in blocks of
-// 64 channels (m + 2, block, tile, 64) and transformed dy with every output's tiles next to each
-// other (m + 2, K, tiles). A row of the transforms at a time: those of one row fit the second-level
-// cache with their sums, where all of them, of 128 channels 4.8 MB, went out to memory and back (m
-// = 2: 0.90 of the time at 28 x 28, 0.95 of 256 channels at 14 x 14). The sums, (K, products, C),
-// are added to in memory.
+// cpu/convolution/weight_gradient_kernels.h: for a range of tiles at a time, transformed x in
+// blocks of 64 channels (m + 2, block, tile, 64) and transformed dy with the tiles of every output
+// contiguous (m + 2, K, tiles). One row of the transforms is processed at a time: with its sums it
+// fits the second-level cache, where all rows, 4.8 MB for 128 channels, were written to memory and
+// read back (m = 2: 0.90 of the time at 28 x 28, 0.95 for 256 channels at 14 x 14). The sums, (K,
+// products, C), are accumulated in memory.
 //
 // Error, m = 2: up to 2.0 times stock's where few pixels are summed, less than stock's on large
-// layers. m = 4: of bfloat16 alone, rms 2e-6 of the result, where stock loses 2e-3 by rounding it.
-// An Inf or NaN, or a sum that overflows where the direct one would not, shows in the result, which
-// is then computed directly.
+// layers. m = 4, only for bfloat16: rms 2e-6 of the result, where stock loses 2e-3 by rounding it.
+// An Inf or NaN, or a sum that overflows where the direct one would not, makes the result
+// non-finite, which is then computed directly.
 //
-// Measured, time of the dot product of bfloat16 on Zen 4: m = 4, 0.78 of 64 channels at 56 x 56 and
-// of 128 at 28 x 28, 0.90 of 256 at 14 x 14.
+// Measured on Zen 4, against the bfloat16 dot product: m = 4, 0.78 of the time for 64 channels at
+// 56 x 56 and for 128 at 28 x 28, 0.90 for 256 at 14 x 14.
 #pragma once
 
 #include "cpu/convolution/weight_gradient_kernels.h"
 #include "cpu/convolution/winograd_kernels.h"
 
-// Tiles in one chain of additions: so few of float32, because the transforms add errors of their
-// own. With 56 the error was 2.4 times stock's where few pixels are summed, with 32 it is 2.0; no
-// slower. Of bfloat16, all that are laid out (0.93 of the time).
+// Tiles in one chain of additions. Few for float32, because the transforms add errors: with 56 the
+// error was 2.4 times stock's where few pixels are summed, with 32 it is 2.0, at the same speed.
+// For bfloat16, all that are laid out (0.93 of the time).
 constexpr int64_t tiles_summed(int64_t m) { return m == 2 ? 32 : gradient_tiles(m); }
-// Floats between two outputs' tiles: no multiple of a page, as in gradient_panel.
-constexpr int64_t tiles_apart(int64_t m) { return gradient_tiles(m) + 16; }
+// Floats between the tiles of two outputs: not a multiple of a page, as in gradient_panel.
+constexpr int64_t tile_stride(int64_t m) { return gradient_tiles(m) + 16; }
 
 int64_t winograd_gradient_scratch(const WeightGradient& g, int64_t outputs) {
   const int64_t m = g.winograd_tile;
-  return (m + 2) * 4 * (gradient_tiles(m) * g.C + outputs * tiles_apart(m)) + 128;
+  return (m + 2) * 4 * (gradient_tiles(m) * g.C + outputs * tile_stride(m)) + 128;
 }
 
-// Row `row` of B^T d B of one tile; its results of channels [begin, end) go to v, `pitch` floats
+// Row `row` of B^T d B of one tile; the results for channels [begin, end) go to v, `pitch` floats
 // apart.
 template <typename D, int m, int row>
 FR_INLINE void winograd_input_row(const WeightGradient& g, int64_t tile, int64_t begin, int64_t end,
                                   float* v, int64_t pitch) {
   typedef typename D::T T;
-  constexpr int size = Minimal<m>::size;
+  constexpr int size = WinogradTransform<m>::size;
   const TilePlace at = TilePlace::of(g.P, g.Q, m, tile);
   const int64_t top = at.p - g.pad_h, left = at.q - g.pad_w;
   const auto* x = static_cast<const T*>(g.x) + at.n * g.H * g.W * g.C;
@@ -59,8 +59,8 @@ FR_INLINE void winograd_input_row(const WeightGradient& g, int64_t tile, int64_t
     vf t[size], out[size];
 #pragma GCC unroll 6
     for (int j = 0; j < size; ++j)
-      t[j] = Minimal<m>::template input<row>([&](int i)
-                                                 FR_LAMBDA { return D::load(d[i][j] + channel); });
+      t[j] = WinogradTransform<m>::template input<row>(
+          [&](int i) FR_LAMBDA { return D::load(d[i][j] + channel); });
     transform_input<m>([&](int j) FR_LAMBDA { return t[j]; }, out, 1);
 #pragma GCC unroll 6
     for (int j = 0; j < size; ++j) store_any(v + channel - begin + j * pitch, out[j]);
@@ -68,15 +68,15 @@ FR_INLINE void winograd_input_row(const WeightGradient& g, int64_t tile, int64_t
 }
 
 // Row `row` of A dY A^T for 16 outputs from k on of tiles [first, first + count): to (m + 2,
-// outputs, tiles), the m + 2 of them `pitch` floats apart.
+// outputs, tiles), of which the first dimension has a stride of `pitch` floats.
 template <typename D, int m, int row>
 FR_INLINE void winograd_dy_row(const WeightGradient& g, int64_t first, int64_t count, int64_t k,
                                float* to, int64_t pitch) {
-  constexpr int size = Minimal<m>::size;
+  constexpr int size = WinogradTransform<m>::size;
   const auto* dy = static_cast<const typename D::T*>(g.dy);
   for (int64_t t = 0; t < count; t += kLanes)
     for (int64_t lane = 0; lane < 16; lane += kLanes) {
-      alignas(64) vf made[size][kLanes];  // (of the m + 2, tile): vectors of outputs
+      alignas(64) vf transformed[size][kLanes];  // (m + 2, tile): vectors of outputs
       for (int64_t i = 0; i < kLanes; ++i) {
         vf r[m] = {};
         if (t + i < count) {
@@ -85,39 +85,39 @@ FR_INLINE void winograd_dy_row(const WeightGradient& g, int64_t first, int64_t c
           const int64_t rows = g.P - at.p, columns = g.Q - at.q;
 #pragma GCC unroll 4
           for (int j = 0; j < m; ++j)
-            r[j] = Minimal<m>::template dy<row>([&](int h) FR_LAMBDA {
+            r[j] = WinogradTransform<m>::template dy<row>([&](int h) FR_LAMBDA {
               return h < rows && j < columns ? D::load(from + (h * g.Q + j) * g.K) : vf{};
             });
         }
-        transform_dy<m>([&](int j) FR_LAMBDA { return r[j]; }, &made[0][i], kLanes);
+        transform_dy<m>([&](int j) FR_LAMBDA { return r[j]; }, &transformed[0][i], kLanes);
       }
       for (int64_t j = 0; j < size; ++j) {
-        transpose_square(made[j]);
+        transpose_square(transformed[j]);
         for (int64_t i = 0; i < kLanes; ++i)
-          store_any(to + j * pitch + (lane + i) * tiles_apart(m) + t, made[j][i]);
+          store_any(to + j * pitch + (lane + i) * tile_stride(m) + t, transformed[j][i]);
       }
     }
 }
 
-// sums (outputs, products, C) += or, at first, = over `count` tiles, for a block of channels from c
-// on; x and dy: one of the transforms of each.
+// sums (outputs, products, C) = or, with `accumulate`, += over `count` tiles, for a block of
+// channels from c on; x and dy: one element of the transforms of each.
 template <int vectors, int m>
 FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, const float* dy,
                                        int64_t count, int64_t c, int64_t outputs, int64_t which,
-                                       bool again, Fetch& fetch, GradientReads& reads,
+                                       bool accumulate, Fetch& fetch, GradientReads& reads,
                                        float* sums) {
   constexpr int64_t products = winograd_products(m);
   const char* table[8];
   for (int64_t j = 0; j < kTilePixels; ++j)
-    table[j] = reinterpret_cast<const char*>(dy + j * tiles_apart(m));
+    table[j] = reinterpret_cast<const char*>(dy + j * tile_stride(m));
   table[7] = x;
   const int64_t wide = wide_outputs(outputs);
   for (int64_t k = 0; k < outputs;) {
     const int64_t width = k < wide ? kTilePixels : kTilePixels - 1, end = k < wide ? wide : outputs;
     const int64_t start = k + width <= end ? k : end - width;
-    const int64_t channel = start * tiles_apart(m) * 4;
+    const int64_t channel = start * tile_stride(m) * 4;
     float* to = sums + (start * products + which) * g.C + c;
-    fetch.written = {reinterpret_cast<const char*>(to), products * g.C * 4, width};
+    fetch.write = {reinterpret_cast<const char*>(to), products * g.C * 4, width};
     if (k == wide) table[kTilePixels - 1] = nullptr;
     alignas(64) float sum[kSums];
     for (int64_t t = 0; t < count; t += tiles_summed(m)) {
@@ -130,7 +130,7 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
 #pragma GCC unroll 8
       for (int64_t j = 0; j < vectors * 16; j += kLanes) {
         vf value = load_any<vf>(sum + 64 * i + j);
-        if (again) value += load_any<vf>(to + i * products * g.C + j);
+        if (accumulate) value += load_any<vf>(to + i * products * g.C + j);
         store_any(to + i * products * g.C + j, value);
       }
     }
@@ -138,17 +138,17 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
   }
 }
 
-// What tiles [first, first + count) add to the sums of a row, for outputs [k_begin, k_end).
+// Adds tiles [first, first + count) to the sums of a row, for outputs [k_begin, k_end).
 template <typename D, int m, int row>
 FR_INLINE void winograd_gradient_row(const WeightGradient& g, char* scratch, int64_t first,
-                                     int64_t count, int64_t k_begin, int64_t k_end, bool again,
+                                     int64_t count, int64_t k_begin, int64_t k_end, bool accumulate,
                                      GradientReads reads, float* sums) {
-  constexpr int size = Minimal<m>::size;
+  constexpr int size = WinogradTransform<m>::size;
   constexpr int64_t room = gradient_tiles(m);
   const int64_t outputs = k_end - k_begin;
   auto* x = reinterpret_cast<float*>(scratch);
   float* dy = x + size * room * g.C;
-  const int64_t x_pitch = room * g.C, dy_pitch = outputs * tiles_apart(m);
+  const int64_t x_pitch = room * g.C, dy_pitch = outputs * tile_stride(m);
   for (int64_t c = 0; c < g.C; c += 64) {
     const int64_t channels = g.C - c < 64 ? g.C - c : 64;
     for (int64_t tile = 0; tile < count; ++tile)
@@ -156,7 +156,7 @@ FR_INLINE void winograd_gradient_row(const WeightGradient& g, char* scratch, int
                                     x + c * room + tile * channels, x_pitch);
   }
   for (int64_t k = 0; k < outputs; k += 16)
-    winograd_dy_row<D, m, row>(g, first, count, k_begin + k, dy + k * tiles_apart(m), dy_pitch);
+    winograd_dy_row<D, m, row>(g, first, count, k_begin + k, dy + k * tile_stride(m), dy_pitch);
   Fetch fetch{};
   for (int64_t i = 0; i < size; ++i)
     for (int64_t c = 0; c < g.C; c += 64) {
@@ -166,7 +166,7 @@ FR_INLINE void winograd_gradient_row(const WeightGradient& g, char* scratch, int
                        : vectors == 2 ? winograd_gradient_block<2, m>
                                       : winograd_gradient_block<1, m>;
       run(g, reinterpret_cast<const char*>(x + i * x_pitch + c * room), dy + i * dy_pitch, count, c,
-          outputs, size * row + i, again, fetch, reads, sums);
+          outputs, size * row + i, accumulate, fetch, reads, sums);
     }
 }
 
@@ -176,9 +176,9 @@ FR_INLINE void winograd_gradient_of(const WeightGradient& g, char* scratch, int6
   typedef typename D::T T;
   for (int64_t first = begin; first < end; first += gradient_tiles(m)) {
     const int64_t count = end - first < gradient_tiles(m) ? end - first : gradient_tiles(m);
-    const bool again = first > begin;
-    // The next tiles, read once per row of the transforms, come while the last of these are
-    // multiplied.
+    const bool accumulate = first > begin;
+    // The next tiles, read once per row of the transforms, are prefetched during the last row of
+    // these.
     GradientReads reads{};
     if (first + count < end) {
       const TilePlace next = TilePlace::of(g.P, g.Q, m, first + count);
@@ -191,10 +191,10 @@ FR_INLINE void winograd_gradient_of(const WeightGradient& g, char* scratch, int6
     }
     const TilePlace top = TilePlace::of(g.P, g.Q, m, first);
     const TilePlace bottom = TilePlace::of(g.P, g.Q, m, first + count - 1);
-    const WeightGradient made =
-        with_made(g, top.n, top.p - g.pad_h, bottom.n, bottom.p - g.pad_h + m + 1);
-    const auto row = [&](auto add, const GradientReads& beside) FR_LAMBDA {
-      add(made, scratch, first, count, k_begin, k_end, again, beside, sums);
+    const WeightGradient recomputed =
+        with_recomputed(g, top.n, top.p - g.pad_h, bottom.n, bottom.p - g.pad_h + m + 1);
+    const auto row = [&](auto add, const GradientReads& row_reads) FR_LAMBDA {
+      add(recomputed, scratch, first, count, k_begin, k_end, accumulate, row_reads, sums);
     };
     row(winograd_gradient_row<D, m, 0>, {});
     row(winograd_gradient_row<D, m, 1>, {});
@@ -212,39 +212,39 @@ template <typename Dot>
 void winograd_gradient(const WeightGradient& g, char* scratch, int64_t begin, int64_t end,
                        int64_t k_begin, int64_t k_end, float* sums) {
   typedef typename Dot::D D;
-  if constexpr (winograd_serves(Dot::form, 2))
+  if constexpr (winograd_supported(Dot::variant, 2))
     if (g.winograd_tile == 2)
       return winograd_gradient_of<D, 2>(g, scratch, begin, end, k_begin, k_end, sums);
-  if constexpr (winograd_serves(Dot::form, 4))
+  if constexpr (winograd_supported(Dot::variant, 4))
     winograd_gradient_of<D, 4>(g, scratch, begin, end, k_begin, k_end, sums);
 }
 
 template <int m>
 FR_INLINE bool winograd_gradient_output_of(const float* sums, int64_t parts, int64_t part,
                                            int64_t outputs, int64_t C, float* out) {
-  constexpr int size = Minimal<m>::size;
+  constexpr int size = WinogradTransform<m>::size;
   vf finite = {};
   for (int64_t k = 0; k < outputs; ++k)
     for (int64_t c = 0; c < C; c += kLanes) {
       vf t[3][size];
 #pragma GCC unroll 6
       for (int j = 0; j < size; ++j) {
-        vf column[size], made[3];
+        vf column[size], taps[3];
 #pragma GCC unroll 6
         for (int i = 0; i < size; ++i) {
           const float* from = sums + (k * winograd_products(m) + i * size + j) * C + c;
           column[i] = load_any<vf>(from);
           for (int64_t p = 1; p < parts; ++p) column[i] += load_any<vf>(from + p * part);
         }
-        Minimal<m>::gradient(column, made);
+        WinogradTransform<m>::gradient(column, taps);
 #pragma GCC unroll 3
-        for (int i = 0; i < 3; ++i) t[i][j] = made[i];
+        for (int i = 0; i < 3; ++i) t[i][j] = taps[i];
       }
       float* to = out + k * 9 * C + c;
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
         vf row[3];
-        Minimal<m>::gradient(t[i], row);
+        WinogradTransform<m>::gradient(t[i], row);
 #pragma GCC unroll 3
         for (int j = 0; j < 3; ++j) {
           store_any(to + (3 * i + j) * C, row[j]);
@@ -255,8 +255,8 @@ FR_INLINE bool winograd_gradient_output_of(const float* sums, int64_t parts, int
   return !has_nan(finite);
 }
 
-// out (outputs, 3, 3, C) <- G^T (the sum of `parts` sums (outputs, products, C), `part` floats
-// apart) G. False where a result is no finite number.
+// out (outputs, 3, 3, C) <- G^T (the total of `parts` sums (outputs, products, C), `part` floats
+// apart) G. False if a result is non-finite.
 bool winograd_gradient_output(int64_t m, const float* sums, int64_t parts, int64_t part,
                               int64_t outputs, int64_t C, float* out) {
   return m == 2 ? winograd_gradient_output_of<2>(sums, parts, part, outputs, C, out)

@@ -1,4 +1,4 @@
-// The convolutions of cpu/convolution/winograd_kernels.h and the weights' gradient of
+// The convolutions of cpu/convolution/winograd_kernels.h and the weight gradient of
 // cpu/convolution/weight_gradient_winograd_kernels.h for 16 channels in and out, as in the first
 // stage of a ResNet for small images. With one vector of outputs their assembly has 7 chains of 16
 // steps, too few and too short to hide the latency of a multiply-add.
@@ -6,20 +6,19 @@
 //   M[i] (tiles, K) = V[i] (tiles, C) U[i] (C, K)          i: the 16 of a tile
 //   dU[i] (K, C) = D[i]^T (K, tiles) V[i] (tiles, C)       V = B^T d B, D = A dY A^T
 //
-// Layout: as there; V, D and M (16, tiles, 16), M in V's place. U[i] is 16 registers and 8 tiles
+// Layout: as there; V, D and M (16, tiles, 16), M overwrites V. U[i] is 16 registers and 8 tiles
 // are 8 chains in 8 more; dU[i] is 16 registers, as many chains, over up to 16 tiles. Every
 // multiply-add broadcasts its other operand from memory, V[i][tile][c] or D[i][tile][k]: 256 loads
 // for 256 multiply-adds a tile, two a cycle of either, so that nothing is transposed. Tiles are
-// gone through in rows: a column of B^T d serves two of them.
+// processed in rows: a column of B^T d is used by two of them.
 //
-// Error: forward's sums have the order of cpu/convolution/winograd_kernels.h and are the same to
-// the bit; the gradient's chains are shorter, kTilesOf16 tiles. What is no finite number is handled
-// as there.
+// Error: forward sums in the order of cpu/convolution/winograd_kernels.h, bitwise equal; the chains
+// of the gradient are shorter, kTilesOf16 tiles. Non-finite results are handled as there.
 //
-// Bytes: x and dy once or twice from cache, y written once, all fetched a row of tiles ahead; V, D,
-// M and one U[i] or all of dU, 32 to 48 KiB, stay in the first-level cache.
-// Measured on Zen 5, cycles a tile, data in cache: 192 forward, 210 the gradient, where 256 loads
-// take 128; by the assembly for more channels 440 and 400.
+// Bytes: x and dy once or twice from cache, y written once, all prefetched a row of tiles ahead; V,
+// D, M and one U[i] or all of dU, 32 to 48 KiB, stay in the first-level cache.
+// Measured on Zen 5, cycles a tile, data in cache: 192 forward, 210 for the gradient, where 256
+// loads take 128; by the assembly for more channels 440 and 400.
 #pragma once
 
 #include "cpu/convolution/weight_gradient_winograd_kernels.h"
@@ -27,37 +26,38 @@
 
 constexpr int64_t kChains = 8;  // tiles whose sums are in registers
 constexpr int64_t kPitch16 = kTilesOf16 * 16;
-// Pieces of kTilesOf16 tiles in one sum before it goes to the total: as in winograd_gradient.
-constexpr int64_t kPieces16 = gradient_tiles(2) / kTilesOf16;
+// Blocks of kTilesOf16 tiles in one sum before it is added to the total, as in winograd_gradient.
+constexpr int64_t kBlocks16 = gradient_tiles(2) / kTilesOf16;
 
 // sum += x's value in all lanes * y
 FR_INLINE void add_product(vf& sum, const float* x, vf y) {
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(y), "m"(*x));
 }
 
-// The 2x2 pixels under those at p, which the row of tiles below will need: a quarter of the time
-// where x and y are in memory.
+// Prefetches the 2x2 pixels below those at p, for the next row of tiles: a quarter of the time if x
+// and y are in memory.
 template <int write, typename T>
-FR_INLINE void fetch_below(const T* p, int64_t width) {
+FR_INLINE void prefetch_below(const T* p, int64_t width) {
   const T* const below = p + 2 * width * 16;
   __builtin_prefetch(below, write), __builtin_prefetch(below + 16, write);
   __builtin_prefetch(below + width * 16, write), __builtin_prefetch(below + width * 16 + 16, write);
 }
 
-// body(n, row and column of tiles, tiles, tiles before) for each row's part of [first, first +
+// body(n, row and column of tiles, tiles, tiles before) for the part of each row in [first, first +
 // count).
 template <typename Body>
 FR_INLINE void for_rows_of_tiles(int64_t tiles_h, int64_t tiles_w, int64_t first, int64_t count,
                                  const Body& body) {
   int64_t row = first / tiles_w, column = first % tiles_w;
   for (int64_t t = 0; t < count; ++row, column = 0) {
-    const int64_t some = tiles_w - column < count - t ? tiles_w - column : count - t;
-    body(row / tiles_h, row % tiles_h, column, some, t);
-    t += some;
+    const int64_t row_tiles = tiles_w - column < count - t ? tiles_w - column : count - t;
+    body(row / tiles_h, row % tiles_h, column, row_tiles, t);
+    t += row_tiles;
   }
 }
 
-// V of `tiles` tiles of one row, whose first reads from (top, left) on: to (16, kTilesOf16, 16)
+// V of `tiles` tiles of one row, the first of which reads from (top, left) on: to (16, kTilesOf16,
+// 16)
 FR_INLINE void input_of_16(const ConvBnRelu& c, int64_t n, int64_t top, int64_t left, int64_t tiles,
                            float* v) {
   const float* rows[4];
@@ -81,7 +81,7 @@ FR_INLINE void input_of_16(const ConvBnRelu& c, int64_t n, int64_t top, int64_t 
   column(left, 0), column(left + 1, 1);
   for (int64_t tile = 0; tile < tiles; ++tile, v += 16) {
     column(left + 2 * tile + 2, 2), column(left + 2 * tile + 3, 3);
-    if (step[2]) fetch_below<0>(rows[2] + (left + 2 * tile + 2) * 16, c.W);
+    if (step[2]) prefetch_below<0>(rows[2] + (left + 2 * tile + 2) * 16, c.W);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       float* out = v + 4 * i * kPitch16;
@@ -94,8 +94,8 @@ FR_INLINE void input_of_16(const ConvBnRelu& c, int64_t n, int64_t top, int64_t 
   }
 }
 
-// M in V's place, for `count` tiles, up to a multiple of kChains
-// A function of its own, as sums_of_16 is: inlined into a larger one, GCC may run out of registers.
+// Overwrites V with M, for `count` tiles, rounded up to a multiple of kChains. Not inlined, like
+// sums_of_16: in a larger function GCC may run out of registers.
 __attribute__((noinline)) void products_of_16(const ConvBnRelu& c, int64_t count, float* v) {
   const auto* weight = static_cast<const float*>(c.winograd);
   for (int64_t i = 0; i < 16; ++i, weight += 256) {
@@ -124,7 +124,7 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
   const bool two_rows = p + 1 < c.P;
   for (int64_t tile = 0; tile < tiles; ++tile, m += 16, pixel += 2, q += 2) {
     vf s[2][4], y[4], finite = {};
-    fetch_below<1>(static_cast<const T*>(c.y) + pixel * 16, c.Q);
+    prefetch_below<1>(static_cast<const T*>(c.y) + pixel * 16, c.Q);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
       const auto at = [&](int i) FR_LAMBDA { return load_any<vf>(m + (4 * i + j) * kPitch16); };
@@ -162,19 +162,20 @@ void conv_winograd_16(const ConvBnRelu& c, int64_t begin, int64_t end) {
   const int64_t tiles_h = (c.P + 1) / 2, tiles_w = (c.Q + 1) / 2;
   alignas(64) float v[16 * kPitch16];
   for (int64_t first = begin; first < end;) {
-    // To the next multiple: where rows have so many tiles, none is begun in its middle.
+    // Up to the next multiple: if a row has that many tiles, none starts in its middle.
     const int64_t room = kTilesOf16 - first % kTilesOf16;
     const int64_t count = end - first < room ? end - first : room;
     for_rows_of_tiles(
         tiles_h, tiles_w, first, count,
-        [&](int64_t n, int64_t row, int64_t column, int64_t some, int64_t before) FR_LAMBDA {
-          input_of_16(c, n, 2 * row - c.pad_h, 2 * column - c.pad_w, some, v + before * 16);
+        [&](int64_t n, int64_t row, int64_t column, int64_t row_tiles, int64_t before) FR_LAMBDA {
+          input_of_16(c, n, 2 * row - c.pad_h, 2 * column - c.pad_w, row_tiles, v + before * 16);
         });
     products_of_16(c, count, v);
     for_rows_of_tiles(
         tiles_h, tiles_w, first, count,
-        [&](int64_t n, int64_t row, int64_t column, int64_t some, int64_t before)
-            FR_LAMBDA { output_of_16<Dot>(c, n, 2 * row, 2 * column, some, v + before * 16); });
+        [&](int64_t n, int64_t row, int64_t column, int64_t row_tiles, int64_t before) FR_LAMBDA {
+          output_of_16<Dot>(c, n, 2 * row, 2 * column, row_tiles, v + before * 16);
+        });
     first += count;
   }
 }
@@ -186,7 +187,7 @@ FR_INLINE void dy_of_16(const WeightGradient& g, int64_t n, int64_t p, int64_t q
   const bool two_rows = p + 1 < g.P;
   for (int64_t tile = 0; tile < tiles; ++tile, dy += 32, q += 2, to += 16) {
     vf d[2][2] = {};
-    fetch_below<0>(dy, g.Q);
+    prefetch_below<0>(dy, g.Q);
     const bool two_columns = q + 1 < g.Q;
     d[0][0] = load_any<vf>(dy);
     if (two_columns) d[0][1] = load_any<vf>(dy + 16);
@@ -211,9 +212,9 @@ FR_INLINE void dy_of_16(const WeightGradient& g, int64_t n, int64_t p, int64_t q
   }
 }
 
-// dU of `count` tiles, into sums (16, K, C) or, where `again`, onto them
+// dU of `count` tiles, stored to sums (16, K, C) or, with `accumulate`, added to them
 __attribute__((noinline)) void sums_of_16(const float* v, const float* dy, int64_t count,
-                                          bool again, vf* sums) {
+                                          bool accumulate, vf* sums) {
   for (int64_t i = 0; i < 16; ++i, sums += 16) {
     vf sum[16] = {};
     const float *x = v + i * kPitch16, *y = dy + i * kPitch16;
@@ -223,35 +224,35 @@ __attribute__((noinline)) void sums_of_16(const float* v, const float* dy, int64
       for (int k = 0; k < 16; ++k) add_product(sum[k], y + k, value);
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < 16; ++k) sums[k] = again ? sums[k] + sum[k] : sum[k];
+    for (int k = 0; k < 16; ++k) sums[k] = accumulate ? sums[k] + sum[k] : sum[k];
   }
 }
 
 // sums (K, 16, C) <- over tiles [begin, end)
 void winograd_gradient_16(const WeightGradient& g, int64_t begin, int64_t end, float* sums) {
-  ConvBnRelu conv{};  // what input_of_16 reads of it
+  ConvBnRelu conv{};  // the members that input_of_16 reads
   conv.x = g.x, conv.zeros = g.zeros, conv.H = g.H, conv.W = g.W;
   const int64_t tiles_h = (g.P + 1) / 2, tiles_w = (g.Q + 1) / 2;
   alignas(64) float v[16 * kPitch16], dy[16 * kPitch16];
-  vf piece_sums[16 * 16];
-  int64_t pieces = 0;
+  vf block_sums[16 * 16];
+  int64_t blocks = 0;
   for (int64_t first = begin; first < end;) {
     const int64_t room = kTilesOf16 - first % kTilesOf16;
     const int64_t count = end - first < room ? end - first : room;
     for_rows_of_tiles(
         tiles_h, tiles_w, first, count,
-        [&](int64_t n, int64_t row, int64_t column, int64_t some, int64_t before) FR_LAMBDA {
-          input_of_16(conv, n, 2 * row - g.pad_h, 2 * column - g.pad_w, some, v + before * 16);
-          dy_of_16(g, n, 2 * row, 2 * column, some, dy + before * 16);
+        [&](int64_t n, int64_t row, int64_t column, int64_t row_tiles, int64_t before) FR_LAMBDA {
+          input_of_16(conv, n, 2 * row - g.pad_h, 2 * column - g.pad_w, row_tiles, v + before * 16);
+          dy_of_16(g, n, 2 * row, 2 * column, row_tiles, dy + before * 16);
         });
-    sums_of_16(v, dy, count, pieces % kPieces16 > 0, piece_sums);
+    sums_of_16(v, dy, count, blocks % kBlocks16 > 0, block_sums);
     first += count;
-    if (++pieces % kPieces16 > 0 && first < end) continue;
+    if (++blocks % kBlocks16 > 0 && first < end) continue;
     for (int64_t k = 0; k < 16; ++k)
       for (int64_t i = 0; i < 16; ++i) {
         float* to = sums + (k * 16 + i) * 16;
-        vf value = piece_sums[i * 16 + k];
-        if (pieces > kPieces16) value += load_any<vf>(to);
+        vf value = block_sums[i * 16 + k];
+        if (blocks > kBlocks16) value += load_any<vf>(to);
         store_any(to, value);
       }
   }

@@ -17,38 +17,38 @@
 //                 0  4  0 -5  0  1          0    0    1
 //
 // Layout: x (N, H, W, C) in memory, the transformed weights (blocks of K, products, C, vectors, 16)
-// as native_conv.py packs them. For some groups of kTilePixels tiles at a time: the transformed x,
-// (products, tiles, C), then per block of 64 outputs as many matrix products by the same assembly
-// as the direct convolution, their sums (groups, products, 7, 4 vectors), and the transform back
-// with scale, shift, residual, ReLU. Both buffers and one product's weights stay in the
-// second-level cache.
+// as fused_resnet/kernels/cpu/convolution.py packs them. For some groups of kTilePixels tiles at a
+// time: the transformed x, (products, tiles, C), then per block of 64 outputs as many matrix
+// products by the assembly of the direct convolution, their sums (groups, products, 7, 4 vectors),
+// and the inverse transform with scale, shift, residual, ReLU. Both buffers and one product's
+// weights stay in the second-level cache.
 //
-// Error: sums of C instead of 9 C products and sums of a few terms around them. With m = 2, on
-// layers of ResNets nearer to float64 than stock's (the parity table of README.md). With m = 4 some
-// 20 times the rms error of float32 convolved directly, 2e-6 for results of 1, and a thousandth of
-// what rounding to bfloat16 costs: of that dtype alone, where 2 in 1000 results are rounded the
-// other way and none is further from float64 than stock's worst. The error is relative to the
-// largest product in a tile, be it one with a weight of zero. An Inf or NaN in d would spread over
-// its tile, and intermediate sums may overflow where stock's do not: a tile with a sum that is no
-// finite number is computed again, directly.
+// Error: sums of C instead of 9 C products, and sums of a few terms before and after. With m = 2,
+// on layers of ResNets closer to float64 than stock (the parity table of README.md). With m = 4
+// about 20 times the rms error of a direct float32 convolution, 2e-6 for results of 1, and a
+// thousandth of the error of rounding to bfloat16: used for that dtype only, where 2 in 1000
+// results are rounded the other way and none is further from float64 than stock's worst. The error
+// is relative to the largest product in a tile, even one with a weight of zero. An Inf or NaN in d
+// would spread over its tile, and intermediate sums may overflow where stock's do not: a tile with
+// a non-finite sum is recomputed directly.
 //
-// Measured, time of the dot product of bfloat16, which does two products at once, on Zen 4: m = 4,
-// 64 channels at 56 x 56 0.69 to 0.77, 128 at 28 x 28 0.63 to 0.70; 256 at 14 x 14, where tiles
-// cover 16 x 16, 0.97 to 1.03 with the weights packed anew.
+// Measured on Zen 4, against the bfloat16 dot product, which does two products at once: m = 4, 64
+// channels at 56 x 56 0.69 to 0.77 of the time, 128 at 28 x 28 0.63 to 0.70; 256 at 14 x 14, where
+// tiles cover 16 x 16, 0.97 to 1.03 including the packing of the weights.
 //
-// Bytes: x once or twice from cache, y written once; of the direct weights in float32 16/9 or 4.
-// Measured: see benchmarks/results/conv_bn_relu-cpu-*.json.
-// Source: Lavin and Gray 2015, "Fast Algorithms for Convolutional Neural Networks" (1509.09308).
+// Bytes: x once or twice from cache, y written once; weights 16/9 or 4 times the direct float32
+// ones. Measured: see benchmarks/results/conv_bn_relu-cpu-*.json. Source: Lavin and Gray 2015,
+// "Fast Algorithms for Convolutional Neural Networks" (1509.09308).
 #pragma once
 
 #include "cpu/convolution/direct_kernels.h"
 
-// One direction of the transforms of F(m x m, 3x3). d(i): element i of what is transformed.
+// One-dimensional transforms of F(m x m, 3x3). d(i): element i of the input.
 template <int m>
-struct Minimal;
+struct WinogradTransform;
 
 template <>
-struct Minimal<2> {
+struct WinogradTransform<2> {
   static constexpr int size = 4;
 
   // Row `row` of B^T d.
@@ -85,7 +85,7 @@ struct Minimal<2> {
 };
 
 template <>
-struct Minimal<4> {
+struct WinogradTransform<4> {
   static constexpr int size = 6;
 
   template <int row, typename Load>
@@ -129,23 +129,27 @@ struct Minimal<4> {
 // t[i * step] = element i of B^T d, of A d
 template <int m, typename Load>
 FR_INLINE void transform_input(const Load& d, vf* t, int step) {
-  t[0] = Minimal<m>::template input<0>(d), t[step] = Minimal<m>::template input<1>(d);
-  t[2 * step] = Minimal<m>::template input<2>(d), t[3 * step] = Minimal<m>::template input<3>(d);
+  t[0] = WinogradTransform<m>::template input<0>(d),
+  t[step] = WinogradTransform<m>::template input<1>(d);
+  t[2 * step] = WinogradTransform<m>::template input<2>(d),
+        t[3 * step] = WinogradTransform<m>::template input<3>(d);
   if constexpr (m == 4) {
-    t[4 * step] = Minimal<m>::template input<4>(d);
-    t[5 * step] = Minimal<m>::template input<5>(d);
+    t[4 * step] = WinogradTransform<m>::template input<4>(d);
+    t[5 * step] = WinogradTransform<m>::template input<5>(d);
   }
 }
 template <int m, typename Load>
 FR_INLINE void transform_dy(const Load& d, vf* t, int step) {
-  t[0] = Minimal<m>::template dy<0>(d), t[step] = Minimal<m>::template dy<1>(d);
-  t[2 * step] = Minimal<m>::template dy<2>(d), t[3 * step] = Minimal<m>::template dy<3>(d);
+  t[0] = WinogradTransform<m>::template dy<0>(d), t[step] = WinogradTransform<m>::template dy<1>(d);
+  t[2 * step] = WinogradTransform<m>::template dy<2>(d),
+        t[3 * step] = WinogradTransform<m>::template dy<3>(d);
   if constexpr (m == 4) {
-    t[4 * step] = Minimal<m>::template dy<4>(d), t[5 * step] = Minimal<m>::template dy<5>(d);
+    t[4 * step] = WinogradTransform<m>::template dy<4>(d),
+          t[5 * step] = WinogradTransform<m>::template dy<5>(d);
   }
 }
 
-// Where a tile of m x m pixels begins.
+// The first pixel of a tile of m x m pixels.
 struct TilePlace {
   int64_t n, p, q;
   FR_INLINE TilePlace of(int64_t P, int64_t Q, int64_t m, int64_t tile) {
@@ -154,12 +158,12 @@ struct TilePlace {
   }
 };
 
-// B^T d B of one tile; its results of channels [begin, end) go to v, `pitch` floats apart.
+// B^T d B of one tile; the results for channels [begin, end) go to v, `pitch` floats apart.
 template <typename Dot, int m>
 FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, int64_t end,
                               float* v, int64_t pitch) {
   typedef typename Dot::X X;
-  constexpr int size = Minimal<m>::size;
+  constexpr int size = WinogradTransform<m>::size;
   const TilePlace at = TilePlace::of(c.P, c.Q, m, tile);
   const int64_t top = at.p - c.pad_h, left = at.q - c.pad_w;
   const auto* x = static_cast<const typename X::T*>(c.x) + at.n * c.H * c.W * c.C;
@@ -191,11 +195,11 @@ FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, 
   }
 }
 
-// Y = A^T M A of one tile and up to 64 outputs; sums: its M, kSums apart. False where one is no
-// finite number: then nothing was written.
+// Y = A^T M A of one tile and up to 64 outputs; sums: its M, kSums apart. False, with nothing
+// written, if one is non-finite.
 template <typename Dot, int vectors, int m>
 FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, const float* sums) {
-  constexpr int parts = vectors * 16 / kLanes, size = Minimal<m>::size;
+  constexpr int parts = vectors * 16 / kLanes, size = WinogradTransform<m>::size;
   vf y[m * m][parts], finite = {};
 #pragma GCC unroll 2
   for (int v = 0; v < parts; ++v) {
@@ -206,14 +210,14 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
 #pragma GCC unroll 6
       for (int i = 0; i < size; ++i)
         column[i] = load_any<vf>(sums + (i * size + j) * kSums + v * kLanes);
-      Minimal<m>::output(column, out);
+      WinogradTransform<m>::output(column, out);
 #pragma GCC unroll 4
       for (int i = 0; i < m; ++i) s[i][j] = out[i];
     }
 #pragma GCC unroll 4
     for (int i = 0; i < m; ++i) {
       vf out[m];
-      Minimal<m>::output(s[i], out);
+      WinogradTransform<m>::output(s[i], out);
 #pragma GCC unroll 4
       for (int j = 0; j < m; ++j) {
         y[i * m + j][v] = out[j];
@@ -239,17 +243,17 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
   return true;
 }
 
-// `count` pixels of y from `pixel` on, directly; left out where the weights for that are not
-// packed.
+// Computes `count` pixels of y from `pixel` on directly, or skips them if the weights for that are
+// not packed.
 template <typename Dot, int vectors>
 FR_INLINE void pixels_directly(const ConvBnRelu& c, int64_t block, int64_t pixel, int64_t count) {
   if (c.weight)
     conv_pixels<Dot, vectors>(c, block, pixel, count);
   else
-    __atomic_store_n(c.left_out, true, __ATOMIC_RELAXED);
+    __atomic_store_n(c.skipped_pixels, true, __ATOMIC_RELAXED);
 }
 
-// The rows of a tile, directly.
+// Computes the rows of a tile directly.
 template <typename Dot, int vectors, int m>
 FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t tile) {
   const TilePlace at = TilePlace::of(c.P, c.Q, m, tile);
@@ -264,9 +268,9 @@ FR_INLINE int64_t winograd_pixel(const ConvBnRelu& c, int64_t m, int64_t tile) {
   return (at.n * c.P + at.p) * c.Q;
 }
 
-// One block of outputs for tiles [first, first + count): v as winograd_input left it, `room` tiles
-// apart; sums: room for them. Fetched meanwhile: the lines of y that are written then, and, in the
-// last block, the x of the tiles that follow.
+// One block of outputs for tiles [first, first + count): v from winograd_input, with room for
+// `room` tiles per product; sums: scratch. Prefetches the lines of y that are written and, in the
+// last block, the x of the following tiles.
 template <typename Dot, int vectors, int m>
 FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first, int64_t count,
                               const float* v, int64_t room, float* sums) {
@@ -275,7 +279,7 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
   const auto* weight = static_cast<const char*>(c.winograd) + block * 4 * products * c.C * 64;
   constexpr int64_t size = sizeof(typename Dot::D::T), x_size = sizeof(typename Dot::X::T);
   Fetch fetch{};
-  fetch.written = {
+  fetch.write = {
       static_cast<const char*>(c.y) + (winograd_pixel(c, m, first) * c.K + block * 64) * size,
       c.K * size, m * m * count};
   if ((block + 1) * 64 >= c.K)
@@ -290,12 +294,12 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
         pixel[t] =
             reinterpret_cast<const char*>(v + (i * room + (tile < count ? tile : count - 1)) * c.C);
       }
-      sum_pieces<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0, fetch,
+      sum_chains<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0, fetch,
                                       sums + (group * products + i) * kSums);
     }
   for (int64_t tile = 0; tile < count; ++tile) {
-    const float* its = sums + tile / kTilePixels * products * kSums + tile % kTilePixels * 64;
-    if (!winograd_output<Dot, vectors, m>(c, first + tile, block * 64, its))
+    const float* tile_sums = sums + tile / kTilePixels * products * kSums + tile % kTilePixels * 64;
+    if (!winograd_output<Dot, vectors, m>(c, first + tile, block * 64, tile_sums))
       winograd_directly<Dot, vectors, m>(c, block, first + tile);
   }
 }
@@ -326,14 +330,14 @@ FR_INLINE void winograd_groups_of(const ConvBnRelu& c, void* scratch, int64_t bl
   }
 }
 
-// y's channels of blocks [block_begin, block_end) in groups [begin, end); scratch: as
-// winograd_scratch_bytes says, aligned to 64 bytes.
+// y's channels of blocks [block_begin, block_end) in groups [begin, end); scratch:
+// winograd_scratch_bytes, aligned to 64 bytes.
 template <typename Dot>
 void conv_bn_relu_winograd(const ConvBnRelu& c, void* scratch, int64_t block_begin,
                            int64_t block_end, int64_t begin, int64_t end) {
-  if constexpr (winograd_serves(Dot::form, 2))
+  if constexpr (winograd_supported(Dot::variant, 2))
     if (c.winograd_tile == 2)
       return winograd_groups_of<Dot, 2>(c, scratch, block_begin, block_end, begin, end);
-  if constexpr (winograd_serves(Dot::form, 4))
+  if constexpr (winograd_supported(Dot::variant, 4))
     winograd_groups_of<Dot, 4>(c, scratch, block_begin, block_end, begin, end);
 }

@@ -1,7 +1,7 @@
 // The body of cpu/isa/avx512.cpp, cpu/isa/avx2.cpp and cpu/isa/generic.cpp: every CPU kernel,
-// compiled for the instruction set FR_ISA with vectors of FR_VECTOR_BYTES. FR_TARGET, where given,
-// is the list of instruction set extensions, switched on after the system's headers so that nothing
-// from them is compiled for a machine that may lack it.
+// compiled for the instruction set FR_ISA with vectors of FR_VECTOR_BYTES. FR_TARGET, if defined,
+// lists instruction set extensions. They are enabled after the system's headers, so that nothing
+// from those is compiled for a machine that may lack them.
 
 #include <stdint.h>
 #if defined(__x86_64__)
@@ -48,7 +48,7 @@ namespace {
 #else
 #define FR_PAIRS(kernel) nullptr
 #endif
-#define FR_CONV_FORMS(kernel) {kernel<DotFloat32>, FR_PAIRS(kernel), kernel<DotWidened>}
+#define FR_CONV_VARIANTS(kernel) {kernel<DotFloat32>, FR_PAIRS(kernel), kernel<DotWidened>}
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -73,19 +73,19 @@ const CpuKernels kernels = {
     {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
 #if FR_VECTOR_BYTES >= 32
     kTilePixels,
-    {gradient_piece(1), gradient_piece(2), gradient_piece(1)},
+    {gradient_chain(1), gradient_chain(2), gradient_chain(1)},
     widen,
-    FR_CONV_FORMS(conv_bn_relu),
+    FR_CONV_VARIANTS(conv_bn_relu),
     conv_pack,
     transpose,
-    FR_CONV_FORMS(conv_weight_gradient),
-    FR_CONV_FORMS(weight_gradient_scratch),
+    FR_CONV_VARIANTS(conv_weight_gradient),
+    FR_CONV_VARIANTS(weight_gradient_scratch),
     {narrow_gradient<DotFloat32>, FR_PAIRS(narrow_gradient), nullptr},
     narrow_gradient_scratch,
-    FR_CONV_FORMS(winograd_gradient),
+    FR_CONV_VARIANTS(winograd_gradient),
     winograd_gradient_output,
     winograd_gradient_scratch,
-    FR_CONV_FORMS(conv_bn_relu_winograd),
+    FR_CONV_VARIANTS(conv_bn_relu_winograd),
 #endif
 #if FR_VECTOR_BYTES == 64
     {conv_winograd_16<DotFloat32>, nullptr, conv_winograd_16<DotWidened>},

@@ -1,5 +1,4 @@
-// The CPU kernels for whatever every machine of this architecture has (SSE2, NEON), and the choice
-// among the builds there are.
+// The CPU kernels for the architecture's baseline (SSE2, NEON), and the selection among the builds.
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,7 +22,7 @@ extern const CpuKernels kernels;
 }
 #endif
 
-// PyTorch's own switch holds here too: ATEN_CPU_CAPABILITY=default or avx2 forgoes wider vectors.
+// Follows PyTorch's ATEN_CPU_CAPABILITY: default or avx2 disables wider vectors.
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& chosen = []() -> const CpuKernels& {
 #if defined(__x86_64__)

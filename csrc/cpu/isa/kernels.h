@@ -1,17 +1,17 @@
-// The CPU kernels' table: plain functions on ranges of memory, compiled once per instruction set
-// (cpu/isa/avx512.cpp, cpu/isa/avx2.cpp, cpu/isa/generic.cpp) and chosen once at run time. They
-// know nothing of torch or threads; the *_cpu.cpp files check arguments, allocate and split the
-// work.
+// Table of the CPU kernels: plain functions on ranges of memory, compiled once per instruction set
+// (cpu/isa/avx512.cpp, cpu/isa/avx2.cpp, cpu/isa/generic.cpp) and selected at run time. They use
+// neither torch nor threads; the host code in the .cpp files checks arguments, allocates and splits
+// the work.
 #pragma once
 
 #include <stdint.h>
 
 namespace fused_resnet {
 
-// A dense (N, C, H, W) tensor cut for a kernel. Rows (channels_last): row i holds `period` values,
-// column j is a channel. Planes (contiguous): every (n, c) plane of `plane` values is cut into
-// `segments` pieces of `segment` values (the last may be shorter); item i is piece i % segments of
-// plane i / segments, whose channel is (i / segments) % period.
+// Partition of a dense (N, C, H, W) tensor for a kernel. Rows (channels_last): row i holds `period`
+// values, column j is a channel. Planes (contiguous): every (n, c) plane of `plane` values is split
+// into `segments` segments of `segment` values (the last may be shorter); item i is segment i %
+// segments of plane i / segments, whose channel is (i / segments) % period.
 struct Walk {
   int64_t period;    // rows: values per row; planes: C
   int64_t plane;     // planes only: H*W
@@ -19,8 +19,8 @@ struct Walk {
   int64_t segment;   // planes only
 };
 
-// Training BN, all shapes in elements: x, residual, y (N, C, H, W); per-channel arrays (period,),
-// padded with zeros to a multiple of 16. `acc` is float, or double for float64 data.
+// Training batch norm, all shapes in elements: x, residual, y (N, C, H, W); per-channel arrays
+// (period,), padded with zeros to a multiple of 16. `acc` is float, or double for float64 data.
 struct BnForward {
   Walk walk;
   const void* x;
@@ -28,27 +28,27 @@ struct BnForward {
   void* y;
   const void* mean;   // acc (period,)
   const void* scale;  // acc (period,): weight * invstd
-  const void* shift;  // acc (period,): bias, less what rounding took off the mean, times scale
-  const void* mean2;  // acc (period,): of the residual's own normalisation, or null
+  const void* shift;  // acc (period,): bias, minus the mean's rounding error times scale
+  const void* mean2;  // acc (period,): of the residual's batch norm, or null
   const void* scale2;
   bool relu;
-  bool stream;  // write past the caches; y is then aligned to 64 bytes, rows and segments too
+  bool stream;  // non-temporal stores; y, rows and segments are aligned to 64 bytes
 };
 
 struct BnBackward {
   Walk walk;
   const void* dy;
   const void* x;
-  const void* y;     // null when no mask is applied, or the norm's own is
-  const void* x2;    // reduction: another tensor normalised beside x, or null
+  const void* y;     // null without a mask, or if it is recomputed
+  const void* x2;    // reduction: another normalised tensor, or null
   void* dresidual;   // reduction: where g = masked dy goes, or null
   void* dx;          // apply
   const void* mean;  // acc (period,)
   const void* mean2;
-  // acc (period,), or null: the ReLU's output is (x - mean) * own_scale + own_shift, computed again
-  // instead of read, by the same operations as forward
-  const void* own_scale;
-  const void* own_shift;
+  // acc (period,), or null: y = relu((x - mean) * mask_scale + mask_shift) is recomputed instead of
+  // read, by the same operations as forward
+  const void* mask_scale;
+  const void* mask_shift;
   // apply, acc (period,): dx = scale * ((g - g_mean) - slope * (x - mean))
   const void* g_mean;
   const void* slope;
@@ -59,7 +59,7 @@ struct BnBackward {
 struct MaxPool {
   const void* x;  // (N, H, W, C) in memory
   void* y;        // (N, P, Q, C) in memory
-  void* lines;    // W * C values and one vector more, each thread's own
+  void* lines;    // W * C values and one vector, per thread
   int64_t C, H, W, P, Q;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 };
@@ -81,89 +81,88 @@ struct MeanPool {
   int64_t C, pixels;
 };
 
-// How a convolution's products are made (cpu/convolution/direct_kernels.h): of float32; of bfloat16
-// by the processor's dot product of pairs; of bfloat16 in float32.
-enum ConvForm : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
-constexpr int kConvForms = 3;
+// How the products of a convolution are computed (cpu/convolution/direct_kernels.h): float32;
+// bfloat16 by the processor's dot product of pairs; bfloat16 in float32.
+enum ConvVariant : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
+constexpr int kConvVariants = 3;
 
-// Winograd's forms F(m x m, 3x3): products per tile of m x m outputs; and which a way of
-// multiplying has. Of float32, m = 4 would lose digits; beside bfloat16's rounding it loses none,
-// and it multiplies a quarter of what is multiplied directly, where m = 2 does four ninths.
+// Winograd algorithm F(m x m, 3x3): products per tile of m x m outputs, and the variants that
+// support it. In float32 m = 4 would lose digits; in bfloat16 the dtype's rounding hides that loss,
+// and m = 4 needs a quarter of the direct products, m = 2 four ninths.
 constexpr int64_t winograd_products(int64_t m) { return (m + 2) * (m + 2); }
 constexpr int64_t winograd_tiles(int64_t N, int64_t P, int64_t Q, int64_t m) {
   return N * ((P + m - 1) / m) * ((Q + m - 1) / m);
 }
-constexpr bool winograd_serves(ConvForm form, int64_t m) {
-  return m == 2 ? form != kBFloatPairs : form != kFloat;
+constexpr bool winograd_supported(ConvVariant variant, int64_t m) {
+  return m == 2 ? variant != kBFloatPairs : variant != kFloat;
 }
 
 struct ConvBnRelu {
-  const void* x;                 // (N, H, W, C) in memory; widened: float32
-  const void* weight;            // packed, see cpu/convolution/direct_kernels.h; null: see left_out
-  const void* winograd;          // packed, see cpu/convolution/winograd_kernels.h, or null
-  int64_t winograd_tile;         // m of F(m x m, 3x3), in which that is
-  bool* left_out;                // without weight: whether Winograd's form left pixels to it
-  const float* scale;            // (K,), zeros up to a multiple of 64, or null: 1, and no shift
-  const float* shift;            // as scale
-  const int64_t* first_channel;  // grouped: where each 16 outputs' input channels start, else null
+  const void* x;          // (N, H, W, C) in memory; widened: float32
+  const void* weight;     // packed, see cpu/convolution/direct_kernels.h; null: see skipped_pixels
+  const void* winograd;   // packed, see cpu/convolution/winograd_kernels.h, or null
+  int64_t winograd_tile;  // m of F(m x m, 3x3), of `winograd`
+  bool* skipped_pixels;   // without weight: set if non-finite pixels were skipped
+  const float* scale;     // (K,), zero-padded to a multiple of 64, or null: 1, no shift
+  const float* shift;     // as scale
+  const int64_t* first_channel;  // grouped: first input channel of every 16 outputs, else null
   const void* residual;          // (N, P, Q, K) in memory, or null; may be y
   void* y;                       // (N, P, Q, K) in memory
-  const void* zeros;             // C of them, like x
-  const void* narrow;            // pointwise: x of bfloat16, of which x is to be made, else null
+  const void* zeros;             // C zeros of x's dtype
+  const void* narrow;            // pointwise: bfloat16 x, yet to be widened to x, else null
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  // Pixels between y's images, rows and columns where they lie apart in a larger tensor (and the
-  // residual's with them); all 0 where y is dense.
+  // Pixels between the images, rows and columns of y (and the residual) inside a larger tensor; all
+  // 0 if y is dense.
   int64_t y_image, y_row, y_column;
   int64_t run;  // input channels that a tap reads
   bool relu;
   bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
 };
 
-constexpr int64_t kMostPackedTaps = 9;  // of a convolution whose weights conv_pack packs
+constexpr int64_t kMaxPackedTaps = 9;  // R * S of weights that conv_pack packs
 
-// Weights to be packed: inputs and outputs of the convolution that will read them, both multiples
-// of 16, and how far apart they lie in memory, in floats; whichever is not contiguous has stride 1
-// in the other. Its taps, in order, begin at `tap_offset` floats.
+// Weights to pack: inputs and outputs of the convolution that reads them, both multiples of 16, and
+// their strides in floats, one of which is 1. Tap i begins at tap_offset[i] floats.
 struct ConvPack {
   const void* weight;
-  void* direct;    // (outputs * inputs * taps) of float, in pairs of bfloat16, or null
+  void* direct;    // (outputs * inputs * taps) float32, or bfloat16 in pairs, or null
   void* winograd;  // (winograd_products(winograd_tile) * outputs * inputs), or null
   int64_t winograd_tile;
   int64_t outputs, inputs, taps;
   int64_t output_stride, input_stride;
-  int64_t tap_offset[kMostPackedTaps];
+  int64_t tap_offset[kMaxPackedTaps];
   bool transposed;  // outputs are contiguous, else inputs are
-  ConvForm form;
+  ConvVariant variant;
 };
 
-// The gradient of a convolution's weights. A pointwise convolution's pixels are given as rows of Q
-// of one image: P rows, H = P, W = Q, of which the last may be shorter.
+// Operands of a weight gradient. The pixels of a pointwise convolution are given as rows of Q of
+// one image: P rows, H = P, W = Q, of which the last may be shorter.
 struct WeightGradient {
   const void* x;      // (N, H, W, C) in memory
   const void* dy;     // (N, P, Q, K) in memory
-  const void* zeros;  // C of them
+  const void* zeros;  // C zeros
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t pixels, x_pixels;  // of dy and x
-  int64_t winograd_tile;     // m of F(m x m, 3x3), by which it is computed, or 0
-  // Null, or: x (dy, where `makes_dy`) is what something is made of, and this makes it, pixels
-  // [begin, end) at a time. Returned: where pixel 0 would lie; good until this thread's next call.
-  const void* (*make)(const void* context, int64_t begin, int64_t end);
+  int64_t winograd_tile;     // m of F(m x m, 3x3), or 0: direct
+  // Null, or: x (dy if `recomputes_dy`) is the input of this function, which computes the operand
+  // for pixels [begin, end). Returns where pixel 0 would be, valid until this thread's next call.
+  const void* (*recompute)(const void* context, int64_t begin, int64_t end);
   const void* context;
-  bool makes_dy;
+  bool recomputes_dy;
 };
-// Pixels (pairs of bfloat16) that are laid out at a time: 64 channels of them take 128 KiB, so that
-// what they are copied from stays in the second-level cache beside them (0.92 of the time of 512
-// KiB for 64 -> 256 channels at 56 x 56). bfloat16 reads half as much for the same products, and
-// pieces so short cost narrow layers 2%.
+// Pixels (pairs for bfloat16) laid out at a time: 64 channels of them take 128 KiB, so that their
+// source also stays in the second-level cache (0.92 of the time of 512 KiB for 64 -> 256 channels
+// at 56 x 56). bfloat16 reads half as much for the same products, and blocks this short cost narrow
+// layers 2%.
 constexpr int64_t gradient_pixels(int64_t pair) { return pair == 2 ? 2048 : 512; }
-constexpr int64_t kMostNarrowRows = 16;  // R of a convolution of few channels
-// The same, of Winograd's forms.
+constexpr int64_t kMaxNarrowRows = 16;  // R of a convolution with few channels
+// The same for the Winograd algorithms, in tiles.
 constexpr int64_t gradient_tiles(int64_t m) { return m == 2 ? 224 : 196; }
 
-// Groups of tiles that Winograd's form takes at a time, so that a group's transformed input and its
-// sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and what they take.
+// Groups of tiles that the Winograd algorithm processes at a time: a group's transformed input and
+// its sums of 64 outputs fit into three quarters of a second-level cache of 1 MiB; and their size.
 constexpr int64_t winograd_group_bytes(int64_t m, int64_t tile_pixels, int64_t C) {
   return tile_pixels * winograd_products(m) * 4 * (C + 64);
 }
@@ -175,7 +174,7 @@ constexpr int64_t winograd_scratch_bytes(int64_t m, int64_t tile_pixels, int64_t
   return winograd_groups(m, tile_pixels, C) * winograd_group_bytes(m, tile_pixels, C);
 }
 
-// Tiles that Winograd's form takes at a time where there are 16 channels in and out.
+// Tiles that the Winograd kernels for 16 input and output channels process at a time.
 constexpr int64_t kTilesOf16 = 16;
 
 // One column per dtype, in the order of DtypeIndex: float32, bfloat16, float16, float64.
@@ -196,7 +195,7 @@ struct CpuKernels {
                                     const double* centre, double* s1, double* s2);
   void (*bn_apply_rows[4])(const BnForward&, int64_t begin, int64_t end);
   void (*bn_apply_planes[4])(const BnForward&, int64_t begin, int64_t end);
-  // sum_g += sum(g), sum_gx += sum(g * (x - mean)), and so sum_gx2 for x2; double (period,)
+  // sum_g += sum(g), sum_gx += sum(g * (x - mean)), likewise sum_gx2 for x2; double (period,)
   void (*bn_reduce_rows[4])(const BnBackward&, int64_t begin, int64_t end, double* sum_g,
                             double* sum_gx, double* sum_gx2);
   void (*bn_reduce_planes[4])(const BnBackward&, int64_t begin, int64_t end, double* sum_g,
@@ -211,54 +210,57 @@ struct CpuKernels {
   // images [begin, end): the mean over each one's pixels
   void (*mean_pool[4])(const MeanPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);
-  // Convolutions, null where an instruction set has none.
-  int64_t tile_pixels = 0;  // of a convolution's tile; in Winograd's form, tiles of a group
-  int64_t gradient_piece[kConvForms] = {};  // cpu/convolution/weight_gradient_kernels.h
-  void (*widen)(const void* from, float* to, int64_t n) = {};  // of bfloat16
-  // By ConvForm: y's channels [64 block, 64 block + 64) of the pixels of tiles [begin, end)
-  void (*conv_bn_relu[kConvForms])(const ConvBnRelu&, int64_t block, int64_t begin,
-                                   int64_t end) = {};
+  // Convolutions; null if the instruction set has none.
+  int64_t tile_pixels = 0;                     // pixels of a tile; Winograd: tiles of a group
+  int64_t gradient_chain[kConvVariants] = {};  // cpu/convolution/weight_gradient_kernels.h
+  void (*widen)(const void* from, float* to, int64_t n) = {};  // bfloat16 -> float32
+  // By ConvVariant: y's channels [64 block, 64 block + 64) of the pixels of tiles [begin, end)
+  void (*conv_bn_relu[kConvVariants])(const ConvBnRelu&, int64_t block, int64_t begin,
+                                      int64_t end) = {};
   // vectors of 16 outputs [begin, end)
   void (*conv_pack)(const ConvPack&, int64_t begin, int64_t end) = {};
-  // 16 rows of 16 floats -> their transpose, rows so many floats apart
+  // transposes 16 rows of 16 floats; from_row, to_row: floats between rows
   void (*transpose)(const float* from, int64_t from_row, float* to, int64_t to_row) = {};
   // out (k_end - k_begin, R, S, C), float32: dweight of outputs [k_begin, k_end), summed over
-  // output rows [begin, end) of the N*P; scratch of that many bytes for so many outputs
-  void (*conv_weight_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
-                                           int64_t end, int64_t k_begin, int64_t k_end,
-                                           float* out) = {};
-  int64_t (*weight_gradient_scratch[kConvForms])(const WeightGradient&, int64_t outputs) = {};
+  // output rows [begin, end) of the N*P; weight_gradient_scratch: bytes of scratch for a number of
+  // outputs
+  void (*conv_weight_gradient[kConvVariants])(const WeightGradient&, char* scratch, int64_t begin,
+                                              int64_t end, int64_t k_begin, int64_t k_end,
+                                              float* out) = {};
+  int64_t (*weight_gradient_scratch[kConvVariants])(const WeightGradient&, int64_t outputs) = {};
   // The same for few input channels, dilation 1: out (R, S C, K) over output rows [begin, end)
-  void (*narrow_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
-                                      int64_t end, float* out) = {};
+  void (*narrow_gradient[kConvVariants])(const WeightGradient&, char* scratch, int64_t begin,
+                                         int64_t end, float* out) = {};
   int64_t (*narrow_gradient_scratch)(const WeightGradient&) = {};
-  // The same in Winograd's form F(m x m, 3x3), m: winograd_tile, for 3x3, stride 1: sums (k_end -
-  // k_begin, winograd_products(m), C) over tiles [begin, end) of m x m pixels of dy; and dweight of
-  // the sum of several, part floats apart, false where it holds something that is no finite number.
-  void (*winograd_gradient[kConvForms])(const WeightGradient&, char* scratch, int64_t begin,
-                                        int64_t end, int64_t k_begin, int64_t k_end,
-                                        float* sums) = {};
+  // The same by the Winograd algorithm F(m x m, 3x3), m = winograd_tile, for 3x3, stride 1: sums
+  // (k_end - k_begin, winograd_products(m), C) over tiles [begin, end) of m x m pixels of dy;
+  // winograd_gradient_output: dweight from the total of `parts` sums, `part` floats apart, false if
+  // a result is non-finite.
+  void (*winograd_gradient[kConvVariants])(const WeightGradient&, char* scratch, int64_t begin,
+                                           int64_t end, int64_t k_begin, int64_t k_end,
+                                           float* sums) = {};
   bool (*winograd_gradient_output)(int64_t m, const float* sums, int64_t parts, int64_t part,
                                    int64_t outputs, int64_t C, float* out) = {};
   int64_t (*winograd_gradient_scratch)(const WeightGradient&, int64_t outputs) = {};
-  // 3x3, stride 1, by ConvForm: y's channels of blocks [block_begin, block_end) in groups [begin,
-  // end) of tile_pixels tiles of winograd_tile by as many pixels
-  void (*conv_bn_relu_winograd[kConvForms])(const ConvBnRelu&, void* scratch, int64_t block_begin,
-                                            int64_t block_end, int64_t begin, int64_t end) = {};
-  // The same two where C = K = 16: all of y, and the sums, of tiles [begin, end)
-  void (*conv_winograd_16[kConvForms])(const ConvBnRelu&, int64_t begin, int64_t end) = {};
+  // 3x3, stride 1, by ConvVariant: y's channels of blocks [block_begin, block_end) in groups
+  // [begin, end) of tile_pixels tiles of winograd_tile x winograd_tile pixels
+  void (*conv_bn_relu_winograd[kConvVariants])(const ConvBnRelu&, void* scratch,
+                                               int64_t block_begin, int64_t block_end,
+                                               int64_t begin, int64_t end) = {};
+  // The forward and gradient kernels for C = K = 16: all of y, and the sums, of tiles [begin, end)
+  void (*conv_winograd_16[kConvVariants])(const ConvBnRelu&, int64_t begin, int64_t end) = {};
   void (*winograd_gradient_16)(const WeightGradient&, int64_t begin, int64_t end, float* sums) = {};
 };
 
-// Whether conv_bn_relu computes in this dtype (a column of the table) on this machine.
-bool conv_bn_relu_serves(int dtype);
+// Whether conv_bn_relu supports this dtype (a column of the table) on this machine.
+bool conv_bn_relu_supports(int dtype);
 
-// Whether convolutions of bfloat16 are multiplied in float32 (cpu/convolution/host.h).
+// Whether bfloat16 convolutions are computed in float32 (cpu/convolution/host.h).
 bool widens_bfloat16();
-// From now on: 1 yes, 0 no where there is a dot product, -1 where that is faster.
+// For later calls. 1: yes; 0: no, if the dot product is available; -1: if that is faster.
 void widen_bfloat16(int choice);
 
-// The table for this machine, chosen on the first call.
+// The table for this machine, selected on the first call.
 const CpuKernels& cpu_kernels();
 
 }  // namespace fused_resnet

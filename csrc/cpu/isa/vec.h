@@ -1,11 +1,11 @@
 // One vector of the instruction set being compiled for, and one struct per dtype that loads and
 // stores it: FR_VECTOR_BYTES wide, GCC and Clang vector extensions, arithmetic in float (double for
-// float64 data). Included inside an instruction set's own namespace, so no two builds of one
-// function meet at link time; it includes nothing and uses no std:: template for the same reason.
+// float64 data). Included inside the instruction set's namespace, so that builds of one function do
+// not collide at link time; for the same reason it includes nothing and uses no std:: templates.
 //
-// A dtype struct D has: T, what memory holds; A, what arithmetic uses; V, a vector of A; lanes;
-// load/store of one vector at any alignment, stream (a store past the caches, aligned), load_n and
-// store_n of the first n lanes, and the scalar pair get/put.
+// A dtype struct D has: T, the type in memory; A, the type of the arithmetic; V, a vector of A;
+// lanes; load/store of one vector at any alignment, stream (an aligned non-temporal store), load_n
+// and store_n of the first n lanes, and the scalar pair get/put.
 #pragma once
 
 #define FR_INLINE static inline __attribute__((always_inline))
@@ -28,7 +28,7 @@ FR_INLINE void store_any(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// A store that does not fetch the line it overwrites; p aligned to sizeof(V).
+// A non-temporal store, which does not read the line it overwrites; p aligned to sizeof(V).
 template <typename V>
 FR_INLINE void stream_any(void* p, V v) {
 #if defined(__x86_64__)
@@ -43,7 +43,7 @@ FR_INLINE void stream_any(void* p, V v) {
   store_any(p, v);
 }
 
-FR_INLINE vf half_to_float(vh h) {
+FR_INLINE vf float16_to_float(vh h) {
 #if FR_VECTOR_BYTES == 64 && defined(__x86_64__)
   return (vf)_mm512_maskz_cvtph_ps((__mmask16)-1, (__m256i)h);
 #elif FR_VECTOR_BYTES == 32 && defined(__x86_64__)
@@ -62,7 +62,7 @@ FR_INLINE vf half_to_float(vh h) {
 }
 
 // Round to nearest even; NaN stays NaN, overflow becomes Inf.
-FR_INLINE vh float_to_half(vf x) {
+FR_INLINE vh float_to_float16(vf x) {
 #if FR_VECTOR_BYTES == 64 && defined(__x86_64__)
   return (vh)_mm512_maskz_cvtps_ph((__mmask16)-1, (__m512)x,
                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -80,10 +80,10 @@ FR_INLINE vh float_to_half(vf x) {
 #endif
 }
 
-FR_INLINE vf bfloat_to_float(vh b) { return (vf)(__builtin_convertvector(b, vu) << 16); }
+FR_INLINE vf bfloat16_to_float(vh b) { return (vf)(__builtin_convertvector(b, vu) << 16); }
 
 // Round to nearest even; NaN stays NaN.
-FR_INLINE vh float_to_bfloat(vf x) {
+FR_INLINE vh float_to_bfloat16(vf x) {
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
@@ -133,36 +133,36 @@ struct BFloat16 : Dtype<BFloat16, uint16_t, float, vf> {
     __builtin_memcpy(&value, &bits, sizeof(value));
     return value;
   }
-  FR_INLINE vf load(const uint16_t* p) { return bfloat_to_float(load_any<vh>(p)); }
-  FR_INLINE void store(uint16_t* p, vf v) { store_any(p, float_to_bfloat(v)); }
-  FR_INLINE void stream(uint16_t* p, vf v) { stream_any(p, float_to_bfloat(v)); }
+  FR_INLINE vf load(const uint16_t* p) { return bfloat16_to_float(load_any<vh>(p)); }
+  FR_INLINE void store(uint16_t* p, vf v) { store_any(p, float_to_bfloat16(v)); }
+  FR_INLINE void stream(uint16_t* p, vf v) { stream_any(p, float_to_bfloat16(v)); }
 };
 
 struct Float16 : Dtype<Float16, uint16_t, float, vf> {
-  FR_INLINE vf load(const uint16_t* p) { return half_to_float(load_any<vh>(p)); }
-  FR_INLINE void store(uint16_t* p, vf v) { store_any(p, float_to_half(v)); }
-  FR_INLINE void stream(uint16_t* p, vf v) { stream_any(p, float_to_half(v)); }
+  FR_INLINE vf load(const uint16_t* p) { return float16_to_float(load_any<vh>(p)); }
+  FR_INLINE void store(uint16_t* p, vf v) { store_any(p, float_to_float16(v)); }
+  FR_INLINE void stream(uint16_t* p, vf v) { stream_any(p, float_to_float16(v)); }
 };
 
-// max(v, 0) that lets NaN and -0.0 through, as torch's relu does.
+// max(v, 0) that passes NaN and -0.0, as torch's relu does.
 template <typename V>
 FR_INLINE V relu_of(V v) {
   return v < 0 ? V{} : v;
 }
 
 FR_INLINE bool has_nan(vf v) {
-  const vi unlike = v != v;
+  const vi nan_lanes = v != v;
   int32_t any = 0;
-  for (int lane = 0; lane < FR_VECTOR_BYTES / 4; ++lane) any |= unlike[lane];
+  for (int lane = 0; lane < FR_VECTOR_BYTES / 4; ++lane) any |= nan_lanes[lane];
   return any != 0;
 }
 
-// dy where the ReLU's output y lets it through; a NaN in y does, as in torch's threshold_backward.
+// dy unless y, the ReLU's output, is <= 0; a NaN in y passes dy, as in torch's threshold_backward.
 template <typename V>
 FR_INLINE V masked_by(V dy, V y) {
 #if defined(__x86_64__)
-  // Keeps dy in a register of its own. Merged into one masked load, dy would be fetched only after
-  // y has come from memory, and the kernels that wait for memory took half as long again.
+  // Keeps dy in its own register. Merged into one masked load, dy would be loaded only after y has
+  // arrived from memory, and memory-bound kernels took 1.5 times as long.
   asm("" : "+v"(dy));
 #endif
   return y <= 0 ? V{} : dy;
@@ -177,17 +177,17 @@ FR_INLINE double sum_lanes(typename D::V v) {
   return sum[0];
 }
 
-// The two ways a kernel touches memory: a whole vector, or the first n lanes of one.
+// The two access modes of a kernel: a whole vector, or the first n lanes of one.
 template <typename D>
-struct Whole {
+struct FullVector {
   FR_INLINE typename D::V load(const typename D::T* p) { return D::load(p); }
   FR_INLINE typename D::V keep(typename D::V v) { return v; }
-  FR_INLINE void store(typename D::T* p, typename D::V v, bool past_caches) {
-    past_caches ? D::stream(p, v) : D::store(p, v);
+  FR_INLINE void store(typename D::T* p, typename D::V v, bool non_temporal) {
+    non_temporal ? D::stream(p, v) : D::store(p, v);
   }
 };
 template <typename D>
-struct First {
+struct PartialVector {
   int64_t n;
   inline __attribute__((always_inline)) typename D::V load(const typename D::T* p) const {
     return D::load_n(p, n);  // zeros in the lanes from n on
@@ -201,12 +201,12 @@ struct First {
   }
 };
 
-// body(j, memory) for every vector of [0, n): Whole ones, then First for what is left.
+// body(j, memory) for every vector of [0, n): FullVector, then PartialVector for the remainder.
 template <typename D, typename Body>
 FR_INLINE void for_vectors(int64_t n, const Body& body) {
   int64_t j = 0;
-  for (; j + D::lanes <= n; j += D::lanes) body(j, Whole<D>{});
-  if (j < n) body(j, First<D>{n - j});
+  for (; j + D::lanes <= n; j += D::lanes) body(j, FullVector<D>{});
+  if (j < n) body(j, PartialVector<D>{n - j});
 }
 
 template <int n>
@@ -214,11 +214,11 @@ struct Group {
   static constexpr int count = n;  // of vectors
 };
 
-// body(j, memory, group): the same with four vectors at a time, and then one.
+// body(j, memory, group): the same in groups of four vectors, then of one.
 template <typename D, typename Body>
 FR_INLINE void for_groups(int64_t n, const Body& body) {
   int64_t j = 0;
-  for (; j + 4 * D::lanes <= n; j += 4 * D::lanes) body(j, Whole<D>{}, Group<4>{});
-  for (; j + D::lanes <= n; j += D::lanes) body(j, Whole<D>{}, Group<1>{});
-  if (j < n) body(j, First<D>{n - j}, Group<1>{});
+  for (; j + 4 * D::lanes <= n; j += 4 * D::lanes) body(j, FullVector<D>{}, Group<4>{});
+  for (; j + D::lanes <= n; j += D::lanes) body(j, FullVector<D>{}, Group<1>{});
+  if (j < n) body(j, PartialVector<D>{n - j}, Group<1>{});
 }

@@ -6,7 +6,7 @@
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kSmallestPiece = 16384;  // elements worth handing to another thread
+constexpr int64_t kMinTaskElements = 16384;  // elements that justify another task
 
 std::array<int64_t, 2> pair_of(const char* argument, const std::vector<int64_t>& values) {
   check(values.size() == 1 || values.size() == 2, "max_pool2d: ", argument,
@@ -58,7 +58,7 @@ Tensor max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_
                      pad[0],
                      pad[1]};
   const auto run = cpu_kernels().max_pool2d[dtype];
-  Split(N * P, 1, std::max<int64_t>(kSmallestPiece / (Q * C), 1))
+  Split(N * P, 1, std::max<int64_t>(kMinTaskElements / (Q * C), 1))
       .run([&](int64_t, int64_t begin, int64_t end) {
         std::vector<char> lines(static_cast<size_t>(W * C + 64) * x.element_size());
         MaxPool mine = pool;
@@ -80,7 +80,7 @@ Tensor mean_pool(Tensor x) {
       torch::stable::empty({layout.N, layout.C, 1, 1}, x.scalar_type(), std::nullopt, x.device());
   const MeanPool pool{x.const_data_ptr(), y.mutable_data_ptr(), layout.C, layout.HW};
   const auto run = cpu_kernels().mean_pool[dtype];
-  Split(layout.N, 1, std::max<int64_t>(4 * kSmallestPiece / (layout.C * layout.HW + 1), 1))
+  Split(layout.N, 1, std::max<int64_t>(4 * kMinTaskElements / (layout.C * layout.HW + 1), 1))
       .run([&](int64_t, int64_t begin, int64_t end) { run(pool, begin, end); });
   return y;
 }
@@ -92,7 +92,7 @@ double abs_max(Tensor x) {
   const int64_t n = x.numel(), size = static_cast<int64_t>(x.element_size());
   if (n == 0) return 0.0;
   const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const Split split(n, kLineBytes, 4 * kSmallestPiece);
+  const Split split(n, kLineBytes, 4 * kMinTaskElements);
   std::vector<double> largest(static_cast<size_t>(split.tasks), 0.0);
   const auto run = cpu_kernels().abs_max[dtype];
   split.run([&](int64_t task, int64_t begin, int64_t end) {
@@ -100,7 +100,7 @@ double abs_max(Tensor x) {
   });
   double result = 0.0;
   for (const double value : largest)
-    if (result == result && !(value <= result)) result = value;  // NaN comes in and stays
+    if (result == result && !(value <= result)) result = value;  // NaN propagates
   return result;
 }
 

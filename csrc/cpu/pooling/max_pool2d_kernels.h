@@ -1,9 +1,9 @@
 // Max pooling of a channels_last tensor, x (N, H, W, C) in memory -> y (N, P, Q, C): for every
 // output pixel the maximum over its window, vectorised over C; NaN propagates; padding never wins.
-// Mean pooling over all pixels, (N, H, W, C) -> (N, C), sums in float32 (double for float64).
-// And max |x|: the largest of the absolute values' bit patterns, which order as the values do, with
-// Inf above all numbers and NaN above Inf.
-// Maxima are taken over integers that order as the values do: a negative number's magnitude bits
+// Mean pooling over all pixels, (N, H, W, C) -> (N, C), sums in float32 (double for float64). And
+// max |x|: the largest of the absolute values' bit patterns, which order as the values do, with Inf
+// above all finite values and NaN above Inf.
+// Maxima are taken over integers that order as the values do: the magnitude bits of negative values
 // inverted, NaN above everything. A row of windows is first reduced over its lines, into `lines`
 // (one line of x, in cache), then over the columns of each window.
 // Bytes: x read once from memory (its windows overlap in cache), y written; abs_max reads x.
@@ -16,8 +16,8 @@ struct IntegerVector {
   typedef I V __attribute__((vector_size(FR_VECTOR_BYTES)));
 };
 
-// I: the signed integer as wide as the dtype. magnitude: all its bits but the sign; infinity:
-// Inf's.
+// I: the signed integer as wide as the dtype. magnitude: all its bits but the sign; infinity: the
+// bits of Inf.
 template <typename I>
 struct Ordered {
   typedef typename IntegerVector<I>::V V;
@@ -79,6 +79,7 @@ FR_INLINE void max_pool2d(const MaxPool& pool, int64_t begin, int64_t end, Order
     }
   }
 }
+
 // I is the signed integer as wide as the dtype, magnitude the mask of all its bits but the sign.
 template <typename I>
 FR_INLINE I largest_magnitude(const I* x, int64_t n, I magnitude) {

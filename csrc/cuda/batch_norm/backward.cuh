@@ -1,4 +1,4 @@
-// The backward kernel of bn_add_relu; cuda/batch_norm/launch.cuh says how it works.
+// The backward kernel of bn_add_relu. The algorithm is described in cuda/batch_norm/launch.cuh.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace fused_resnet {
 
-// Per channel of a slab, in shared memory.
+// Scratch in shared memory: one value per channel of the slab in each array.
 template <typename A>
 struct BackwardScratch {
   A *sum_g, *sum_gx, *mean, *g_mean, *slope, *scale, *sums;
@@ -55,7 +55,7 @@ __device__ __forceinline__ Values<T, kPacket> masked(const BnBackward<T>& bn,
   return g;
 }
 
-// Which of the values the ReLU let through, a bit each.
+// The ReLU mask of a packet, one bit per value.
 template <typename T, int kPacket>
 __device__ __forceinline__ uint8_t bits_of(const BackwardRow<T, kPacket>& rows) {
   const auto y = widened<T, kPacket>(rows.y);
@@ -65,7 +65,8 @@ __device__ __forceinline__ uint8_t bits_of(const BackwardRow<T, kPacket>& rows) 
   return static_cast<uint8_t>(bits);
 }
 
-// The part's sums of g and of g * (x - mean), into scratch; kept: g and x.
+// Computes the part's sums of g and of g * (x - mean), into scratch. kKeep: also stores g and x in
+// shared memory.
 template <typename T, bool kChannelsLast, int kPacket, bool kKeep>
 __device__ __forceinline__ void sum_backward(const BnBackward<T>& bn,
                                              const Share<kChannelsLast, kPacket>& share,
@@ -150,7 +151,7 @@ __device__ __forceinline__ void fold_backward(const BnBackward<T>& bn, int64_t s
   __syncthreads();
 }
 
-// The differences come first, since they nearly cancel for small batches.
+// Computes the differences before scaling, since they nearly cancel for small batches.
 template <typename T, bool kChannelsLast, int kPacket, bool kKept>
 __device__ __forceinline__ void output_backward(const BnBackward<T>& bn,
                                                 const Share<kChannelsLast, kPacket>& share,

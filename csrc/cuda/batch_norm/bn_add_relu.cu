@@ -1,5 +1,5 @@
-// bn_add_relu and its backward on CUDA devices: checks, outputs, workspace. The kernels are in
-// cuda/batch_norm/launch.cuh.
+// bn_add_relu and its backward on CUDA devices: checks, outputs and workspace. The kernels are
+// described in cuda/batch_norm/launch.cuh.
 #include "cuda/batch_norm/bn_add_relu.h"
 #include "cuda/batch_norm/gradient_sums.h"
 
@@ -10,7 +10,7 @@ ScalarType statistics_dtype(DtypeIndex dtype) {
   return dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// (C,) float32 (float64 beside float64 data); zeros for an empty x, of which no kernel is run.
+// (C,) float32 (float64 for float64 data). Zeros for an empty x, for which no kernel runs.
 Tensor channel_vector(const Tensor& x, DtypeIndex dtype) {
   const ScalarType vector_dtype = statistics_dtype(dtype);
   return x.numel() == 0 ? torch::stable::new_zeros(x, {x.size(1)}, vector_dtype)
@@ -26,23 +26,24 @@ const T* data_of(const std::optional<Tensor>& t) {
   return t ? data_of<T>(*t) : nullptr;
 }
 template <typename T>
-T* written(const Tensor& t) {
+T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-CutFor how_to_cut(const DeviceScope& scope, const Tensor& x, int operands,
-                  std::initializer_list<const void*> pointers) {
+CutOptions cut_options(const DeviceScope& scope, const Tensor& x, int operands,
+                       std::initializer_list<const void*> pointers) {
   const bool vectors = std::all_of(pointers.begin(), pointers.end(), aligned16);
   return {static_cast<int>(x.element_size()), vectors, operands, scope.multiprocessors(),
           scope.max_shared_bytes()};
 }
 
-Cut cut_for(const Layout4d& layout, const CutFor& how) {
-  return fused_resnet::cut_for(layout.N, layout.C, layout.HW, layout.channels_last, how);
+Cut cut_for(const Layout4d& layout, const CutOptions& options) {
+  return fused_resnet::cut_for(layout.N, layout.C, layout.HW, layout.channels_last, options);
 }
 
-// (parts, sums, C), for blocks that add up one another's sums; empty where none does. Memory that
-// only this call's launches see: nothing to set to zero, nothing for another stream to meet.
+// Partial sums (parts, sums, C), for blocks that merge the parts of a slab; empty if a slab has one
+// part. Only this call's launches access it: it needs no zeroing and no synchronisation with other
+// streams.
 Tensor partial_sums(const Cut& cut, const Tensor& vector, int64_t sums) {
   const int64_t parts = cut.kept && cut.parts == 1 ? 0 : cut.parts;
   return torch::stable::new_empty(vector, {parts, sums, cut.C});
@@ -57,18 +58,18 @@ void forward(const Layout4d& layout, const Tensor& x, const std::optional<Tensor
   BnForward<T> bn{};
   bn.x = data_of<T>(x);
   bn.residual = data_of<T>(residual);
-  bn.y = written<T>(y);
-  const CutFor how = how_to_cut(scope, x, 1, {bn.x, bn.residual, bn.y});
-  bn.cut = cut_for(layout, how);
+  bn.y = mutable_data<T>(y);
+  const CutOptions options = cut_options(scope, x, 1, {bn.x, bn.residual, bn.y});
+  bn.cut = cut_for(layout, options);
   const Tensor partial = partial_sums(bn.cut, mean, 3);
   bn.weight = data_of<A>(weight);
   bn.bias = data_of<A>(bias);
-  bn.mean = written<A>(mean);
-  bn.var = written<A>(var);
-  bn.partial = written<A>(partial);
+  bn.mean = mutable_data<A>(mean);
+  bn.var = mutable_data<A>(var);
+  bn.partial = mutable_data<A>(partial);
   bn.eps = static_cast<A>(eps);
   bn.relu = relu;
-  launch_bn_forward(scope, bn, shared_bytes_of(bn.cut, how));
+  launch_bn_forward(scope, bn, shared_bytes_of(bn.cut, options));
 }
 
 template <typename T>
@@ -82,24 +83,24 @@ void backward(const Layout4d& layout, const Tensor& dy, const Tensor& x,
   bn.dy = data_of<T>(dy);
   bn.x = data_of<T>(x);
   bn.y = data_of<T>(y);
-  bn.dx = dx ? written<T>(*dx) : nullptr;
-  bn.dresidual = dresidual ? written<T>(*dresidual) : nullptr;
-  const CutFor how = how_to_cut(scope, x, 2, {bn.dy, bn.x, bn.y, bn.dx, bn.dresidual});
-  bn.cut = cut_for(layout, how);
+  bn.dx = dx ? mutable_data<T>(*dx) : nullptr;
+  bn.dresidual = dresidual ? mutable_data<T>(*dresidual) : nullptr;
+  const CutOptions options = cut_options(scope, x, 2, {bn.dy, bn.x, bn.y, bn.dx, bn.dresidual});
+  bn.cut = cut_for(layout, options);
   const Tensor partial = partial_sums(bn.cut, dweight, 2);
   bn.parts = bn.cut.parts;
-  const bool twice = !bn.cut.kept && bn.dx && !bn.dresidual && bn.y && bn.cut.packet > 1;
+  const bool write_mask = !bn.cut.kept && bn.dx && !bn.dresidual && bn.y && bn.cut.packet > 1;
   const Tensor mask =
-      torch::stable::new_empty(x, {twice ? x.numel() / bn.cut.packet : 0}, ScalarType::Byte);
-  bn.new_mask = twice ? written<uint8_t>(mask) : nullptr;
+      torch::stable::new_empty(x, {write_mask ? x.numel() / bn.cut.packet : 0}, ScalarType::Byte);
+  bn.new_mask = write_mask ? mutable_data<uint8_t>(mask) : nullptr;
   bn.weight = data_of<A>(weight);
   bn.mean = data_of<A>(mean);
   bn.var = data_of<A>(var);
-  bn.dweight = written<A>(dweight);
-  bn.dbias = written<A>(dbias);
-  bn.partial = written<A>(partial);
+  bn.dweight = mutable_data<A>(dweight);
+  bn.dbias = mutable_data<A>(dbias);
+  bn.partial = mutable_data<A>(partial);
   bn.eps = static_cast<A>(eps);
-  launch_bn_backward(scope, bn, shared_bytes_of(bn.cut, how));
+  launch_bn_backward(scope, bn, shared_bytes_of(bn.cut, options));
 }
 
 // x (N, C, H, W), weight? (C,), bias? (C,), residual? (N, C, H, W)
@@ -125,8 +126,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
   return {y, mean, var};
 }
 
-// x (N, C, H, W), mean, var, rest (C,) as bn_merge_statistics gives them, weight?, bias? (C,),
-// residual? (N, C, H, W) -> y (N, C, H, W)
+// x (N, C, H, W), mean, var, rest (C,) from bn_merge_statistics, weight?, bias? (C,), residual? (N,
+// C, H, W) -> y (N, C, H, W)
 Tensor bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, std::optional<Tensor> weight,
                     std::optional<Tensor> bias, std::optional<Tensor> residual, double eps,
                     bool relu) {
@@ -148,9 +149,9 @@ Tensor bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, std::optiona
     BnForward<T> bn{};
     bn.x = data_of<T>(x);
     bn.residual = data_of<T>(residual);
-    bn.y = written<T>(y);
-    const CutFor how = how_to_cut(scope, x, 1, {bn.x, bn.residual, bn.y});
-    bn.cut = cut_for(layout, how);
+    bn.y = mutable_data<T>(y);
+    const CutOptions options = cut_options(scope, x, 1, {bn.x, bn.residual, bn.y});
+    bn.cut = cut_for(layout, options);
     bn.cut.kept = false;
     bn.weight = data_of<A>(weight);
     bn.bias = data_of<A>(bias);
@@ -159,7 +160,7 @@ Tensor bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, std::optiona
     bn.rest = data_of<A>(rest);
     bn.eps = static_cast<A>(eps);
     bn.relu = relu;
-    launch_bn_normalise(scope, bn, shared_bytes_of(bn.cut, how));
+    launch_bn_normalise(scope, bn, shared_bytes_of(bn.cut, options));
   });
   return y;
 }
@@ -193,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
   return {dx, dweight, dbias, dresidual};
 }
 
-// The second half of bn_add_relu_backward: g, dy as the ReLU lets it through, x (N, C, H, W), sums
-// (parts, 2, C) of them (cuda/batch_norm/gradient_sums.h), weight? (C,), mean, var (C,)
+// The second half of bn_add_relu_backward: g (dy masked by the ReLU), x (N, C, H, W), sums (parts,
+// 2, C) (cuda/batch_norm/gradient_sums.h), weight? (C,), mean, var (C,)
 //   -> dx (N, C, H, W), dweight (C,), dbias (C,)
 std::tuple<Tensor, Tensor, Tensor> bn_gradient_by_sums(Tensor g, Tensor x, Tensor sums,
                                                        std::optional<Tensor> weight, Tensor mean,
@@ -215,26 +216,26 @@ std::tuple<Tensor, Tensor, Tensor> bn_gradient_by_sums(Tensor g, Tensor x, Tenso
   const DeviceScope scope(x);
   Tensor dx = torch::stable::empty_like(x);
   Tensor dweight = channel_vector(x, dtype), dbias = channel_vector(x, dtype);
-  sums = few_sums(scope, sums);
+  sums = reduce_sums(scope, sums);
   with_element(dtype, [&](auto element) {
     using T = decltype(element);
     if constexpr (!std::is_same_v<T, double>) {
       BnBackward<T> bn{};
       bn.dy = data_of<T>(g);
       bn.x = data_of<T>(x);
-      bn.dx = written<T>(dx);
-      const CutFor how = how_to_cut(scope, x, 2, {bn.dy, bn.x, bn.dx});
-      bn.cut = cut_for(layout, how);
+      bn.dx = mutable_data<T>(dx);
+      const CutOptions options = cut_options(scope, x, 2, {bn.dy, bn.x, bn.dx});
+      bn.cut = cut_for(layout, options);
       bn.cut.kept = false;
       bn.weight = data_of<float>(weight);
       bn.mean = data_of<float>(mean);
       bn.var = data_of<float>(var);
-      bn.dweight = written<float>(dweight);
-      bn.dbias = written<float>(dbias);
-      bn.partial = written<float>(sums);
+      bn.dweight = mutable_data<float>(dweight);
+      bn.dbias = mutable_data<float>(dbias);
+      bn.partial = mutable_data<float>(sums);
       bn.parts = sums.size(0);
       bn.eps = static_cast<float>(eps);
-      launch_bn_gradient(scope, bn, shared_bytes_of(bn.cut, how));
+      launch_bn_gradient(scope, bn, shared_bytes_of(bn.cut, options));
     }
   });
   return {dx, dweight, dbias};

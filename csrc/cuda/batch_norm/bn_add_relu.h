@@ -1,5 +1,6 @@
-// What the ops bn_add_relu and bn_add_relu_backward hand to the CUDA kernels' launchers, one
-// translation unit per dtype T. Sums and per-channel numbers are of A: float, double for double.
+// Arguments that the ops bn_add_relu and bn_add_relu_backward pass to the launchers of the CUDA
+// kernels, which are compiled in one translation unit per dtype T. Sums and per-channel values have
+// type A: float, or double for double.
 #pragma once
 
 #include "cuda/batch_norm/cut.h"
@@ -16,10 +17,10 @@ struct BnForward {
   T* y;               // as x
   const A* weight;    // (C,) or null
   const A* bias;      // (C,) or null
-  A* mean;            // (C,), written; read where the statistics are given
-  A* var;             // (C,), likewise
-  const A* rest;      // (C,), given: what the mean's rounding took off; else null
-  A* partial;         // (parts, 3, C): centre, sum of x - centre, squares about the part's mean
+  A* mean;            // (C,), output; input of launch_bn_normalise
+  A* var;             // (C,), as mean
+  const A* rest;      // (C,), rounding error of mean; null unless launch_bn_normalise
+  A* partial;  // (parts, 3, C): centre, sum of x - centre, squared deviations from the part's mean
   A eps;
   bool relu;
 };
@@ -33,8 +34,8 @@ struct BnBackward {
   const T* y;    // as dy, or null: no mask
   T* dx;         // as dy, or null
   T* dresidual;  // as dy, or null
-  // A byte for each packet, a bit for each element: !(y <= 0). Read where it is not null; new_mask,
-  // where it is not null, is written by a launch that makes the sums and nothing else.
+  // ReLU mask: one byte per packet, one bit per element, !(y <= 0). mask is read if it is not null.
+  // new_mask, if it is not null, is written by a launch that computes only the sums.
   const uint8_t* mask;
   uint8_t* new_mask;
   const A* weight;  // (C,) or null
@@ -43,7 +44,7 @@ struct BnBackward {
   A* dweight;       // (C,)
   A* dbias;         // (C,)
   A* partial;       // (parts, 2, C): sum of g, sum of g * (x - mean)
-  int64_t parts;    // the cut's, or of a convolution that took the sums
+  int64_t parts;    // of the cut, or of the convolution that computed the sums
                     // (cuda/batch_norm/gradient_sums.cu)
   A eps;
 };
@@ -51,12 +52,12 @@ struct BnBackward {
 // shared_bytes: shared_bytes_of(bn.cut, ...).
 template <typename T>
 void launch_bn_forward(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes);
-// y alone, by statistics that are given; the cut keeps nothing.
+// Computes y from given statistics. bn.cut.kept must be false.
 template <typename T>
 void launch_bn_normalise(const DeviceScope& scope, const BnForward<T>& bn, int shared_bytes);
 template <typename T>
 void launch_bn_backward(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes);
-// dx, dweight and dbias, where dy is g and the sums are given; the cut keeps nothing.
+// Computes dx, dweight and dbias from given sums; bn.dy is g. bn.cut.kept must be false.
 template <typename T>
 void launch_bn_gradient(const DeviceScope& scope, const BnBackward<T>& bn, int shared_bytes);
 template <typename T>

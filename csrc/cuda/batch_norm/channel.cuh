@@ -1,9 +1,9 @@
-// One channel of a batch norm and the ReLU behind it, as all of our CUDA kernels apply them:
-// whoever computes an activation again gets the same bits, in whatever kernel.
+// Arithmetic of one channel of batch norm and the ReLU after it, shared by all CUDA kernels, so
+// that a kernel that recomputes an activation gets the same bits.
 //   y = relu((x - mean) * scale + shift),   scale = weight / sqrt(var + eps),
-//   shift = bias - rest * scale,   rest: what the mean's rounding took off
-// Rounded after the subtraction and once more after the rest, which the compiler is not left to
-// decide.
+//   shift = bias - rest * scale,   rest: the rounding error of mean
+// There is one rounding after the subtraction and one after the explicit fused multiply-add, so
+// that the result does not depend on the compiler's contraction.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,7 @@
 
 namespace fused_resnet {
 
-// A: float, or double for data in double.
+// A: float, or double for float64 data.
 template <typename A>
 struct NormChannel {
   A mean, scale, shift;
@@ -23,16 +23,16 @@ struct NormChannel {
   }
 };
 
-// A channel of the norm as it lies in memory.
-struct NormNumbers {
+// Parameters and statistics of one channel, as stored in memory.
+struct NormParameters {
   float mean, var, rest, weight, bias;
 
   template <typename Norm>
-  __device__ __forceinline__ static NormNumbers load(const Norm& norm, int64_t c) {
+  __device__ __forceinline__ static NormParameters load(const Norm& norm, int64_t c) {
     return {norm.mean[c], norm.var[c], norm.rest[c], norm.weight != nullptr ? norm.weight[c] : 1.0f,
             norm.bias != nullptr ? norm.bias[c] : 0.0f};
   }
-  // As the forward pass folded it.
+  // Folded as in the forward pass.
   __device__ __forceinline__ NormChannel<float> folded(float eps) const {
     return NormChannel<float>::of(mean, var, rest, weight, bias, eps);
   }
@@ -42,7 +42,7 @@ template <typename A>
 __device__ __forceinline__ A normalised(A x, A mean, A scale, A shift) {
   return multiply_add(x - mean, scale, shift);
 }
-// NaN stays NaN, -0 becomes 0.
+// ReLU. NaN stays NaN, -0 becomes 0.
 template <typename A>
 __device__ __forceinline__ A rectified(A v) {
   return v <= 0 ? A{0} : v;

@@ -1,14 +1,16 @@
-// How the CUDA kernels of bn_add_relu cut a tensor x (N, C, H, W) into blocks and threads: plain
-// integers, for host and device. No torch, no CUDA headers of its own.
+// Partition of a tensor x (N, C, H, W) into blocks and threads for the CUDA kernels of bn_add_relu.
+// Integer arithmetic for host and device. Includes no torch headers, and CUDA headers only through
+// device.cuh.
 //
-// A packet is what a thread takes in one access: 16 bytes, or one element where addresses or sizes
-// do not allow more. A slab is the channels that a block owns, and a row is what a slab has side by
-// side in memory:
-//   channels_last: a row is `columns` packets of one pixel's channels; N*H*W rows;
-//   contiguous: a slab is one channel, a row one packet of one of its planes; N*H*W / packet rows.
-// A part is a stretch of rows; block number = part * slabs + slab, so that blocks which run at the
-// same time read neighbouring slabs of the same rows. A block's threads stand in groups of
-// `columns`: a thread stays in its column and takes every groups-th row of the part.
+// A packet is the unit of one memory access: 16 bytes, or one element where addresses or sizes do
+// not allow that. A slab is the range of channels that a block processes. A row is a contiguous run
+// of a slab in memory:
+//   channels_last: a row is `columns` packets of the channels of one pixel; N*H*W rows;
+//   contiguous: a slab is one channel, a row is one packet of one of its planes; N*H*W / packet
+//   rows.
+// A part is a range of rows. Block number = part * slabs + slab, so that concurrent blocks read
+// neighbouring slabs of the same rows. The threads of a block form groups of `columns` threads. A
+// thread processes one column of every groups-th row of the part.
 #pragma once
 
 #include <algorithm>
@@ -23,14 +25,14 @@ constexpr int kMaxThreads = 512;
 struct Cut {
   int64_t C, HW;  // of x
   bool channels_last;
-  int packet;    // elements
+  int packet;    // in elements
   int64_t rows;  // of a slab
   int64_t rows_per_part;
-  int columns;  // packets of a row, a power of two, at most 32
+  int columns;  // packets per row, a power of two, at most 32
   int64_t slabs;
   int64_t parts;
   int threads;
-  bool kept;  // a part fits in shared memory, and all blocks on the device at once
+  bool kept;  // each part stays in shared memory, and all blocks are resident at once
 
   __host__ __device__ int channels() const { return channels_last ? columns * packet : 1; }
   __host__ __device__ int64_t blocks() const { return slabs * parts; }
@@ -43,13 +45,14 @@ struct Cut {
     return channels_last ? rows : rows * packet;
   }
   __host__ __device__ int64_t packets_per_part() const { return rows_per_part * columns; }
-  // Shared memory besides the part itself, in sums: two of every warp, and seven of a block.
+  // Size of the scratch in shared memory, in accumulators: two per warp and seven per block, for
+  // each channel.
   __host__ __device__ int scratch_sums() const { return (threads / 32 * 2 + 7) * channels(); }
 };
 
-// A row's place in the tensor, and how far apart two rows are. Contiguous planes: `inner` counts
-// inside the plane, and a step that leaves it goes on in the same channel's plane of the next
-// image.
+// The position of a row in the tensor, or the distance between two rows. For contiguous planes
+// `inner` is the index within the plane; a step past its end continues in the same channel's plane
+// of the next image.
 struct Place {
   int64_t offset, inner;
 };
@@ -85,73 +88,78 @@ __host__ __device__ inline void step_back(const Cut& cut, Place& place, const Pl
   }
 }
 
-// What the choice depends on besides the sizes.
-struct CutFor {
+// Inputs of cut_for in addition to the sizes of x.
+struct CutOptions {
   int element_bytes;
   bool vectors;  // every pointer is aligned to 16 bytes
-  int operands;  // that a block keeps: x, or g and x
+  int operands;  // kept in shared memory: 1 for x, 2 for g and x
   int multiprocessors;
-  int shared_bytes;  // that a block may ask for
+  int shared_bytes;  // maximum per block
 };
 
-inline int64_t cut_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int sum_bytes(int element_bytes) { return element_bytes == 8 ? 8 : 4; }
 
-inline int shared_bytes_of(const Cut& cut, const CutFor& how) {
+inline int shared_bytes_of(const Cut& cut, const CutOptions& options) {
   const int64_t kept =
-      cut.kept ? cut.packets_per_part() * cut.packet * how.element_bytes * how.operands : 0;
-  return static_cast<int>(cut_up(kept, 16) * 16 +
-                          cut.scratch_sums() * int64_t{sum_bytes(how.element_bytes)});
+      cut.kept ? cut.packets_per_part() * cut.packet * options.element_bytes * options.operands : 0;
+  return static_cast<int>(divide_up(kept, 16) * 16 +
+                          cut.scratch_sums() * int64_t{sum_bytes(options.element_bytes)});
 }
 
-// Rows of a slab over at most `blocks` blocks; a part is worth a packet for every thread.
+// Splits the rows of a slab into at most blocks / slabs parts. A part has at least one packet per
+// thread.
 inline void cut_rows(Cut& cut, int64_t blocks) {
   constexpr int threads_per_warp = 32, packets_per_thread = 4;
-  const int64_t worth_it = cut_up(kMaxThreads, cut.columns);
-  const int64_t parts = std::clamp<int64_t>(blocks / cut.slabs, 1, cut_up(cut.rows, worth_it));
-  cut.rows_per_part = cut_up(cut.rows, parts);
-  cut.parts = cut_up(cut.rows, cut.rows_per_part);
-  const int64_t threads = cut_up(cut.packets_per_part(), packets_per_thread);
+  const int64_t min_rows = divide_up(kMaxThreads, cut.columns);
+  const int64_t parts = std::clamp<int64_t>(blocks / cut.slabs, 1, divide_up(cut.rows, min_rows));
+  cut.rows_per_part = divide_up(cut.rows, parts);
+  cut.parts = divide_up(cut.rows, cut.rows_per_part);
+  const int64_t threads = divide_up(cut.packets_per_part(), packets_per_thread);
   cut.threads = static_cast<int>(std::clamp<int64_t>(
-      cut_up(threads, threads_per_warp) * threads_per_warp, 2 * threads_per_warp, kMaxThreads));
+      divide_up(threads, threads_per_warp) * threads_per_warp, 2 * threads_per_warp, kMaxThreads));
 }
 
 inline void cut_channels(Cut& cut, int columns) {
   cut.columns = columns;
-  cut.slabs = cut_up(cut.C, cut.channels());
+  cut.slabs = divide_up(cut.C, cut.channels());
 }
 
-// Every part in shared memory, and no more blocks than multiprocessors where they have to wait for
-// one another: a block is alone on its multiprocessor at worst.
-inline bool can_keep(const Cut& cut, const CutFor& how) {
+// Whether every part fits in shared memory. If a slab has more than one part, its blocks
+// synchronise, so all blocks must be resident: at most one per multiprocessor, because shared
+// memory may not hold two.
+inline bool can_keep(const Cut& cut, const CutOptions& options) {
   Cut kept = cut;
   kept.kept = true;
   return cut.packets_per_part() < (int64_t{1} << 20) &&
-         shared_bytes_of(kept, how) <= how.shared_bytes &&
-         (cut.parts == 1 || cut.blocks() <= how.multiprocessors);
+         shared_bytes_of(kept, options) <= options.shared_bytes &&
+         (cut.parts == 1 || cut.blocks() <= options.multiprocessors);
 }
 
-// x (N, C, H, W) with N*H*W > 0. In order of preference:
-// 1. one block per slab, from shared memory, where slabs alone occupy most of the device: no block
-//    waits for another. Rows as long as that allows.
-// 2. as many parts as there are multiprocessors for, from shared memory, in one launch.
-// 3. the same without shared memory, in two launches.
-// In 2 and 3 each block adds up the partial sums of its slab, so rows are so short (64 bytes at
-// least, two sectors) that they come to few bytes.
-inline Cut cut_for(int64_t N, int64_t C, int64_t HW, bool channels_last, const CutFor& how) {
+// Partition of x (N, C, H, W) with N*H*W > 0. In order of preference:
+// 1. One block per slab, data kept in shared memory, if the slabs alone occupy most of the device:
+// no synchronisation between blocks. Uses the longest rows that allow this.
+// 2. As many parts as multiprocessors, data kept in shared memory, one launch.
+// 3. The same without keeping data in shared memory, in two launches.
+// In 2 and 3 every block adds up the partial sums of its slab. Rows are shortened (to no less than
+// 64 bytes, two sectors) to limit the bytes of these partial sums.
+inline Cut cut_for(int64_t N, int64_t C, int64_t HW, bool channels_last,
+                   const CutOptions& options) {
   constexpr int line_bytes = 128, sector_bytes = 32, merged_bytes = 16 * 1024;
-  const int vector = 16 / how.element_bytes;
+  const int vector = 16 / options.element_bytes;
   Cut cut{};
   cut.C = C;
   cut.HW = HW;
   cut.channels_last = channels_last;
   cut.packet =
-      how.vectors && how.element_bytes < 8 && (channels_last ? C : HW) % vector == 0 ? vector : 1;
+      options.vectors && options.element_bytes < 8 && (channels_last ? C : HW) % vector == 0
+          ? vector
+          : 1;
   cut.rows = N * HW / (channels_last ? 1 : cut.packet);
-  const int packet_bytes = cut.packet * how.element_bytes;
+  const int packet_bytes = cut.packet * options.element_bytes;
   int widest = 1;
-  while (channels_last && widest < cut_up(C, cut.packet) && widest < 32 &&
+  while (channels_last && widest < divide_up(C, cut.packet) && widest < 32 &&
          widest * packet_bytes < line_bytes)
     widest *= 2;
   const auto narrowest = [&](int bytes) {
@@ -161,7 +169,7 @@ inline Cut cut_for(int64_t N, int64_t C, int64_t HW, bool channels_last, const C
   for (int columns = widest; columns >= narrowest(sector_bytes); columns /= 2) {
     cut_channels(cut, columns);
     cut_rows(cut, cut.slabs);
-    if (4 * cut.slabs >= 3 * how.multiprocessors && can_keep(cut, how)) {
+    if (4 * cut.slabs >= 3 * options.multiprocessors && can_keep(cut, options)) {
       cut.kept = true;
       return cut;
     }
@@ -169,12 +177,12 @@ inline Cut cut_for(int64_t N, int64_t C, int64_t HW, bool channels_last, const C
   }
   for (int columns = widest; columns >= narrowest(2 * sector_bytes); columns /= 2) {
     cut_channels(cut, columns);
-    cut_rows(cut, how.multiprocessors);
-    const int64_t merged = cut.parts * cut.channels() * 3 * sum_bytes(how.element_bytes);
+    cut_rows(cut, options.multiprocessors);
+    const int64_t merged = cut.parts * cut.channels() * 3 * sum_bytes(options.element_bytes);
     if (merged <= merged_bytes || columns == 1) break;
     if (columns / 2 < narrowest(2 * sector_bytes)) break;
   }
-  cut.kept = can_keep(cut, how);
+  cut.kept = can_keep(cut, options);
   return cut;
 }
 

@@ -1,4 +1,4 @@
-// The forward kernel of bn_add_relu; cuda/batch_norm/launch.cuh says how it works.
+// The forward kernel of bn_add_relu. The algorithm is described in cuda/batch_norm/launch.cuh.
 #pragma once
 
 #include "cuda/batch_norm/channel.cuh"
@@ -6,7 +6,7 @@
 
 namespace fused_resnet {
 
-// Per channel of a slab, in shared memory.
+// Scratch in shared memory: one value per channel of the slab in each array.
 template <typename A>
 struct ForwardScratch {
   A *centre, *guess, *squares, *total, *mean, *scale, *shift, *sums;
@@ -21,14 +21,16 @@ struct ForwardScratch {
         sums(shift + channels) {}
 };
 
-// A centre as near to the mean as one number can be: from here on only small numbers are added up.
+// Moves the centre as close to the mean as one value can represent, so that only small deviations
+// are summed afterwards.
 template <typename A>
-__device__ __forceinline__ A nearer(A centre, A distance) {
+__device__ __forceinline__ A refine_centre(A centre, A distance) {
   const A moved = centre + distance;
   return is_finite(moved) ? moved : centre;
 }
 
-// The part's centre, sum of x - centre, and sum of squares about its mean, into scratch.
+// Computes the part's centre, the sum of x - centre, and the squared deviations from the part's
+// mean, into scratch.
 template <typename T, bool kChannelsLast, int kPacket, bool kKeep>
 __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
                                             const Share<kChannelsLast, kPacket>& share,
@@ -44,7 +46,8 @@ __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
       bn.cut, share, [&](int64_t offset, int64_t) { return load_global<Row>(bn.x + offset); },
       [&](const Row(&loaded)[unroll], int rows) {
         if (seen == 0) {
-      // A mean of eight, so that small integers stay exact; the first row stands in for others.
+      // The mean of eight rows, so that small integers stay exact. The first row replaces missing
+      // rows.
 #pragma unroll
           for (int u = 0; u < unroll; ++u) {
             Row row = loaded[0];
@@ -59,7 +62,7 @@ __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
             if (!is_finite(centre[k])) centre[k] = 0;
         }
         seen += rows;
-    // A batch by itself first: fewer roundings at the size of the whole sum.
+    // Sum each batch separately first: fewer roundings at the magnitude of the full sum.
 #pragma unroll
         for (int k = 0; k < kPacket; ++k) {
           A t1 = 0, t2 = 0;
@@ -99,7 +102,7 @@ __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
 #pragma unroll
   for (int k = 0; k < channels; ++k) {
     const int j = column + k;
-    const A apart = centre[k] - nearer(scratch.centre[j], scratch.guess[j] * block_nth);
+    const A apart = centre[k] - refine_centre(scratch.centre[j], scratch.guess[j] * block_nth);
     const A from_mean = apart + s1[k] * one_nth;
     // An infinite sum of squares stays infinite instead of Inf - Inf.
     A within = is_finite(s2[k]) ? s2[k] - s1[k] * (s1[k] * one_nth) : s2[k];
@@ -109,11 +112,11 @@ __device__ __forceinline__ void sum_forward(const BnForward<T>& bn,
   }
   sum_over_block<2, channels>(both, bn.cut.columns, scratch.sums, scratch.squares);
   for (int j = threadIdx.x; j < bn.cut.channels(); j += bn.cut.threads)
-    scratch.centre[j] = nearer(scratch.centre[j], scratch.guess[j] * block_nth);
+    scratch.centre[j] = refine_centre(scratch.centre[j], scratch.guess[j] * block_nth);
   __syncthreads();
 }
 
-// The same three numbers of the whole slab, from those of its parts.
+// Computes the same three values for the whole slab, from those of its parts.
 template <typename T>
 __device__ __forceinline__ void merge_forward(const BnForward<T>& bn, int64_t slab_channel,
                                               const ForwardScratch<Accumulate<T>>& scratch) {
@@ -131,7 +134,7 @@ __device__ __forceinline__ void merge_forward(const BnForward<T>& bn, int64_t sl
   });
   const A one_mth = 1 / static_cast<A>(cut.values(cut.rows));
   for (int j = threadIdx.x; j < cut.channels(); j += cut.threads)
-    scratch.centre[j] = nearer(partial(0, 0, j), scratch.guess[j] * one_mth);
+    scratch.centre[j] = refine_centre(partial(0, 0, j), scratch.guess[j] * one_mth);
   __syncthreads();
   sum_over_parts<2>(cut, scratch.sums, scratch.squares, [&](A(&sums)[2], int64_t part, int j) {
     const A n = count(part), apart = partial(part, 0, j) - scratch.centre[j];
@@ -141,8 +144,8 @@ __device__ __forceinline__ void merge_forward(const BnForward<T>& bn, int64_t sl
   });
 }
 
-// The mean, from a centre and the mean of x - centre, as one rounded number, near which x - mean is
-// exact, and what its rounding took off.
+// The mean as one rounded value and its rounding error, from a centre and the mean of x - centre. x
+// - mean is exact for x close to the mean.
 template <typename A>
 struct Mean {
   A value, rest;
@@ -154,7 +157,7 @@ struct Mean {
   }
 };
 
-// cuda/batch_norm/channel.cuh: what the output is made by.
+// Writes the channel's coefficients (cuda/batch_norm/channel.cuh) to scratch.
 template <typename T>
 __device__ __forceinline__ void fold_channel(const BnForward<T>& bn, int64_t slab_channel, int j,
                                              Accumulate<T> mean, Accumulate<T> rest,
@@ -180,7 +183,7 @@ __device__ __forceinline__ void fold_forward(const BnForward<T>& bn, int64_t sla
   for (int j = threadIdx.x; j < cut.channels(); j += cut.threads) {
     const int64_t c = slab_channel + j;
     const Mean<A> mean(scratch.centre[j], scratch.total[j] / m);
-    // Inf in x: the variance is NaN.
+    // NaN if x contains Inf.
     const A var = scratch.squares[j] / m + (mean.value - mean.value);
     fold_channel(bn, slab_channel, j, mean.value, mean.rest, var, scratch);
     if (write && c < cut.C) {
@@ -191,7 +194,7 @@ __device__ __forceinline__ void fold_forward(const BnForward<T>& bn, int64_t sla
   __syncthreads();
 }
 
-// The same by statistics that are given.
+// The same from given statistics.
 template <typename T>
 __device__ __forceinline__ void fold_given(const BnForward<T>& bn, int64_t slab_channel,
                                            const ForwardScratch<Accumulate<T>>& scratch) {

@@ -1,5 +1,5 @@
-// The sums that a norm's gradient is made of, where a convolution took them
-// (cuda/convolution/gradient.cuh): (parts, 2, C) float32, of every part of the pixels and channel
+// The sums of a batch norm gradient as computed by a convolution (cuda/convolution/gradient.cuh):
+// (parts, 2, C) float32, for every part of the pixels and every channel
 //   sum of g, sum of g * (x - mean)
 #pragma once
 
@@ -7,9 +7,9 @@
 
 namespace fused_resnet {
 
-constexpr int kMostSumParts = 128;  // that every block of the gradient's kernel adds up by itself
+constexpr int kMaxSumParts = 128;  // that every block of the gradient kernel can add up
 
-// At most kMostSumParts parts, which are the sums of so many of those given; always in one order.
-Tensor few_sums(const DeviceScope& scope, Tensor sums);
+// Reduces sums to at most kMaxSumParts parts, in a fixed order.
+Tensor reduce_sums(const DeviceScope& scope, Tensor sums);
 
 }  // namespace fused_resnet

@@ -1,31 +1,33 @@
-// Training batch normalisation, + residual, + ReLU, forward and backward, on CUDA devices.
+// Training batch norm, + residual, + ReLU, forward and backward, on CUDA devices.
 //   mean[c] = sum x[:, c] / M,   var[c] = sum (x[:, c] - mean[c])^2 / M,   M = N*H*W
 //   y = relu((x - mean[c]) * scale[c] + bias[c] + residual)
 //   g = dy * !(y <= 0),   dbias[c] = sum g,   dweight[c] = invstd[c] * sum g * (x - mean[c])
 //   dx = scale[c] * (g - dbias[c] / M - (x - mean[c]) * invstd[c] * dweight[c] / M)
 //   dresidual = g,   invstd[c] = 1 / sqrt(var[c] + eps),   scale[c] = weight[c] * invstd[c]
-// Layout: channels_last or contiguous; cuda/batch_norm/cut.h says what a block and a thread own.
-// A thread sums the rows of its column in registers (float; double for double), kUnroll rows' loads
-// in flight; forward: x - centre and its square, the centre being the mean of the thread's first
-// rows, so that nothing cancels however large the mean. A block adds up its threads, first the sums
-// and then the squares about the block's own mean (Chan, Golub and LeVeque 1983), and blocks add up
-// the parts of their slab likewise: always in one order, with no atomics, so the bits repeat.
-// Where the parts fit in the multiprocessors' shared memory (x; backward g and x), a block keeps
-// its part there from the sums to the output, and all is one launch, cooperative where a slab has
-// more than one part. Else one launch sums and a second adds up the parts and makes the output,
-// last rows first: those are in L2.
-// Bytes per element, in elements: forward x read once (twice in two launches), residual read once,
-// y written once; backward dy, x and y read once, dx and dresidual written once. Backward in two
-// launches: the first writes dresidual, or where none is wanted the ReLU's mask, a bit an element;
-// the second reads that, and x again, in y's place: 7 elements instead of 8 with dresidual, 6 and
-// two bits instead of 7 without. Where a convolution took the sums and stored g
-// (cuda/convolution/gradient.cuh), the second launch alone, 3 elements.
-// Constraints: none on sizes; 16-byte packets where addresses and sizes are multiples of it.
-// Speed: not yet measured.
-// Rejected: the last block of a slab adds up its parts (a counter needs zeroed memory, which is one
-// more launch or shared between streams, and the second launch waits for that block: every block
-// adding up a few kilobytes by itself needs neither); asynchronous copies into shared memory (plain
-// loads keep as many bytes in flight, and serve packets of one element too).
+// Layout: channels_last or contiguous; cuda/batch_norm/cut.h defines the partition into blocks and
+// threads.
+// A thread sums the rows of its column in registers (float; double for double), with the loads of
+// kUnroll rows in flight. Forward: it sums x - centre and its square, where the centre is the mean
+// of the thread's first rows, so that there is no cancellation for large means. A block reduces its
+// threads, first the sums, then the squared deviations from the block's mean (Chan, Golub and
+// LeVeque 1983). The parts of a slab are merged in the same way. The order is fixed and there are
+// no atomics, so results are reproducible bit by bit.
+// If the parts fit in the shared memory of the multiprocessors (x; backward: g and x), a block
+// keeps its part there between sums and output, and there is one launch, cooperative if a slab has
+// more than one part. Otherwise one launch computes the sums and a second merges the parts and
+// computes the output, last rows first because those are in L2.
+// Memory traffic, in elements per element: forward reads x once (twice with two launches), reads
+// residual once, writes y once. Backward reads dy, x and y once, writes dx and dresidual once.
+// Backward with two launches: the first writes dresidual, or if it is not needed the ReLU mask, one
+// bit per element; the second reads that instead of y, and x again: 7 elements instead of 8 with
+// dresidual, 6 and two bits instead of 7 without. If a convolution computed the sums and stored g
+// (cuda/convolution/gradient.cuh), only the second launch is needed: 3 elements.
+// Constraints: none on sizes; 16-byte packets require addresses and sizes that are multiples of 16
+// bytes. Speed: not yet measured.
+// Rejected: the last block of a slab merges its parts (a counter needs zeroed memory, which is one
+// more launch or is shared between streams, and the second launch waits for that block; when every
+// block merges a few kilobytes itself, neither is needed). Asynchronous copies into shared memory
+// (plain loads keep as many bytes in flight, and also support packets of one element).
 #pragma once
 
 #include "cuda/batch_norm/backward.cuh"
@@ -33,7 +35,7 @@
 
 namespace fused_resnet {
 
-// body(channels_last, packet) with the cut's two numbers as constants.
+// Calls body(channels_last, packet) with the two values of the cut as constants.
 template <typename T, typename Body>
 void with_constants(const Cut& cut, const Body& body) {
   const auto with_packet = [&](auto channels_last) {
@@ -75,10 +77,10 @@ void launch_bn_normalise(const DeviceScope& scope, const BnForward<T>& bn, int s
   });
 }
 
-// What the output reads after a launch that made the sums, and dresidual or the mask as well: one
-// of these in place of dy and y, or of y.
+// Arguments of the second backward launch. It reads dresidual in place of dy and y, or the mask in
+// place of y, whichever the first launch wrote.
 template <typename T>
-BnBackward<T> after_sums(BnBackward<T> bn) {
+BnBackward<T> output_arguments(BnBackward<T> bn) {
   if (bn.dresidual) {
     bn.dy = bn.dresidual;
     bn.y = nullptr;
@@ -95,14 +97,15 @@ void launch_bn_backward(const DeviceScope& scope, const BnBackward<T>& bn, int s
   const Cut& cut = bn.cut;
   const Grid grid{cut.blocks(), cut.threads, shared_bytes, cut.kept && cut.parts > 1};
   Grid second = grid;
-  if (!bn.dx) second.blocks = cut.slabs;  // nothing but adding up
+  if (!bn.dx) second.blocks = cut.slabs;  // it only merges the parts
   with_constants<T>(cut, [&](auto channels_last, auto packet) {
     constexpr bool last = channels_last;
     if (cut.kept) {
       scope.launch(grid, bn_backward_kernel<T, last, packet, Phase::together>, bn);
     } else {
       scope.launch(grid, bn_backward_kernel<T, last, packet, Phase::sums>, bn);
-      scope.launch(second, bn_backward_kernel<T, last, packet, Phase::output>, after_sums(bn));
+      scope.launch(second, bn_backward_kernel<T, last, packet, Phase::output>,
+                   output_arguments(bn));
     }
   });
 }

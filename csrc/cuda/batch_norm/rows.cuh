@@ -1,13 +1,13 @@
-// What the forward and the backward kernel of bn_add_relu share: packets of values, a thread's
-// share of the rows, sums over a block and over the parts of a slab.
+// Code shared by the forward and backward kernels of bn_add_relu: packets of values, the rows of a
+// thread, sums over a block and over the parts of a slab.
 #pragma once
 
 #include "cuda/batch_norm/bn_add_relu.h"
 
 namespace fused_resnet {
 
-// Together: sums and output in one launch, the part in shared memory in between. Given: output by
-// statistics that somebody else made.
+// together: sums and output in one launch, the part stays in shared memory in between. given:
+// output from statistics that are inputs.
 enum class Phase { together, sums, output, given };
 
 template <typename T, int kPacket>
@@ -48,11 +48,11 @@ __device__ __forceinline__ Bits<T, kPacket> narrowed(const Values<T, kPacket>& v
   }
 }
 
-// What a thread owns: of rows [first, end) every groups-th one, in one column.
+// The rows of a thread: every groups-th row of [first, end), in one column.
 template <bool kChannelsLast, int kPacket>
 struct Share {
-  static constexpr int channels = kChannelsLast ? kPacket : 1;  // of the column
-  int64_t part, slab_channel, channel;                          // the first of slab and column
+  static constexpr int channels = kChannelsLast ? kPacket : 1;  // per column
+  int64_t part, slab_channel, channel;                          // first of the slab, of the column
   int64_t begin, first, end;
   int column, groups;
 
@@ -65,17 +65,17 @@ struct Share {
     channel = slab_channel + column * channels;
     begin = cut.begin(part);
     first = begin + static_cast<int>(threadIdx.x) / cut.columns;
-    end = channel < cut.C ? cut.end(part) : begin;  // nothing beyond the last channel
+    end = channel < cut.C ? cut.end(part) : begin;  // no rows past the last channel
   }
-  // The place of a packet among those that the block keeps.
+  // Index of a packet among those in shared memory.
   __device__ int kept_at(const Cut& cut, int64_t row) const {
     return static_cast<int>(row - begin) * cut.columns + column;
   }
 };
 
-// Takes a thread's rows in batches of kUnroll: loads all of a batch, load(offset, row), then
-// start(loaded, rows loaded), then use(loaded, offset, row) for each. The last batch comes first
-// where kReverse.
+// Processes a thread's rows in batches of kUnroll: calls load(offset, row) for all rows of a batch,
+// then start(loaded, rows loaded), then use(loaded, offset, row) for each row. kReverse: the last
+// batch first.
 template <bool kChannelsLast, int kPacket, int kUnroll, bool kReverse, typename Load,
           typename Start, typename Use>
 __device__ __forceinline__ void for_rows(const Cut& cut, const Share<kChannelsLast, kPacket>& share,
@@ -117,9 +117,9 @@ __device__ __forceinline__ void for_rows(const Cut& cut, const Share<kChannelsLa
   }
 }
 
-// The block's sums over the threads of one key, key = thread % width (a power of two): kSums sums
-// of kCount values each, values[sum * kCount + k], to result[(sum * width + key) * kCount + k].
-// scratch: warps * min(width, 32) * kSums * kCount.
+// Sums over the threads of the block that have the same key = thread % width (width: a power of
+// two). Each thread has kSums sums of kCount values, values[sum * kCount + k]; results go to
+// result[(sum * width + key) * kCount + k]. scratch: warps * min(width, 32) * kSums * kCount.
 template <int kSums, int kCount, typename A>
 __device__ void sum_over_block(A (&values)[kSums * kCount], int width, A* scratch, A* result) {
   constexpr int each = kSums * kCount;
@@ -145,8 +145,8 @@ __device__ void sum_over_block(A (&values)[kSums * kCount], int width, A* scratc
   __syncthreads();
 }
 
-// kSums sums over the parts, term(sums, part, channel) adding a part's, for each channel of the
-// slab: to result[sum * channels + channel].
+// kSums sums over the parts, for each channel of the slab. term(sums, part, channel) adds the
+// values of one part. Results go to result[sum * channels + channel].
 template <int kSums, typename A, typename Term>
 __device__ void sum_over_parts(const Cut& cut, A* scratch, A* result, const Term& term) {
   const int channels = cut.channels(), thread = static_cast<int>(threadIdx.x);

@@ -1,17 +1,17 @@
-// A norm's statistics from those of parts of its values, on CUDA devices.
+// Merges the batch norm statistics of parts of the values, on CUDA devices.
 //   mean[k] = sum z[:, k] / M,   var[k] = sum (z[:, k] - mean[k])^2 / M
-// of parts' centre c, sum of z - c, squares about the part's mean, n values each:
+// Each part has n values, a centre c, the sum of z - c, and the squared deviations from the part's
+// mean. With a first estimate C of the mean (Chan, Golub and LeVeque 1983):
 //   sum (z - C) = sum over parts of sum + n (c - C),
 //   sum (z - C)^2 = sum over parts of squares + n (c - C + sum / n)^2
-// about a first guess C of the mean (Chan, Golub and LeVeque 1983).
-// Layout: parts (parts, 3, K) float32. A block owns kChannels outputs and up to kPartsOfBlock
-// parts: a warp reads neighbouring channels, warps take turns at the parts. Its result is a part
-// again, which a second launch merges; the last launch, of one block per stretch of channels, gives
-// mean and variance. Always in one order: the same bits every time. Bytes: 12 of every part and
-// channel, read twice, from L2 the second time. Constraints: at most kPartsOfBlock^2 parts in two
-// launches; more take a third. Speed: not yet measured. Rejected: merging in the kernel that
-// normalises, as bn_add_relu does with its hundred parts: here there are a thousand, and every
-// block would read all of its channels'.
+// Layout: parts (parts, 3, K) float32. A block merges kChannels outputs of up to kPartsOfBlock
+// parts. A warp reads neighbouring channels, the warps process the parts round-robin. The result is
+// again a part, which a second launch merges; the last launch, with one block per range of
+// channels, writes mean and variance. The order is fixed, so results are reproducible bit by bit.
+// Memory traffic: 12 bytes per part and channel, read twice, the second time from L2. Constraints:
+// two launches merge at most kPartsOfBlock^2 parts; more need a third. Speed: not yet measured.
+// Rejected: merging in the kernel that normalises, as bn_add_relu does with its hundred parts. Here
+// there are a thousand parts, and every block would read all of them for its channels.
 #include "cuda/batch_norm/forward.cuh"
 #include "cuda/kernel_list.h"
 
@@ -24,9 +24,9 @@ constexpr int kPartsOfBlock = 128;
 struct BnParts {
   const float* parts;  // (count, 3, K)
   int64_t count, K, M;
-  int64_t part_pixels;       // of every part but the last
-  int64_t blocks;            // of one stretch of channels
-  float* merged;             // (blocks, 3, K), or null: then
+  int64_t part_pixels;       // per part, except the last
+  int64_t blocks;            // per range of kChannels channels
+  float* merged;             // (blocks, 3, K), or null: write the following
   float *mean, *var, *rest;  // (K,)
 
   __host__ __device__ float pixels(int64_t part) const {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kMergeWarps * 32) bn_merge_statistics_kernel(c
   for (int64_t part = first + warp; part < last; part += kMergeWarps)
     sums[0] += of(part, 1) + bn.pixels(part) * (of(part, 0) - start);
   sum_over_block<1, 1>(sums, 32, scratch, result);
-  const float centre = nearer(start, result[lane] / pixels);
+  const float centre = refine_centre(start, result[lane] / pixels);
   __syncthreads();
   for (int64_t part = first + warp; part < last; part += kMergeWarps) {
     const float n = bn.pixels(part), apart = of(part, 0) - centre;
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMergeWarps * 32) bn_merge_statistics_kernel(c
   const float squares = result[lane], sum = result[32 + lane];
   if (bn.merged != nullptr) {
     float* const part = bn.merged + block * 3 * bn.K + k;
-    // About the part's mean, which the centre is but for a rounding of its own size.
+    // Squared deviations from the part's mean. The centre differs from it by rounding only.
     const float within = is_finite(squares) ? squares - sum * (sum / pixels) : squares;
     part[0] = centre;
     part[bn.K] = sum;
@@ -77,11 +77,11 @@ __global__ void __launch_bounds__(kMergeWarps * 32) bn_merge_statistics_kernel(c
   const Mean<float> mean(centre, sum / pixels);
   bn.mean[k] = mean.value;
   bn.rest[k] = mean.rest;
-  bn.var[k] = squares / pixels + (mean.value - mean.value);  // Inf in z: the variance is NaN
+  bn.var[k] = squares / pixels + (mean.value - mean.value);  // NaN if z contains Inf
 }
 
-// statistics (parts, 3, K) of `pixels` pixels, part_pixels of them in every part but the last
-//   -> mean, biased variance, and what the mean's rounding took off, (K,) float32
+// statistics (parts, 3, K) of `pixels` pixels, part_pixels per part except the last
+//   -> mean, biased variance, and the rounding error of the mean, (K,) float32
 std::tuple<Tensor, Tensor, Tensor> bn_merge_statistics(Tensor statistics, int64_t pixels,
                                                        int64_t part_pixels) {
   constexpr const char* op = "bn_merge_statistics";

@@ -1,4 +1,4 @@
-// conv_bn_relu on CUDA devices: checks, and the kernel that the tile belongs to.
+// conv_bn_relu on CUDA devices: checks, and dispatch to the kernel of the tile.
 #include <limits>
 
 #include "cuda/convolution/prologue.h"
@@ -25,8 +25,8 @@ void check_rows(const char* name, const Tensor& t) {
         strides_of(t), " for shape ", shape_of(t));
 }
 
-// x (N, C, H, W) channels_last, weight (K, R, S, C / groups) contiguous, y (N, K, P, Q)
-// channels_last, and how they meet; tile: a row of kGemmTiles. All checked.
+// Checks all arguments and returns the problem. x (N, C, H, W) channels_last, weight (K, R, S, C /
+// groups) contiguous, y (N, K, P, Q) channels_last; tile: a row of kGemmTiles.
 ConvProblem problem_of(const Tensor& x, const Tensor& weight, const Tensor& y,
                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                        const std::vector<int64_t>& dilation, int64_t groups, int64_t tile,
@@ -81,15 +81,15 @@ ConvProblem problem_of(const Tensor& x, const Tensor& weight, const Tensor& y,
     check(weight.size(d) <= 1 || weight.stride(d) == row, kOp,
           ": weight must be contiguous, got strides ", strides_of(weight));
   check_matrix("y", y, x, {N, K, problem.P, problem.Q});
-  // The last tile may end some pixels later, in an int too.
+  // The end of the last tile, some pixels later, must fit in an int too.
   check(problem.M() < std::numeric_limits<int>::max() - 1024, kOp, ": y has ", problem.M(),
-        " pixels, too many for an int");
+        " pixels, more than an int can hold");
   check(aligned16(x.const_data_ptr()), kOp, ": x must be aligned to 16 bytes");
   check_rows("x", x);
   check_rows("y", y);
   check(splits >= 1, kOp, ": splits must be positive, got ", splits);
   check(splits == 1 || kGemmTiles[tile].architecture == 80, kOp,
-        ": splits must be 1 for Hopper's kernel, got ", splits);
+        ": splits must be 1 for Hopper's kernels, got ", splits);
   return problem;
 }
 
@@ -106,8 +106,8 @@ void launch(const ConvProblem& problem, const ConvOperands& operands, int64_t ti
                             partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr);
 }
 
-// x (N, C, H, W), weight (K, R, S, C / groups), scale, shift (K,) float32, residual, y (N, K, P, Q)
-// -> y is written.
+// x (N, C, H, W), weight (K, R, S, C / groups), scale, shift (K,) float32, residual (N, K, P, Q) ->
+// writes y (N, K, P, Q)
 void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
                    std::optional<Tensor> residual, Tensor y, bool relu, std::vector<int64_t> stride,
                    std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
@@ -135,8 +135,8 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
   launch(problem, operands, tile, splits, x);
 }
 
-// x (N, C, H, W), weight (K, R, S, C / groups), z (N, K, P, Q) -> z, the convolution, is written;
-// statistics (parts, 3, K) float32 of it (cuda/convolution/statistics.cuh), and pixels of a part.
+// x (N, C, H, W), weight (K, R, S, C / groups) -> writes the convolution to z (N, K, P, Q); returns
+// its statistics (parts, 3, K) float32 (cuda/convolution/statistics.cuh) and the pixels per part.
 std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tensor z,
                                                    std::vector<int64_t> stride,
                                                    std::vector<int64_t> padding,
@@ -144,7 +144,7 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
                                                    int64_t tile, int64_t splits) {
   const ConvProblem problem =
       problem_of(x, weight, z, stride, padding, dilation, groups, tile, splits);
-  check(z.numel() > 0, kOp, ": an empty z has no statistics");
+  check(z.numel() > 0, kOp, ": z must not be empty");
   const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
   Tensor statistics = torch::stable::new_empty(
       x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
@@ -162,19 +162,20 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
   return {statistics, pixels};
 }
 
-// The same of relu(norm(x)), which is not written: mean, var, rest (C,) as bn_merge_statistics
-// gives them, norm_weight?, norm_bias? (C,), all float32; weight (K, 1, 1, C), z (N, K, H, W).
+// The same for relu(norm(x)) in place of x, without storing it. mean, var, rest (C,) from
+// bn_merge_statistics, norm_weight?, norm_bias? (C,), all float32; weight (K, 1, 1, C), z (N, K, H,
+// W).
 std::tuple<Tensor, int64_t> normalised_convolution_statistics(
     Tensor x, Tensor mean, Tensor var, Tensor rest, std::optional<Tensor> norm_weight,
     std::optional<Tensor> norm_bias, double eps, Tensor weight, Tensor z, int64_t tile) {
   const ConvProblem problem = problem_of(x, weight, z, {1, 1}, {0, 0}, {1, 1}, 1, tile, 1);
-  check(problem.pointwise(), kOp, ": a norm is applied to x in a 1x1 convolution, got ", problem.R,
+  check(problem.pointwise(), kOp, ": batch norm of x requires a 1x1 convolution, got ", problem.R,
         "x", problem.S);
   const DtypeIndex dtype = dtype_index(kOp, "x", x);
   check(dtype == kFloat16 || dtype == kBFloat16, kOp,
-        ": a norm is applied to x of float16 or bfloat16, got ", name_of(x.scalar_type()));
+        ": batch norm of x requires x of float16 or bfloat16, got ", name_of(x.scalar_type()));
   check(kGemmTiles[tile].normalises(), kOp, ": no kernel of tile ", tile, " normalises x");
-  check(z.numel() > 0, kOp, ": an empty z has no statistics");
+  check(z.numel() > 0, kOp, ": z must not be empty");
   for (const auto& [name, t] : {std::pair{"mean", &mean}, {"var", &var}, {"rest", &rest}})
     check_channel_vector(kOp, name, *t, problem.C, ScalarType::Float, x);
   if (norm_weight)
@@ -185,12 +186,12 @@ std::tuple<Tensor, int64_t> normalised_convolution_statistics(
   const int64_t pixels = kGemmTiles[tile].part_pixels();
   Tensor statistics = torch::stable::new_empty(
       x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
-  Tensor table = torch::stable::new_empty(x, {kNormNumbers, problem.C}, ScalarType::Float);
-  auto* const numbers = static_cast<float*>(table.mutable_data_ptr());
+  Tensor table = torch::stable::new_empty(x, {kNormTableRows, problem.C}, ScalarType::Float);
+  auto* const norm_table = static_cast<float*>(table.mutable_data_ptr());
   launch_fold_norm(DeviceScope(x),
                    {data(mean), data(var), data(rest), norm_weight ? data(*norm_weight) : nullptr,
                     norm_bias ? data(*norm_bias) : nullptr, static_cast<float>(eps)},
-                   problem.C, numbers);
+                   problem.C, norm_table);
   const ConvOperands operands{dtype,
                               x.const_data_ptr(),
                               weight.const_data_ptr(),
@@ -200,15 +201,15 @@ std::tuple<Tensor, int64_t> normalised_convolution_statistics(
                               z.mutable_data_ptr(),
                               false,
                               static_cast<float*>(statistics.mutable_data_ptr()),
-                              numbers};
+                              norm_table};
   launch(problem, operands, tile, 1, x);
   return {statistics, pixels};
 }
 
-// dy (N, K, P, Q), weight (C, R, S, K / groups), the convolution's of stride 1 that is the gradient
-// of a relu(norm(x)); x, g (N, C, H, W); mean, var, rest (C,) as bn_merge_statistics gives them,
-// norm_weight?, norm_bias? (C,) -> g is written, dy of the norm as the ReLU lets it through; sums
-// (parts, 2, C) float32 of it (cuda/convolution/gradient.cuh).
+// Input gradient of a convolution of stride 1 whose input was relu(norm(x)), computed as a
+// convolution of dy (N, K, P, Q) by weight (C, R, S, K / groups). x (N, C, H, W); mean, var, rest
+// (C,) from bn_merge_statistics; norm_weight?, norm_bias? (C,). Writes the gradient masked by the
+// ReLU to g (N, C, H, W); returns its sums (parts, 2, C) float32 (cuda/convolution/gradient.cuh).
 Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, Tensor mean,
                                  Tensor var, Tensor rest, std::optional<Tensor> norm_weight,
                                  std::optional<Tensor> norm_bias, double eps,
@@ -218,7 +219,7 @@ Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, T
         name_of(dy.scalar_type()));
   const ConvProblem problem =
       problem_of(dy, weight, g, {1, 1}, padding, dilation, groups, tile, splits);
-  check(g.numel() > 0, kOp, ": an empty g has no sums");
+  check(g.numel() > 0, kOp, ": g must not be empty");
   const int64_t C = weight.size(0);
   check_matrix("x", x, dy, {problem.N, C, problem.P, problem.Q});
   check_rows("x", x);

@@ -1,6 +1,6 @@
-// Index arithmetic of the sm_80 convolution: which tile a block takes, where a pixel's window lies
-// in x, how a thread walks over the window, and where values lie in shared memory. All of it runs
-// on the host too, where tests/kernels/cuda/test_implicit_gemm.py tries it by itself.
+// Index arithmetic of the sm_80 convolution: the tile of a block, the position of a pixel's window
+// in x, a thread's iteration over the window, and the layout of shared memory. All of it also
+// compiles for the host, where tests/kernels/cuda/test_implicit_gemm.py tests it.
 #pragma once
 
 #include "cuda/convolution/tiles.h"
@@ -8,10 +8,10 @@
 
 namespace fused_resnet {
 
-constexpr int kChunkBytes = 16;                        // what a thread copies at once
-constexpr int kStepChunks = kStepBytes / kChunkBytes;  // of a row of a tile
-constexpr int kRowsTogether = 8;                       // rows of tiles
-constexpr int kOutside = -(1 << 30);                   // a coordinate that is in no image
+constexpr int kChunkBytes = 16;                        // size of a thread's copy
+constexpr int kStepChunks = kStepBytes / kChunkBytes;  // per row of a tile
+constexpr int kBandRows = 8;                           // rows of tiles in a band
+constexpr int kOutside = -(1 << 30);                   // a coordinate outside every image
 
 // --- tiles ---------------------------------------------------------------------------------------
 
@@ -19,22 +19,22 @@ struct TilePlace {
   int row, column, split;
 };
 
-// Blocks go through the tiles kRowsTogether rows at a time, column by column, so that those that
-// run at once share both operands in L2: so many rows of x, and few columns of weights. A tile's
-// splits are a whole pass over the tiles apart.
+// Blocks process the tiles in bands of kBandRows rows, column by column, so that concurrent blocks
+// share both operands in L2: a few rows of x and few columns of weights. Consecutive splits of a
+// tile are a full pass over all tiles apart.
 __host__ __device__ inline TilePlace tile_place(unsigned block, unsigned tiles_m,
                                                 unsigned tiles_n) {
   const unsigned tiles = tiles_m * tiles_n;
   const unsigned split = block / tiles, tile = block % tiles;
-  const unsigned band = tile / (kRowsTogether * tiles_n);
-  const unsigned first = band * kRowsTogether, in_band = tile - first * tiles_n;
-  const unsigned rows = tiles_m - first < kRowsTogether ? tiles_m - first : kRowsTogether;
+  const unsigned band = tile / (kBandRows * tiles_n);
+  const unsigned first = band * kBandRows, in_band = tile - first * tiles_n;
+  const unsigned rows = tiles_m - first < kBandRows ? tiles_m - first : kBandRows;
   const unsigned column = in_band / rows;
   return {static_cast<int>(first + in_band - column * rows), static_cast<int>(column),
           static_cast<int>(split)};
 }
 
-// Steps [first, last) of a split; a late one may have none.
+// Steps [first, last) of a split. The last splits may be empty.
 struct StepRange {
   int first, last;
 };
@@ -46,27 +46,27 @@ __host__ __device__ inline StepRange split_steps(int steps, int splits, int spli
 
 // --- windows -------------------------------------------------------------------------------------
 
-// The sum over (r, s, c) is taken in chunks of 16 bytes of channels, numbered
-// (r * S + s) * chunks + c. A thread takes every kStepChunks-th. Its place is the number in the
-// mixed base (R, S, chunks), and to go on is to add the digits of kStepChunks, with carries: no
-// division for any C. Addresses are counted in chunks too, modulo 2^32: a window may start before
-// x, a chunk that is read lies within the 64 GiB that x may have.
+// The sum over (r, s, c) is divided into chunks of 16 bytes of channels, numbered (r * S + s) *
+// chunks + c. A thread processes every kStepChunks-th chunk. Its position is the chunk number in
+// the mixed radix (R, S, chunks); advancing adds the digits of kStepChunks with carries, which
+// needs no division for any C. Addresses are in chunks too, modulo 2^32: a window may start before
+// x, but every chunk that is read lies within the 64 GiB limit of x.
 struct Window {
   FastDivision pixels, columns;  // by P * Q and by Q: m -> n, p, q
   FastDivision chunks, taps_w;   // channels of a tap in chunks; S
   int H, W;                      // of x
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int h_end, w_end;                 // R * dilation_h, S * dilation_w
-  int step_c, step_h, step_w;       // digits of kStepChunks, those of taps times the dilation
-  uint32_t image, row, pixel;       // of x, in chunks
-  uint32_t step, carry_c, carry_w;  // what a step and either carry move by, in chunks
+  int step_c, step_h, step_w;       // digits of kStepChunks; those of taps times the dilation
+  uint32_t image, row, pixel;       // strides of x, in chunks
+  uint32_t step, carry_c, carry_w;  // offsets of a step and of the carries, in chunks
 
   // x (N, H, W, groups * C)
   template <typename Problem>
   __host__ static Window of(const Problem& problem, int element_bytes) {
     Window window{};
     const int chunks = problem.C * element_bytes / kChunkBytes;
-    // A kernel of one row has no dilation, whatever the caller says.
+    // Dilation has no effect on a kernel of size 1.
     window.dilation_h = problem.R > 1 ? problem.dilation_h : 1;
     window.dilation_w = problem.S > 1 ? problem.dilation_w : 1;
     window.pixels = FastDivision::by(problem.P * problem.Q);
@@ -92,10 +92,10 @@ struct Window {
   __host__ __device__ uint32_t offset(int h, int w, int c) const { return h * row + w * pixel + c; }
 };
 
-// Where the window of pixel m of y starts in x; may be in the padding, before x itself.
+// Start of the window of pixel m of y in x. It may lie in the padding, before x.
 struct WindowStart {
   int h, w;
-  uint32_t at;  // its first chunk
+  uint32_t at;  // first chunk
 };
 __host__ __device__ inline WindowStart window_start(const Window& window, int m) {
   const int n = window.pixels.quotient(m);
@@ -105,8 +105,8 @@ __host__ __device__ inline WindowStart window_start(const Window& window, int m)
   return {h, w, n * window.image + window.offset(h, w, 0)};
 }
 
-// A thread's place in the window: taps times the dilation, chunk of channels, and all of it in
-// chunks.
+// A thread's position in the window: tap coordinates times the dilation, chunk of channels, and the
+// offset in chunks.
 struct WindowPlace {
   int h, w, c;
   uint32_t at;
@@ -124,21 +124,22 @@ struct WindowPlace {
     if (c >= chunks) c -= chunks, w += window.dilation_w, at += window.carry_c;
     if (w >= window.w_end) w -= window.w_end, h += window.dilation_h, at += window.carry_w;
   }
-  // Past the last tap there is nothing to read.
+  // Whether the position is past the last tap.
   __host__ __device__ bool past_end(const Window& window) const { return h >= window.h_end; }
 };
 
 // --- shared memory -------------------------------------------------------------------------------
 
-// Operands: rows of 128 bytes, whose chunks change places by the row, so that eight rows' chunks of
-// one column (ldmatrix) lie in different banks, as do the eight of one row (cp.async).
+// Operands: rows of 128 bytes. The chunk index is XORed with the row, so that eight rows of one
+// chunk column (ldmatrix) and the eight chunks of one row (cp.async) lie in different banks.
 __host__ __device__ inline int operand_offset(int row, int chunk) {
   return row * kStepBytes + ((chunk ^ (row & 7)) * kChunkBytes);
 }
 
-// Sums: float32 (rows, row_floats). Units of eight floats, a product's columns, change places by
-// the row, as a product is written by four rows at once; halves of units change places by unit and
-// row, as outputs of 16 bits are read by eight threads, two units of four floats each.
+// Accumulators: float32 (rows, row_floats). Units of eight floats, the columns of an mma, are
+// permuted by the row, because four rows write an mma's result at the same time. The halves of a
+// unit are swapped by unit and row, because eight threads read 16-bit outputs as two groups of four
+// floats each.
 __host__ __device__ inline int sum_offset(int row, int column, int row_floats) {
   const int unit = (column >> 3) ^ (row & 3);
   const int half = ((column >> 2) ^ (column >> 5) ^ row) & 1;

@@ -1,5 +1,6 @@
-// The table that the prologue of a 1x1 convolution normalises by: a thread for each channel.
-// Bytes: 20 of a channel read, 12 written; C is 2048 at most in a ResNet. Speed: not yet measured.
+// Computes the table that the prologue of a 1x1 convolution normalises by, one thread per channel.
+// Memory traffic: 20 bytes per channel read, 12 written; C is at most 2048 in a ResNet. Speed: not
+// yet measured.
 #include "cuda/batch_norm/channel.cuh"
 #include "cuda/convolution/prologue.h"
 
@@ -13,11 +14,11 @@ __global__ void __launch_bounds__(kFoldThreads)
     fold_norm_kernel(const NormOperands norm, int C, float* table) {
   const int c = static_cast<int>(blockIdx.x) * kFoldThreads + static_cast<int>(threadIdx.x);
   if (c >= C) return;
-  const auto channel = NormNumbers::load(norm, c).folded(norm.eps);
-  const float numbers[kNormNumbers] = {channel.mean, channel.scale, channel.shift};
+  const auto channel = NormParameters::load(norm, c).folded(norm.eps);
+  const float values[kNormTableRows] = {channel.mean, channel.scale, channel.shift};
 #pragma unroll
-  for (int i = 0; i < kNormNumbers; ++i)
-    table[norm_place(i, c / 4 % 2, c / 8, C / 8) + c % 4] = numbers[i];
+  for (int i = 0; i < kNormTableRows; ++i)
+    table[norm_table_index(i, c / 4 % 2, c / 8, C / 8) + c % 4] = values[i];
 }
 
 }  // namespace

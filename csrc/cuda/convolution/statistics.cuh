@@ -1,45 +1,46 @@
-// What training's batch norm needs to know of a convolution's output z, taken while z is written,
-// so that nobody reads z once more for it. Of every part of M, a stretch of n pixels
+// Training epilogue: the statistics of a convolution's output z that batch norm needs, computed
+// while z is written, so that no separate pass reads z. For every part of M, a range of n pixels
 // (GemmTile::part_pixels, kMergedPixels), and every output:
-//   centre  = the part's mean, or nearly: one float32
+//   centre  = the part's mean, approximately: one float32
 //   sum     = sum over the part of z - centre
 //   squares = sum over the part of (z - the part's mean)^2
-// of z as it is rounded to its dtype, in float32, in one fixed order. They are what bn_add_relu's
-// own parts are, and are merged likewise (cuda/batch_norm/statistics.cu). A thread keeps its pixels
-// in registers from the output to the sums: first of z - the part's first pixel, which gives the
-// mean, then of z - mean and its square (Chan, Golub and LeVeque 1983). So nothing cancels, however
-// large the mean and however far off the first pixel. Rejected: one pass, about the part's first
-// pixel: where that is far from all others, a variance loses 7 bits of 24, and the project's
-// tolerance.
+// of z as rounded to its dtype, in float32, in a fixed order. They have the format of bn_add_relu's
+// partial sums and are merged in the same way (cuda/batch_norm/statistics.cu). A thread keeps its
+// pixels in registers and sums twice: first z - the part's first pixel, which gives the mean, then
+// z - mean and its square (Chan, Golub and LeVeque 1983). So there is no cancellation, however
+// large the mean and however far the first pixel is from it. Rejected: one pass relative to the
+// part's first pixel: if that pixel is far from all others, the variance loses 7 bits of 24, more
+// than the project's tolerance.
 #pragma once
 
 #include "cuda/convolution/problem.h"
 
 namespace fused_resnet {
 
-// Threads that take a part's statistics together: a whole block.
+// The threads that compute a part's statistics: a whole block.
 struct BlockThreads {
   __device__ __forceinline__ static int index() { return static_cast<int>(threadIdx.x); }
   __device__ __forceinline__ static void sync() { __syncthreads(); }
 };
 
-// A thread's share: of a tile whose rows are kColumns columns of 16 bytes one column, of every
-// (kThreads / kColumns)th of its pixels, kPacks at most. Threads: kThreads of them, whole warps.
+// A thread processes one column of a tile whose rows have kColumns columns of 16 bytes, and every
+// (kThreads / kColumns)th pixel of it, at most kPacks. Threads: kThreads threads, in whole warps.
 template <typename T, int kColumns, int kThreads, int kPacks, class Threads = BlockThreads>
 struct PartStatistics {
   static constexpr int kSize = Pack<T>::size, kWarps = kThreads / 32;
-  static constexpr int kRow = kSize * kColumns;  // numbers, one for each of a tile's outputs
-  // Two rows of every warp; then the first sum, the centre, the second sum and the squares.
+  static constexpr int kRow = kSize * kColumns;  // values, one per output of the tile
+  // Two rows per warp; then the first sum, the centre, the second sum and the squares.
   static constexpr int kScratchBytes = (kWarps * 2 + 4) * kRow * 4;
   static_assert(kColumns <= 32 && 32 % kColumns == 0 && kThreads % 32 == 0);
 
-  uint8_t* scratch;  // kScratchBytes of shared memory, aligned to 4, that nobody uses
+  uint8_t* scratch;  // kScratchBytes of unused shared memory, aligned to 4
   Threads threads;
 
   __device__ __forceinline__ uint8_t* place(int row, int i, int column) const {
     return scratch + (row * kRow + i * kColumns + column) * 4;
   }
-  // The sums over the threads, to rows `result`, ... of what comes after the warps' rows.
+  // Sums over the threads. The results go to the rows from `result` on, counted after the rows of
+  // the warps.
   template <int kSums>
   __device__ __forceinline__ void add_up(float (&values)[kSums * kSize], int result) const {
     const int thread = threads.index(), lane = thread % 32, warp = thread / 32;
@@ -62,8 +63,9 @@ struct PartStatistics {
     }
     threads.sync();
   }
-  // All threads. pixels: the first `mine` of them are there; first: this column of the part's first
-  // one; count: the part's pixels. To part (3, outputs), of which the tile has `width`.
+  // Called by all threads. pixels: the first `mine` are valid; first: this column of the part's
+  // first pixel; count: the number of pixels of the part. Writes to part (3, outputs), of which the
+  // tile covers `width`.
   __device__ __forceinline__ void write(const uint4 (&pixels)[kPacks], int mine, uint4 first,
                                         int count, float* part, int64_t outputs, int width) const {
     const int thread = threads.index(), column = thread % kColumns;
@@ -73,7 +75,7 @@ struct PartStatistics {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       centre[i] = widen(start.values[i]);
-      if (centre[i] - centre[i] != 0) centre[i] = 0;  // no finite number
+      if (centre[i] - centre[i] != 0) centre[i] = 0;  // non-finite
     }
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -108,8 +110,8 @@ struct PartStatistics {
       if (k >= width) continue;
       const float sum = load_shared<float>(place(2 * kWarps + 2, 0, j));
       const float squares = load_shared<float>(place(2 * kWarps + 3, 0, j));
-      // The centre is the mean but for a rounding. An infinite sum of squares stays infinite
-      // instead of Inf - Inf.
+      // The centre differs from the mean by rounding only. An infinite sum of squares stays
+      // infinite instead of Inf - Inf.
       const float within = squares - squares == 0 ? squares - sum * (sum / n) : squares;
       part[k] = load_shared<float>(place(2 * kWarps + 1, 0, j));
       part[outputs + k] = sum;

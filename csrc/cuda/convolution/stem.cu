@@ -1,17 +1,18 @@
-// The stem of a ResNet on CUDA devices, any from sm_80 on: 7x7 convolution of stride 2 on three
-// channels, batch norm as a multiply-add, ReLU, and the 3x3 max pooling of stride 2 behind it.
+// The stem of a ResNet on CUDA devices, sm_80 and later: 7x7 convolution of stride 2 on three
+// channels, batch norm as a multiply-add, ReLU, and 3x3 max pooling of stride 2.
 //   y = max over a window of relu(scale[k] * conv(x, weight) + shift[k])
-// Layout: x (N, 3, H, W) of any strides, float32 or the dtype of the products; y channels last.
-// Products of 16 bits, float32 sums, one rounding before the pooling, which commutes with it.
-// A block owns a patch of 8x8 pooled pixels: 17x17 of the convolution (13% of them twice), 39x39 of
-// x, kept in shared memory with a fourth channel of zeros. A row of taps is then 28 neighbouring
-// values, read as 32, and ldmatrix takes the rows of the matrix product straight from the patch:
-// no im2col. The weights stay in shared memory while the block goes from patch to patch.
-// A warp owns 32 pixels by 64 outputs: 6 ldmatrix for 16 mma at each of 14 steps of 16.
-// Shared memory, of which no access meets a bank conflict: even and odd rows of the patch apart, so
-// that 16 bytes of neighbouring pixels lie 16 apart from one row of pixels to the next as well.
-// Bytes: x once (1.06 times, edges), y once; the convolution's own output, 4 times y, never.
-// Speed: not yet measured.
+// Layout: x (N, 3, H, W) with any strides, float32 or the dtype of the weights; y channels last.
+// 16-bit operands, float32 accumulators, one rounding before the pooling, which commutes with it.
+// A block computes a patch of 8x8 pooled pixels: 17x17 pixels of the convolution (13% of them are
+// computed twice) and 39x39 of x, which are held in shared memory with a fourth channel of zeros. A
+// row of taps is then 28 consecutive values, read as 32, and ldmatrix reads the rows of the matrix
+// product directly from the patch: no im2col. The weights stay in shared memory for all patches of
+// a block. A warp computes 32 pixels by 64 outputs: 6 ldmatrix for 16 mma in each of 14 steps of
+// 16.
+// Shared memory layout without bank conflicts: even and odd rows of the patch are separate, so that
+// neighbouring pixels are 16 bytes apart (modulo 128) also from one row of pixels to the next.
+// Memory traffic: x once (1.06 times with patch borders), y once; the convolution's output, 4 times
+// the size of y, is not stored. Speed: not yet measured.
 #include "cuda/device/launch.h"
 
 namespace fused_resnet {
@@ -23,11 +24,11 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kOutputs = 64;
 constexpr int kTaps = 7;
 constexpr int kRun = 32;                // values of a row of taps: 8 pixels of 4 channels
-constexpr int kPooled = 8;              // pooled pixels of a patch, each way
-constexpr int kConv = 2 * kPooled + 1;  // the convolution's
+constexpr int kPooled = 8;              // pooled pixels of a patch, per dimension
+constexpr int kConv = 2 * kPooled + 1;  // pixels of the convolution, per dimension
 constexpr int kPixels = kConv * kConv;
-constexpr int kSide = 2 * (kConv - 1) + kTaps;  // x's
-constexpr int kHalfRows = (kSide + 1) / 2;      // even rows; odd rows are one fewer
+constexpr int kSide = 2 * (kConv - 1) + kTaps;  // pixels of x, per dimension
+constexpr int kHalfRows = (kSide + 1) / 2;      // even rows; there is one odd row less
 constexpr int kRowBytes = 400;                  // 40 pixels of 8 bytes, and 16 * (1 mod 8)
 constexpr int kWeightRowBytes = 2 * kTaps * kRun + 16;
 constexpr int kOutRowBytes = 2 * kOutputs + 16;
@@ -35,7 +36,7 @@ constexpr int kPatchBytes = 2 * kHalfRows * kRowBytes;
 constexpr int kWeightBytes = kOutputs * kWeightRowBytes;
 constexpr int kVectorBytes = 2 * 4 * kOutputs;  // scale and shift
 constexpr int kSharedBytes = kPatchBytes + kWeightBytes + kVectorBytes + kPixels * kOutRowBytes;
-static_assert(kWarps * 32 >= kPixels, "a warp has two tiles of 16 pixels, once");
+static_assert(kWarps * 32 >= kPixels, "each warp computes two tiles of 16 pixels");
 
 struct Stem {
   int64_t N;
@@ -50,8 +51,8 @@ __device__ __forceinline__ uint8_t* patch_row(uint8_t* patch, int h) {
   return patch + ((h & 1) * kHalfRows + (h >> 1)) * kRowBytes;
 }
 
-// Where a patch begins: its first pooled pixel, pixel of the convolution, and pixel of x. Without
-// pooling patches of 17x17 stand side by side.
+// Start of a patch: its first pooled pixel, and pixel of the convolution. Without pooling, patches
+// are 17x17 and do not overlap.
 template <bool kPool>
 struct Place {
   int64_t n;
@@ -66,15 +67,15 @@ struct Place {
   }
 };
 
-// x (N, 3, H, W) -> the patch: 4 values a pixel, zeros outside x and in the fourth channel.
+// x (N, 3, H, W) -> the patch: 4 values per pixel, zeros outside x and in the fourth channel.
 template <typename T, typename X, bool kPool>
 __device__ void load_patch(uint8_t* patch, const X* x_ptr, const Stem& s, const Place<kPool>& at) {
   const int first_h = 2 * at.conv_h - 3, first_w = 2 * at.conv_w - 3;
   const X* image = x_ptr + at.n * s.x_n;
-  constexpr int columns = kSide + 1;  // the last one is read and never used: zeros
+  constexpr int columns = kSide + 1;  // the last column is read but unused: zeros
   constexpr int rounds = (kSide * columns + kThreads - 1) / kThreads;
-  const int thread = thread_now();
-  // All of a thread's values are on their way before the first is used.
+  const int thread = read_tid();
+  // Issue all loads before the first value is used.
   X values[rounds][3];
 #pragma unroll
   for (int u = 0; u < rounds; ++u) {
@@ -97,8 +98,9 @@ __device__ void load_patch(uint8_t* patch, const X* x_ptr, const Stem& s, const 
   }
 }
 
-// weight (64, 7, 8, 4) -> rows of kWeightRowBytes; scale, shift (64,) -> vectors. Shared memory for
-// these too: the compiler would fetch them from global memory all at once, and spill.
+// weight (64, 7, 8, 4) -> rows of kWeightRowBytes; scale, shift (64,) -> vectors. scale and shift
+// are in shared memory too, because the compiler would load all of them from global memory at once,
+// and spill.
 template <typename T>
 __device__ void load_weights(uint8_t* rows, float* vectors, const T* weight_ptr,
                              const float* scale_ptr, const float* shift_ptr) {
@@ -113,16 +115,16 @@ __device__ void load_weights(uint8_t* rows, float* vectors, const T* weight_ptr,
                         load_global<uint4>(weight_ptr + i * Pack<T>::size));
 }
 
-// The two tiles of 16 pixels that the warp owns, times 64 outputs.
+// The warp's two tiles of 16 pixels, times 64 outputs.
 template <typename T>
 __device__ void multiply(float (&sums)[2][8][4], uint8_t* patch, const uint8_t* weights) {
-  const int thread = thread_now(), lane = thread % 32, warp = thread / 32;
+  const int thread = read_tid(), lane = thread % 32, warp = thread / 32;
   const uint8_t* pixel[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    // Rows past the last pixel repeat it; nobody stores them.
-    const int asked = (2 * warp + i) * 16 + lane % 16;
-    const int number = asked < kPixels ? asked : kPixels - 1;
+    // Rows past the last pixel repeat it; they are not stored.
+    const int row = (2 * warp + i) * 16 + lane % 16;
+    const int number = row < kPixels ? row : kPixels - 1;
     pixel[i] = patch_row(patch, 2 * (number / kConv)) + 16 * (number % kConv) + lane / 16 * 16;
   }
   const uint8_t* weight_row =
@@ -136,7 +138,8 @@ __device__ void multiply(float (&sums)[2][8][4], uint8_t* patch, const uint8_t* 
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         load_matrix_x4(a[i], pixel[i] + row + half * 32);
-        // Values 28 to 31 are of an eighth tap: its weight is zero, x there may be Inf or NaN.
+        // Values 28 to 31 belong to an eighth tap: its weight is zero, but x there may be Inf or
+        // NaN.
         if (half == 1 && lane % 4 >= 2) a[i][2] = a[i][3] = 0;
       }
 #pragma unroll
@@ -156,7 +159,7 @@ __device__ void multiply(float (&sums)[2][8][4], uint8_t* patch, const uint8_t* 
 
 template <typename T>
 __device__ void finish(const float (&sums)[2][8][4], uint8_t* out, const float* vectors) {
-  const int thread = thread_now(), lane = thread % 32, warp = thread / 32;
+  const int thread = read_tid(), lane = thread % 32, warp = thread / 32;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const int k = n * 8 + lane % 4 * 2;
@@ -190,13 +193,13 @@ __device__ __forceinline__ bool greater_or_nan(T a, T b) {
   return wide > widen(b) || wide != wide;
 }
 
-// y (N, out_h, out_w, 64): pooled, or the convolution's own pixels.
+// y (N, out_h, out_w, 64): pooled, or the convolution's pixels.
 template <typename T, bool kPool>
 __device__ void store_patch(T* y_ptr, const uint8_t* out, const Stem& s, const Place<kPool>& at) {
   constexpr int side = kPool ? kPooled : kConv;
   constexpr int packs = kOutputs / Pack<T>::size;
 #pragma unroll 1
-  for (int i = thread_now(); i < side * side * packs; i += kThreads) {
+  for (int i = read_tid(); i < side * side * packs; i += kThreads) {
     const int pack = i % packs, w = i / packs % side, h = i / packs / side;
     if (at.out_h + h >= s.out_h || at.out_w + w >= s.out_w) continue;
     const auto pixel = [&](int conv_h, int conv_w) {
@@ -229,7 +232,7 @@ __device__ void store_patch(T* y_ptr, const uint8_t* out, const Stem& s, const P
 }
 
 template <typename T, typename X, bool kPool>
-__global__ void __launch_bounds__(kThreads, kPool ? 2 : 1)  // 2 would spill a little without
+__global__ void __launch_bounds__(kThreads, kPool ? 2 : 1)  // without pooling, 2 would spill
     stem_kernel(const X* x_ptr, const T* weight_ptr, const float* scale_ptr, const float* shift_ptr,
                 T* y_ptr, Stem s) {
   uint8_t* patch = shared_memory();
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, kPool ? 2 : 1)  // 2 would spill a l
     multiply<T>(sums, patch, weights);
     finish<T>(sums, out, vectors);
     __syncthreads();
-    // The next patch is on its way while this one is pooled.
+    // Load the next patch while this one is pooled.
     if (tile + gridDim.x < tiles) load_patch<T>(patch, x_ptr, s, Place<kPool>(s, tile + gridDim.x));
     store_patch<T>(y_ptr, out, s, Place<kPool>(s, tile));
     __syncthreads();
@@ -295,10 +298,10 @@ void run_stem(const Tensor& x, const Tensor& weight, const Tensor& scale, const 
     (pool ? launch_stem<T, T, true> : launch_stem<T, T, false>)(x, weight, scale, shift, y);
 }
 
-// x (N, 3, H, W) of any strides, float32 or of weight's dtype; weight (64, 7, 8, 4) contiguous, its
-// eighth tap and fourth channel zeros; scale, shift (64,) float32 -> y (N, 64, P, Q),
-// channels_last: the convolution's output, or with `pool` what the 3x3 pooling of stride 2 and
-// padding 1 makes of it.
+// x (N, 3, H, W) with any strides, float32 or of weight's dtype; weight (64, 7, 8, 4) contiguous,
+// with zeros in the eighth tap and the fourth channel; scale, shift (64,) float32 -> y (N, 64, P,
+// Q), channels_last: the convolution's output, or with `pool` its 3x3 max pooling with stride 2 and
+// padding 1.
 Tensor stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) {
   const DtypeIndex dtype = dtype_index(kOp, "weight", weight);
   check(dtype == kFloat16 || dtype == kBFloat16, kOp, ": weight must be float16 or bfloat16, got ",
@@ -318,7 +321,7 @@ Tensor stem(Tensor x, Tensor weight, Tensor scale, Tensor shift, bool pool) {
   check_channel_vector(kOp, "shift", shift, kOutputs, ScalarType::Float, x);
   const int64_t N = x.size(0), H = x.size(2), W = x.size(3);
   check(H > 0 && W > 0 && H < (1 << 30) && W < (1 << 30), kOp,
-        ": x has no pixels, or too many: ", shape_of(x));
+        ": H and W of x must be from 1 to 2^30 - 1, got ", shape_of(x));
   const auto out = [&](int64_t size) {
     const int64_t conv = (size - 1) / 2 + 1;
     return pool ? (conv - 1) / 2 + 1 : conv;

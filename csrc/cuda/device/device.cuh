@@ -1,6 +1,7 @@
-// What the kernels are made of: types, vector accesses, and one wrapper for each PTX instruction
-// they use, with its place in the PTX ISA. A kernel includes this and no CUDA header, uses 1-D
-// grids and dynamic shared memory alone, and so runs on the host as well (tests/emulator/emulator.h).
+// Device code shared by all kernels: types, vector accesses, and one wrapper for each PTX
+// instruction, with its section in the PTX ISA. Kernels include this file and no CUDA header, and
+// use only 1-D grids and dynamic shared memory, so that they also compile for the host emulator
+// (tests/emulator/README.md).
 #pragma once
 
 #include <cstdint>
@@ -42,15 +43,15 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return __fma_rn(a, b, c);
 }
 
-// threadIdx.x, asked anew: what follows from it is not kept in registers from one phase of a kernel
-// to another, across a main loop that needs them all.
-__device__ __forceinline__ int thread_now() {
+// threadIdx.x, read again by a volatile instruction. The compiler cannot keep values derived from
+// it in registers across a main loop that needs all registers.
+__device__ __forceinline__ int read_tid() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
   return thread;
 }
-// blockIdx.x, likewise.
-__device__ __forceinline__ unsigned block_now() {
+// blockIdx.x, for the same reason.
+__device__ __forceinline__ unsigned read_ctaid() {
   unsigned block;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
   return block;
@@ -65,18 +66,19 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// All blocks of a grid that was launched together: what any of them wrote before, all see after.
+// Barrier for all blocks of a cooperative launch. Writes before it are visible to all blocks after
+// it.
 __device__ __forceinline__ void sync_grid() { cooperative_groups::this_grid().sync(); }
 
 // --- memory --------------------------------------------------------------------------------------
 
-// V: an element, uint32_t, uint2 or uint4; p is a multiple of its size.
+// V: an element type, uint32_t, uint2 or uint4. p must be aligned to sizeof(V).
 template <typename V>
 __device__ __forceinline__ V load_global(const void* p) {
   return *static_cast<const V*>(p);
 }
-// The same, of memory that nobody reads again: first to leave the caches
-// (ld.global.L1::no_allocate, PTX ISA "ld").
+// The same, for data that is read only once: not allocated in L1 (ld.global.L1::no_allocate, PTX
+// ISA "ld").
 template <typename V>
 __device__ __forceinline__ V load_global_once(const void* p) {
   if constexpr (sizeof(V) == 16) {
@@ -102,8 +104,8 @@ __device__ __forceinline__ void store_shared(void* p, V v) {
   *static_cast<V*>(p) = v;
 }
 
-// cp.async (PTX ISA, "cp.async"): kBytes from global to shared memory, past the registers; bytes
-// beyond valid_bytes are zeros and are not read. 16 bytes go past L1 too.
+// cp.async (PTX ISA, "cp.async"): copies kBytes from global to shared memory without registers.
+// Bytes from valid_bytes on are zero-filled and not read. 16-byte copies bypass L1.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid_bytes) {
   if constexpr (kBytes == 16)
@@ -118,7 +120,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 __device__ __forceinline__ void copy_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-// Until at most kGroupsLeft of this thread's groups are on their way.
+// Waits until at most kGroupsLeft of this thread's groups are in flight.
 template <int kGroupsLeft>
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
@@ -126,16 +128,17 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // --- matrix fragments ----------------------------------------------------------------------------
 
-// ldmatrix (PTX ISA, "ldmatrix"): four 8x8 matrices of 16-bit elements; lane l gives the address of
-// row l % 8 of matrix l / 8 and receives, of each matrix, row l / 4, elements 2 (l % 4) and + 1.
+// ldmatrix (PTX ISA, "ldmatrix"): four 8x8 matrices of 16-bit elements. Lane l passes the address
+// of row l % 8 of matrix l / 8. It receives, from each matrix, elements 2 (l % 4) and 2 (l % 4) + 1
+// of row l / 4.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&out)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// mma (PTX ISA, "mma.m16n8k16" and "mma.m16n8k8"): D += A B, float32 sums; T: float16_t,
-// bfloat16_t, or float, whose upper 19 bits are multiplied (TF32). Layouts:
+// mma (PTX ISA, "mma.m16n8k16" and "mma.m16n8k8"): D += A B with float32 accumulators. T:
+// float16_t, bfloat16_t, or float, whose upper 19 bits are multiplied (TF32). Fragment layouts:
 // tests/emulator/emulated_device.h.
 template <typename T>
 __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&a)[4],
@@ -160,8 +163,8 @@ __device__ __forceinline__ void matrix_multiply(float (&d)[4], const uint32_t (&
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ uint32_t float_bits(float v) { return __float_as_uint(v); }
-// cvt.rna.tf32 (PTX ISA, "cvt"): a float32's bits rounded to TF32, to nearest, ties away from zero.
-// What is not rounded before a product is cut off by it, an error twice as large and of one sign.
+// cvt.rna.tf32 (PTX ISA, "cvt"): rounds float32 bits to TF32, to nearest, ties away from zero.
+// Without it, mma truncates its operands: twice the error, and biased.
 __device__ __forceinline__ uint32_t round_to_tf32(uint32_t bits) {
   uint32_t rounded;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
@@ -190,7 +193,7 @@ __device__ __forceinline__ T narrow(A v) {
     return narrow_16<T>(v);
 }
 
-// The dtype that sums of T are kept in.
+// The accumulator type for T.
 template <typename T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -1,9 +1,9 @@
-// Division of 31-bit integers by one multiplication, for divisors that are known before a launch.
+// Division of 31-bit integers by one multiplication, for divisors that are known before the launch.
 //
-// Granlund and Montgomery 1994, "Division by Invariant Integers using Multiplication": with
-// 2^(l - 1) < d <= 2^l and multiplier = ceil(2^(31 + l) / d), multiplier * d exceeds 2^(31 + l) by
-// less than d <= 2^l, so that n * multiplier / 2^(31 + l) is too large by less than 1 / d for every
-// n < 2^31: its floor is n / d.
+// Granlund and Montgomery 1994, "Division by Invariant Integers using Multiplication": with 2^(l -
+// 1) < d <= 2^l and multiplier = ceil(2^(31 + l) / d), multiplier * d exceeds 2^(31 + l) by less
+// than d <= 2^l. So n * multiplier / 2^(31 + l) exceeds n / d by less than 1 / d for every n <
+// 2^31, and its floor is n / d.
 #pragma once
 
 #include "cuda/device/device.cuh"

@@ -1,5 +1,5 @@
-// What only Hopper has: one wrapper for each PTX instruction of sm_90a that the kernels use, with
-// its place in the PTX ISA. Beside cuda/device/device.cuh; on the host by
+// One wrapper for each sm_90a PTX instruction that the kernels use, with its section in the PTX
+// ISA. Complements cuda/device/device.cuh. The host counterpart is
 // tests/emulator/emulated_hopper.h.
 #pragma once
 
@@ -11,7 +11,7 @@
 #include <cuda.h>
 #endif
 
-// Whether the kernel that is being compiled may use them.
+// Whether the current compilation target supports these instructions.
 #if defined(FUSED_RESNET_EMULATED) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define FUSED_RESNET_HOPPER 1
 #else
@@ -25,17 +25,17 @@ namespace fused_resnet {
 constexpr int kSwizzleRowBytes = 128;    // a row of a swizzled tile
 constexpr int kSwizzleAtomBytes = 1024;  // 8 rows, after which the pattern repeats
 
-// Where a tile with SWIZZLE_128B keeps the 16 bytes `chunk` (0 to 7) of a row, from the tile's
-// start, a multiple of 1024 (PTX ISA, "Swizzling Modes": address bits 4 to 6 ^= bits 7 to 9).
+// Byte offset of the 16-byte chunk `chunk` (0 to 7) of a row in a tile with SWIZZLE_128B. The tile
+// starts at a multiple of 1024 (PTX ISA, "Swizzling Modes": address bits 4 to 6 ^= bits 7 to 9).
 __host__ __device__ __forceinline__ int swizzled_offset(int row, int chunk) {
   return row * kSwizzleRowBytes + ((chunk ^ (row & 7)) << 4);
 }
 
-// The descriptor of such a tile as an operand of wgmma, its rows along K (PTX ISA, "Matrix
-// Descriptor Format"): bits 0-13 address / 16, 32-45 bytes from 8 rows to the next 8 / 16, 62-63
-// the swizzle, 1 = 128 bytes. Bits 16-29 say nothing for a swizzled tile along K. `further`: bytes
-// from the address to where the operand begins, below 2^18 in all; a constant is added to the lower
-// word alone.
+// wgmma descriptor of such a tile as a K-major operand (PTX ISA, "Matrix Descriptor Format"): bits
+// 0-13 address / 16, bits 32-45 byte offset between groups of 8 rows / 16, bits 62-63 the swizzle,
+// 1 = 128 bytes. Bits 16-29 are ignored for a swizzled K-major tile. `further`: byte offset of the
+// operand from `address`; the total must be below 2^18. Adding a constant changes only the lower
+// word.
 __host__ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, int further) {
   constexpr uint32_t high = kSwizzleAtomBytes >> 4 | 1u << 30;
   const uint32_t low = ((address & 0x3ffff) >> 4) + (static_cast<uint32_t>(further) >> 4);
@@ -44,30 +44,30 @@ __host__ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t address, i
 
 #if !defined(FUSED_RESNET_EMULATED)
 
-// A kernel's parameter of this type is declared `const __grid_constant__`.
+// Kernel parameters of this type must be declared `const __grid_constant__`.
 using TensorMap = CUtensorMap;
 
-// --- mbarriers: PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier"
-// ------
+// --- mbarriers: PTX ISA, "Parallel Synchronization and Communication Instructions: mbarrier" -----
 
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count)
                : "memory");
 }
-// After the initialisations, so that the copy engine sees them ("fence.mbarrier_init").
+// Must follow mbarrier_init, so that TMA sees the barriers ("fence.mbarrier_init").
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
-// Arrives, and makes the phase wait for so many bytes by the copy engine too.
+// Arrives and adds `bytes` to the TMA bytes that the current phase waits for.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
                "r"(bytes)
                : "memory");
 }
-// Until the phase of this parity is over: 0 for a new barrier's first; 1 returns at once there.
+// Waits until the phase with this parity has completed. Parity 0 is the first phase of a new
+// barrier; parity 1 returns immediately on a new barrier.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -82,20 +82,19 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, uint32_t parity) {
       : "memory");
 }
 
-// Orders this thread's own accesses to shared memory before those of the copy engine and of the
-// tensor cores that come after a barrier (PTX ISA, "membar / fence": fence.proxy.async).
+// Orders this thread's shared memory accesses before accesses by TMA and wgmma (the async proxy)
+// that follow a barrier (PTX ISA, "membar / fence": fence.proxy.async).
 __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// --- the copy engine: PTX ISA, "cp.async.bulk.tensor"
-// ----------------------------------------------
+// --- TMA: PTX ISA, "cp.async.bulk.tensor" --------------------------------------------------------
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
-// The map's box at (c0, c1, c2) to shared memory; bytes outside the tensor are zeros. All of the
-// box's bytes count at the barrier.
+// Loads the map's box at (c0, c1, c2) into shared memory. Elements outside the tensor are
+// zero-filled. The barrier counts all bytes of the box.
 __device__ __forceinline__ void load_box(void* shared, const TensorMap& map, uint64_t* bar, int c0,
                                          int c1, int c2) {
   asm volatile(
@@ -104,8 +103,8 @@ __device__ __forceinline__ void load_box(void* shared, const TensorMap& map, uin
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(bar)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
-// Pixels of an im2col map from (w, h, n) on, each moved by (offset_w, offset_h), channels from c
-// on (PTX ISA, "Im2col mode").
+// Loads pixels of an im2col map, starting at (w, h, n), each offset by (offset_w, offset_h), and
+// channels starting at c (PTX ISA, "Im2col mode").
 __device__ __forceinline__ void load_im2col(void* shared, const TensorMap& map, uint64_t* bar,
                                             int c, int w, int h, int n, uint16_t offset_w,
                                             uint16_t offset_h) {
@@ -116,7 +115,8 @@ __device__ __forceinline__ void load_im2col(void* shared, const TensorMap& map, 
       "r"(n), "h"(offset_w), "h"(offset_h)
       : "memory");
 }
-// From shared memory to the map's box at (c0, c1, c2); nothing outside the tensor is written.
+// Stores shared memory to the map's box at (c0, c1, c2). Elements outside the tensor are not
+// written.
 __device__ __forceinline__ void store_box(const TensorMap& map, const void* shared, int c0, int c1,
                                           int c2) {
   asm volatile(
@@ -125,11 +125,11 @@ __device__ __forceinline__ void store_box(const TensorMap& map, const void* shar
       "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2)
       : "memory");
 }
-// Closes a group of this thread's stores ("cp.async.bulk.commit_group").
+// Commits this thread's stores as a group ("cp.async.bulk.commit_group").
 __device__ __forceinline__ void store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Until all of this thread's stores have read their shared memory ("cp.async.bulk.wait_group").
+// Waits until all of this thread's stores have read shared memory ("cp.async.bulk.wait_group").
 __device__ __forceinline__ void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
@@ -140,8 +140,8 @@ __device__ __forceinline__ void store_wait_read() {
 __device__ __forceinline__ void barrier_sync(uint32_t id, uint32_t threads) {
   asm volatile("barrier.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// True for one lane of a whole warp, always the same (PTX ISA, "elect.sync"): the compiler then
-// knows that one thread alone orders a copy.
+// True for one lane of a full warp, always the same one (PTX ISA, "elect.sync"). It tells the
+// compiler that a single thread issues the copy.
 __device__ __forceinline__ bool elect_lane() {
   uint32_t elected;
   asm volatile(
@@ -153,16 +153,16 @@ __device__ __forceinline__ bool elect_lane() {
       : "=r"(elected));
   return elected != 0;
 }
-// PTX ISA, "setmaxnreg": by every warp of a warpgroup.
+// PTX ISA, "setmaxnreg". Must be executed by every warp of a warpgroup.
 template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-// PTX ISA, "stmatrix": as ldmatrix, but written.
+// PTX ISA, "stmatrix": the store counterpart of ldmatrix.
 __device__ __forceinline__ void store_matrix_x4(void* row, const uint32_t (&in)[4]) {
   asm volatile(
       "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
@@ -170,23 +170,22 @@ __device__ __forceinline__ void store_matrix_x4(void* row, const uint32_t (&in)[
       : "memory");
 }
 
-// --- wgmma: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"
-// ----------------------------
+// --- wgmma: PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" --------------------------
 
-// Before the first product and after other code has touched its registers ("wgmma.fence").
-__device__ __forceinline__ void products_fence() {
+// Required before the first wgmma and after other code has accessed its registers ("wgmma.fence").
+__device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void products_commit() {
+__device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int kGroupsLeft>
-__device__ __forceinline__ void products_wait() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroupsLeft) : "memory");
 }
-// Keeps the compiler from moving a use of the sums before the wait that they need.
+// Compiler barrier: keeps uses of the accumulators after the wait.
 template <int kCount>
-__device__ __forceinline__ void products_arrived(float (&d)[kCount]) {
+__device__ __forceinline__ void wgmma_fence_operand(float (&d)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
@@ -199,7 +198,7 @@ __device__ __forceinline__ void products_arrived(float (&d)[kCount]) {
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define FR_SUMS_32(i) FR_SUMS_8(i), FR_SUMS_8(i + 8), FR_SUMS_8(i + 16), FR_SUMS_8(i + 24)
-// `a`, `b`, `p` number the operands after the sums.
+// `a`, `b`, `p`: the numbers of the operands that follow the accumulators.
 #define FR_WGMMA(n, type, list, a, b, p, ...)                                                  \
   asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p                       \
                ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." type "." type " {" list \
@@ -220,9 +219,9 @@ __device__ __forceinline__ void products_arrived(float (&d)[kCount]) {
            FR_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127",                        \
            128, 129, 130, FR_SUMS_32(0), FR_SUMS_32(32), FR_SUMS_32(64), FR_SUMS_32(96))
 
-// wgmma.mma_async (m64nNk16): D (64, kN) = A (64, 16) B (kN, 16)^T, + D if accumulate. Sums of
-// thread t of the warpgroup: d[4 j + i] is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2), column
-// 8 j + 2 (t % 4) + i % 2.
+// wgmma.mma_async (m64nNk16): D (64, kN) = A (64, 16) B (kN, 16)^T, + D if accumulate. Accumulators
+// of thread t of the warpgroup: d[4 j + i] is row 16 (t / 32) + t % 32 / 4 + 8 (i / 2), column 8 j
+// + 2 (t % 4) + i % 2.
 template <typename T, int kN>
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[kN / 2], uint64_t a_descriptor,
                                                    uint64_t b_descriptor, bool accumulate) {
@@ -253,13 +252,13 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[kN / 2], uint64_t 
 #undef FR_WGMMA_128
 #undef FR_WGMMA_256
 
-// The greater; NaN if either is (PTX ISA, "max": .NaN).
+// Maximum; NaN if either operand is NaN (PTX ISA, "max": .NaN).
 __device__ __forceinline__ float max_nan(float a, float b) {
   float greater;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(greater) : "f"(a), "f"(b));
   return greater;
 }
-// Two values of T in a register, the first in the lower half.
+// Packs two values of T into a register, `low` in the lower 16 bits.
 template <typename T>
 __device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
   if constexpr (std::is_same_v<T, float16_t>) {

@@ -1,6 +1,5 @@
-// What the host code of the CUDA ops shares: outputs on the device, the current stream, checked
-// launches, and what the device can do. The device is that of the tensors, guarded by a
-// DeviceScope.
+// Host code shared by the CUDA ops: outputs on the device, the current stream, checked launches and
+// device properties. A DeviceScope guards the tensors' device.
 #pragma once
 
 #include <tuple>
@@ -21,7 +20,7 @@ namespace fused_resnet {
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// body(a value of the dtype's type): its kernels' element.
+// Calls body with a value of the element type that the kernels use for this dtype.
 template <typename Body>
 void with_element(DtypeIndex dtype, const Body& body) {
   switch (dtype) {
@@ -40,12 +39,12 @@ void with_element(DtypeIndex dtype, const Body& body) {
   }
 }
 
-// One launch: a 1-D grid of 1-D blocks.
+// A launch of a 1-D grid of 1-D blocks.
 struct Grid {
   int64_t blocks;
   int threads;
   int shared_bytes = 0;
-  bool together = false;  // all blocks resident at once (a cooperative launch)
+  bool cooperative = false;  // all blocks resident at once
 };
 
 #if !defined(FUSED_RESNET_EMULATED)
@@ -60,9 +59,8 @@ struct DeviceScope {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
     stream = static_cast<cudaStream_t>(current);
-    // A thread's first call may be this one. The guard does nothing where the device is the current
-    // one already, and the driver's own functions (cuda/device/tensor_map.h) want a context made
-    // current.
+    // This may be the thread's first CUDA call. The guard does nothing if the device is already
+    // current, but the driver API (cuda/device/tensor_map.h) requires a current context.
     STD_CUDA_CHECK(cudaSetDevice(device));
   }
   int attribute(cudaDeviceAttr which) const {
@@ -75,10 +73,10 @@ struct DeviceScope {
     return 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
            attribute(cudaDevAttrComputeCapabilityMinor);
   }
-  // What one block may ask for.
+  // Maximum shared memory of a block.
   int max_shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-  // Blocks of a kernel that fit on a multiprocessor at once.
+  // Maximum number of resident blocks per multiprocessor.
   template <typename Kernel>
   int resident_blocks(Kernel* kernel, int threads, int shared_bytes) const {
     allow_shared(kernel, shared_bytes);
@@ -96,28 +94,29 @@ struct DeviceScope {
     config.blockDim = dim3(static_cast<unsigned>(grid.threads));
     config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
     config.stream = stream;
-    cudaLaunchAttribute together{};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
-    config.attrs = &together;
-    config.numAttrs = grid.together ? 1 : 0;
+    cudaLaunchAttribute launch_attribute{};
+    launch_attribute.id = cudaLaunchAttributeCooperative;
+    launch_attribute.val.cooperative = 1;
+    config.attrs = &launch_attribute;
+    config.numAttrs = grid.cooperative ? 1 : 0;
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
  private:
-  // All that there is, always: the limit is the kernel's and not the launch's, and another thread
-  // that launches the same kernel with less would lower it in between.
+  // Always set the maximum: the limit belongs to the kernel, not to the launch. Another thread that
+  // launches the same kernel with less shared memory would lower it in between.
   template <typename Kernel>
   void allow_shared(Kernel* kernel, int shared_bytes) const {
-    constexpr int without_asking = 48 * 1024;
-    if (shared_bytes > without_asking)
+    constexpr int default_limit = 48 * 1024;
+    if (shared_bytes > default_limit)
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           max_shared_bytes()));
   }
 };
 
-// A kernel's row in fused_resnet._C.kernels(); what only a GPU can tell is -1 without one.
+// Adds a kernel's row to fused_resnet._C.kernels(). Properties that require a GPU are -1 without
+// one.
 template <typename Kernel>
 void describe_kernel(std::vector<CudaKernel>& list, std::string name, Kernel* kernel, bool gpu) {
   CudaKernel row{std::move(name), -1, -1, -1};
@@ -127,7 +126,7 @@ void describe_kernel(std::vector<CudaKernel>& list, std::string name, Kernel* ke
     row.registers = attributes.numRegs;
     row.shared_bytes = static_cast<int>(attributes.sharedSizeBytes);
   } else if (gpu) {
-    (void)cudaGetLastError();  // a kernel of another architecture: no error for the next to find
+    (void)cudaGetLastError();  // built for another architecture: clear the error
   }
   list.push_back(row);
 }
@@ -145,10 +144,10 @@ struct DeviceScope {
   }
   template <typename... Parameters, typename... Arguments>
   void launch(const Grid& grid, void (*kernel)(Parameters...), Arguments&&... arguments) const {
-    // Converted once, as a launch copies its arguments.
+    // Convert once, as a CUDA launch copies its arguments.
     const std::tuple<std::decay_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
     const std::function<void()> body = [&] { std::apply(kernel, values); };
-    (grid.together ? ::emulated::run_grid_together : ::emulated::run_grid)(
+    (grid.cooperative ? ::emulated::run_cooperative_grid : ::emulated::run_grid)(
         static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads),
         static_cast<size_t>(grid.shared_bytes), body);
   }

@@ -1,6 +1,6 @@
-// Tensor maps, made on the host: what the bulk copy engine is told of a tensor of 16-bit elements.
-// Passed by value as kernel parameters, so that a captured graph keeps them. The driver's encoders
-// are found through the runtime: nothing links libcuda.
+// Tensor maps (TMA descriptors) of 16-bit tensors, encoded on the host. They are passed by value as
+// kernel parameters, so that a captured CUDA graph stores them. The driver's encode functions are
+// looked up through the runtime; nothing links libcuda.
 #pragma once
 
 #include "cuda/device/hopper.cuh"
@@ -8,7 +8,7 @@
 
 namespace fused_resnet {
 
-// Innermost dimension first; strides in bytes, of the dimensions after the innermost.
+// Innermost dimension first. strides: in bytes, for the dimensions after the innermost.
 template <int kRank>
 struct MappedTensor {
   DtypeIndex dtype;  // kFloat16 or kBFloat16
@@ -17,9 +17,9 @@ struct MappedTensor {
   std::array<uint64_t, kRank - 1> strides;
 };
 
-// What an im2col map adds (CUDA driver API, cuTensorMapEncodeIm2col): of each dimension between the
-// innermost and the outermost, innermost first, the box's corners from the tensor's own, and the
-// step between pixels.
+// Additional parameters of an im2col map (CUDA driver API, cuTensorMapEncodeIm2col). For each
+// dimension between the innermost and the outermost, innermost first: the offsets of the box's
+// corners from the tensor's corners, and the traversal stride between pixels.
 template <int kRank>
 struct Im2colBox {
   std::array<int, kRank - 2> lower, upper;
@@ -41,7 +41,7 @@ TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) 
 
 #else
 
-// The driver's function of this name, as CUDA 12.0 has it.
+// The driver's function of this name, in its CUDA 12.0 version.
 template <typename Function>
 Function* driver_function(const char* name) {
   void* found = nullptr;
@@ -52,8 +52,8 @@ Function* driver_function(const char* name) {
   STD_CUDA_CHECK(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &status));
 #endif
   check(status == cudaDriverEntryPointSuccess && found != nullptr,
-        "implicit_gemm: this driver has no ", name,
-        "; Hopper's kernels need one of CUDA 12.0 or later");
+        "implicit_gemm: the CUDA driver does not provide ", name,
+        "; the Hopper kernels require CUDA 12.0 or later");
   return reinterpret_cast<Function*>(found);
 }
 
@@ -61,7 +61,7 @@ inline CUtensorMapDataType map_dtype(DtypeIndex dtype) {
   return dtype == kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
-// A box of `box` elements, SWIZZLE_128B, zeros outside.
+// A tiled map with the box size `box`, SWIZZLE_128B and zero fill outside the tensor.
 template <int kRank>
 TensorMap tiled_map(const MappedTensor<kRank>& t, const std::array<uint32_t, kRank>& box) {
   static const auto encode =
@@ -81,8 +81,8 @@ template <int kRank>
 TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) {
   static const auto encode =
       driver_function<decltype(cuTensorMapEncodeIm2col)>("cuTensorMapEncodeIm2col");
-  // Corners go innermost dimension first too: so CUTLASS and Triton give them, though the driver's
-  // manual lists them as {D, H, W}.
+  // The corners also list the innermost dimension first. CUTLASS and Triton pass them in this
+  // order, although the driver's manual lists them as {D, H, W}.
   std::array<uint32_t, kRank> steps;
   steps.fill(1);
   std::copy(box.steps.begin(), box.steps.end(), steps.begin() + 1);

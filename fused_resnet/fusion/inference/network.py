@@ -1,15 +1,10 @@
-"""A whole network's inference: activations stay in the fused blocks' own layout from stem to pool.
-
-Two ways. `Network` is for a network whose every block is fused: one guard over all of it, so that
-little Python runs between two convolutions. `_Walk` is for any other: block by block, converting
-to what stock would have wherever a module that is not fused must see the activation.
-"""
+"""A whole network whose every block is fused, with one guard over all of it: little Python runs
+between two convolutions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -18,104 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
-from fused_resnet.fusion import blocks
-from fused_resnet.fusion.blocks import FORWARDS, call_reason, enter, leave, wants_grad
-from fused_resnet.fusion.pooling import is_plain, pool_shape, window
-from fused_resnet.fusion.structure import (
-    STEM,
-    Guard,
-    Names,
-    Parts,
-    Place,
-    is_fsdps,
-    patched,
-    take_apart,
-)
-from fused_resnet.fusion.training import activation_memory
-from fused_resnet.kernels import backends, convolution, native
-from fused_resnet.kernels.cuda.convolution import GpuConv
+from fused_resnet.fusion.fit import compute_dtype, output_dtype, weights_fit
+from fused_resnet.fusion.members import has_stem, whole
+from fused_resnet.fusion.pooling import pool_shape
+from fused_resnet.fusion.structure import Guard
+from fused_resnet.kernels import cache, native, registry
+from fused_resnet.layers.hooks import is_fsdps, patched
 
 from . import plans
-from .plans import Flow, Plan
+from .plan import Flow, Plan, enter, leave
+from .stem import run_stem
 
-_STAGES = ("layer1", "layer2", "layer3", "layer4")
 # Bytes of one activation. A convolution reads one or two and writes one, which a last-level cache
 # of 32 MiB should hold; and so much less memory is in use, and asked of the system, at a time.
 _AT_ONCE = 8 * 2**20
+
+
 _pool_state = attrgetter(
     "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"
 )
-
-
-def run_resnet(model: Any, x: Tensor) -> Tensor | None:
-    """A whole network's inference (N, classes), fused where it can be, or None: run torchvision's.
-
-    x: (N, C, H, W) of any layout. Only plans are used here; without one for the stem, each block
-    decides for itself as torchvision's path comes to it.
-    """
-    if model.training or call_reason(x) is not None or wants_grad(model, x):
-        return None
-    network = _network_for(model, x.dtype, x.device)
-    pooled = None if network is None else network.run(model, x)
-    if pooled is not None:
-        return model.fc(torch.flatten(pooled, 1))
-    walk = _Walk(x)
-    pool = model._modules.get("maxpool")
-    if not _has_stem(model):
-        walk.call(model.conv1)
-    elif not walk.fused(model, STEM):
-        return None
-    elif pool is not None and not walk.max_pool(pool):
-        walk.call(pool)
-    for stage in _stages(model):
-        walk.stage(stage)
-    return head(model, walk.leave())
-
-
-def _has_stem(model: Any) -> bool:
-    """Whether norm and ReLU follow the first convolution at once."""
-    return "bn1" in model._modules
-
-
-def _stages(model: Any) -> list[Any]:
-    return [model._modules[name] for name in _STAGES if name in model._modules]
-
-
-def enter_stages(model: Any, x: Tensor) -> Tensor:
-    """What a network's first stage reads, by whichever path takes it."""
-    return blocks.stem_and_pool(model, x) if _has_stem(model) else model.conv1(x)
-
-
-def head(model: Any, x: Tensor) -> Tensor:
-    """The last stage's output (N, C, H, W) -> (N, classes)."""
-    if not _has_stem(model):
-        y = blocks.run_norm(model.bn, model.relu, x)
-        x = model.relu(model.bn(x)) if y is None else y
-    return model.fc(torch.flatten(model.avgpool(x), 1))
-
-
-def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
-    """A network's forward (N, classes) that keeps the inputs of segments of blocks alone, where its
-    activation memory is "minimal"; None where it is not, or where running a segment once more would
-    count or call something twice: hooks, or norms that PyTorch has to compute."""
-    if getattr(model, "activation_memory", "auto") != "minimal":
-        return None
-    if call_reason(x, model.training) is not None or not wants_grad(model, x):
-        return None
-    whole = _whole(model)
-    if whole is None or not blocks.counts_once(whole[0], x):
-        return None
-    if _has_stem(model):
-        y = activation_memory.run_segment(
-            partial(blocks.stem_and_pool, model), x, [model.conv1, model.bn1]
-        )
-    else:
-        y = model.conv1(x)
-    running = model.running() if hasattr(model, "running") else map(list, _stages(model))
-    return head(model, activation_memory.run_stages(list(running), y))
-
-
-# --- every block fused ----------------------------------------------------------------------------
 
 
 class _Level(NamedTuple):
@@ -158,7 +74,7 @@ class Network:
             return None
         if x.device.type == "cpu" and averages_all(model.avgpool) and native.load() is None:
             y = torch.ops.fused_resnet_native.mean_pool(flow.x)
-            return y.to(plans.output_dtype(x.dtype, "cpu"))
+            return y.to(output_dtype(x.dtype, "cpu"))
         return model.avgpool(leave(flow.x, x.dtype, layout.memory_format(x)))
 
     def _find_levels(self, shape: Sequence[int]) -> list[_Level]:
@@ -223,153 +139,34 @@ def averages_all(pool: Any) -> bool:
 _networks: WeakKeyDictionary[nn.Module, dict[Any, Network]] = WeakKeyDictionary()
 
 
-def _network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Network | None:
+def network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Network | None:
     """The model as a `Network` for an x of `dtype` on `device`, made now if need be; None: walk."""
-    inner = plans.compute_dtype(dtype, device.type)
+    inner = compute_dtype(dtype, device.type)
     kept = _networks.get(model, {})
-    key = (inner, device, backends.forced())
+    key = (inner, device, registry.forced())
     network = None if inner is None else kept.get(key)
     if network is not None:
-        if network.holds() and plans.weights_fit(dtype, network.plans[0].weight):
+        if network.holds() and weights_fit(dtype, network.plans[0].weight):
             return network
         _networks.pop(model, None)
-    if inner is None or not _has_stem(model):
+    if inner is None or not has_stem(model):
         return None
-    if not backends.gpu_kernels(device.type) and (backends.forced() or native.load()):
+    if not registry.gpu_kernels(device.type) and (registry.forced() or native.load()):
         return None  # the pooling between the blocks is native's
-    found = _whole(model)
+    found = whole(model)
     if found is None:
         return None
-    whole, members = found
+    parts, members = found
     made: list[Plan] = []
     for module, names in members:
         plan = plans.plan_for(module, names, dtype, device)
         if isinstance(plan, str):
             return None
         made.append(plan)
-    network = Network(Guard(whole), made, model)
+    network = Network(Guard(parts), made, model)
     # What it was made from is the graph's, or FSDP's.
-    if convolution.capturing(made[0].weight) or any(is_fsdps(conv) for conv, _ in whole.pairs):
+    if cache.capturing(made[0].weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):
         return network
     others = {k: n for k, n in kept.items() if k != key and n.holds()}
     _networks[model] = {**others, key: network}
     return network
-
-
-def _whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
-    """Stem, pool, stages and blocks as one set of parts, and what plans are made for."""
-    members: list[tuple[nn.Module, Names]] = [(model, STEM)] if _has_stem(model) else []
-    places = []
-    if "maxpool" in model._modules:
-        places.append(Place(model._modules, "maxpool", model.maxpool, nn.MaxPool2d))
-    for name in [name for name in _STAGES if name in model._modules]:
-        stage = model._modules[name]
-        places.append(Place(model._modules, name, stage, nn.Sequential))
-        if type(stage) is not nn.Sequential:
-            return None
-        for key, block in stage._modules.items():
-            names = FORWARDS.get(type(block).forward)
-            if names is None:
-                return None
-            places.append(Place(stage._modules, key, block, type(block)))
-            members.append((block, names))
-    if [type(p.part) for p in places] != [p.kind for p in places]:
-        return None
-    if any(patched(p.part) is not None for p in places):
-        return None
-    pairs = []
-    for module, names in members:
-        parts = take_apart(module, names)
-        if isinstance(parts, str):
-            return None
-        pairs += parts.pairs
-        places += parts.places
-    return Parts(pairs, "none", places), members
-
-
-# --- block by block -------------------------------------------------------------------------------
-
-
-class _Walk:
-    """One inference, block by block: between fused blocks nothing is converted back."""
-
-    def __init__(self, x: Tensor) -> None:
-        self._plain: Tensor | None = x  # the activation as stock would have it, or None
-        self._flow: Flow | None = None  # the same between fused blocks, or None
-        self._outside = (x.dtype, layout.memory_format(x))  # what was last seen as stock has it
-
-    def leave(self) -> Tensor:
-        """The activation as stock would have it here."""
-        if self._plain is None:
-            assert self._flow is not None
-            self._plain, self._flow = leave(self._flow.x, *self._outside), None
-        return self._plain
-
-    def call(self, module: Callable[[Tensor], Tensor]) -> None:
-        """A module of any kind, on the activation as stock would have it."""
-        self._plain = module(self.leave())
-
-    def fused(self, module: nn.Module, names: Names) -> bool:
-        """`module` by its plan; False where it has none for this activation."""
-        flow = self._flow
-        if flow is None:
-            x = self.leave()
-            if call_reason(x) is not None:
-                return False
-            self._outside = (x.dtype, layout.memory_format(x))
-        device = flow.x.device if flow is not None else self.leave().device
-        plan = plans.plan_for(module, names, self._outside[0], device)
-        if isinstance(plan, str):
-            return False
-        if flow is None:
-            flow = enter(x, plan)
-        after = plan.run(flow) if plan.shapes(flow.x.shape) else None
-        if after is None:
-            return False
-        self._plain, self._flow = None, after
-        return True
-
-    def max_pool(self, pool: nn.Module) -> bool:
-        """`pool` by this package's kernel; False where it is something else."""
-        if self._flow is None or not is_plain(pool):
-            return False
-        gpu = backends.gpu_kernels(self._flow.x.device.type)
-        if not gpu and (native.load() is not None or backends.forced() is not None):
-            return False
-        after = max_pool(pool, self._flow)
-        if after is not None:
-            self._flow = after
-        return after is not None
-
-    def stage(self, stage: nn.Module) -> None:
-        if type(stage) is not nn.Sequential or patched(stage) is not None:
-            self.call(stage)
-            return
-        for block in stage:
-            names = FORWARDS.get(type(block).forward)
-            plain = names is None or patched(block) is not None
-            if plain or names is None or not self.fused(block, names):
-                self.call(block)
-
-
-def max_pool(pool: Any, flow: Flow) -> Flow | None:
-    """`pool` on a fused activation; None where the kernel does not do what is asked."""
-    if pool_shape(pool, flow.x.shape) is None:
-        return None
-    kernel, stride, padding = window(pool)
-    gpu = backends.gpu_kernels(flow.x.device.type)
-    run = torch.max_pool2d if gpu else torch.ops.fused_resnet_native.max_pool2d
-    y = run(flow.x, kernel, stride, padding)
-    return Flow(y, flow.bound, True)
-
-
-def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
-    """The stem and the pooling behind it: by one kernel where there is one."""
-    (conv,) = plan.convs
-    plain = window(pool) == [[3, 3], [2, 2], [1, 1]] and pool_shape(
-        pool, plan.shapes(flow.x.shape)[-1]
-    )
-    if plain and isinstance(conv, GpuConv) and conv.pools(flow.x):
-        return Flow(conv.run_pooled(flow.x), None, True)
-    after = plan.run(flow)
-    return None if after is None else max_pool(pool, after)

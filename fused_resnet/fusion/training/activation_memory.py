@@ -32,18 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_resnet.fusion.structure import is_frozen_bn
+from fused_resnet.layers.norms import is_frozen_bn, recomputing
+from fused_resnet.layers.planned import Planned
 
 LEVELS = ("full", "low", "lower", "minimal")
 CHOICES = ("auto", *LEVELS)
 
-_recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
 _in_segment: ContextVar[bool] = ContextVar("fused_resnet_in_segment", default=False)
-
-
-def recomputing() -> bool:
-    """Whether a segment runs once more, for backward: nothing is to be counted twice."""
-    return _recomputing.get()
 
 
 def level_of(module: nn.Module) -> str:
@@ -66,8 +61,6 @@ def set_activation_memory(model: nn.Module, level: str) -> None:
     TypeError where model is no module. At "minimal", as stock does at every level, backward raises
     RuntimeError where a parameter was modified since forward.
     """
-    from fused_resnet.models.resnet import Planned
-
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"set_activation_memory: model must be a torch.nn.Module, got {type(model).__name__}"
@@ -189,7 +182,7 @@ class _OnceMore:
 
     def __enter__(self) -> None:
         self._made.check()
-        self._tokens.append(_recomputing.set(True))
+        self._tokens.append(recomputing.set(True))
 
     def __exit__(self, *_: object) -> None:
-        _recomputing.reset(self._tokens.pop())
+        recomputing.reset(self._tokens.pop())

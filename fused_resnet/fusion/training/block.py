@@ -13,61 +13,21 @@ inside the convolution's own gradient, and what is kept for backward is a matter
     minimal  nothing but the block's input: all of it is computed again
 
 Recomputed tensors are, to the last bit, what they were. A backward that is itself to be
-differentiated runs the block's formula by PyTorch's own operations.
-"""
+differentiated runs the block's formula by PyTorch's own operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed, Portable
-from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient, padded
+from fused_resnet.kernels.training.protocol import Normed
+from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient
 
-
-class Spec(NamedTuple):
-    """A block without its tensors. geometries, eps: one per unit (convolution and norm), the
-    shortcut's last. shortcut: "identity", "projection" (a unit of its own), "pad" (a PadShortcut of
-    this stride) or "none"."""
-
-    kernels: Portable
-    geometries: tuple[Geometry, ...]
-    eps: tuple[float, ...]
-    shortcut: str
-    level: str
-    dtype: torch.dtype  # of the activations
-    groups: tuple[Any, ...]  # the norms' process groups, None where they need no other process
-    stride: int = 1  # of a PadShortcut
-    # Of norms that come first: whether the shortcut starts from the first of them, not from x.
-    shared: bool = False
-
-
-Units = list[tuple[Tensor, Norm]]
-
-
-def _units(spec: Spec, tensors: Sequence[Any]) -> Units:
-    """tensors: weight (K, C/groups, R, S), norm weight and bias (K,) or None, unit by unit."""
-    return [
-        (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps, group))
-        for i, (eps, group) in enumerate(zip(spec.eps, spec.groups, strict=True))
-    ]
-
-
-def _recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
-    """For each unit, whether its convolution's output is computed again in backward."""
-    found = [spec.level == "minimal"] * len(weights)
-    if spec.level == "lower":
-        last = len(weights) - 1
-        if spec.shortcut == "projection":
-            found[last] = True
-            last -= 1
-        pointwise = tuple(weights[last].shape[2:]) == (1, 1)
-        found[last] = pointwise and last > 0
-    return found
+from .spec import Spec, Units, differentiable, free_shortcut, recomputed, units_of
 
 
 def _convolve_next(
@@ -100,7 +60,7 @@ class BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Spec, states: list[Any], x: Tensor, *tensors: Any) -> Tensor:
         kernels = spec.kernels
-        units = _units(spec, tensors)
+        units = units_of(spec, tensors)
         projection = spec.shortcut == "projection"
         main = len(units) - projection
         outputs: list[Tensor] = []  # of convolutions
@@ -127,7 +87,7 @@ class BlockFunction(torch.autograd.Function):
         for z, (_, norm), state in zip(outputs, units, moments, strict=True):
             states.append((state, kernels.count(Normed(z, norm, state))))
 
-        again = _recomputed(spec, [weight for weight, _ in units])
+        again = recomputed(spec, [weight for weight, _ in units])
         kept = [None if a else z for a, z in zip(again, outputs, strict=True)]
         ctx.spec = spec
         ctx.state_size = len(moments[0])
@@ -158,7 +118,7 @@ class _Backward:
         self.spec: Spec = ctx.spec
         self.kernels = self.spec.kernels
         self.x = x
-        self.units = _units(self.spec, tensors)
+        self.units = units_of(self.spec, tensors)
         n = len(self.units)
         self.main = n - (self.spec.shortcut == "projection")
         self.outputs = list(rest[:n])
@@ -270,66 +230,6 @@ class _Backward:
         return self.kernels.weight_gradient(dy, x, self.units[i][0], self.spec.geometries[i])
 
 
-class StemFunction(torch.autograd.Function):
-    """y = maxpool(relu(bn(conv(x)))), batch statistics: a network's stem.
-
-    apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) as the kernels
-    take it; window: kernel, stride, padding, (height, width) each; `states` as in `BlockFunction`.
-    Kept for backward are x, the convolution's output (at "minimal" computed again), the pooled one
-    and a byte per pixel of it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, spec: Spec, window: list[int], states: list[Any], x: Tensor, *tensors: Any
-    ) -> Tensor:
-        ((weight, norm),) = _units(spec, tensors)
-        z = spec.kernels.convolution(x, weight, spec.geometries[0])
-        normed = Normed(z, norm, spec.kernels.statistics(z, norm.group))
-        y, index = spec.kernels.pool(normed, window)
-        states.append((normed.state, spec.kernels.count(normed)))
-        ctx.spec, ctx.window = spec, window
-        kept = None if spec.level == "minimal" else z
-        ctx.save_for_backward(x, *tensors, kept, y, index, *normed.state)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        spec: Spec = ctx.spec
-        kernels, geometry = spec.kernels, spec.geometries[0]
-        x, weight, norm_weight, norm_bias, z, y, index, *state = ctx.saved_tensors
-        tensors = (weight, norm_weight, norm_bias)
-        needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
-            window = ctx.window
-
-            def pooled(*operands: Any) -> Tensor:
-                y = formula(*operands)
-                return functional.max_pool2d(y, window[:2], window[2:4], window[4:])
-
-            return None, None, None, *differentiable(spec, x, tensors, dy, needs, pooled)
-        norm = Norm(norm_weight, norm_bias, spec.eps[0], spec.groups[0])
-        z = kernels.convolution(x, weight, geometry) if z is None else z
-        if dy.stride() != y.stride():
-            dy = torch.empty_like(y).copy_(dy)
-        g = kernels.pool_gradient(dy, y, index, z, ctx.window)
-        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), alone=True)[0]
-        dx = kernels.input_gradient(found.dx, x, weight, geometry) if needs[0] else None
-        dweight = kernels.weight_gradient(found.dx, x, weight, geometry) if needs[1] else None
-        norms = [
-            d.to(t.dtype) if need else None
-            for d, t, need in zip(found[1:], tensors[1:], needs[2:], strict=True)
-        ]
-        return None, None, None, dx, dweight, *norms
-
-
-def free_shortcut(spec: Spec, x: Tensor, weight: Tensor) -> Tensor | None:
-    """A shortcut without parameters, (N, K, P, Q), K being the channels of the last weight."""
-    if spec.shortcut == "pad":
-        return padded(x, weight.shape[0], spec.stride)
-    return x if spec.shortcut == "identity" else None
-
-
 def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
     """The block by PyTorch's own differentiable operations."""
 
@@ -343,7 +243,7 @@ def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
             z, None, None, norm.weight, norm.bias, training=True, eps=norm.eps
         )
 
-    units = _units(spec, tensors)
+    units = units_of(spec, tensors)
     main = len(units) - (spec.shortcut == "projection")
     h = x
     for i in range(main - 1):
@@ -356,20 +256,3 @@ def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
     elif spec.shortcut == "identity":
         y = y + x
     return torch.relu(y)
-
-
-def differentiable(
-    spec: Spec, x: Tensor, tensors: Sequence[Any], dy: Tensor, needs: Sequence[bool],
-    formula: Callable[[Spec, Tensor, Sequence[Any]], Tensor],
-) -> list[Tensor | None]:  # fmt: skip
-    """Backward where somebody wants to differentiate it, written in differentiable operations: the
-    gradients of x and of tensors, as far as each needs one."""
-    if any(group is not None for group in spec.groups):
-        raise NotImplementedError(
-            "fused_resnet: a synchronised batch norm is not differentiable twice; "
-            "differentiate it in one process, or freeze it (eval)"
-        )
-    wanted = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
-    y = formula(spec, x, tensors)
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(grads) if need else None for need in needs]

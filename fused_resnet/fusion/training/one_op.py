@@ -16,26 +16,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels import convolution
-from fused_resnet.kernels.training.protocol import (
-    Geometry,
+from fused_resnet.kernels.problem import output_shape
+from fused_resnet.kernels.training.native import (
     Native,
-    _channels_last,
-    _plain,
-    gradient_padding,
+    channels_last,
+    plain,
     update_running_together,
 )
+from fused_resnet.kernels.training.protocol import Geometry, gradient_padding
 from fused_resnet.layers.shortcut import SHORTCUTS
 
-from . import block as training
-from . import preact as preact_training
+from . import block, preact
+from .spec import Spec, differentiable, recomputed
 
 
 class Layout(NamedTuple):
     """A block as the ops take it, without its tensors. keep: by number, what of the convolutions'
     outputs and of the ReLUs' inside is kept for backward; keep_output: whether the block's is."""
 
-    spec: training.Spec
+    spec: Spec
     sizes: tuple[Any, ...]  # geometry, eps, shortcut, pad_stride and, of norms first, shared
     keep: list[int]
     keep_output: bool
@@ -44,7 +43,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(
-    spec: training.Spec, tensors: Sequence[Any], norm_first: bool, shape: Sequence[int]
+    spec: Spec, tensors: Sequence[Any], norm_first: bool, shape: Sequence[int]
 ) -> Layout | None:
     """None where the block is none for these ops. tensors: as for `training.BlockFunction`; shape:
     of its input (N, C, H, W)."""
@@ -60,13 +59,13 @@ def layout_of(
         return None
     if not all(map(_strides_serve, weights, spec.geometries)):
         return None
-    if not all(_plain(t) for t in vectors[: 2 * norms]):
+    if not all(plain(t) for t in vectors[: 2 * norms]):
         return None
     full = spec.level == "full"
     if norm_first:
         keep = [int(spec.level != "minimal")] * (norms - 1) + [int(full)] * norms
     else:
-        again = training._recomputed(spec, weights)
+        again = recomputed(spec, weights)
         main = norms - (spec.shortcut == "projection")
         keep = [int(not a) for a in again] + [int(full)] * (main - 1)
     sizes: tuple[Any, ...] = (
@@ -81,14 +80,14 @@ def layout_of(
 
 
 def _counts(
-    spec: training.Spec, weights: Sequence[Tensor], norm_first: bool, shape: Sequence[int]
+    spec: Spec, weights: Sequence[Tensor], norm_first: bool, shape: Sequence[int]
 ) -> list[float]:
     """The values per channel of every norm."""
     found = []
     for i, (weight, g) in enumerate(zip(weights, spec.geometries, strict=True)):
         before = shape
         if not (spec.shortcut == "projection" and i == len(weights) - 1):
-            shape = convolution.output_shape(shape, weight.shape, *g) or shape
+            shape = output_shape(shape, weight.shape, *g) or shape
         N, _, H, W = before if norm_first else shape
         found.append(float(N * H * W))
     return found[: len(spec.eps)]
@@ -121,8 +120,8 @@ class NativeBlockFunction(torch.autograd.Function):
         operands, kept = rest[: ctx.operands], rest[ctx.operands :]
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            formula = preact_training.formula if layout.norm_first else training.formula
-            grads = training.differentiable(layout.spec, x, operands, dy, needs, formula)
+            formula = preact.formula if layout.norm_first else block.formula
+            grads = differentiable(layout.spec, x, operands, dy, needs, formula)
             return None, None, *grads
         if dy.stride() != ctx.strides:
             dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
@@ -147,7 +146,7 @@ def track(norms: Sequence[Any], states: Sequence[Any]) -> bool:
         for counter in counters
     )
     means, variances = [bn.running_mean for bn in norms], [bn.running_var for bn in norms]
-    if not usual or not all(map(_plain, (*means, *variances))):
+    if not usual or not all(map(plain, (*means, *variances))):
         return False
     update_running_together(
         means, variances, counters, [state for (state,), _ in states],
@@ -160,6 +159,6 @@ def _ready(operands: Sequence[Tensor]) -> list[Tensor]:
     """As the ops take them: weights channels_last."""
     return [
         t if t.dim() == 1 or t.is_contiguous(memory_format=torch.channels_last)
-        else _channels_last(t)
+        else channels_last(t)
         for t in operands
     ]  # fmt: skip

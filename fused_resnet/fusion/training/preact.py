@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fused_resnet.fusion.training.spec import Spec, differentiable, free_shortcut
 from fused_resnet.kernels.training.protocol import Norm, Normed
 from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient
-
-from .block import Spec, differentiable, free_shortcut
 
 
 class _Block:

@@ -2,8 +2,7 @@
 the running statistics after it.
 
 What was found out about a block is kept beside it, and used while nothing it came from has changed:
-asking anew costs as much as the ops of a narrow block do.
-"""
+asking anew costs as much as the ops of a narrow block do."""
 
 from __future__ import annotations
 
@@ -14,35 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
-from fused_resnet.fusion.inference import plans
-from fused_resnet.fusion.structure import (
-    Names,
-    Parts,
-    Structure,
-    is_frozen_bn,
-    uses_batch_statistics,
-)
-from fused_resnet.kernels import backends, convolution
-from fused_resnet.kernels.training import empty as empty_batch
-from fused_resnet.kernels.training import protocol as train_kernels
+from fused_resnet.fusion.fit import norm_fits, output_dtype, serves, weights_fit
+from fused_resnet.fusion.structure import Names, Parts, Structure
+from fused_resnet.kernels import registry
+from fused_resnet.kernels.problem import output_shape
+from fused_resnet.kernels.training.choice import empty, passes_for
+from fused_resnet.kernels.training.native import Native
 from fused_resnet.kernels.training.protocol import Geometry
-from fused_resnet.layers import sync_batch_norm
+from fused_resnet.layers.norms import is_frozen_bn, recomputing, track, uses_batch_statistics
+from fused_resnet.layers.sync_batch_norm import group_of
 
-from . import activation_memory
-from . import block as training
-from . import one_op as native_training
-from . import preact as preact_training
+from . import one_op
+from .activation_memory import level_of
+from .block import BlockFunction
+from .preact import PreactFunction
+from .spec import Spec
 
 
 class Prepared(NamedTuple):
     """A training step made ready. fused: what the CPU's ops for whole blocks need, or None."""
 
-    spec: training.Spec
+    spec: Spec
     parts: Parts
     norm_first: bool
     memory_format: torch.memory_format  # that it computes in
     survival: float
-    fused: native_training.Layout | None
+    fused: one_op.Layout | None
 
     def tensors(self) -> list[Any]:
         """Weight, norm's weight and bias, convolution by convolution; None for what is not there.
@@ -66,11 +62,11 @@ class Prepared(NamedTuple):
     def run(self, x: Tensor) -> Tensor:
         """The block's output, in the layout that it computes in."""
         states: list[Any] = []
-        function: Any = native_training.NativeBlockFunction
+        function: Any = one_op.NativeBlockFunction
         how: Any = self.fused
         tensors = self.tensors()
         if how is None:
-            function = preact_training.PreactFunction if self.norm_first else training.BlockFunction
+            function = PreactFunction if self.norm_first else BlockFunction
             how = self.spec
         elif tensors[-1] is None:
             del tensors[-2:]  # of a projection without a norm
@@ -81,12 +77,12 @@ class Prepared(NamedTuple):
     def track(self, states: list[Any]) -> None:
         """Running statistics, as BatchNorm2d keeps them; states: of every norm what it normalised
         by and how many values per channel that was."""
-        if activation_memory.recomputing():
+        if recomputing.get():
             return
         norms = self.parts.norms
-        if self.fused is None or not native_training.track(norms, states):
+        if self.fused is None or not one_op.track(norms, states):
             for bn, (state, count) in zip(norms, states, strict=True):
-                track(bn, self.spec.kernels, state, count)
+                track(bn, state, count, self.spec.kernels.update_running)
 
 
 def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
@@ -96,29 +92,29 @@ def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | No
     "low" computes activations again but spares writing those that a 1x1 convolution normalises as
     it reads (cuda_training.py): a measurement of the two would decide there."""
     device = x.device.type
-    dtype = plans.output_dtype(x.dtype, device)
+    dtype = output_dtype(x.dtype, device)
     if not trains_whole(parts, names, x.shape, dtype, x.dtype):
         return None
-    kernels = train_kernels.kernels_for(device, backends.choose("bn_add_relu", device))
+    kernels = passes_for(device, registry.choose("bn_add_relu", device))
     if x.shape[0] == 0:
-        kernels = empty_batch.kernels()
-    level = activation_memory.level_of(module)
+        kernels = empty()
+    level = level_of(module)
     if level == "auto":
-        level = "low" if isinstance(kernels, train_kernels.Native) else "full"
+        level = "low" if isinstance(kernels, Native) else "full"
     geometries = tuple(
         Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
     )
-    spec = training.Spec(
+    spec = Spec(
         kernels, geometries, tuple(bn.eps for bn in parts.norms), parts.shortcut,
         level, dtype,
-        tuple(sync_batch_norm.group_of(bn) for bn in parts.norms),
+        tuple(group_of(bn) for bn in parts.norms),
         1 if parts.pad is None else parts.pad.stride,
         names.norm_first and module.activation_shared,
     )  # fmt: skip
     inside = torch.channels_last if device == "cpu" else layout.memory_format(x)
     survival = getattr(module, "survival", 1.0)
     found = Prepared(spec, parts, names.norm_first, inside, survival, None)
-    fused = native_training.layout_of(spec, found.tensors(), names.norm_first, x.shape)
+    fused = one_op.layout_of(spec, found.tensors(), names.norm_first, x.shape)
     return found._replace(fused=fused)
 
 
@@ -136,8 +132,8 @@ def _key(block: Any, x: Tensor) -> Any:
     device = x.device.type
     attributes = block.__dict__
     return (
-        x.shape, x.dtype, plans.output_dtype(x.dtype, device), torch.is_autocast_enabled(device),
-        backends.choose("bn_add_relu", device), activation_memory.level_of(block),
+        x.shape, x.dtype, output_dtype(x.dtype, device), torch.is_autocast_enabled(device),
+        registry.choose("bn_add_relu", device), level_of(block),
         attributes.get("survival"), attributes.get("activation_shared"),
     )  # fmt: skip
 
@@ -163,7 +159,7 @@ def trains_whole(
 ) -> bool:
     """Whether every unit normalises by the batch and is what stock would take as it is."""
     weight = parts.pairs[0][0].weight
-    groups = [sync_batch_norm.group_of(bn) for bn in parts.norms]
+    groups = [group_of(bn) for bn in parts.norms]
     synchronised = groups[0] is not None
     if not serves(True, weight) or any(group is not groups[0] for group in groups):
         return False
@@ -174,11 +170,11 @@ def trains_whole(
     found = tuple(shape)
     for i, (conv, bn) in enumerate(parts.pairs):
         branch = parts.downsample and i == len(parts.pairs) - 1
-        out = convolution.output_shape(
+        out = output_shape(
             shape if branch else found, conv.weight.shape, conv.stride, conv.padding,
             conv.dilation, conv.groups,
         )  # fmt: skip
-        if out is None or conv.bias is not None or not plans.weights_fit(x_dtype, conv.weight):
+        if out is None or conv.bias is not None or not weights_fit(x_dtype, conv.weight):
             return False
         if branch and out != found:
             return False
@@ -188,33 +184,9 @@ def trains_whole(
                 return False
             if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
                 return False
-            if not bn.eps > 0 or not plans.norm_fits(bn, dtype):
+            if not bn.eps > 0 or not norm_fits(bn, dtype):
                 return False
         found = out
     if parts.pad is not None:
         return parts.pad.output_shape(shape) == found
     return parts.shortcut != "identity" or found == tuple(shape)
-
-
-def serves(batch_statistics: bool, x: Tensor) -> bool:
-    """Whether kernels of ours serve a unit whose input is x."""
-    device = x.device.type
-    op = "bn_add_relu" if batch_statistics else "conv_bn_relu"
-    backend = backends.choose(op, device)
-    if backend == "reference" or (backend == "triton" and device == "cpu"):
-        return False
-    dtype = plans.output_dtype(x.dtype, device)
-    return batch_statistics or backends.conv_dtype(dtype, device) is not None
-
-
-def track(bn: Any, kernels: train_kernels.Portable, state: Any, count: int) -> None:
-    """A norm's running statistics, as BatchNorm2d keeps them."""
-    if not (bn.training and bn.track_running_stats) or activation_memory.recomputing():
-        return
-    momentum = bn.momentum
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    with torch.no_grad():
-        kernels.update_running(bn.running_mean, bn.running_var, state, momentum or 0.0, count)

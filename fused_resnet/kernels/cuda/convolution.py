@@ -10,20 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels import backends, tuning
-from fused_resnet.kernels.convolution import FusedConv, keepable, note
-from fused_resnet.kernels.problem import (
-    Problem,
-    capability,
-    channels_last,
-    channels_last_empty,
-    geometry_of,
-    multiprocessors,
-    operands_of,
-)
-from fused_resnet.ops import reference
+from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.cache import keepable, note
+from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.problem import Problem, geometry_of, operands_of
+from fused_resnet.kernels.target import capability, multiprocessors
+from fused_resnet.layout import channels_last, channels_last_empty
 
-from . import implicit_gemm as cuda_conv
+from . import implicit_gemm
 
 
 class GpuConv(FusedConv):
@@ -50,14 +44,14 @@ class GpuConv(FusedConv):
         self.geometry = geometry_of(stride, padding, dilation)
         self.weight = channels_last(weight.detach().to(dtype))
         # Read in pairs; a row of somebody's table may start anywhere.
-        self.scale = cuda_conv.aligned(scale.detach().float().contiguous())
-        self.shift = cuda_conv.aligned(shift.detach().float().contiguous())
+        self.scale = implicit_gemm.aligned(scale.detach().float().contiguous())
+        self.shift = implicit_gemm.aligned(shift.detach().float().contiguous())
         self._kept: dict[str, Tensor] = {}
         # The stem's kernel converts x by itself.
         self.stem = (
-            self.geometry == ((2, 2), (3, 3), (1, 1)) and cuda_conv.is_stem(self._problem(1))
+            self.geometry == ((2, 2), (3, 3), (1, 1)) and implicit_gemm.is_stem(self._problem(1))
         )  # fmt: skip
-        self._reached = cuda_conv.reaches(self._problem(1), self.geometry)
+        self._reached = implicit_gemm.reaches(self._problem(1), self.geometry)
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Another form of the weights, made once if the convolution itself is kept."""
@@ -81,7 +75,7 @@ class GpuConv(FusedConv):
 
     def choice(self, x: Tensor, relu: bool) -> tuning.Choice | None:
         """Who computes it for this x, by `tuning.choice`; None: the reference."""
-        allowed = backends.conv_contenders()
+        allowed = registry.gpu_conv_backends()
         if not relu:  # which cuDNN always does
             allowed = tuple(b for b in allowed if b != "vendor")
         return tuning.choice(self.problem(x.shape), x.device, allowed)
@@ -89,12 +83,12 @@ class GpuConv(FusedConv):
     def pools(self, x: Tensor) -> bool:
         """Whether this is a stem that its kernel computes with the pooling behind it."""
         found = self.choice(x, True) if self.stem else None
-        return found is not None and found.config == cuda_conv.CudaConfig(cuda_conv.STEM)
+        return found is not None and found.config == implicit_gemm.CudaConfig(implicit_gemm.STEM)
 
     def run_pooled(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any layout -> relu, then max pooling 3x3 of stride 2 and padding 1."""
         note(self)
-        return cuda_conv.run_stem(self, x, True)
+        return implicit_gemm.run_stem(self, x, True)
 
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
@@ -104,11 +98,9 @@ class GpuConv(FusedConv):
         if found is None:
             geometry = (*self.geometry, self.groups)
             x = x.to(self.dtype)
-            return channels_last(
-                reference.conv_bn_relu(
-                    x, self.weight, self.scale, self.shift, residual, relu, *geometry
-                )
-            )
+            reference = registry.kernels("reference", x.device.type)
+            operands = (self.weight, self.scale, self.shift, residual, relu)
+            return channels_last(reference.conv_bn_relu(x, *operands, *geometry))
         return self.run_by(found.backend, found.config, x, residual, relu, overwrite)
 
     def run_by(
@@ -122,11 +114,11 @@ class GpuConv(FusedConv):
     ) -> Tensor:
         """`run` by this backend with this configuration of it."""
         if backend == "native":
-            stem = config.tile == cuda_conv.STEM
+            stem = config.tile == implicit_gemm.STEM
             if stem and self.stem and residual is None and relu:
-                return cuda_conv.run_stem(self, x, False)
+                return implicit_gemm.run_stem(self, x, False)
             device = capability(x.device), multiprocessors(x.device)
-            config = cuda_conv.fitting(config, self.problem(x.shape), *device, self._reached)
+            config = implicit_gemm.fitting(config, self.problem(x.shape), *device, self._reached)
         x = channels_last(x.to(self.dtype))
         y = residual if overwrite and residual is not None else None
         if y is None:
@@ -135,5 +127,5 @@ class GpuConv(FusedConv):
             y = channels_last_empty(out, x)
         if residual is not None and residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
-        own = tuning.contender(backend).run_conv(self, x, residual, relu, y, config)
+        own = registry.gpu_convolution(backend).run_conv(self, x, residual, relu, y, config)
         return y if own is None else own

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.kernels import backends, native
+from fused_resnet.kernels import native, registry
 from fused_resnet.kernels.problem import Geometry, Problem
 
 STEM = -1
@@ -100,7 +100,7 @@ def _hopper(problem: Problem, capability: tuple[int, int]) -> bool:
     return (
         capability == (9, 0)
         # Code for sm_90 alone has nothing but a trap where those kernels should be.
-        and (backends.forced() == "emulated" or native.built_for("9.0a"))
+        and registry.cuda_kernels().built_for("9.0a")
         and _itemsize(problem.operands) == 2
         and (groups == 1 or problem.C % (_STEP_BYTES // 2) == 0 or size == stride == 1)
         and size <= _FARTHEST
@@ -239,5 +239,7 @@ def aligned(t: Tensor) -> Tensor:
 
 
 def ops() -> Any:
-    """The kernels: emulated ones where a test forces those."""
-    return backends.KERNELS["emulated" if backends.forced() == "emulated" else "native"]()
+    """The CUDA kernels that serve now."""
+    found = registry.cuda_kernels().kernels
+    assert found is not None
+    return found()

@@ -35,26 +35,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels import backends, tuning
-from fused_resnet.kernels.convolution import output_shape
-from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
-from fused_resnet.kernels.problem import (
-    Layer,
-    Problem,
-    capability,
-    channels_last_empty,
-    channels_last_strides,
-    geometry_of,
-    multiprocessors,
-    operands_of,
-)
+from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.cuda import implicit_gemm
+from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig, aligned
+from fused_resnet.kernels.problem import Layer, Problem, geometry_of, operands_of, output_shape
+from fused_resnet.kernels.target import capability, multiprocessors
+from fused_resnet.layout import channels_last_empty, channels_last_strides, dense, like
 
-from .protocol import Geometry, Norm, Normed, NormGradients, Portable, gradient_padding, vector
+from .protocol import Geometry, Norm, Normed, NormGradients, Passes, gradient_padding, vector
 
 
-class Cuda(Portable):
+class Cuda(Passes):
     """State of a norm: mean and variance (C,), and what the mean's rounding took off; that is None
     where the statistics came with no convolution."""
+
+    def bn_add_relu(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        eps: float, relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        x = dense(x)
+        residual = None if residual is None else like(residual, x)
+        norm = vector(weight, x), vector(bias, x)
+        return implicit_gemm.ops().bn_add_relu(x, *norm, residual, eps, relu)
+
+    def bn_add_relu_backward(
+        self, dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x = dense(x)
+        y = None if y is None else like(y, x)
+        op = implicit_gemm.ops().bn_add_relu_backward
+        return op(like(dy, x), x, y, vector(weight, x), *rest)
 
     def _config(self, x: Tensor, weight: Tensor, g: Geometry) -> Any:
         """The tile and splits by which the kernel computes it for this x, or None: cuDNN does."""
@@ -62,19 +72,19 @@ class Cuda(Portable):
         if out is None or x.stride() != channels_last_strides(x.shape):
             return None
         K, C, R, S = weight.shape
-        if C * x.element_size() % 16 or not backends.gpu_kernels(x.device.type):
+        if C * x.element_size() % 16 or not registry.gpu_kernels(x.device.type):
             return None
         pixels = out[0] * out[2] * out[3]
         problem = Problem(pixels, K, C, R, S, g.groups, g.stride[1], operands_of(x.dtype))
-        found = tuning.choice(problem, x.device, backends.conv_contenders())
-        forced = backends.forced() is not None
+        found = tuning.choice(problem, x.device, registry.gpu_conv_backends())
+        forced = registry.forced() is not None
         if found is None or found.backend != "native":
             return None
         if not forced and math.isinf(found.time_s):
             return None
-        reached = cuda_conv.reaches(problem, geometry_of(*g[:3]))
+        reached = implicit_gemm.reaches(problem, geometry_of(*g[:3]))
         device = capability(x.device), multiprocessors(x.device)
-        config = cuda_conv.fitting(found.config, problem, *device, reached)
+        config = implicit_gemm.fitting(found.config, problem, *device, reached)
         # The stem's kernel takes no statistics; a tile in its stead, nobody has measured.
         return config if forced or config == found.config else None
 
@@ -87,15 +97,15 @@ class Cuda(Portable):
         return self.convolve_by(config, x, weight, g)
 
     def convolve_by(
-        self, config: cuda_conv.CudaConfig, x: Tensor, weight: Tensor, g: Geometry
+        self, config: CudaConfig, x: Tensor, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`convolve` by a tile, and splits. x: channels_last."""
         out = output_shape(x.shape, weight.shape, *g)
         assert out is not None
         z = channels_last_empty(out, x)
         rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, R, S, C)
-        statistics, pixels = cuda_conv.ops().convolution_statistics(
-            cuda_conv.aligned(x), cuda_conv.aligned(rows), z, g.stride, g.padding, g.dilation,
+        statistics, pixels = implicit_gemm.ops().convolution_statistics(
+            aligned(x), aligned(rows), z, g.stride, g.padding, g.dilation,
             g.groups, config.tile, config.splits,
         )  # fmt: skip
         return z, self._merged(statistics, z, pixels)
@@ -109,26 +119,26 @@ class Cuda(Portable):
         if not pointwise or state[2] is None or x.dtype not in (torch.float16, torch.bfloat16):
             return None
         config = self._config(x, weight, g)
-        if config is None or not cuda_conv.normalises(config):
+        if config is None or not implicit_gemm.normalises(config):
             return None
         return self.convolve_normed_by(config, normed, weight)
 
     def convolve_normed_by(
-        self, config: cuda_conv.CudaConfig, normed: Normed, weight: Tensor
+        self, config: CudaConfig, normed: Normed, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """`convolve_normed` by a tile. normed: channels_last; weight (K, C, 1, 1)."""
         x, norm, (mean, var, rest) = normed
         z = channels_last_empty((x.shape[0], weight.shape[0], *x.shape[2:]), x)
         rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, 1, 1, C)
-        statistics, pixels = cuda_conv.ops().normalised_convolution_statistics(
-            cuda_conv.aligned(x), mean, var, rest, vector(norm.weight, x), vector(norm.bias, x),
-            norm.eps, cuda_conv.aligned(rows), z, config.tile,
+        statistics, pixels = implicit_gemm.ops().normalised_convolution_statistics(
+            aligned(x), mean, var, rest, vector(norm.weight, x), vector(norm.bias, x),
+            norm.eps, aligned(rows), z, config.tile,
         )  # fmt: skip
         return z, self._merged(statistics, z, pixels)
 
     def _merged(self, statistics: Tensor, z: Tensor, pixels: int) -> tuple[Tensor, ...]:
         count = z.numel() // z.shape[1]
-        return tuple(cuda_conv.ops().bn_merge_statistics(statistics, count, pixels))
+        return tuple(implicit_gemm.ops().bn_merge_statistics(statistics, count, pixels))
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
@@ -155,7 +165,7 @@ class Cuda(Portable):
             return super().apply(normed, residual, relu)
         if isinstance(residual, Normed):
             residual = self.apply(residual, None, relu=False)
-        return cuda_conv.ops().bn_normalise(
+        return implicit_gemm.ops().bn_normalise(
             x, mean, var, rest, vector(norm.weight, x), vector(norm.bias, x), residual, norm.eps,
             relu,
         )  # fmt: skip
@@ -192,7 +202,12 @@ class Cuda(Portable):
         return self._config(dy, turned(weight, g.groups), _turned(g, padding))
 
     def relu_gradient_by(
-        self, config: cuda_conv.CudaConfig, dy: Tensor, weight: Tensor, g: Geometry, normed: Normed
+        self,
+        config: CudaConfig,
+        dy: Tensor,
+        weight: Tensor,
+        g: Geometry,
+        normed: Normed,
     ) -> tuple[Tensor, Tensor]:
         """`relu_gradient` by a tile, and splits. dy, normed.x: channels_last."""
         padding = gradient_padding(weight, g)
@@ -200,8 +215,8 @@ class Cuda(Portable):
         x, norm, (mean, var, rest) = normed
         rows = turned_rows(weight, g.groups, dy.dtype)
         dx = channels_last_empty(x.shape, dy)
-        sums = cuda_conv.ops().convolution_gradient_sums(
-            cuda_conv.aligned(dy), rows, dx, cuda_conv.aligned(x), mean, var, rest,
+        sums = implicit_gemm.ops().convolution_gradient_sums(
+            aligned(dy), rows, dx, aligned(x), mean, var, rest,
             vector(norm.weight, x), vector(norm.bias, x), norm.eps, padding, g.dilation, g.groups,
             config.tile, config.splits,
         )  # fmt: skip
@@ -211,7 +226,7 @@ class Cuda(Portable):
         if made is None:
             return super().norm_gradients_by(made, dy, y, normed)
         x, norm, (mean, var, _) = normed
-        found = cuda_conv.ops().bn_gradient_by_sums(
+        found = implicit_gemm.ops().bn_gradient_by_sums(
             dy, x, made, vector(norm.weight, x), mean, var, norm.eps
         )
         return NormGradients(*found)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.layers import sync_batch_norm
-from fused_resnet.ops.reference import accumulate_dtype
+from fused_resnet.dtypes import accumulate_dtype
 
-from .protocol import Geometry, Native, Normed, NormGradients
+from . import collectives
+from .native import Native
+from .protocol import Geometry, Normed, NormGradients
 
 
 class Empty(Native):
@@ -39,7 +40,7 @@ class Empty(Native):
         self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
     ) -> tuple[Any, ...]:
         none = torch.zeros(2, x.shape[1], dtype=torch.float64)
-        return sync_batch_norm.merge(none, 0, group)
+        return collectives.merge(none, 0, group)
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
         return torch.empty_like(normed.x)
@@ -49,7 +50,7 @@ class Empty(Native):
         alone: bool, masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:  # fmt: skip
         none = torch.zeros(3, normed.x.shape[1], dtype=torch.float64)
-        sync_batch_norm.reduce(none, normed.norm.group)
+        collectives.reduce(none, normed.norm.group)
 
         def gradients(of: Normed) -> NormGradients:
             zeros = none[0].to(accumulate_dtype(of.x.dtype))
@@ -57,12 +58,3 @@ class Empty(Native):
 
         second = None if other is None else gradients(other)
         return gradients(normed), second, dy if masked or other is not None else None
-
-
-_kernels: list[Empty] = []
-
-
-def kernels() -> Empty:
-    if not _kernels:
-        _kernels.append(Empty())
-    return _kernels[0]

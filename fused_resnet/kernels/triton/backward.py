@@ -22,13 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.kernels.problem import (
-    Geometry,
-    channels_last,
-    channels_last_empty,
-    multiprocessors,
-    operands_of,
-)
+from fused_resnet.kernels.problem import Geometry, operands_of
+from fused_resnet.kernels.target import multiprocessors
+from fused_resnet.layout import channels_last, channels_last_empty
 
 from .convolution import precision_of, run
 from .support import BY_HAND, at_most, index_type, launch, launch_on, widened

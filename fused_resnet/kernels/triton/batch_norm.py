@@ -34,8 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.kernels.problem import multiprocessors
-from fused_resnet.ops.reference import accumulate_dtype
+from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels.target import multiprocessors
 
 from .support import BY_HAND, accumulate, index_type, launch, launch_on, rounded, widened
 

@@ -31,13 +31,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_resnet.kernels import tuning
-from fused_resnet.kernels.problem import (
-    Geometry,
-    Problem,
-    channels_last,
-    multiprocessors,
-    operands_of,
-)
+from fused_resnet.kernels.problem import Geometry, Problem, operands_of
+from fused_resnet.kernels.target import multiprocessors
+from fused_resnet.layout import channels_last
 
 from . import configs
 from .configs import Config

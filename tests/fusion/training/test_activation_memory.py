@@ -14,13 +14,13 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet.bench.contenders import Step
 from fused_resnet.bench.memory import saved_bytes
-from fused_resnet.fusion.training import activation_memory
+from fused_resnet.fusion.training import activation_memory, prepare
 from fused_resnet.fusion.training.activation_memory import LEVELS, segments
 from fused_resnet.fusion.training.prepare import Prepared
 from fused_resnet.kernels import native
-from fused_resnet.kernels.training import protocol as train_kernels
-from fused_resnet.kernels.training.protocol import Portable
-from fused_resnet.models.resnet import Planned
+from fused_resnet.kernels.training import choice, protocol
+from fused_resnet.layers.norms import recomputing
+from fused_resnet.layers.planned import Planned
 from tests.fusion.training.training_helpers import Passes
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
@@ -126,7 +126,7 @@ def test_every_models_own_level(monkeypatch):
         "auto"
     }
     assert saved("auto") == saved("low") < saved("full")
-    monkeypatch.setattr(train_kernels, "kernels_for", lambda *_: train_kernels.PORTABLE)
+    monkeypatch.setattr(prepare, "passes_for", lambda *_: choice.portable())
     assert saved("auto") == saved("full") > saved("low")
 
 
@@ -245,9 +245,11 @@ def test_a_segment_runs_twice(monkeypatch):
     """Every convolution once in forward and once in backward: nothing inside a segment is computed
     a third time."""
     torchs: list[tuple[int, ...]] = []
-    plain = Portable.convolution
+    plain = protocol.Passes.convolution
     monkeypatch.setattr(
-        Portable, "convolution", lambda *a, **k: (torchs.append(a[2].shape), plain(*a, **k))[1]
+        protocol.Passes,
+        "convolution",
+        lambda *a, **k: (torchs.append(a[2].shape), plain(*a, **k))[1],
     )
     for block_kind in ("basic", "bottleneck"):
         model = make(block_kind, "minimal")
@@ -518,12 +520,12 @@ def test_stages_of_one_network_end_where_activations_are_small():
 
 def test_recomputing_ends_with_the_segment(monkeypatch):
     model = make("basic", "minimal")
-    assert not activation_memory.recomputing()
+    assert not recomputing.get()
     seen: list[bool] = []
     track = Prepared.track
 
     def tracked(self: Prepared, states: list[Any]) -> None:
-        seen.extend([activation_memory.recomputing()] * len(states))
+        seen.extend([recomputing.get()] * len(states))
         track(self, states)
 
     monkeypatch.setattr(Prepared, "track", tracked)
@@ -532,4 +534,4 @@ def test_recomputing_ends_with_the_segment(monkeypatch):
     # Forward, then segments once more, each as far as its last block's activations.
     assert seen[:norms] == [False] * norms
     assert len(seen) > norms and all(seen[norms:])
-    assert not activation_memory.recomputing()
+    assert not recomputing.get()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion import blocks
+from fused_resnet.fusion.training.stem import stem_and_pool
 from tests.fusion.training.training_helpers import DTYPES, LAST, needs_native
 
 
@@ -60,13 +60,13 @@ def test_stem_is_one_node_and_differentiable_twice():
     for backend in ("native", "reference"):
         net = copy.deepcopy(model)
         with fr.use_backend(backend):
-            stem = blocks.stem_and_pool(net, x)
+            stem = stem_and_pool(net, x)
         assert (type(stem.grad_fn).__name__ == "StemFunctionBackward") == (backend == "native")
         wanted = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
         grads = torch.autograd.grad(stem.square().sum(), wanted, create_graph=True)
         again = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
         with fr.use_backend(backend):
-            plain = torch.autograd.grad(blocks.stem_and_pool(net, x).square().sum(), wanted)
+            plain = torch.autograd.grad(stem_and_pool(net, x).square().sum(), wanted)
         results.append([stem.detach(), *grads, *again, *plain])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())

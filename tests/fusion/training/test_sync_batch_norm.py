@@ -16,7 +16,7 @@ from torch import multiprocessing as mp
 
 import fused_resnet as fr
 from fused_resnet.kernels import native
-from fused_resnet.layers import sync_batch_norm
+from fused_resnet.kernels.training import collectives
 from fused_resnet.models.preact import PreactBlock
 
 pytestmark = [
@@ -566,7 +566,7 @@ def test_merging_is_exact():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_gather", Group.gather)
         patch.setattr(dist, "get_world_size", lambda group: len(parts))
-        merged, total = sync_batch_norm.merge(stats[0], 5, Group)
+        merged, total = collectives.merge(stats[0], 5, Group)
     assert float(total) == len(everything)
     torch.testing.assert_close(merged[0], everything.mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(merged[1], everything.var(0, unbiased=False), rtol=1e-13, atol=0)

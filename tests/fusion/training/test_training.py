@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
-from fused_resnet.fusion import blocks
+from fused_resnet.fusion import members, structure
 from fused_resnet.fusion.training import block as training
 from fused_resnet.fusion.training import one_op as native_training
 from fused_resnet.fusion.training import preact as preact_training
 from fused_resnet.kernels import native
 from fused_resnet.kernels.training import protocol as train_kernels
-from fused_resnet.kernels.training.protocol import Geometry, Native, Portable
+from fused_resnet.kernels.training.native import Native
+from fused_resnet.kernels.training.protocol import Geometry
+from fused_resnet.ops.portable import Portable
 from tests.fusion.training.training_helpers import (
     BLOCKS,
     DTYPES,
@@ -441,7 +443,7 @@ def test_the_portable_maker_is_the_same_formula():
     """What GPUs run, here by the reference: a block with it against PyTorch's operations."""
     for name in BLOCKS:
         block, x = make(name, torch.float64)
-        parts = blocks.take_apart(block, blocks.FORWARDS[type(block).forward])
+        parts = structure.take_apart(block, members.FORWARDS[type(block).forward])
         tensors = [
             t
             for c, b in parts.pairs

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.kernels import native
+from fused_resnet.layers.conv import conv1x1
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.models.cifar import CifarBlock, PlainBlock
 from fused_resnet.models.preact import PlainPreactBottleneck, PreactBlock, PreactBottleneck
-from fused_resnet.models.resnet import conv1x1
 from tests.ops.op_cases import randn
 
 LAST = torch.channels_last

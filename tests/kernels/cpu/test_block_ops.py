@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion import blocks
+from fused_resnet.fusion import members
 from fused_resnet.fusion.inference import plans
-from fused_resnet.fusion.inference.plans import Flow
+from fused_resnet.fusion.inference.plan import Flow
 from fused_resnet.fusion.training import one_op as native_training
 from fused_resnet.fusion.training.activation_memory import LEVELS
 from tests.fusion.training.training_helpers import (
@@ -117,7 +117,7 @@ def test_inference_is_all_convolutions(name, owned, dtype):
     block, x = make(name, dtype)
     block.eval()
     x = x.detach()
-    plan: Any = plans.plan_for(block, blocks.FORWARDS[type(block).forward], dtype, x.device)
+    plan: Any = plans.plan_for(block, members.FORWARDS[type(block).forward], dtype, x.device)
     assert (plan._one_op is None) == ("odd channels" in name or "groups" in name)
     found = []
     for one_op in (plan._one_op, None):
@@ -137,7 +137,9 @@ def test_bad_operands_are_named(op):
     weights = [weight, torch.ones(16), torch.zeros(16)]
     geometry = [1, 1, 1, 1, 1, 1]
     if op == "block_inference":
-        with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 numbers"):
+        with pytest.raises(
+            RuntimeError, match="block_inference: got 3 tensors and 6 geometry values"
+        ):
             run(x, None, None, None, 0.0, weights, geometry, 1, 1, False, False)
         return
     rest = (False, [0]) if op == "preact_forward" else ([0],)
@@ -145,7 +147,7 @@ def test_bad_operands_are_named(op):
         run(x, weights[:2], geometry, [1e-5], 1, 1, *rest)
     with pytest.raises(RuntimeError, match=f"{op}: no such shortcut: 4"):
         run(x, weights, geometry, [1e-5], 4, 1, *rest)
-    with pytest.raises(RuntimeError, match=f"{op}: keep must have 1 numbers, got 2"):
+    with pytest.raises(RuntimeError, match=f"{op}: keep must have 1 values, got 2"):
         run(x, weights, geometry, [1e-5], 1, 1, *rest[:-1], [0, 0])
     with pytest.raises(
         RuntimeError,
@@ -161,7 +163,7 @@ def test_bad_operands_are_named(op):
     statistics = [torch.zeros(2, 16, dtype=torch.float64)]
     with pytest.raises(RuntimeError, match="needs 4, got 1 and 3"):
         back(y, x, *outputs, weights, statistics, geometry, [1e-5], 1, 1, *rest, [1, 1, 1])
-    with pytest.raises(RuntimeError, match="got 2 kept tensors instead of 1"):
+    with pytest.raises(RuntimeError, match="got 2 saved tensors instead of 1"):
         back(y, x, *outputs, weights, [*statistics, y], geometry, [1e-5], 1, 1, *rest, [1] * 4)
 
 

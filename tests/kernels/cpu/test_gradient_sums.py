@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels.training.protocol import Geometry, Native, Norm, Normed
+from fused_resnet.kernels.training.native import Native
+from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 from tests.kernels.cpu.test_train_convolution import (
     CASES,
     FORMS,
@@ -136,10 +137,10 @@ def test_errors_name_the_argument() -> None:
             op(dy, weight, *sizes, x, stats.float(), *vectors)
         with pytest.raises(RuntimeError, match=r"weight must be float32 of shape \("):
             op(dy, weight, *sizes, x, stats, stats[0], *vectors[1:])
-        with pytest.raises(RuntimeError, match=f"{shape}|is not of a|x must be channels_last"):
+        with pytest.raises(RuntimeError, match=f"{shape}|does not match a|x must be channels_last"):
             op(dy, weight, *sizes, x[:, :, 1:].contiguous(memory_format=LAST), stats, *vectors)
         with pytest.raises(RuntimeError, match=r"x must be channels_last|dx must have x's strides"):
             op(dy, weight, *sizes, x.contiguous(), stats, *vectors)
     dy, weight, g, (x, norm, (stats,)) = normed_operands("3x3", torch.float32, mine)
-    with pytest.raises(RuntimeError, match="no kernel for dilation beside stride"):
+    with pytest.raises(RuntimeError, match="no kernel for dilation with stride"):
         op(dy, weight, [2, 2], [1, 1], [2, 2], x, stats, norm.weight, norm.bias, EPS)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
-from fused_resnet.kernels.training.protocol import Geometry, Native, Portable
+from fused_resnet.kernels.training.native import Native
+from fused_resnet.kernels.training.protocol import Geometry
+from fused_resnet.ops.portable import Portable
 from tests.ops.op_cases import close, integers, lifted, randn, same, unchanged
 
 LAST = torch.channels_last
@@ -330,7 +332,7 @@ def test_errors_name_the_argument() -> None:
         ops.convolution(x, weight, False, x, True, pair, pair, pair)
     with pytest.raises(RuntimeError, match="smaller than the kernel"):
         ops.convolution(x, weight, False, None, False, pair, [0, 0], [9, 9])
-    with pytest.raises(RuntimeError, match="is not of x's shape"):
+    with pytest.raises(RuntimeError, match="does not match x of shape"):
         ops.convolution_weight_gradient(dy[:1], x, 3, 3, pair, pair, pair)
     with pytest.raises(RuntimeError, match="channels must be multiples of 16"):
         ops.convolution_weight_gradient(
@@ -338,7 +340,7 @@ def test_errors_name_the_argument() -> None:
         )
     with pytest.raises(RuntimeError, match="strided_input_gradient: dy must be channels_last"):
         ops.strided_input_gradient(dy.contiguous(), weight, 9, 11, None, pair, pair)
-    with pytest.raises(RuntimeError, match="is not of a 9 x 12 image"):
+    with pytest.raises(RuntimeError, match="does not match a 9 x 12 image"):
         ops.strided_input_gradient(dy, weight, 9, 12, None, pair, pair)
     with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
         ops.strided_input_gradient(dy, weight.double(), 9, 11, None, pair, pair)

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet.kernels import native
+from fused_resnet.bench.layers import layers_of
+from fused_resnet.kernels import measure, native, registry
 from fused_resnet.kernels import problem as gemm
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 from fused_resnet.ops import reference
@@ -475,10 +476,10 @@ def test_only_measured_winners_of_the_gradient_serve_unforced(monkeypatch):
     vendor = tuning.Choice("vendor", None, 1e-6)
     forward = gemm.Problem(2 * 9 * 7, 24, 16, 3, 3, 1, 1, "bfloat16")
     turned = forward._replace(K=16, C=24)
-    monkeypatch.setattr(cuda_training.backends, "gpu_kernels", lambda kind: True)
-    monkeypatch.setattr(cuda_training.backends, "conv_contenders", lambda: ("vendor", "native"))
-    monkeypatch.setattr(tuning.contender("vendor"), "covers", lambda *_: True)
-    monkeypatch.setattr(tuning.contender("vendor"), "choose", lambda *_: None)
+    monkeypatch.setattr(cuda_training.registry, "gpu_kernels", lambda kind: True)
+    monkeypatch.setattr(cuda_training.registry, "gpu_conv_backends", lambda: ("vendor", "native"))
+    monkeypatch.setattr(registry.gpu_convolution("vendor"), "covers", lambda *_: True)
+    monkeypatch.setattr(registry.gpu_convolution("vendor"), "choose", lambda *_: None)
     monkeypatch.setattr(native, "built_for", lambda arch: True)
 
     def config(measured: Any, normed: Normed = normed, g: Geometry = g) -> Any:
@@ -502,11 +503,10 @@ MODELS = ("resnet50", "resnext50_32x4d")
 
 def test_gradients_are_tuned_too():
     """Every convolution of stride 1 of a network as its input gradient, where ours can be one."""
-    from fused_resnet.kernels import tuning
 
-    layers = [layer for name in MODELS for layer in gemm.layers_of(name, 2, 64)]
+    layers = [layer for name in MODELS for layer in layers_of(name, 2, 64)]
     device, dtype = torch.device("cpu"), torch.bfloat16
-    found = tuning.problems(layers, device, ("native", "vendor"), dtype)
+    found = measure.problems(layers, device, ("native", "vendor"), dtype)
     forward = {gemm.problem_of(layer, dtype) for layer in layers}
     want = set()
     for (N, C, H, W), (K, each, R, S), _, geometry, groups in layers:
@@ -519,7 +519,7 @@ def test_gradients_are_tuned_too():
         assert F.conv2d(x, weight, None, *layer.geometry, layer.groups).shape == layer.y_shape
         assert gemm.problem_of(layer, dtype) == problem
     for backends, kind in ((("vendor",), dtype), (("native",), torch.float32)):
-        assert set(tuning.problems(layers, device, backends, kind)) == {
+        assert set(measure.problems(layers, device, backends, kind)) == {
             gemm.problem_of(layer, kind) for layer in layers
         }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet.kernels import native
+from fused_resnet.kernels import native, registry
 from fused_resnet.kernels import problem as gemm
 from fused_resnet.tolerance import measure_error
 from tests.emulator import emulation
@@ -465,10 +465,10 @@ def test_only_measured_winners_serve_unforced(monkeypatch, counted):
         "stem": ({"native": ours._replace(config=cuda_conv.CudaConfig(cuda_conv.STEM))}, False),
         "ours": ({"native": ours, "vendor": tuning.Choice("vendor", None, 1e-4)}, True),
     }
-    monkeypatch.setattr(cuda_training.backends, "gpu_kernels", lambda kind: True)
-    monkeypatch.setattr(cuda_training.backends, "conv_contenders", lambda: ("vendor", "native"))
-    monkeypatch.setattr(tuning.contender("vendor"), "covers", lambda *_: True)
-    monkeypatch.setattr(tuning.contender("vendor"), "choose", lambda *_: None)
+    monkeypatch.setattr(cuda_training.registry, "gpu_kernels", lambda kind: True)
+    monkeypatch.setattr(cuda_training.registry, "gpu_conv_backends", lambda: ("vendor", "native"))
+    monkeypatch.setattr(registry.gpu_convolution("vendor"), "covers", lambda *_: True)
+    monkeypatch.setattr(registry.gpu_convolution("vendor"), "choose", lambda *_: None)
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     for name, (measured, serves) in rows.items():
         monkeypatch.setattr(tuning, "winners", lambda device, m=measured: {problem: m})

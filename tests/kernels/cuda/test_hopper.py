@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.kernels import backends, convolution, native
+from fused_resnet.kernels import cache, native, registry
 from fused_resnet.kernels import problem as gemm
 from fused_resnet.kernels.cuda import convolution as gpu_conv
 from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
@@ -262,10 +262,10 @@ def test_scale_and_shift_of_a_module_may_start_anywhere():
     x, weight, scale, shift, residual = tensors
     table = torch.stack([scale, shift]).flatten()
     scale, shift = torch.cat([table[:1], table])[1:].split(len(scale))
-    with backends.use_backend("emulated"):
+    with registry.use_backend("emulated"):
         net = gpu_conv.GpuConv(weight, scale, shift, HALF, *map(pair, geometry[:3]), geometry[3])
         config = cuda_conv.CudaConfig(row_of("64x64"))
-        with convolution.noting() as used:
+        with cache.noting() as used:
             y = net.run_by("native", config, x, residual, True)
             net.run(x, None, True)
         assert used == [net]
@@ -395,7 +395,7 @@ def chosen(monkeypatch, *arguments) -> list[int]:
     """The architectures of the tiles that a convolution is run with, over every measured winner."""
     x, weight, scale, shift, geometry = arguments
     found = []
-    with backends.use_backend("emulated"):
+    with registry.use_backend("emulated"):
         net = gpu_conv.GpuConv(weight, scale, shift, x.dtype, *map(pair, geometry[:3]), geometry[3])
         for config in (net.choice(x, True).config, *map(cuda_conv.CudaConfig, map(row_of, TILES))):
             monkeypatch.setattr(cuda_conv, "run_conv", lambda *a: found.append(a[-1].tile))

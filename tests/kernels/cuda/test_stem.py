@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fused_resnet as fr
-from fused_resnet.kernels import backends
+from fused_resnet.kernels import registry
 from fused_resnet.kernels.cuda import convolution as gpu_conv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
@@ -159,7 +159,7 @@ def test_a_stem_of_any_number_of_channels(C):
     """Of three channels it has a kernel of its own, of others it is a convolution like any."""
     emulation.load()
     weight, x = integers((64, C, 7, 7), torch.bfloat16), integers((1, C, 30, 30), torch.bfloat16)
-    with backends.use_backend("emulated"):
+    with registry.use_backend("emulated"):
         conv = gpu_conv.GpuConv(
             weight, torch.ones(64), torch.zeros(64), torch.bfloat16, (2, 2), (3, 3), (1, 1), 1
         )

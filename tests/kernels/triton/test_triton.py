@@ -20,8 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_resnet import layout
 from fused_resnet.bench import machine
-from fused_resnet.kernels import backends, tuning
+from fused_resnet.bench.layers import layers_of
+from fused_resnet.kernels import measure, registry, target, tuning
 from fused_resnet.kernels import problem as gemm
 from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
 from fused_resnet.kernels.problem import Problem
@@ -30,7 +32,7 @@ from tests import ROOT
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REASON = backends.missing("conv_bn_relu", "triton", DEVICE)
+REASON = registry.missing("conv_bn_relu", "triton", DEVICE)
 if REASON:
     pytest.skip(REASON, allow_module_level=True)
 
@@ -60,8 +62,8 @@ def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = N
     scale = torch.randint(1, 3, (K,), generator=g).float().to(DEVICE)
     shift = torch.randint(-5, 6, (K,), generator=g).float().to(DEVICE)
     want = reference.conv_bn_relu(x, weight, scale, shift, None, True, *geometry, groups)
-    y = gemm.channels_last_empty(want.shape, x).fill_(torch.nan)
-    x, weight = gemm.channels_last(x), gemm.channels_last(weight)
+    y = layout.channels_last_empty(want.shape, x).fill_(torch.nan)
+    x, weight = layout.channels_last(x), layout.channels_last(weight)
     problem = Problem(
         y.numel() // K, K, shape[1] // groups, *kernel, groups, sizes["stride"], "float32"
     )
@@ -258,7 +260,7 @@ def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monk
     assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {problem: found[problem]}
     # Nobody has measured it, or nobody could: the first backend's heuristic.
     for other in (RESNET50[4], nobody):
-        config = configs.choose(other, (9, 0), gemm.multiprocessors(device))
+        config = configs.choose(other, (9, 0), target.multiprocessors(device))
         assert tuning.choice(other, device, both) == tuning.Choice("triton", config)
     # What was measured before stays.
     tuning.tune([RESNET50[4]], device, both, measure)
@@ -381,7 +383,7 @@ def test_grids_of_large_batches_fit(monkeypatch, memory_format):
     batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
     flags = (1e-5, True, True, True)
     batch_norm.bn_add_relu_backward(x, x, x, None, vector, vector, *flags)
-    convolution.run(x, gemm.channels_last(weight), vector, vector, x, x, True, geometry, 1)
+    convolution.run(x, layout.channels_last(weight), vector, vector, x, x, True, geometry, 1)
     backward.convolution_dx(x, weight, x.shape, geometry, 1)
     backward.convolution_dweight(x, x, weight.shape, geometry, 1)
     assert len(grids) >= 9 and max(grid[0] for grid in grids.values()) > 65535
@@ -401,10 +403,11 @@ def test_offsets_are_64_bit_where_32_do_not_reach():
 def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
     """`fused-resnet tune` with a GPU's name and a clock that likes large tiles, and its folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(backends, "conv_contenders", lambda: ("triton", "native"))
+    monkeypatch.setattr(registry, "gpu_conv_backends", lambda: ("triton", "native"))
     monkeypatch.setattr(machine, "check_device", lambda name: None)
     monkeypatch.setattr(tuning, "_winners", {})
-    monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
+    for module in (tuning, measure):
+        monkeypatch.setattr(module, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
 
     def time_s(problem: Problem, backend: str, config: Any) -> float:
@@ -412,7 +415,7 @@ def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
             return 1.0 if config.splits == 1 else 2.0
         return 2**14 / (config.block_m * config.block_n * config.splits)
 
-    monkeypatch.setattr(tuning, "measure_on", lambda *which: time_s)
+    monkeypatch.setattr(measure, "measure_on", lambda *which: time_s)
     yield tmp_path / "fused_resnet"
     tuning.choice.cache_clear()
 
@@ -421,10 +424,10 @@ def test_the_tune_command(as_if_on_a_gpu):
     pytest.importorskip("typer")
     from typer.testing import CliRunner
 
-    from fused_resnet.cli.commands import app
+    from fused_resnet.cli import application
 
     def tune(*words: str):
-        return CliRunner().invoke(app, ["tune", "--model", "resnet18", *words])
+        return CliRunner().invoke(application(), ["tune", "--model", "resnet18", *words])
 
     run = tune("--batch", "1,32", "--dtype", "bfloat16")
     assert run.exit_code == 0, run.output
@@ -433,7 +436,7 @@ def test_the_tune_command(as_if_on_a_gpu):
     kept = tuning.read(as_if_on_a_gpu / "a_gpu.json")
     for name in ("cuda", "cuda:0"):  # what a tensor's device says, and what the command was given
         assert tuning.winners(torch.device(name)) == kept
-    layers = {gemm.problem_of(x, torch.bfloat16) for x in gemm.layers_of("resnet18", 32)}
+    layers = {gemm.problem_of(x, torch.bfloat16) for x in layers_of("resnet18", 32)}
     assert layers < kept.keys() and len(layers) == 11
     triton_configs = [by_backend["triton"].config for by_backend in kept.values()]
     assert {c.block_m * c.block_n for c in triton_configs if c.splits == 1} == {128 * 256}

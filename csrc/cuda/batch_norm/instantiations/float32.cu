@@ -1,4 +1,4 @@
-// The kernels of bn_add_relu for float32: a file of their own, to be compiled beside the others.
+// The kernels of bn_add_relu for float32, in a separate file so that they compile in parallel.
 #include "cuda/batch_norm/launch.cuh"
 
 namespace fused_resnet {

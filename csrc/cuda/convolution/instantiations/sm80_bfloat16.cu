@@ -1,5 +1,5 @@
-// Every sm_80 convolution of bfloat16: plain, with the gradient's epilogue, and with the norm's
-// prologue.
+// All sm_80 convolutions of bfloat16: inference, training with statistics, with the gradient
+// epilogue, and with the batch norm prologue.
 #include "cuda/convolution/sm80/gradient.cuh"
 #include "cuda/convolution/sm80/launch.cuh"
 #include "cuda/convolution/sm80/prologue.cuh"

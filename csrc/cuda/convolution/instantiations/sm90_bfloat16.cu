@@ -1,5 +1,5 @@
-// Every sm_90 convolution of bfloat16: plain, with the gradient's epilogue, and with the norm's
-// prologue.
+// All sm_90 convolutions of bfloat16: inference, training with statistics, with the gradient
+// epilogue, and with the batch norm prologue.
 #include "cuda/convolution/sm90/kernel.cuh"
 #include "cuda/convolution/sm90/prologue.cuh"
 

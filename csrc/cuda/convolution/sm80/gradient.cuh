@@ -1,12 +1,12 @@
-// The sm_80 convolution's kernels that mask a norm's gradient and take its sums
-// (cuda/convolution/gradient.cuh), of one 16-bit dtype: by tiles, and where splits are added up.
+// The sm_80 convolution kernels with the gradient epilogue (cuda/convolution/gradient.cuh), for one
+// 16-bit dtype: the kernels of the tiles, and the kernel that adds splits.
 #pragma once
 
 #include "cuda/convolution/sm80/launch.cuh"
 
 namespace fused_resnet {
 
-// implicit_gemm_merge_statistics_kernel of the gradient: y masked, and the part's sums.
+// As implicit_gemm_merge_statistics_kernel, for the gradient: masks y and computes the part's sums.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads)
     implicit_gemm_merge_gradient_kernel(const GemmArguments a, int row_packs, int slabs) {
@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (thread < Channels::kCount) {
     const int k = first + Channels::of_thread(thread);
     Channels{shared}.store(
-        thread, (k < outputs ? NormNumbers::load(a.mask, k) : NormNumbers{}).folded(a.mask.eps));
+        thread,
+        (k < outputs ? NormParameters::load(a.mask, k) : NormParameters{}).folded(a.mask.eps));
   }
   __syncthreads();
   GradientColumn<T> gradient;

@@ -1,39 +1,41 @@
-// The convolution as a matrix product by mma.sync, on any GPU from sm_80 on.
+// The convolution as an implicit GEMM by mma.sync, on sm_80 and later.
 //   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
 //                  + shift[k] + residual[m, k])
-// Layout: x (N, H, W, groups * C), weight (groups * K, R, S, C), y (N, P, Q, groups * K).
-// Products of 16 bits (m16n8k16) or TF32 (m16n8k8; x and weight are rounded to it, to nearest, in
-// registers), sums in float32, one rounding at the end.
-// A block owns a tile of block_m pixels by block_n outputs of one group, and all of the sum or one
-// of `splits` parts of it. A step takes 128 bytes of every row. cp.async brings steps into a ring
-// of `stages`, 16 bytes at a time, zeros for the padding and past every end; a thread keeps one
-// column of 16 bytes of the step, of so many rows of either operand. A warp owns 64x64, 64x32 or
-// 32x32 of the tile, by ldmatrix; the fragments of a quarter of a step are loaded while those of
-// the one before are multiplied. The sums then pass through shared memory in float32, so that
-// residual and y are read and written 16 bytes at a time.
-// Bytes from memory: x and weight once, where L2 holds what tiles share, residual once, y once.
-// Splits write float32 sums and a second kernel adds them in order: the same bits every time.
-// In training y is the convolution alone, and the tile's statistics for the norm behind it are
-// taken on the way, 12 bytes of every output and block_m pixels (cuda/convolution/statistics.cuh);
-// or it is masked by the ReLU whose gradient it is, with the sums of its norm's gradient, 8 bytes
-// (cuda/convolution/gradient.cuh): the norm's input comes as the residual does, 16 bytes at a time,
-// its channels are folded behind the sums in shared memory, 12 bytes each.
+// Layout: x (N, H, W, groups * C), weight (groups * K, R, S, C), y (N, P, Q, groups * K). Operands
+// of 16 bits (m16n8k16) or TF32 (m16n8k8; x and weight are rounded to nearest TF32 in registers),
+// float32 accumulators, one rounding at the end.
+// A block computes a tile of block_m pixels by block_n outputs of one group, over the whole sum or
+// one of `splits` ranges of it. A step covers 128 bytes of every row. cp.async copies steps into a
+// ring of `stages` stages, 16 bytes at a time, zero-filled for the padding and past every end. A
+// thread copies one column of 16 bytes of the step, for several rows of each operand. A warp
+// computes 64x64, 64x32 or 32x32 of the tile, with ldmatrix; the fragments of a quarter of a step
+// are loaded while those of the previous quarter are multiplied. The accumulators then pass through
+// shared memory in float32, so that residual and y are accessed 16 bytes at a time.
+// Memory traffic: x and weight once, if L2 holds what tiles share, residual once, y once. Splits
+// write float32 sums and a second kernel adds them in a fixed order, so results are reproducible
+// bit by bit.
+// In training, y is the plain convolution, and the epilogue also computes the tile's statistics for
+// the following batch norm, 12 bytes per output and block_m pixels
+// (cuda/convolution/statistics.cuh). Or y is an input gradient, which is masked by the ReLU, with
+// the sums of the batch norm gradient, 8 bytes (cuda/convolution/gradient.cuh): the input of the
+// batch norm is loaded like the residual, 16 bytes at a time, and the folded channels are stored
+// after the accumulators in shared memory, 12 bytes each.
 // Constraints: C and K multiples of 16 bytes, operands aligned to 16 bytes, M < 2^31.
 //
-// Predicted balance. A multiprocessor with 1024 multiply-adds of 16 bits a cycle (sm_80) takes
-// block_m * block_n / 16 cycles for a step; its shared memory, at 128 bytes a cycle, one for each
-// row of a step written and four for each ldmatrix. TF32 has half the products in a step, at half
-// the rate.
+// Predicted balance. A multiprocessor with 1024 multiply-adds of 16 bits per cycle (sm_80) takes
+// block_m * block_n / 16 cycles for a step. Shared memory, at 128 bytes per cycle, takes one cycle
+// per row of a step written and four per ldmatrix. TF32 has half the multiply-adds in a step, at
+// half the rate.
 //   tile                  128x128/8  128x128/4  128x64/4  64x128/4  64x64/4  128x32/4  32x64/2
-//   a warp's tile           64x32      64x64     64x32     64x32     32x32    32x32     32x32
+//   tile of a warp          64x32      64x64     64x32     64x32     32x32    32x32     32x32
 //   ldmatrix per mma        0.375      0.25      0.375     0.375     0.5      0.5       0.5
 //   cycles of mma           1024       1024      512       512       256      256       128
 //   of shared memory        1024       768       576       576       384      416       224
 //   bytes per multiply-add  0.125      0.094     0.141     0.141     0.188    0.203     0.219
 // Speed: not yet measured.
-// Rejected before measuring: rows padded instead of swizzled (a ninth more shared memory, a stage
-// less); dividing for (r, s, c) at every step (digits added with carry need no division); 16-bit
-// sums in shared memory at the end (a rounding before the residual is added).
+// Rejected before measuring: padded instead of swizzled rows (one ninth more shared memory, one
+// stage less); dividing for (r, s, c) at every step (adding digits with carries needs no division);
+// 16-bit accumulators in shared memory in the epilogue (a rounding before the residual is added).
 #pragma once
 
 #include "cuda/convolution/gradient.cuh"
@@ -44,7 +46,7 @@
 
 namespace fused_resnet {
 
-// What a kernel is told, by value.
+// Kernel arguments, passed by value.
 struct GemmArguments {
   const uint8_t* x;         // (N, H, W, groups * C)
   const uint8_t* weight;    // (groups * K, R, S, C)
@@ -53,12 +55,12 @@ struct GemmArguments {
   const uint8_t* residual;  // (M, groups * K) or null
   uint8_t* y;               // (M, groups * K)
   float* partial;           // (splits, M, groups * K) or null
-  float* statistics;        // (parts, 3, groups * K) or null: then there is no scale and no shift
-  const float* norm;        // (3, 2, C / 8, 4): what a prologue normalises x by
-  NormInput mask;           // its x null: none; else there is no scale and no shift either
+  float* statistics;        // (parts, 3, groups * K) or null; if not null, scale and shift are null
+  const float* norm;        // (3, 2, C / 8, 4): table of the prologue
+  NormInput mask;           // mask.x null: none; otherwise scale and shift are null
   Window window;
   int M, K, groups;
-  uint32_t chunks, pixel_chunks;  // 16 bytes of: a filter, the whole sum; a pixel of x
+  uint32_t chunks, pixel_chunks;  // in units of 16 bytes: a filter; a pixel of x
   int steps, splits;
   int tiles_m, tiles_n, tiles_per_group;
   bool relu;
@@ -75,26 +77,27 @@ struct TileShape {
   static constexpr int kABytes = kBlockM * kStepBytes;
   static constexpr int kStageBytes = kABytes + kBlockN * kStepBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  // On a multiprocessor of Hopper's; the registers are shared out among so many.
+  // Per multiprocessor of Hopper; it limits the registers per thread.
   static constexpr int kBlocksPerSm = 227 * 1024 / (kSharedBytes + 1024);
-  static constexpr int kCopyRows = kThreads / kStepChunks;  // that the threads copy at once
+  static constexpr int kCopyRows = kThreads / kStepChunks;  // rows that the block copies at once
 
   static_assert(kWarpsM * kWarpM == kBlockM && kBlockN % kWarpN == 0);
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0);
-  static_assert(kCopyRows % 8 == 0, "a thread's rows are alike modulo 8: one swizzle for all");
+  static_assert(kCopyRows % 8 == 0,
+                "a thread's rows are equal modulo 8, so they share one swizzle");
   static_assert(kBlockM % kCopyRows == 0 && kBlockN % kCopyRows == 0);
-  static_assert(kBlockM * kBlockN * 4 <= kSharedBytes, "the sums pass through the ring's memory");
+  static_assert(kBlockM * kBlockN * 4 <= kSharedBytes, "the accumulators reuse the ring's memory");
 };
 
 __device__ __forceinline__ const uint8_t* chunk_at(const uint8_t* tensor, uint32_t number) {
   return tensor + uint64_t{number} * kChunkBytes;
 }
 
-// One column of 16 bytes of a matrix's steps, of kRows rows kCopyRows apart.
+// Copies one column of 16 bytes of a matrix's steps, for kRows rows that are kCopyRows apart.
 template <int kRows, int kCopyRows>
 struct MatrixReader {
-  uint32_t at, row_chunks;     // this thread's chunk, from the tensor's first; what rows are apart
-  int rows_left, chunks_left;  // in the matrix, from here on
+  uint32_t at, row_chunks;     // this thread's chunk, from the start of the tensor; row stride
+  int rows_left, chunks_left;  // in the matrix, from the current position
 
   __device__ __forceinline__ void copy(const GemmArguments&, const uint8_t* tensor,
                                        uint8_t* shared) const {
@@ -111,10 +114,10 @@ struct MatrixReader {
   }
 };
 
-// The same of x, whose rows are the windows of pixels of y.
+// The same for x, whose rows are the windows of pixels of y.
 template <int kRows, int kCopyRows>
 struct WindowReader {
-  WindowStart start[kRows];  // the group's first channel included
+  WindowStart start[kRows];  // including the offset of the group
   WindowPlace place;
 
   __device__ __forceinline__ WindowReader(const GemmArguments& a, int group, int row, int chunk)
@@ -148,11 +151,12 @@ struct Fragments {
   uint32_t a[Shape::kWarpM / 16][4];
   uint32_t b[Shape::kWarpN / 8][2];
 
-  // a_row, b_row: this lane's row and chunk of the warp's first 16 rows; chunks two to a quarter.
+  // a_offset, b_offset: this lane's row and chunk of the warp's first 16 rows. A quarter has two
+  // chunks.
   template <typename T>
   __device__ __forceinline__ void load(const uint8_t* stage, int a_offset, int b_offset,
                                        int quarter) {
-    const int turn = quarter * 2 * kChunkBytes;  // chunk ^ 2 * quarter, the rows' swizzle included
+    const int turn = quarter * 2 * kChunkBytes;  // chunk ^ 2 * quarter, valid for swizzled rows
 #pragma unroll
     for (int i = 0; i < Shape::kWarpM / 16; ++i)
       load_matrix_x4(a[i], stage + (a_offset ^ turn) + i * 16 * kStepBytes);
@@ -176,8 +180,7 @@ struct Fragments {
   }
 };
 
-// 16 bytes of y of one row. sums: their sums; residual: the same 16 bytes of it, where there is
-// one.
+// 16 bytes of y of one row. residual: used only if `add`.
 template <typename T>
 __device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
                                           const float (&scale)[Pack<T>::size],
@@ -194,30 +197,31 @@ __device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
   return packed(y);
 }
 
-// The block's sums, in shared memory -> y, or the split's part of `partial`. What it reads from
-// memory is on its way from its making on, while the sums are put into shared memory.
-// first_m: the tile's first pixel; first_n: its first output within the group.
-// Epilogue::statistics: of the sums themselves, with the tile's statistics; gradient: masked, with
-// the tile's sums.
+// Epilogue: accumulators in shared memory -> y, or the split's range of `partial`. The constructor
+// issues the loads from global memory, which are in flight while the accumulators are written to
+// shared memory. first_m: the tile's first pixel; first_n: its first output within the group.
+// Epilogue::statistics: stores the accumulators and computes the tile's statistics; gradient: masks
+// them and computes the tile's sums.
 template <typename T, class Shape, Epilogue kEpilogue>
 struct Finish {
   static constexpr int kSize = Pack<T>::size;
   static constexpr int kRowPacks = Shape::kBlockN / kSize;
-  static constexpr int kRows = Shape::kThreads / kRowPacks;  // that the threads do at once
-  static constexpr int kPacks = Shape::kBlockM / kRows;      // of a thread, in one column
-  static constexpr int kAhead = kPacks < 4 ? kPacks : 4;     // loads of what is added in flight
+  static constexpr int kRows =
+      Shape::kThreads / kRowPacks;                        // rows that the block processes at once
+  static constexpr int kPacks = Shape::kBlockM / kRows;   // per thread, in one column
+  static constexpr int kAhead = kPacks < 4 ? kPacks : 4;  // loads of `extra` in flight
   using Statistics = PartStatistics<T, kRowPacks, Shape::kThreads, kPacks>;
   static_assert(Statistics::kScratchBytes <= Shape::kSharedBytes);
   static constexpr int kSumBytes = Shape::kBlockM * Shape::kBlockN * 4;
   static_assert(Shape::kThreads % kRowPacks == 0 && Shape::kBlockM % kRows == 0);
 
   const GemmArguments& a;
-  int column, row, rows;      // the thread's first value; rows of the tile that are in y
-  int k;                      // output in y's rows
-  int64_t first, step;        // values of y: the thread's first one, and what is between two of its
-  uint4 beside[kAhead] = {};  // of the residual, or of the norm's input
+  int column, row, rows;     // the thread's first element; rows of the tile inside y
+  int k;                     // output index within a row of y
+  int64_t first, step;       // in elements of y: the thread's first one, and its stride
+  uint4 extra[kAhead] = {};  // of the residual, or of the batch norm's input
   float scale[kSize], shift[kSize];
-  NormNumbers channel = {};  // of the norm, that this thread brings
+  NormParameters channel = {};  // of the batch norm, folded by this thread
 
   __device__ __forceinline__ Finish(const GemmArguments& arguments, int first_m, int group,
                                     int first_n)
@@ -231,11 +235,12 @@ struct Finish {
     step = kRows * outputs;
     if constexpr (kEpilogue != Epilogue::statistics) {
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) load_beside(i);
+      for (int i = 0; i < kAhead; ++i) load_extra(i);
     }
     if constexpr (kEpilogue == Epilogue::gradient) {
-      const int thread = thread_now(), n = first_n + FoldedChannels<kRowPacks>::of_thread(thread);
-      if (thread < Shape::kBlockN && n < a.K) channel = NormNumbers::load(a.mask, group * a.K + n);
+      const int thread = read_tid(), n = first_n + FoldedChannels<kRowPacks>::of_thread(thread);
+      if (thread < Shape::kBlockN && n < a.K)
+        channel = NormParameters::load(a.mask, group * a.K + n);
     }
     if constexpr (kEpilogue == Epilogue::scale) {
 #pragma unroll
@@ -246,11 +251,11 @@ struct Finish {
     }
   }
   __device__ __forceinline__ bool inside(int i) const { return row + i * kRows < rows; }
-  __device__ __forceinline__ void load_beside(int i) {
+  __device__ __forceinline__ void load_extra(int i) {
     constexpr bool masked = kEpilogue == Epilogue::gradient;
     const auto* const from = masked ? static_cast<const uint8_t*>(a.mask.x) : a.residual;
     if ((masked || from != nullptr) && inside(i))
-      beside[i % kAhead] = load_global_once<uint4>(from + (first + i * step) * sizeof(T));
+      extra[i % kAhead] = load_global_once<uint4>(from + (first + i * step) * sizeof(T));
   }
   __device__ __forceinline__ void load_sums(const uint8_t* shared, int i,
                                             float (&sums)[kSize]) const {
@@ -286,12 +291,12 @@ struct Finish {
       float sums[kSize];
       load_sums(shared, i, sums);
       const uint4 y =
-          finished<T>(sums, scale, shift, a.residual != nullptr, beside[i % kAhead], a.relu);
-      if (i + kAhead < kPacks) load_beside(i + kAhead);
+          finished<T>(sums, scale, shift, a.residual != nullptr, extra[i % kAhead], a.relu);
+      if (i + kAhead < kPacks) load_extra(i + kAhead);
       if (inside(i)) store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
     }
   }
-  // y is the sums themselves; and the tile's statistics. All threads.
+  // Stores the accumulators to y and computes the tile's statistics. Called by all threads.
   __device__ __forceinline__ void write_with_statistics(uint8_t* shared, int first_m, int group,
                                                         int first_n) {
     uint4 pixels[kPacks];
@@ -307,7 +312,7 @@ struct Finish {
       store_global<uint4>(a.y + (first + i * step) * sizeof(T), pixels[i]);
       ++mine;
     }
-    __syncthreads();  // the sums have been read, their memory is free
+    __syncthreads();  // all accumulators have been read; reuse their memory
     const int left = a.M - first_m;
     const int64_t outputs = int64_t{a.groups} * a.K;
     const Statistics statistics{shared, {}};
@@ -315,14 +320,15 @@ struct Finish {
                      a.statistics + first_m / Shape::kBlockM * 3 * outputs + group * a.K + first_n,
                      outputs, a.K - first_n);
   }
-  // The channel, behind the sums. All threads, when their sums have left the registers.
+  // Stores the folded channel after the accumulators. Called by all threads, after they have stored
+  // their accumulators.
   __device__ __forceinline__ void store_channel(uint8_t* shared) const {
     static_assert(Shape::kBlockN <= Shape::kThreads);
-    const int thread = thread_now();
+    const int thread = read_tid();
     if (thread < Shape::kBlockN)
       FoldedChannels<kRowPacks>{shared + kSumBytes}.store(thread, channel.folded(a.mask.eps));
   }
-  // y is the sums themselves, masked; and the tile's sums of them. All threads.
+  // Stores the masked accumulators to y and computes the tile's sums. Called by all threads.
   __device__ __forceinline__ void write_gradient(uint8_t* shared, int first_m, int group,
                                                  int first_n) {
     using Channels = FoldedChannels<kRowPacks>;
@@ -334,10 +340,10 @@ struct Finish {
       float sums[kSize];
       load_sums(shared, i, sums);
       if (inside(i)) {
-        const uint4 g = gradient.add(rounded<T>(sums), beside[i % kAhead]);
+        const uint4 g = gradient.add(rounded<T>(sums), extra[i % kAhead]);
         store_global<uint4>(a.y + (first + i * step) * sizeof(T), g);
       }
-      if (i + kAhead < kPacks) load_beside(i + kAhead);
+      if (i + kAhead < kPacks) load_extra(i + kAhead);
     }
     const int64_t outputs = int64_t{a.groups} * a.K;
     gradient.template write<kRowPacks, Shape::kThreads>(
@@ -347,7 +353,7 @@ struct Finish {
   }
 };
 
-// Prologue: what is done with a step of x when it has come (cuda/convolution/prologue.h).
+// Prologue: processes a step of x when it has arrived (cuda/convolution/prologue.h).
 template <typename T, int kTile, bool kPointwise, Epilogue kEpilogue, class Prologue = NoPrologue>
 __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::kBlocksPerSm)
     implicit_gemm_sm80_kernel(const GemmArguments a) {
@@ -355,7 +361,7 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
   using Pixels = MatrixReader<Shape::kBlockM / Shape::kCopyRows, Shape::kCopyRows>;
   using Windows = WindowReader<Shape::kBlockM / Shape::kCopyRows, Shape::kCopyRows>;
   using Weights = MatrixReader<Shape::kBlockN / Shape::kCopyRows, Shape::kCopyRows>;
-  constexpr int kProducts = Shape::kWarpN / 8;  // in a row of a warp's
+  constexpr int kProducts = Shape::kWarpN / 8;  // mma per row of the warp's tile
 
   uint8_t* const shared = shared_memory();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -368,7 +374,7 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
   int first_n = (tile.column - group * a.tiles_per_group) * Shape::kBlockN;
   const StepRange steps = split_steps(a.steps, a.splits, tile.split);
 
-  // What this thread copies.
+  // Copies of this thread.
   const int copy_row = thread / kStepChunks;
   const int copy_offset = operand_offset(copy_row, thread % kStepChunks);
   const int chunk = steps.first * kStepChunks + thread % kStepChunks;
@@ -389,8 +395,9 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
     weights.advance(a);
   };
 
-  // What it multiplies. ldmatrix: matrices 0 and 1 are rows 0 to 7 and 8 to 15 of A, or the first
-  // and second chunk of B's rows 0 to 7; 2 and 3 the second chunk of A, or rows 8 to 15 of B.
+  // Operands of this warp. ldmatrix: matrices 0 and 1 are rows 0 to 7 and 8 to 15 of A, or the
+  // first and second chunk of rows 0 to 7 of B; matrices 2 and 3 are the second chunk of A, or rows
+  // 8 to 15 of B.
   const int warp_m = warp % Shape::kWarpsM * Shape::kWarpM;
   const int warp_n = warp / Shape::kWarpsM * Shape::kWarpN;
   const int a_offset = operand_offset(warp_m + lane % 16, lane / 16);
@@ -407,8 +414,8 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
   int read_slot = 0, write_slot = Shape::kStages - 1;
   for (int step = steps.first; step < steps.last; ++step) {
     prologue.load(step);
-    // This step has come, for every thread; and every thread has read the one before, whose slot
-    // is written next.
+    // After the barrier, the step has arrived for every thread, and every thread has read the
+    // previous step, whose slot is written next.
     copy_async_wait<Shape::kStages - 2>();
     prologue.apply(shared + read_slot * Shape::kStageBytes + copy_offset);
     __syncthreads();
@@ -431,15 +438,15 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
   }
 
   if constexpr (kEpilogue == Epilogue::gradient) {
-    // Found again: the loop has no registers to spare for it.
-    tile = place(block_now());
+    // Recomputed: the loop has no registers to spare for these values.
+    tile = place(read_ctaid());
     group = tile.column / a.tiles_per_group;
     first_m = tile.row * Shape::kBlockM;
     first_n = (tile.column - group * a.tiles_per_group) * Shape::kBlockN;
   }
   Finish<T, Shape, kEpilogue> finish(a, first_m, group, first_n);
   copy_async_wait<0>();
-  __syncthreads();  // the ring has been read, its memory is free
+  __syncthreads();  // the ring has been read; reuse its memory
 #pragma unroll
   for (int i = 0; i < Shape::kWarpM / 16; ++i)
 #pragma unroll
@@ -466,7 +473,7 @@ __global__ void __launch_bounds__(TileShape<kTile>::kThreads, TileShape<kTile>::
 
 constexpr int kMergeThreads = 256;
 
-// sums: of 16 bytes of y, those of every split, in order.
+// Adds the sums of all splits, in order, for 16 bytes of y.
 template <typename T>
 __device__ __forceinline__ void add_splits(const GemmArguments& a, int64_t pack, int64_t packs,
                                            float (&sums)[Pack<T>::size]) {
@@ -482,7 +489,7 @@ __device__ __forceinline__ void add_splits(const GemmArguments& a, int64_t pack,
   }
 }
 
-// partial (splits, M, groups * K) -> y: a thread adds 16 bytes of y of every split, in order.
+// partial (splits, M, groups * K) -> y: a thread adds the splits of 16 bytes of y, in order.
 template <typename T>
 __global__ void __launch_bounds__(kMergeThreads)
     implicit_gemm_merge_kernel(const GemmArguments a, FastDivision row_packs, int packs) {
@@ -501,7 +508,7 @@ __global__ void __launch_bounds__(kMergeThreads)
                       finished<T>(sums, scale, shift, a.residual != nullptr, residual, a.relu));
 }
 
-constexpr int kMergeColumns = 8;  // of 16 bytes, that a block has of kMergedPixels pixels
+constexpr int kMergeColumns = 8;  // columns of 16 bytes of a block, for kMergedPixels pixels
 constexpr int kMergePacks = kMergedPixels * kMergeColumns / kMergeThreads;
 
 // The same without scale, shift and residual, and with the part's statistics.

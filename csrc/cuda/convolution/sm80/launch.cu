@@ -1,4 +1,5 @@
-// The sm_80 convolution by dtype; its kernels are compiled in files of their own.
+// Dispatches the sm_80 convolution by dtype. The kernels are compiled in
+// cuda/convolution/instantiations/.
 #include "cuda/convolution/sm80/launch.cuh"
 
 namespace fused_resnet {

@@ -1,5 +1,5 @@
-// Launches the sm_80 convolution of one dtype: its limits, what its kernels are told, the kernel of
-// a tile, and the one that adds splits up.
+// Launches the sm_80 convolution of one dtype: checks its limits, fills in the kernel arguments,
+// selects the kernel of the tile, and launches the kernel that adds splits.
 #pragma once
 
 #include <limits>
@@ -20,12 +20,12 @@ void launch_tile(const DeviceScope& scope, bool pointwise, const GemmArguments& 
                arguments);
 }
 
-// The tile's row of the table is a constant in its kernels: the first one that is alike.
+// Selects the kernel for the tile: the first row of kGemmTiles with the same values.
 template <typename T, Epilogue kEpilogue, int kTile = 0>
 void launch_tile_alike(const DeviceScope& scope, const GemmTile& tile, bool pointwise,
                        const GemmArguments& arguments) {
   if constexpr (kTile == kGemmTileCount) {
-    check(false, "implicit_gemm: no such tile");
+    check(false, "implicit_gemm: there is no kernel for this tile");
   } else {
     constexpr GemmTile mine = kGemmTiles[kTile];
     if constexpr (mine.architecture == 80)
@@ -36,13 +36,13 @@ void launch_tile_alike(const DeviceScope& scope, const GemmTile& tile, bool poin
   }
 }
 
-// By dtype, float16 and bfloat16; defined in cuda/convolution/sm80/gradient.cuh, instantiated in
-// implicit_gemm_sm80_gradient_*_cuda.cu.
+// For float16 and bfloat16. Defined in cuda/convolution/sm80/gradient.cuh, instantiated in
+// cuda/convolution/instantiations/.
 template <typename T>
 struct Sm80Gradient {
   static void launch(const DeviceScope& scope, const GemmTile& tile, bool pointwise,
                      const GemmArguments& arguments);
-  // Adds splits up.
+  // Adds the splits.
   static void launch_merge(const DeviceScope& scope, const GemmArguments& arguments, int row_packs);
   static void list(std::vector<CudaKernel>& list, const char* type, bool gpu);
 };
@@ -61,18 +61,19 @@ template <typename T>
 void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& problem,
                                   const ConvOperands& operands, const GemmTile& tile, int splits,
                                   float* partial) {
-  // Coordinates are ints, a window's end and a step beyond it included.
+  // Coordinates must fit in an int, including the end of a window and one step past it.
   const auto reach = [](int64_t size, int64_t pad, int64_t kernel, int64_t dilation) {
     return size + 2 * pad + (kernel + kStepChunks) * (kernel > 1 ? dilation : 1);
   };
   check(reach(problem.H, problem.pad_h, problem.R, problem.dilation_h) < -kOutside &&
             reach(problem.W, problem.pad_w, problem.S, problem.dilation_w) < -kOutside,
-        "implicit_gemm: the padded image must be smaller than 2^30 pixels each way");
+        "implicit_gemm: the padded image must be smaller than 2^30 pixels in each dimension");
   const int64_t pixel_chunks = int64_t{problem.groups} * problem.C * sizeof(T) / kChunkBytes;
   const int64_t chunks = pixel_chunks / problem.groups * problem.R * problem.S;
-  check(problem.N * problem.H * problem.W * pixel_chunks <= uint32_t(-1) &&
-            problem.groups * problem.K * chunks <= uint32_t(-1) && chunks < -kOutside,
-        "implicit_gemm: x and weight must be smaller than 64 GiB, one filter than 16 GiB");
+  check(
+      problem.N * problem.H * problem.W * pixel_chunks <= uint32_t(-1) &&
+          problem.groups * problem.K * chunks <= uint32_t(-1) && chunks < -kOutside,
+      "implicit_gemm: x and weight must be smaller than 64 GiB, and a filter smaller than 16 GiB");
   GemmArguments arguments{};
   arguments.x = static_cast<const uint8_t*>(operands.x);
   arguments.weight = static_cast<const uint8_t*>(operands.weight);
@@ -101,8 +102,9 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   const Epilogue epilogue = operands.epilogue();
   if (splits == 1) return launch_tiles<T>(scope, epilogue, tile, problem.pointwise(), arguments);
   GemmArguments parts = arguments;
-  parts.residual = nullptr;  // which the merging kernel adds: not read here too
-  // Read and not used; in training there are none, and any numbers will do.
+  parts.residual = nullptr;  // added by the merge kernel
+  // The kernel reads scale and shift but does not use them. In training they are null, so pass any
+  // readable memory.
   if (epilogue != Epilogue::scale)
     parts.scale = parts.shift = static_cast<const float*>(operands.weight);
   launch_tiles<T>(scope, Epilogue::scale, tile, problem.pointwise(), parts);
@@ -125,7 +127,7 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
                arguments, FastDivision::by(static_cast<int>(row_packs)), static_cast<int>(packs));
 }
 
-// type: the dtype's name; epilogue: what the kernels' names end in.
+// type: the dtype's name; epilogue: the suffix of the kernels' names.
 template <typename T, Epilogue kEpilogue, int kTile = 0>
 void list_tiles(std::vector<CudaKernel>& list, const char* type, const char* epilogue, bool gpu) {
   if constexpr (kTile < kGemmTileCount) {
@@ -154,7 +156,7 @@ void list_implicit_gemm_sm80_of(std::vector<CudaKernel>& list, const char* type,
   if constexpr (sizeof(T) == 2) Sm80Gradient<T>::list(list, type, gpu);
 }
 
-// Each in a file of its own, for the time it takes to compile.
+// Each in a separate file, so that they compile in parallel.
 #define FUSED_RESNET_IMPLICIT_GEMM_SM80(keyword, T)                                               \
   keyword template void launch_implicit_gemm_sm80_of<T>(                                          \
       const DeviceScope&, const ConvProblem&, const ConvOperands&, const GemmTile&, int, float*); \

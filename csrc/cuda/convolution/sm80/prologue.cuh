@@ -1,4 +1,4 @@
-// The sm_80 kernels that normalise x in their prologue (cuda/convolution/prologue.cuh), of one
+// The sm_80 kernels that normalise x in their prologue (cuda/convolution/prologue.cuh), for one
 // dtype: pointwise, with statistics. A thread normalises the chunks that it copied itself.
 #pragma once
 
@@ -13,7 +13,7 @@ template <typename T, int kTile>
 using Sm80Prologue = NormPrologue<T, TileShape<kTile>::kBlockM / TileShape<kTile>::kCopyRows,
                                   TileShape<kTile>::kCopyRows>;
 
-// Calls f(std::integral_constant<int, i>) for every tile i that has such kernels.
+// Calls f(std::integral_constant<int, i>) for every tile i that has these kernels.
 template <int kTile = 0, typename F>
 void for_each_normalising_sm80_tile(const F& f) {
   if constexpr (kTile < kGemmTileCount) {

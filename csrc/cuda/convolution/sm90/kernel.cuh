@@ -1,35 +1,39 @@
-// conv_bn_relu on Hopper: an implicit GEMM by the bulk copy engine (TMA) and wgmma.
+// conv_bn_relu on Hopper: an implicit GEMM by TMA and wgmma.
 //   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
 //                  + shift[k] + residual[m, k])            (cuda/convolution/problem.h)
 // Layout: x, residual, y channels last, weight (groups * K, R, S, C); float16 or bfloat16. In
-// shared memory every tile is rows of 128 bytes, swizzled. Accumulator: float32, one rounding.
-// A block stays for many tiles, blockIdx.x + i * gridDim.x. One thread of the first warpgroup
-// orders the copies: for a step (a tap, 64 channels) block_m pixels by im2col, block_n rows of
-// weights. Two warpgroups multiply. Four warps to a tile: they take turns, each with a tile of its
-// own, so that one multiplies while the other scales, adds and stores. Eight: each has half of the
-// tile's rows; the next tile's copies still overlap. A thread owns block_m / warps * block_n / 32
-// sums. The residual comes by TMA into the output's own buffer while the tile is multiplied, each
-// value is replaced where it lies, and TMA takes the buffer away.
-// In training y is the convolution alone, and a warpgroup takes its rows' statistics for the norm
-// behind it (cuda/convolution/statistics.cuh): it reads them back as they are rounded, 16 bytes at
-// a time, while TMA does, and adds them up in the buffer that TMA has left. Or y is masked by the
-// ReLU whose gradient it is, and the sums of its norm's gradient are taken
-// (cuda/convolution/gradient.cuh): a warpgroup reads its rounded rows back, masks them where they
-// lie, by 16 bytes of the norm's input that come from memory meanwhile, and TMA takes them away
-// after that. Bytes: x R * S / (stride_h * stride_w) times and weights once per tile of pixels,
-// from L2 but for the first; residual and y once. Constraints: covers_sm90; 227 KiB of shared
-// memory, one block per multiprocessor. Speed: not yet measured. Rejected before measuring:
-// statistics of the sums where they lie, in registers: three shuffles for every output of a thread
-// and each of its sums, where columns of 16 bytes need two at most for eight; memory of their own
-// for adding them up: a stage of the pipeline. Rejected before measuring: the norm's input by TMA,
-// as the residual: it would need the buffer that the rounded rows are in, and is read once more for
-// its sums, which fit in no thread's registers before the rows are read back; folding the norm's
-// channels together, in shared memory: there is none, and a thread folds its eight while its loads
-// are on their way. Rejected: scale and shift staged in shared memory: a pipeline stage fewer for
-// what L1 holds. Rejected: weights as (groups * K, R * S * C): a step past a tap's last channel
-// reads the next tap. Groups as a fifth dimension of x, for im2col on groups that end within a
-// step: their stride would be less than a pixel's, where the driver's manual has each stride
-// contain the one before; and narrow groups fill little of a tile of 64 outputs or more.
+// shared memory every tile consists of rows of 128 bytes, swizzled. Accumulators: float32, one
+// rounding.
+// The kernel is persistent: a block processes the tiles blockIdx.x + i * gridDim.x. One thread of
+// the first warpgroup (the producer) issues the copies: for each step (a tap, 64 channels) block_m
+// pixels by im2col and block_n rows of weights. Two consumer warpgroups multiply. With four warps
+// per tile, the warpgroups process different tiles in alternation, so that one multiplies while the
+// other runs its epilogue. With eight warps per tile, each warpgroup computes half of the tile's
+// rows; the copies of the next tile still overlap. A thread has block_m / warps * block_n / 32
+// accumulators. TMA loads the residual into the output buffer while the tile is multiplied; the
+// epilogue replaces each value in place, and TMA stores the buffer.
+// In training, y is the plain convolution, and a warpgroup computes the statistics of its rows for
+// the following batch norm (cuda/convolution/statistics.cuh): it reads the rounded rows back, 16
+// bytes at a time, while TMA reads them too, and reduces them in the same buffer after TMA has read
+// it. Or y is an input gradient, masked by the ReLU, with the sums of the batch norm gradient
+// (cuda/convolution/gradient.cuh): a warpgroup reads its rounded rows back and masks them in place,
+// using the batch norm's input, which is loaded from global memory 16 bytes at a time; then TMA
+// stores them.
+// Memory traffic: x R * S / (stride_h * stride_w) times and weights once per tile of pixels, from
+// L2 except the first time; residual and y once. Constraints: covers_sm90; 227 KiB of shared
+// memory, one block per multiprocessor. Speed: not yet measured.
+// Rejected before measuring: statistics of the accumulators in registers (three shuffles per output
+// of a thread and per sum; columns of 16 bytes need at most two for eight outputs); separate memory
+// for the reductions (costs a pipeline stage); the batch norm's input by TMA, like the residual (it
+// would need the buffer that holds the rounded rows, and is read again for its sums, which do not
+// fit in a thread's registers before the rows are read back); folding the batch norm's channels
+// cooperatively, in shared memory (none is left, and a thread folds its eight channels while its
+// loads are in flight).
+// Rejected: scale and shift in shared memory (costs a pipeline stage, for data that L1 holds).
+// Weights as (groups * K, R * S * C) (a step past a tap's last channel would read the next tap).
+// Groups as a fifth dimension of x, for im2col on groups that end within a step (their stride would
+// be less than that of a pixel, while the driver's manual requires each stride to contain the
+// previous one; and narrow groups fill little of a tile of 64 outputs or more).
 #pragma once
 
 #include "cuda/convolution/gradient.cuh"
@@ -39,17 +43,17 @@
 
 namespace fused_resnet {
 
-constexpr int kSm90Threads = 384;  // a warpgroup that copies, two that multiply
+constexpr int kSm90Threads = 384;  // one producer warpgroup, two consumers
 constexpr int kSm90CopyRegisters = 40, kSm90MultiplyRegisters = 232;
 
-// The shared memory of a block: stages, output buffers, barriers, from an address rounded up to
-// 1024 bytes.
+// Shared memory layout of a block: stages, output buffers, mbarriers, starting at an address
+// rounded up to 1024 bytes.
 template <int kTile>
 struct Sm90Shape {
   static constexpr GemmTile tile = kGemmTiles[kTile];
   static constexpr int block_m = tile.block_m, block_n = tile.block_n, stages = tile.stages;
-  static constexpr bool halves = tile.warps == 8;  // of a tile, one for each warpgroup
-  static constexpr int rows = tile.part_pixels();  // of a warpgroup
+  static constexpr bool halves = tile.warps == 8;  // each warpgroup computes half of a tile
+  static constexpr int rows = tile.part_pixels();  // per warpgroup
   static constexpr int row_blocks = rows / 64;
   static constexpr int x_bytes = block_m * kSwizzleRowBytes;
   static constexpr int stage_bytes = x_bytes + block_n * kSwizzleRowBytes;
@@ -60,7 +64,7 @@ struct Sm90Shape {
                                       2 * output_bytes + barriers * int{sizeof(uint64_t)};
   static_assert(tile.architecture == 90 && (tile.warps == 4 || tile.warps == 8));
   static_assert(rows % 64 == 0 && block_m <= 256 && block_n <= 256);
-  static_assert(row_blocks * block_n / 2 <= 128, "sums of a thread");
+  static_assert(row_blocks * block_n / 2 <= 128, "accumulators per thread");
   static_assert(shared_bytes <= 227 * 1024);
 };
 
@@ -71,10 +75,10 @@ struct Sm90Block {
   using Shape = Sm90Shape<kTile>;
   uint8_t* stages;
   uint8_t* outputs;
-  uint64_t* full;          // a stage's copies have come
-  uint64_t* empty;         // its products are done
-  uint64_t* output_ready;  // a warpgroup's buffer may be written, and holds the residual
-  uint64_t* turn;          // all copies of the other warpgroup's tile have come
+  uint64_t* full;          // a stage's copies have arrived
+  uint64_t* empty;         // a stage's wgmma are complete
+  uint64_t* output_ready;  // a warpgroup's buffer is writable and holds the residual, if any
+  uint64_t* turn;          // all copies of the other warpgroup's tile have arrived
 
   __device__ static Sm90Block make() {
     uint8_t* base = shared_memory();
@@ -87,7 +91,7 @@ struct Sm90Block {
   __device__ uint8_t* stage(int number) const { return stages + number * Shape::stage_bytes; }
 };
 
-// One thread: the copies of every step of this block's tiles, as stages become free.
+// One thread: issues the copies of every step of this block's tiles, as stages become free.
 template <int kTile>
 __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const TensorMap& x_map,
                                            const TensorMap& weight_map, const GemmSm90& gemm) {
@@ -121,22 +125,23 @@ __device__ __forceinline__ void copy_tiles(const Sm90Block<kTile>& block, const 
   }
 }
 
-// Products read their sums, the first ones too, for all that the assembler knows: without this, it
-// keeps the registers of one tile's for the next tile's over all that is done between.
+// Sets the accumulators to zero, so that their old values are dead. The assembler treats the first
+// wgmma of a tile as reading its accumulators, and would otherwise keep their registers allocated
+// from one tile to the next, across the epilogue.
 template <int kBlocks, int kCount>
-__device__ __forceinline__ void forget(float (&sums)[kBlocks][kCount]) {
+__device__ __forceinline__ void mark_dead(float (&sums)[kBlocks][kCount]) {
 #pragma unroll
   for (auto& block : sums)
 #pragma unroll
     for (float& sum : block) sum = 0;
 }
 
-// A warpgroup: sums (rows, block_n) of one tile. Returns with all its stages given back. Wakes the
-// other warpgroup, if `next_turn` is not null, once its own copies have all come: by a barrier's
-// parity a step could not be told from the one two turns before. Every warp has to say so: with one
-// step to a tile, the others could go on to the next turn while a late warp still waits for this
-// one, whose parity it would never see again.
-// prologue: what is done with the warpgroup's rows of a step of x when it has come.
+// One warpgroup: computes the accumulators (rows, block_n) of one tile. Returns after releasing all
+// its stages. If `next_turn` is not null, it signals the other warpgroup once all copies of its own
+// tile have arrived: parity alone cannot distinguish a step from the one two phases earlier. Every
+// warp must arrive: with one step per tile, the others could enter the next phase while a late warp
+// still waits for this one, whose parity it would never see.
+// prologue: processes the warpgroup's rows of a step of x when it has arrived.
 template <typename T, int kTile, class Prologue>
 __device__ __forceinline__ void multiply_tile(
     const Sm90Block<kTile>& block, StageRing<Sm90Shape<kTile>::stages>& ring, int first_row,
@@ -151,7 +156,7 @@ __device__ __forceinline__ void multiply_tile(
     prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);
     const uint32_t stage = shared_address(block.stage(ring.stage));
     const uint32_t x_tile = stage + first_row * kSwizzleRowBytes;
-    products_fence();
+    wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kStepBytes; k += 32)  // 16 channels
 #pragma unroll
@@ -159,26 +164,26 @@ __device__ __forceinline__ void multiply_tile(
         warpgroup_multiply<T, Shape::block_n>(
             sums[i], tile_descriptor(x_tile, i * 64 * kSwizzleRowBytes + k),
             tile_descriptor(stage, Shape::x_bytes + k), step > 0 || k > 0);
-    products_commit();
-    products_wait<1>();  // the previous step's are done
+    wgmma_commit();
+    wgmma_wait<1>();  // those of the previous step are complete
     if (step > 0 && first_lane) mbarrier_arrive(block.empty + previous);
     previous = ring.stage;
     ring.next();
   }
   if (next_turn != nullptr && first_lane) mbarrier_arrive(next_turn);
   __syncwarp();
-  products_wait<0>();
+  wgmma_wait<0>();
 #pragma unroll
-  for (int i = 0; i < Shape::row_blocks; ++i) products_arrived(sums[i]);
+  for (int i = 0; i < Shape::row_blocks; ++i) wgmma_fence_operand(sums[i]);
   if (first_lane) mbarrier_arrive(block.empty + previous);
 }
 
-// Scale and shift of a thread's outputs among 16: two of the first eight, two of the second.
+// Scale and shift of a thread's four outputs out of 16: two of the first eight, two of the second.
 struct ChannelPairs {
   float2 scale[2], shift[2];
 
-  // k: the first of the 16 in its group. Outputs come in eights (covers_sm90): those past the
-  // group's last get another's values, and are not stored.
+  // k: the first of the 16 outputs within the group. The number of outputs of a group is a multiple
+  // of 8 (checked by the op). Outputs past the last get the values of others and are not stored.
   __device__ __forceinline__ static ChannelPairs load(const GemmSm90& gemm, int group, int k) {
     const int lane = static_cast<int>(threadIdx.x % 4) * 2;
     ChannelPairs pairs;
@@ -192,8 +197,8 @@ struct ChannelPairs {
   }
 };
 
-// A warpgroup: sums to outputs in its buffer, in the residual's place; in training's epilogues the
-// sums themselves.
+// One warpgroup: converts accumulators to outputs in its buffer, in place of the residual. The
+// training epilogues store the accumulators as they are.
 template <typename T, int kTile, Epilogue kEpilogue>
 __device__ __forceinline__ void finish_tile(
     const GemmSm90& gemm, const TileStart& start, uint8_t* output,
@@ -207,13 +212,13 @@ __device__ __forceinline__ void finish_tile(
   if constexpr (scaled) next = ChannelPairs::load(gemm, start.group, start.k);
 #pragma unroll
   for (int column = 0; column < Shape::block_n; column += 16) {
-    const ChannelPairs pairs = next;  // loaded while the last 16 were finished
+    const ChannelPairs pairs = next;  // loaded during the previous 16 columns
     if constexpr (scaled)
       if (column + 16 < Shape::block_n)
         next = ChannelPairs::load(gemm, start.group, start.k + column + 16);
 #pragma unroll
     for (int i = 0; i < Shape::row_blocks; ++i) {
-      // Lanes 0 to 15: rows of the first eight columns; 16 to 31: of the second.
+      // Lanes 0 to 15: rows of the first eight columns; 16 to 31: of the second eight.
       uint8_t* place = output + column / 64 * Shape::chunk_bytes +
                        swizzled_offset(i * 64 + warp * 16 + lane % 16, column % 64 / 8 + lane / 16);
       uint32_t added[4] = {}, out[4];
@@ -236,18 +241,19 @@ __device__ __forceinline__ void finish_tile(
   }
 }
 
-// A warpgroup: its 128 threads, by themselves.
+// The 128 threads of a warpgroup.
 struct WarpgroupThreads {
   int warpgroup;
-  __device__ __forceinline__ static int index() { return thread_now() % 128; }
+  __device__ __forceinline__ static int index() { return read_tid() % 128; }
   __device__ __forceinline__ void sync() const {
-    __syncwarp();  // whatever only some lanes did before: the barrier is for whole warps
+    __syncwarp();  // reconverge: the barrier requires whole warps
     barrier_sync(1 + static_cast<uint32_t>(warpgroup), 128);
   }
 };
 
-// A warpgroup: the statistics of its rows of a tile, from its buffer, which TMA reads too. m: the
-// first of them, below gemm.M; leader: the thread that waits for TMA. Returns with the buffer free.
+// One warpgroup: computes the statistics of its rows of a tile, from its buffer, which TMA reads
+// too. m: the first row, less than gemm.M; leader: the thread that waits for TMA. On return the
+// buffer is free.
 template <typename T, int kTile>
 __device__ __forceinline__ void write_statistics(const GemmSm90& gemm, const TileStart& start,
                                                  int m, uint8_t* output, int warpgroup,
@@ -270,31 +276,32 @@ __device__ __forceinline__ void write_statistics(const GemmSm90& gemm, const Til
     mine += row + i * rows < count;
   }
   if (leader) store_wait_read();
-  threads.sync();  // all have read the buffer, its memory is free
+  threads.sync();  // all threads have read the buffer; reuse its memory
   const int64_t outputs = int64_t{gemm.groups} * gemm.K;
   const Statistics statistics{output, threads};
   statistics.write(pixels, mine, first, count,
                    gemm.statistics + m / Shape::rows * 3 * outputs + start.group * gemm.K + start.k,
                    outputs, gemm.K - start.k);
-  threads.sync();  // the sums have been read, too
+  threads.sync();  // the sums have been read
 }
 
-// A warpgroup: its rows of a tile masked, and their sums.
+// One warpgroup: masks its rows of a tile and computes their sums.
 template <typename T, int kTile>
 struct MaskedRows {
   using Shape = Sm90Shape<kTile>;
   static constexpr int columns = Shape::block_n / Pack<T>::size, step = 128 / columns;
   static constexpr int packs = Shape::rows / step;
-  static constexpr int ahead = packs < 8 ? packs : 8;  // loads of the norm's input in flight
+  static constexpr int ahead = packs < 8 ? packs : 8;  // loads of the batch norm's input in flight
 
   const GemmSm90& gemm;
   const TileStart& start;
-  int m;  // the first of the rows, at or past gemm.M where there are none
+  int m;  // the first row; gemm.M or more if there are no rows
   uint8_t* output;
   WarpgroupThreads threads;
   GradientColumn<T> gradient;
 
-  // In its buffer, where all of the warpgroup has put the sums of the products.
+  // Masks the rows in the buffer, after all threads of the warpgroup have stored their accumulators
+  // there.
   __device__ __forceinline__ void mask() {
     const int column = threads.index() % columns, row = threads.index() / columns;
     const int k = start.k + column * Pack<T>::size;
@@ -312,7 +319,7 @@ struct MaskedRows {
     if (left > 0) {
 #pragma unroll
       for (int i = 0; i < Pack<T>::size; ++i)
-        gradient.channels[i] = NormNumbers::load(gemm.mask, c + i).folded(gemm.mask.eps);
+        gradient.channels[i] = NormParameters::load(gemm.mask, c + i).folded(gemm.mask.eps);
     }
     threads.sync();
     uint8_t* const chunk = output + column / 8 * Shape::chunk_bytes;
@@ -324,22 +331,22 @@ struct MaskedRows {
       if (i + ahead < packs) load(i + ahead);
     }
   }
-  // leader: the thread that waits for TMA. Returns with the buffer free.
+  // leader: the thread that waits for TMA. On return the buffer is free.
   __device__ __forceinline__ void write_sums(bool leader) {
     static_assert(PartStatistics<T, columns, 128, 1, WarpgroupThreads>::kScratchBytes <=
                   Shape::output_bytes);
     if (leader) store_wait_read();
-    threads.sync();  // TMA has read the rows, their memory is free
+    threads.sync();  // TMA has read the rows; reuse their memory
     const int64_t outputs = int64_t{gemm.groups} * gemm.K;
     gradient.template write<columns, 128>(
         output, threads,
         gemm.mask.sums + m / Shape::rows * 2 * outputs + start.group * gemm.K + start.k, outputs,
         gemm.K - start.k);
-    threads.sync();  // the sums have been read, too
+    threads.sync();  // the sums have been read
   }
 };
 
-// A warpgroup that multiplies: its tiles, one after the other.
+// A consumer warpgroup: processes its tiles one after the other.
 template <typename T, int kTile, Epilogue kEpilogue, class Prologue>
 __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
                                                const TensorMap& residual_map,
@@ -347,12 +354,12 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
                                                int warpgroup) {
   using Shape = Sm90Shape<kTile>;
   const bool leader =
-      threadIdx.x % 128 < 32 && elect_lane();  // orders the copies of the output buffer
+      threadIdx.x % 128 < 32 && elect_lane();  // issues the TMA copies of the output buffer
   const int steps = gemm.steps();
   const int first_row = Shape::halves ? warpgroup * Shape::rows : 0;
   uint8_t* output = block.outputs + warpgroup * Shape::output_bytes;
   uint64_t* output_ready = block.output_ready + warpgroup;
-  uint32_t output_parity = 0, turn_parity = warpgroup == 0;  // warpgroup 0 begins
+  uint32_t output_parity = 0, turn_parity = warpgroup == 0;  // warpgroup 0 starts
   StageRing<Shape::stages> ring;
   Prologue prologue(gemm.norm, gemm.C / 8, warpgroup);
   const auto blocks = static_cast<int>(gridDim.x);
@@ -364,8 +371,8 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
   for (; tile < gemm.tiles; tile += Shape::halves ? blocks : 2 * blocks) {
     const TileStart start = tile_start(gemm, tile, Shape::block_m, Shape::block_n);
     const int m = start.m + first_row;
-    const int wanted = (gemm.K - start.k + 63) / 64;
-    const int chunks = wanted < Shape::block_n / 64 ? wanted : Shape::block_n / 64;
+    const int needed_chunks = (gemm.K - start.k + 63) / 64;
+    const int chunks = needed_chunks < Shape::block_n / 64 ? needed_chunks : Shape::block_n / 64;
     if (gemm.residual && leader) {
       store_wait_read();
       mbarrier_arrive_expect(output_ready, static_cast<uint32_t>(chunks * Shape::chunk_bytes));
@@ -375,7 +382,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     }
     __syncwarp();
     float sums[Shape::row_blocks][Shape::block_n / 2];
-    if constexpr (kEpilogue != Epilogue::scale) forget(sums);
+    if constexpr (kEpilogue != Epilogue::scale) mark_dead(sums);
     if constexpr (Shape::halves) {
       multiply_tile<T, kTile>(block, ring, first_row, steps, nullptr, prologue, sums);
     } else {
@@ -383,7 +390,7 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
       turn_parity ^= 1;
       multiply_tile<T, kTile>(block, ring, first_row, steps, block.turn + (1 - warpgroup), prologue,
                               sums);
-      ring.advance(steps);  // the other's
+      ring.advance(steps);  // skip the steps of the other warpgroup
     }
     if (!gemm.residual && leader) {
       store_wait_read();
@@ -408,12 +415,12 @@ __device__ __forceinline__ void multiply_tiles(const Sm90Block<kTile>& block,
     if constexpr (kEpilogue == Epilogue::gradient)
       if (m < gemm.M) masked.write_sums(leader);
   }
-  if (leader) store_wait_read();  // shared memory goes with the block
+  if (leader) store_wait_read();  // shared memory must outlive the stores
 }
 
 #endif  // FUSED_RESNET_HOPPER
 
-// x_map: input's; weight_map (C, R * S, groups * K); residual_map, y_map (K, groups, M)
+// x_map: from input_map; weight_map (C, R * S, groups * K); residual_map, y_map (K, groups, M)
 template <typename T, int kTile, Epilogue kEpilogue, class Prologue = NoPrologue>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     implicit_gemm_sm90_kernel(const __grid_constant__ TensorMap x_map,
@@ -441,11 +448,11 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   }
   __syncthreads();
   if (threadIdx.x < 128) {
-    give_registers<kSm90CopyRegisters>();
+    setmaxnreg_dec<kSm90CopyRegisters>();
     if (threadIdx.x < 32 && elect_lane()) copy_tiles<kTile>(block, x_map, weight_map, gemm);
   } else {
-    take_registers<kSm90MultiplyRegisters>();
-    // From lane 0, so that the compiler knows it for the same in the whole warp.
+    setmaxnreg_inc<kSm90MultiplyRegisters>();
+    // Broadcast from lane 0, so that the compiler knows it is warp-uniform.
     const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128) - 1, 0);
     multiply_tiles<T, kTile, kEpilogue, Prologue>(block, residual_map, y_map, gemm, warpgroup);
   }
@@ -454,7 +461,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 #endif
 }
 
-// Calls f(std::integral_constant<int, i>) for every tile i of kGemmTiles that is for sm_90.
+// Calls f(std::integral_constant<int, i>) for every sm_90 tile i of kGemmTiles.
 template <int kTile = 0, typename F>
 void for_each_sm90_tile(const F& f) {
   if constexpr (kTile < kGemmTileCount) {

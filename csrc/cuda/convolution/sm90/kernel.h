@@ -1,5 +1,5 @@
-// What Hopper's convolution is launched with, and its index arithmetic: which tile a block works
-// on, which pixel a tile starts at, which stage of the ring a step has.
+// Arguments and index arithmetic of the Hopper convolution: the tile of a block, the first pixel of
+// a tile, and the stage of a step in the ring.
 #pragma once
 
 #include "cuda/convolution/problem.h"
@@ -7,30 +7,30 @@
 
 namespace fused_resnet {
 
-// How x is read. im2col reads 64 channels from a group's c on, whoever's they are: a group must end
-// with a step (covers_sm90).
+// How x is loaded. im2col loads 64 channels regardless of group boundaries, so with several groups
+// the channels of a group must be a multiple of a step (covers_sm90).
 enum class Sm90Input : int {
   kMatrix,  // (C, groups, M): pointwise
   kIm2col   // (groups * C, W, H, N)
 };
 
-// A kernel's parameter: the problem, and what of it is counted in tiles and steps.
+// Kernel parameter: the problem, and its sizes in tiles and steps.
 struct GemmSm90 {
   Sm90Input input;
   int K, C;  // per group
   int R, S, P, Q;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int groups;
-  int n_tiles;         // of a group
-  int tiles;           // in all
-  int channel_blocks;  // steps of one tap
+  int n_tiles;         // per group
+  int tiles;           // total
+  int channel_blocks;  // steps per tap
   const float* scale;  // (groups * K,)
   const float* shift;  // (groups * K,)
   bool residual, relu;
   int M;              // pixels
-  float* statistics;  // (parts, 3, groups * K) or null: then there is no scale and no shift
-  const float* norm;  // (3, 2, C / 8, 4) or null: what a prologue normalises x by
-  NormInput mask;     // its x null: none; else there is no scale and no shift either
+  float* statistics;  // (parts, 3, groups * K) or null; if not null, scale and shift are null
+  const float* norm;  // (3, 2, C / 8, 4) or null: table of the prologue
+  NormInput mask;     // mask.x null: none; otherwise scale and shift are null
 
   __host__ __device__ int steps() const { return R * S * channel_blocks; }
 };
@@ -38,19 +38,19 @@ struct GemmSm90 {
 constexpr int kStepChannels = kStepBytes / 2;
 
 struct TileStart {
-  int m;      // first pixel
-  int group;  // whose outputs
-  int k;      // first output within the group
+  int m;  // first pixel
+  int group;
+  int k;  // first output within the group
 };
-// Tiles that lie side by side in time read the same pixels: outputs go fastest, then groups. The
-// weights, which all of them read, stay in L2 whatever the order: 4.7 MB at most in a ResNet.
+// Concurrent tiles read the same pixels: outputs vary fastest, then groups. The weights, which all
+// tiles read, stay in L2 in any order: at most 4.7 MB in a ResNet.
 __host__ __device__ __forceinline__ TileStart tile_start(const GemmSm90& gemm, int tile,
                                                          int block_m, int block_n) {
   const int n_tile = tile % gemm.n_tiles, rest = tile / gemm.n_tiles;
   return {rest / gemm.groups * block_m, rest % gemm.groups, n_tile * block_n};
 }
 
-// Where the first tap of output pixel m lies in x.
+// Position in x of the first tap of output pixel m.
 struct InputStart {
   int n, h, w;
 };
@@ -60,7 +60,7 @@ __host__ __device__ __forceinline__ InputStart input_start(const GemmSm90& gemm,
           q * gemm.stride_w - gemm.pad_w};
 }
 
-// The stage that a step uses, and the parity of its turn.
+// The stage of a step, and the parity of its mbarrier phase.
 template <int kStages>
 struct StageRing {
   int stage = 0;
@@ -78,21 +78,22 @@ struct StageRing {
   }
 };
 
-// The tensor maps of a launch (cuda/device/tensor_map.h); residual's is y's where there is none.
+// The tensor maps of a launch (cuda/device/tensor_map.h). Without a residual, `residual` is the map
+// of y.
 struct Sm90Maps {
   TensorMap x, weight, residual, y;
 };
 
-// By dtype; defined in cuda/convolution/sm90/kernel.cuh, instantiated in
-// implicit_gemm_sm90_*_cuda.cu.
+// By dtype. Defined in cuda/convolution/sm90/kernel.cuh, instantiated in
+// cuda/convolution/instantiations/.
 template <typename T>
 struct Sm90Kernels {
   static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps, const GemmSm90& gemm,
                      Epilogue epilogue);
   static void list(std::vector<CudaKernel>& list, bool gpu);
 };
-// Those that normalise x: cuda/convolution/sm90/prologue.cuh,
-// implicit_gemm_sm90_prologue_*_cuda.cu.
+// The kernels that normalise x. Defined in cuda/convolution/sm90/prologue.cuh, instantiated in
+// cuda/convolution/instantiations/.
 template <typename T>
 struct Sm90Prologues {
   static void launch(const DeviceScope& scope, int tile, const Sm90Maps& maps,

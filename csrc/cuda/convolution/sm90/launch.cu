@@ -1,4 +1,5 @@
-// Launches Hopper's convolution: its limits, its tensor maps, the kernel of a tile and a dtype.
+// Launches the Hopper convolution: checks its limits, encodes its tensor maps, and selects the
+// kernel of the tile and dtype.
 #include <limits>
 
 #include "cuda/convolution/sm90/kernel.h"
@@ -24,7 +25,7 @@ TensorMap input_map(const ConvProblem& p, const ConvOperands& operands, int bloc
                          {u32(p.C), u32(p.groups), static_cast<uint64_t>(p.M())},
                          {bytes(p.C), pixel}},
                         {kStepChannels, 1, u32(block_m)});
-  // A step's box of first taps: every pixel that an output starts at.
+  // The bounding box of the first tap: the start pixels of all outputs.
   const std::array<int, 2> lower{-p.pad_w, -p.pad_h};
   const std::array<int, 2> upper{p.pad_w - (p.S - 1) * p.dilation_w,
                                  p.pad_h - (p.R - 1) * p.dilation_h};
@@ -45,8 +46,8 @@ TensorMap output_map(const ConvProblem& p, DtypeIndex dtype, const void* data, i
                       {64, 1, u32(rows)});
 }
 
-// Built for sm_90 or PTX alone, the kernels are nothing but a trap, which the whole process would
-// have to be restarted after.
+// In a build for sm_90 (without a) or PTX only, the kernels consist of a trap, which would make the
+// CUDA context of the process unusable.
 #if defined(FUSED_RESNET_EMULATED) || defined(FUSED_RESNET_SM_90A)
 constexpr bool kBuiltForHopper = true;
 #else
@@ -55,8 +56,8 @@ constexpr bool kBuiltForHopper = false;
 
 }  // namespace
 
-// CUDA driver API, cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col; PTX ISA, "Im2col mode".
-// Restated for the chooser in cuda_conv.py, reaches().
+// Limits from: CUDA driver API, cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col; PTX ISA,
+// "Im2col mode". Must match reaches() in fused_resnet/kernels/cuda/implicit_gemm.py.
 bool covers_sm90(const ConvProblem& p) {
   constexpr int64_t stride_limit = int64_t{1} << 40;
   const int64_t widest = std::max(int64_t{p.groups} * p.C * p.H * p.W, int64_t{p.R} * p.S * p.C);
@@ -116,7 +117,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   gemm.norm = operands.norm;
   gemm.mask = operands.mask;
 
-  const int rows = tile.part_pixels();  // of a warpgroup
+  const int rows = tile.part_pixels();  // per warpgroup
   const Sm90Maps maps{
       input_map(p, operands, tile.block_m),
       tiled_map<3>({operands.dtype,

@@ -1,6 +1,6 @@
-// Hopper's kernels that normalise x in their prologue (cuda/convolution/prologue.cuh), of one
-// dtype: with statistics. The warpgroup that multiplies a stage's rows normalises them where they
-// lie.
+// The Hopper kernels that normalise x in their prologue (cuda/convolution/prologue.cuh), for one
+// dtype, with statistics. The warpgroup that multiplies the rows of a stage normalises them in
+// shared memory.
 #pragma once
 
 #include "cuda/convolution/prologue.cuh"
@@ -21,7 +21,8 @@ struct Sm90Prologue {
   __device__ __forceinline__ Sm90Prologue(const float* table, int chunks, int warpgroup)
       : chunks(table, chunks, WarpgroupThreads::index() % kStepChunks), threads{warpgroup} {}
   __device__ __forceinline__ void load(int step) { chunks.load(step); }
-  // rows: the warpgroup's of a stage. Returns when all of them are normalised, for wgmma to see.
+  // rows: the warpgroup's rows of a stage. Returns when all of them are normalised and visible to
+  // wgmma.
   __device__ __forceinline__ void apply(uint8_t* rows) const {
     chunks.apply(rows + swizzled_offset(WarpgroupThreads::index() / kStepChunks, chunks.column));
     fence_proxy_async();

@@ -1,0 +1,75 @@
+"""One contender within a case: built, called, and timed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import contenders
+from .contenders import Case, Step
+
+# Importing torch.utils.benchmark looks for a CUDA toolkit and warns where one is without a GPU.
+_toolkit_log = logging.getLogger("torch.utils.cpp_extension")
+_toolkit_level = _toolkit_log.level
+_toolkit_log.setLevel(logging.ERROR)
+from torch.utils.benchmark import Measurement, TaskSpec, timer  # noqa: E402
+
+_toolkit_log.setLevel(_toolkit_level)
+
+__all__ = ["MIN_SAMPLE_S", "WARM_BELOW_S", "Entry", "Measurement", "TaskSpec", "enter", "timer"]
+
+MIN_SAMPLE_S = 0.02  # a shorter call is repeated until one sample lasts this long
+WARM_BELOW_S = 0.1  # a sample shorter than this is preceded by one call that is not timed
+
+
+@dataclass
+class Entry:
+    """One contender within a case, and the seconds per call it took in each round."""
+
+    name: str
+    step: Step
+    construct_s: float
+    first_call_s: float
+    call_s: float
+    output: Tensor
+    owned_bytes: int
+    times_s: list[float] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> int:
+        return max(1, math.ceil(MIN_SAMPLE_S / max(self.call_s, 1e-6)))
+
+    @property
+    def sample_s(self) -> float:
+        warm = self.call_s if self.call_s < WARM_BELOW_S else 0.0
+        return self.call_s * self.repeats + warm
+
+    def sample(self) -> None:
+        """Time `repeats` calls; PyTorch's clock waits for the accelerator on both sides."""
+        if self.call_s < WARM_BELOW_S:
+            self.step()
+        start = timer()
+        for _ in range(self.repeats):
+            self.step()
+        self.times_s.append((timer() - start) / self.repeats)
+
+
+def enter(name: str, case: Case, data: contenders.Data) -> Entry:
+    """Build a contender and call it three times: the first call, one to settle, one to time."""
+    cuda = torch.device(case.device).type == "cuda"
+    held = torch.cuda.memory_allocated(case.device) if cuda else 0
+    t0 = timer()
+    step = contenders.build(name, case, data)
+    t1 = timer()
+    output = step().detach().float().cpu().clone()
+    t2 = timer()
+    step()
+    t3 = timer()
+    step()
+    t4 = timer()
+    owned = torch.cuda.memory_allocated(case.device) - held if cuda else 0
+    return Entry(name, step, t1 - t0, t2 - t1, t4 - t3, output, owned)

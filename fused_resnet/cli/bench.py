@@ -1,0 +1,84 @@
+"""fused-resnet bench"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from .app import (
+    Device,
+    Dtypes,
+    Json,
+    Models,
+    Modes,
+    Threads,
+    app,
+    clear_errors,
+    console_for,
+    emit,
+    positive,
+    split,
+    with_progress,
+)
+
+
+@app.command()
+def bench(
+    model: Models = ["resnet50"],  # noqa: B006
+    batch: Annotated[list[str], typer.Option("--batch", help="Batch sizes.", metavar="N")] = [  # noqa: B006
+        "1",
+        "8",
+    ],
+    dtype: Dtypes = ["float32", "bfloat16"],  # noqa: B006
+    mode: Modes = ["infer"],  # noqa: B006
+    contender: Annotated[
+        list[str],
+        typer.Option(
+            "--contender",
+            help="eager, eager-channels_last, compile, onnxruntime, openvino, fused, fused-full, "
+            "fused-low, fused-lower, fused-minimal, fused-graph; default all.",
+            metavar="NAME",
+        ),
+    ] = [],  # noqa: B006
+    device: Device = "cpu",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(help="Aimed at for the rounds of one case.")] = 15.0,
+    rounds: Annotated[int, typer.Option(min=1, help="At least so many rounds.")] = 7,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Peak memory too: a fresh process each on the CPU.")
+    ] = False,
+    json_target: Json = None,
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Write a PNG plot to this file."),
+    ] = None,
+) -> None:
+    """Images per second of fused_resnet and its peers, taking turns in one run."""
+    from fused_resnet.bench import harness as benchmark
+    from fused_resnet.bench.contenders import CONTENDERS
+    from fused_resnet.bench.report import bench_table, plot_bench, remarks
+
+    console = console_for(json_target)
+    with clear_errors():
+        batches = [positive("--batch", value) for value in split(batch)]
+        events = benchmark.run(
+            split(model),
+            batches,
+            split(dtype),
+            modes=split(mode),
+            device=device,
+            contenders=split(contender) or CONTENDERS,
+            threads=threads,
+            seconds=seconds,
+            rounds=rounds,
+            with_memory=memory,
+        )
+        results = with_progress(events, console)
+    console.print(bench_table(results))
+    for line in remarks(results):
+        console.print(line, soft_wrap=True)
+    if plot is not None:
+        console.print(f"plot: {plot_bench(results, plot)}")
+    emit(results, json_target, console)

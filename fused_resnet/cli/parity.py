@@ -1,0 +1,123 @@
+"""fused-resnet parity"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .app import (
+    Device,
+    Images,
+    Json,
+    Models,
+    Threads,
+    app,
+    check,
+    clear_errors,
+    console_for,
+    emit,
+    load_inputs,
+    split,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fused_resnet.parity.report import ParityReport
+
+
+@app.command()
+def parity(
+    model: Models = ["resnet50"],  # noqa: B006 - typer reads the default and never changes it
+    dtype: Annotated[
+        list[str],
+        typer.Option("--dtype", help="float32, bfloat16, float16, float64.", metavar="DTYPE"),
+    ] = ["float32"],  # noqa: B006
+    mode: Annotated[str, typer.Option(help="infer, or train: gradients and statistics too.")] = (
+        "infer"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8,
+    device: Device = "cpu",
+    images: Images = None,
+    checkpoint: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="state_dict file; default: random weights, calibrated statistics."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    threads: Threads = None,
+    json_target: Json = None,
+) -> None:
+    """Error of stock PyTorch and of fused_resnet against float64, layer by layer.
+
+    Exit status 1 when fused_resnet's error is over twice stock's plus one rounding anywhere.
+    """
+    import torch
+
+    from fused_resnet.bench.machine import check_device, provenance
+    from fused_resnet.bench.report import parity_table, verdict
+    from fused_resnet.models.resnet import list_models
+
+    console = console_for(json_target)
+    if threads:
+        torch.set_num_threads(threads)
+    reports: list[tuple[str, ParityReport]] = []
+    with clear_errors():
+        models, dtypes = split(model), split(dtype)
+        for name in models:
+            check("--model", name, list_models())
+        for name in dtypes:
+            check("--dtype", name, ["float32", "bfloat16", "float16", "float64"])
+        check("--mode", mode, ["infer", "train"])
+        check_device(device)
+        inputs = load_inputs(images, batch, console)
+        for name in models:
+            for report in _parity_of(name, dtypes, mode, inputs, device, checkpoint, seed, images):
+                reports.append((name, report))
+                title = f"{name}, {report.dtype}, {mode}, {len(inputs)} images, {report.device}"
+                console.print(parity_table(report, f"{title}: relative rms error against float64"))
+                style = None if report.ok else "bold red"
+                console.print(verdict(report), style=style, soft_wrap=True)
+                console.print()
+    if json_target is not None:
+        found = {
+            **provenance("parity", device),
+            "parity": [{"model": n, "mode": mode, **r.to_dict()} for n, r in reports],
+        }
+        emit(found, json_target, console)
+    if not all(report.ok for _, report in reports):
+        raise typer.Exit(1)
+
+
+def _parity_of(
+    name: str,
+    dtypes: list[str],
+    mode: str,
+    inputs: Tensor,
+    device: str,
+    checkpoint: Path | None,
+    seed: int,
+    images: Path | None,
+) -> Iterator[ParityReport]:
+    import torch
+
+    from fused_resnet import testing
+
+    fused, reference = testing.matched_models(
+        name, inputs, checkpoint=checkpoint, seed=seed, device=device
+    )
+    again = f"fused-resnet parity --model {name} --mode {mode} --batch {len(inputs)}"
+    again += f" --device {device} --seed {seed} --threads {torch.get_num_threads()}"
+    again += f" --checkpoint {checkpoint}" if checkpoint else ""
+    again += f" --images {images}" if images else ""
+    for dtype in dtypes:
+        yield testing.parity(
+            fused,
+            reference,
+            inputs,
+            getattr(torch, dtype),
+            training=mode == "train",
+            reproducer=f"{again} --dtype {dtype}",
+        )

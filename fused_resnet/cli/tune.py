@@ -1,0 +1,82 @@
+"""fused-resnet tune"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .app import Device, Models, app, check, clear_errors, console_for, positive, split
+
+
+@app.command()
+def tune(
+    model: Models = ["resnet50"],  # noqa: B006
+    batch: Annotated[list[str], typer.Option("--batch", help="Batch sizes.", metavar="N")] = [  # noqa: B006
+        "256"
+    ],
+    dtype: Annotated[
+        list[str], typer.Option("--dtype", help="float32, bfloat16, float16.", metavar="DTYPE")
+    ] = ["bfloat16"],  # noqa: B006
+    device: Device = "cuda",
+) -> None:
+    """Measure which kernel is fastest for each convolution of a model on a GPU, for later runs.
+
+    CUDA, Triton and cuDNN, each with every tile worth measuring; in 16 bits for the gradients'
+    convolutions too. The winners are kept in $XDG_CACHE_HOME/fused_resnet
+    (~/.cache/fused_resnet) by GPU, driver, PyTorch and Triton version.
+    """
+    import torch
+
+    from fused_resnet.bench.layers import layers_of
+    from fused_resnet.bench.machine import check_device
+    from fused_resnet.kernels import registry
+    from fused_resnet.models.resnet import list_models
+
+    console = console_for()
+    with clear_errors():
+        models, dtypes = split(model), split(dtype)
+        batches = [positive("--batch", value) for value in split(batch)]
+        for name in models:
+            check("--model", name, list_models())
+        for name in dtypes:
+            check("--dtype", name, ["float32", "bfloat16", "float16"])
+        check_device(device)
+        if torch.device(device).type != "cuda":
+            raise ValueError("tune: tiles are measured on a GPU")
+        providers = registry.gpu_conv_backends()
+        if not providers:
+            raise ValueError(f"tune: {registry.missing('conv_bn_relu', 'triton', 'cuda')}")
+    from fused_resnet.bench.report import tuned_table
+    from fused_resnet.kernels.measure import problems
+
+    where = torch.device(device)
+    for name, size, kind in itertools.product(models, batches, dtypes):
+        as_dtype = getattr(torch, kind)
+        layers = problems(layers_of(name, size), where, providers, as_dtype)
+        found, not_kept = _tune(layers, where, providers, as_dtype, console)
+        console.print(tuned_table(found, f"{name}, batch {size}, {kind}"))
+        if not_kept:
+            console.print(f"kept for this process only: {not_kept}", soft_wrap=True)
+
+
+def _tune(
+    layers: Any, device: Any, providers: tuple[str, ...], dtype: Any, console: Console
+) -> tuple[Any, str | None]:
+    from rich.progress import Progress
+
+    from fused_resnet.kernels import tuning
+    from fused_resnet.kernels.measure import measure_on
+
+    total = sum(len(tuning.candidates(problem, device, providers)) for problem in layers)
+    with Progress(console=console) as progress:
+        task = progress.add_task("tiles", total=total)
+        return tuning.tune(
+            layers,
+            device,
+            providers,
+            measure_on(layers, device, dtype),
+            lambda problem, backend, config, time_s: progress.advance(task),
+        )

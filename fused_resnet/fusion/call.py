@@ -1,0 +1,45 @@
+"""Whether a call may take a fused path: decided once per call, from the call alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.kernels import registry
+from fused_resnet.layers.hooks import GLOBAL_HOOKS
+from fused_resnet.ops.library import in_transform
+
+
+def call_reason(x: Any, training: bool = False) -> str | None:
+    """None when this call may take a fused path, else why it runs torchvision's. In training a
+    batch may hold no image, since another process's may."""
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export is tracing, and fuses by itself"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}, not a plain Tensor"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"no block of {x.device.type} tensors is fused"
+    empty = x.dim() == 4 and 0 in x.shape[training:]
+    if x.dim() != 4 or empty or x.layout != torch.strided:
+        return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace is tracing"
+    if in_transform():
+        return "inside a torch.func transform or forward-mode AD"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a TorchDispatchMode is active"
+    if any(GLOBAL_HOOKS):
+        return "global module hooks are registered"
+    if x.device.type == "cpu" and not torch.backends.mkldnn.enabled:
+        return "oneDNN is switched off (torch.backends.mkldnn)"
+    if registry.forced() == "reference":
+        return "the reference backend is forced"
+    return None
+
+
+def wants_grad(block: nn.Module, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(p.requires_grad for p in block.parameters())

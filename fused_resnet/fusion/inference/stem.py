@@ -1,0 +1,36 @@
+"""Max pooling of a fused activation, and a stem with the pooling after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fused_resnet.fusion.pooling import pool_shape, window
+from fused_resnet.kernels import registry
+from fused_resnet.kernels.cuda.convolution import GpuConv
+
+from .plan import Flow, Plan
+
+
+def max_pool(pool: Any, flow: Flow) -> Flow | None:
+    """`pool` on a fused activation; None where the kernel does not do what is asked."""
+    if pool_shape(pool, flow.x.shape) is None:
+        return None
+    kernel, stride, padding = window(pool)
+    gpu = registry.gpu_kernels(flow.x.device.type)
+    run = torch.max_pool2d if gpu else torch.ops.fused_resnet_native.max_pool2d
+    y = run(flow.x, kernel, stride, padding)
+    return Flow(y, flow.bound, True)
+
+
+def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
+    """The stem and the pooling behind it: by one kernel where there is one."""
+    (conv,) = plan.convs
+    plain = window(pool) == [[3, 3], [2, 2], [1, 1]] and pool_shape(
+        pool, plan.shapes(flow.x.shape)[-1]
+    )
+    if plain and isinstance(conv, GpuConv) and conv.pools(flow.x):
+        return Flow(conv.run_pooled(flow.x), None, True)
+    after = plan.run(flow)
+    return None if after is None else max_pool(pool, after)

@@ -1,0 +1,84 @@
+"""The inference of a network of which some parts are not fused, block by block.
+
+Activations are converted to what stock would have only where a module that is not fused
+reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fused_resnet import layout
+from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.members import FORWARDS
+from fused_resnet.fusion.pooling import is_plain
+from fused_resnet.fusion.structure import Names
+from fused_resnet.kernels import native, registry
+from fused_resnet.layers.hooks import patched
+
+from . import plans
+from .plan import Flow, enter, leave
+from .stem import max_pool
+
+
+class Walk:
+    """One inference, block by block: between fused blocks nothing is converted back."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._plain: Tensor | None = x  # the activation as stock would have it, or None
+        self._flow: Flow | None = None  # the same between fused blocks, or None
+        self._outside = (x.dtype, layout.memory_format(x))  # what was last seen as stock has it
+
+    def leave(self) -> Tensor:
+        """The activation as stock would have it here."""
+        if self._plain is None:
+            assert self._flow is not None
+            self._plain, self._flow = leave(self._flow.x, *self._outside), None
+        return self._plain
+
+    def call(self, module: Callable[[Tensor], Tensor]) -> None:
+        """A module of any kind, on the activation as stock would have it."""
+        self._plain = module(self.leave())
+
+    def fused(self, module: nn.Module, names: Names) -> bool:
+        """`module` by its plan; False where it has none for this activation."""
+        flow = self._flow
+        if flow is None:
+            x = self.leave()
+            if call_reason(x) is not None:
+                return False
+            self._outside = (x.dtype, layout.memory_format(x))
+        device = flow.x.device if flow is not None else self.leave().device
+        plan = plans.plan_for(module, names, self._outside[0], device)
+        if isinstance(plan, str):
+            return False
+        if flow is None:
+            flow = enter(x, plan)
+        after = plan.run(flow) if plan.shapes(flow.x.shape) else None
+        if after is None:
+            return False
+        self._plain, self._flow = None, after
+        return True
+
+    def max_pool(self, pool: nn.Module) -> bool:
+        """`pool` by this package's kernel; False where it is something else."""
+        if self._flow is None or not is_plain(pool):
+            return False
+        gpu = registry.gpu_kernels(self._flow.x.device.type)
+        if not gpu and (native.load() is not None or registry.forced() is not None):
+            return False
+        after = max_pool(pool, self._flow)
+        if after is not None:
+            self._flow = after
+        return after is not None
+
+    def stage(self, stage: nn.Module) -> None:
+        if type(stage) is not nn.Sequential or patched(stage) is not None:
+            self.call(stage)
+            return
+        for block in stage:
+            names = FORWARDS.get(type(block).forward)
+            plain = names is None or patched(block) is not None
+            if plain or names is None or not self.fused(block, names):
+                self.call(block)

@@ -1,0 +1,40 @@
+"""A whole network's inference, fused where it can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .call import call_reason, wants_grad
+from .inference.network import network_for
+from .inference.walk import Walk
+from .members import has_stem, stages
+from .structure import STEM
+from .training.network import head
+
+
+def run_resnet(model: Any, x: Tensor) -> Tensor | None:
+    """A whole network's inference (N, classes), fused where it can be, or None: run torchvision's.
+
+    x: (N, C, H, W) of any layout. Only plans are used here; without one for the stem, each block
+    decides for itself as torchvision's path comes to it.
+    """
+    if model.training or call_reason(x) is not None or wants_grad(model, x):
+        return None
+    network = network_for(model, x.dtype, x.device)
+    pooled = None if network is None else network.run(model, x)
+    if pooled is not None:
+        return model.fc(torch.flatten(pooled, 1))
+    walk = Walk(x)
+    pool = model._modules.get("maxpool")
+    if not has_stem(model):
+        walk.call(model.conv1)
+    elif not walk.fused(model, STEM):
+        return None
+    elif pool is not None and not walk.max_pool(pool):
+        walk.call(pool)
+    for stage in stages(model):
+        walk.stage(stage)
+    return head(model, walk.leave())

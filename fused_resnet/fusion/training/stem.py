@@ -1,0 +1,119 @@
+"""A network's stem in training: convolution, norm, ReLU and max pooling as one autograd node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fused_resnet.fusion import pooling
+from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.structure import STEM, take_apart
+from fused_resnet.kernels.problem import output_shape
+from fused_resnet.kernels.training.protocol import Norm, Normed
+
+from .block import formula
+from .prepare import prepare
+from .spec import Spec, differentiable, units_of
+from .units import run_unit, units_pay
+
+
+class StemFunction(torch.autograd.Function):
+    """y = maxpool(relu(bn(conv(x)))), batch statistics: a network's stem.
+
+    apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) as the kernels
+    take it; window: kernel, stride, padding, (height, width) each; `states` as in `BlockFunction`.
+    Kept for backward are x, the convolution's output (at "minimal" computed again), the pooled one
+    and a byte per pixel of it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, spec: Spec, window: list[int], states: list[Any], x: Tensor, *tensors: Any
+    ) -> Tensor:
+        ((weight, norm),) = units_of(spec, tensors)
+        z = spec.kernels.convolution(x, weight, spec.geometries[0])
+        normed = Normed(z, norm, spec.kernels.statistics(z, norm.group))
+        y, index = spec.kernels.pool(normed, window)
+        states.append((normed.state, spec.kernels.count(normed)))
+        ctx.spec, ctx.window = spec, window
+        kept = None if spec.level == "minimal" else z
+        ctx.save_for_backward(x, *tensors, kept, y, index, *normed.state)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        spec: Spec = ctx.spec
+        kernels, geometry = spec.kernels, spec.geometries[0]
+        x, weight, norm_weight, norm_bias, z, y, index, *state = ctx.saved_tensors
+        tensors = (weight, norm_weight, norm_bias)
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+            window = ctx.window
+
+            def pooled(*operands: Any) -> Tensor:
+                y = formula(*operands)
+                return functional.max_pool2d(y, window[:2], window[2:4], window[4:])
+
+            return None, None, None, *differentiable(spec, x, tensors, dy, needs, pooled)
+        norm = Norm(norm_weight, norm_bias, spec.eps[0], spec.groups[0])
+        z = kernels.convolution(x, weight, geometry) if z is None else z
+        if dy.stride() != y.stride():
+            dy = torch.empty_like(y).copy_(dy)
+        g = kernels.pool_gradient(dy, y, index, z, ctx.window)
+        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), alone=True)[0]
+        dx = kernels.input_gradient(found.dx, x, weight, geometry) if needs[0] else None
+        dweight = kernels.weight_gradient(found.dx, x, weight, geometry) if needs[1] else None
+        norms = [
+            d.to(t.dtype) if need else None
+            for d, t, need in zip(found[1:], tensors[1:], needs[2:], strict=True)
+        ]
+        return None, None, None, dx, dweight, *norms
+
+
+def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
+    """maxpool(relu(bn1(conv1(x)))) of a network in training as one node of autograd's graph, or
+    None: pool what `run_stem` or torchvision's path gives."""
+    pool = model.maxpool
+    if call_reason(x) is not None or not pooling.is_plain(pool):
+        return None
+    parts = take_apart(model, STEM)
+    if isinstance(parts, str) or not units_pay(parts, x):
+        return None
+    prepared = prepare(model, STEM, parts, x)
+    if prepared is None or not prepared.spec.kernels.pools:
+        return None
+    (conv, _), geometry = parts.pairs[0], prepared.spec.geometries[0]
+    between = output_shape(x.shape, conv.weight.shape, *geometry)
+    window = [n for sizes in pooling.window(pool) for n in sizes]
+    if between is None or pooling.pool_shape(pool, between) is None or window[0] * window[1] > 256:
+        return None
+    states: list[Any] = []
+    y = StemFunction.apply(prepared.spec, window, states, prepared.enter(x), *prepared.tensors())
+    prepared.track(states)
+    return y
+
+
+def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
+    """relu(bn1(conv1(x))) of a network by a fused path, or None: run torchvision's."""
+    if call_reason(x, model.training) is not None:
+        return None
+    parts = take_apart(model, STEM)
+    if isinstance(parts, str) or not units_pay(parts, x):
+        return None
+    # A network goes on from its stem in the layout that its blocks compute in.
+    prepared = prepare(model, STEM, parts, x)
+    return run_unit(*parts.pairs[0], x, None, True) if prepared is None else prepared.run(x)
+
+
+def stem_and_pool(model: Any, x: Tensor) -> Tensor:
+    """A network's stem, and pooling where it has some, by whichever path takes them."""
+    pool = model._modules.get("maxpool")
+    y = None if pool is None else run_pooled_stem(model, x)
+    if y is None:
+        y = run_stem(model, x)
+        y = model.relu(model.bn1(model.conv1(x))) if y is None else y
+        y = y if pool is None else pool(y)
+    return y

@@ -1,0 +1,33 @@
+"""What makes calling a module do more than its class's forward."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Registered by torch.nn.modules.module.register_module_forward_hook and the like, for every module.
+GLOBAL_HOOKS = [
+    getattr(nn_module, f"_global_{kind}_hooks")
+    for kind in ("forward", "forward_pre", "backward", "backward_pre")
+]
+
+
+def has_hooks(m: nn.Module) -> bool:
+    return any(getattr(m, name) for name in HOOKS)
+
+
+def patched(m: nn.Module) -> str | None:
+    """What makes calling m more than its class's forward, or None."""
+    if has_hooks(m):
+        return "has hooks"
+    if "forward" in m.__dict__:
+        return "has its forward replaced"
+    return None
+
+
+def is_fsdps(m: nn.Module) -> bool:
+    """Whether FSDP gathers m's parameters for every forward. It does so without moving their
+    version counters, and often at the same address: nothing made from them can be cached."""
+    return "_is_fsdp_managed_module" in m.__dict__

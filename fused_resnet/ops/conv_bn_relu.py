@@ -1,0 +1,320 @@
+"""conv_bn_relu: convolution, inference batch normalisation as one multiply-add, residual, ReLU.
+
+y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_resnet import layout
+from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels import cache, registry
+from fused_resnet.kernels.convolution import BOUND_LIMIT, max_abs
+from fused_resnet.kernels.dispatch import conv_dtype, conv_kind
+
+from .checks import check_channel, check_same, check_x, describe, pair, require
+from .library import LIBRARY, in_transform, per_channel, register
+
+
+def conv_bn_relu_reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    relu: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution, inference batch normalisation as one multiply-add, residual, ReLU.
+
+    y = relu(conv(x, weight) * scale[k] + shift[k] + residual),
+    scale = bn.weight / sqrt(running_var + eps),   shift = bn.bias - running_mean * scale
+
+    x: (N, C, H, W); weight: (K, C/groups, R, S); scale, shift: (K,) float32, float64 for float64
+    x; residual: (N, K, P, Q) of x's dtype, or None. Returns (N, K, P, Q) in x's dtype; sums are
+    kept in float32 and the result is rounded once.
+    Source: Ioffe and Szegedy 2015, section 3.1 (inference), folded as in Jacob et al. 2018, 3.2.
+    """
+    acc = accumulate_dtype(x.dtype)
+    y = F.conv2d(
+        x.to(acc), weight.to(acc), None, tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    y = y * per_channel(scale.to(acc)) + per_channel(shift.to(acc))
+    if residual is not None:
+        y = y + residual.to(acc)
+    if relu:
+        y = y.relu()
+    return y.to(x.dtype)
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution, inference batch normalisation as one multiply-add, residual, ReLU.
+
+    y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
+    scale = bn.weight / sqrt(running_var + eps),   shift = bn.bias - running_mean * scale
+
+    x: (N, C, H, W); weight: (K, C/groups, R, S) of x's dtype (float32, float16, bfloat16, float64);
+    scale, shift: (K,) floating, best float32; residual: (N, K, P, Q) of x's dtype, or None.
+    stride, padding, dilation in pixels. Returns (N, K, P, Q) in x's dtype and layout; sums are kept
+    in float32 (float64 for float64). Differentiable to any order in all five tensors.
+    Raises RuntimeError that names the argument for wrong shapes, dtypes, devices and sizes.
+    Source: Ioffe and Szegedy 2015, section 3.1; Jacob et al. 2018, section 3.2.
+    """
+    pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
+    geometry: Any = (*(pair("conv_bn_relu", name, v) for name, v in pairs), groups)
+    if in_transform():
+        conv_shape(x, weight, scale, shift, residual, *geometry)
+        return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
+    return torch.ops.fused_resnet.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+
+
+def conv_shape(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> list[int]:  # fmt: skip
+    """The output's shape (N, K, P, Q); raises where the arguments do not fit together."""
+    op = "conv_bn_relu"
+    check_x(op, x)
+    require(
+        weight.dim() == 4,
+        op,
+        f"weight must be 4-D (K, C/groups, R, S), got shape {tuple(weight.shape)}",
+    )
+    require(
+        weight.dtype == x.dtype and weight.device == x.device,
+        op,
+        f"weight must be {str(x.dtype)[6:]} on {x.device} as x is, got {describe(weight)}",
+    )
+    K, C_per_group, R, S = weight.shape
+    N, C, H, W = x.shape
+    require(
+        groups > 0 and C_per_group * groups == C and K % groups == 0,
+        op,
+        f"weight of shape {tuple(weight.shape)} with groups={groups} takes "
+        f"{C_per_group * groups} input channels, but x has {C} (shape {tuple(x.shape)})",
+    )
+    check_channel(op, "scale", scale, x, K)
+    check_channel(op, "shift", shift, x, K)
+    for name, values, least in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
+    ):  # fmt: skip
+        require(min(values) >= least, op, f"{name} must be at least {least}, got {tuple(values)}")
+    sizes = []
+    for axis, size, kernel, s, p, d in zip(
+        "HW", (H, W), (R, S), stride, padding, dilation, strict=True
+    ):
+        extent = d * (kernel - 1) + 1
+        require(
+            size + 2 * p >= extent and size > 0,
+            op,
+            f"{axis} of x must be positive and, padded, at least the kernel's extent: got "
+            f"{size} + 2*{p} for an extent of {extent}",
+        )
+        sizes.append((size + 2 * p - extent) // s + 1)
+    shape = [N, K, *sizes]
+    check_same(op, "residual", residual, x, shape)
+    return shape
+
+
+def _conv_fused(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    arguments = (x, weight, scale, shift, residual, relu, *geometry)
+    device = x.device.type
+    dtype = conv_dtype(x.dtype, device)
+    kind = None
+    if dtype is not None and x.numel() > 0:
+        kind = conv_kind(weight.shape, dtype, geometry[2], geometry[3], device)
+    if kind is None or dtype is None:
+        return conv_bn_relu_reference(*arguments)
+    conv = cache.kept(kind, weight, scale, shift, dtype, *geometry)
+    if conv.needs_bound:
+        added = 0.0 if residual is None else max_abs(residual)
+        if not conv.bound(max_abs(x)) + added <= BOUND_LIMIT:
+            return conv_bn_relu_reference(*arguments)
+    last = torch.channels_last
+    if not conv.takes_any:
+        x = x.to(dtype).contiguous(memory_format=last)
+    if residual is not None:
+        residual = residual.to(dtype).contiguous(memory_format=last)
+    return conv.run(x, residual, relu).to(weight.dtype)
+
+
+def _conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    shape = conv_shape(x, weight, scale, shift, residual, *geometry)
+    backend = registry.choose("conv_bn_relu", x.device.type)
+    run = conv_bn_relu_reference if backend == "reference" else _conv_fused
+    y = run(x, weight, scale, shift, residual, relu, *geometry)
+    return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
+
+
+def _conv_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    shape = conv_shape(x, weight, scale, shift, residual, *geometry)
+    return layout.empty(shape, x, layout.memory_format(x))
+
+
+def _conv_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, shift, _residual, ctx.relu, *ctx.geometry = inputs
+    # Asked here: a backward may run on another thread, where nothing is forced.
+    ctx.triton = registry.forced() == "triton" and x.dtype != torch.float64
+    ctx.save_for_backward(x, weight, scale, shift, output if ctx.relu else None)
+
+
+def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """With g = dy * (y > 0) and dW' the weight gradient of the convolution by g:
+
+    dx = conv_transpose(g, weight * scale),   dweight = dW' * scale[k],   dresidual = g
+    dscale[k] = <dW'[k], weight[k]>,   dshift[k] = sum g[:, k]
+    so the convolution's own output need not be saved.
+    """
+    x, weight, scale, shift, y = ctx.saved_tensors
+    need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
+    g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy
+    rest = (None,) * 5
+    if torch.is_grad_enabled():
+        # Somebody wants to differentiate this backward: write it in differentiable operations.
+        needs = (need_x, need_weight, need_scale, need_shift)
+        wanted = [t for t, n in zip((x, weight, scale, shift), needs, strict=True) if n]
+        grads: Iterator[Any] = iter(())
+        if wanted:
+            again = conv_bn_relu_reference(x, weight, scale, shift, None, False, *ctx.geometry)
+            grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
+        return (*(next(grads) if n else None for n in needs), g if need_residual else None, *rest)
+    dx = dweight = dscale = dshift = None
+    acc = accumulate_dtype(x.dtype)
+    gain = scale.to(acc).view(-1, 1, 1, 1)
+
+    def convolution_backward(w: Tensor, mask: list[bool]) -> tuple[Any, ...]:
+        if ctx.triton:
+            ops = torch.ops.fused_resnet
+            return ops.convolution_backward_triton(g, x, w, *ctx.geometry, mask)
+        stride, padding, dilation, groups = ctx.geometry
+        return torch.ops.aten.convolution_backward(
+            g, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
+        )
+
+    if need_x:
+        scaled = (weight.to(acc) * gain).to(weight.dtype)
+        dx = convolution_backward(scaled, [True, False, False])[0]
+    if need_weight or need_scale:
+        raw = convolution_backward(weight, [False, True, False])[1].to(acc)
+        dweight = (raw * gain).to(weight.dtype) if need_weight else None
+        dscale = (raw * weight.to(acc)).sum((1, 2, 3)).to(scale.dtype) if need_scale else None
+    if need_shift:
+        dshift = g.sum((0, 2, 3), dtype=acc).to(shift.dtype)
+    return dx, dweight, dscale, dshift, g if need_residual else None, *rest
+
+
+def _conv_backward_triton(
+    g: Tensor, x: Tensor, weight: Tensor, *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    *sizes, mask = geometry
+    dx, dweight = _conv_backward_fake(g, x, weight, *geometry)
+    if g.numel() == 0:
+        return dx.zero_(), dweight.zero_()
+    kernels = registry.kernels("triton", x.device.type)
+    if mask[0]:
+        found = kernels.convolution_dx(g, weight, x.shape, *sizes)
+        if found is None:
+            stride, padding, dilation, groups = sizes
+            found = torch.ops.aten.convolution_backward(
+                g, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
+                [True, False, False],
+            )[0]  # fmt: skip
+        dx = layout.like(found, dx)
+    if mask[1]:
+        dweight = kernels.convolution_dweight(g, x, weight.shape, *sizes)
+    return dx, dweight
+
+
+def _conv_backward_fake(
+    g: Tensor, x: Tensor, weight: Tensor, *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    mask = geometry[-1]
+    _, C, R, S = weight.shape
+    strides = (R * S * C, 1, S * C, C)
+    return (
+        layout.empty_like(layout.dense(x)) if mask[0] else x.new_empty(0),
+        weight.new_empty_strided(weight.shape, strides, dtype=torch.float32)
+        if mask[1]
+        else weight.new_empty(0),
+    )
+
+
+def _conv_autocast(device_type: str) -> Callable[..., Tensor]:
+    """As autocast treats convolutions: float32 operands become its dtype; scale and shift stay."""
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+
+    def run(
+        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Any, *rest: Any
+    ) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+
+        def cast(t: Any) -> Any:
+            narrow = t is not None and t.is_floating_point() and t.dtype != torch.float64
+            return t.to(dtype) if narrow else t
+
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return torch.ops.fused_resnet.conv_bn_relu(
+                cast(x), cast(weight), scale, shift, cast(residual), *rest
+            )
+
+    return run
+
+
+register(
+    "conv_bn_relu(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, bool relu,"
+    " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    _conv_bn_relu, _conv_fake, _conv_save, _conv_grad,
+)  # fmt: skip
+# The convolution's gradients by the Triton kernels: an op of their own, so that a compiler's graph
+# holds what eager runs.
+register(
+    "convolution_backward_triton(Tensor g, Tensor x, Tensor weight, SymInt[2] stride, "
+    "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] mask) -> (Tensor, Tensor)",
+    _conv_backward_triton, _conv_backward_fake,
+)  # fmt: skip
+for _device in ("cpu", "cuda"):
+    LIBRARY.impl("conv_bn_relu", _conv_autocast(_device), f"Autocast{_device.upper()}")

@@ -1,0 +1,23 @@
+"""The passes of a training step by the registered ops, on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_resnet.kernels.training.protocol import Passes
+
+
+class Portable(Passes):
+    """Convolutions by PyTorch, norms by whichever provider serves the ops."""
+
+    def bn_add_relu(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        eps: float, relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        return torch.ops.fused_resnet.bn_add_relu(x, weight, bias, residual, eps, relu)
+
+    def bn_add_relu_backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.fused_resnet.bn_add_relu_backward(*arguments)
