@@ -1,6 +1,7 @@
 # make demo    the main job on photographs: parity, images/s, plot (IMAGES=DIR for your own)
-# make test    build, then run the tests (PYTEST_ARGS="-n 2 -k parity")
-# make lint    ruff, clang-format, mypy
+# make quick   build, then the tests that find most faults, in under 90 s
+# make test    build, then run the tests (PYTEST_ARGS="-k parity"; JOBS=1: in one process)
+# make lint    ruff, clang-format, mypy, import-linter
 # make bench   ops, peers, training and the whole family into benchmarks/results, then the tables
 # make tables  the tables of README.md and benchmarks/RESULTS.md, and plots, from the results
 # make build   .venv with the pinned requirements and the package in it, editable
@@ -11,6 +12,7 @@ VENV ?= .venv
 IMAGES ?=
 OUT ?= build/demo
 PYTEST_ARGS ?=
+JOBS ?= auto
 RESULTS := benchmarks/results
 
 # Every file that the build reads, in all folders of csrc/.
@@ -26,7 +28,7 @@ export FUSED_RESNET_CUDA
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint bench tables clean
+.PHONY: help build demo quick test lint bench tables clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -40,7 +42,13 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 	$(PY) -m pip install --requirement requirements-dev.txt
 	@touch $@
 
+# The log has all output of the compilers; shown are one line per file and the messages of setup.py.
 $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCES)
+	@mkdir -p build
+	@echo "compiling (log: build/compile.log)"
+	@PYTHONUNBUFFERED=1 $(PY) setup.py build_ext --inplace 2>&1 | tee build/compile.log | \
+	  sed -un -e 's|^\(\[[0-9/]*\]\) .* -c [^ ]*/\(csrc/[^ ]*\) .*|\1 \2|p' -e '/^fused_resnet:/p' || \
+	  { tail -n 40 build/compile.log; exit 1; }
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from fused_resnet.kernels import native; print("build:", native.load() or "native kernels")'
 	@touch $@
@@ -50,14 +58,26 @@ build: $(VENV)/build.stamp
 demo: build
 	$(VENV)/bin/fused-resnet demo --out "$(OUT)" $(if $(IMAGES),--images "$(IMAGES)")
 
+# The tests that detect most mutations, without those that take long in an interpreter.
+QUICK := tests/house tests/mutations tests/fusion tests/graphs tests/models/test_cifar.py tests/ops \
+  tests/kernels/cpu/test_block_ops.py tests/kernels/cpu/test_gradient_sums.py \
+  tests/kernels/cpu/test_train_convolution.py
+PYTEST := $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
+
+quick: build
+	$(PYTEST) -m "not large" $(QUICK) \
+	  -k "not triton and not emulated and not reference and not sync and not compile and not packaging" \
+	  $(PYTEST_ARGS)
+
 test: build
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PYTEST) -m "not large" $(PYTEST_ARGS)
 
 lint: $(VENV)/requirements.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
 
 bench: build
 	for op in add_relu bn_add_relu conv_bn_relu; do \

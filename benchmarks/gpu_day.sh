@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# Everything to be known on a machine with an NVIDIA GPU, the most important first:
+# Build, test and measure on a machine with an NVIDIA GPU, the most important sections first:
 #
 #     bash benchmarks/gpu_day.sh [--dry-run] [--seconds N] OUT [SECTION...]
 #     bash benchmarks/gpu_day.sh --list
 #
-# Builds for the GPU that is there, checks the kernels on it, measures. Each section has a time limit
-# and its own folder OUT/SECTION with a log and results; OUT/summary.txt has one line for each, its
-# exit status (124: out of time) and seconds. A section that fails stops no other. Run again, it
-# passes over what has passed before; sections that are named are run in any case. --seconds: stop
-# after so many in all. Needs no network; PYTHON is the interpreter to use.
-# Exit status: 0 when all passed, 1 when one did not, 2 where nothing can be run.
+# Builds for the available GPU, tests the kernels on it, measures. Each section has a time limit and
+# a folder OUT/SECTION with its log and results; OUT/summary.txt has a line per section with its exit
+# status (124: timeout) and seconds. A failing section does not stop the others. A repeated run skips
+# sections that have passed; sections named on the command line always run. --seconds: total time
+# limit. Needs no network; PYTHON is the interpreter to use.
+# Exit status: 0 if all passed, 1 if one failed, 2 if nothing can be run.
 
 # shellcheck disable=SC2329 # sections are called by their names
 set -uo pipefail
 
-# name, seconds at most, what it is
+# name, time limit in seconds, description
 SECTIONS="
-build         540  build for this GPU alone, and what is there
+build         540  build for this GPU only, and print information about it
 device-tests  300  the CUDA kernels' tests on this GPU: ops, every tile, the stem, 250 repeats
-ops           300  ops of ResNet-50, bfloat16, batch 256, against their peers and the limits
-resnet50      280  ResNet-50 in eager and by this package, with and without a CUDA graph
-parity        240  ResNet-50 and 18 against float64, layer by layer
+ops           300  ops of ResNet-50, bfloat16, batch 256, against other contenders and the limits
+resnet50      280  ResNet-50, eager and fused, with and without a CUDA graph
+parity        240  ResNet-50 and 18 against float64, by layer
 tune          580  the fastest tile of every convolution of ResNet-50, bfloat16, batch 256
-ops-tuned     480  the ops again, with every tile and torch.compile
-resnet50-peers 580 ResNet-50 beside torch.compile (max-autotune, CUDA graphs), batch 256
+ops-tuned     480  ops after tuning, with every tile and torch.compile
+resnet50-peers 580 ResNet-50 and torch.compile (max-autotune, CUDA graphs), batch 256
 peers         580  the same for ResNet-18, and for batch 1
 tests         580  the whole test suite
-sanitizer     580  compute-sanitizer's four tools over every kernel
+sanitizer     580  compute-sanitizer's four tools on every kernel
 batches       580  other batches and dtypes
 train         580  training: steps of ResNet-50 and 18, gradients of the convolutions
 ncu           400  Nsight Compute's counters of the heaviest kernels
@@ -64,12 +64,12 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 export PYTHON PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-# Where `tune` keeps its winners and what follows finds them, whatever OUT is; copied to OUT/tuned.
+# Cache of the winners of `tune` for later sections, independent of OUT; copied to OUT/tuned.
 export XDG_CACHE_HOME="$ROOT/build/gpu_day-cache"
 CPUS=$(nproc 2>/dev/null || echo 4)
 
 failed=0
-# Says a command and runs it; a failure is remembered and the section goes on.
+# Print and run a command; record a failure and continue.
 run() {
   printf '+'
   printf ' %q' "$@"
@@ -78,7 +78,7 @@ run() {
   "$@" </dev/null || { local rc=$?; echo "exit status $rc"; failed=1; return "$rc"; }
 }
 
-# The GPU's compute capability, 9.0 for Hopper; empty where there is no GPU.
+# The compute capability of the GPU, e.g. 9.0 for Hopper; empty without a GPU.
 capability() {
   local found
   found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d ' ')
@@ -89,19 +89,19 @@ if torch.cuda.is_available(): print("{}.{}".format(*torch.cuda.get_device_capabi
   esac
 }
 
-# Test files, each in a process of its own: one that breaks the GPU's context breaks no other.
-# (--foreground keeps them in the section's process group, which its time limit ends.)
+# Run each test file in its own process, so that a corrupted CUDA context affects only that file.
+# (--foreground keeps them in the process group of the section, which its time limit kills.)
 # tests_of PROCESSES SECONDS FOLDER FILE... -- PYTEST_ARGUMENT...
 tests_of() {
   local processes=$1 seconds=$2 folder=$3 files=()
   shift 3
   while [ "$1" != -- ]; do files+=("$1"); shift; done
   shift
-  # shellcheck disable=SC2016 # $1 and the rest are the inner shell's
+  # shellcheck disable=SC2016 # expanded by the inner shell
   local one='name=${1#tests/}; name=${name%.py}; name=${name//\//-}; file=$1; folder=$2; seconds=$3; shift 3
     timeout --foreground -k 10 "$seconds" "$PYTHON" -m pytest -q -rfE --tb=short -p no:cacheprovider \
       --junitxml="$folder/$name.xml" "$file" "$@" >"$folder/$name.log" 2>&1
-    rc=$?; [ $rc -eq 5 ] && rc=0 # no test chosen
+    rc=$?; [ $rc -eq 5 ] && rc=0 # no test selected
     echo "$rc $name: $(tail -1 "$folder/$name.log")"
     tail -c 60000 "$folder/$name.log" >"$folder/$name.part" && mv "$folder/$name.part" "$folder/$name.log"
     [ $rc -eq 0 ]'
@@ -126,16 +126,16 @@ cli() { run "$PYTHON" -m fused_resnet.cli "$@"; }
 section_build() {
   local arch
   arch=$(capability)
-  [ "$arch" = 9.0 ] && arch=9.0a # wgmma and TMA are in the architecture-specific set
+  [ "$arch" = 9.0 ] && arch=9.0a # wgmma and TMA require the architecture-specific target
   [ -n "$arch" ] || arch=unknown
   run env TORCH_CUDA_ARCH_LIST="$arch" MAX_JOBS="$CPUS" FUSED_RESNET_CUDA=1 FUSED_RESNET_NATIVE=1 \
     "$PYTHON" setup.py build_ext --inplace || return 1
   run nvidia-smi
   run "$PYTHON" -c 'import fused_resnet as fr, json, sys
-from fused_resnet.kernels import backends, native
+from fused_resnet.kernels import native, registry
 json.dump({**fr.info(), "kernels": native.kernels()}, open(sys.argv[1], "w"), indent=1, default=str)
 print(native.build_info())
-missing = [backends.missing(op, "native", "cuda") for op in backends.OPS]
+missing = [registry.missing(op, "native", "cuda") for op in registry.OPS]
 sys.exit("\n".join(filter(None, missing)) or None)' "$1/info.json"
   cli info
 }
@@ -147,7 +147,7 @@ section_device-tests() {
 }
 
 section_ops() {
-  # First those that compile nothing.
+  # First the contenders that need no compilation.
   ops --op conv_bn_relu bn_add_relu add_relu --contender native cudnn unfused \
     --rounds 15 --out "$1" --name gpu_ops
   ops --op conv_bn_relu bn_add_relu add_relu --contender fused native triton unfused \
@@ -198,12 +198,12 @@ section_tests() {
 section_sanitizer() {
   local tool
   if ! command -v compute-sanitizer >/dev/null && [ -z "$DRY" ]; then
-    echo "skipped: there is no compute-sanitizer here"
+    echo "skipped: no compute-sanitizer installed"
     return 0
   fi
   for tool in memcheck racecheck synccheck initcheck; do
-    # Every tensor in memory of its own, so that an access beyond it shows. (Not --foreground: the
-    # process that is watched must end with the one that watches.)
+    # Without the caching allocator every tensor is a separate allocation, so out-of-bounds accesses
+    # are detected. (Not --foreground: the checked process must end with the sanitizer.)
     run env PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 140 \
       compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 20 \
       "$PYTHON" -m tests.kernels.cuda.sanitizer_list --device cuda
@@ -246,12 +246,12 @@ section_train() {
 section_ncu() {
   if [ -z "$DRY" ]; then
     if ! command -v ncu >/dev/null; then
-      echo "skipped: there is no ncu here"
+      echo "skipped: no ncu installed"
       return 0
     fi
     if ncu --metrics gpu__time_duration.sum -c 1 "$PYTHON" -c 'import torch
 torch.ones(9, device="cuda")' 2>&1 | grep ERR_NVGPUCTRPERM; then
-      echo "skipped: the GPU's counters are not permitted here"
+      echo "skipped: no permission for GPU performance counters"
       return 0
     fi
   fi
@@ -272,7 +272,7 @@ if [ -n "$INSIDE" ]; then
   exit "$failed"
 fi
 
-# One line per section in OUT/summary.txt, the latest.
+# Write the line of a section in OUT/summary.txt, replacing an earlier one.
 note() {
   local line
   line=$(printf '%-15s %3d %5d' "$1" "$2" "$3")
@@ -284,13 +284,13 @@ chosen=("$@")
 for name in "${chosen[@]+"${chosen[@]}"}"; do
   names | grep -qx -e "$name" || { echo "gpu_day.sh: no section $name; see --list" >&2; exit 2; }
 done
-again=1
+forced=1
 if [ ${#chosen[@]} -eq 0 ]; then
-  again=""
+  forced=""
   mapfile -t chosen < <(names)
 fi
 if [ -z "$DRY" ] && [ -z "$(capability)" ]; then
-  echo "gpu_day.sh: neither nvidia-smi nor torch finds a GPU here" >&2
+  echo "gpu_day.sh: neither nvidia-smi nor torch finds a GPU" >&2
   exit 2
 fi
 
@@ -302,8 +302,8 @@ for name in "${chosen[@]}"; do
     GPU_DAY_DRY=1 bash "$HERE" --inside "$OUT" "$name"
     continue
   fi
-  # The build is checked every time: it takes seconds where nothing has changed.
-  if [ -z "$again" ] && [ "$name" != build ] &&
+  # The build always runs: it takes seconds if nothing has changed.
+  if [ -z "$forced" ] && [ "$name" != build ] &&
     grep -Eq "^$name +0 " "$OUT/summary.txt" 2>/dev/null; then
     echo "== $name: passed before"
     continue

@@ -1,10 +1,10 @@
-"""What pytest's junit files in a folder say, as one small FOLDER/tests.json in their place.
+"""Replace pytest's junit files in a folder by one summary, FOLDER/tests.json.
 
     python benchmarks/junit_summary.py FOLDER
 
-Counts for each file, the reasons of skips, and the first lines of every failure. A file that is
-missing or cut short is one whose process did not come to its end; its log says where. Exit status
-1 for any failure, and where no test has passed at all.
+The summary has counts for each file, the reasons of skips, and the start of every failure message.
+A missing or truncated file means that the process did not finish; its log shows where. Exit status
+1 if any test failed, or if none passed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from fused_resnet.bench.harness import write_json
 
-FIRST = 600  # characters of a failure's message
-MOST = 60  # failures of one file
+MAX_CHARACTERS = 600  # of a failure message
+MAX_FAILURES = 60  # per file
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -27,30 +27,32 @@ def summary(path: Path) -> dict[str, Any]:
     failures = []
     for case in tree.parse(path).iter("testcase"):
         kinds = {child.tag: child for child in case}
-        found = next((kind for kind in ("failure", "error", "skipped") if kind in kinds), "passed")
-        counts[found] += 1
-        message = "" if found == "passed" else kinds[found].get("message", "")
-        if found == "skipped":
+        outcome = next(
+            (kind for kind in ("failure", "error", "skipped") if kind in kinds), "passed"
+        )
+        counts[outcome] += 1
+        message = "" if outcome == "passed" else kinds[outcome].get("message", "")
+        if outcome == "skipped":
             skipped[message[:200]] += 1
-        elif found != "passed":
-            failures.append({"name": case.get("name"), "message": message[:FIRST]})
-    return {**counts, "skipped because": skipped, "failures": failures[:MOST]}
+        elif outcome != "passed":
+            failures.append({"name": case.get("name"), "message": message[:MAX_CHARACTERS]})
+    return {**counts, "skipped because": skipped, "failures": failures[:MAX_FAILURES]}
 
 
 def main() -> int:
     folder = Path(sys.argv[1])
-    found: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for log in sorted(folder.glob("test_*.log")):
         path = log.with_suffix(".xml")
         try:
-            found[log.stem] = summary(path)
+            files[log.stem] = summary(path)
             path.unlink()
         except (OSError, tree.ParseError) as error:
-            found[log.stem] = {"error": 1, "did not come to its end": str(error)}
-    write_json(found, folder / "tests.json")
-    bad = [name for name, each in found.items() if each.get("failure") or each.get("error")]
-    passed = sum(each.get("passed", 0) for each in found.values())
-    print(f"{len(found)} files, {passed} tests passed; with failures: {', '.join(bad) or 'none'}")
+            files[log.stem] = {"error": 1, "did not come to its end": str(error)}
+    write_json(files, folder / "tests.json")
+    bad = [name for name, each in files.items() if each.get("failure") or each.get("error")]
+    passed = sum(each.get("passed", 0) for each in files.values())
+    print(f"{len(files)} files, {passed} tests passed; with failures: {', '.join(bad) or 'none'}")
     return int(bool(bad) or not passed)
 
 

@@ -1,12 +1,12 @@
-"""Makes the tables of README.md and benchmarks/RESULTS.md, and a plot beside every whole-model
+"""Generate the tables of README.md and benchmarks/RESULTS.md, and a plot for every whole-model
 results file, from benchmarks/results/*.json.
 
     python benchmarks/plot.py            write them
-    python benchmarks/plot.py --check    exit 1 where a table is not up to date
+    python benchmarks/plot.py --check    exit 1 if a table is outdated
 
-A table stands between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is the first
-part of a results file's name, <bench>-<device>; of several torch versions the latest date is shown.
-Nothing in such a table is ever typed in: a cell without a measurement says "not yet measured".
+A table is between `<!-- table:NAME -->` and `<!-- /table -->`. NAME is the first part of the name
+of a results file, <bench>-<device>; of several torch versions the latest date is shown.
+Tables must not be edited by hand; a cell without a measurement reads "not yet measured".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MARKED = re.compile(
     re.DOTALL,
 )
 
-# The cells a whole-model table has, measured or not: models and contenders for each bench.
+# Models and contenders of each whole-model table, measured or not.
 EXPECTED: dict[str, tuple[Sequence[str], Sequence[str]]] = {
     "demo": (("resnet18", "resnet50"), ("eager", "eager-channels_last", "compile", "fused")),
     "peers": (
@@ -71,7 +71,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def make_table(name: str, content: dict[str, Any] | None) -> str:
-    """The markdown of table NAME from its results, or with every cell missing."""
+    """The markdown of table NAME from its results; without results every cell is missing."""
     if content is not None and content.get("bench") == "depth":
         return depth_text(content, depth_report.error_table)
     if content is not None and "accuracy" in content:
@@ -94,7 +94,7 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
 
 
 def depth_text(content: dict[str, Any] | None, section: Callable[[dict[str, Any]], str]) -> str:
-    """A section of `fused-resnet depth`'s report."""
+    """A section of the report of `fused-resnet depth`."""
     if content is None:
         return f"{MISSING}\n"
     return (
@@ -106,41 +106,41 @@ def depth_text(content: dict[str, Any] | None, section: Callable[[dict[str, Any]
 
 def accuracy_table(content: dict[str, Any]) -> str:
     """accuracy.py: test accuracy by seed."""
-    found = content["accuracy"]
-    seeds = [f"seed {i}" for i in range(len(found["stock"]))]
+    accuracy = content["accuracy"]
+    seeds = [f"seed {i}" for i in range(len(accuracy["stock"]))]
     rows = [
-        [kind, *(f"{a:.2%}" for a in found[kind]), f"{statistics.fmean(found[kind]):.2%}"]
+        [kind, *(f"{a:.2%}" for a in accuracy[kind]), f"{statistics.fmean(accuracy[kind]):.2%}"]
         for kind in ("stock", "fused")
     ]
     text = (
-        f"{found['model']} on scikit-learn's digits, {found['epochs']} epochs; torch "
+        f"{accuracy['model']} on scikit-learn's digits, {accuracy['epochs']} epochs; torch "
         f"{content['torch']}, {commit(content)}. From `{content['path'].name}`."
     )
     return f"{markdown(['test accuracy', *seeds, 'mean'], rows)}\n\n{text}\n"
 
 
 def depth_steps_table(content: dict[str, Any]) -> str:
-    """bench_depth.py: a training step of each contender, against the better eager layout."""
+    """bench_depth.py: a training step of each contender, against the faster eager layout."""
     names = list(content["steps"][0]["contenders"])
     rows = []
     for case in content["steps"]:
-        found = case["contenders"]
-        medians = {n: statistics.median(found[n]["times_ms"]) for n in names}
+        contenders = case["contenders"]
+        medians = {n: statistics.median(contenders[n]["times_ms"]) for n in names}
         eager = min((n for n in names if n.startswith("eager")), key=medians.__getitem__)
-        ratio, spread = pair_ratio(found["fused"]["times_ms"], found[eager]["times_ms"])
-        saved = found["fused-minimal"]["saved_bytes"] / found[eager]["saved_bytes"]
+        ratio, spread = pair_ratio(contenders["fused"]["times_ms"], contenders[eager]["times_ms"])
+        saved = contenders["fused-minimal"]["saved_bytes"] / contenders[eager]["saved_bytes"]
         rows.append([
             f"{case['depth']} layers, batch {case['batch']}, {case['size']} x {case['size']}",
             *(f"{medians[n]:.1f}" for n in names), f"{ratio:.2f} ± {spread / 2:.2f}",
             f"{medians['fused'] / case['depth']:.3f}", f"{saved:.3f}",
         ])  # fmt: skip
     header = ["training step, ms", *names, "fused over better eager", "fused, ms per layer",
-              "minimal saves, of eager's"]  # fmt: skip
+              "bytes saved, minimal over eager"]  # fmt: skip
     rounds = len(content["steps"][0]["contenders"]["fused"]["times_ms"])
     text = (
         f"{device_name(content)}, torch {content['torch']}, {commit(content)}: "
-        f"medians of {rounds} rounds in which the contenders, each in a process "
-        f"of its own, take turns. From `{content['path'].name}`."
+        f"medians of {rounds} interleaved rounds, each contender in a separate "
+        f"process. From `{content['path'].name}`."
     )
     return f"{markdown(header, rows)}\n\n{text}\n"
 
@@ -148,17 +148,17 @@ def depth_steps_table(content: dict[str, Any]) -> str:
 def model_table(bench: str, content: dict[str, Any] | None) -> str:
     """images/s of every contender, one row per model, batch and dtype."""
     cases = content["cases"] if content else []
-    found = {(c["model"], c["batch"], c["dtype"], c["mode"]): c for c in cases}
+    by_key = {(c["model"], c["batch"], c["dtype"], c["mode"]): c for c in cases}
     models, contenders = EXPECTED.get(bench, ((), ()))
     grid = [(m, batch, dtype, "infer") for m in models for batch in BATCHES for dtype in DTYPES]
-    keys = list(dict.fromkeys([*grid, *found]))
+    keys = list(dict.fromkeys([*grid, *by_key]))
     measured = {name for case in cases for name in case["contenders"]}
     names = list(dict.fromkeys([*contenders, *(n for c in cases for n in c["contenders"])]))
     names = [n for n in names if n != "fused"] + ["fused"]
     header = ["images/s", *names, "fused over better eager"]
     if "compile" in measured:
         header.append("fused over compile")
-    rows = [model_row(key, found.get(key), names, "compile" in measured) for key in keys]
+    rows = [model_row(key, by_key.get(key), names, "compile" in measured) for key in keys]
     return f"{markdown(header, rows)}\n\n{caption(content)}\n"
 
 
@@ -185,21 +185,20 @@ def memory_table(name: str, content: dict[str, Any] | None) -> str:
                 ),
             ]
         )
-    return f"{markdown(['MiB', 'the weights', *names], rows)}\n"
+    return f"{markdown(['MiB', 'weights', *names], rows)}\n"
 
 
 def train_memory_table(content: dict[str, Any]) -> str:
-    """What each contender's training step saves for backward and keeps alive, and its time."""
+    """Per contender: bytes that a training step saves for backward, peak live bytes, and time."""
     header = [
-        "MiB", "saved for backward", "of eager's", "live at most", "of eager's",
-        "time over full's",
+        "MiB", "saved for backward", "over eager", "peak live", "over eager", "time over full",
     ]  # fmt: skip
     rows = []
     for case in content["cases"]:
-        found = case["contenders"]
-        eager, full = found[case["better_eager"]], found["fused-full"]
-        for name in (case["better_eager"], *(n for n in found if n.startswith("fused"))):
-            row = found[name]
+        contenders = case["contenders"]
+        eager, full = contenders[case["better_eager"]], contenders["fused-full"]
+        for name in (case["better_eager"], *(n for n in contenders if n.startswith("fused"))):
+            row = contenders[name]
             pairs = [t / f for t, f in zip(row["times_ms"], full["times_ms"], strict=True)]
             rows.append(
                 [
@@ -222,13 +221,13 @@ def parity_table(content: dict[str, Any]) -> str:
         "output, fused",
         "same top-1 as stock",
         "worst tensor, fused over stock",
-        "within the rule",
+        "within tolerance",
     ]
     rows = []
     for report in content["parity"]:
         output = next(row for row in report["rows"] if row["kind"] == "output")
         worst = max(report["rows"], key=lambda row: row["ratio"])
-        kept = sum(row["ok"] for row in report["rows"])
+        passed = sum(row["ok"] for row in report["rows"])
         rows.append(
             [
                 f"{report['model']}, {report['dtype']}"
@@ -237,7 +236,7 @@ def parity_table(content: dict[str, Any]) -> str:
                 f"{output['fused']['rms']:.2e}",
                 f"{report['agreement']['fused with stock']['top1']:.0%}",
                 f"{worst['ratio']:.2f} ({worst['name']})",
-                f"{kept} of {len(report['rows'])}",
+                f"{passed} of {len(report['rows'])}",
             ]
         )
     where = processor_name(content["machine"])
@@ -246,14 +245,14 @@ def parity_table(content: dict[str, Any]) -> str:
     return (
         f"{markdown(header, rows)}\n\n{where}, torch {content['torch']}, {images} photographs, "
         f"{commit(content)}. "
-        f"From `{content['path'].name}`, made by `{command} --json FILE`.\n"
+        f"From `{content['path'].name}`, generated by `{command} --json FILE`.\n"
     )
 
 
 def resources_table(content: dict[str, Any]) -> str:
-    """One row per Triton kernel and architecture: least and most over its tiles and dtypes."""
+    """One row per Triton kernel and architecture: min and max over its tiles and dtypes."""
     header = [
-        "kernel", "sm", "compiled", "registers", "spill instructions", "shared KiB, of",
+        "kernel", "sm", "compiled", "registers", "spill instructions", "shared KiB, limit",
         "tensor core instructions, 16-bit", "16-byte loads", "16-byte stores",
     ]  # fmt: skip
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -284,7 +283,7 @@ def resources_table(content: dict[str, Any]) -> str:
 
 
 def cuda_resources_table(content: dict[str, Any]) -> str:
-    """One row per CUDA kernel and architecture: least and most over its tiles and dtypes."""
+    """One row per CUDA kernel and architecture: min and max over its tiles and dtypes."""
     header = [
         "kernel", "sm", "instances", "registers", "stack bytes", "tensor core instructions",
         "ldmatrix", "asynchronous copies", "16-byte loads", "16-byte stores",
@@ -295,7 +294,7 @@ def cuda_resources_table(content: dict[str, Any]) -> str:
         groups.setdefault((row["name"].split("<")[0], row["arch"]), []).append(row)
     rows = []
     for (kernel, arch), found in sorted(groups.items()):
-        if max(row["instructions"] for row in found) > 32:  # else it is a trap
+        if max(row["instructions"] for row in found) > 32:  # else a stub that only traps
             cells = (span(found, key) for key in keys)
             rows.append([kernel.removesuffix("_kernel"), arch, str(len(found)), *cells])
     slowest = max(content["files"], key=lambda f: f["compile_s"])
@@ -319,7 +318,7 @@ def commit(content: dict[str, Any]) -> str:
 
 
 def cost_table(content: dict[str, Any]) -> str:
-    """The predicted cost of each layer; nothing in it is a measurement."""
+    """The predicted cost of each layer, not measured."""
     layers = content["layers"]
     rows = [[str(row["layer"]), *(number(v) for v in list(row.values())[1:])] for row in layers]
     gpu = content["gpu"]
@@ -352,7 +351,7 @@ def model_row(
 
 
 def missing(case: dict[str, Any] | None, name: str) -> str:
-    """Why a cell is empty: the contender cannot run the case, or nobody has measured it."""
+    """Text of an empty cell: the contender does not support the case, or it was not measured."""
     reason = case["skipped"].get(name, "") if case else ""
     return "-" if "has no " in reason or " only" in reason else MISSING
 
@@ -374,8 +373,8 @@ def caption(content: dict[str, Any] | None) -> str:
     rounds = [case["rounds"] for case in content["cases"]]
     return (
         f"{device_name(content)}, torch {content['torch']}, {commit(content)}: "
-        f"medians of {min(rounds)} to {max(rounds)} rounds in which the contenders "
-        f"take turns, speed-ups pair by pair with half their interquartile range. "
+        f"medians of {min(rounds)} to {max(rounds)} interleaved rounds, speedups "
+        f"per round with half their interquartile range. "
         f"Best matrix product in the same run: {limits}; "
         f"copy {content['limits']['copy_bytes_per_s'] / 1e9:.0f} GB/s. "
         f"From `{content['path'].name}`."
@@ -407,7 +406,7 @@ def number(value: Any) -> str:
 
 
 def fill_page(text: str, results: dict[str, dict[str, Any]]) -> str:
-    """`text` with every marked table made anew."""
+    """`text` with every marked table regenerated."""
 
     def table(match: re.Match[str]) -> str:
         name, content = match["name"], results.get(match["name"])

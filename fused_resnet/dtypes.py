@@ -1,4 +1,4 @@
-"""Dtypes: what sums are accumulated in."""
+"""The dtype in which sums are accumulated."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: float64 for float64, float32 for every narrower dtype."""
+    """The accumulation dtype: float64 for float64, float32 for every narrower dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Memory layouts: which one a tensor has, and how to bring another tensor into the same."""
+"""Memory layouts: the layout of a tensor, and conversion of another tensor to it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """channels_last or contiguous_format: what x (N, C, H, W) is, or is a view of.
+    """The layout of x (N, C, H, W), or of the tensor it is a view of: channels_last or contiguous.
 
-    A tensor that is both (one channel, or one pixel) counts as contiguous. A view that is neither
-    counts as channels_last when its channels are adjacent in memory.
+    A tensor that is both (one channel or one pixel) counts as contiguous. A view that is neither
+    counts as channels_last if its channels are adjacent in memory.
     """
     if x.is_contiguous():
         return torch.contiguous_format
@@ -24,12 +24,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def dense(x: Tensor) -> Tensor:
-    """x itself where it is dense in either layout, else a copy in the layout it is a view of."""
+    """x itself if it is dense in either layout, else a copy in the layout of `memory_format`."""
     return x.contiguous(memory_format=memory_format(x))
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """t with the strides of x, which is dense and has t's shape: t itself or a copy."""
+    """t, or a copy of it, with the strides of x, which is dense and has t's shape."""
     if t.stride() == x.stride():
         return t
     return torch.empty_strided(x.shape, x.stride(), dtype=t.dtype, device=t.device).copy_(t)
@@ -37,7 +37,7 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised tensor with exactly the strides of x, which is dense. torch.empty_like
-    rewrites those of dimensions of size one, but on fake and meta tensors only."""
+    changes the strides of dimensions of size one, but only on fake and meta tensors."""
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
@@ -47,7 +47,7 @@ def empty(
     memory_format: torch.memory_format,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """An uninitialised tensor on x's device; the strides depend on shape and layout alone."""
+    """An uninitialised tensor on x's device; its strides depend only on shape and layout."""
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format)
 
 
@@ -66,7 +66,7 @@ def channels_last_empty(shape: Sequence[int], x: Tensor) -> Tensor:
 def channels_last(t: Tensor) -> Tensor:
     """t, or a copy of it, with exactly the strides of channels_last.
 
-    PyTorch leaves the strides of dimensions of size one as they come; GPU kernels read all four.
+    PyTorch does not normalise the strides of dimensions of size one, and GPU kernels read all four.
     """
     t = t.contiguous(memory_format=torch.channels_last)
     strides = channels_last_strides(t.shape)

@@ -1,4 +1,4 @@
-"""Numerical parity as a product: `assert_parity` for your tests, `parity` for a report."""
+"""Public API of the parity checks: `assert_parity` for tests, `parity` for a report."""
 
 from .parity.report import (
     Agreement,

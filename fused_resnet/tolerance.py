@@ -1,4 +1,4 @@
-"""The one tolerance rule of the project: how far from exact a result may be."""
+"""The tolerance rule of the project: the error that a result may have."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["TOLERANCE", "Error", "Tolerance", "assert_close", "measure_error"]
 
 @dataclass(frozen=True)
 class Error:
-    """Distance of a result y from the exact e, both of any one shape.
+    """The error of a result y against the exact result e, of the same shape.
 
     max_abs = max |y - e|
-    rms     = sqrt(sum (y - e)^2) / sqrt(sum e^2), relative; absolute where e is all zero
+    rms     = sqrt(sum (y - e)^2) / sqrt(sum e^2), relative; absolute if e is all zero
     scale   = max |e|
 
-    Equal infinities and two NaNs count as no difference, any other non-finite value as infinite.
+    Equal infinities and two NaNs count as equal; any other non-finite value is an infinite error.
     """
 
     max_abs: float
@@ -29,20 +29,21 @@ class Error:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The one tolerance rule: how far from exact a result may be.
+    """The tolerance rule: the error that a result may have.
 
-    With E(y) the error of a result against float64 on the CPU, stock PyTorch's result in the same
-    dtype (for whole models the worse of its two memory layouts, which differ by up to 1.7 in
-    float32 since they sum in different orders), and u = eps(dtype) / 2 the size of one rounding:
+    E(y) is the error of a result against float64 on the CPU. stock is PyTorch's result in the same
+    dtype; for whole models, that of the less accurate of its two memory layouts, whose errors
+    differ by a factor of up to 1.7 in float32 since they sum in different orders. u =
+    eps(dtype) / 2 is the size of one rounding.
 
         allowed = factor * E(stock) + floor
         floor   = floor_max * u * max|exact|   for the largest error
         floor   = floor_rms * u                for the relative rms error
 
-    The floor is one rounding: a correctly rounded result is always inside, even where stock is
-    exact by luck (values spread over a binade have a relative rms rounding error of 0.4 u, hence
-    one half). For float64 the reference is no more exact than the result, and the floor is that
-    of a sum of `float64_terms` terms instead.
+    The floor is one rounding: a correctly rounded result always passes, even if stock happens to be
+    exact (values spread over a binade have a relative rms rounding error of 0.4 u, hence one half).
+    For float64 the reference is no more exact than the result, so the floor is that of a sum of
+    `float64_terms` terms.
     """
 
     factor: float = 2.0
@@ -55,11 +56,11 @@ class Tolerance:
         return unit * self.float64_terms if dtype == torch.float64 else unit
 
     def allowed_max(self, stock: Error, dtype: torch.dtype) -> float:
-        """Largest |y - exact| allowed, in the units of y."""
+        """The largest |y - exact| allowed, in the units of y."""
         return self.factor * stock.max_abs + self.floor_max * self._rounding(dtype) * stock.scale
 
     def allowed_rms(self, stock: Error, dtype: torch.dtype) -> float:
-        """Largest relative rms error allowed, dimensionless."""
+        """The largest relative rms error allowed, dimensionless."""
         return self.factor * stock.rms + self.floor_rms * self._rounding(dtype)
 
 
@@ -67,7 +68,7 @@ TOLERANCE = Tolerance()
 
 
 def measure_error(result: Tensor, exact: Tensor) -> Error:
-    """Error of `result` (any shape, dtype, device) against `exact` (the same shape, float64)."""
+    """The error of `result` (any shape, dtype, device) against `exact` (same shape, float64)."""
     if result.shape != exact.shape:
         raise AssertionError(f"shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     if exact.numel() == 0:
@@ -93,16 +94,16 @@ def assert_close(
     dtype: torch.dtype | None = None,
     tolerance: Tolerance = TOLERANCE,
 ) -> None:
-    """Raise AssertionError unless `result` keeps the tolerance rule, largest error and rms.
+    """Raises AssertionError unless the largest and rms errors of `result` are within tolerance.
 
-    result, stock, exact: any one shape; `exact` is float64. `dtype` is the tested dtype and
-    defaults to `result`'s (give it where a 16-bit input has a float32 result).
+    result, stock, exact: of the same shape; `exact` is float64. `dtype` is the tested dtype and
+    defaults to that of `result`; pass it if a 16-bit input has a float32 result.
     """
     dtype = dtype or result.dtype
-    mine, theirs = measure_error(result, exact), measure_error(stock, exact)
+    error, ref = measure_error(result, exact), measure_error(stock, exact)
     limits = (
-        ("largest error", mine.max_abs, theirs.max_abs, tolerance.allowed_max(theirs, dtype)),
-        ("relative rms error", mine.rms, theirs.rms, tolerance.allowed_rms(theirs, dtype)),
+        ("largest error", error.max_abs, ref.max_abs, tolerance.allowed_max(ref, dtype)),
+        ("relative rms error", error.rms, ref.rms, tolerance.allowed_rms(ref, dtype)),
     )
     for kind, got, stock_error, allowed in limits:
         if not got <= allowed:

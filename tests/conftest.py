@@ -1,6 +1,6 @@
-"""Fixtures every test file shares: device x backend, fixed seeds, poisoned memory.
+"""Fixtures for all tests: device x backend, fixed seeds, poisoned memory.
 
-The tolerance rule is `fused_resnet.tolerance`, the same that `fused-resnet parity` uses.
+The tolerance rule is `fused_resnet.tolerance`, which `fused-resnet parity` also uses.
 """
 
 from __future__ import annotations
@@ -12,29 +12,30 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before torch loads OpenMP: a thread that waits for another gives its core away. Where tests run
-# side by side, each with as many threads as there are cores, spinning takes most of the time.
+# Before torch loads OpenMP: waiting threads yield their core. When tests run in parallel, each with
+# one thread per core, spinning takes most of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
 if not torch.cuda.is_available():
-    # Without a GPU the Triton kernels run on CPU tensors, in Triton's interpreter.
+    # Without a GPU, run the Triton kernels on CPU tensors in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry
+from tests import pairwise
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 
-# The ops whose CUDA kernels run on CPU tensors too, in tests/emulator/emulator.h's machine.
+# Ops whose CUDA kernels also run on CPU tensors, in the emulator (tests/emulator/emulator.h).
 EMULATED_OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` runs over every backend there is; a module that sets OP = "add_relu" (or another
-    op) leaves out those that have no implementation of it on any device. "emulated" is added for
-    modules whose OP it has."""
+    """Parametrizes `backend` over all registered backends. A module that sets OP = "add_relu" (or
+    another op) gets only those that implement it on some device, and "emulated" for ops in
+    EMULATED_OPS."""
     if "backend" not in metafunc.fixturenames:
         return
     op = getattr(metafunc.module, "OP", None)
@@ -47,18 +48,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", names, indirect=True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-combinations", action="store_true", help="run all tests marked pairwise"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    pairwise.select(config, items)
+
+
 _GPUS = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
 
 
 @pytest.fixture(params=["cpu", *_GPUS])
 def device(request: pytest.FixtureRequest) -> str:
-    """The device a test computes on: every one there is (test_backends.py says which is not)."""
+    """The device of a test: "cpu", and "cuda" if available (test_backends.py reports if not)."""
     return request.param
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
-    """The backend that serves the ops during the test; skipped, with the reason, if not there."""
+    """The backend forced during the test; skips with the reason if it is unavailable."""
     op = getattr(request.module, "OP", None)
     if request.param == "emulated":
         request.getfixturevalue("emulator")
@@ -68,8 +79,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
     if request.param == "triton" and device == "cpu":
         request.getfixturevalue("quick_interpreter")
     try:
-        chosen = fr.use_backend(request.param)
-        with chosen:
+        with fr.use_backend(request.param):
             yield request.param
     except RuntimeError as error:
         if "use_backend" not in str(error):
@@ -79,8 +89,8 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
 
 @pytest.fixture
 def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulated CUDA kernels, built and loaded, always in the same order of threads. float32 is
-    not multiplied as TF32 then, since stock on the CPU does not either."""
+    """Builds and loads the emulated CUDA kernels, with a fixed thread order. Disables TF32, which
+    stock on the CPU does not use either."""
     if device != "cpu":
         pytest.skip("the emulator runs CUDA kernels on CPU tensors")
     if emulation.unavailable() is not None:
@@ -92,7 +102,7 @@ def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["emulated", *_GPUS])
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The raw CUDA kernels by machines.py, in the emulator and on a GPU where there is one."""
+    """Runs the raw CUDA kernels (machines.py) in the emulator and, if available, on a GPU."""
     if request.param == "cuda":
         reason = registry.missing("conv_bn_relu", "native", "cuda")
     else:
@@ -105,8 +115,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter without its check of every integer for overflow, which takes half of the
-    time; test_triton.py leaves it on."""
+    """Disables the integer overflow checks of Triton's interpreter, half of its run time;
+    test_triton.py keeps them."""
     builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
     quick = dataclasses.replace(builder.options, sanitize_overflow=False)
     monkeypatch.setattr(builder, "options", quick)
@@ -114,15 +124,15 @@ def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of every recording of a training step; on the CPU they are played ones."""
+    """The shapes of every captured training step; on the CPU the graphs are simulated."""
     from tests.graphs import recorded_steps
 
     return recorded_steps.play(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> Iterator[None]:
-    """Every test starts from one seed and leaves the global switches as it found them."""
+def reset_global_state() -> Iterator[None]:
+    """Seeds every test with 0 and restores the global settings after it."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.manual_seed(0)
@@ -134,7 +144,7 @@ def same_start() -> Iterator[None]:
 
 @pytest.fixture
 def poison() -> None:
-    """Uninitialised memory comes filled with NaN, so that an element nobody wrote shows."""
+    """Fills uninitialized memory with NaN, so that unwritten elements are detected."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()

@@ -1,11 +1,10 @@
-"""A training step of networks for small images: fused beside eager, each contender in a process of
-its own, taking turns.
+"""Benchmark of training steps of CIFAR ResNets: fused and eager, interleaved.
 
     python benchmarks/depth/bench_depth.py --out benchmarks/results [--case DEPTH,BATCH,SIZE ...]
 
-In a process of its own, because what one contender leaves behind in the allocator helps or hinders
-another (fused_resnet/bench/worker.py). A step is forward, cross entropy, backward
-and SGD, on random images. Bytes saved for backward are counted once, for every contender.
+Each contender runs in its own process, because the state of the allocator after one contender
+affects the next (fused_resnet/bench/worker.py). A step is forward, cross entropy, backward and SGD
+on random images. Bytes saved for backward are counted once per contender.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from fused_resnet.bench.harness import write_json
 from fused_resnet.bench.memory import saved_bytes
 
 CONTENDERS = ("eager", "eager-channels_last", "fused", "fused-full", "fused-minimal")
-# (depth, images, their size): the paper's setting, and scikit-learn's digits.
+# (depth, batch, image size): the setting of the paper, and scikit-learn's digits.
 CASES = ((20, 128, 32), (110, 128, 32), (110, 64, 8), (1202, 64, 8))
 
 
 def work(contender: str, depth: int, batch: int, size: int) -> None:
-    """Answers every line from standard input with the milliseconds of one step."""
+    """Print the milliseconds of one step for every line on standard input."""
     torch.manual_seed(0)
     plain = contender == "eager"
     layout = torch.contiguous_format if plain else torch.channels_last
@@ -62,7 +61,7 @@ def work(contender: str, depth: int, batch: int, size: int) -> None:
         step()
         print(json.dumps({"saved_bytes": saved_bytes(Step(forward, model))}), flush=True)
         for _ in sys.stdin:
-            step()  # caches, and memory that the host took back, are the others' until then
+            step()  # untimed: refill caches and memory that other processes used meanwhile
             print(step(), flush=True)
 
 
@@ -75,25 +74,25 @@ def measure(case: tuple[int, int, int], rounds: int, threads: int) -> dict[str, 
         )
         for name in CONTENDERS
     }  # fmt: skip
-    found: dict[str, dict[str, Any]] = {}
+    contenders: dict[str, dict[str, Any]] = {}
     try:
         for name, worker in workers.items():
-            found[name] = {**json.loads(_answer(name, worker)), "times_ms": []}
+            contenders[name] = {**json.loads(_read_line(name, worker)), "times_ms": []}
         for i in range(rounds + 1):
             for name, worker in workers.items():
                 assert worker.stdin is not None
                 print("step", file=worker.stdin, flush=True)
-                elapsed = float(_answer(name, worker))
+                elapsed = float(_read_line(name, worker))
                 if i:
-                    found[name]["times_ms"].append(elapsed)
+                    contenders[name]["times_ms"].append(elapsed)
     finally:
         for worker in workers.values():
             worker.kill()
             worker.wait()
-    return {"depth": case[0], "batch": case[1], "size": case[2], "contenders": found}
+    return {"depth": case[0], "batch": case[1], "size": case[2], "contenders": contenders}
 
 
-def _answer(name: str, worker: subprocess.Popen[str]) -> str:
+def _read_line(name: str, worker: subprocess.Popen[str]) -> str:
     assert worker.stdout is not None
     line = worker.stdout.readline()
     if not line:

@@ -1,10 +1,10 @@
-"""Test accuracy of ResNet-20 on scikit-learn's digits from several seeds, fused and stock.
+"""Test accuracy of ResNet-20 on scikit-learn's digits for several seeds, fused and stock.
 
     python benchmarks/models/accuracy.py --out benchmarks/results [--seeds 3]
 
-Both are trained by `fused-resnet train`'s loop with the same settings, order of images and
-augmentation; stock is PyTorch's own operations (`use_backend("reference")`). They differ by
-rounding alone, which training amplifies: so the measure is the spread between seeds.
+Both are trained by the loop of `fused-resnet train` with the same settings, order of images and
+augmentation; stock uses PyTorch's operations (`use_backend("reference")`). They differ only by
+rounding, which training amplifies, so differences are compared with the spread between seeds.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whole-model benchmark of the family, into benchmarks/results/resnet-<device>-torch<version>.json.
+"""Whole-model benchmark of the ResNets; writes results/resnet-<device>-torch<version>.json.
 
     python benchmarks/models/bench_resnet.py
     python benchmarks/models/bench_resnet.py --model resnet50 --mode train \
         --contender eager compile fused
 
-`fused-resnet bench` measures the same with a table and a plot; this script is the one whose
-results the README's tables are made from.
+`fused-resnet bench` measures the same and prints a table and a plot; the tables of README.md are
+generated from the results of this script.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from fused_resnet import bench
 from fused_resnet.bench.contenders import CONTENDERS
 
-# What the README shows. Compiling takes 10 to 60 s a case: only the two that people know best.
+# The models in RESULTS.md, without torch.compile, which takes 10 to 60 s per case.
 MODELS = (
     "resnet18",
     "resnet34",
@@ -46,9 +46,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     parser.add_argument("--seconds", type=float, default=6.0, help="for the rounds of one case")
-    parser.add_argument("--rounds", type=int, default=7, help="at least so many")
-    parser.add_argument("--memory", action="store_true", help="peak memory too (CPU: slow)")
-    parser.add_argument("--name", default="resnet", help="the bench's name in the file name")
+    parser.add_argument("--rounds", type=int, default=7, help="minimum number")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory (CPU: slow)")
+    parser.add_argument("--name", default="resnet", help="name of the benchmark in the file name")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
     return parser.parse_args()
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def report(event: bench.Event) -> None:
-    """One line for each finished case: the time of each contender over the better eager layout."""
+    """Print a line per finished case: time of each contender / time of the faster eager layout."""
     if event.case is None:
         return
     ratios = {

@@ -1,12 +1,12 @@
-"""add_relu against `relu_(x + residual)`: pytest-benchmark file and script.
+"""Benchmark of add_relu against `relu_(x + residual)`, as pytest-benchmark file and script.
 
     python benchmarks/ops/bench_add_relu.py --out DIR
     pytest benchmarks/ops/bench_add_relu.py
 
-The fused kernel reads two tensors and writes one; the eager pair reads three and writes two. The
-copy writes into memory that is there, as the fused kernel does with `out=`. Without it, outputs up
-to 32 MiB come from memory the allocator keeps; larger ones are mapped afresh by every call, which
-then pays for the zeroing of their pages too.
+The fused kernel reads two tensors and writes one; the eager chain reads three and writes two. The
+copy writes into an existing tensor, as the fused kernel does with `out=`. Without `out=`, outputs
+up to 32 MiB reuse memory cached by the allocator; larger ones are mapped by every call, whose time
+then includes zeroing the pages.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""bn_add_relu, forward and backward, against the eager chain: pytest-benchmark file and script.
+"""Benchmark of bn_add_relu, forward and backward, against the eager chain, for pytest or as script.
 
     python benchmarks/ops/bench_bn_add_relu.py --out DIR
     pytest benchmarks/ops/bench_bn_add_relu.py
 
-The eager chain is what torchvision's blocks run: `F.batch_norm(training=True)`, an in-place add
-and an in-place ReLU, and their backward. Bytes of the fused one, in tensors of x's size:
+The eager chain is that of torchvision's blocks: `F.batch_norm(training=True)`, in-place add,
+in-place ReLU, and their backward. Memory traffic of the fused op, in tensors of the size of x:
   forward   statistics read x; the apply pass reads x and residual, writes y                  4
   backward  the reduction reads dy, x, y, writes dresidual; apply reads dresidual, x, writes dx 7
-and without a residual 3 and 7 (the apply pass then reads dy, x, y).
+Without a residual: 3 and 7 (the apply pass then reads dy, x, y).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = {
     "layer4, batch 32": (32, 2048, 7, 7),
     "layer1, batch 32": (32, 256, 56, 56),
 }
-# What is added, dtype, memory format.
+# Whether there is a residual, dtype, memory format.
 VARIANTS = {
     "with residual": (True, torch.float32, torch.channels_last),
     "no residual": (False, torch.float32, torch.channels_last),

@@ -1,10 +1,11 @@
-"""conv_bn_relu at ResNet's layers against the eager chain: pytest-benchmark file and script.
+"""Benchmark of conv_bn_relu at ResNet's layers against the eager chain, for pytest or as script.
 
     python benchmarks/ops/bench_conv_bn_relu.py --out DIR
     pytest benchmarks/ops/bench_conv_bn_relu.py
 
-The fused convolution is the one that models of the family would use here, its weights packed once;
-the eager chain is what torchvision's blocks run: convolution, inference batch norm, in-place ReLU.
+The fused convolution is the one that the package's models use on this machine, with weights packed
+once. The eager chain is that of torchvision's blocks: convolution, inference batch norm, in-place
+ReLU.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def make_case(title: str, variant: str) -> Case:
     scale, shift, mean, var = torch.rand(4, K)  # (K,)
     geometry = ((stride, stride), (R // 2, R // 2), (1, 1), groups)
     kind = dispatch.conv_kind(weight.shape, dtype, (1, 1), groups, "cpu")
-    assert kind is not None, "no fused convolution here"
+    assert kind is not None, "no fused convolution on this machine"
     conv = kind(weight, scale, shift, dtype, *geometry)
 
     def eager() -> None:

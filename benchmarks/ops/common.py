@@ -1,9 +1,9 @@
-"""What the op benchmarks share: contenders that take turns, and the figures made from their times.
+"""Shared by the op benchmarks: interleaved timing of the contenders, and figures from the times.
 
-A case names three calls: the fused op, the eager chain it replaces, and a copy of a tensor of the
-same size, whose rate (one read and one write of every byte) is the machine's bandwidth. In every
-round each of them runs once, so that what disturbs one disturbs all; ratios are taken round by
-round, and a figure is the median over the rounds.
+A case has three calls: the fused op, the eager chain it replaces, and a copy of a tensor of the
+same size, whose rate (one read and one write of every byte) is taken as the memory bandwidth. Every
+round runs each call once, so that disturbances affect all of them; ratios are computed per round,
+and figures are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Case:
     fused: Callable[[], Any]
     eager: Callable[[], Any]
     copy: Callable[[], Any]
-    moved_bytes: int  # what the fused kernels read and write, by their own description
+    moved_bytes: int  # read and written by the fused kernels, as documented
     copied_bytes: int  # read and written by `copy`
-    operations: int | None = None  # floating-point, 2 per multiply-add, where they are the limit
+    operations: int | None = None  # floating-point, 2 per multiply-add, if compute is the limit
 
 
 def copy_of(x: torch.Tensor) -> tuple[Callable[[], Any], int]:
-    """A copy of x into memory that is already there, and the bytes it reads and writes."""
+    """A copy of x into an existing tensor, and the bytes it reads and writes."""
     target = torch.empty_like(x).copy_(x)
     return lambda: target.copy_(x), 2 * x.numel() * x.element_size()
 
@@ -50,7 +50,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def figures(case: Case, fused: list[float], eager: list[float], copy: list[float]) -> dict:
-    """Rates in GB/s (1e9 bytes), the share of the copy's rate, and the ratio to eager."""
+    """Rates in GB/s (1e9 bytes), the rate relative to the copy, and the ratio to eager."""
     rate = case.moved_bytes / statistics.median(fused)
     share, _ = pair_ratio(
         [case.moved_bytes / t for t in fused], [case.copied_bytes / t for t in copy]
@@ -71,21 +71,21 @@ def figures(case: Case, fused: list[float], eager: list[float], copy: list[float
 
 
 def under_pytest(benchmark: Any, case: Case, rounds: int = 15) -> None:
-    """Times `case.fused` as a pytest-benchmark; its peers run between the rounds."""
+    """Time `case.fused` with pytest-benchmark; eager and copy run between the rounds."""
     eager: list[float] = []
     copy: list[float] = []
 
-    def peers() -> None:
+    def run_others() -> None:
         eager.append(seconds(case.eager))
         copy.append(seconds(case.copy))
 
-    benchmark.pedantic(case.fused, setup=peers, rounds=rounds, warmup_rounds=WARM_UP)
+    benchmark.pedantic(case.fused, setup=run_others, rounds=rounds, warmup_rounds=WARM_UP)
     fused = list(benchmark.stats.stats.data)
     benchmark.extra_info |= figures(case, fused, eager[-len(fused) :], copy[-len(fused) :])
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """The same without pytest, as one entry of a pytest-benchmark file."""
+    """Time the case without pytest; returns an entry of a pytest-benchmark file."""
     calls = (case.fused, case.eager, case.copy)
     for _ in range(WARM_UP):
         for call in calls:
@@ -101,7 +101,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def main(bench: str, cases: Callable[[], Iterator[Case]]) -> None:
-    """Command line: prints a table, and with --out writes a file that plot.py reads."""
+    """Command line: print a table; with --out also write a file that plot.py reads."""
     parser = argparse.ArgumentParser(description=f"Benchmark of {bench}.")
     parser.add_argument("--out", type=Path, help="write <bench>-<device>-torch<version>.json here")
     parser.add_argument("--rounds", type=int, default=31)

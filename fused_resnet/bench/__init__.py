@@ -1,4 +1,4 @@
-"""Benchmarks: contenders that take turns, the machine's limits, memory, tables and plots."""
+"""Benchmarks: interleaved timing of contenders, machine limits, memory, tables and plots."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["Event", "collect", "pair_ratio", "run", "save", "write_json"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when used: importing fused_resnet, which takes `info` from here, stays quick."""
+    """Imports lazily, so that importing fused_resnet (which uses `info` from here) stays fast."""
     if name in __all__:
         from . import harness
 

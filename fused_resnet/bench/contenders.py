@@ -1,7 +1,7 @@
-"""Who takes part in the whole-model benchmark, each built from the same weights.
+"""The contenders of the whole-model benchmark, all with the same weights.
 
 A contender is a function that takes a `Case` and its `Data` and returns a `Step`, which runs one
-forward (mode "infer") or one training step (mode "train") per call. One that cannot run raises
+forward (mode "infer") or one training step (mode "train") per call. If it cannot run it raises
 `Unavailable` with the reason.
 """
 
@@ -47,7 +47,7 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the benchmark. dtype is a torch dtype's name, mode "infer" or "train"."""
+    """One case of the benchmark. dtype: the name of a torch dtype; mode: "infer" or "train"."""
 
     model: str
     batch: int
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass
 class Step:
-    """call() returns the logits (N, classes) or the loss; model is None for other engines."""
+    """call() returns the logits (N, classes) or the loss; model: None for other engines."""
 
     call: Callable[[], Tensor]
     model: nn.Module | None = None
@@ -85,7 +85,7 @@ class Data:
 
 
 def make_data(case: Case, seed: int = 0) -> Data:
-    """Random weights and images under `seed`; batch norm statistics made real by the images."""
+    """Random weights and images under `seed`; batch norm statistics calibrated on the images."""
     torch.manual_seed(seed)
     with stock_path():
         model = stock_model(case.model)
@@ -96,7 +96,7 @@ def make_data(case: Case, seed: int = 0) -> Data:
 
 @functools.cache
 def flops(model: str, mode: str) -> int:
-    """Floating point operations of one image (a multiply-add is two), counted by PyTorch."""
+    """Floating point operations per image (a multiply-add counts as two), counted by PyTorch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), stock_path(), FlopCounterMode(display=False) as counter:
@@ -108,10 +108,10 @@ def flops(model: str, mode: str) -> int:
     return counter.get_total_flops() // 2
 
 
-# --- PyTorch's own --------------------------------------------------------------------------------
+# --- PyTorch --------------------------------------------------------------------------------------
 
 
-def _placed(model: nn.Module, case: Case, data: Data, layout: torch.memory_format) -> nn.Module:
+def _prepared(model: nn.Module, case: Case, data: Data, layout: torch.memory_format) -> nn.Module:
     """`model` with the case's weights, dtype, device and mode; training keeps float32 weights."""
     model.load_state_dict(data.state)
     dtype = torch.float32 if case.mode == "train" else case.torch_dtype
@@ -120,7 +120,7 @@ def _placed(model: nn.Module, case: Case, data: Data, layout: torch.memory_forma
 
 
 def _images(case: Case, data: Data, layout: torch.memory_format) -> Tensor:
-    """x (N, 3, 224, 224); in training float32, since autocast is what rounds it."""
+    """x (N, 3, 224, 224); in training float32, since autocast converts it."""
     dtype = torch.float32 if case.mode == "train" else case.torch_dtype
     return data.x.to(device=case.device, dtype=dtype, memory_format=layout)
 
@@ -130,7 +130,7 @@ def _step(
 ) -> Step:
     """forward(x) without gradients, or forward, cross-entropy, backward and SGD with momentum.
 
-    A training step in 16 bits is one under autocast, on float32 weights.
+    In training a 16-bit dtype means autocast, with float32 weights.
     """
 
     @torch.no_grad()
@@ -164,20 +164,20 @@ def _on_stock_path(step: Step) -> Step:
 
 
 def _eager(case: Case, data: Data, layout: torch.memory_format) -> Step:
-    model = _placed(stock_model(case.model), case, data, layout)
+    model = _prepared(stock_model(case.model), case, data, layout)
     return _on_stock_path(_step(case, data, model, _images(case, data, layout), model))
 
 
 def _compile(case: Case, data: Data) -> Step:
     """torch.compile of the channels_last model: frozen in inference, plain in training.
 
-    Freezing is asked for through the configuration and compiled here: as an option of
-    torch.compile it comes too late for the tracing, and the weights are not packed. On GPUs
-    inference is compiled as mode "max-autotune" does: every template timed, CUDA graphs.
+    Freezing is enabled in inductor's configuration and the first call made here: as an option of
+    torch.compile it takes effect only after tracing, and the weights are not packed. On GPUs
+    inference uses the options of mode "max-autotune": every template is timed, with CUDA graphs.
     """
     import torch._inductor.config as inductor
 
-    model = _placed(stock_model(case.model), case, data, torch.channels_last)
+    model = _prepared(stock_model(case.model), case, data, torch.channels_last)
     frozen = case.mode == "infer"
     options: dict[str, Any] | None = None
     if frozen and torch.device(case.device).type == "cuda":
@@ -194,12 +194,12 @@ def _compile(case: Case, data: Data) -> Step:
 def _fused(case: Case, data: Data) -> Step:
     from fused_resnet.models.resnet import get_model
 
-    model = _placed(get_model(case.model, weights=None), case, data, torch.channels_last)
+    model = _prepared(get_model(case.model, weights=None), case, data, torch.channels_last)
     return _step(case, data, model, _images(case, data, torch.channels_last), model)
 
 
-def _fused_keeping(case: Case, data: Data, level: str) -> Step:
-    """`fused` at a level of activation memory that is chosen, instead of "auto"."""
+def _fused_at_level(case: Case, data: Data, level: str) -> Step:
+    """`fused` at the given level of activation memory, instead of "auto"."""
     if case.mode != "train":
         raise Unavailable(f"fused-{level}: training only")
     from fused_resnet.fusion.training.activation_memory import set_activation_memory
@@ -211,25 +211,24 @@ def _fused_keeping(case: Case, data: Data, level: str) -> Step:
 
 
 def _fused_graph(case: Case, data: Data) -> Step:
-    """`inference` or `training_step`: the whole forward, or step, as one CUDA graph."""
+    """`inference` or `training_step`: the whole forward or training step as one CUDA graph."""
     if torch.device(case.device).type != "cuda":
         raise Unavailable("fused-graph: CUDA graphs need a GPU")
     from fused_resnet.graphs.inference import inference
     from fused_resnet.models.resnet import get_model
 
-    model = _placed(get_model(case.model, weights=None), case, data, torch.channels_last)
+    model = _prepared(get_model(case.model, weights=None), case, data, torch.channels_last)
     x = _images(case, data, torch.channels_last)
     dtype = None if case.torch_dtype == torch.float32 else case.torch_dtype
     if case.mode == "train":
-        return _recorded_step(model, x, data.targets.to(case.device), dtype)
+        return _captured_step(model, x, data.targets.to(case.device), dtype)
     call = inference(model, x, dtype=dtype, cuda_graph=True)
     return Step(lambda: call(x), model)
 
 
-def _recorded_step(model: nn.Module, x: Tensor, targets: Tensor, dtype: Any) -> Step:
-    """Replayed from the fourth call on, which comes before the timed ones or is one that the median
-    passes over. What it keeps for backward, and its peak, are in memory of the graph's own, which
-    no counter of one call sees."""
+def _captured_step(model: nn.Module, x: Tensor, targets: Tensor, dtype: Any) -> Step:
+    """Captured in the fourth call, which is untimed or an outlier that the median ignores. Saved
+    tensors and peak are in the graph's memory pool, which per-call counters do not see."""
     from fused_resnet.graphs.training_step import training_step
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
@@ -251,14 +250,14 @@ def _peer(package: str) -> ModuleType:
 
 @contextlib.contextmanager
 def _quiet_tracing() -> Iterator[None]:
-    """Both engines' importers trace, and PyTorch warns about that on every call."""
+    """Silences PyTorch's warnings about tracing, which both engines' importers use."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _onnxruntime(case: Case, data: Data) -> Step:
-    """ONNX Runtime on the model as PyTorch exports it; its thread count is PyTorch's."""
+    """ONNX Runtime on the exported model, with PyTorch's number of threads."""
     if case.mode == "train":
         raise Unavailable("onnxruntime: inference only")
     cuda = torch.device(case.device).type == "cuda"
@@ -268,7 +267,7 @@ def _onnxruntime(case: Case, data: Data) -> Step:
     provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
     if provider not in ort.get_available_providers():
         raise Unavailable(f"onnxruntime: this build has no {provider}")
-    model = _placed(stock_model(case.model), case, data, torch.contiguous_format)
+    model = _prepared(stock_model(case.model), case, data, torch.contiguous_format)
     x = _images(case, data, torch.contiguous_format)
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -281,7 +280,7 @@ def _onnxruntime(case: Case, data: Data) -> Step:
 
 
 def _openvino(case: Case, data: Data) -> Step:
-    """OpenVINO on the traced model; bf16 and fp16 are its inference precision."""
+    """OpenVINO on the traced model; a 16-bit dtype is set as its inference precision."""
     if case.mode == "train":
         raise Unavailable("openvino: inference only")
     if torch.device(case.device).type != "cpu":
@@ -291,7 +290,7 @@ def _openvino(case: Case, data: Data) -> Step:
         raise Unavailable(f"openvino: has no {case.dtype} inference precision")
     ov = _peer("openvino")
     exported = Case(case.model, case.batch, "float32")
-    model = _placed(stock_model(case.model), exported, data, torch.contiguous_format)
+    model = _prepared(stock_model(case.model), exported, data, torch.contiguous_format)
     with stock_path(), _quiet_tracing():
         graph = ov.convert_model(model, example_input=data.x, input=[tuple(data.x.shape)])
     core = ov.Core()
@@ -315,10 +314,10 @@ _BUILDERS: dict[str, Callable[[Case, Data], Step]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "fused": _fused,
-    "fused-full": functools.partial(_fused_keeping, level="full"),
-    "fused-low": functools.partial(_fused_keeping, level="low"),
-    "fused-lower": functools.partial(_fused_keeping, level="lower"),
-    "fused-minimal": functools.partial(_fused_keeping, level="minimal"),
+    "fused-full": functools.partial(_fused_at_level, level="full"),
+    "fused-low": functools.partial(_fused_at_level, level="low"),
+    "fused-lower": functools.partial(_fused_at_level, level="lower"),
+    "fused-minimal": functools.partial(_fused_at_level, level="minimal"),
     "fused-graph": _fused_graph,
 }
 CONTENDERS = tuple(_BUILDERS)

@@ -1,4 +1,4 @@
-"""One contender within a case: built, called, and timed."""
+"""Builds, calls and times one contender of a case."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import contenders
 from .contenders import Case, Step
 
-# Importing torch.utils.benchmark looks for a CUDA toolkit and warns where one is without a GPU.
+# Importing torch.utils.benchmark logs a warning if there is a CUDA toolkit but no GPU.
 _toolkit_log = logging.getLogger("torch.utils.cpp_extension")
 _toolkit_level = _toolkit_log.level
 _toolkit_log.setLevel(logging.ERROR)
@@ -22,13 +22,13 @@ _toolkit_log.setLevel(_toolkit_level)
 
 __all__ = ["MIN_SAMPLE_S", "WARM_BELOW_S", "Entry", "Measurement", "TaskSpec", "enter", "timer"]
 
-MIN_SAMPLE_S = 0.02  # a shorter call is repeated until one sample lasts this long
-WARM_BELOW_S = 0.1  # a sample shorter than this is preceded by one call that is not timed
+MIN_SAMPLE_S = 0.02  # shorter calls are repeated until one sample lasts this long
+WARM_BELOW_S = 0.1  # for shorter calls, each sample is preceded by one untimed call
 
 
 @dataclass
 class Entry:
-    """One contender within a case, and the seconds per call it took in each round."""
+    """One contender of a case, and its seconds per call in each round."""
 
     name: str
     step: Step
@@ -49,7 +49,7 @@ class Entry:
         return self.call_s * self.repeats + warm
 
     def sample(self) -> None:
-        """Time `repeats` calls; PyTorch's clock waits for the accelerator on both sides."""
+        """Time `repeats` calls; PyTorch's timer synchronises with the accelerator."""
         if self.call_s < WARM_BELOW_S:
             self.step()
         start = timer()
@@ -59,7 +59,7 @@ class Entry:
 
 
 def enter(name: str, case: Case, data: contenders.Data) -> Entry:
-    """Build a contender and call it three times: the first call, one to settle, one to time."""
+    """Build a contender and call it three times: the first call, one to warm up, one to time."""
     cuda = torch.device(case.device).type == "cuda"
     held = torch.cuda.memory_allocated(case.device) if cuda else 0
     t0 = timer()

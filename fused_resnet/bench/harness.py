@@ -1,13 +1,13 @@
-"""The whole-model benchmark: contenders take turns, and everything is measured in one run.
+"""The whole-model benchmark: times all contenders interleaved, in one run.
 
     from fused_resnet import bench
     results = bench.collect(bench.run(["resnet50"], [1, 8], ["float32", "bfloat16"]))
     bench.save(results, "benchmarks/results")
 
-In every round each contender is timed once, and who starts changes from round to round, so that a
-busy machine slows all of them alike. On the CPU each trains in a process of its own
-(bench_worker.py says why). Figures are medians with the interquartile range; a ratio is taken pair
-by pair within the rounds and its median is reported.
+In every round each contender is timed once, starting with another one each time, so that a busy
+machine slows all of them alike. In training on the CPU each runs in its own process (worker.py says
+why). Results are medians with the interquartile range. A ratio is the median of the ratios within
+the rounds.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import contenders as entrants
 from . import machine, memory
-from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable
+from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable, flops, make_data
 from .entry import Entry, Measurement, TaskSpec, enter
 from .worker import Worker
 
@@ -38,9 +37,9 @@ MAX_ROUNDS = 60
 
 @dataclass
 class Event:
-    """Progress of a run: `fraction` (0 to 1) is done, `text` says what is being done.
+    """Progress of a run. fraction: 0 to 1; text: the current activity.
 
-    `case` is set when a case is finished, `results` on the last event only.
+    case: set when a case is finished; results: set on the last event only.
     """
 
     fraction: float
@@ -51,7 +50,7 @@ class Event:
 
 @dataclass
 class _Remote(Entry):
-    """A contender in a process of its own."""
+    """A contender in its own process."""
 
     worker: Worker | None = None
 
@@ -76,13 +75,13 @@ def run(
 ) -> Iterator[Event]:
     """Measure every model x batch x dtype x mode; yields progress, and the results at the end.
 
-    Arguments are checked at once (ValueError), everything else happens while iterating.
+    Arguments are checked in this call (ValueError), everything else runs during iteration.
 
     dtypes:      "float32", "bfloat16", "float16"; in training 16-bit means autocast
-    threads:     for PyTorch and the other engines, default PyTorch's present number
-    seconds:     aimed at for the timed rounds of one case
-    rounds:      at least so many (at most 60)
-    with_memory: peak memory too; on the CPU one fresh process per contender
+    threads:     of PyTorch and the other engines, default PyTorch's current number
+    seconds:     target duration of the timed rounds of one case
+    rounds:      minimum number of rounds (the maximum is 60)
+    with_memory: also measure peak memory; on the CPU in one fresh process per contender
     """
     cases = [
         Case(model, batch, dtype, mode, device)
@@ -106,7 +105,9 @@ def _run(
 ) -> Iterator[Event]:
     device, names = cases[0].device, list(dict.fromkeys(case.dtype for case in cases))
     if device == "cpu":
-        names = list(dict.fromkeys(["float32", *names]))  # all can be multiplied so
+        names = list(
+            dict.fromkeys(["float32", *names])
+        )  # the limit of any dtype includes float32's
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -121,7 +122,7 @@ def _run(
                 if event.case is not None:
                     results["cases"].append(event.case)
                 yield event
-        yield Event(1.0, "the machine's limits once more")
+        yield Event(1.0, "the machine's limits again")
         results["other_load_cores"] = max(
             results["other_load_cores"] or 0, machine.other_load() or 0
         )
@@ -136,7 +137,7 @@ def _run(
 def collect(
     events: Iterable[Event], on_event: Callable[[Event], None] | None = None
 ) -> dict[str, Any]:
-    """Run through `events` and return the results; `on_event` sees each one."""
+    """Consume `events` and return the results; `on_event` is called with each one."""
     results: dict[str, Any] = {}
     for event in events:
         if on_event is not None:
@@ -147,24 +148,24 @@ def collect(
 
 
 def save(results: dict[str, Any], folder: str | Path) -> Path:
-    """Write <bench>-<device>-torch<version>.json into `folder`, whole or not at all."""
+    """Write <bench>-<device>-torch<version>.json into `folder`, atomically."""
     version = results["torch"].split("+")[0]
     path = Path(folder) / f"{results['bench']}-{results['device']}-torch{version}.json"
     return write_json(results, path)
 
 
 def write_json(value: Any, path: str | Path) -> Path:
-    """Write JSON beside `path` and rename it, so that a reader never sees half a file."""
+    """Write JSON to a temporary file and rename it to `path`, so that no reader sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
     return path
 
 
 def pair_ratio(times: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """(median, interquartile range) of times / other, taken round by round."""
+    """(median, interquartile range) of times / other, computed per round."""
     ratios = [a / b for a, b in zip(times, other, strict=True)]
     return statistics.median(ratios), _iqr(ratios)
 
@@ -201,7 +202,7 @@ def _validate(cases: Sequence[Case], contenders: Sequence[str]) -> None:
 def _run_case(
     case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool
 ) -> Iterator[Event]:
-    """Events with fractions of this case alone; building takes the first half of the bar."""
+    """Yields events whose fractions refer to this case; building is the first half."""
     with contextlib.ExitStack() as workers:
         yield from _measure_case(case, contenders, seconds, rounds, with_memory, workers)
 
@@ -210,22 +211,22 @@ def _measure_case(
     case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool,
     workers: contextlib.ExitStack,
 ) -> Iterator[Event]:  # fmt: skip
-    apart = case.mode == "train" and torch.device(case.device).type == "cpu"
-    data = None if apart else entrants.make_data(case)
+    separate = case.mode == "train" and torch.device(case.device).type == "cpu"
+    data = None if separate else make_data(case)
     entries: list[Entry] = []
     skipped: dict[str, str] = {}
     for index, name in enumerate(contenders):
         yield Event(0.5 * index / len(contenders), f"{case.label}: first call of {name}")
         try:
             if data is None:
-                entries.append(_enter_apart(name, case, workers))
+                entries.append(_enter_in_worker(name, case, workers))
             else:
                 entries.append(enter(name, case, data))
         except Unavailable as error:
             skipped[name] = str(error)
         except Exception as error:
-            # Another engine failing is a line in the results; stock PyTorch or this package
-            # failing is a fault to be seen.
+            # A failure of another engine is noted in the results; one of stock PyTorch or this
+            # package is raised.
             if name in (*EAGER, "fused"):
                 raise
             skipped[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
@@ -247,27 +248,27 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
 
 
-def _enter_apart(name: str, case: Case, workers: contextlib.ExitStack) -> _Remote:
-    """The same in a process of its own, which lives as long as `workers`."""
+def _enter_in_worker(name: str, case: Case, workers: contextlib.ExitStack) -> _Remote:
+    """As `enter`, in a new process that `workers` closes."""
     worker = Worker(name, case, torch.get_num_threads())
     workers.callback(worker.close)
-    found = worker.ask("enter")
-    output = torch.tensor(found["output"])
-    no_step = Step(lambda: output)  # it is the process that steps
+    answer = worker.ask("enter")
+    output = torch.tensor(answer["output"])
+    no_step = Step(lambda: output)  # the worker process runs the steps
     return _Remote(
-        name, no_step, found["construct_s"], found["first_call_s"], found["call_s"], output, 0,
+        name, no_step, answer["construct_s"], answer["first_call_s"], answer["call_s"], output, 0,
         worker=worker,
     )  # fmt: skip
 
 
 def _rounds(entries: Sequence[Entry], seconds: float, rounds: int) -> int:
     per_round = sum(e.sample_s for e in entries)
-    wanted = int(seconds / per_round) if per_round > 0 else rounds
-    return max(rounds, min(MAX_ROUNDS, wanted))
+    target = int(seconds / per_round) if per_round > 0 else rounds
+    return max(rounds, min(MAX_ROUNDS, target))
 
 
 def _one_round(entries: list[Entry], index: int) -> None:
-    """Every contender once, starting with another one each time; no garbage collection inside."""
+    """Samples every contender once, starting at another one each round; disables gc meanwhile."""
     start = index % max(1, len(entries))
     gc.collect()
     gc.disable()
@@ -279,22 +280,22 @@ def _one_round(entries: list[Entry], index: int) -> None:
 
 
 def _memory(entry: Entry, case: Case, with_memory: bool) -> dict[str, int]:
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     if isinstance(entry, _Remote) and entry.worker is not None:
-        found |= entry.worker.ask("saved")
+        sizes |= entry.worker.ask("saved")
     elif case.mode == "train" and entry.step.model is not None:
-        found["saved_bytes"] = memory.saved_bytes(entry.step)
+        sizes["saved_bytes"] = memory.saved_bytes(entry.step)
     if torch.device(case.device).type == "cuda":
         if entry.step.model is not None:
-            found["peak_bytes"] = memory.cuda_peak_bytes(entry.step, entry.owned_bytes, case.device)
+            sizes["peak_bytes"] = memory.cuda_peak_bytes(entry.step, entry.owned_bytes, case.device)
     elif with_memory:
         threads = torch.get_num_threads()
-        found["peak_bytes"] = memory.fresh_process_peak_bytes(entry.name, case, threads)
-    return found
+        sizes["peak_bytes"] = memory.fresh_process_peak_bytes(entry.name, case, threads)
+    return sizes
 
 
 def _iqr(values: Sequence[float]) -> float:
-    """Distance of the quartiles, by torch.utils.benchmark's own definition."""
+    """The interquartile range as torch.utils.benchmark defines it."""
     return Measurement(1, list(values), TaskSpec("", "")).iqr
 
 
@@ -304,7 +305,7 @@ def _summary(
     skipped: dict[str, str],
     peaks: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """The case as it stands in the results file."""
+    """The case's entry in the results file."""
     medians = {e.name: statistics.median(e.times_s) for e in entries}
     best = min((e for e in entries if e.name in EAGER), key=lambda e: medians[e.name], default=None)
     rows: dict[str, Any] = {}
@@ -342,9 +343,9 @@ def _difference(output: Tensor, eager: Tensor) -> float:
 
 
 def _add_share_of_limit(case: dict[str, Any], limits: dict[str, Any]) -> None:
-    """share_of_limit = FLOP/s reached / FLOP/s of the best large matrix product: of those in the
-    case's dtype and in float32, in which numbers of 16 bits can be multiplied too."""
-    work = entrants.flops(case["model"], case["mode"])
+    """share_of_limit = FLOP/s reached / FLOP/s of the best large matrix product in the case's dtype
+    or in float32, since 16-bit values can also be multiplied in float32."""
+    work = flops(case["model"], case["mode"])
     rates = limits["flops"]
     limit = max(rates[case["dtype"]], rates.get("float32", 0.0))
     for row in case["contenders"].values():

@@ -1,4 +1,4 @@
-"""The convolutions of a model, as its kernels see them."""
+"""Lists the convolutions of a model with the shapes their kernels receive."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from fused_resnet.models.resnet import get_model
 
 
 def layers_of(model: str, batch: int, size: int = 224) -> list[Layer]:
-    """Every convolution of a model of the family, in order, for `batch` images of size x size."""
-    found: list[Layer] = []
+    """Every convolution of the named model, in order, for `batch` images of size x size."""
+    layers: list[Layer] = []
 
-    def see(conv: Any, inputs: Any, output: Tensor) -> None:
+    def hook(conv: Any, inputs: Any, output: Tensor) -> None:
         geometry = Geometry(conv.stride, conv.padding, conv.dilation)
         x_shape, y_shape = tuple(inputs[0].shape), tuple(output.shape)
-        found.append(Layer(x_shape, tuple(conv.weight.shape), y_shape, geometry, conv.groups))
+        layers.append(Layer(x_shape, tuple(conv.weight.shape), y_shape, geometry, conv.groups))
 
     with torch.device("meta"), torch.no_grad():
         net = get_model(model).eval()
         for m in net.modules():
             if isinstance(m, torch.nn.Conv2d):
-                m.register_forward_hook(see)
+                m.register_forward_hook(hook)
         net(torch.empty(batch, 3, size, size))
-    return found
+    return layers

@@ -1,4 +1,4 @@
-"""What this machine is and what it can do at most: versions, hardware, measured limits."""
+"""Describes this machine: versions, hardware, and measured limits of compute and bandwidth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MEASURE_S = 0.25  # seconds spent on each shape of a limit
 
 
 def check_device(name: str) -> None:
-    """ValueError unless `name` is a cpu or cuda device of this machine."""
+    """Raises ValueError unless `name` is a cpu or cuda device of this machine."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -52,7 +52,7 @@ def _cpu_name() -> str:
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """{cpu, cores, isa} and on CUDA {gpu, gpu_memory_bytes}."""
+    """{cpu, cores, isa}, and for a CUDA device {gpu, gpu_memory_bytes}."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine: dict[str, Any] = {
         "cpu": _cpu_name(),
@@ -66,12 +66,12 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def other_load(seconds: float = 0.5) -> float | None:
-    """Cores that other programs keep busy now (0 = a quiet machine); None where Linux's
-    /proc/stat is missing. This process sleeps meanwhile."""
+    """Number of cores that other programs keep busy now (0: an idle machine); None without Linux's
+    /proc/stat. This process sleeps meanwhile."""
 
     def busy_and_all() -> tuple[int, int]:
         ticks = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-        idle = ticks[3] + ticks[4]  # idle and waiting for input or output
+        idle = ticks[3] + ticks[4]  # idle and iowait
         return sum(ticks) - idle, sum(ticks)
 
     try:
@@ -84,7 +84,7 @@ def other_load(seconds: float = 0.5) -> float | None:
 
 
 def _commit() -> str | None:
-    """The git commit of the source tree this package lies in, with + if files differ from it."""
+    """The git commit of this package's source tree, with + if files differ from it."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -111,7 +111,7 @@ def _versions() -> dict[str, str]:
 
 
 def provenance(bench: str, device: str) -> dict[str, Any]:
-    """The head of every results file: what was measured, where, when, and from which commit."""
+    """The header of every results file: benchmark, machine, versions, commit and date."""
     return {
         "bench": bench,
         "device": torch.device(device).type,
@@ -125,9 +125,9 @@ def provenance(bench: str, device: str) -> dict[str, Any]:
 
 
 def info() -> dict[str, Any]:
-    """Versions, machine, what was built, and per device which backend serves which op, or why not.
+    """Versions, machine, native build, and per device which backends support each op, or why not.
 
-    Never initialises CUDA.
+    Does not initialise CUDA.
     """
     from fused_resnet.kernels import native, registry
 
@@ -146,7 +146,7 @@ def info() -> dict[str, Any]:
 
 
 def _best_time(call: Callable[[], Any], device: torch.device) -> float:
-    """Shortest time in seconds of one call within MEASURE_S; the first call is not counted."""
+    """Shortest time in seconds of one call within MEASURE_S, without the first call."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -156,7 +156,7 @@ def _best_time(call: Callable[[], Any], device: torch.device) -> float:
         return time.perf_counter() - start
 
     first = once()
-    if first > 8 * MEASURE_S:  # so slow a kernel that its first call says enough
+    if first > 8 * MEASURE_S:  # slow enough for its first call to be representative
         return first
     end = time.perf_counter() + MEASURE_S
     best = min(once(), once())
@@ -186,16 +186,16 @@ def _conv_rate(
 
 @torch.no_grad()
 def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """The machine's rate in FLOP/s for `dtype`: the best of large matrix products.
+    """The machine's rate in FLOP/s for `dtype`: the fastest of several large matrix products.
 
-    Matrix products are tried as torch.matmul and, on the CPU, as convolutions too: on some CPUs
-    the library behind matmul runs at half the rate of the one behind convolutions.
+    These run as torch.matmul and, on the CPU, also as convolutions: on some CPUs matmul's library
+    reaches half the rate of the convolutions' library.
     """
     where = torch.device(device)
     if where.type == "cuda":
         return max(_matmul_rate(n, dtype, where) for n in (4096, 8192))
     rates = [_matmul_rate(256, dtype, where)]
-    # A dtype without a fast matmul (float16 on many CPUs) would take minutes at the larger sizes.
+    # Without a fast matmul for the dtype (float16 on many CPUs) larger sizes would take minutes.
     if rates[0] > 20e9:
         rates += [_matmul_rate(n, dtype, where) for n in (1024, 2048)]
     rates += [_conv_rate(8, 1024, 28, 1, dtype, where), _conv_rate(8, 256, 28, 3, dtype, where)]
@@ -204,7 +204,7 @@ def product_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
 @torch.no_grad()
 def copy_bandwidth(device: str = "cpu", size_bytes: int = 2**28) -> float:
-    """Bytes/s read plus written while copying `size_bytes` from one buffer to another."""
+    """Bytes/s, read plus written, of a copy of `size_bytes` (2**30 on GPUs)."""
     where = torch.device(device)
     size_bytes = 2**30 if where.type == "cuda" else size_bytes
     source = torch.ones(size_bytes // 4, device=where)
@@ -221,7 +221,7 @@ def measure_limits(dtypes: list[str], device: str = "cpu") -> dict[str, Any]:
 
 
 def larger_limits(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The larger of two measurements, each limit on its own: a busy moment only ever lowers one."""
+    """The larger of two measurements of each limit, since other load only lowers them."""
     return {
         "flops": {name: max(rate, b["flops"][name]) for name, rate in a["flops"].items()},
         "copy_bytes_per_s": max(a["copy_bytes_per_s"], b["copy_bytes_per_s"]),

@@ -1,4 +1,4 @@
-"""Memory of one contender: its peak, and in training what it saves for the backward pass."""
+"""Measures the memory of one contender: its peak, and in training what is saved for backward."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .contenders import Case, Step, build, make_data
 
 __all__ = ["activation_peak_bytes", "cuda_peak_bytes", "fresh_process_peak_bytes", "saved_bytes"]
 
-CALLS = 3  # calls whose peak is taken
+CALLS = 3  # calls over which the peak is measured
 TIMEOUT_S = 600
 
 
 def saved_bytes(step: Step) -> int:
-    """Bytes of distinct storages that one training step saves for backward, parameters left out."""
+    """Bytes of distinct storages that one training step saves for backward, without parameters."""
     parameters = {
         p.untyped_storage().data_ptr() for p in (step.model.parameters() if step.model else ())
     }
@@ -45,16 +45,16 @@ def saved_bytes(step: Step) -> int:
 
 
 def activation_peak_bytes(step: Step) -> int:
-    """The most bytes that live at a time during one training step on the CPU, beside what lives
-    before it: activations, their gradients and workspace. Gradients of parameters are dropped as
-    they come, since they are the same for everybody and grow while the activations go.
+    """Peak bytes allocated by one training step on the CPU, above those allocated before it:
+    activations, their gradients and workspace. Gradients of parameters are dropped as soon as they
+    are computed: they are equal for all contenders, and grow while activations are freed.
 
-    PyTorch's own allocations are counted by its profiler, this package's by the package; the sum of
-    both peaks is an upper bound where they are not reached at the same moment.
+    PyTorch's allocations are counted by its profiler, those of this package by its own pool. The
+    result is the sum of both peaks: an upper bound, since they may be reached at different times.
     """
     parameters = list(step.model.parameters()) if step.model else []
     handles = [p.register_post_accumulate_grad_hook(_drop) for p in parameters]
-    # Of the profiler's start and end nobody needs to be told.
+    # Silences the profiler's messages at start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     before = native.memory().get("used_bytes", 0)
     native.reset_memory_peak()
@@ -79,7 +79,7 @@ def _drop(parameter: Tensor) -> None:
 
 
 def cuda_peak_bytes(step: Step, owned_bytes: int, device: str) -> int:
-    """Peak of one call on a GPU: `owned_bytes` (weights and the like) plus what the call adds."""
+    """Peak bytes of one call on a GPU: `owned_bytes` (weights, caches) plus what the call adds."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -89,10 +89,10 @@ def cuda_peak_bytes(step: Step, owned_bytes: int, device: str) -> int:
 
 
 def fresh_process_peak_bytes(contender: str, case: Case, threads: int) -> int:
-    """Peak resident bytes of `contender` on the CPU, in a process of its own.
+    """Peak resident bytes of `contender` on the CPU, measured in a new process.
 
-    The peak while it is called, less what is resident once the libraries are imported; so it
-    holds the weights, every packed copy, the activations and, for compilers, their own data.
+    The peak during the calls minus the resident size after the libraries are loaded. It includes
+    the weights, packed copies, activations and the data of compilers.
     """
     request = json.dumps({"contender": contender, "case": asdict(case), "threads": threads})
     command = [sys.executable, "-m", "fused_resnet.bench.memory", request]
@@ -112,7 +112,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _release_free_memory() -> None:
-    """Give freed memory back to the system, and start the peak anew where the kernel allows."""
+    """Return freed memory to the system, and reset the peak where the kernel allows it."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -123,7 +123,7 @@ def _release_free_memory() -> None:
 def _measure(request: dict[str, Any]) -> dict[str, int]:
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
-    # One small step of the plainest contender first: libraries load and start their threads.
+    # A small eager step first, which loads the libraries and starts their threads.
     warm = Case("resnet18", 1, case.dtype)
     build("eager", warm, make_data(warm))()
     _release_free_memory()

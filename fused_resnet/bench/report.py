@@ -1,4 +1,4 @@
-"""How results look: rich tables for the terminal, bar charts for files."""
+"""Presents results: rich tables for the terminal, bar charts for files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "verdict",
 ]
 
-# Names for people, and colours that stay apart for colour-blind readers (Okabe and Ito's set).
+# Display names, and colours that colour-blind readers can tell apart (Okabe and Ito's palette).
 NAMES = {
     "eager": "PyTorch eager, NCHW",
     "eager-channels_last": "PyTorch eager, channels_last",
@@ -50,14 +50,14 @@ COLOURS = {
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, FAINT = "#222222", "#e3e3e3"
-BUSY_CORES = 0.3  # more than this taken by other programs is worth a remark
+BUSY_CORES = 0.3  # cores used by other programs above which a remark is printed
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
 def _table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
-    """A table whose first `left` columns hold names and the others numbers."""
+    """A table whose first `left` columns are left-aligned (names), the others right-aligned."""
     from rich import box
     from rich.table import Table
 
@@ -68,7 +68,7 @@ def _table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
 
 
 def parity_table(report: ParityReport, title: str) -> Table:
-    """One line per layer; gradients and buffers of a layer together."""
+    """One row per layer; gradients and buffers of a layer are merged into one row each."""
     columns = ("layer", "what", "stock", "fused", "fused, max", "fused/stock", "allowed", "")
     table = _table(title, columns, left=2)
     kind = ""
@@ -91,7 +91,7 @@ def parity_table(report: ParityReport, title: str) -> Table:
 
 
 def verdict(report: ParityReport) -> str:
-    """Two or three lines: agreement of the classes, and whether the rule holds."""
+    """Two or three lines: agreement of the predicted classes, and whether the rule holds."""
     parts = [
         f"{name} {agreement.top1:.0%} / {agreement.top5:.0%}"
         for name, agreement in report.agreement.items()
@@ -110,12 +110,12 @@ def verdict(report: ParityReport) -> str:
 
 
 def bench_table(results: dict[str, Any]) -> Table:
-    """One line per case and contender.
+    """One row per case and contender.
 
-    ms: median, ± half the interquartile range; /eager: time over the better eager layout's, pair
-    by pair; of limit: share of the best matrix product's FLOP/s; first s: construction and first
-    call; MiB: peak memory; saved, live: in training what is saved for backward and the most that
-    lives at a time (memory.py says what that counts).
+    ms: median, ± half the interquartile range; /eager: time divided by the better eager layout's,
+    per round; of limit: share of the best matrix product's FLOP/s; first s: construction and first
+    call; MiB: peak memory; saved, live: in training the MiB saved for backward and the peak of
+    activations (`memory.activation_peak_bytes`).
     """
     title = f"{device_name(results)}, torch {results['torch']}"
     columns = ("case", "contender", "ms", "±", "images/s", "/eager", "of limit", "first s")
@@ -143,19 +143,19 @@ def bench_table(results: dict[str, Any]) -> Table:
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
-    """Lines below the table: who did not take part and why, and whether the machine was busy."""
+    """Lines below the table: skipped contenders with reasons, and whether the machine was busy."""
     load = results.get("other_load_cores") or 0.0
     lines = _skipped(results)
     if load > BUSY_CORES:
         lines.append(
             f"other programs kept {load:.1f} of {results['machine']['cores']} cores busy: absolute "
-            f"figures are low, and only large ratios mean anything"
+            f"figures are too low, and small differences are not significant"
         )
     return lines
 
 
 def _skipped(results: dict[str, Any]) -> list[str]:
-    """One line per contender and reason for which it did not take part, with the cases."""
+    """One line per skipped contender and reason, with the cases."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for case in results["cases"]:
         for name, reason in case["skipped"].items():
@@ -173,14 +173,14 @@ def _mebibytes(size: int | None) -> str:
 
 
 def tuned_table(winners: dict[Any, Any], title: str) -> Table:
-    """One line per convolution: its size as a matrix product, the backend and configuration that
-    were fastest, their time, and how many times as long each other backend took at its best."""
+    """One row per convolution: its size as a matrix product, the fastest backend and configuration,
+    their time, and the best time of each other backend relative to it."""
     table = _table(title, ("M", "K", "C", "taps", "groups", "fastest", "us", "others"), left=0)
     for p, by_backend in winners.items():
         ranked = sorted(by_backend.values(), key=lambda choice: choice.time_s)
         size = (p.M, p.K, p.C, f"{p.R}x{p.S}", p.groups)
         if not ranked:
-            table.add_row(*map(str, size), "none runs", "", "")
+            table.add_row(*map(str, size), "none available", "", "")
             continue
         best, *rest = ranked
         others = ", ".join(f"{c.backend} {c.time_s / best.time_s:.2f}" for c in rest)
@@ -194,7 +194,7 @@ def tuned_table(winners: dict[Any, Any], title: str) -> Table:
 
 
 def info_tables(info: dict[str, Any]) -> Iterator[Table]:
-    """One table per section of `fused_resnet.info()`, whatever sections there are."""
+    """One table per section of `fused_resnet.info()`."""
     plain = {k: v for k, v in info.items() if not isinstance(v, (dict, list))}
     if plain:
         yield _section("fused_resnet", plain)
@@ -234,8 +234,8 @@ def _one_line(value: Any) -> str:
 def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Path:
     """Grouped bars of images/s: one panel per model and mode, one group per batch and dtype.
 
-    Bars carry their value; the fused one also its speed-up over the better eager layout. ± is the
-    interquartile range.
+    Bars are labelled with their value, the fused one also with its speed-up over the better eager
+    layout. Error bars are the interquartile range.
     """
     from matplotlib.figure import Figure
 
@@ -260,7 +260,7 @@ def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Pa
         labels,
         loc="upper left",
         bbox_to_anchor=(0.012, 1 - 0.42 / height),
-        ncols=len(names) if len(names) <= 5 else 4,  # else in two rows
+        ncols=len(names) if len(names) <= 5 else 4,  # two rows
         frameon=False,
         fontsize=9.5,
         columnspacing=1.4,
@@ -275,13 +275,13 @@ def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Pa
 
 
 def processor_name(machine: dict[str, Any]) -> str:
-    """The GPU, or the CPU with its instruction set: names of server processors hide it."""
+    """The GPU, or the CPU with its instruction set, which names of server CPUs do not show."""
     isa = str(machine.get("isa", "")).replace("AVX512", "AVX-512")
     return machine.get("gpu") or (f"{machine['cpu']} ({isa})" if isa else machine["cpu"])
 
 
 def device_name(results: dict[str, Any]) -> str:
-    """The GPU, or the CPU with its threads."""
+    """The GPU, or the CPU with the number of threads."""
     machine = results["machine"]
     threads = "" if "gpu" in machine else f", {results['threads']} threads"
     return processor_name(machine) + threads
@@ -291,8 +291,8 @@ def _footnote(results: dict[str, Any]) -> str:
     rounds = [case["rounds"] for case in results["cases"]]
     return (
         f"torch {results['torch']}, 224 x 224 pixels. Medians of at least {min(rounds)} "
-        f"rounds in which the contenders take turns.\nLines: interquartile range. "
-        f"1.00{TIMES}: as fast as the better eager layout, pair by pair. {results['date'][:10]}"
+        f"interleaved rounds.\nError bars: interquartile range. "
+        f"{TIMES}: speed-up over the better eager layout, per round. {results['date'][:10]}"
     )
 
 
@@ -325,7 +325,7 @@ def _draw_panel(
 def _draw_bars(
     ax: Any, name: str, bars: list[tuple[float, dict[str, Any]]], width: float, top: float
 ) -> None:
-    """One contender's bars at the given places, each with its spread and its value."""
+    """One contender's bars at the given positions, with error bars and values."""
     places = [place for place, _ in bars]
     heights = [row["images_per_s"] for _, row in bars]
     spread = [row["images_per_s"] * row["iqr_ms"] / row["median_ms"] / 2 for _, row in bars]

@@ -1,9 +1,9 @@
-"""A contender of a benchmark in a process of its own.
+"""Runs a benchmark contender in its own process.
 
-What one contender leaves in an allocator and in the heap helps or hinders the next: side by side in
-one process, eager's training step on the CPU was measured a quarter faster than alone (ResNet-110,
-32 x 32) and a seventh slower (ResNet-50, 224 x 224). So each has the process to itself that it has
-at its user's.
+The state in which one contender leaves the allocator and the heap changes the speed of the next: in
+a shared process, eager's training step on the CPU was measured a quarter faster than in its own
+(ResNet-110, 32 x 32) and a seventh slower (ResNet-50, 224 x 224). A separate process per contender
+is what its users have.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from typing import Any
 
 import torch
 
-from . import contenders as entrants
 from . import memory
-from .contenders import Case, Unavailable
-from .entry import WARM_BELOW_S
-from .entry import enter as new_entry
+from .contenders import Case, Unavailable, make_data
+from .entry import WARM_BELOW_S, enter
 
 
 class Worker:
-    """The parent's end: `ask` sends a line and returns what the process answers to it."""
+    """The parent's side: `ask` sends one line and returns the process's answer."""
 
     def __init__(self, name: str, case: Case, threads: int) -> None:
         request = json.dumps({"name": name, "case": asdict(case), "threads": threads})
@@ -38,8 +36,8 @@ class Worker:
         )  # fmt: skip
 
     def ask(self, question: str) -> Any:
-        """Raises Unavailable where the contender is, RuntimeError with the last line that the
-        process wrote where it failed."""
+        """Raises Unavailable if the contender is, and RuntimeError with the last line of stderr if
+        the process failed."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         with contextlib.suppress(BrokenPipeError):
@@ -62,17 +60,17 @@ class Worker:
 def _serve(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     case = Case(**request["case"])
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    out, sys.stdout = sys.stdout, sys.stderr  # keeps libraries' output out of the answers
 
     def answer(value: Any) -> None:
         print(json.dumps(value), file=out, flush=True)
 
     entry: Any = None
 
-    def enter() -> dict[str, Any]:
+    def enter_case() -> dict[str, Any]:
         nonlocal entry
         try:
-            entry = new_entry(request["name"], case, entrants.make_data(case))
+            entry = enter(request["name"], case, make_data(case))
         except Unavailable as error:
             return {"unavailable": str(error)}
         return {
@@ -84,7 +82,7 @@ def _serve(request: dict[str, Any]) -> None:
         gc.collect()
         gc.disable()
         if entry.call_s >= WARM_BELOW_S:
-            entry.step()  # caches, and memory that the host took back, are the others' until then
+            entry.step()  # refills caches and memory that the other processes displaced
         entry.sample()
         gc.enable()
         return entry.times_s[-1]
@@ -97,7 +95,11 @@ def _serve(request: dict[str, Any]) -> None:
             "activation_peak_bytes": memory.activation_peak_bytes(entry.step),
         }
 
-    questions: dict[str, Callable[[], Any]] = {"enter": enter, "sample": sample, "saved": saved}
+    questions: dict[str, Callable[[], Any]] = {
+        "enter": enter_case,
+        "sample": sample,
+        "saved": saved,
+    }
     for line in sys.stdin:
         answer(questions[line.strip()]())
 

@@ -1,4 +1,4 @@
-"""The `fused-resnet` command. Each subcommand is a file; they need the cli extra."""
+"""The `fused-resnet` command: one file per subcommand. Requires the cli extra."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ NEEDED = ("typer", "rich")
 
 
 def _arguments(argv: list[str]) -> list[str]:
-    """`--json` without a file name means standard output."""
-    filled: list[str] = []
+    """Expand `--json` without a file name to `--json -`, standard output."""
+    expanded: list[str] = []
     for index, argument in enumerate(argv):
-        filled.append(argument)
+        expanded.append(argument)
         following = argv[index + 1] if index + 1 < len(argv) else "--"
         if argument == "--json" and following.startswith("--"):
-            filled.append("-")
-    return filled
+            expanded.append("-")
+    return expanded
 
 
 def application() -> Any:
-    """The typer application with every command, in the order of `fused-resnet --help`."""
-    from . import info, parity, bench, tune, demo, depth, train  # noqa: F401, I001 - each registers
+    """Return the typer application; commands are registered in the order of `--help`."""
+    from . import info, parity, bench, tune, demo, depth, train  # noqa: F401, I001 - registers it
     from .app import app
 
     return app
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with status 2 where typer or rich is missing."""
+    """Run the command line; exit with status 2 if typer or rich is not installed."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(

@@ -1,4 +1,4 @@
-"""python -m fused_resnet.cli"""
+"""Entry point of `python -m fused_resnet.cli`."""
 
 from . import main
 

@@ -1,4 +1,4 @@
-"""The application, and what its commands share: options, output, errors, inputs."""
+"""The typer application and what its commands share: options, output, errors, inputs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 app = typer.Typer(
-    help="Fused ResNet for PyTorch: what is built, how exact it is, how fast it is.",
+    help="Fused ResNet for PyTorch: build information, parity, benchmarks, training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
-WIDTH = (
-    118  # columns where the output is not a terminal  # columns where the output is not a terminal
-)
+WIDTH = 118  # columns, if the output is not a terminal
 
 Models = Annotated[list[str], typer.Option("--model", help="Model names.", metavar="NAME")]
 Dtypes = Annotated[
@@ -34,20 +32,20 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Modes = Annotated[list[str], typer.Option("--mode", help="infer, train.", metavar="MODE")]
 Images = Annotated[
     Optional[Path],  # noqa: UP045 - typer evaluates it on Python 3.10
-    typer.Option(help="Folder of images; default: photographs that scikit-image ships."),
+    typer.Option(help="Folder of images (default: the photographs in scikit-image)."),
 ]
 Json = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--json", help="Write JSON to this file; - or nothing: to standard output."),
+    typer.Option("--json", help="Write JSON to this file; standard output if - or no file name."),
 ]
 Threads = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(help="CPU threads; default: PyTorch's."),
+    typer.Option(help="CPU threads (default: PyTorch's setting)."),
 ]
 
 
 def console_for(json_target: str | None = None) -> Console:
-    """Standard output, or standard error where standard output carries the JSON."""
+    """Print to standard output, or to standard error if standard output carries the JSON."""
     stream = sys.stderr if json_target == "-" else sys.stdout
     return Console(file=stream, width=None if stream.isatty() else WIDTH, highlight=False)
 
@@ -58,6 +56,7 @@ def split(values: list[str]) -> list[str]:
 
 
 def emit(value: Any, target: str | None, console: Console) -> None:
+    """Write `value` as JSON to the file `target`, or to standard output if it is "-"."""
     if target == "-":
         print(json.dumps(value, indent=1))
     elif target is not None:
@@ -68,7 +67,7 @@ def emit(value: Any, target: str | None, console: Console) -> None:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """A wrong argument or an unreadable file is one line and status 2, not a traceback."""
+    """Report invalid arguments and unreadable files in one line with status 2, no traceback."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -88,29 +87,29 @@ def positive(option: str, value: str) -> int:
 
 
 def load_inputs(source: Path | None, count: int | None, console: Console) -> Tensor:
-    """Images (N, 3, 224, 224) from a folder, or scikit-image's photographs, or random ones."""
+    """Images (N, 3, 224, 224) from a folder, else scikit-image's photographs, else noise."""
     import torch
 
     from fused_resnet.parity.images import load_images, photographs
 
-    found = source or photographs()
-    if not found:
+    files = source or photographs()
+    if not files:
         console.print("no photographs: pip install scikit-image, or --images DIR; using noise")
         torch.manual_seed(0)
         return torch.randn(count or 8, 3, 224, 224)
-    batch = load_images(found, count)
+    batch = load_images(files, count)
     for line in batch.errors:
-        console.print(f"left out: {line}")
+        console.print(f"skipped: {line}")
     if count is not None and len(batch.names) < count:
-        console.print(f"{count} images asked for, {len(batch.names)} found")
+        console.print(f"requested {count} images, found {len(batch.names)}")
     return batch.images
 
 
 def with_progress(events: Any, console: Console) -> dict[str, Any]:
-    """Run the benchmark under a progress bar; returns its results."""
+    """Run the benchmark with a progress bar and return its results."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    from fused_resnet.bench import harness as benchmark
+    from fused_resnet.bench import harness
 
     columns = (
         BarColumn(bar_width=30),
@@ -126,4 +125,4 @@ def with_progress(events: Any, console: Console) -> dict[str, Any]:
             if event.case is not None and not console.is_terminal:
                 console.print(f"measured {event.text} ({event.fraction:.0%})")
 
-        return benchmark.collect(events, show)
+        return harness.collect(events, show)

@@ -1,4 +1,4 @@
-"""fused-resnet bench"""
+"""`fused-resnet bench`: throughput of fused_resnet and other contenders."""
 
 from __future__ import annotations
 
@@ -38,16 +38,21 @@ def bench(
         typer.Option(
             "--contender",
             help="eager, eager-channels_last, compile, onnxruntime, openvino, fused, fused-full, "
-            "fused-low, fused-lower, fused-minimal, fused-graph; default all.",
+            "fused-low, fused-lower, fused-minimal, fused-graph (default: all).",
             metavar="NAME",
         ),
     ] = [],  # noqa: B006
     device: Device = "cpu",
     threads: Threads = None,
-    seconds: Annotated[float, typer.Option(help="Aimed at for the rounds of one case.")] = 15.0,
-    rounds: Annotated[int, typer.Option(min=1, help="At least so many rounds.")] = 7,
+    seconds: Annotated[
+        float, typer.Option(help="Target duration of the rounds of one case.")
+    ] = 15.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Minimum number of rounds.")] = 7,
     memory: Annotated[
-        bool, typer.Option("--memory", help="Peak memory too: a fresh process each on the CPU.")
+        bool,
+        typer.Option(
+            "--memory", help="Also measure peak memory; on the CPU in a fresh process each."
+        ),
     ] = False,
     json_target: Json = None,
     plot: Annotated[
@@ -55,15 +60,15 @@ def bench(
         typer.Option(help="Write a PNG plot to this file."),
     ] = None,
 ) -> None:
-    """Images per second of fused_resnet and its peers, taking turns in one run."""
-    from fused_resnet.bench import harness as benchmark
+    """Images per second of fused_resnet and other contenders, interleaved in one run."""
+    from fused_resnet.bench import harness
     from fused_resnet.bench.contenders import CONTENDERS
     from fused_resnet.bench.report import bench_table, plot_bench, remarks
 
     console = console_for(json_target)
     with clear_errors():
         batches = [positive("--batch", value) for value in split(batch)]
-        events = benchmark.run(
+        events = harness.run(
             split(model),
             batches,
             split(dtype),

@@ -1,4 +1,4 @@
-"""fused-resnet demo: is it exact on real photographs, and how much faster is it here?"""
+"""`fused-resnet demo`: parity on photographs and the speedup on this machine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import torch
 import typer
 
-from fused_resnet.bench import harness as bench
-from fused_resnet.bench import machine, report
+from fused_resnet import testing
+from fused_resnet.bench import harness, machine, report
 from fused_resnet.kernels import native
-from fused_resnet.parity import report as testing
 
 from .app import (
     Images,
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-IMAGES = 8  # photographs for parity, and at most so many to calibrate on
+IMAGES = 8  # photographs for parity, and the maximum for calibration
 BATCHES = (1, 8)
 DTYPES = ("float32", "bfloat16")
 CONTENDERS = ("eager", "eager-channels_last", "compile", "fused")
-SECONDS = 4.0  # per case, at least ROUNDS rounds
+SECONDS = 4.0  # per case, but at least ROUNDS rounds
 ROUNDS = 7
 
 
@@ -46,11 +45,11 @@ def demo(
     model: Models = ["resnet18", "resnet50"],  # noqa: B006
     device: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="cpu or cuda; default: whatever there is."),
+        typer.Option(help="cpu or cuda (default: cuda if available)."),
     ] = None,
     threads: Threads = None,
 ) -> None:
-    """The main job: parity with torchvision on photographs, then images per second, in minutes."""
+    """Parity with torchvision on photographs, then images per second; takes minutes."""
     with clear_errors():
         ok = run(console_for(), out, images, split(model), device, threads)
     if not ok:
@@ -65,7 +64,7 @@ def run(
     device: str | None = None,
     threads: int | None = None,
 ) -> bool:
-    """Parity, benchmark, table, plot and JSON under `out`; True when parity holds everywhere."""
+    """Measure parity and throughput; write a plot and JSON to `out`. True if parity holds."""
     models = models or ["resnet18", "resnet50"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     machine.check_device(device)
@@ -75,7 +74,7 @@ def run(
         console.print(f"running without native kernels: {missing}", soft_wrap=True)
     inputs = load_inputs(images, IMAGES, console)
     parities = _parity(console, models, inputs, device)
-    events = bench.run(
+    events = harness.run(
         models,
         BATCHES,
         DTYPES,
@@ -90,7 +89,7 @@ def run(
     console.print(report.bench_table(results))
     for line in report.remarks(results):
         console.print(line, soft_wrap=True)
-    path = bench.save(results, out)
+    path = harness.save(results, out)
     title = f"fused_resnet on {report.device_name(results)}: images per second, higher is better"
     plot = report.plot_bench(results, path.with_suffix(".png"), title)
     console.print(_conclusion(results), style="bold", soft_wrap=True)
@@ -101,10 +100,10 @@ def run(
 def _parity(
     console: Console, models: list[str], inputs: Tensor, device: str
 ) -> list[dict[str, Any]]:
-    """Compare every model in every dtype; a table of outputs, and whole tables where broken."""
+    """Compare every model in every dtype: one line each, and the full table on failure."""
     from rich.progress import Progress, SpinnerColumn, TextColumn
 
-    found: list[dict[str, Any]] = []
+    parities: list[dict[str, Any]] = []
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), console=console) as progress:
         task = progress.add_task("")
         for model in models:
@@ -113,13 +112,13 @@ def _parity(
             for dtype in DTYPES:
                 progress.update(task, description=f"{model} {dtype}: parity with stock PyTorch")
                 parity = testing.parity(fused, reference, inputs, getattr(torch, dtype))
-                found.append({"model": model, **parity.to_dict()})
+                parities.append({"model": model, **parity.to_dict()})
                 console.print(_parity_line(model, parity), soft_wrap=True)
                 if not parity.ok:
                     console.print(report.parity_table(parity, f"{model} {dtype}"))
                     console.print(report.verdict(parity), style="bold red")
         progress.update(task, description="parity done")
-    return found
+    return parities
 
 
 def _parity_line(model: str, parity: testing.ParityReport) -> str:
@@ -136,5 +135,5 @@ def _conclusion(results: dict[str, Any]) -> str:
     ratios = [case["contenders"]["fused"]["ratio_to_eager"] for case in results["cases"]]
     return (
         f"fused_resnet is {1 / max(ratios):.2f} to {1 / min(ratios):.2f} times as fast as the "
-        f"better eager layout here"
+        f"faster eager layout on this machine"
     )

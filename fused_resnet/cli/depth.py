@@ -1,4 +1,4 @@
-"""`fused-resnet depth`: the experiment behind residual learning, as a report."""
+"""`fused-resnet depth`: plain and residual networks of growing depth, as a report."""
 
 from __future__ import annotations
 
@@ -23,38 +23,42 @@ def depth(
     data: Annotated[str, _OPTION(help="digits (scikit-learn's) or cifar10.")] = "digits",
     root: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
-        _OPTION(help="Where cifar10 is."),
+        _OPTION(help="Folder of cifar10."),
     ] = None,
-    depths: Annotated[str, _OPTION(help="Layers, 6n + 2 each.")] = "20,56,110",
-    deep: Annotated[str, _OPTION(help="Of residual networks trained for some steps.")] = "1202",
+    depths: Annotated[str, _OPTION(help="Numbers of layers, each 6n + 2.")] = "20,56,110",
+    deep: Annotated[
+        str, _OPTION(help="Layers of residual networks trained for --deep-steps.")
+    ] = "1202",
     deep_steps: int = 60,
     seeds: int = 3,
     epochs: Annotated[
         Optional[int],  # noqa: UP045
-        _OPTION(help="Default: 30, of cifar10 164."),
+        _OPTION(help="Default: 30; cifar10: 164."),
     ] = None,
     batch: Annotated[
         Optional[int],  # noqa: UP045
-        _OPTION(help="Default: 64, of cifar10 128."),
+        _OPTION(help="Default: 64; cifar10: 128."),
     ] = None,
     lr: Annotated[
         Optional[float],  # noqa: UP045
-        _OPTION(help="At its peak; default: 0.05, of cifar10 0.1."),
+        _OPTION(help="Peak (default: 0.05; cifar10: 0.1)."),
     ] = None,
     block: Annotated[str, _OPTION(help="basic, preact or preact_bottleneck.")] = "basic",
     activation_memory: Annotated[
-        str, _OPTION(help="Of the deep networks: full, low, lower or minimal.")
+        str, _OPTION(help="For the deep networks: full, low, lower or minimal.")
     ] = "low",
     stochastic_depth: Annotated[
-        float, _OPTION(help="Probability that a residual network's last block is left out.")
+        float, _OPTION(help="Probability that a residual network's last block is dropped.")
     ] = 0.0,
     zero_init_residual: Annotated[
-        bool, _OPTION(help="Each residual block starts as its shortcut.")
+        bool, _OPTION(help="Initialize each residual block to its shortcut.")
     ] = True,
-    out: Annotated[str, _OPTION(help="Folder; a report begun there goes on.")] = "runs/depth",
+    out: Annotated[
+        str, _OPTION(help="Folder; resumes a report that was started there.")
+    ] = "runs/depth",
     threads: Threads = None,
 ) -> None:
-    """Train plain and residual networks of growing depth; write what depth does to them."""
+    """Train plain and residual networks of growing depth; report errors and gradients."""
     options = dict(locals())
     console = console_for()
     with clear_errors():
@@ -99,7 +103,7 @@ def _layers(option: str, text: str) -> tuple[int, ...]:
 
 
 def write(config: Config, parts: dict[str, dict[str, object]], folder: Path) -> list[str]:
-    """report.json, report.md and the plots in `folder`; what the report says, line by line."""
+    """Write report.json, report.md and the plots to `folder`; return the lines to print."""
     from fused_resnet.bench.machine import provenance
     from fused_resnet.depth import report
     from fused_resnet.train.state import write_whole
@@ -110,8 +114,8 @@ def write(config: Config, parts: dict[str, dict[str, object]], folder: Path) -> 
     page = report.markdown(summary)
     write_whole(folder / "report.md", lambda f: f.write(page.encode()))
     plots = report.plot(summary, folder) or ["no plots (pip install matplotlib)"]
-    said = [
+    lines = [
         f"{'shown' if c['shown'] else 'not shown'}: {c['claim']}. {c['words']}"
         for c in summary["claims"]
     ]
-    return [*said, f"{folder}: report.md, report.json, {', '.join(plots)}"]
+    return [*lines, f"{folder}: report.md, report.json, {', '.join(plots)}"]

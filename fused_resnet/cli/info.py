@@ -1,4 +1,4 @@
-"""fused-resnet info"""
+"""`fused-resnet info`: versions, device and which provider computes each op."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from .app import Json, app, console_for, emit
 
 @app.command()
 def info(json_target: Json = None) -> None:
-    """Versions, device, what was built, which backend serves which op and why."""
+    """Versions, device, built kernels, and which provider computes each op and why."""
     from fused_resnet.bench import machine
     from fused_resnet.bench.report import info_tables
 
     console = console_for(json_target)
-    found = machine.info()
+    information = machine.info()
     if json_target != "-":
-        for table in info_tables(found):
+        for table in info_tables(information):
             console.print(table)
-    emit(found, json_target, console)
+    emit(information, json_target, console)

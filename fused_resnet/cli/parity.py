@@ -1,4 +1,4 @@
-"""fused-resnet parity"""
+"""`fused-resnet parity`: errors of stock PyTorch and fused_resnet against float64."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 @app.command()
 def parity(
-    model: Models = ["resnet50"],  # noqa: B006 - typer reads the default and never changes it
+    model: Models = ["resnet50"],  # noqa: B006 - typer does not modify the default
     dtype: Annotated[
         list[str],
         typer.Option("--dtype", help="float32, bfloat16, float16, float64.", metavar="DTYPE"),
     ] = ["float32"],  # noqa: B006
-    mode: Annotated[str, typer.Option(help="infer, or train: gradients and statistics too.")] = (
+    mode: Annotated[str, typer.Option(help="infer, or train: also gradients and statistics.")] = (
         "infer"
     ),
     batch: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8,
@@ -44,15 +44,15 @@ def parity(
     images: Images = None,
     checkpoint: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="state_dict file; default: random weights, calibrated statistics."),
+        typer.Option(help="state_dict file (default: random weights, calibrated statistics)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     threads: Threads = None,
     json_target: Json = None,
 ) -> None:
-    """Error of stock PyTorch and of fused_resnet against float64, layer by layer.
+    """Errors of stock PyTorch and of fused_resnet against float64, layer by layer.
 
-    Exit status 1 when fused_resnet's error is over twice stock's plus one rounding anywhere.
+    Exit status 1 if any error of fused_resnet exceeds twice stock's plus one rounding.
     """
     import torch
 
@@ -82,11 +82,11 @@ def parity(
                 console.print(verdict(report), style=style, soft_wrap=True)
                 console.print()
     if json_target is not None:
-        found = {
+        content = {
             **provenance("parity", device),
             "parity": [{"model": n, "mode": mode, **r.to_dict()} for n, r in reports],
         }
-        emit(found, json_target, console)
+        emit(content, json_target, console)
     if not all(report.ok for _, report in reports):
         raise typer.Exit(1)
 
@@ -108,10 +108,10 @@ def _parity_of(
     fused, reference = testing.matched_models(
         name, inputs, checkpoint=checkpoint, seed=seed, device=device
     )
-    again = f"fused-resnet parity --model {name} --mode {mode} --batch {len(inputs)}"
-    again += f" --device {device} --seed {seed} --threads {torch.get_num_threads()}"
-    again += f" --checkpoint {checkpoint}" if checkpoint else ""
-    again += f" --images {images}" if images else ""
+    command = f"fused-resnet parity --model {name} --mode {mode} --batch {len(inputs)}"
+    command += f" --device {device} --seed {seed} --threads {torch.get_num_threads()}"
+    command += f" --checkpoint {checkpoint}" if checkpoint else ""
+    command += f" --images {images}" if images else ""
     for dtype in dtypes:
         yield testing.parity(
             fused,
@@ -119,5 +119,5 @@ def _parity_of(
             inputs,
             getattr(torch, dtype),
             training=mode == "train",
-            reproducer=f"{again} --dtype {dtype}",
+            reproducer=f"{command} --dtype {dtype}",
         )

@@ -1,4 +1,4 @@
-"""`fused-resnet train`: the options of train.Config, a progress bar, a plot of the metrics."""
+"""`fused-resnet train`: options of train.Config, progress bar, plot of the metrics."""
 
 from __future__ import annotations
 
@@ -21,59 +21,61 @@ _OPTION = typer.Option
 @app.command()
 def train(
     model: Annotated[
-        str, _OPTION(help="Of the family, or cifar_resnet20 (any 6n + 2).")
+        str, _OPTION(help="A ResNet of this package, or cifar_resnet20 (any depth 6n + 2).")
     ] = "resnet18",
     data: Annotated[str, _OPTION(help="digits (scikit-learn's), cifar10 or folder.")] = "digits",
     root: Annotated[
         Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
-        _OPTION(help="Where cifar10 or the folder of images is."),
+        _OPTION(help="Folder of cifar10 or of the images."),
     ] = None,
     image_size: Annotated[
         Optional[int],  # noqa: UP045
-        _OPTION(help="Pixels; default: 32, of a folder 224.", min=8),
+        _OPTION(help="Pixels (default: 32; folder: 224).", min=8),
     ] = None,
     epochs: int = 10,
     batch: Annotated[int, _OPTION(help="Images per optimizer step, over all processes.")] = 64,
-    accumulate: Annotated[int, _OPTION(help="Backwards per optimizer step.")] = 1,
+    accumulate: Annotated[int, _OPTION(help="Backward passes per optimizer step.")] = 1,
     optimizer: Annotated[str, _OPTION(help="sgd, adamw or lamb.")] = "sgd",
     lr: Annotated[
         Optional[float],  # noqa: UP045
-        _OPTION(help="At its peak; default: 0.1 x batch / 256, or 0.001 but for sgd."),
+        _OPTION(help="Peak (default: sgd 0.1 x batch / 256; else 0.001)."),
     ] = None,
     momentum: float = 0.9,
-    weight_decay: Annotated[float, _OPTION(help="Not of biases and norms.")] = 1e-4,
-    warmup: Annotated[float, _OPTION(help="Epochs, before the cosine.")] = 1.0,
+    weight_decay: Annotated[float, _OPTION(help="Not applied to biases and norms.")] = 1e-4,
+    warmup: Annotated[float, _OPTION(help="Epochs of linear warm-up before the cosine.")] = 1.0,
     label_smoothing: float = 0.0,
     amp: Annotated[str, _OPTION(help="no, bfloat16 or float16.")] = "no",
     ema: Annotated[
         Optional[float],  # noqa: UP045
-        _OPTION(help="Decay of an average of the weights, which is then tested."),
+        _OPTION(help="Decay of an exponential moving average of the weights; it is tested."),
     ] = None,
     clip: Annotated[
         Optional[float],  # noqa: UP045
-        _OPTION(help="Longest gradient."),
+        _OPTION(help="Maximum gradient norm."),
     ] = None,
     channels_last: bool = True,
     activation_memory: Annotated[str, _OPTION(help="auto, full, low, lower or minimal.")] = "auto",
     cuda_graph: Annotated[
-        bool, _OPTION("--cuda-graph", help="On a GPU: a step as one CUDA graph, sgd and adamw.")
+        bool, _OPTION("--cuda-graph", help="GPU: capture the step as one CUDA graph (sgd, adamw).")
     ] = False,
-    sync_bn: Annotated[bool, _OPTION("--sync-bn", help="Batch norm over all processes.")] = False,
+    sync_bn: Annotated[
+        bool, _OPTION("--sync-bn", help="Synchronize batch norm over all processes.")
+    ] = False,
     sharding: Annotated[
-        str, _OPTION(help="none, or fsdp: weights shared out over torchrun's processes.")
+        str, _OPTION(help="none, or fsdp: shard the weights over torchrun's processes.")
     ] = "none",
     seed: int = 0,
-    workers: Annotated[int, _OPTION(help="Processes that load images.")] = 0,
-    checkpoint_every: Annotated[int, _OPTION(help="Steps; and after every epoch.")] = 100,
-    resume: Annotated[bool, _OPTION("--resume", help="Go on with the run in --out.")] = False,
+    workers: Annotated[int, _OPTION(help="Data loading processes.")] = 0,
+    checkpoint_every: Annotated[int, _OPTION(help="Steps; also after every epoch.")] = 100,
+    resume: Annotated[bool, _OPTION("--resume", help="Continue the run in --out.")] = False,
     out: Annotated[
         Optional[str],  # noqa: UP045
-        _OPTION(help="Folder; default: runs/MODEL-DATA."),
+        _OPTION(help="Folder (default: runs/MODEL-DATA)."),
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
-    """Train a model; under torchrun, on many devices. Writes metrics, a plot and checkpoints."""
+    """Train a model, under torchrun on several devices; write metrics, plot, checkpoints."""
     options = dict(locals())
     console = console_for()
     with clear_errors():
@@ -117,7 +119,7 @@ def _finish(result: Result, console: Any) -> None:
 
 
 def plot_metrics(rows: list[dict[str, Any]], file: Path) -> str:
-    """Loss against step, and test accuracy at each epoch's end; the file's name."""
+    """Plot loss by step and test accuracy by epoch; return the name of the file."""
     try:
         import matplotlib
     except ImportError:

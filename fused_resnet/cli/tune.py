@@ -1,4 +1,4 @@
-"""fused-resnet tune"""
+"""`fused-resnet tune`: measure the fastest GPU kernel of each convolution of a model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def tune(
     ] = ["bfloat16"],  # noqa: B006
     device: Device = "cuda",
 ) -> None:
-    """Measure which kernel is fastest for each convolution of a model on a GPU, for later runs.
+    """Measure which GPU kernel is fastest for each convolution of a model; cache it for later runs.
 
-    CUDA, Triton and cuDNN, each with every tile worth measuring; in 16 bits for the gradients'
-    convolutions too. The winners are kept in $XDG_CACHE_HOME/fused_resnet
+    Measures CUDA, Triton and cuDNN with every candidate tile; in 16-bit dtypes also the
+    convolutions of the gradients. The winners are cached in $XDG_CACHE_HOME/fused_resnet
     (~/.cache/fused_resnet) by GPU, driver, PyTorch and Triton version.
     """
     import torch
@@ -45,21 +45,21 @@ def tune(
             check("--dtype", name, ["float32", "bfloat16", "float16"])
         check_device(device)
         if torch.device(device).type != "cuda":
-            raise ValueError("tune: tiles are measured on a GPU")
+            raise ValueError("tune requires a GPU: --device cuda")
         providers = registry.gpu_conv_backends()
         if not providers:
             raise ValueError(f"tune: {registry.missing('conv_bn_relu', 'triton', 'cuda')}")
     from fused_resnet.bench.report import tuned_table
     from fused_resnet.kernels.measure import problems
 
-    where = torch.device(device)
+    target = torch.device(device)
     for name, size, kind in itertools.product(models, batches, dtypes):
         as_dtype = getattr(torch, kind)
-        layers = problems(layers_of(name, size), where, providers, as_dtype)
-        found, not_kept = _tune(layers, where, providers, as_dtype, console)
-        console.print(tuned_table(found, f"{name}, batch {size}, {kind}"))
-        if not_kept:
-            console.print(f"kept for this process only: {not_kept}", soft_wrap=True)
+        layers = problems(layers_of(name, size), target, providers, as_dtype)
+        winners, not_cached = _tune(layers, target, providers, as_dtype, console)
+        console.print(tuned_table(winners, f"{name}, batch {size}, {kind}"))
+        if not_cached:
+            console.print(f"cached for this process only: {not_cached}", soft_wrap=True)
 
 
 def _tune(

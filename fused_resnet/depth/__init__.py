@@ -1,8 +1,8 @@
-"""What depth does to a network: gradients, responses and the loss around a solution, by layers.
+"""Profiles of a network by layer: gradients, responses and the loss around a solution.
 
     profile = gradient_profile(model, lambda m: cross_entropy(m(x), y))
 
-Plain functions that work on any model; `fused-resnet depth` runs the whole experiment.
+The functions work on any model; `fused-resnet depth` runs the whole experiment.
 """
 
 from .profiles import Layer, gradient_profile, loss_along, response_profile

@@ -1,9 +1,8 @@
-"""The experiment behind residual learning: plain and residual networks of growing depth, trained
-alike, and what their gradients, responses and losses look like.
+"""The residual learning experiment: plain and residual networks of growing depth, trained with the
+same settings, and their gradients, responses and losses.
 
 He et al. 2015 (1512.03385), section 4.2; He et al. 2016 (1603.05027); Li et al. 2018 (1712.09913).
-Every finished part is a file of its own, written whole, so that a report that is interrupted goes
-on where it was.
+Every finished part is written atomically to its own file, so an interrupted report can be resumed.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from . import profiles, ultra
 from .setting import KINDS, Config, Data, make, number
 from .steps import Steps
 
-_PROBE = 256  # images that profiles are taken on
+_PROBE = 256  # images used for profiles
 _DISTANCES = tuple(round(-1 + 0.125 * i, 3) for i in range(17))
 
 
 def check(config: Config) -> None:
-    """ValueError that names the option."""
+    """Raise ValueError naming the option if a setting is invalid."""
     if config.data not in ("digits", "cifar10"):
         raise ValueError(f"--data must be one of digits, cifar10, got {config.data!r}")
     need("depth", "torchvision", *(["sklearn"] if config.data == "digits" else []))
@@ -59,7 +58,8 @@ def check(config: Config) -> None:
 
 
 class Experiment:
-    """The parts of one report. say: takes a line of text; progress: parts done, parts in all."""
+    """The parts of one report. say: called with lines of text; progress: with parts done and total
+    parts."""
 
     def __init__(
         self, config: Config, say: Callable[[str], None] = lambda line: None,
@@ -78,9 +78,9 @@ class Experiment:
         self.data = Data(c)
         if c.batch is not None and c.batch > len(self.data.x):
             raise ValueError(
-                f"--batch must be at most {len(self.data.x)}, the images there are, got {c.batch}"
+                f"--batch must be at most {len(self.data.x)}, the number of images, got {c.batch}"
             )
-        self._same_settings()
+        self._check_settings()
         self.parts: list[tuple[str, Callable[[], dict[str, Any]]]] = []
         for seed, depth, kind in itertools.product(range(c.seeds), c.depths, KINDS):
             name = f"train-{kind}-{depth}-{seed}"
@@ -90,26 +90,27 @@ class Experiment:
         for depth in c.deep:
             self.parts.append((f"deep-{depth}", partial(ultra.run, self, depth)))
 
-    def _same_settings(self) -> None:
-        """Parts of other settings are no parts of this report."""
+    def _check_settings(self) -> None:
+        """Raise ValueError if the folder contains parts of a report with different settings."""
         free = {"out", "seeds", "depths", "deep"}
-        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
+        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in free}
         file = self.folder / "settings.json"
         if file.exists():
-            other = json.loads(file.read_text())
-            changed = next((k for k in mine if other.get(k) != mine[k]), None)
+            previous = json.loads(file.read_text())
+            changed = next((k for k in settings if previous.get(k) != settings[k]), None)
             if changed is not None:
                 raise ValueError(
-                    f"--out {self.config.out} holds parts of a report with "
-                    f"--{changed.replace('_', '-')} {other.get(changed)}, not {mine[changed]}; "
+                    f"--out {self.config.out} contains parts of a report with "
+                    f"--{changed.replace('_', '-')} {previous.get(changed)}, "
+                    f"not {settings[changed]}; "
                     "choose another --out"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda f: f.write(json.dumps(mine).encode()))
+        write_whole(file, lambda f: f.write(json.dumps(settings).encode()))
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Every part by its name; those of an earlier run are read."""
-        found: dict[str, dict[str, Any]] = {}
+        """Every part by name; finished parts of an earlier run are read from their files."""
+        parts: dict[str, dict[str, Any]] = {}
         for i, (name, make_part) in enumerate(self.parts):
             self.progress(i, len(self.parts))
             self._done = i
@@ -120,15 +121,15 @@ class Experiment:
                 part["seconds"] = time.perf_counter() - began
                 text = json.dumps(part, allow_nan=False)
                 write_whole(file, lambda f, text=text: f.write(text.encode()))
-            found[name] = json.loads(file.read_text())
+            parts[name] = json.loads(file.read_text())
         self.progress(len(self.parts), len(self.parts))
-        return found
+        return parts
 
     # --- training ---------------------------------------------------------------------------------
 
     def train(self, kind: str, depth: int, seed: int) -> dict[str, Any]:
-        """Errors epoch by epoch: while training, and on the test images after each epoch. Of the
-        first seed, what the trained network looks like too."""
+        """Errors by epoch: during training, and on the test images after each epoch. For the first
+        seed also the profiles of the trained network."""
         c = self.config
         model = make(c, kind, depth, seed, self.data.classes)
         steps = Steps(self, model, depth, seed)
@@ -163,28 +164,28 @@ class Experiment:
         model.train()
         return wrong / len(self.data.test_y)
 
-    # --- looking at a network ---------------------------------------------------------------------
+    # --- profiles of a network --------------------------------------------------------------------
 
     def loss(self, model: nn.Module, images: int = _PROBE) -> Tensor:
         return cross_entropy(model(self.data.x[:images]), self.data.y[:images])
 
     def gradients(self, model: nn.Module, images: int = _PROBE) -> list[float | None]:
-        found = profiles.gradient_profile(model, partial(self.loss, images=images))
-        return [number(layer.value) for layer in found]
+        profile = profiles.gradient_profile(model, partial(self.loss, images=images))
+        return [number(layer.value) for layer in profile]
 
     def looks(self, model: nn.Module) -> dict[str, Any]:
-        """A trained network's gradients and responses, and the loss around it."""
+        """The gradients and responses of a trained network, and the loss around it."""
         model.train()
-        found: dict[str, Any] = {"gradients": self.gradients(model)}
+        trained: dict[str, Any] = {"gradients": self.gradients(model)}
         responses = profiles.response_profile(model, self.data.x[:_PROBE])
-        found["responses"] = [number(layer.value) for layer in responses]
+        trained["responses"] = [number(layer.value) for layer in responses]
         losses = profiles.loss_along(model, self.loss, _DISTANCES, seed=0)
-        found["around"] = {"distances": _DISTANCES, "losses": [number(v) for v in losses]}
-        return found
+        trained["around"] = {"distances": _DISTANCES, "losses": [number(v) for v in losses]}
+        return trained
 
     def start(self, kind: str, depth: int) -> dict[str, Any]:
-        """Gradients before training, with and without norms, by both initialisations; of fewer
-        images where so many would not fit in memory."""
+        """Gradients before training, with and without norms, for both initializations; on fewer
+        images if their activations would not fit in memory."""
         images = ultra.images_that_fit(self.config, depth, _PROBE, self.data.size)
         cases = []
         for bn in (True, False):

@@ -1,4 +1,4 @@
-"""The depth report's plots; each takes pyplot and the summary and returns a figure."""
+"""Plots of the depth report; each function takes pyplot and the summary, returns a figure."""
 
 from __future__ import annotations
 
@@ -7,38 +7,37 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 KINDS = ("plain", "residual")
 
 
-def _two(pyplot: Any, title: str, y: str, x: str) -> tuple[Any, Any]:
+def _two_axes(pyplot: Any, title: str, y: str, x: str) -> tuple[Any, Any]:
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     figure.suptitle(title)
     for kind, a in zip(KINDS, axes, strict=True):
         a.set_title(kind)
         a.set_xlabel(x)
-        _open(a)
+        _style(a)
     axes[0].set_ylabel(y)
     return figure, axes
 
 
-def _open(axes: Any) -> None:
+def _style(axes: Any) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
 
 
 def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:  # every network may have diverged
+    if axes.get_legend_handles_labels()[0]:  # empty if every network diverged
         axes.legend(frameon=False)
 
 
 def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
-    """Errors against epoch: training dashed, test solid, the band from the best seed to the
-    worst."""
-    figure, axes = _two(pyplot, "Error against epoch", "error, %", "epoch")
+    """Errors by epoch: training dashed, test solid, with a band from the best to the worst seed."""
+    figure, axes = _two_axes(pyplot, "Error against epoch", "error, %", "epoch")
     for kind, a in zip(KINDS, axes, strict=True):
-        for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
+        for color, depth in zip(COLORS, summary["settings"]["depths"], strict=False):
             runs = [
                 r for r in summary["curves"]
                 if r["kind"] == kind and r["depth"] == depth and r["diverged"] is None
@@ -48,10 +47,10 @@ def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
                 epochs = range(1, len(series) + 1)
                 label = f"{depth} layers" if style == "-" else None
                 mean = [statistics.fmean(values) for values in series]
-                a.plot(epochs, mean, style, color=colour, label=label, lw=1.5)
+                a.plot(epochs, mean, style, color=color, label=label, lw=1.5)
                 if style == "-" and series:
                     low, high = [min(v) for v in series], [max(v) for v in series]
-                    a.fill_between(epochs, low, high, color=colour, alpha=0.15, lw=0)
+                    a.fill_between(epochs, low, high, color=color, alpha=0.15, lw=0)
         a.set_ylim(0, 100)
     axes[0].plot([], [], "--", color="grey", label="training")
     axes[0].legend(frameon=False)
@@ -59,13 +58,13 @@ def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
 
 
 def degradation(pyplot: Any, summary: dict[str, Any]) -> Any:
-    """Final errors against depth."""
+    """Final errors by depth."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     figure.suptitle("Final error against depth")
     for key, title, a in zip(
         ("train_error", "test_error"), ("training", "test"), axes, strict=True
     ):
-        for kind, colour in zip(KINDS, (COLOURS[5], COLOURS[0]), strict=True):
+        for kind, color in zip(KINDS, (COLORS[5], COLORS[0]), strict=True):
             rows = [r for r in summary["errors"] if r["kind"] == kind and r[key] is not None]
             means = [100 * r[key]["mean"] for r in rows]
             spread = [
@@ -73,19 +72,19 @@ def degradation(pyplot: Any, summary: dict[str, Any]) -> Any:
                 [100 * r[key]["max"] - m for m, r in zip(means, rows, strict=True)],
             ]
             a.errorbar(
-                [r["depth"] for r in rows], means, spread, color=colour, marker="o", capsize=3,
+                [r["depth"] for r in rows], means, spread, color=color, marker="o", capsize=3,
                 label=kind,
             )  # fmt: skip
         a.set_title(title)
         a.set_xlabel("layers")
-        _open(a)
+        _style(a)
     axes[0].set_ylabel("error, %")
     axes[0].legend(frameon=False)
     return figure
 
 
 def gradients(pyplot: Any, summary: dict[str, Any]) -> Any:
-    """Norm of the gradient by layer: before training with and without norms, and after."""
+    """Gradient norm by layer: before training with and without norms, and after training."""
     rows = [
         ("start, batch norm", _start(summary, True, "he")),
         ("start, no norm, He", _start(summary, False, "he")),
@@ -100,16 +99,16 @@ def gradients(pyplot: Any, summary: dict[str, Any]) -> Any:
     for column, (title, lines) in enumerate(rows):
         for row, kind in enumerate(KINDS):
             a = axes[row][column]
-            for of, depth, values in sorted(lines, key=lambda line: line[1]):
-                if of != kind:
+            for line_kind, depth, values in sorted(lines, key=lambda line: line[1]):
+                if line_kind != kind:
                     continue
                 known = [(i, v) for i, v in enumerate(values[:-1]) if v]
                 places = [i / max(1, len(values) - 2) for i, _ in known]
-                colour = COLOURS[depths.index(depth) % len(COLOURS)]
-                a.plot(places, [v for _, v in known], color=colour, lw=1, label=f"{depth}")
+                color = COLORS[depths.index(depth) % len(COLORS)]
+                a.plot(places, [v for _, v in known], color=color, lw=1, label=f"{depth}")
             a.set_yscale("log")
             a.set_title(f"{kind}: {title}", fontsize=10)
-            _open(a)
+            _style(a)
             if row:
                 a.set_xlabel("place in the network")
     axes[0][0].legend(frameon=False, title="layers", fontsize=8)
@@ -126,13 +125,12 @@ def _start(summary: dict[str, Any], bn: bool, init: str) -> list[tuple[str, int,
 
 
 def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
-    """Standard deviation of every norm's output in the trained network: He et al. 2015, figure
-    7."""
-    figure, axes = _two(
+    """Standard deviation of the output of every norm after training: He et al. 2015, figure 7."""
+    figure, axes = _two_axes(
         pyplot, "Responses of the trained layers", "standard deviation after the norm",
         "place in the network",
     )  # fmt: skip
-    for a, look, line in _looks(axes, summary):
+    for a, look, line in _trained(axes, summary):
         values = look["responses"]
         places = [i / max(1, len(values) - 1) for i in range(len(values))]
         a.plot(places, values, ".", ms=5, **line)
@@ -142,37 +140,37 @@ def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
 
 def around(pyplot: Any, summary: dict[str, Any]) -> Any:
     """The loss along one random direction, normalised filter by filter: Li et al. 2018."""
-    figure, axes = _two(
+    figure, axes = _two_axes(
         pyplot, "The loss around the trained network", "training loss",
         "distance, in lengths of each filter",
     )  # fmt: skip
-    for a, look, line in _looks(axes, summary):
+    for a, look, line in _trained(axes, summary):
         a.plot(look["around"]["distances"], look["around"]["losses"], **line)
     _legend(axes[1])
     return figure
 
 
-def _looks(axes: Any, summary: dict[str, Any]) -> Iterator[tuple[Any, Any, dict[str, str]]]:
-    """Of each trained network, the shallow ones first: where to draw it, what was seen, and the
-    colour and label of its line."""
-    for colour, depth in zip(COLOURS, summary["settings"]["depths"], strict=False):
+def _trained(axes: Any, summary: dict[str, Any]) -> Iterator[tuple[Any, Any, dict[str, str]]]:
+    """For each trained network, shallowest first: its axes, its profiles, and the color and label
+    of its line."""
+    for color, depth in zip(COLORS, summary["settings"]["depths"], strict=False):
         for look in summary["looks"]:
             if look["depth"] == depth:
-                line = {"color": colour, "label": f"{depth} layers"}
+                line = {"color": color, "label": f"{depth} layers"}
                 yield axes[KINDS.index(look["kind"])], look, line
 
 
 def deep(pyplot: Any, summary: dict[str, Any]) -> Any:
-    """The training loss of the deep networks by step."""
+    """Training loss of the deep networks by step."""
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     figure.suptitle("The first steps of very deep residual networks")
-    for colour, part in zip(COLOURS, summary["deep"], strict=False):
+    for color, part in zip(COLORS, summary["deep"], strict=False):
         losses = [math.nan if v is None else v for v in part["losses"]]
         steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=colour, label=f"{part['depth']} layers")
+        axes.plot(steps, losses, color=color, label=f"{part['depth']} layers")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.set_ylim(bottom=0)
-    _open(axes)
+    _style(axes)
     _legend(axes)
     return figure

@@ -1,5 +1,5 @@
-"""Looking at a network layer by layer. Nothing of the model is changed: parameters, buffers, .grad
-and modes are afterwards what they were before, to the last bit."""
+"""Profiles of a network by layer. The model is unchanged afterwards: parameters, buffers, .grad and
+training modes are bitwise equal to those before."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Loss = Callable[[nn.Module], Tensor]
 
 
 class Layer(NamedTuple):
-    """name: as in named_modules(); value: what was measured of the layer."""
+    """name: as in named_modules(); value: the measured value of the layer."""
 
     name: str
     value: float
 
 
 def gradient_profile(model: nn.Module, loss: Loss) -> list[Layer]:
-    """The norm of the gradient of every layer's weight, |d loss / d W|, in the order of the layers.
+    """The gradient norm |d loss / d W| of the weight of every layer, in the order of the layers.
 
-    loss: takes the model, runs it and returns a scalar, in the mode that the model is in:
+    loss: takes the model, runs it in its current mode and returns a scalar:
     `lambda m: cross_entropy(m(x), y)`. Layers are modules with a weight of two or more dimensions
-    (convolutions, linear layers); those whose weight takes no part in the loss have 0, and those
-    that are frozen are left out. Raises ValueError where loss returns no scalar, or nothing in the
-    model has a gradient to take.
+    (convolutions, linear layers). The value is 0 if the loss does not depend on the weight; frozen
+    layers are omitted. Raises ValueError if loss does not return a scalar or no layer's weight
+    requires grad.
     """
     layers = [
         (name, m.weight)
@@ -38,7 +38,7 @@ def gradient_profile(model: nn.Module, loss: Loss) -> list[Layer]:
     ]
     if not layers:
         raise ValueError("gradient_profile: model must have a layer whose weight requires grad")
-    with _buffers_kept(model), torch.enable_grad():
+    with _restore_buffers(model), torch.enable_grad():
         value = _scalar("gradient_profile", loss(model))
         weights = [weight for _, weight in layers]
         grads = torch.autograd.grad(value, weights, allow_unused=True)
@@ -48,11 +48,11 @@ def gradient_profile(model: nn.Module, loss: Loss) -> list[Layer]:
 
 @torch.no_grad()
 def response_profile(model: nn.Module, x: Tensor) -> list[Layer]:
-    """The standard deviation of every norm's output, in the order in which the norms are called.
+    """The standard deviation of the output of every norm, in the order of the calls.
 
-    x: what the model takes. Norms are all of PyTorch's batch, group, layer and instance norms; what
-    follows them, addition and ReLU, is not in it: He et al. 2015 (1512.03385), figure 7. Raises
-    ValueError where the model has no norm.
+    x: input of the model. Norms are PyTorch's batch, group, layer and instance norms; their output
+    is measured before the addition and ReLU: He et al. 2015 (1512.03385), figure 7. Raises
+    ValueError if the model has no norm.
     """
     kinds = (
         nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm,
@@ -61,41 +61,41 @@ def response_profile(model: nn.Module, x: Tensor) -> list[Layer]:
     norms = [(name, m) for name, m in model.named_modules() if isinstance(m, kinds)]
     if not norms:
         raise ValueError("response_profile: model must have a norm, got none")
-    found: list[Layer] = []
+    responses: list[Layer] = []
 
-    def look(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+    def make_hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(module: nn.Module, inputs: object, y: Tensor) -> None:
-            found.append(Layer(name, float(y.double().std(correction=0))))
+            responses.append(Layer(name, float(y.double().std(correction=0))))
 
         return hook
 
-    with contextlib.ExitStack() as stack, _buffers_kept(model):
+    with contextlib.ExitStack() as stack, _restore_buffers(model):
         for name, m in norms:
-            stack.callback(m.register_forward_hook(look(name)).remove)
+            stack.callback(m.register_forward_hook(make_hook(name)).remove)
         model(x)
-    return found
+    return responses
 
 
 @torch.no_grad()
 def loss_along(
     model: nn.Module, loss: Loss, distances: Sequence[float], seed: int = 0
 ) -> list[float]:
-    """The loss at w + t d for each t of `distances`, d a random direction that is normalised filter
-    by filter: d[k] = |w[k]| r[k] / |r[k]| for the k-th filter of a weight of two or more
-    dimensions, r normal; 0 for biases and norms.
+    """The loss at w + t d for each t of `distances`, where d is a random direction normalized per
+    filter: d[k] = |w[k]| r[k] / |r[k]| for the k-th filter of a weight of two or more dimensions,
+    r normally distributed; d = 0 for biases and norms.
 
-    loss: as for gradient_profile. seed: of the direction. Raises ValueError where loss returns no
-    scalar. Source: Li et al. 2018, "Visualizing the Loss Landscape of Neural Nets" (1712.09913),
+    loss: as in gradient_profile. seed: of the direction. Raises ValueError if loss does not return
+    a scalar. Source: Li et al. 2018, "Visualizing the Loss Landscape of Neural Nets" (1712.09913),
     section 4.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = [p for p in model.parameters() if p.dim() > 1]
     start = [p.clone() for p in weights]
-    directions = [_filter_normalised(p, generator) for p in weights]
+    directions = [_filter_normalized(p, generator) for p in weights]
     values = []
     try:
         for t in distances:
-            with _buffers_kept(model):
+            with _restore_buffers(model):
                 for p, w, d in zip(weights, start, directions, strict=True):
                     p.copy_(w + t * d)
                 values.append(float(_scalar("loss_along", loss(model))))
@@ -105,12 +105,12 @@ def loss_along(
     return values
 
 
-def _filter_normalised(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """weight (K, ...) -> a random direction whose K parts are as long as the weight's."""
+def _filter_normalized(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """weight (K, ...) -> a random direction whose K filters have the norms of the weight's."""
     r = torch.randn(weight.shape, generator=generator).to(weight)
     dims = tuple(range(1, weight.dim()))
-    length = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
-    return r * (length / torch.linalg.vector_norm(r, dim=dims, keepdim=True).clamp_min(1e-12))
+    norms = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
+    return r * (norms / torch.linalg.vector_norm(r, dim=dims, keepdim=True).clamp_min(1e-12))
 
 
 def _scalar(what: str, value: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ def _scalar(what: str, value: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Running statistics and the like are afterwards what they were."""
+def _restore_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers, such as running statistics, on exit."""
     before = [b.clone() for b in model.buffers()]
     try:
         yield

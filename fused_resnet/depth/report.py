@@ -1,4 +1,4 @@
-"""The report of a depth experiment: a summary as JSON, what it shows in words, a table, plots."""
+"""The report of a depth experiment: JSON summary, claims in words, tables, plots."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from .setting import KINDS, Config
 
-VANISHED, EXPLODED = 1e-3, 1e3  # the first layers' gradient over that of the shallowest network's
-_WORSE = 0.01  # of errors: above this a difference is called one
+VANISHED, EXPLODED = 1e-3, 1e3  # first layers' gradient / that of the shallowest network
+_WORSE = 0.01  # smallest error difference that counts
 
 
 def summarise(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything that the report shows; `claims` are its sentences."""
+    """The content of the report; `claims` are its statements."""
     runs = [part for name, part in parts.items() if name.startswith("train-")]
-    paths = ("root", "out")  # of this machine, and nothing to anybody else
+    paths = ("root", "out")  # specific to this machine, not reported
     summary: dict[str, Any] = {
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in paths},
         "errors": [_errors(runs, kind, depth) for depth in config.depths for kind in KINDS],
@@ -41,14 +41,14 @@ def summarise(config: Config, parts: dict[str, dict[str, Any]]) -> dict[str, Any
 
 
 def _errors(runs: list[dict[str, Any]], kind: str, depth: int) -> dict[str, Any]:
-    """Final errors over all seeds: mean, smallest, largest; None where every seed diverged."""
-    own = [r for r in runs if r["kind"] == kind and r["depth"] == depth]
+    """Final errors over all seeds: mean, min, max; None if every seed diverged."""
+    selected = [r for r in runs if r["kind"] == kind and r["depth"] == depth]
     row: dict[str, Any] = {
-        "kind": kind, "depth": depth, "seeds": len(own),
-        "diverged": {str(r["seed"]): r["diverged"] for r in own if r["diverged"] is not None},
+        "kind": kind, "depth": depth, "seeds": len(selected),
+        "diverged": {str(r["seed"]): r["diverged"] for r in selected if r["diverged"] is not None},
     }  # fmt: skip
     for key in ("train_error", "test_error"):
-        values = [r[key][-1] for r in own if r["diverged"] is None]
+        values = [r[key][-1] for r in selected if r["diverged"] is None]
         row[key] = None
         if values:
             row[key] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
@@ -56,11 +56,10 @@ def _errors(runs: list[dict[str, Any]], kind: str, depth: int) -> dict[str, Any]
 
 
 def flow(gradients: Sequence[float | None]) -> dict[str, Any]:
-    """What reaches the first layers, and what the last ones get.
+    """Gradient norms of the first and the last layers.
 
-    gradients: norms by layer, the first layer's first, the classifier's last. early, late:
-    geometric means over the first and the last three convolutions, None where one is zero or no
-    finite number.
+    gradients: norms by layer, from the first layer to the classifier. early, late: geometric means
+    over the first and the last three convolutions, None if one of them is zero or non-finite.
     """
     convolutions = gradients[:-1]
     few = min(3, len(convolutions) // 2)
@@ -97,17 +96,17 @@ def _flows(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def claims(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """What residual learning promises, and what these measurements say: {claim, shown, words}."""
+    """The claims of residual learning and what was measured: {claim, shown, words}."""
     return [*_degradation(summary), *_gradient_claims(summary), *_deep_claims(summary)]
 
 
 def _degradation(summary: dict[str, Any]) -> list[dict[str, Any]]:
     rows = {(r["kind"], r["depth"]): r for r in summary["errors"]}
     depths = sorted({depth for _, depth in rows})
-    found = []
+    entries = []
     for kind in KINDS:
-        own = [rows[kind, d] for d in depths]
-        known = [r for r in own if r["train_error"] is not None]
+        by_depth = [rows[kind, d] for d in depths]
+        known = [r for r in by_depth if r["train_error"] is not None]
         if len(known) < 2:
             continue
         first, *rest = known
@@ -116,7 +115,7 @@ def _degradation(summary: dict[str, Any]) -> list[dict[str, Any]]:
         if kind == "plain":
             claim, shown = "plain networks degrade with depth", len(worse) == len(rest)
         else:
-            # In test error no worse than the worst seed of the shallowest.
+            # The test error must not exceed that of the worst seed of the shallowest network.
             limit = first["test_error"]["max"]
             held = all(r["test_error"]["mean"] <= limit for r in rest)
             claim, shown = "residual networks do not degrade with depth", not worse and held
@@ -124,23 +123,23 @@ def _degradation(summary: dict[str, Any]) -> list[dict[str, Any]]:
         if kind == "residual":
             tests = ", ".join(f"{_percent(r['test_error']['mean'])} at {r['depth']}" for r in known)
             words += f" Test error: {tests}."
-        if any(r["diverged"] for r in own):
+        if any(r["diverged"] for r in by_depth):
             words += " Diverged: " + ", ".join(
                 f"{r['depth']} layers in step {step}"
-                for r in own
+                for r in by_depth
                 for step in r["diverged"].values()
             )
-        found.append({"claim": claim, "shown": shown, "words": words})
-    return found
+        entries.append({"claim": claim, "shown": shown, "words": words})
+    return entries
 
 
 def _gradient_claims(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each condition: whether gradients vanish or explode from late to early layers."""
-    found = []
+    """For each condition: whether gradients vanish or explode towards the first layers."""
+    entries = []
     conditions = [(True, "he"), (True, "default"), (False, "he"), (False, "default")]
     for bn, init in conditions:
         with_norms = "with" if bn else "without"
-        named = "He" if init == "he" else "PyTorch's default"
+        init_name = "He" if init == "he" else "PyTorch's default"
         words = []
         states: dict[str, str] = {}
         for kind in KINDS:
@@ -155,17 +154,17 @@ def _gradient_claims(summary: dict[str, Any]) -> list[dict[str, Any]]:
             listed = ", ".join(f"{_size(r)} at {r['depth']}" for r in rows)
             words.append(f"{kind}: {states[kind]} (first layers' gradient {listed})")
         if len(states) == len(KINDS):
-            found.append({
-                "claim": f"before training, {with_norms} batch norm, {named} initialisation: "
+            entries.append({
+                "claim": f"before training, {with_norms} batch norm, {init_name} initialisation: "
                          "shortcuts keep gradients from vanishing or exploding",
                 "shown": states["plain"] != "kept" and states["residual"] == "kept",
                 "words": "; ".join(words) + ".",
             })  # fmt: skip
-    return found
+    return entries
 
 
 def _state(row: dict[str, Any], shallowest: dict[str, Any]) -> str:
-    """What happens to the first layers' gradient from the shallowest network to this one."""
+    """How the first layers' gradient compares with that of the shallowest network."""
     if not row["finite"]:
         return "exploding beyond float32"
     if row["early"] is None or shallowest["early"] is None:
@@ -175,7 +174,7 @@ def _state(row: dict[str, Any], shallowest: dict[str, Any]) -> str:
 
 
 def _deep_claims(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+    entries = []
     for part in summary["deep"]:
         after = part["gradients_after"]
         finite = after is not None and all(g is not None and g > 0 for g in after)
@@ -186,11 +185,11 @@ def _deep_claims(summary: dict[str, Any]) -> list[dict[str, Any]]:
             f"diverged in step {part['diverged']}" if part["diverged"] else "the loss did not fall"
         )  # fmt: skip
         words += "; every layer's gradient is finite and not zero." if finite else "."
-        found.append({
+        entries.append({
             "claim": f"a residual network of {part['depth']} layers trains",
             "shown": falls and finite, "words": words,
         })  # fmt: skip
-    return found
+    return entries
 
 
 def _mean(row: dict[str, Any]) -> float:
@@ -202,14 +201,14 @@ def _percent(value: float) -> str:
 
 
 def _size(row: dict[str, Any]) -> str:
-    return "no number" if row["early"] is None else f"{row['early']:.2g}"
+    return "0 or non-finite" if row["early"] is None else f"{row['early']:.2g}"
 
 
 # --- as a page ------------------------------------------------------------------------------------
 
 
 def markdown(summary: dict[str, Any]) -> str:
-    """The report as a page: table, claims, costs, plots."""
+    """The report as Markdown: table, claims, costs, plots."""
     sections = ["# Depth: plain and residual networks", settings(summary), error_table(summary)]
     sections += ["## What it shows", claim_list(summary)]
     if summary["deep"]:
@@ -220,10 +219,10 @@ def markdown(summary: dict[str, Any]) -> str:
 
 def settings(summary: dict[str, Any]) -> str:
     c = summary["settings"]
-    start = "their shortcuts" if c["zero_init_residual"] else "all others"
+    init = "initialized to their shortcuts" if c["zero_init_residual"] else "not zero-initialized"
     return (
         f"{c['data']}, {c['block']} blocks, {c['epochs']} epochs, batch {c['batch']}, "
-        f"{c['seeds']} seeds: mean (smallest to largest). Residual blocks start as {start}."
+        f"{c['seeds']} seeds: mean (smallest to largest). Residual blocks are {init}."
     )
 
 
@@ -244,9 +243,9 @@ def claim_list(summary: dict[str, Any]) -> str:
 
 
 def cost_table(summary: dict[str, Any]) -> str:
-    """One step of the deep networks, by activation memory."""
+    """Costs of one step of the deep networks by activation memory level."""
     lines = [
-        "| layers | | step, ms | ms per layer | of 20 layers' | saved, MiB | peak, MiB |",
+        "| layers | | step, ms | ms per layer | over 20 layers | saved, MiB | peak, MiB |",
         "|--:|:--|--:|--:|--:|--:|--:|",
     ]
     for part in summary["deep"]:
@@ -274,20 +273,20 @@ def _cell(value: dict[str, float] | None, diverged: dict[str, int]) -> str:
 
 
 def plot_names(summary: dict[str, Any]) -> list[str]:
-    """What `plot_one` can draw of this summary."""
+    """The names of the plots that `plot_one` can draw for this summary."""
     deep = ["deep"] if summary["deep"] else []
     return ["curves", "degradation", "gradients", "responses", "around", *deep]
 
 
 def plot(summary: dict[str, Any], folder: Path) -> list[str]:
-    """The plots as PNG files in `folder`; their names, none without matplotlib."""
+    """Write the plots as PNG files to `folder`; return their names, [] without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return []
     return [plot_one(summary, name, folder).name for name in plot_names(summary)]
 
 
 def plot_one(summary: dict[str, Any], name: str, prefix: Path) -> Path:
-    """One of `plot_names` as PREFIX/NAME.png where prefix is a folder, else PREFIX-NAME.png."""
+    """Write one of `plot_names` to PREFIX/NAME.png if prefix is a folder, else PREFIX-NAME.png."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Steps of training a network of the depth experiment."""
+"""Training steps of the depth experiment."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from .setting import Setting
 
-WARM_UP_DEPTH = 110  # from here on the paper starts with a tenth of the learning rate,
-WARM_UP_ERROR = 0.8  # until a batch's error is below this
+WARM_UP_DEPTH = 110  # from this depth on the paper starts with a tenth of the learning rate,
+WARM_UP_ERROR = 0.8  # until the error of a batch is below this
 
 
 def paper_factor(step: int, steps: int, warming: bool) -> float:
-    """The learning rate of step `step` of `steps`, both from 0, over its peak: a tenth from half of
-    the steps on, a hundredth from three quarters on (32k and 48k of 64k); at most a tenth while
-    warming. Source: He et al. 2015 (1512.03385), section 4.2."""
+    """The learning rate of step `step` (from 0) of `steps`, relative to its peak: 0.1 from half of
+    the steps on, 0.01 from three quarters on (32k and 48k of 64k); at most 0.1 while warming.
+    Source: He et al. 2015 (1512.03385), section 4.2."""
     factor = 0.01 if step >= steps * 3 // 4 else 0.1 if step >= steps // 2 else 1.0
     return min(factor, 0.1) if warming else factor
 
 
 class Steps:
-    """SGD with momentum, as in the paper. Its learning rate: `schedule` of the optimizer where that
-    is given, else the paper's on cifar10, else one cycle over all epochs (Smith and Topin 2017,
-    1708.07120)."""
+    """SGD with momentum, as in the paper. Learning rate: `schedule(optimizer)` if given, else the
+    paper's on cifar10, else one cycle over all epochs (Smith and Topin 2017, 1708.07120)."""
 
     def __init__(
         self, experiment: Setting, model: nn.Module, depth: int, seed: int,
@@ -55,7 +54,7 @@ class Steps:
             self.schedule = OneCycleLR(self.optimizer, c.lr, total_steps=steps)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int]:
-        """The loss and how many images were told wrong, before the update."""
+        """The loss and the number of misclassified images, before the update."""
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(x)
         loss = cross_entropy(logits, y)
@@ -71,7 +70,7 @@ class Steps:
         return value, wrong
 
     def epoch(self) -> tuple[float, float]:
-        """Mean loss and error of an epoch while it trains; a loss that is no number ends it."""
+        """Mean training loss and error of an epoch; a non-finite loss ends it."""
         losses, wrong, images = [], 0, 0
         for x, y in self.data.batches(self.batch, self.generator):
             loss, missed = self.step(x, y)

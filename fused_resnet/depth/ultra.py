@@ -1,4 +1,4 @@
-"""Very deep residual networks: some steps of training, and what they cost in time and memory."""
+"""Very deep residual networks: training steps, and their cost in time and memory."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from fused_resnet.kernels.registry import use_backend
 from .setting import Config, make, number
 from .steps import Steps
 
-_SHALLOW = 20  # layers, beside which time per layer is held
+_SHALLOW = 20  # layers of the network that time per layer is compared with
 _TIMED = 3  # steps
-_WORKSPACE = 4 * 2**20  # bytes that a step's kernels need beside activations, as measured
+_WORKSPACE = 4 * 2**20  # measured bytes that the kernels of a step need in addition to activations
 
 
 class TooDeep(RuntimeError):
-    """The activations of a step would not fit; the message says what would."""
+    """The activations of a step do not fit in memory; the message names options that would."""
 
 
 def run(experiment: Any, depth: int) -> dict[str, Any]:
-    """Some steps of training a residual network of `depth` layers, and the cost of one."""
+    """Train a residual network of `depth` layers for deep_steps; measure the cost of a step."""
     c, data = experiment.config, experiment.data
     assert c.batch is not None
     estimates = {level: estimate_bytes(c, depth, c.batch, data.size, level) for level in LEVELS}
     refuse_what_does_not_fit(depth, c.activation_memory, estimates, available_bytes())
     model = make(c, "residual", depth, 0, data.classes)
     set_activation_memory(model, c.activation_memory)
-    # A linear warm-up to the peak: the few steps of a long cycle would stay at its beginning.
+    # Linear warm-up to the peak: a one-cycle schedule would hardly start in so few steps.
     warm_up = partial(LinearLR, start_factor=0.01, total_iters=max(1, c.deep_steps // 2))
     steps = Steps(experiment, model, depth, 0, warm_up)
     losses: list[float] = []
@@ -50,7 +50,7 @@ def run(experiment: Any, depth: int) -> dict[str, Any]:
             if len(losses) == c.deep_steps or not math.isfinite(losses[-1]):
                 break
     diverged = None if math.isfinite(losses[-1]) else len(losses)
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "depth": depth, "steps": len(losses), "losses": [number(v) for v in losses],
         "diverged": diverged,
         "gradients_after": None if diverged else experiment.gradients(model, c.batch),
@@ -59,13 +59,13 @@ def run(experiment: Any, depth: int) -> dict[str, Any]:
     experiment.say(
         f"residual {depth}: {len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     )
-    return found
+    return result
 
 
 def costs(experiment: Any, depth: int, estimates: dict[str, int]) -> list[dict[str, Any]]:
-    """Of one step by level, and of stock's: time per layer beside that of a shallow network's, both
-    measured in turns, bytes saved for backward, peak of live activations. Of one whose estimate is
-    more than there is free now, that estimate alone."""
+    """Cost of one step for stock and for each level: time per layer compared with that of a shallow
+    network, interleaved; bytes saved for backward; peak of live activations. Only the
+    estimate if it exceeds the available memory."""
     c, data = experiment.config, experiment.data
     assert c.batch is not None
     x, y = data.x[: c.batch], data.y[: c.batch]
@@ -98,18 +98,18 @@ def costs(experiment: Any, depth: int, estimates: dict[str, int]) -> list[dict[s
             rows.append({"level": level, "needed_bytes": needed})
             continue
         times[level] = [[], []]
-    for _ in range(_TIMED):  # in turns: a busy machine slows all of them alike
+    for _ in range(_TIMED):  # interleaved: load on the machine affects all of them
         for level, both in times.items():
             with at(level):
-                for model, own in zip(models, both, strict=True):
-                    step(model)  # memory as this level leaves it
+                for model, measured in zip(models, both, strict=True):
+                    step(model)  # bring the allocator to the state of this level
                     began = time.perf_counter()
                     step(model)
-                    own.append((time.perf_counter() - began) * 1e3)
+                    measured.append((time.perf_counter() - began) * 1e3)
     model = models[1]
     for level, both in times.items():
         shallow, deep = map(statistics.median, both)
-        model.zero_grad(set_to_none=True)  # or the profiler sees memory freed that it never saw
+        model.zero_grad(set_to_none=True)  # else the profiler records frees of unrecorded memory
         with at(level):
             rows.append({
                 "level": level, "step_ms": deep,
@@ -121,7 +121,7 @@ def costs(experiment: Any, depth: int, estimates: dict[str, int]) -> list[dict[s
 
 
 def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str) -> int:
-    """About the activations that live at a time in a step of a residual network, from what two
+    """Estimate the peak bytes of live activations in a step of a residual network, from what two
     small networks save for two images; "minimal" grows with the square root of depth."""
     per_block = 9 if config.block == "preact_bottleneck" else 6
     stage_blocks = (2, 4)
@@ -135,16 +135,16 @@ def estimate_bytes(config: Config, depth: int, batch: int, size: int, level: str
     per_n = (sizes[1] - sizes[0]) / (high - low)
     n = (depth - 2) // per_block
     if level == "minimal":
-        # The outputs of as many blocks as there are segments, and the blocks of one of those.
-        kept = segments(n)
-        images = sizes[0] - low * per_n + per_n * (kept + math.ceil(n / kept) / 3)
+        # One saved block output per segment, and the blocks of one recomputed segment.
+        saved = segments(n)
+        images = sizes[0] - low * per_n + per_n * (saved + math.ceil(n / saved) / 3)
     else:
         images = sizes[0] + per_n * (n - low)
     return int(images * batch / 2) + _WORKSPACE
 
 
 def available_bytes() -> int | None:
-    """Memory that this process could still get, None where the system does not say."""
+    """Bytes of memory available to this process, None if unknown."""
     try:
         with open("/proc/meminfo") as file:
             rows = dict(line.split(":", 1) for line in file)
@@ -157,7 +157,7 @@ def available_bytes() -> int | None:
 
 
 def images_that_fit(config: Config, depth: int, images: int, size: int) -> int:
-    """`images`, halved until a step that keeps all of their activations fits in memory."""
+    """`images`, halved until a step at level "full" fits in memory."""
     available = available_bytes()
     while available is not None and images > 1:
         if estimate_bytes(config, depth, images, size, "full") <= available:
@@ -169,7 +169,7 @@ def images_that_fit(config: Config, depth: int, images: int, size: int) -> int:
 def refuse_what_does_not_fit(
     depth: int, level: str, estimates: dict[str, int], available: int | None
 ) -> None:
-    """TooDeep that names what was estimated, and the first level that would fit."""
+    """Raise TooDeep if `level` does not fit, with the estimate and the first level that fits."""
     if available is None or estimates[level] <= available:
         return
     fitting = [other for other in LEVELS if estimates[other] <= available]

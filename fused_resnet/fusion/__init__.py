@@ -1,11 +1,11 @@
-"""From modules to fused kernels: what models ask for a fused result.
+"""Runs modules on fused kernels: the entry points that models call.
 
-Each function below answers with a tensor computed by fused kernels, or None: then the module runs
-exactly torchvision's path. Decided per call, from
+The `run_*` functions return a tensor computed by fused kernels, or None: then the module must run
+torchvision's path. The decision is made per call, from
 
     the call     call.py: tracing, transforms, forced backend, device, kind of tensor
     the modules  structure.py: exact types, no hooks, nothing patched
-    the tensors  inference/plans.py, training/prepare.py: used only while nothing has changed
+    the tensors  inference/plans.py, training/prepare.py: caches, valid while nothing changed
 """
 
 from .block import run_block

@@ -1,4 +1,4 @@
-"""A residual block by whichever fused path takes it."""
+"""Runs a residual block on the inference or the training path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .training.units import run_units
 
 
 def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
-    """A residual block's output (N, K, P, Q) by a fused path, or None: run torchvision's."""
+    """A residual block's output (N, K, P, Q), or None: the caller runs torchvision's path."""
     if call_reason(x, block.training) is not None:
         return None
     if wants_grad(block, x):

@@ -1,4 +1,4 @@
-"""Whether a call may take a fused path: decided once per call, from the call alone."""
+"""Whether a call may take a fused path, decided from its input and the global state alone."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fused_resnet.ops.library import in_transform
 
 
 def call_reason(x: Any, training: bool = False) -> str | None:
-    """None when this call may take a fused path, else why it runs torchvision's. In training a
-    batch may hold no image, since another process's may."""
+    """None when this call may take a fused path, else why it runs torchvision's. In training an
+    empty batch is allowed, since another process's batch may not be empty."""
     if torch.compiler.is_compiling():
-        return "torch.compile or torch.export is tracing, and fuses by itself"
+        return "torch.compile or torch.export is tracing"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}, not a plain Tensor"
     if x.device.type not in ("cpu", "cuda"):
-        return f"no block of {x.device.type} tensors is fused"
+        return f"{x.device.type} tensors are not supported"
     empty = x.dim() == 4 and 0 in x.shape[training:]
     if x.dim() != 4 or empty or x.layout != torch.strided:
         return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"

@@ -1,4 +1,4 @@
-"""Why a block is fused, or not."""
+"""`explain`: lists which blocks of a model are fused, and why the others are not."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .call import call_reason
 from .fit import serves
 from .inference.plans import reason_against
 from .members import FORWARDS
-from .structure import STEM, Names, take_apart
+from .structure import STEM, Names, parse_block
 from .training.prepare import trains_whole
 
 
 class Explanation(NamedTuple):
-    """What one block would do now: `path` is "inference", "training" or "stock"."""
+    """The path a block would take now: `path` is "inference", "training" or "stock"."""
 
     name: str
     fused: bool
@@ -30,22 +30,22 @@ class Explanation(NamedTuple):
 def explain(model: nn.Module) -> list[Explanation]:
     """For each stem and residual block of `model`: fused or not, and the reason.
 
-    Asked for an input of the weights' own dtype, in the mode the model is in now, without
-    gradients in eval. Runs nothing and changes nothing. Where FSDP shares the weights out, ask
-    between its `unshard()` and `reshard()`, as a forward does.
+    Assumes an input of the weights' dtype, the model's current mode, and no gradients in eval. Runs
+    nothing and changes nothing. With FSDP, call it between `unshard()` and `reshard()`, while the
+    parameters are whole.
     """
-    found = []
+    explanations = []
     for name, m in model.named_modules():
         names = FORWARDS.get(type(m).forward)
         if names is None and {"conv1", "bn1", "relu", "layer1"} <= m._modules.keys():
             names, name = STEM, f"{name}.stem" if name else "stem"
         if names is not None:
-            found.append(Explanation(name, *_explain_block(m, names)))
-    return found
+            explanations.append(Explanation(name, *_explain_block(m, names)))
+    return explanations
 
 
 def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
-    parts = take_apart(block, names)
+    parts = parse_block(block, names)
     if isinstance(parts, str):
         return False, "stock", parts
     first = parts.pairs[0][0]
@@ -63,10 +63,10 @@ def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
         elif any(group_of(bn) is not None for bn in parts.norms):
             shape = (2, first.in_channels, 224, 224)
             if weight.device.type != "cpu":
-                why = "on GPUs a synchronised norm is PyTorch's"
+                why = "synchronised norms are not fused on GPUs"
             elif not trains_whole(parts, names, shape, weight.dtype, weight.dtype):
-                why = "with synchronised norms a block is fused as a whole: all of its norms by "
-                why += "the same group's batches, no bias of a convolution"
+                why = "with synchronised norms a block is fused as a whole: all of its norms must "
+                why += "use the same process group, and its convolutions must have no bias"
         return (False, "stock", why) if why else (True, "training", "batch statistics")
     why = reason_against(parts, weight.dtype, weight.device)
     return (False, "stock", why) if why else (True, "inference", "")

@@ -1,4 +1,4 @@
-"""What stock PyTorch would do with dtypes now: what it answers in, and what it accepts."""
+"""The dtypes that stock PyTorch would return and accept, given autocast's current state."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from fused_resnet.kernels.dispatch import conv_dtype
 
 
 def output_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype in which stock's convolution of such a tensor of `dtype` would answer now."""
+    """The dtype that stock's convolution of a tensor of `dtype` would return now."""
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return dtype
 
 
 def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
-    """What convolutions of such tensors of `dtype` are computed in now; None: not served."""
+    """The dtype in which a convolution of a tensor of `dtype` runs now; None: not supported."""
     return conv_dtype(output_dtype(dtype, device_type), device_type)
 
 
 def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
-    """Whether stock's convolution would take an x of `dtype` with this weight now."""
+    """Whether stock's convolution would accept an x of `dtype` with this weight now."""
     if torch.is_autocast_enabled(weight.device.type):
         return (dtype == torch.float64) == (weight.dtype == torch.float64)
     return dtype == weight.dtype
 
 
 def norm_fits(bn: Any, dtype: torch.dtype) -> bool:
-    """Whether stock's batch norm would take an input of `dtype` with this norm's tensors."""
+    """Whether stock's batch norm would accept an input of `dtype` with the tensors of `bn`."""
     tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     return all(t is None or t.dtype in (dtype, torch.float32) for t in tensors)
 
 
 def serves(batch_statistics: bool, x: Tensor) -> bool:
-    """Whether kernels of ours serve a unit whose input is x."""
+    """Whether this package's kernels support a unit (convolution and norm) with input x."""
     device = x.device.type
     op = "bn_add_relu" if batch_statistics else "conv_bn_relu"
     backend = registry.choose(op, device)

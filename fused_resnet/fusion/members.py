@@ -1,4 +1,4 @@
-"""The parts of a whole network: stem, pooling, stages and blocks."""
+"""Finds the stem, the pooling, the stages and the blocks of a network."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from fused_resnet.layers.hooks import patched
 
-from .structure import STEM, Names, Parts, Place, take_apart
+from .structure import STEM, Names, Parts, Place, parse_block
 
-# forward of a block's class -> where such a block keeps its parts; `register_blocks` fills it.
+# forward of a block's class -> the names of its submodules; filled by `register_blocks`.
 FORWARDS: dict[Callable[..., Tensor], Names] = {}
 
 
 def register_blocks(forwards: dict[Callable[..., Tensor], Names]) -> None:
-    """Makes blocks whose class has one of these forwards known: where they hold their parts."""
+    """Registers block classes by their forward, each with the names of its submodules."""
     FORWARDS.update(forwards)
 
 
@@ -24,7 +24,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 def has_stem(model: Any) -> bool:
-    """Whether norm and ReLU follow the first convolution at once."""
+    """Whether norm and ReLU directly follow the first convolution."""
     return "bn1" in model._modules
 
 
@@ -33,7 +33,8 @@ def stages(model: Any) -> list[Any]:
 
 
 def whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
-    """Stem, pool, stages and blocks as one set of parts, and what plans are made for."""
+    """The parts of the whole network, and the modules (stem and blocks) that each get a plan;
+    None if a stage or block is unknown, patched or cannot be fused."""
     members: list[tuple[nn.Module, Names]] = [(model, STEM)] if has_stem(model) else []
     places = []
     if "maxpool" in model._modules:
@@ -55,7 +56,7 @@ def whole(model: Any) -> tuple[Parts, list[tuple[nn.Module, Names]]] | None:
         return None
     pairs = []
     for module, names in members:
-        parts = take_apart(module, names)
+        parts = parse_block(module, names)
         if isinstance(parts, str):
             return None
         pairs += parts.pairs

@@ -1,4 +1,4 @@
-"""A whole network's inference, fused where it can be."""
+"""Runs the inference of a whole network, fused as far as possible."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .training.network import head
 
 
 def run_resnet(model: Any, x: Tensor) -> Tensor | None:
-    """A whole network's inference (N, classes), fused where it can be, or None: run torchvision's.
+    """A network's logits (N, classes), fused as far as possible, or None: the caller runs
+    torchvision's path.
 
-    x: (N, C, H, W) of any layout. Only plans are used here; without one for the stem, each block
-    decides for itself as torchvision's path comes to it.
+    x: (N, C, H, W) of any layout. If the stem has no plan this returns None, and each block
+    decides for itself when torchvision's path calls it.
     """
     if model.training or call_reason(x) is not None or wants_grad(model, x):
         return None

@@ -1,4 +1,4 @@
-"""Max pooling between a network's stem and its blocks: what the kernels do of it."""
+"""The max pooling between stem and blocks: the parameters and shapes that the kernels support."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fused_resnet.layers.hooks import patched
 
 
 def pair(v: Any) -> list[int]:
-    """(height, width) of what may be one number for both."""
+    """(height, width) from a pair, or from one value for both."""
     return [v, v] if isinstance(v, int) else list(v)
 
 
@@ -21,7 +21,7 @@ def window(pool: Any) -> list[list[int]]:
 
 
 def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """(N, C, H, W) -> (N, C, P, Q) of `pool`; None where the kernel does not do what is asked."""
+    """(N, C, H, W) -> (N, C, P, Q) of `pool`; None where the kernel does not support `pool`."""
     if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
         return None
     sizes = window(pool)
@@ -32,5 +32,5 @@ def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def is_plain(pool: Any) -> bool:
-    """Whether `pool` is MaxPool2d and nothing else."""
+    """Whether `pool` is exactly an nn.MaxPool2d, without hooks or a patched forward."""
     return type(pool) is nn.MaxPool2d and patched(pool) is None

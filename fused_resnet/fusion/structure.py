@@ -1,4 +1,4 @@
-"""Residual blocks as modules: taking one apart, and noticing any change to it.
+"""Parses residual blocks into their parts, and detects later changes to them.
 
 A block is fused only while its parts are exactly Conv2d, BatchNorm2d (SyncBatchNorm,
 FrozenBatchNorm2d) and ReLU, unhooked and unpatched, so that surgery on a model and feature
@@ -28,10 +28,10 @@ _version, _dtype = attrgetter("_version"), attrgetter("dtype")
 
 
 class Names(NamedTuple):
-    """Where a block keeps its parts: (convolution, batch norm) in order, and the rest.
+    """The names of a block's submodules. pairs: (convolution, batch norm) in order.
 
-    downsample: what changes the shortcut's shape; None: there is no shortcut. norm_first: norm and
-    ReLU come before each convolution, and none after the addition."""
+    downsample: the submodule that changes the shortcut's shape; None: the block has no shortcut.
+    norm_first: norm and ReLU come before each convolution, and none after the addition."""
 
     pairs: tuple[tuple[str, str], ...]
     relu: str = "relu"
@@ -43,7 +43,7 @@ STEM = Names((("conv1", "bn1"),), downsample=None)
 
 
 class Place(NamedTuple):
-    """One part: `home[name] is part`, which must be of type `kind` exactly."""
+    """One part: `home[name] is part`, whose type must be exactly `kind`."""
 
     home: dict[str, Any]
     name: str
@@ -52,10 +52,10 @@ class Place(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A block taken apart. pairs: (conv, bn) in order, those of a projecting shortcut last.
+    """A parsed block. pairs: (conv, bn) in order, the pair of a projecting shortcut last.
 
-    shortcut: "none", "identity", "projection" or "pad", which `pad` does. A projection of a block
-    whose norms come first has no norm, and None in its place."""
+    shortcut: "none", "identity", "projection" or "pad" (by the module `pad`). The projection of a
+    norm_first block has no norm: its pair is (conv, None)."""
 
     pairs: list[tuple[Any, Any]]
     shortcut: str
@@ -76,8 +76,8 @@ class Parts(NamedTuple):
         return self.pairs[:-1] if self.downsample else self.pairs
 
 
-def take_apart(block: nn.Module, names: Names) -> Parts | str:
-    """The block's parts; or, in one line, why it cannot be fused."""
+def parse_block(block: nn.Module, names: Names) -> Parts | str:
+    """The block's parts, or a one-line reason why it cannot be fused."""
     children = block._modules
     places: list[Place] = []
 
@@ -91,7 +91,7 @@ def take_apart(block: nn.Module, names: Names) -> Parts | str:
     child(children, names.relu, nn.ReLU)
     shortcut, pad = "none", None
     if names.downsample is not None:
-        # A block without the branch keeps a plain None, which is no child module.
+        # `self.downsample = None` in __init__ sets a plain attribute, not a child module.
         child(block.__dict__, names.downsample, type(None))
         branch = children.get(names.downsample)
         if branch is None:
@@ -108,9 +108,9 @@ def take_apart(block: nn.Module, names: Names) -> Parts | str:
             child(children, names.downsample, nn.Sequential)
             if type(branch) is not nn.Sequential or len(branch) != 2:
                 return f"{names.downsample} is not a Sequential of a convolution and a norm"
-            inner = branch._modules
-            first, second = inner.keys()
-            pairs.append((child(inner, first, nn.Conv2d), child(inner, second, nn.BatchNorm2d)))
+            layers = branch._modules
+            first, second = layers.keys()
+            pairs.append((child(layers, first, nn.Conv2d), child(layers, second, nn.BatchNorm2d)))
     parts = Parts(pairs, shortcut, places, pad)
     return _structure_reason(parts, names.norm_first) or parts
 
@@ -125,7 +125,7 @@ def _structure_reason(parts: Parts, norm_first: bool) -> str | None:
             return f"{name} {why}"
     for conv, bn in parts.pairs:
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return "a convolution pads by something other than a number of zeros"
+            return "a convolution's padding is not a number of zeros"
         for name, t in tensors_of(conv, bn):
             if t is None:
                 continue
@@ -134,14 +134,14 @@ def _structure_reason(parts: Parts, norm_first: bool) -> str | None:
             first = norm_first and name != "conv.bias"
             channels = conv.in_channels if first else conv.out_channels
             if name != "conv.weight" and t.shape != (channels,):
-                return f"{name} is of shape {tuple(t.shape)} for {channels} channels"
+                return f"{name} has shape {tuple(t.shape)} for {channels} channels"
             if t.device != conv.weight.device:
                 return f"{name} is on {t.device}, conv.weight on {conv.weight.device}"
     return None
 
 
 def tensors_of(conv: Any, bn: Any) -> Iterator[tuple[str, Tensor | None]]:
-    """Every tensor that the pair computes with, by name."""
+    """(name, tensor) of every parameter and running statistic of the pair."""
     yield "conv.weight", conv.weight
     yield "conv.bias", conv.bias
     for name in _BN_TENSORS if bn is not None else ():
@@ -149,9 +149,10 @@ def tensors_of(conv: Any, bn: Any) -> Iterator[tuple[str, Tensor | None]]:
 
 
 class Structure:
-    """What a block was taken apart into; `holds` compares it with what is there now, at C speed.
+    """A snapshot of a parsed block; `holds` compares it with the block's current state.
 
-    It must not hold the block itself, beside which it is kept by a weak reference.
+    The comparisons run in C (`map` with builtins), since it is called in every forward. A snapshot
+    must not hold a reference to the block, which is its key in a WeakKeyDictionary.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -182,10 +183,10 @@ class Structure:
         self._slots, self._keys = [h for h, _ in slots], [k for _, k in slots]
         self._values = [h[k] for h, k in slots]
         self._tensors = [t for t in self._values if t is not None]
-        self._forms = self._forms_now()
+        self._metadata = self._current_metadata()
 
-    def _forms_now(self) -> list[Any]:
-        """What a tensor can change without being replaced, but for its values."""
+    def _current_metadata(self) -> list[Any]:
+        """What can change in a tensor without replacing it, except its values."""
         tensors = self._tensors
         return [
             *map(Tensor.data_ptr, tensors), *map(_dtype, tensors), *map(Tensor.size, tensors),
@@ -193,11 +194,11 @@ class Structure:
         ]  # fmt: skip
 
     def holds(self) -> bool:
-        """Nothing was replaced, hooked, patched or re-configured."""
+        """Whether nothing was replaced, hooked, patched or reconfigured."""
         try:
             return (
                 all(map(is_, map(getitem, self._slots, self._keys), self._values))
-                and self._forms_now() == self._forms
+                and self._current_metadata() == self._metadata
                 and all(map(is_, map(dict.get, self._homes, self._names), self._parts))
                 and list(map(type, self._modules)) == self._types
                 and not any(self._hooks)
@@ -207,19 +208,19 @@ class Structure:
                 and list(map(_pad_state, self._pads)) == self._pad_states
                 and list(map(len, self._children)) == self._counts
             )
-        except (KeyError, AttributeError):  # a parameter or an attribute was taken away
+        except (KeyError, AttributeError):  # a parameter or an attribute was deleted
             return False
 
 
 class Guard(Structure):
-    """Everything a plan was made from, the tensors' values too."""
+    """A snapshot that also detects in-place writes to the tensors, for the caches of plans."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        # A tensor made in inference mode has no version counter to watch.
-        self.watchable = not any(t.is_inference() for t in self._tensors)
-        self._versions = list(map(_version, self._tensors)) if self.watchable else []
+        # A tensor created in inference mode has no version counter, so writes go undetected.
+        self.has_versions = not any(t.is_inference() for t in self._tensors)
+        self._versions = list(map(_version, self._tensors)) if self.has_versions else []
 
     def holds(self) -> bool:
-        """Nothing was replaced, hooked, patched, re-configured or written to."""
+        """Whether nothing was replaced, hooked, patched, reconfigured or written to."""
         return list(map(_version, self._tensors)) == self._versions and super().holds()

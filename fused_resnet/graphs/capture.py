@@ -1,4 +1,5 @@
-"""CUDA graphs of any callable: recorded once, replayed from and into memory that stays in place."""
+"""Captures any callable as a CUDA graph, which reads its input from and writes its output to fixed
+memory."""
 
 from __future__ import annotations
 
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from fused_resnet.kernels.cache import noting
 
-RECORDING = threading.Lock()  # PyTorch records one graph at a time in a process
-_WARM_UPS = 3  # before recording: kernels are compiled, weights packed, cuDNN's plans chosen
+RECORDING = threading.Lock()  # PyTorch supports one capture at a time per process
+_WARM_UPS = 3  # calls before capture: compile kernels, pack weights, select cuDNN's plans
 
 
 class Graph(NamedTuple):
-    """A recorded forward: from x, by replay, into y. turn: waits for the last user on whichever
-    stream that was, and lets the next one wait for this. used: what it reads besides the model's
-    own tensors, whose memory must stay though nobody else may want it any more."""
+    """A captured forward: replay() reads x and writes y. turn: a context manager that waits for the
+    previous user of the graph, on whichever stream, and makes the next one wait for this one. used:
+    references that keep alive what the graph reads besides the model's tensors."""
 
     x: Tensor
     y: Tensor
@@ -29,8 +30,8 @@ class Graph(NamedTuple):
 
 
 def record(run: Callable[[Tensor], Tensor], example: Tensor) -> Graph:
-    """Records run(x) for an x of example's shape and dtype, on its device."""
-    # Under inference mode x would be a tensor that no call outside of it could copy into.
+    """Captures run(x) for an x of example's shape and dtype, on its device."""
+    # An x created in inference mode could not be copied into outside of it.
     device = example.device
     with RECORDING, torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
         x = example.detach().clone()
@@ -41,8 +42,8 @@ def record(run: Callable[[Tensor], Tensor], example: Tensor) -> Graph:
                 run(x)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # On a stream of this device: PyTorch's own for recording is of whichever came first. And
-        # other threads may go on allocating.
+        # PyTorch's default capture stream belongs to the first device that captured: pass one of
+        # this device. thread_local: other threads may allocate meanwhile.
         with (
             noting() as used,
             torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"),

@@ -1,8 +1,8 @@
-"""`inference`: a model's forward as a callable that does as little as possible per call.
+"""`inference`: a model's forward as a callable with minimal overhead per call.
 
-On a GPU a forward of a ResNet is some sixty kernels of 5 to 50 us each, and launching them one by
-one takes the CPU longer than that at small batch. A CUDA graph launches all of them at once: it is
-recorded once per shape of input, from and into memory that stays where it is.
+On a GPU a forward of a ResNet is about sixty kernels of 5 to 50 us each. At small batch launching
+them one by one takes longer than running them. A CUDA graph launches all of them at once; it is
+captured once per input shape, with fixed addresses of its input and output.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fused_resnet.kernels import registry
 
 from .capture import Graph, record
 
-_MOST_GRAPHS = 8  # shapes of input whose graphs, and memory, are kept
+_MAX_GRAPHS = 8  # cached graphs, one per input shape, each with its memory
 
 
 def inference(
@@ -30,32 +30,32 @@ def inference(
     dtype: torch.dtype | None = None,
     cuda_graph: bool | None = None,
 ) -> Inference:
-    """`model` made ready for inference on inputs like `example`.
+    """Prepares `model` for inference on inputs like `example`.
 
-    y = model(x), without gradients; where dtype is given, under autocast to it.
+    The callable computes y = model(x) without gradients, under autocast if dtype is given.
 
-    model: any module in eval mode, on `example`'s device; those of this family run fused.
-    example: (N, C, H, W), floating; its values do not matter.
-    dtype: what convolutions and products are computed in, float16 or bfloat16; None: as the model
-    is. The output is of this dtype. Weights are laid out for it once, from the model's own.
-    cuda_graph: replay a CUDA graph per shape of input (the last 8 are kept); None: on GPUs.
+    model: any module in eval mode, on `example`'s device; the models of this package run fused.
+    example: (N, C, H, W), floating point; only its shape, dtype and device are used.
+    dtype: the autocast dtype, float16 or bfloat16; None: the model's dtype. The output has this
+    dtype. Weights are packed for it once.
+    cuda_graph: replay one CUDA graph per input shape (the last 8 are cached); None: on GPUs only.
 
     The callable takes x (N, C, H, W) of any batch, size, layout and floating dtype on the model's
-    device, and returns new memory. A shape's first call records its graph; the example's is
-    recorded here. Calls from several threads and streams take turns. When a parameter or buffer has
-    changed (in place, by load_state_dict, or replaced), the next call lays the weights out and
-    records anew. A model with hooks runs without a graph, so that they do. What modules hold
-    besides tensors (eps, stride, a replaced forward) is read when a graph is recorded: make the
-    model ready anew after changing that.
-    Raises ValueError for a model in training mode, a dtype that autocast does not have, or a graph
-    asked for where there is no GPU; RuntimeError that names both devices where they differ.
+    device, and returns new memory. The first call with a shape captures its graph; that of
+    `example` is captured here. Calls from several threads and streams are serialised. After a
+    change of a parameter or buffer (in place, by load_state_dict, or replaced) the next call packs
+    the weights and captures again. A model with hooks runs without a graph, so that its hooks run.
+    Other attributes of modules (eps, stride, a replaced forward) are read at capture only: call
+    `inference` again after changing them.
+    Raises ValueError for a model in training mode, for any other dtype, and for cuda_graph=True
+    without a GPU; RuntimeError that names both devices if x is on another device than the model.
     Source: CUDA programming guide, "CUDA graphs".
     """
     return Inference(model, example, dtype, cuda_graph)
 
 
 class Inference:
-    """What `inference` returns."""
+    """The callable that `inference` returns."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Inference:
         self.dtype = dtype
         self.cuda_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
-        self._watch = _Watch(model)
+        self._guard = _StateGuard(model)
         self._turn = threading.Lock()
         self(example)
 
@@ -83,20 +83,20 @@ class Inference:
             raise ValueError("inference: model must be in eval mode: call model.eval()")
         if x.device != self.device:
             raise RuntimeError(
-                f"inference: x is on {x.device}, the model was made ready on {self.device}"
+                f"inference: x is on {x.device}, the model was prepared on {self.device}"
             )
         with torch.no_grad(), self._turn:
-            if not self._watch.holds():
+            if not self._guard.holds():
                 self._graphs.clear()
-                self._watch = _Watch(self.model)
-            if not self.cuda_graph or x.numel() == 0 or self._watch.hooked():
+                self._guard = _StateGuard(self.model)
+            if not self.cuda_graph or x.numel() == 0 or self._guard.has_hooks():
                 return self._run(x)
             return self._replay(x)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.dtype is None:
             return self.model(x)
-        # The cache of autocast's casts must not outlive a recording.
+        # Autocast's cached casts must not outlive the capture.
         with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
             return self.model(x)
 
@@ -105,37 +105,37 @@ class Inference:
         graph = self._graphs.pop(key, None)
         if graph is None:
             graph = record(self._run, x)
-            while len(self._graphs) >= _MOST_GRAPHS:
+            while len(self._graphs) >= _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-        self._graphs[key] = graph  # the newest
+        self._graphs[key] = graph  # as the most recently used
         with graph.turn():
             graph.x.copy_(x)
             graph.replay()
             return graph.y.clone()
 
 
-class _Watch:
-    """Whether a model's modules, parameters and buffers are the same, unchanged, as they were."""
+class _StateGuard:
+    """Detects changed or replaced modules, parameters and buffers of a model."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._homes = [h for m in modules for h in (m._parameters, m._buffers, m._modules)]
+        self._dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._members = self._now()
+        self._members = self._current_members()
         self._tensors = [t for t in self._members if isinstance(t, Tensor)]
-        self._state = self._state_now()
+        self._state = self._current_state()
 
-    def _now(self) -> list[object]:
-        return list(chain.from_iterable(home.values() for home in self._homes))
+    def _current_members(self) -> list[object]:
+        return list(chain.from_iterable(d.values() for d in self._dicts))
 
-    def _state_now(self) -> list[tuple[int, int]]:
-        # What was made in inference mode has no version counter: its address is all there is.
+    def _current_state(self) -> list[tuple[int, int]]:
+        # Tensors created in inference mode have no version counter, only an address.
         return [(0 if t.is_inference() else t._version, t.data_ptr()) for t in self._tensors]
 
     def holds(self) -> bool:
-        now = self._now()
+        now = self._current_members()
         same = len(now) == len(self._members) and all(map(is_, now, self._members))
-        return same and self._state_now() == self._state
+        return same and self._current_state() == self._state
 
-    def hooked(self) -> bool:
+    def has_hooks(self) -> bool:
         return any(self._hooks)

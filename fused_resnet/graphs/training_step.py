@@ -1,13 +1,12 @@
-"""`training_step`: forward, loss, backward and update as a callable that does as little as possible
-per call.
+"""`training_step`: forward, loss, backward and update as a callable with minimal overhead per call.
 
-On a GPU a step of a ResNet-50 is some thousand kernels, most of them of 5 to 50 us; launching them
-one by one takes the CPU longer than that at small batch. A CUDA graph launches all of them at once:
-it is recorded once per shape of input, from and into memory that stays where it is.
+On a GPU a step of a ResNet-50 is about a thousand kernels, most of them of 5 to 50 us. At small
+batch launching them one by one takes longer than running them. A CUDA graph launches all of them at
+once; it is captured once per input shape, with fixed addresses.
 
-What Python does in a step is done when it is recorded and never again. So every number that may
-change from step to step must be in the GPU's memory (learning rates are put there), and what else
-the step was recorded with is compared at each call.
+Python code runs only while a step is captured, not when it is replayed. So every value that may
+change from step to step must be in the GPU's memory (learning rates are copied there), and all
+other state that the capture depends on is compared at each call.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from fused_resnet.layers.hooks import GLOBAL_HOOKS
 
 from .capture import RECORDING
 
-_MOST_GRAPHS = 4  # shapes of input whose graphs are kept; they share their memory
-_WARM_UPS = 3  # steps before recording: kernels are compiled, the optimizer makes its state
-# What a module computes by, besides tensors, that somebody may change from step to step.
+_MAX_GRAPHS = 4  # cached graphs, one per input shape; they share one memory pool
+_WARM_UPS = 3  # eager steps before capture: compile kernels, create the optimizer's state
+# Attributes of modules that affect the computation and may be changed between steps.
 _SETTINGS = ("training", "momentum", "eps", "p", "track_running_stats")
 
 Loss = Callable[[Any, Tensor], Tensor]
@@ -51,46 +50,46 @@ def training_step(
     skip_nonfinite: bool = False,
     cuda_graph: bool | None = None,
 ) -> TrainingStep:
-    """A callable that takes one step of training: `step(x, target) -> loss`.
+    """Returns a callable that runs one training step: `step(x, target) -> loss`.
 
         value = loss(model(x), target);  gradients of value;  optimizer.step()
 
-    model: any module, in the mode it is in; those of this family run fused.
-    loss: a function or module of the model's output and the target, to a scalar.
-    dtype: model and loss run under autocast to it, float16 or bfloat16; None: as they are.
-    scaler: scales the loss, as float16 needs; updated by every step.
-    max_norm: gradients are clipped to this norm, by `torch.nn.utils.clip_grad_norm_`'s formula.
-    skip_nonfinite: parameters stay as they are where the loss or the gradient's norm is no finite
-    number. (A scaler does that by itself.)
-    cuda_graph: replay a CUDA graph per shape of input (the last 4 are kept); None: on GPUs, where
-    optimizer and model allow that. `step.reason` says why steps are not replayed, or is None.
+    model: any module, in its current mode; the models of this package run fused.
+    loss: a function or module that maps the model's output and the target to a scalar.
+    dtype: the autocast dtype of model and loss, float16 or bfloat16; None: no autocast of its own.
+    scaler: scales the loss, which float16 requires; updated in every step.
+    max_norm: clip gradients to this norm, with the formula of `torch.nn.utils.clip_grad_norm_`.
+    skip_nonfinite: skip the update if the loss or the gradient norm is not finite. (A scaler always
+    does.)
+    cuda_graph: replay one CUDA graph per input shape (the last 4 are cached); None: on GPUs, if
+    optimizer and model allow it. `step.reason` says why steps are not replayed, or is None.
 
     The callable takes x and target of any shape, on the model's device or the host, and returns the
-    loss, detached, in new memory; `step.gradient_norm` is the norm before clipping, a tensor, where
-    max_norm or skip_nonfinite ask for one. Every call is one step, whichever way it is taken: the
-    first three of a shape run as they are, the fourth is recorded, and it and later ones are
-    replayed. Gradients are the step's own: what there was before is dropped, none is left.
+    detached loss in new memory. With max_norm or skip_nonfinite, `step.gradient_norm` is the norm
+    before clipping, as a tensor. Every call is one step: the first three of a shape run eagerly,
+    the fourth is captured, and it and later ones are replayed. Existing gradients are dropped, and
+    none are left after a step.
 
-    A schedule of learning rates works as ever: `lr` of the optimizer's groups is read at each call.
-    Whatever else changes between steps (another setting of the optimizer, its state loaded anew, a
-    parameter replaced or frozen, a frozen one changed in place, the model's mode, a norm's
-    momentum) makes the next three steps run as they are, and the graphs be recorded anew. What
-    cannot be recorded runs as it is: a model or optimizer with hooks, norms that average without a
-    momentum, steps that draw random numbers on the host (stochastic depth), more than one process.
-    Not watched are a loss function's own numbers and what modules hold besides tensors and
-    `training`, `momentum`, `eps` and `p`: make the step anew after changing those.
+    Learning rate schedules work: `lr` of the optimizer's groups is read at each call. Any other
+    change between steps (another optimizer setting, a loaded optimizer state, a parameter replaced
+    or frozen, a frozen one changed in place, the model's mode, a norm's momentum) drops the graphs:
+    the next three steps run eagerly before they are captured again. What cannot be captured always
+    runs eagerly: a model or optimizer with hooks, norms with momentum=None, steps that draw random
+    numbers on the host (stochastic depth), more than one process. Values inside a loss function,
+    and attributes of modules other than tensors, `training`, `momentum`, `eps`, `p` and
+    `track_running_stats`, are not compared: call `training_step` again after changing them.
 
-    Raises ValueError for a dtype that autocast does not have and, where cuda_graph is True, where
-    there is no GPU or the optimizer's step would ask it for numbers: SGD must be `fused=True`, Adam
-    and the like `capturable=True`, and fused besides where a scaler or skip_nonfinite may leave a
-    step out. RuntimeError where recording fails.
+    Raises ValueError for any other dtype and, if cuda_graph is True, without a GPU or if the
+    optimizer's step would synchronise with the GPU: SGD must be `fused=True`, Adam and the like
+    `capturable=True`, and also fused if a scaler or skip_nonfinite may skip a step. RuntimeError if
+    the capture fails.
     Source: CUDA programming guide, "CUDA graphs"; Micikevicius et al. 2018 (1710.03740), scaling.
     """
     return TrainingStep(model, loss, optimizer, dtype, scaler, max_norm, skip_nonfinite, cuda_graph)
 
 
 class TrainingStep:
-    """What `training_step` returns."""
+    """The callable that `training_step` returns."""
 
     def __init__(
         self,
@@ -116,19 +115,19 @@ class TrainingStep:
             raise ValueError(f"training_step: cuda_graph {self.reason}")
         self.cuda_graph = self.reason is None
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-        self._steps: OrderedDict[Any, int] = OrderedDict()  # taken as they are, per kind of input
-        self._written: dict[int, Tensor] = {}  # by steps: what is in them may change
-        self._draws = False  # whether a step has drawn random numbers on the host
+        self._eager_steps: OrderedDict[Any, int] = OrderedDict()  # counts, keyed as the graphs
+        self._written: dict[int, Tensor] = {}  # the tensors that steps write, by id
+        self._uses_host_rng = False  # whether a step has drawn random numbers on the host
         self._turn = threading.Lock()
-        self._watch = _Watch(self)
+        self._guard = _StateGuard(self)
         self._memory = _Memory(self.device, optimizer) if self.cuda_graph else None
 
     def _reason(self) -> str | None:
-        """Why steps cannot be recorded whatever they compute, or None."""
+        """Why device, processes or optimizer rule out capture, or None."""
         if not _on_gpu(self.device):
             return f"needs a GPU, the parameters are on {self.device}"
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return "is for one process: collectives are not recorded"
+            return "is for one process: collectives are not captured"
         name = type(self.optimizer).__name__
         for group in self.optimizer.param_groups:
             if "capturable" in group and not group["capturable"]:
@@ -137,11 +136,11 @@ class TrainingStep:
                 return f"needs an optimizer whose step stays on the GPU: {name}(..., fused=True)"
         may_skip = self.scaler is not None or self.skip_nonfinite
         if may_skip and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
-            return f"needs {name}(..., fused=True), which can leave a step out on the GPU"
+            return f"needs {name}(..., fused=True), which can skip a step on the GPU"
         return None
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
-        """x (N, ...), target: as model and loss take them -> the loss, a scalar."""
+        """x (N, ...), target: inputs of model and loss -> the loss, a scalar."""
         with self._turn, torch.inference_mode(False), torch.enable_grad():
             if self._memory is None:
                 return self._run(x.to(self.device), target.to(self.device))
@@ -150,7 +149,7 @@ class TrainingStep:
     # --- one step ---------------------------------------------------------------------------------
 
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
-        """A step as it is, or as it is recorded."""
+        """Runs one step, eagerly or during capture."""
         self._drop_gradients()
         with self._autocast():
             loss = self.loss(self.model(x), target)
@@ -160,17 +159,18 @@ class TrainingStep:
         return loss.detach()
 
     def _drop_gradients(self) -> None:
-        """Of parameters that the optimizer does not have too: a graph would add to their memory."""
+        """Also of parameters outside the optimizer: a graph would accumulate their gradients."""
         for owner in (self.optimizer, self.model, self.loss):
             if isinstance(owner, (Optimizer, nn.Module)):
                 owner.zero_grad(set_to_none=True)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Without the cache of casts, which must not outlive a recording: with a cache around it,
-        a step would read weights as they were before the last one."""
+        """Autocast to self.dtype or the surrounding autocast's dtype, without the cache of casts.
+
+        A captured step would read weights that a surrounding autocast cached in an earlier step."""
         kind = self.device.type
-        outer = torch.is_autocast_enabled(kind)
-        dtype = self.dtype or (torch.get_autocast_dtype(kind) if outer else None)
+        enabled = torch.is_autocast_enabled(kind)
+        dtype = self.dtype or (torch.get_autocast_dtype(kind) if enabled else None)
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(kind, dtype, cache_enabled=False)
@@ -188,7 +188,8 @@ class TrainingStep:
             if self.max_norm is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         if scaler is not None:
-            # A fused SGD whose first step is left out has no momentum, and takes it for one.
+            # If a fused SGD's first step is skipped on the GPU, its momentum buffers stay
+            # uninitialised but are used in the next step.
             if optimizer.state or not _overflowed(scaler, optimizer):
                 scaler.step(optimizer)
             scaler.update()
@@ -204,29 +205,29 @@ class TrainingStep:
         else:
             optimizer.step()
 
-    # --- by CUDA graph ----------------------------------------------------------------------------
+    # --- CUDA graph -------------------------------------------------------------------------------
 
     def _replay(self, memory: _Memory, x: Tensor, target: Tensor) -> Tensor:
-        if not self._watch.holds(self._written):
+        if not self._guard.holds(self._written):
             self._graphs.clear()
-            self._steps.clear()
+            self._eager_steps.clear()
             self._written.clear()
-            self._draws = False
-            self._watch = _Watch(self)
-        self.reason = self._watch.reason() or (
-            "is not for steps that draw random numbers on the host" if self._draws else None
+            self._uses_host_rng = False
+            self._guard = _StateGuard(self)
+        self.reason = self._guard.reason() or (
+            "is not for steps that draw random numbers on the host" if self._uses_host_rng else None
         )
         if self.reason is not None or x.numel() == 0:
-            return self._as_it_is(memory, x, target)
+            return self._run_eagerly(memory, x, target)
         key = _key(x, target, self.device.type)
         graph = self._graphs.pop(key, None)
         if graph is None:
-            taken = self._steps.pop(key, 0)
+            taken = self._eager_steps.pop(key, 0)
             if taken < _WARM_UPS:
-                _keep(self._steps, key, taken + 1, 8 * _MOST_GRAPHS)
-                return self._as_it_is(memory, x, target)
+                _insert(self._eager_steps, key, taken + 1, 8 * _MAX_GRAPHS)
+                return self._run_eagerly(memory, x, target)
             graph = self._record(memory, x, target)
-        _keep(self._graphs, key, graph, _MOST_GRAPHS)
+        _insert(self._graphs, key, graph, _MAX_GRAPHS)
         with memory.turn():
             graph.x.copy_(x, non_blocking=True)
             graph.target.copy_(target, non_blocking=True)
@@ -234,21 +235,21 @@ class TrainingStep:
             graph.replay()
             loss, norm = graph.loss.clone(), graph.norm
             self.gradient_norm = None if norm is None else norm.clone()
-        # A replay writes behind PyTorch's back: what was made of the weights (packed ones, for
-        # inference) would seem to be as good as ever.
+        # A replay does not increment version counters: caches built from the weights (packed ones,
+        # for inference) would not be invalidated.
         torch.autograd.graph.increment_version(list(self._written.values()))
         return loss
 
-    def _as_it_is(self, memory: _Memory, x: Tensor, target: Tensor) -> Tensor:
-        """A step on the stream that is recorded, where autograd and the libraries get ready."""
-        before, state = self._watch.versions(), _host_state()
-        with memory.turn(), memory.aside():
+    def _run_eagerly(self, memory: _Memory, x: Tensor, target: Tensor) -> Tensor:
+        """A step on the capture stream, which initialises autograd and the libraries for it."""
+        before, state = self._guard.versions(), _host_rng_state()
+        with memory.turn(), memory.on_capture_stream():
             loss = self._run(x.to(self.device), target.to(self.device))
-        self._draws = self._draws or _host_state() != state
-        self._written.update(self._watch.changed(before))
-        if not self._watch.holds(self._written):  # the optimizer has made its state
+        self._uses_host_rng = self._uses_host_rng or _host_rng_state() != state
+        self._written.update(self._guard.changed(before))
+        if not self._guard.holds(self._written):  # the optimizer has created its state
             self._graphs.clear()
-            self._watch = _Watch(self)
+            self._guard = _StateGuard(self)
         return loss.clone()
 
     def _record(self, memory: _Memory, x: Tensor, target: Tensor) -> _Graph:
@@ -259,8 +260,8 @@ class TrainingStep:
         except RuntimeError as error:
             self._drop_gradients()
             raise RuntimeError(
-                f"training_step: the step cannot be recorded in a CUDA graph ({error}); with "
-                "cuda_graph=False it runs as it is"
+                f"training_step: the step cannot be captured in a CUDA graph ({error}); with "
+                "cuda_graph=False it runs eagerly"
             ) from error
         return _Graph(x, target, loss, self.gradient_norm, graph.replay, used)
 
@@ -270,18 +271,18 @@ def _on_gpu(device: torch.device) -> bool:
 
 
 def _overflowed(scaler: Any, optimizer: Optimizer) -> bool:
-    return any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())
+    return any(bool(inf) for inf in scaler._found_inf_per_device(optimizer).values())
 
 
-def _keep(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    """As the newest of at most so many."""
-    while len(kept) >= most:
-        kept.popitem(last=False)
-    kept[key] = value
+def _insert(cached: OrderedDict[Any, Any], key: Any, value: Any, max_size: int) -> None:
+    """Inserts as the most recently used; evicts the least recently used beyond max_size."""
+    while len(cached) >= max_size:
+        cached.popitem(last=False)
+    cached[key] = value
 
 
 def _key(x: Tensor, target: Tensor, kind: str) -> Any:
-    """What a step is recorded for, besides what is watched."""
+    """The key of a graph: state that may alternate between steps, unlike that of `_StateGuard`."""
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     switches = (
         torch.backends.cuda.matmul.allow_tf32,
@@ -291,14 +292,14 @@ def _key(x: Tensor, target: Tensor, kind: str) -> Any:
     return (*((t.shape, t.dtype) for t in (x, target)), registry.forced(), autocast, switches)
 
 
-def _host_state() -> tuple[bytes, Any]:
-    """Of the generators of random numbers that a step on a GPU should not touch."""
+def _host_rng_state() -> tuple[bytes, Any]:
+    """The states of PyTorch's and Python's random number generators on the host."""
     return torch.get_rng_state().numpy().tobytes(), random.getstate()
 
 
 class _Graph(NamedTuple):
-    """A recorded step: from x and target, by replay, into loss and norm. used: what it reads
-    besides tensors that are watched, whose memory must stay though nobody else may want it."""
+    """A captured step: replay() reads x and target and writes loss and norm. used: references that
+    keep alive what the graph reads besides the tensors of `_StateGuard`."""
 
     x: Tensor
     target: Tensor
@@ -309,8 +310,8 @@ class _Graph(NamedTuple):
 
 
 class _Memory:
-    """Where graphs of one step are recorded and what they read and write: a stream, a pool that
-    they share since one is replayed at a time, and a learning rate per group."""
+    """The capture stream, the memory pool and the learning rates (one tensor per group) of a step's
+    graphs. They can share the pool because only one is replayed at a time."""
 
     def __init__(self, device: torch.device, optimizer: Optimizer) -> None:
         self.device = device
@@ -320,12 +321,12 @@ class _Memory:
             self._done = torch.cuda.Event()
         self._lrs: list[Tensor] = []
         self._values: list[Any] = []
-        # PyTorch warns of a capturable optimizer whose step is not recorded; it will be.
+        # Eager warm-up steps would make PyTorch warn that a capturable optimizer is not captured.
         optimizer._warned_capturable_if_run_uncaptured = True
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Waits for the last user on whichever stream that was; the next one waits for this."""
+        """Waits for the previous user, on whichever stream; the next one waits for this one."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self._done)
@@ -333,8 +334,8 @@ class _Memory:
             self._done.record(stream)
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """On the stream that is recorded; the present one waits for it."""
+    def on_capture_stream(self) -> Iterator[None]:
+        """Runs on the capture stream; the current stream then waits for it."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -342,7 +343,7 @@ class _Memory:
 
     @contextlib.contextmanager
     def recording(self, optimizer: Optimizer) -> Iterator[tuple[Any, Sequence[object]]]:
-        """Records instead of doing, with learning rates that `set_lrs` can change afterwards."""
+        """Captures without running, with learning rates that `set_lrs` can change afterwards."""
         groups = optimizer.param_groups
         if len(self._lrs) != len(groups):
             self._lrs = [torch.zeros((), device=self.device) for _ in groups]
@@ -353,7 +354,7 @@ class _Memory:
         try:
             for group, lr in zip(groups, self._lrs, strict=True):
                 group["lr"] = lr
-            # Other threads may go on allocating.
+            # thread_local: other threads may allocate meanwhile.
             with (
                 RECORDING,
                 noting() as used,
@@ -379,16 +380,18 @@ class _Memory:
             self._values[i] = now
 
 
-class _Watch:
-    """Whether model, loss and optimizer are what they were, but for what is in tensors that steps
+class _StateGuard:
+    """Detects changes to model, loss and optimizer, except to the values of tensors that steps
     write."""
 
     def __init__(self, step: TrainingStep) -> None:
         self._step = step
         roots = [m for m in (step.model, step.loss) if isinstance(m, nn.Module)]
         modules = list({id(m): m for root in roots for m in root.modules()}.values())
-        self._homes = [h for m in modules for h in (m._parameters, m._buffers, m._modules)]
-        self._set = [(m.__dict__, [s for s in _SETTINGS if s in m.__dict__]) for m in modules]
+        self._dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
+        self._attributes = [
+            (m.__dict__, [s for s in _SETTINGS if s in m.__dict__]) for m in modules
+        ]
         self._hooks = [
             getattr(m, f"_{kind}_hooks")
             for m in modules
@@ -396,42 +399,41 @@ class _Watch:
         ]
         self._hooks += [step.optimizer._optimizer_step_pre_hooks]
         self._hooks += [step.optimizer._optimizer_step_post_hooks, *GLOBAL_HOOKS]
-        self._averages = any(
+        self._has_cumulative_norm = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm)
             and m.momentum is None
             and m.track_running_stats
             for m in modules
         )
-        self._static = step._reason()
-        self._members = self._now()
-        found = {id(t): t for t in self._members if isinstance(t, Tensor)}
-        self._tensors = list(found.values())
-        self._settings = self._settings_now()
-        self._was = self.versions()
-        self._addresses = self._addresses_now()
+        self._static_reason = step._reason()
+        self._members = self._current_members()
+        self._tensors = list({id(t): t for t in self._members if isinstance(t, Tensor)}.values())
+        self._settings = self._current_settings()
+        self._versions = self.versions()
+        self._addresses = self._current_addresses()
 
-    def _optimizers(self) -> list[Tensor]:
-        """Tensors that the optimizer, and the scaler, keep from step to step."""
+    def _optimizer_tensors(self) -> list[Tensor]:
+        """The state tensors of the optimizer and the scaler."""
         states = self._step.optimizer.state.values()
-        found = [t for state in states for t in state.values() if isinstance(t, Tensor)]
+        tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
         scaler: Any = self._step.scaler
         if scaler is not None:
-            found += [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
-        return found
+            tensors += [t for t in (scaler._scale, scaler._growth_tracker) if t is not None]
+        return tensors
 
-    def _now(self) -> list[object]:
+    def _current_members(self) -> list[object]:
         groups = (group["params"] for group in self._step.optimizer.param_groups)
-        return [*chain.from_iterable(home.values() for home in self._homes),
-                *chain.from_iterable(groups), *self._optimizers()]  # fmt: skip
+        return [*chain.from_iterable(d.values() for d in self._dicts),
+                *chain.from_iterable(groups), *self._optimizer_tensors()]  # fmt: skip
 
-    def _settings_now(self) -> list[Any]:
+    def _current_settings(self) -> list[Any]:
         groups = self._step.optimizer.param_groups
         scaler: Any = self._step.scaler
         return [
             None
             if scaler is None
             else (scaler._growth_factor, scaler._backoff_factor, scaler._growth_interval),
-            [attributes.get(name) for attributes, names in self._set for name in names],
+            [attributes.get(name) for attributes, names in self._attributes for name in names],
             [t.requires_grad for t in self._tensors],
             [
                 (key, id(value) if isinstance(value, Tensor) else value)
@@ -442,31 +444,32 @@ class _Watch:
         ]
 
     def versions(self) -> list[int]:
-        # What was made in inference mode has no version counter.
+        # Tensors created in inference mode have no version counter.
         return [0 if t.is_inference() else t._version for t in self._tensors]
 
-    def _addresses_now(self) -> list[int]:
+    def _current_addresses(self) -> list[int]:
         return [t.data_ptr() for t in self._tensors]
 
     def changed(self, before: list[int]) -> dict[int, Tensor]:
-        """The tensors that were written since `versions` gave `before`."""
+        """The tensors written since `versions` returned `before`, by id."""
         pairs = zip(self._tensors, before, self.versions(), strict=True)
         return {id(t): t for t, old, new in pairs if old != new}
 
     def holds(self, written: dict[int, Tensor]) -> bool:
-        now = self._now()
+        """Whether nothing has changed, except the values of the tensors in `written`."""
+        now = self._current_members()
         return (
             len(now) == len(self._members)
             and all(map(is_, now, self._members))
-            and self._addresses_now() == self._addresses
-            and self._settings_now() == self._settings
-            and all(id(t) in written for t in self.changed(self._was).values())
+            and self._current_addresses() == self._addresses
+            and self._current_settings() == self._settings
+            and all(id(t) in written for t in self.changed(self._versions).values())
         )
 
     def reason(self) -> str | None:
-        """Why a step cannot be recorded now, or None."""
-        if self._static is not None:
-            return self._static
+        """Why a step cannot be captured now, or None."""
+        if self._static_reason is not None:
+            return self._static_reason
         tensor_hooks = any(
             t._backward_hooks or getattr(t, "_post_accumulate_grad_hooks", None)
             for t in self._tensors
@@ -474,7 +477,7 @@ class _Watch:
         if any(self._hooks) or tensor_hooks:
             return "is not for models and optimizers with hooks"
         if torch._C._len_torch_dispatch_stack() > 0:
-            return "is not for steps that a TorchDispatchMode is to see"
-        if self._averages:
-            return "is not for norms without a momentum, which ask the GPU for a count"
+            return "is not for steps under a TorchDispatchMode"
+        if self._has_cumulative_norm:
+            return "is not for norms without a momentum, which read a count from the GPU"
         return None

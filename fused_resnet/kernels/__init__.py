@@ -1,3 +1,3 @@
-"""The kernels by provider, and the choice among them; nothing here knows of modules or autograd."""
+"""Kernels by provider, and the choice among them. Independent of modules and autograd."""
 
 from . import providers as providers

@@ -1,4 +1,4 @@
-"""Packed convolutions cached while the tensors they were made from stay unchanged."""
+"""Caches packed convolutions while the tensors they were packed from are unchanged."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _noted: ContextVar[list[FusedConv] | None] = ContextVar("fused_resnet_noted", de
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[FusedConv]]:
-    """Collects the convolutions that run on a GPU in this thread: a CUDA graph keeps addresses of
-    their weights, not the weights."""
+    """Collects the convolutions that run on a GPU in this thread. A CUDA graph holds the addresses
+    of their weights but no references, so its owner must keep the convolutions alive."""
     used: list[FusedConv] = []
     token = _noted.set(used)
     try:
@@ -37,15 +37,15 @@ def note(conv: FusedConv) -> None:
 
 
 def capturing(t: Tensor) -> bool:
-    """Whether work on t's device goes into a CUDA graph now, instead of being done."""
+    """Whether the current stream of t's device is being captured into a CUDA graph."""
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def keepable(t: Tensor) -> bool:
-    """Whether what was just made on t's device may be kept for later calls.
+def cacheable(t: Tensor) -> bool:
+    """Whether a result just computed on t's device may be cached for later calls.
 
-    Not while a CUDA graph records: its memory is the graph's. Else it is waited for, since a later
-    call may be on another stream, where nobody knows that there is something to wait for.
+    False during CUDA graph capture, where memory belongs to the graph. Otherwise synchronises the
+    current stream, because a later call may use another stream, which would not wait for it.
     """
     if capturing(t):
         return False
@@ -54,34 +54,34 @@ def keepable(t: Tensor) -> bool:
     return True
 
 
-def fsdp_is_there() -> bool:
-    """Whether FSDP2 shares out the parameters of some living module of this process.
+def fsdp_in_use() -> bool:
+    """Whether FSDP2 shards the parameters of any live module of this process.
 
-    It puts a parameter together in the same tensor for every forward, without a trace in its
-    version counter and often at the same address; and the tensor itself does not tell whose it is.
+    FSDP2 gathers a parameter into the same tensor for every forward without changing its version
+    counter, and often at the same address. The tensor does not identify its module.
     """
     composable = sys.modules.get("torch.distributed._composable_state")
     return bool(getattr(composable, "_module_state_mapping", None))
 
 
-def _move_versions(optimizer: Any, *_: Any) -> None:
-    """PyTorch's fused optimizers (SGD, Adam, ... with fused=True) write parameters without moving
-    their version counters, by which everything here is told apart from what it was."""
+def _increment_versions(optimizer: Any, *_: Any) -> None:
+    """PyTorch's fused optimizers (SGD, Adam, ... with fused=True) write parameters without
+    incrementing the version counters by which the cache detects changes."""
     for group in optimizer.param_groups:
         if group.get("fused"):
             written = [p for p in group["params"] if p.grad is not None and not p.is_inference()]
             torch.autograd.graph.increment_version(written)
 
 
-register_optimizer_step_post_hook(_move_versions)
+register_optimizer_step_post_hook(_increment_versions)
 
 
 def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:
-    """What must be unchanged for something made from these tensors to be still good.
+    """The state of the tensors that must be unchanged for a result computed from them to be valid.
 
-    Identity, version counter and address: an optimizer step, load_state_dict (assign=True too),
-    .to(), .half() and every in-place edit changes at least one. None where one of the tensors has
-    no version counter (it was made in inference mode), so that nothing can be kept.
+    Identity, version counter and address: an optimizer step, load_state_dict (also with
+    assign=True), .to(), .half() and every in-place edit changes at least one. None if a tensor has
+    no version counter because it was created in inference mode: nothing can be cached then.
     """
     tensors = list(tensors)
     if any(t is not None and t.is_inference() for t in tensors):
@@ -90,7 +90,7 @@ def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, in
 
 
 def same_stamp(old: Any, new: Any) -> bool:
-    """Whether two stamps are of the same tensors in the same state."""
+    """Whether two stamps describe the same tensors in the same state."""
     return (
         old is not None
         and new is not None
@@ -99,10 +99,10 @@ def same_stamp(old: Any, new: Any) -> bool:
 
 
 # id(weight) -> its weak reference, stamp of the operands, kind and geometry, and the convolution.
-_kept: dict[int, tuple[weakref.ref[Tensor], Any, Any, FusedConv | None]] = {}
+_cached: dict[int, tuple[weakref.ref[Tensor], Any, Any, FusedConv | None]] = {}
 
 
-def kept(
+def cached_convolution(
     kind: Kind,
     weight: Tensor,
     scale: Tensor,
@@ -110,32 +110,32 @@ def kept(
     dtype: torch.dtype,
     *geometry: Any,
 ) -> FusedConv:
-    """The convolution of these operands by `kind`, kept while the weight lives.
+    """The convolution of these operands by `kind`, cached while the weight is alive.
 
-    It is kept from the second call with the same operands on: in training the weights change at
-    every step, and a copy nobody reads again would only cost memory. Not where FSDP2 may have
-    changed the weight unnoticed.
+    Cached from the second call with the same operands: in training the weights change at every
+    step, and an unused copy would only cost memory. Not cached if FSDP2 may have changed the weight
+    unnoticed.
     """
-    # The weight itself is left to the weak reference: a stamp that held it would keep it alive.
+    # The stamp excludes the weight, which it would keep alive; a weak reference identifies it.
     now = stamp((scale, shift))
     state = None
     if not weight.is_inference():
         state = (weight._version, weight.data_ptr(), kind, dtype, geometry)
     key = id(weight)
-    entry = _kept.get(key)
-    again = (
+    entry = _cached.get(key)
+    unchanged = (
         entry is not None
         and entry[0]() is weight
         and state is not None
         and entry[2] == state
         and same_stamp(entry[1], now)
-        and not fsdp_is_there()
+        and not fsdp_in_use()
     )
-    if again and entry is not None and entry[3] is not None:
+    if unchanged and entry is not None and entry[3] is not None:
         return entry[3]
     conv = kind(weight, scale, shift, dtype, *geometry)
     if now is not None and state is not None:
-        alive = weakref.ref(weight, lambda _: _kept.pop(key, None))
-        conv.lasting = again and keepable(weight)
-        _kept[key] = (alive, now, state, conv if conv.lasting else None)
+        alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
+        conv.is_cached = unchanged and cacheable(weight)
+        _cached[key] = (alive, now, state, conv if conv.is_cached else None)
     return conv

@@ -1,5 +1,5 @@
-"""What every fused convolution has in common: weights packed once, with batch normalisation,
-residual and ReLU applied as the result is stored.
+"""The base class of fused convolutions. Weights are packed once; batch normalisation, residual and
+ReLU are applied as the result is stored.
 
     y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 from . import native
 from .problem import output_shape
 
-# Bounds are kept a factor of ten below the largest float32 (and bfloat16), 3.4e38, so that the
-# rounding of the bound itself can never matter.
+# A factor of ten below the largest float32 and bfloat16, 3.4e38, so that the rounding of the bound
+# itself does not matter.
 BOUND_LIMIT = 1e37
 
 
 def max_abs(x: Tensor) -> float:
-    """The largest |x| over a tensor of any shape; NaN when x holds a NaN, 0 when it is empty."""
+    """The largest |x| of a tensor of any shape; NaN if x contains a NaN, 0 if it is empty."""
     if x.numel() == 0:
         return 0.0
     if native.load() is None and (
@@ -33,20 +33,20 @@ def max_abs(x: Tensor) -> float:
 
 
 class FusedConv:
-    """One convolution with batch normalisation folded in and its weights packed in `dtype`.
+    """One convolution with folded batch normalisation and its weights packed in `dtype`.
 
     weight: (K, C/groups, R, S); scale, shift: (K,). With |x| <= B for all of x, every |output| and
     every partial sum is at most B * gain + shift_max; gain = max over k of |scale[k]| times the sum
-    of |weight[k]|, inf where that is no finite number. Where `needs_bound`, the result is stock's
-    only while such a bound is finite.
+    of |weight[k]|, inf if that is non-finite. If `needs_bound`, the result equals stock's only
+    while that bound is finite.
     """
 
     needs_bound = False
-    # Whether `run` takes x of any layout and floating dtype, rather than channels_last of `dtype`.
+    # Whether `run` accepts x in any layout and floating dtype, not only channels_last of `dtype`.
     takes_any = False
 
     gain, shift_max = math.inf, math.inf
-    lasting = False  # whether somebody keeps it for later calls
+    is_cached = False  # whether the convolution is reused by later calls
 
     def __init__(
         self,
@@ -72,11 +72,11 @@ class FusedConv:
             self.gain, self.shift_max = gain, shift_max
 
     def bound(self, x_bound: float) -> float:
-        """An upper bound for every |output| and partial sum, given one for |x|; NaN stays NaN."""
+        """An upper bound of every |output| and partial sum, given one of |x|; NaN for NaN."""
         return x_bound * self.gain + self.shift_max
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """(N, C, H, W) of x -> (N, K, P, Q); None where such an x does not fit, or is empty."""
+        """(N, C, H, W) of x -> (N, K, P, Q); None if x is empty or does not fit."""
         return output_shape(
             shape, self.weight_shape, self.stride, self.padding, self.dilation, self.groups
         )
@@ -85,9 +85,9 @@ class FusedConv:
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
         """x: (N, C, H, W), residual: None or (N, K, P, Q), both channels_last of `dtype` ->
-        (N, K, P, Q) channels_last; in the residual's memory where `overwrite` allows that."""
+        (N, K, P, Q) channels_last. `overwrite` allows writing to the residual's memory."""
         raise NotImplementedError
 
 
-# A class of `FusedConv`, made of weight, scale, shift, dtype, stride, padding, dilation, groups.
+# A subclass of `FusedConv`: weight, scale, shift, dtype, stride, padding, dilation, groups -> it.
 Kind = Callable[..., FusedConv]

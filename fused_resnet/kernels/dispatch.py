@@ -1,4 +1,4 @@
-"""Which fused convolution serves a weight, and the dtype it computes in."""
+"""Chooses the fused convolution for a weight, and the dtype it computes in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .registry import choose, forced, gpu_kernels
 
 
 def conv_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
-    """The dtype that fused convolutions of such tensors of `dtype` compute in; None: not served.
+    """The dtype in which fused convolutions of `dtype` tensors compute; None if unsupported.
 
     On the CPU, float16 is computed in float32, which is more accurate and, on processors without
-    float16 instructions, far faster; so is bfloat16 where there are no bfloat16 instructions.
+    float16 instructions, far faster. So is bfloat16 on processors without bfloat16 instructions.
     """
     if gpu_kernels(device_type):
         return dtype if dtype in (torch.float32, torch.float16, torch.bfloat16) else None
@@ -31,7 +31,7 @@ def _conv_dtype_on_cpu(dtype: torch.dtype) -> torch.dtype | None:
         return torch.float32
     if dtype != torch.bfloat16:
         return None
-    return dtype if cpu_convolution.serves(dtype) or onednn.serves(dtype) else torch.float32
+    return dtype if cpu_convolution.supports(dtype) or onednn.supports(dtype) else torch.float32
 
 
 def conv_kind(
@@ -41,21 +41,21 @@ def conv_kind(
     groups: int,
     device_type: str,
 ) -> Kind | None:
-    """The fused convolution that computes it in `dtype` (of `conv_dtype`); None: not served."""
+    """The fused convolution class for `dtype`, as returned by `conv_dtype`; None if unsupported."""
     backend = choose("conv_bn_relu", device_type)
     if backend != "reference" and gpu_kernels(device_type):
         return GpuConv
     if backend not in ("native", "vendor"):
         return None
-    native_can = (
+    native_supported = (
         backend == "native"
-        and cpu_convolution.serves(dtype)
+        and cpu_convolution.supports(dtype)
         and cpu_convolution.covers(weight_shape, dtype, dilation, groups)
     )
-    # oneDNN multiplies bfloat16 by tiles where the processor can, which the native kernel does not.
-    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and forced() is None
-    if native_can and not tiles:
+    # oneDNN uses AMX tiles for bfloat16 where the processor has them; the native kernel does not.
+    use_amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported() and forced() is None
+    if native_supported and not use_amx:
         return cpu_convolution.NativeConv
-    if onednn.unavailable() is None and onednn.serves(dtype):
+    if onednn.unavailable() is None and onednn.supports(dtype):
         return onednn.PackedConv
-    return cpu_convolution.NativeConv if native_can else None
+    return cpu_convolution.NativeConv if native_supported else None

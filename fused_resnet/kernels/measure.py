@@ -1,4 +1,4 @@
-"""What `tuning.tune` measures: the problems of a model's layers, and the time of one of them."""
+"""The problems that `tuning.tune` measures, and the timing of one problem."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from .training.cuda import gradient_layer
 def problems(
     layers: Iterable[Layer], device: torch.device, backends: Sequence[str], dtype: torch.dtype
 ) -> dict[Problem, Layer]:
-    """The problems that layers are, and their input gradients where these may be convolutions by
-    this package's CUDA kernels in a training step (cuda_training.py); one layer of each."""
+    """The problems of `layers`, and of their input gradients where a training step may compute
+    these by this package's CUDA convolutions (training/cuda.py); with one layer of each problem."""
     layers = list(layers)
-    found = {problem_of(layer, dtype): layer for layer in layers}
+    layer_of = {problem_of(layer, dtype): layer for layer in layers}
     if "native" in backends and dtype.itemsize == 2:
         for layer in filter(None, map(gradient_layer, layers)):
             problem = problem_of(layer, dtype)
             if gpu_convolution("native").covers(problem, capability(device)):
-                found.setdefault(problem, layer)
-    return found
+                layer_of.setdefault(problem, layer)
+    return layer_of
 
 
 def measure_on(
     layers: dict[Problem, Layer], device: torch.device, dtype: torch.dtype
 ) -> Callable[[Problem, str, Any], float]:
-    """A function that times one problem on one backend with one configuration on the device, in
-    seconds."""
+    """A function that returns the time of a problem on a backend with a configuration, seconds."""
     from triton.testing import do_bench
 
     def measure(problem: Problem, backend: str, config: Any) -> float:
@@ -46,7 +45,7 @@ def measure_on(
         )
         scale, shift = torch.rand(2, layer.weight_shape[0], device=device)
         conv = GpuConv(weight, scale, shift, dtype, *layer.geometry, layer.groups)
-        conv.lasting = True
+        conv.is_cached = True
         conv.run_by(backend, config, x, None, True)  # packs, compiles
         return do_bench(
             lambda: conv.run_by(backend, config, x, None, True), return_mode="median"

@@ -1,4 +1,4 @@
-"""A convolution seen as a matrix product: what GPU kernels are chosen by."""
+"""A convolution described as a matrix product, by which GPU kernels are chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Geometry(NamedTuple):
-    """stride, padding and dilation in pixels, over height and width."""
+    """Stride, padding and dilation in pixels, each (height, width)."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -17,15 +17,18 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(*sizes: Sequence[int]) -> Geometry:
-    """From stride, padding and dilation as an op's arguments give them."""
+    """A `Geometry` from the stride, padding and dilation arguments of an op."""
     pairs = [(int(size[0]), int(size[1])) for size in sizes]
     return Geometry(*pairs)
 
 
 class Problem(NamedTuple):
-    """One convolution as a matrix product: M = N * P * Q pixels, K outputs, groups times C * R * S
-    products each; stride over the width, which decides what a row of a tile reads; and what the
-    operands are."""
+    """One convolution as a matrix product.
+
+    M = N * P * Q pixels, K output channels, C * R * S products per output in each of `groups`
+    groups. stride: over the width, which determines what a row of a tile reads. operands: the type
+    that is multiplied.
+    """
 
     M: int
     K: int
@@ -38,14 +41,14 @@ class Problem(NamedTuple):
 
 
 def operands_of(dtype: torch.dtype) -> str:
-    """What is multiplied (see `Problem`): TF32 only where PyTorch's own switch allows it."""
+    """`Problem.operands` for `dtype`: TF32 only if torch.backends.cudnn.allow_tf32 is set."""
     if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return str(dtype).removeprefix("torch.")
 
 
 class Layer(NamedTuple):
-    """A convolution of a model: x's, the weight's and y's shape, and how they meet."""
+    """A convolution of a model: the shapes of x, weight and y, the geometry and the groups."""
 
     x_shape: tuple[int, ...]
     weight_shape: tuple[int, ...]
@@ -55,7 +58,7 @@ class Layer(NamedTuple):
 
 
 def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
-    """The matrix product that a layer is, of operands of `dtype`."""
+    """The matrix product of a layer with operands of `dtype`."""
     K, C, R, S = layer.weight_shape
     N, _, P, Q = layer.y_shape
     stride = layer.geometry.stride[1]
@@ -70,7 +73,7 @@ def output_shape(
     dilation: Sequence[int],
     groups: int,
 ) -> tuple[int, ...] | None:
-    """(N, C, H, W) -> (N, K, P, Q) of a convolution; None where such an x does not fit."""
+    """(N, C, H, W) -> (N, K, P, Q) of a convolution; None if x is empty or does not fit."""
     if len(shape) != 4 or shape[1] != weight_shape[1] * groups or 0 in shape:
         return None
     sizes = tuple(

@@ -1,7 +1,7 @@
-"""The providers of this package, registered when `fused_resnet.kernels` is imported.
+"""Registers this package's providers when `fused_resnet.kernels` is imported.
 
-Triton and cuDNN are imported and probed when first asked for: importing fused_resnet imports no
-Triton and does not initialise CUDA.
+Triton and cuDNN are imported and probed on first use: importing fused_resnet neither imports
+Triton nor initialises CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _native_ops() -> Any:
 
 
 def _has_native(op: str, key: str) -> str | None:
-    """None where the extension implements the op for a dispatch key, else the reason."""
+    """None if the extension implements the op for the dispatch key, else the reason."""
     reason = native.load()
     if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
         f"fused_resnet_native::{op}", key
@@ -32,7 +32,7 @@ def _has_native(op: str, key: str) -> str | None:
 
 def _native_on_cpu(op: str) -> str | None:
     reason = _has_native(op, "CPU")
-    if reason is None and op == "conv_bn_relu" and not cpu_convolution.serves(torch.float32):
+    if reason is None and op == "conv_bn_relu" and not cpu_convolution.supports(torch.float32):
         reason = "the native convolution needs a processor with AVX2"
     return reason
 

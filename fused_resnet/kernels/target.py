@@ -1,4 +1,4 @@
-"""The GPU that kernels are chosen for."""
+"""Properties of the GPU that kernels are chosen for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of a GPU. For CPU tensors (an interpreter or an emulator runs
-    the kernels) 3, so that tests need more than one wave of tiles."""
+    """The number of multiprocessors of a GPU. 3 for CPU tensors, whose kernels run in an
+    interpreter or emulator, so that tests need more than one wave of tiles."""
     if device.type != "cuda":
         return 3
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -18,5 +18,5 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU; for CPU tensors Hopper's, (9, 0)."""
+    """The compute capability of a GPU; (9, 0), Hopper's, for CPU tensors."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)

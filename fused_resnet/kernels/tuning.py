@@ -1,17 +1,17 @@
-"""Who computes a convolution on a GPU, and how: measured winners, kept on disk.
+"""Chooses the backend and configuration of a GPU convolution, from measurements cached on disk.
 
-Contenders are modules that each know one backend's convolution: this package's CUDA kernels
-(cuda_conv), its Triton kernels, and what cuDNN fuses (cudnn_conv). A contender says which problems
-it covers, which configurations are worth measuring, and which one it would take unmeasured.
+A provider's convolution module (`registry.gpu_convolution`) implements one backend's convolution:
+cuda/implicit_gemm.py, triton/convolution.py and cuda/cudnn.py. It states which problems it covers,
+which configurations are worth measuring, and which one its heuristic chooses without measurements.
 
-`choice` is asked at every call and never measures anything: the fastest of what was measured for
-this problem, else the first backend in the order of `backends` with its own heuristic. `tune`
-measures, and is called by `fused-resnet tune` alone.
+`choice` runs at every call and never measures: it returns the fastest measured configuration of the
+problem, else the first backend in order of preference with its heuristic. `tune` measures; only
+`fused-resnet tune` calls it.
 
-Two places hold winners: `tuned/` in this package (those of GPUs we have measured) and the user's
-cache folder, which wins. A file there that cannot be read is ignored with one line, one that cannot
-be written leaves the winners to this process alone; it is written beside and renamed, so that a
-reader never sees half of it and nobody waits for anybody.
+Winners are read from `tuned/` in this package (GPUs that we have measured) and from the user's
+cache folder, which takes precedence. An unreadable file is ignored with a one-line warning. If the
+file cannot be written, the winners apply to this process only. It is written under a temporary name
+and renamed, so that readers never see a partial file and need no lock.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ SHIPPED = Path(__file__).parent / "tuned"
 
 
 class Choice(NamedTuple):
-    """A backend, how it is to run a problem, and the time that took, in seconds; infinite where
-    nobody has measured it here."""
+    """A backend, its configuration for a problem, and the measured time in seconds; infinite
+    without a measurement."""
 
     backend: str
     config: Any
@@ -55,38 +55,38 @@ def cache_folder() -> Path:
 
 @functools.cache
 def file_name(device: torch.device) -> str:
-    """<GPU>-driver<version>-torch<version>-triton<version>.json: what a time depends on."""
+    """<GPU>-driver<version>-torch<version>-triton<version>.json: all that times depend on."""
     try:
         triton = importlib.import_module("triton").__version__
-    except Exception:  # broken installs raise anything at all
+    except Exception:  # broken installations raise arbitrary exceptions
         triton = "none"
     name = re.sub(r"[^A-Za-z0-9.]+", "_", torch.cuda.get_device_name(device)).strip("_")
     driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
     return f"{name}-driver{driver}-torch{torch.__version__.split('+')[0]}-triton{triton}.json"
 
 
-# Per problem, the best that each backend reached.
+# The fastest configuration per problem and backend.
 Winners = dict[Problem, dict[str, Choice]]
 
 
 def read(path: Path) -> Winners:
-    """The winners in a file; none, with one line of warning, where it is not what was written."""
-    found: Winners = {}
+    """The winners in a file; none, with a one-line warning, if its contents are invalid."""
+    loaded: Winners = {}
     try:
         for row in json.loads(path.read_text())["winners"]:
             backend = row["backend"]
             config = gpu_convolution(backend).CONFIG(**row["config"])
             if config.label() != row["label"]:
-                continue  # tiles were numbered otherwise then
+                continue  # written by a version with other tile indices
             choice = Choice(backend, config, float(row["time_s"]))
-            found.setdefault(Problem(**row["problem"]), {})[backend] = choice
-        return found
+            loaded.setdefault(Problem(**row["problem"]), {})[backend] = choice
+        return loaded
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except Exception as error:  # unreadable, cut short, of another version: measured again some day
+    except Exception as error:  # unreadable, truncated, or from another version
         warnings.warn(
             f"fused_resnet: {path} is ignored ({type(error).__name__}: {error}); "
-            "`fused-resnet tune` writes it anew",
+            "`fused-resnet tune` rewrites it",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -94,7 +94,7 @@ def read(path: Path) -> Winners:
 
 
 def write(path: Path, winners: Winners) -> str | None:
-    """None when written, else why not, in one line."""
+    """None if written, else the reason in one line."""
     rows = [
         {
             "problem": problem._asdict(),
@@ -106,11 +106,11 @@ def write(path: Path, winners: Winners) -> str | None:
         for problem, by_backend in sorted(winners.items())
         for choice in by_backend.values()
     ]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps({"winners": rows}, indent=1) + "\n")
-        beside.replace(path)
+        temporary.write_text(json.dumps({"winners": rows}, indent=1) + "\n")
+        temporary.replace(path)
     except OSError as error:
         return f"{path} cannot be written ({error.strerror or error})"
     return None
@@ -124,22 +124,22 @@ _winners: dict[str, Winners] = {}
 
 
 def winners(device: torch.device) -> Winners:
-    """Every measured winner for such devices, read once per process: "cuda" and "cuda:0" share
-    them, as do two GPUs of one make."""
+    """All measured winners for a device, read once per process. "cuda" and "cuda:0" share them, as
+    do two GPUs of the same model."""
     name = file_name(device) if device.type == "cuda" else device.type
     if name not in _winners:
-        found: Winners = {}
+        loaded: Winners = {}
         if device.type == "cuda":
             for folder in (SHIPPED, cache_folder()):
-                found = merged(found, read(folder / name))
-        _winners[name] = found
+                loaded = merged(loaded, read(folder / name))
+        _winners[name] = loaded
     return _winners[name]
 
 
 @functools.lru_cache(maxsize=4096)
 def choice(problem: Problem, device: torch.device, allowed: tuple[str, ...]) -> Choice | None:
-    """Who computes `problem` on `device`, of the `allowed` backends, which are in order of
-    preference; None where none of them covers it."""
+    """The backend and configuration for `problem` on `device`, among the `allowed` backends in
+    order of preference; None if none of them covers it."""
     measured = winners(device).get(problem, {})
     known = [measured[backend] for backend in allowed if backend in measured]
     if known:
@@ -171,27 +171,28 @@ def tune(
     measure: Callable[[Problem, str, Any], float],
     on_progress: Callable[[Problem, str, Any, float], None] | None = None,
 ) -> tuple[Winners, str | None]:
-    """The fastest configuration of every problem on every backend by `measure`, seconds; kept in
-    the cache folder, each as soon as it is known, so that a run cut short has not been in vain.
+    """Finds the fastest configuration per problem and backend; `measure` returns seconds.
 
-    Returns the winners found now, and why they could not be written, or None. A configuration that
-    does not run on this device is passed over; a problem of which none runs has no winners.
+    Each problem's winners are written to the cache folder at once, so that an interrupted run keeps
+    its results. Returns the new winners, and the reason why they could not be written, or None. A
+    configuration that does not run on this device is skipped; a problem without any that runs has
+    no winners.
     """
-    found: Winners = {}
+    tuned: Winners = {}
     name = file_name(device) if device.type == "cuda" else device.type
-    path, not_kept = cache_folder() / name, None
+    path, write_error = cache_folder() / name, None
     for problem in problems:
-        best = found.setdefault(problem, {})
+        best = tuned.setdefault(problem, {})
         for backend, config in candidates(problem, device, backends):
             try:
                 time_s = measure(problem, backend, config)
-            except Exception:  # too much shared memory, too many registers: not for this device
+            except Exception:  # too much shared memory or too many registers for this device
                 time_s = math.inf
             if time_s < (best[backend].time_s if backend in best else math.inf):
                 best[backend] = Choice(backend, config, time_s)
             if on_progress is not None:
                 on_progress(problem, backend, config, time_s)
-        not_kept = write(path, merged(read(path), {problem: best}))
-    _winners[name] = merged(winners(device), found)
+        write_error = write(path, merged(read(path), {problem: best}))
+    _winners[name] = merged(winners(device), tuned)
     choice.cache_clear()
-    return found, not_kept
+    return tuned, write_error

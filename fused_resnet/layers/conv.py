@@ -1,4 +1,4 @@
-"""The convolutions of a residual network."""
+"""Constructors of the convolutions of a residual network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 def conv3x3(
     in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
 ) -> nn.Conv2d:
-    """3x3 convolution that keeps height and width at stride 1, without bias."""
+    """3x3 convolution without bias, padded so that stride 1 preserves height and width."""
     return nn.Conv2d(
         in_planes,
         out_planes,

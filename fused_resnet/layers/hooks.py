@@ -1,4 +1,4 @@
-"""What makes calling a module do more than its class's forward."""
+"""Detects modules whose call does more than the forward of their class: hooks and patches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def has_hooks(m: nn.Module) -> bool:
 
 
 def patched(m: nn.Module) -> str | None:
-    """What makes calling m more than its class's forward, or None."""
+    """Why calling m does more than the forward of its class, or None."""
     if has_hooks(m):
         return "has hooks"
     if "forward" in m.__dict__:
@@ -28,6 +28,6 @@ def patched(m: nn.Module) -> str | None:
 
 
 def is_fsdps(m: nn.Module) -> bool:
-    """Whether FSDP gathers m's parameters for every forward. It does so without moving their
-    version counters, and often at the same address: nothing made from them can be cached."""
+    """Whether FSDP gathers m's parameters for every forward. It does not increment their version
+    counters, and the address is often the same, so nothing derived from them can be cached."""
     return "_is_fsdp_managed_module" in m.__dict__

@@ -1,4 +1,4 @@
-"""Batch norms: the statistics they normalise by, and the running statistics after a step."""
+"""Batch norms: which statistics they use, and the update of running statistics after a step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from fused_resnet.kernels.training.protocol import update_running
 
 recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
-"""Whether backward recomputes a segment now: running statistics are not updated a second time."""
+"""Whether backward is recomputing a segment: running statistics are then not updated again."""
 
 
 def is_frozen_bn(m: nn.Module) -> bool:
@@ -21,17 +21,17 @@ def is_frozen_bn(m: nn.Module) -> bool:
 
 
 def uses_batch_statistics(bn: Any) -> bool:
-    """Whether this norm would normalise by the batch now, as BatchNorm2d.forward decides it."""
+    """Whether bn would use batch statistics now, by the rule of BatchNorm2d.forward."""
     if is_frozen_bn(bn):
         return False
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
 def track(bn: Any, state: Any, count: int, update: Callable[..., None] = update_running) -> None:
-    """A norm's running statistics after a step, as BatchNorm2d updates them.
+    """Updates a norm's running statistics after a step, as BatchNorm2d does.
 
-    state: the batch's mean and biased variance over `count` values per channel, or whatever
-    `update` takes instead."""
+    state: the batch's mean and biased variance over `count` values per channel, in the form that
+    `update` requires."""
     if not (bn.training and bn.track_running_stats) or recomputing.get():
         return
     momentum = bn.momentum

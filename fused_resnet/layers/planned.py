@@ -1,4 +1,4 @@
-"""The base classes of modules that inference plans are cached for."""
+"""The base classes of modules with cached inference plans."""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ from torch.nn.functional import pad
 
 __all__ = ["PadShortcut"]
 
-# As csrc/cpu/block/block.h numbers them.
+# The values of the enum in csrc/cpu/block/block.h.
 SHORTCUTS = {"none": 0, "identity": 1, "projection": 2, "pad": 3}
 
 
 class PadShortcut(nn.Module):
-    """y[:, c] = x[:, c, ::stride, ::stride], and zeros in the channels that x does not have.
+    """y[:, c] = x[:, c, ::stride, ::stride] for c < in_channels, 0 for the other channels.
 
     x: (N, in_channels, H, W) -> y: (N, out_channels, ceil(H / stride), ceil(W / stride)), in x's
-    dtype; the zeros come last. Raises ValueError where out_channels < in_channels.
+    dtype. Raises ValueError if out_channels < in_channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
@@ -35,7 +35,7 @@ class PadShortcut(nn.Module):
         return pad(y, [0, 0, 0, 0, 0, self.out_channels - self.in_channels])
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of an x of `shape` (N, in_channels, H, W)."""
+        """The shape of y for an x of `shape` (N, in_channels, H, W)."""
         N, C, H, W = shape
         extra = self.out_channels - self.in_channels
         return N, C + extra, -(-H // self.stride), -(-W // self.stride)
@@ -45,17 +45,17 @@ class PadShortcut(nn.Module):
 
 
 def padded(x: Tensor, channels: int, stride: int) -> Tensor:
-    """What PadShortcut makes of x (N, C, H, W), in x's layout: (N, channels, P, Q)."""
-    plain = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
-    inside = torch.contiguous_format if plain else torch.channels_last
-    some = x[:, :, ::stride, ::stride]
-    shape = (x.shape[0], channels, *some.shape[2:])
-    y = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=inside)
-    y[:, : x.shape[1]] = some
+    """PadShortcut's output for x (N, C, H, W): (N, channels, P, Q), in x's memory format."""
+    nchw = x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.contiguous_format if nchw else torch.channels_last
+    strided = x[:, :, ::stride, ::stride]
+    shape = (x.shape[0], channels, *strided.shape[2:])
+    y = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=memory_format)
+    y[:, : x.shape[1]] = strided
     return y
 
 
 def add_padded_gradient(dx: Tensor, dy: Tensor, stride: int) -> Tensor:
-    """dx (N, C, H, W) plus what dy (N, channels, P, Q) of `padded` gives x, in place."""
+    """dx (N, C, H, W) plus the gradient of `padded` for dy (N, channels, P, Q), in place."""
     dx[:, :, ::stride, ::stride] += dy[:, : dx.shape[1]]
     return dx

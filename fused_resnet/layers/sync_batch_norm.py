@@ -1,10 +1,10 @@
 """Synchronised batch norm on any device.
 
-PyTorch's SyncBatchNorm is for GPUs: on the CPU its forward raises, and DistributedDataParallel
-refuses a module that holds one. `SyncBatchNorm` here is for both. In training it normalises by the
-values of all processes of its group; fused_resnet/kernels/training/collectives.py says what they
-exchange. Gradients of weight and bias stay each process's own, as PyTorch's are:
-DistributedDataParallel averages them.
+PyTorch's SyncBatchNorm supports only GPUs: on the CPU its forward raises, and
+DistributedDataParallel rejects a module that contains one. `SyncBatchNorm` here supports both. In
+training it uses the statistics over all processes of its group;
+fused_resnet/kernels/training/collectives.py describes the communication. As in PyTorch, gradients
+of weight and bias are those of each process: DistributedDataParallel averages them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .norms import track
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that in training normalises by the values of all processes of a group.
+    """BatchNorm2d with statistics over all processes of a group in training.
 
     y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased var over (N, H, W) of every
     process; x, y: (N, C, H, W), N may differ between processes. The running variance is unbiased by
-    the count of all. Inside a block of `fused_resnet` it is part of the fused step; by itself it is
-    on GPUs PyTorch's, and on the CPU, where PyTorch has none, made of PyTorch's operations.
-    process_group: as torch.nn.SyncBatchNorm's; None: all processes.
+    the total count. Inside a block of `fused_resnet` it is part of the fused step. Elsewhere it
+    runs PyTorch's SyncBatchNorm on GPUs, and PyTorch's operations on the CPU.
+    process_group: as for torch.nn.SyncBatchNorm; None: all processes.
     """
 
     def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
@@ -54,9 +54,9 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 class _Synchronised(torch.autograd.Function):
-    """A norm over the processes of a group, in float64 inside.
+    """A norm over the processes of a group, computed in float64.
 
-    apply(x, weight, bias, eps, group, states): states is filled with ((mean, variance), count)."""
+    apply(x, weight, bias, eps, group, states): appends ((mean, variance), count) to states."""
 
     @staticmethod
     def forward(
@@ -64,9 +64,9 @@ class _Synchronised(torch.autograd.Function):
         states: list[Any],
     ) -> Tensor:  # fmt: skip
         values = x.double()
-        own = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
-        # A process without images has a mean of none: its count of 0 leaves it out of the sum.
-        (mean, variance), total = collectives.merge(own, x.numel() // x.shape[1], group)
+        local = torch.stack([values.mean((0, 2, 3)), values.var((0, 2, 3), correction=0)])
+        # For an empty batch these are NaN; `merge` skips a count of 0.
+        (mean, variance), total = collectives.merge(local, x.numel() // x.shape[1], group)
         states.append(((mean, variance), int(total)))
         invstd = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, weight, bias, mean, invstd)
@@ -80,13 +80,15 @@ class _Synchronised(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias, mean, invstd = ctx.saved_tensors
         g, centred = dy.double(), x.double() - _channels(mean)
-        own = torch.stack([g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3)), torch.zeros_like(mean)])
-        sum_g, sum_gx, _ = collectives.reduce(own, ctx.group) / ctx.total
+        local = torch.stack(
+            [g.sum((0, 2, 3)), (g * centred).sum((0, 2, 3)), torch.zeros_like(mean)]
+        )
+        sum_g, sum_gx, _ = collectives.reduce(local, ctx.group) / ctx.total
         scale = invstd if weight is None else invstd * weight.double()
         slope = invstd.square() * sum_gx
         dx = (g - _channels(sum_g) - centred * _channels(slope)) * _channels(scale)
-        dweight = None if weight is None else (own[1] * invstd).to(weight.dtype)
-        dbias = None if bias is None else own[0].to(bias.dtype)
+        dweight = None if weight is None else (local[1] * invstd).to(weight.dtype)
+        dbias = None if bias is None else local[0].to(bias.dtype)
         return dx.to(x.dtype), dweight, dbias, None, None, None
 
 
@@ -95,10 +97,10 @@ def _channels(t: Tensor) -> Tensor:
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """`module` with every BatchNorm2d replaced by a `SyncBatchNorm` of the same parameters, buffers
-    and settings, synchronised ones too, which then are of this group, as
-    torch.nn.SyncBatchNorm.convert_sync_batchnorm does for GPUs; returns it, or the norm that stands
-    for it where it is one itself. Convert before DistributedDataParallel.
+    """Replaces every BatchNorm2d of `module` by a `SyncBatchNorm` with the same parameters, buffers
+    and settings, like torch.nn.SyncBatchNorm.convert_sync_batchnorm for GPUs. Already synchronised
+    norms are moved to this group. Returns `module`, or its replacement if it is itself a norm.
+    Convert before DistributedDataParallel.
     """
     if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm):
         norm = SyncBatchNorm.__new__(SyncBatchNorm)
@@ -111,8 +113,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
 
 def group_of(bn: Any) -> Any:
-    """The process group that `bn` would normalise over now, as SyncBatchNorm decides it; None for
-    this process alone."""
+    """The process group of bn's statistics now, by the rule of torch.nn.SyncBatchNorm; None for
+    this process only."""
     if type(bn) not in (nn.SyncBatchNorm, SyncBatchNorm) or not bn.training:
         return None
     if not (dist.is_available() and dist.is_initialized()):
@@ -122,10 +124,10 @@ def group_of(bn: Any) -> Any:
 
 
 def agreed(draws: Tensor, norms: Iterable[Any]) -> Tensor:
-    """Random numbers by which processes choose what they compute: where one of the norms is
-    synchronised, those of its group's first process, since all must meet at the same norms."""
+    """Random draws that select which blocks run. If one of the norms is synchronised, returns the
+    draws of its group's first process: all processes must run the same norms."""
     if not (dist.is_available() and dist.is_initialized()):
-        return draws  # before going through every module, at every step
+        return draws  # avoids iterating over all modules at every step
     group = next((g for g in map(group_of, norms) if g is not None), None)
     if group is not None:
         dist.broadcast(draws, dist.get_global_rank(group, 0), group=group)

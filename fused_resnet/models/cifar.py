@@ -3,7 +3,7 @@ Recognition" (1512.03385), section 4.2, and He et al. 2016, "Identity Mappings i
 Networks" (1603.05027).
 
 A 3x3 convolution with 16 channels and no pooling, then three stages of n blocks each, of 16, 32 and
-64 channels (four times as many after a bottleneck), and a mean over all pixels.
+64 channels (four times as many for bottlenecks), and global average pooling.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class CifarBlock(BasicBlock):
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + x), as BasicBlock.
 
     downsample: None, a PadShortcut, or a 1x1 convolution and its norm. survival: the probability
-    with which the network lets the block take part in a training step; what it adds is divided by
-    that, so that its expectation is what inference adds.
+    with which the network runs the block's residual branch in a training step. The branch's output
+    is divided by it, so that its expectation equals its output in inference.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -45,7 +45,7 @@ class CifarBlock(BasicBlock):
         self.survival = 1.0
 
     def _residual(self, x: Tensor) -> Tensor:
-        """What the block adds to its shortcut."""
+        """The output of the residual branch."""
         z = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return z / self.survival if self.training and self.survival < 1 else z
 
@@ -58,7 +58,7 @@ class CifarBlock(BasicBlock):
         return self.relu(self._residual(x) + shortcut)
 
     def skip(self, x: Tensor) -> Tensor:
-        """The block without what it adds to its shortcut; x (N, inplanes, H, W) is a ReLU's."""
+        """The block without its residual branch; x (N, inplanes, H, W) is the output of a ReLU."""
         if self.downsample is None:
             return x
         if isinstance(self.downsample, PadShortcut):
@@ -85,16 +85,18 @@ class CifarResNet(Planned):
     """A residual network for small images, or a plain one.
 
     x: (N, 3, H, W), normalised, usually 32 x 32 -> (N, num_classes) logits.
-    blocks_per_stage: n; shortcut: "identity" (where shapes differ, option A: strided, padded with
-    zeros, no parameters), "projection" (there, a 1x1 convolution: option B) or "none" (the plain
-    network: the same layers without shortcuts). stochastic_depth: the probability with which the
-    last block is left out of a training step; it grows linearly from the first on (Huang et al.
-    2016, 1603.09382). A block left out computes and keeps nothing. zero_init_residual: each block
-    starts as its shortcut. norm_layer: as for ResNet. block: "basic" (None). torch.jit.script takes
-    the network, but not to train it with stochastic depth.
+    blocks_per_stage: n.
+    shortcut: where shapes differ, "identity" (option A: strided, padded with zeros, no parameters)
+    or "projection" (option B: a 1x1 convolution); or "none" (the plain network: the same layers
+    without shortcuts).
+    stochastic_depth: the probability with which the last block is skipped in a training step; it
+    grows linearly from the first block (Huang et al. 2016, 1603.09382). A skipped block computes
+    and saves nothing.
+    zero_init_residual: each block starts as its shortcut. norm_layer: as for ResNet. block: "basic"
+    (None). torch.jit.script is supported, except for training with stochastic depth.
     """
 
-    kinds: tuple[str, ...] = ("basic",)  # of blocks, the default first
+    kinds: tuple[str, ...] = ("basic",)  # allowed values of `block`, the default first
     first_norm = True  # whether norm and ReLU follow the first convolution
     __constants__ = ("first_norm",)
 
@@ -136,9 +138,9 @@ class CifarResNet(Planned):
             for j in range(blocks_per_stage):
                 stride = 2 if i > 0 and j == 0 else 1
                 first = i == j == 0
-                made = _make_block(block, shortcut, channels, width, stride, norm_layer, first)
-                channels = width * made.expansion
-                stage.append(made)
+                new = _make_block(block, shortcut, channels, width, stride, norm_layer, first)
+                channels = width * new.expansion
+                stage.append(new)
         self.layer1, self.layer2, self.layer3 = stages
         if not self.first_norm:
             self.bn = norm_layer(channels)
@@ -160,21 +162,21 @@ class CifarResNet(Planned):
         return [self.layer1, self.layer2, self.layer3]
 
     def running(self) -> list[list[Callable[[Tensor], Tensor]]]:
-        """What this forward runs of each stage: of blocks that stochastic depth leaves out, what
-        their shortcut does."""
+        """The callables that this forward runs per stage: blocks, or the shortcuts of blocks that
+        stochastic depth skips."""
         if not (self.training and self._drops):
             return [list(stage) for stage in self.stages()]
         drawn = torch.rand(sum(map(len, self.stages())))
         draws = iter(agreed(drawn, self.modules()).tolist())
         stages = []
         for stage in self.stages():
-            some: list[Callable[[Tensor], Tensor]] = []
+            calls: list[Callable[[Tensor], Tensor]] = []
             for b in stage:
                 if next(draws) < b.survival:
-                    some.append(b)
+                    calls.append(b)
                 elif b.downsample is not None or getattr(b, "activation_shared", False):
-                    some.append(b.skip)
-            stages.append(some)
+                    calls.append(b.skip)
+            stages.append(calls)
         return stages
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +191,9 @@ class CifarResNet(Planned):
                 for run in stage:
                     x = run(x)
             return fusion.head(self, x)
-        assert not (self.training and self._drops), "stochastic_depth is not scripted: call eval()"
+        assert not (self.training and self._drops), (
+            "stochastic_depth is not supported by torch.jit.script: call eval()"
+        )
         x = self.conv1(x)
         if self.first_norm:
             x = self.relu(self.bn1(x))
@@ -200,11 +204,11 @@ class CifarResNet(Planned):
 
 
 class PreactResNet(CifarResNet):
-    """A network of pre-activation blocks: after the first convolution come blocks at once, and
-    after the last block a norm and a ReLU. As CifarResNet otherwise.
+    """A network of pre-activation blocks: no norm and ReLU after the first convolution, but after
+    the last block. Otherwise as CifarResNet.
 
-    block: "preact" (None) or "preact_bottleneck". A projection has no norm, and starts from the
-    block's first ReLU, as the identity of the network's first block does.
+    block: "preact" (None) or "preact_bottleneck". A projection has no norm, and its input is the
+    output of the block's first ReLU, as for the identity shortcut of the network's first block.
     """
 
     kinds = BLOCKS[1:]
@@ -221,7 +225,7 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
 def _make_block(
     kind: str, shortcut: str, before: int, planes: int, stride: int, norm_layer: Any, first: bool
 ) -> Any:
-    """A block that comes after `before` channels; first: of the whole fusion."""
+    """A block with `before` input channels; first: whether it is the network's first block."""
     cls = _CLASSES[kind][shortcut == "none"]
     after = planes * cls.expansion
     downsample: nn.Module | None = None
@@ -247,12 +251,12 @@ def cifar_resnet(
 ) -> CifarResNet:
     """ResNet of `depth` layers for small images, or a plain network of the same layers.
 
-    depth: 6n + 2 (20, 32, 44, 56, 110, 1202, ...), of bottlenecks 9n + 2 (164, 1001, ...), whose
-    widths are four times as large. shortcut: "identity", "projection" or "none"; block: "basic",
+    depth: 6n + 2 (20, 32, 44, 56, 110, 1202, ...); with bottlenecks, which are four times as wide,
+    9n + 2 (164, 1001, ...). shortcut: "identity", "projection" or "none"; block: "basic",
     "preact" or "preact_bottleneck"; config: stochastic_depth, zero_init_residual, norm_layer, as
     for CifarResNet.
     x: (N, 3, H, W) -> (N, num_classes). Parameters: 0.27 M at depth 20, 1.7 M at 110, 19.4 M at
-    1202. Raises ValueError that names what is allowed, of depths the two nearest.
+    1202. Raises ValueError that names the allowed values, for depth the two nearest.
     Source: He et al. 2015 (1512.03385), section 4.2; He et al. 2016 (1603.05027), section 4.
     """
     if block not in BLOCKS:
@@ -270,19 +274,19 @@ def cifar_resnet(
 
 
 def nearest_depths(depth: int, per_block: int) -> tuple[int, int]:
-    """The two depths about `depth` that are a multiple of per_block, and two."""
+    """The depths per_block * n + 2 around `depth`, lower and upper."""
     n = max(1, (depth - 2) // per_block)
     return n * per_block + 2, (n + 1) * per_block + 2
 
 
 def named(name: str) -> int | None:
-    """The depth of "cifar_resnet20" and the like; None where `name` is no such name.
+    """The depth in a name like "cifar_resnet20"; None for any other name.
 
-    Raises ValueError where there is no network of that depth."""
-    found = re.fullmatch(r"cifar_resnet(\d+)", name)
-    if found is None:
+    Raises ValueError if there is no network of that depth."""
+    match = re.fullmatch(r"cifar_resnet(\d+)", name)
+    if match is None:
         return None
-    depth = int(found[1])
+    depth = int(match[1])
     if depth < 8 or depth % 6 != 2:
         below, above = nearest_depths(depth, 6)
         raise ValueError(

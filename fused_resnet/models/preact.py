@@ -1,8 +1,8 @@
 """Pre-activation blocks: He et al. 2016, "Identity Mappings in Deep Residual Networks"
 (1603.05027).
 
-Norm and ReLU come before each convolution, and nothing after the addition, so that a signal goes
-from any block to any later one unchanged, in both directions.
+Norm and ReLU come before each convolution, and nothing after the addition, so that the identity
+path carries activations and gradients between any two blocks unchanged.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class PreactBlock(Block):
     """y = conv2(relu(bn2(conv1(relu(bn1(x)))))) + x, two 3x3 convolutions.
 
     x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride). downsample: a PadShortcut or a
-    1x1 convolution, where the shapes differ. activation_shared: the shortcut starts from
-    relu(bn1(x)), as in a network's first block, and where the shortcut is a convolution.
+    1x1 convolution where the shapes differ. activation_shared: the input of the shortcut is
+    relu(bn1(x)), as in a network's first block and where the shortcut is a convolution.
     """
 
     expansion: int = 1
@@ -62,7 +62,7 @@ class PreactBlock(Block):
         return source if self.downsample is None else self.downsample(source)
 
     def _residual(self, h: Tensor) -> Tensor:
-        """What the block adds to its shortcut; h (N, inplanes, H, W) is relu(bn1(x))."""
+        """The output of the residual branch; h (N, inplanes, H, W) is relu(bn1(x))."""
         z = self.conv2(self.relu(self.bn2(self.conv1(h))))
         return z / self.survival if self.training and self.survival < 1 else z
 
@@ -78,7 +78,7 @@ class PreactBlock(Block):
         return self._run(x)
 
     def skip(self, x: Tensor) -> Tensor:
-        """The block without what it adds to its shortcut."""
+        """The block without its residual branch."""
         if not self.activation_shared:
             return self._shortcut(x, x)
         h = fusion.run_norm(self.bn1, self.relu, x)
@@ -89,7 +89,7 @@ class PreactBottleneck(PreactBlock):
     """y = conv3(relu(bn3(conv2(relu(bn2(conv1(relu(bn1(x))))))))) + x: 1x1, 3x3, 1x1.
 
     x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride); the stride is in the 3x3
-    convolution. The rest as for PreactBlock.
+    convolution. Arguments as for PreactBlock.
     """
 
     expansion: int = 4

@@ -4,8 +4,8 @@ He et al. 2015, "Deep Residual Learning for Image Recognition" (arXiv 1512.03385
 has its stride in the 3x3 convolution (ResNet v1.5). Xie et al. 2016 (1611.05431) for ResNeXt,
 Zagoruyko and Komodakis 2016 (1605.07146) for the wide ones.
 
-Each forward asks blocks.py for a fused result first; what follows is torchvision's own path, which
-runs wherever that has none: under tracing, compilers and transforms, and after model surgery.
+Each forward first tries `fusion`. If that returns None (under tracing, compilers and transforms,
+and after model surgery), torchvision's path runs.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ BOTTLENECK = Names((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
 class BasicBlock(Block):
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + x), two 3x3 convolutions.
 
-    x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride); downsample brings x to that
-    shape where it differs. Only groups=1, base_width=64 and dilation=1, as in torchvision.
+    x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride); downsample maps x to that shape
+    where it differs. Only groups=1, base_width=64 and dilation=1 are supported, as in torchvision.
     """
 
     expansion: int = 1
@@ -107,7 +107,7 @@ class Bottleneck(Block):
     """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + x): 1x1, 3x3, 1x1.
 
     x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride). The stride is in the 3x3
-    convolution (v1.5), where the paper has it in the first.
+    convolution (v1.5); the paper has it in the first.
     """
 
     expansion: int = 4
@@ -171,9 +171,9 @@ class ResNet(Planned):
 
     x: (N, 3, H, W), usually 224 x 224, normalised -> (N, num_classes) logits.
     block: BasicBlock, Bottleneck or a subclass; layers: blocks per stage.
-    replace_stride_with_dilation: for stages 2 to 4, whether dilation takes the stride's place.
-    norm_layer: what makes a norm from a number of channels; blocks are fused for BatchNorm2d and
-    FrozenBatchNorm2d.
+    replace_stride_with_dilation: for each of stages 2 to 4, whether dilation replaces the stride.
+    norm_layer: called with the number of channels, returns a norm; blocks are fused with
+    BatchNorm2d and FrozenBatchNorm2d.
     """
 
     def __init__(
@@ -309,7 +309,7 @@ class ResNet(Planned):
         return self._forward_impl(x)
 
 
-# name -> block, blocks per stage, and what differs from ResNet's defaults
+# name -> block, blocks per stage, arguments that differ from ResNet's defaults
 _MODELS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], dict[str, int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2], {}),
     "resnet34": (BasicBlock, [3, 4, 6, 3], {}),
@@ -325,7 +325,7 @@ _MODELS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], dict[str, int
 
 
 def list_models() -> list[str]:
-    """The names that `get_model` takes."""
+    """The names that `get_model` accepts."""
     return list(_MODELS)
 
 
@@ -337,12 +337,12 @@ def get_model(name: str, **config: Any) -> ResNet:
 
 
 def _weights(name: str, weights: Any) -> Any:
-    """torchvision's weights enum entry for whatever torchvision itself would accept."""
+    """torchvision's weights enum member for any value that torchvision accepts."""
     if weights is None or weights is False:
         return None
     try:
         from torchvision.models import get_model_weights
-    except Exception as error:  # absent, or beside a torch it does not fit
+    except Exception as error:  # not installed, or built for another torch
         raise RuntimeError(
             f"{name}: weights={weights!r} needs torchvision, which does not import here "
             f"({type(error).__name__}: {error}); pass weights=None and load a state_dict"

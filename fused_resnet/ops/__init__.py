@@ -1,7 +1,7 @@
-"""The ops as PyTorch sees them: one file each, with its formula, reference, checks and derivatives.
+"""The ops registered with PyTorch: one file per op with formula, reference, checks and derivatives.
 
-All tensors are (N, C, H, W); the output's layout follows x. `kernels` decides which provider serves
-an op. The reference and the passes by registered ops are made known to it here.
+All tensors are (N, C, H, W); the output has the layout of x. `kernels` chooses the provider of an
+op. This module registers the reference and the portable training passes with it.
 """
 
 from fused_resnet.kernels.registry import Provider, register

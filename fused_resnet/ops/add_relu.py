@@ -1,4 +1,4 @@
-"""add_relu: the end of a residual block.
+"""add_relu: the addition and ReLU at the end of a residual block.
 
 y = max(x + residual, 0),   dx = dresidual = dy * !(y <= 0)
 """
@@ -20,7 +20,7 @@ from .library import in_transform, kernels_for, register
 def add_relu_reference(x: Tensor, residual: Tensor) -> Tensor:
     """y = max(x + residual, 0), with max(NaN, 0) = NaN.
 
-    x, residual: (N, C, H, W) of one floating dtype; the sum is rounded once.
+    x, residual: (N, C, H, W) of the same floating dtype; the sum is rounded once.
     Source: He et al. 2015, "Deep Residual Learning for Image Recognition", equation 1.
     """
     acc = accumulate_dtype(x.dtype)
@@ -30,7 +30,7 @@ def add_relu_reference(x: Tensor, residual: Tensor) -> Tensor:
 def add_relu_backward_reference(dy: Tensor, y: Tensor) -> Tensor:
     """dx = dresidual = dy where y > 0 or y is NaN, else 0 (torch's threshold_backward).
 
-    dy, y: (N, C, H, W) of one floating dtype.
+    dy, y: (N, C, H, W) of the same floating dtype.
     """
     return torch.where(y <= 0, torch.zeros((), dtype=dy.dtype, device=dy.device), dy)
 
@@ -38,12 +38,12 @@ def add_relu_backward_reference(dy: Tensor, y: Tensor) -> Tensor:
 def add_relu(x: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
     """y = max(x + residual, 0), with max(NaN, 0) = NaN; one rounding.
 
-    x, residual: (N, C, H, W), of one dtype (float32, float16, bfloat16, float64) and device, in any
-    layout. Returns (N, C, H, W) in x's layout. Differentiable to any order.
-    out: (N, C, H, W) of x's dtype and device, in any layout, to be written and returned instead of
-    new memory; it may be x or residual. Not differentiable then, as in PyTorch.
-    Raises RuntimeError where shape, dtype or device differ, or out is given and a gradient would be
-    needed; ValueError where x is not 4-D.
+    x, residual: (N, C, H, W), of the same dtype (float32, float16, bfloat16, float64) and device,
+    in any layout. Returns (N, C, H, W) in x's layout. Differentiable to any order.
+    out: optional output (N, C, H, W) of x's dtype and device, in any layout; it may be x or
+    residual. With out, not differentiable, as in PyTorch.
+    Raises RuntimeError if shapes, dtypes or devices differ, or if out is given and an argument
+    requires grad; ValueError if x is not 4-D.
     Source: He et al. 2015, "Deep Residual Learning for Image Recognition", equation 1.
     """
     if out is not None:
@@ -79,7 +79,8 @@ def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
     _add_relu_check(x, residual)
     check_same("add_relu", "out", out, x, x.shape)
     if not out.is_inference():
-        # Below autograd, where nobody else counts it: what was saved for a backward is now stale.
+        # This runs below autograd, which does not increment the version of out here: without it,
+        # autograd would not detect that a tensor saved for backward was overwritten.
         torch.autograd.graph.increment_version(out)
     kernels = kernels_for("add_relu", x)
     if kernels is not None and _same_or_apart(out, x) and _same_or_apart(out, residual):
@@ -91,7 +92,7 @@ def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
 
 
 def _same_or_apart(out: Tensor, t: Tensor) -> bool:
-    """Whether out is exactly t, or shares no memory with it."""
+    """Whether out is exactly t or does not share its storage."""
     same = out.data_ptr() == t.data_ptr() and out.stride() == t.stride()
     return same or out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
 
@@ -135,7 +136,7 @@ def _add_relu_backward_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 
 def _add_relu_backward_grad(ctx: Any, ddx: Tensor) -> tuple[Tensor, None]:
-    # The mask is locally constant in y: the second derivative is the same mask again.
+    # The mask is locally constant in y, so the second derivative applies the same mask.
     return torch.ops.fused_resnet.add_relu_backward(ddx, ctx.saved_tensors[0]), None
 
 

@@ -33,10 +33,10 @@ def bn_add_relu_reference(
     mean[c] = sum x[:, c] / M,   var[c] = sum (x[:, c] - mean[c])^2 / M,   M = N*H*W
     y = relu((x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
 
-    x, residual: (N, C, H, W) of one floating dtype; weight, bias: (C,), None means 1 and 0.
+    x, residual: (N, C, H, W) of the same floating dtype; weight, bias: (C,), None means 1 and 0.
     Returns y (N, C, H, W) in x's dtype, and mean and the *biased* variance, both (C,), in float32
-    (float64 for float64 x). The variance and not 1/sqrt(var + eps) is returned because running_var
-    is made from it, and invstd^-2 - eps cancels where var is much smaller than eps.
+    (float64 for float64 x). Returns the variance instead of 1/sqrt(var + eps) because running_var
+    is computed from it, and invstd^-2 - eps cancels if var is much smaller than eps.
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1.
     """
     acc = accumulate_dtype(x.dtype)
@@ -71,14 +71,14 @@ def bn_add_relu_backward_reference(
     need_dx: bool,
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `bn_add_relu`, through mean and var as well.
+    """The gradients of `bn_add_relu`, including those through mean and var.
 
     g = dy * (y > 0) if relu else dy,   xhat = (x - mean[c]) * invstd[c],   M = N*H*W
     dbias[c] = sum g,   dweight[c] = sum g * xhat,   dresidual = g
     dx = weight[c] * invstd[c] * (g - dbias[c] / M - xhat * dweight[c] / M)
 
-    dy, x, y: (N, C, H, W); weight: (C,) or None (ones); mean, var: (C,) as the forward gave them.
-    Returns dx, dweight, dbias, dresidual; what was not asked for is an empty tensor.
+    dy, x, y: (N, C, H, W); weight: (C,) or None (ones); mean, var: (C,) from the forward.
+    Returns dx, dweight, dbias, dresidual; outputs not requested are empty tensors.
     Source: Ioffe and Szegedy 2015, section 3.
     """
     acc = accumulate_dtype(x.dtype)
@@ -125,10 +125,10 @@ def bn_add_relu(
     x: (N, C, H, W), float32, float16, bfloat16 or float64; residual: the same shape and dtype;
     weight, bias: (C,) floating, None means 1 and 0.
     Returns y (N, C, H, W) in x's dtype and layout, mean (C,) and the *biased* variance (C,), both
-    float32 (float64 for float64 x), not differentiable. Running statistics are the caller's:
+    float32 (float64 for float64 x), not differentiable. The caller updates the running statistics:
     running_var takes var * M / (M - 1). Differentiable to any order in x, weight, bias, residual.
-    Raises ValueError where x is not 4-D or has one value per channel or eps is not positive,
-    RuntimeError otherwise.
+    Raises ValueError if x is not 4-D, has one value per channel, or eps is not positive;
+    RuntimeError for other invalid arguments.
     Source: Ioffe and Szegedy 2015, "Batch Normalization", algorithm 1.
     """
     if in_transform():
@@ -223,23 +223,23 @@ def _bn_grad(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Any, ...]:
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     ops = torch.ops.fused_resnet
     if torch.is_grad_enabled():
-        # Somebody wants to differentiate this backward: write it in differentiable operations.
+        # create_graph=True: compute the gradients by differentiable operations.
         g = ops.add_relu_backward(dy, y) if ctx.relu else dy
         bias = None
         if need_bias:
             bias = torch.zeros_like(mean, dtype=ctx.bias_dtype).requires_grad_()
         pairs = ((x, need_x), (weight, need_weight), (bias, need_bias))
-        wanted: list[Any] = [t for t, needed in pairs if needed]
+        inputs: list[Any] = [t for t, needed in pairs if needed]
         grads: Iterator[Any] = iter(())
-        if wanted:
-            again = bn_add_relu_reference(x, weight, bias, None, ctx.eps, relu=False)[0]
-            grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
-        found = [next(grads) if needed else None for needed in (need_x, need_weight, need_bias)]
-        return (*found, g if need_residual else None, None, None)
+        if inputs:
+            recomputed = bn_add_relu_reference(x, weight, bias, None, ctx.eps, relu=False)[0]
+            grads = iter(torch.autograd.grad(recomputed, inputs, g, create_graph=True))
+        needed_grads = [next(grads) if n else None for n in (need_x, need_weight, need_bias)]
+        return (*needed_grads, g if need_residual else None, None, None)
     if not (need_x or need_weight or need_bias):
         g = ops.add_relu_backward(dy, y) if ctx.relu else dy
         return None, None, None, g, None, None
-    # Without a ReLU the residual's gradient is dy itself: nothing to compute.
+    # Without a ReLU, the residual's gradient is dy itself.
     masked = need_residual and ctx.relu
     dx, dweight, dbias, dresidual = ops.bn_add_relu_backward(
         dy, x, y, weight, mean, var, ctx.eps, ctx.relu, need_x, masked
@@ -260,8 +260,8 @@ def _bn_backward_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _bn_backward_grad(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(
-        "bn_add_relu_backward: not differentiable by itself; differentiate bn_add_relu twice "
-        "(torch.autograd.grad with create_graph=True), which is"
+        "bn_add_relu_backward: not differentiable; for second derivatives, differentiate "
+        "bn_add_relu twice (torch.autograd.grad with create_graph=True)"
     )
 
 

@@ -1,5 +1,4 @@
-"""What the ops check of their arguments. Errors name the op, the argument, what was expected and
-what came."""
+"""Argument checks of the ops. Errors name the op, the argument, the expected and actual values."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ def describe(t: Tensor | None) -> str:
     return "None" if t is None else f"{str(t.dtype)[6:]} of shape {tuple(t.shape)} on {t.device}"
 
 
-def require(condition: bool, op: str, what: str, error: type[Exception] = RuntimeError) -> None:
+def require(condition: bool, op: str, message: str, error: type[Exception] = RuntimeError) -> None:
     if not condition:
-        raise error(f"{op}: {what}")
+        raise error(f"{op}: {message}")
 
 
 def check_x(op: str, x: Tensor) -> None:
@@ -38,7 +37,7 @@ def check_x(op: str, x: Tensor) -> None:
 
 
 def check_same(op: str, name: str, t: Tensor | None, x: Tensor, shape: Sequence[Any]) -> None:
-    """t: None, or a tensor of x's dtype and device and of the given shape."""
+    """Requires t to be None, or a tensor of x's dtype and device with the given shape."""
     if t is None:
         return
     dtype = str(x.dtype)[6:]
@@ -50,7 +49,7 @@ def check_same(op: str, name: str, t: Tensor | None, x: Tensor, shape: Sequence[
 
 
 def check_channel(op: str, name: str, t: Tensor | None, x: Tensor, count: Any) -> None:
-    """t: None, or a floating (count,) tensor on x's device."""
+    """Requires t to be None, or a floating (count,) tensor on x's device."""
     if t is None:
         return
     require(

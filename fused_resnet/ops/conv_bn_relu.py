@@ -41,7 +41,7 @@ def conv_bn_relu_reference(
 
     x: (N, C, H, W); weight: (K, C/groups, R, S); scale, shift: (K,) float32, float64 for float64
     x; residual: (N, K, P, Q) of x's dtype, or None. Returns (N, K, P, Q) in x's dtype; sums are
-    kept in float32 and the result is rounded once.
+    accumulated in float32 and the result is rounded once.
     Source: Ioffe and Szegedy 2015, section 3.1 (inference), folded as in Jacob et al. 2018, 3.2.
     """
     acc = accumulate_dtype(x.dtype)
@@ -74,10 +74,10 @@ def conv_bn_relu(
     scale = bn.weight / sqrt(running_var + eps),   shift = bn.bias - running_mean * scale
 
     x: (N, C, H, W); weight: (K, C/groups, R, S) of x's dtype (float32, float16, bfloat16, float64);
-    scale, shift: (K,) floating, best float32; residual: (N, K, P, Q) of x's dtype, or None.
-    stride, padding, dilation in pixels. Returns (N, K, P, Q) in x's dtype and layout; sums are kept
-    in float32 (float64 for float64). Differentiable to any order in all five tensors.
-    Raises RuntimeError that names the argument for wrong shapes, dtypes, devices and sizes.
+    scale, shift: (K,) floating, preferably float32; residual: (N, K, P, Q) of x's dtype, or None.
+    stride, padding, dilation in pixels. Returns (N, K, P, Q) in x's dtype and layout; sums are
+    accumulated in float32 (float64 for float64). Differentiable to any order in all five tensors.
+    Raises RuntimeError that names the argument for invalid shapes, dtypes, devices and sizes.
     Source: Ioffe and Szegedy 2015, section 3.1; Jacob et al. 2018, section 3.2.
     """
     pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
@@ -92,7 +92,7 @@ def conv_shape(
     x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> list[int]:  # fmt: skip
-    """The output's shape (N, K, P, Q); raises where the arguments do not fit together."""
+    """The output shape (N, K, P, Q); raises RuntimeError if the arguments are inconsistent."""
     op = "conv_bn_relu"
     check_x(op, x)
     require(
@@ -153,7 +153,7 @@ def _conv_fused(
         kind = conv_kind(weight.shape, dtype, geometry[2], geometry[3], device)
     if kind is None or dtype is None:
         return conv_bn_relu_reference(*arguments)
-    conv = cache.kept(kind, weight, scale, shift, dtype, *geometry)
+    conv = cache.cached_convolution(kind, weight, scale, shift, dtype, *geometry)
     if conv.needs_bound:
         added = 0.0 if residual is None else max_abs(residual)
         if not conv.bound(max_abs(x)) + added <= BOUND_LIMIT:
@@ -197,7 +197,7 @@ def _conv_fake(
 
 def _conv_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, shift, _residual, ctx.relu, *ctx.geometry = inputs
-    # Asked here: a backward may run on another thread, where nothing is forced.
+    # Determined here: the backward may run on another thread, where no backend is forced.
     ctx.triton = registry.forced() == "triton" and x.dtype != torch.float64
     ctx.save_for_backward(x, weight, scale, shift, output if ctx.relu else None)
 
@@ -207,20 +207,20 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
     dx = conv_transpose(g, weight * scale),   dweight = dW' * scale[k],   dresidual = g
     dscale[k] = <dW'[k], weight[k]>,   dshift[k] = sum g[:, k]
-    so the convolution's own output need not be saved.
+    so the output of the convolution itself need not be saved.
     """
     x, weight, scale, shift, y = ctx.saved_tensors
     need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
     g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy
     rest = (None,) * 5
     if torch.is_grad_enabled():
-        # Somebody wants to differentiate this backward: write it in differentiable operations.
+        # create_graph=True: compute the gradients by differentiable operations.
         needs = (need_x, need_weight, need_scale, need_shift)
-        wanted = [t for t, n in zip((x, weight, scale, shift), needs, strict=True) if n]
+        inputs = [t for t, n in zip((x, weight, scale, shift), needs, strict=True) if n]
         grads: Iterator[Any] = iter(())
-        if wanted:
-            again = conv_bn_relu_reference(x, weight, scale, shift, None, False, *ctx.geometry)
-            grads = iter(torch.autograd.grad(again, wanted, g, create_graph=True))
+        if inputs:
+            recomputed = conv_bn_relu_reference(x, weight, scale, shift, None, False, *ctx.geometry)
+            grads = iter(torch.autograd.grad(recomputed, inputs, g, create_graph=True))
         return (*(next(grads) if n else None for n in needs), g if need_residual else None, *rest)
     dx = dweight = dscale = dshift = None
     acc = accumulate_dtype(x.dtype)
@@ -256,14 +256,14 @@ def _conv_backward_triton(
         return dx.zero_(), dweight.zero_()
     kernels = registry.kernels("triton", x.device.type)
     if mask[0]:
-        found = kernels.convolution_dx(g, weight, x.shape, *sizes)
-        if found is None:
+        computed = kernels.convolution_dx(g, weight, x.shape, *sizes)
+        if computed is None:
             stride, padding, dilation, groups = sizes
-            found = torch.ops.aten.convolution_backward(
+            computed = torch.ops.aten.convolution_backward(
                 g, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
                 [True, False, False],
             )[0]  # fmt: skip
-        dx = layout.like(found, dx)
+        dx = layout.like(computed, dx)
     if mask[1]:
         dweight = kernels.convolution_dweight(g, x, weight.shape, *sizes)
     return dx, dweight
@@ -284,7 +284,7 @@ def _conv_backward_fake(
 
 
 def _conv_autocast(device_type: str) -> Callable[..., Tensor]:
-    """As autocast treats convolutions: float32 operands become its dtype; scale and shift stay."""
+    """Autocast of convolutions: casts float32 operands to its dtype, but not scale and shift."""
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
 
     def run(
@@ -309,8 +309,8 @@ register(
     " SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     _conv_bn_relu, _conv_fake, _conv_save, _conv_grad,
 )  # fmt: skip
-# The convolution's gradients by the Triton kernels: an op of their own, so that a compiler's graph
-# holds what eager runs.
+# The convolution's gradients by the Triton kernels. A separate op, so that the graph of
+# torch.compile contains the same kernels as eager mode.
 register(
     "convolution_backward_triton(Tensor g, Tensor x, Tensor weight, SymInt[2] stride, "
     "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] mask) -> (Tensor, Tensor)",

@@ -1,4 +1,4 @@
-"""What the ops share: the torch.library namespace, registration, and the provider's kernels."""
+"""Helpers of all ops: the torch.library namespace, registration, and the choice of kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def register(
     save: Callable[..., None] | None = None,
     grad: Callable[..., Any] | None = None,
 ) -> None:
-    """Defines an op; registers its implementation for all devices, its fake and its derivative."""
+    """Defines an op and registers its implementation, fake implementation and derivative."""
     name = schema.split("(")[0]
     qualified = f"fused_resnet::{name}"
     LIBRARY.define(schema)
@@ -32,15 +32,15 @@ def register(
 
 
 def kernels_for(op: str, x: Tensor) -> Any:
-    """The kernels that serve `op` for x now, under the ops' names; None: the reference."""
+    """The kernels in use for `op` on x's device, named after the ops; None: the reference."""
     device = x.device.type
     backend = registry.choose(op, device)
     return None if backend == "reference" else registry.kernels(backend, device)
 
 
 def in_transform() -> bool:
-    """Inside torch.func's transforms (vmap, grad, jvp) or forward-mode AD, which trace through
-    PyTorch's own operations only: the reference is composed of those."""
+    """Whether a torch.func transform (vmap, grad, jvp) or forward-mode AD is active. They trace
+    only PyTorch's own operations, of which the reference is composed."""
     if torch.compiler.is_compiling():
         return False
     return (
@@ -50,10 +50,10 @@ def in_transform() -> bool:
 
 
 def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """A (C,) parameter in the dtype that x accumulates in, contiguous."""
+    """A (C,) parameter in the accumulation dtype of x, contiguous."""
     return None if t is None else t.to(accumulate_dtype(x.dtype)).contiguous()
 
 
 def per_channel(v: Tensor) -> Tensor:
-    """(C,) -> (1, C, 1, 1), to be broadcast over (N, C, H, W)."""
+    """(C,) -> (1, C, 1, 1), broadcastable to (N, C, H, W)."""
     return v.view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""The passes of a training step by the registered ops, on any device."""
+"""The passes of a training step, implemented by the registered ops on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fused_resnet.kernels.training.protocol import Passes
 
 
 class Portable(Passes):
-    """Convolutions by PyTorch, norms by whichever provider serves the ops."""
+    """Convolutions by PyTorch, norms by the provider selected for the ops."""
 
     def bn_add_relu(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,

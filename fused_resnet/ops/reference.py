@@ -1,8 +1,8 @@
-"""The specification: the eager function of each op, under the ops' names.
+"""The specification: the eager function of each op, named after the op.
 
-Every provider is tested against these functions, which serve wherever no other provider does. They
-are written with differentiable PyTorch operations, so that autograd through them defines every
-backward, and the second derivatives too.
+Every provider is tested against these functions, which are also the fallback of all providers. They
+consist of differentiable PyTorch operations, so autograd defines every backward and second
+derivative.
 """
 
 from .add_relu import add_relu_backward_reference as add_relu_backward

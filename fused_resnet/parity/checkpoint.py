@@ -1,4 +1,4 @@
-"""Reading a user's checkpoint without trusting it: weights only, and errors that name the file."""
+"""Loads untrusted checkpoints: weights only, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["CheckpointError", "load_checkpoint", "load_into"]
 
 
 class CheckpointError(ValueError):
-    """The file is no usable checkpoint; the message names it and says why."""
+    """The file is not a usable checkpoint; the message names the file and the reason."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state_dict in `path`, on the CPU; nothing in the file is ever executed.
+    """The state_dict in `path`, on the CPU; no code in the file is executed.
 
-    A state_dict on its own, or under "state_dict", "model" or "model_state" of a training
-    checkpoint; the "module." of DistributedDataParallel is taken off.
+    The file holds a state_dict, or a training checkpoint with one under "state_dict", "model" or
+    "model_state". The prefix "module." of DistributedDataParallel is removed.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,7 +30,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint: {path}: save it with torch.save, not as safetensors")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters is raised
+            warnings.simplefilter("ignore")  # about pickle protocols; errors are raised
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_unpickling_message(path, error)) from None
@@ -39,7 +39,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
             f"checkpoint: {path} ({path.stat().st_size} bytes) is cut short or damaged: "
             f"{_first_sentence(error)}"
         ) from None
-    except Exception as error:  # whatever a stream of arbitrary bytes makes the unpickler raise
+    except Exception as error:  # arbitrary bytes can raise anything in the unpickler
         raise CheckpointError(_unpickling_message(path, error)) from None
     return _find_state(content, path)
 
@@ -70,17 +70,17 @@ def _find_state(content: object, path: Path) -> dict[str, Tensor]:
             f"checkpoint: {path} must hold a state_dict, got {type(content).__name__}"
         )
     state = {str(k).removeprefix("module."): v for k, v in content.items()}
-    strange = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if strange:
+    invalid = [k for k, v in state.items() if not isinstance(v, Tensor)]
+    if invalid:
         raise CheckpointError(
-            f"checkpoint: {path} must hold a state_dict of tensors, {strange[0]!r} is a "
-            f"{type(state[strange[0]]).__name__}"
+            f"checkpoint: {path} must hold a state_dict of tensors, {invalid[0]!r} is a "
+            f"{type(state[invalid[0]]).__name__}"
         )
     return state
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], name: str, path: str | Path) -> None:
-    """Load `state` strictly; CheckpointError says in what way it is not of model `name`."""
+    """Load `state` strictly; raises CheckpointError if it does not fit the model `name`."""
     expected = model.state_dict()
     counters = {k for k in expected if k.endswith("num_batches_tracked")}
     missing = [k for k in expected if k not in state and k not in counters]
@@ -98,6 +98,6 @@ def load_into(model: nn.Module, state: dict[str, Tensor], name: str, path: str |
                 f"{len(wrong)} shapes differ (first {key}: {tuple(state[key].shape)}, "
                 f"expected {tuple(expected[key].shape)})"
             )
-        raise CheckpointError(f"checkpoint: {path} is not of a {name}: {'; '.join(parts)}")
-    # Old checkpoints have no num_batches_tracked; zero is what torch puts there itself.
+        raise CheckpointError(f"checkpoint: {path} does not fit {name}: {'; '.join(parts)}")
+    # Old checkpoints have no num_batches_tracked; torch also sets it to zero for them.
     model.load_state_dict({**{k: expected[k] for k in counters}, **state})

@@ -1,6 +1,6 @@
-"""Photographs for parity checks and the demo: scikit-image's own, or a folder of the user's.
+"""Photographs for parity checks and the demo: those of scikit-image, or a folder of the user.
 
-Nothing is ever downloaded: only files that lie inside the installed scikit-image are used.
+Nothing is downloaded: only files inside the installed scikit-image package are used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["ImageBatch", "load_images", "photographs", "preprocess"]
 
-RESIZE, CROP = 256, 224  # pixels, ImageNet's standard evaluation
+RESIZE, CROP = 256, 224  # pixels, as in ImageNet's standard evaluation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # The photographs in scikit-image's wheel (its other pictures are drawings and textures).
@@ -42,7 +42,7 @@ PHOTOGRAPHS = (
 
 @dataclass
 class ImageBatch:
-    """images: (N, 3, 224, 224) float32, normalised; errors: one line for each file left out."""
+    """images: (N, 3, 224, 224) float32, normalised; errors: one line per skipped file."""
 
     images: Tensor
     names: list[str]
@@ -50,7 +50,7 @@ class ImageBatch:
 
 
 def photographs() -> list[Path]:
-    """The photographs inside the installed scikit-image; empty where it is not installed.
+    """The photographs inside the installed scikit-image; empty if it is not installed.
 
     The package is located but not imported, so its downloader cannot run.
     """
@@ -64,8 +64,8 @@ def photographs() -> list[Path]:
 def load_images(source: str | Path | Iterable[Path], limit: int | None = None) -> ImageBatch:
     """Load every image of a folder (with its subfolders), one file, or a list of files.
 
-    A file that cannot be read as an image adds a line to `errors` and the others go on.
-    FileNotFoundError where the folder is missing, ValueError where no file could be read.
+    A file that cannot be read as an image is skipped and adds a line to `errors`.
+    Raises FileNotFoundError if the folder is missing, ValueError if no file could be read.
     """
     paths = _paths(source)
     batch = ImageBatch(torch.empty(0, 3, CROP, CROP), [])
@@ -77,7 +77,7 @@ def load_images(source: str | Path | Iterable[Path], limit: int | None = None) -
         try:
             tensors.append(transform(_open_rgb(path)))
             batch.names.append(path.name)
-        except Exception as error:  # decoders raise what they like: the file is named, we go on
+        except Exception as error:  # decoders may raise anything
             batch.errors.append(f"{path}: {_reason(error)}")
     if not tensors:
         first = f"; {batch.errors[0]}" if batch.errors else ""
@@ -120,7 +120,7 @@ def _open_rgb(path: Path) -> Any:
 
 
 def _to_8_bit(image: Any) -> Any:
-    """16-bit integers keep their share of full scale; other ranges are stretched to 0..255."""
+    """Scales 0..65535 of integers to 0..255; other value ranges are stretched to 0..255."""
     import numpy
     from PIL import Image
 
@@ -133,9 +133,9 @@ def _to_8_bit(image: Any) -> Any:
 
 
 def _shorten(image: Any) -> Any:
-    """Cut the long side to 4 times the short one, about the middle.
+    """Crop the long side, around its middle, to at most 4 times the short side.
 
-    The centre crop never looks further out, and resizing a 1 x 5000 strip would take gigabytes.
+    The centre crop uses no pixels beyond that, and resizing a 1 x 5000 strip would take gigabytes.
     """
     width, height = image.size
     longest = 4 * min(width, height)
@@ -149,12 +149,12 @@ def _shorten(image: Any) -> Any:
 def preprocess() -> Callable[[Any], Tensor]:
     """ImageNet's evaluation transform, PIL image -> (3, 224, 224) float32.
 
-    Shorter side to 256, centre crop 224, normalised; by torchvision where it imports, otherwise
-    by Pillow with the same (bilinear, antialiased) filter.
+    Resizes the shorter side to 256, crops the central 224 x 224 pixels and normalises. Uses
+    torchvision if it imports, otherwise Pillow with the same (bilinear, antialiased) filter.
     """
     try:
         from torchvision.transforms import v2
-    except Exception:  # torchvision may be absent or, beside another torch, fail to import
+    except Exception:  # not installed, or built for another torch
         return _preprocess_pillow
     return v2.Compose(
         [

@@ -1,9 +1,9 @@
-"""Numerical parity as a product: is this model as exact as stock PyTorch?
+"""Numerical parity: checks that a model is as exact as stock PyTorch.
 
-Three computations of the same function are compared: an exact one (float64, on the CPU), stock
-PyTorch in the tested dtype, and the model under test in that dtype. All three start from the same
-numbers, because weights and inputs are rounded to the tested dtype first and only then lifted to
-float64, so the errors that remain are errors of arithmetic.
+Compares three computations of the same function: an exact one (float64, on the CPU), stock PyTorch
+in the tested dtype, and the model under test in that dtype. Weights and inputs are rounded to the
+tested dtype before conversion to float64, so all three start from the same values and differ only
+by the errors of their arithmetic.
 
     from fused_resnet.testing import assert_parity, calibrate
     reference = calibrate(torchvision.models.resnet50(), images)
@@ -54,23 +54,24 @@ __all__ = [
 ]
 
 
-# --- making batch-norm statistics real -----------------------------------------------------------
+# --- calibrating batch norm statistics -----------------------------------------------------------
 
 
 def _chunks(images: Tensor, size: int) -> Sequence[Tensor]:
-    """`images` in batches of about `size`, never one image alone unless there is only one."""
+    """`images` in batches of about `size`, never of one image unless there is only one."""
     return images.chunk(max(1, images.shape[0] // size))
 
 
 def calibrate(
     model: nn.Module, images: Tensor, *, affine_seed: int | None = None, batch: int = 16
 ) -> nn.Module:
-    """Give every batch norm of `model` the statistics of `images`, in place; returns the model.
+    """Set the running statistics of `model`'s batch norms to those of `images`, in place; returns
+    the model.
 
-    Fresh statistics (mean 0, variance 1) hide a lost mean, a wrong eps and rounded statistics.
+    Initial statistics (mean 0, variance 1) hide a missing mean, a wrong eps and rounded statistics.
     The running statistics become the cumulative average over batches of `images` (N, C, H, W) in
-    training mode; momentum and training flags come back as they were. With `affine_seed` weight
-    and bias are drawn first, from U(0.5, 1.5) and N(0, 0.2^2) under that seed.
+    training mode; momentum and training flags are restored. With `affine_seed`, weight and bias are
+    first drawn from U(0.5, 1.5) and N(0, 0.2^2) under that seed.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if affine_seed is not None:
@@ -111,12 +112,12 @@ def matched_models(
     seed: int = 0,
     device: str = "cpu",
 ) -> tuple[nn.Module, nn.Module]:
-    """(fused, reference) models of one name that hold the same weights, in eval mode.
+    """(fused, reference) models of the same name and weights, in eval mode.
 
-    The weights come from `checkpoint`, or are random under `seed`, with affine batch norm
-    parameters drawn and the statistics calibrated on images (N, 3, H, W). The reference is
-    torchvision's model, or without torchvision a second one of this package (`parity` runs it on
-    torchvision's path).
+    The weights come from `checkpoint`, or are random under `seed`, including those of the batch
+    norms, whose statistics are calibrated on images (N, 3, H, W). The reference is torchvision's
+    model, or without torchvision another one of this package (`parity` runs it on torchvision's
+    path).
     """
     from fused_resnet.models.resnet import get_model
 
@@ -141,11 +142,11 @@ def matched_models(
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One compared tensor, or for gradients and buffers one tensor of a layer.
+    """One compared tensor.
 
-    kind is "layer" (seen by a forward hook), "output" (the run without any hook), "gradient" or
+    kind: "layer" (measured by a forward hook), "output" (in the run without hooks), "gradient" or
     "buffer"; ratio = fused.rms / stock.rms; the rule is fused.rms <= allowed. `conditioning` is
-    not zero for gradients in float32 and float64 only: see `parity_runs.gradient_conditioning`.
+    nonzero only for gradients in float32 and float64: see `runs.gradient_conditioning`.
     """
 
     name: str
@@ -160,7 +161,7 @@ class ParityRow:
 
     @property
     def layer(self) -> str:
-        """The block or top-level module it belongs to: layer1.0.conv1.weight -> layer1.0."""
+        """The block or top-level module of the tensor: layer1.0.conv1.weight -> layer1.0."""
         parts = self.name.split(".")
         return ".".join(parts[:2]) if parts[0].startswith("layer") else parts[0]
 
@@ -169,7 +170,7 @@ class ParityRow:
 class Agreement:
     """Share of images (0 to 1) on which two outputs agree.
 
-    top1: the same best class. top5: the mean overlap of the two sets of five best classes.
+    top1: equal best classes. top5: the mean overlap of the two sets of five best classes.
     """
 
     top1: float
@@ -178,7 +179,7 @@ class Agreement:
 
 @dataclass
 class ParityReport:
-    """What `parity` found. `ok` says whether every row keeps the tolerance rule."""
+    """The result of `parity`. ok: whether every row satisfies the tolerance rule."""
 
     dtype: str
     training: bool
@@ -200,17 +201,17 @@ class ParityReport:
         return [row for row in self.rows if not row.ok]
 
     def row(self, name: str, kind: str | None = None) -> ParityRow:
-        """The row of that name (and kind), KeyError if there is none."""
+        """The row of that name (and kind); raises KeyError if there is none."""
         for row in self.rows:
             if row.name == name and kind in (None, row.kind):
                 return row
         raise KeyError(f"parity report: no row {name!r} of kind {kind or 'any'}")
 
     def grouped(self) -> list[ParityRow]:
-        """Rows for people: gradients and buffers of one layer become one row, the worst kept.
+        """Rows for display: all gradients of a layer are merged into one row, and all its buffers.
 
-        The errors of a group are the root mean square of its tensors' relative rms errors, the
-        largest absolute error, and the largest scale.
+        The errors of a merged row are the root mean square of the relative rms errors, the largest
+        absolute error, and the largest scale.
         """
         groups: dict[tuple[str, str], list[ParityRow]] = {}
         for row in self.rows:
@@ -222,7 +223,7 @@ class ParityReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report in JSON's types, every gradient on its own."""
+        """The whole report in JSON types, with one entry per gradient."""
         return {"ok": self.ok, **asdict(self)}
 
 
@@ -279,14 +280,16 @@ def parity(
     tolerance: Tolerance = TOLERANCE,
     reproducer: str = "",
 ) -> ParityReport:
-    """Compare `model` with `reference`, layer by layer, against float64; neither is changed.
+    """Compare the errors of `model` and `reference` relative to float64, layer by layer.
 
-    model:      the model under test; its state_dict equals the reference's
+    Neither model is changed.
+
+    model:      the model under test; its state_dict must equal the reference's
     reference:  the stock model (torchvision's, or any nn.Module with the same modules)
     inputs:     (N, C, H, W)
     dtype:      tested dtype, default the model's; in training a 16-bit dtype means autocast
                 (float32 parameters holding 16-bit values)
-    training:   compare a training step too: every gradient of the mean cross-entropy, every
+    training:   also compare a training step: every gradient of the mean cross-entropy, every
                 running statistic, num_batches_tracked
     targets:    (N,) labels of that loss, default 0, 1, 2, ...
     """
@@ -349,10 +352,10 @@ def _row(
     tolerance: Tolerance,
 ) -> ParityRow:
     kind, name = key
-    counted = kind == "buffer" and exact.dim() == 0  # num_batches_tracked is a count: equal
+    is_count = kind == "buffer" and exact.dim() == 0  # num_batches_tracked must be equal
     stored = torch.float32 if run.autocast and kind in ("gradient", "buffer") else run.dtype
     basis = replace(stock, rms=max(stock.rms, conditioning))
-    allowed = 0.0 if counted else tolerance.allowed_rms(basis, stored)
+    allowed = 0.0 if is_count else tolerance.allowed_rms(basis, stored)
     return ParityRow(
         name=name,
         kind=kind,
@@ -367,7 +370,7 @@ def _row(
 
 
 def _reproducer(model: nn.Module, run: Run) -> str:
-    """One line that says what to call again, with a checksum of the inputs."""
+    """The call to repeat, in one line, with a checksum of the inputs."""
     blocks = "-".join(str(len(list(getattr(model, f"layer{i}", [])))) for i in range(1, 5))
     return (
         f"parity({type(model).__name__} [{blocks}], reference, "
@@ -388,9 +391,10 @@ def assert_parity(
     tolerance: Tolerance = TOLERANCE,
     reproducer: str = "",
 ) -> ParityReport:
-    """`parity`, raising AssertionError with the first failing layer; returns the report.
+    """As `parity`, but raises AssertionError with the first failing row; returns the report.
 
-    The message names the layer, its error, stock's, what was allowed, and a line to reproduce it.
+    The message names the layer, its error, stock's error, the allowed error, and a line to
+    reproduce it.
     """
     report = parity(
         model,

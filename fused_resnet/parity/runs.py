@@ -1,4 +1,4 @@
-"""The runs behind `fused_resnet.testing.parity`: exact, stock and under test.
+"""The runs of `fused_resnet.testing.parity`: exact, stock and under test.
 
 Every run yields tensors under a key (kind, name): ("layer", "layer1.0"), ("output", "output"),
 ("gradient", "layer1.0.conv1.weight") or ("buffer", "layer1.0.bn1.running_mean").
@@ -23,7 +23,7 @@ Key = tuple[str, str]
 
 @contextlib.contextmanager
 def stock_path() -> Iterator[None]:
-    """Within it, a fused_resnet model runs exactly torchvision's path; others do not notice."""
+    """A context in which fused_resnet models run torchvision's path; it affects no other models."""
     from fused_resnet.kernels.registry import use_backend
 
     with use_backend("reference"):
@@ -31,19 +31,20 @@ def stock_path() -> Iterator[None]:
 
 
 def stock_model(name: str, **kwargs: Any) -> nn.Module:
-    """torchvision's model without weights, or this package's where torchvision does not import.
+    """torchvision's model without weights, or this package's if torchvision does not import.
 
-    Run this package's under `stock_path()`: then it takes exactly torchvision's path.
+    Run it under `stock_path()`, so that this package's model takes torchvision's path.
     """
     try:
         from torchvision.models import get_model
-    except Exception:  # absent, or beside a torch it does not fit
+    except Exception:  # not installed, or built for another torch
         from fused_resnet.models.resnet import get_model
     return get_model(name, weights=None, **kwargs)
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    """The stem, every block, the pool and the classifier: modules whose hooks keep fusion on."""
+    """The max pooling, every block, the average pooling and the classifier: modules whose hooks do
+    not disable fusion."""
     names = [n for n in ("maxpool",) if hasattr(model, n)]
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         names += [f"{stage}.{n}" for n, _ in getattr(model, stage, nn.Module()).named_children()]
@@ -59,7 +60,7 @@ def _forward_hook(see: Callable[[Tensor], None]) -> Callable[..., None]:
 
 @dataclass
 class Run:
-    """How the three models are run: the same images, labels and autocast."""
+    """The common settings of the three models' runs."""
 
     inputs: Tensor  # (N, C, H, W), values representable in dtype, stored as float64
     targets: Tensor  # (N,)
@@ -70,9 +71,9 @@ class Run:
     layout: torch.memory_format = torch.preserve_format
 
     def prepare(self, model: nn.Module, *, exact: bool = False) -> nn.Module:
-        """A copy with parameters rounded to dtype; stored as float32 under autocast.
+        """A copy with parameters rounded to dtype, but stored as float32 under autocast.
 
-        Under autocast running statistics stay float32, since autocast never rounds them.
+        Under autocast running statistics are not rounded, since autocast keeps them in float32.
         """
         copied = copy.deepcopy(model)
         with torch.no_grad():
@@ -89,7 +90,7 @@ class Run:
     def forward(
         self, model: nn.Module, hooks: dict[str, Callable[[Tensor], None]] | None = None
     ) -> Tensor:
-        """Output (N, classes) of `model`; hooks see each named layer's output."""
+        """Output (N, classes) of `model`; `hooks` are called with the named layers' outputs."""
         parameter = next(model.parameters())
         x = self.inputs.to(
             device=parameter.device, dtype=parameter.dtype, memory_format=self.layout
@@ -110,7 +111,7 @@ class Run:
                 handle.remove()
 
     def backward(self, model: nn.Module, output: Tensor) -> None:
-        """Gradients of the mean cross-entropy (computed in float32 or better)."""
+        """Gradients of the mean cross-entropy, which is computed in float32 or float64."""
         logits = output if output.dtype == torch.float64 else output.float()
         targets = self.targets.to(output.device)
         model.zero_grad(set_to_none=True)
@@ -118,6 +119,7 @@ class Run:
 
 
 def check_same_state(model: nn.Module, reference: nn.Module) -> None:
+    """Raises ValueError unless both state_dicts have equal keys, shapes and values."""
     mine, theirs = model.state_dict(), reference.state_dict()
     if mine.keys() != theirs.keys():
         different = sorted(mine.keys() ^ theirs.keys())
@@ -128,18 +130,18 @@ def check_same_state(model: nn.Module, reference: nn.Module) -> None:
     for key, value in theirs.items():
         if mine[key].shape != value.shape:
             raise ValueError(
-                f"parity: {key} must have one shape in both, got {tuple(mine[key].shape)} in the "
-                f"model and {tuple(value.shape)} in the reference"
+                f"parity: {key} must have the same shape in both, got {tuple(mine[key].shape)} in "
+                f"the model and {tuple(value.shape)} in the reference"
             )
         if not torch.equal(mine[key].cpu().to(value.dtype), value.cpu()):
             raise ValueError(
-                f"parity: {key} has other values in the model than in the reference; "
+                f"parity: {key} has different values in model and reference; "
                 f"call model.load_state_dict(reference.state_dict()) first"
             )
 
 
 class _Recorder:
-    """Collects the errors of one run against the exact tensors, by (kind, name)."""
+    """Collects the errors of one run relative to the exact tensors, by (kind, name)."""
 
     def __init__(self, exact: dict[Key, Tensor]) -> None:
         self.exact = exact
@@ -172,7 +174,7 @@ def _trained_state(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def run_exact(run: Run, reference: nn.Module, layers: Sequence[str]) -> dict[Key, Tensor]:
-    """Every layer's output, the output, and in training gradients and buffers, in float64."""
+    """The layers' outputs, the output, and in training gradients and buffers, in float64."""
     exact: dict[Key, Tensor] = {}
     model = run.prepare(reference, exact=True)
 
@@ -189,39 +191,39 @@ def run_exact(run: Run, reference: nn.Module, layers: Sequence[str]) -> dict[Key
     return exact
 
 
-PERTURBATION = 256  # roundings; float32 activations are off by 10 to 100 of them
+PERTURBATION = 256  # unit roundoffs; float32 activations have errors of 10 to 100
 
 
 def gradient_conditioning(
     run: Run, reference: nn.Module, exact: dict[Key, Tensor]
 ) -> dict[str, float]:
-    """How far the exact gradients move when weights and inputs move by a few roundings.
+    """Relative rms change of the exact gradients when weights and inputs change by rounding errors.
 
-    ReLU and max pooling have kinks. A pre-activation within rounding of zero may fall on either
-    side, neither side is wrong, and one such flip changes the gradients of every earlier layer by
-    far more than float32's rounding: stock's two memory layouts differ by factors of thousands
-    there, by luck. So the float64 gradient is computed once more with weights and inputs
-    multiplied by 1 + 256 u N(0, 1), and that relative rms change counts as an error stock may
-    make. Measured on stock against stock (ResNet-18 under 8 seeds, ResNet-50): the worst ratio to
-    it is 0.63; with 16 u it is over 1000. In 16 bits flips are so many that stock's own error
-    holds their average, and none is needed. In float64 flips do not happen: to see a mistake in
-    a backward pass sharply, compare gradients in float64.
+    ReLU and max pooling are not differentiable everywhere. A pre-activation within rounding error
+    of zero may get either sign, and neither is wrong; one such flip changes the gradients of every
+    earlier layer by far more than float32's rounding. By chance, the errors of stock's two memory
+    layouts differ by factors of thousands. So the float64 gradients are recomputed with weights and
+    inputs multiplied by 1 + 256 u N(0, 1), where u is the unit roundoff, and their relative rms
+    change counts as an error that stock may make. Measured, stock against stock (ResNet-18 under 8
+    seeds, ResNet-50): the worst ratio to it is 0.63; with 16 u it is over 1000. 16-bit dtypes need
+    no such term: flips are so frequent that stock's own error contains their average. In float64
+    flips do not occur, so compare gradients in float64 to find small mistakes in a backward pass.
     """
     if not run.training or run.dtype not in (torch.float32, torch.float64):
         return {}
     generator = torch.Generator().manual_seed(0)
     size = PERTURBATION * torch.finfo(run.dtype).eps / 2
 
-    def move(t: Tensor) -> Tensor:
+    def perturb(t: Tensor) -> Tensor:
         return t * (1 + size * torch.randn(t.shape, generator=generator, dtype=t.dtype))
 
     model = run.prepare(reference, exact=True)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(move(parameter))
+            parameter.copy_(perturb(parameter))
     with stock_path():
-        moved = replace(run, inputs=move(run.inputs))
-        moved.backward(model, moved.forward(model))
+        perturbed = replace(run, inputs=perturb(run.inputs))
+        perturbed.backward(model, perturbed.forward(model))
     return {
         name: measure_error(value, exact[kind, name]).rms
         for kind, name, value in _trained_state(model)
@@ -230,8 +232,8 @@ def gradient_conditioning(
 
 
 @contextlib.contextmanager
-def _as_given(run: Run, model: nn.Module) -> Iterator[nn.Module | None]:
-    """The model itself, in eval mode meanwhile; None where it would have to be converted."""
+def _unconverted(run: Run, model: nn.Module) -> Iterator[nn.Module | None]:
+    """The model itself, temporarily in eval mode; None if it would have to be converted."""
     tensors = [*model.parameters(), *model.buffers()]
     converted = any(t.is_floating_point() and t.dtype != run.dtype for t in tensors)
     if run.training or converted or run.layout != torch.preserve_format:
@@ -248,12 +250,11 @@ def _as_given(run: Run, model: nn.Module) -> Iterator[nn.Module | None]:
 def run_measured(
     run: Run, model: nn.Module, exact: dict[Key, Tensor], layers: Sequence[str]
 ) -> tuple[dict[Key, Error], Tensor]:
-    """Errors of `model` against exact, and its output.
+    """Errors of `model` relative to `exact`, and its output.
 
-    Layers are seen by hooks in one run. The output, gradients and buffers come from another run
-    without any hook, since that one may take paths that hooks switch off. Where nothing has to be
-    converted, that run is one of the model itself and not of a copy, since a copy would not show
-    what the model may have kept from weights it had before.
+    Hooks measure the layers in one run. Output, gradients and buffers are measured in a second run
+    without hooks, since hooks disable some fused paths. If nothing has to be converted, the second
+    run uses the model itself, since a copy would not have its caches, which may be stale.
     """
     recorder = _Recorder(exact)
     first = run.prepare(model)
@@ -262,7 +263,7 @@ def run_measured(
     if missing:
         raise AssertionError(f"parity: forward hooks on {missing} did not run")
     second = run.prepare(model) if run.training else first
-    with _as_given(run, model) as given:
+    with _unconverted(run, model) as given:
         output = run.forward(second if given is None else given)
     recorder.see("output", "output", output)
     if run.training:
@@ -277,7 +278,7 @@ def run_measured(
 def run_stock(
     run: Run, reference: nn.Module, exact: dict[Key, Tensor], layers: Sequence[str]
 ) -> tuple[dict[Key, Error], Tensor]:
-    """As `run_measured`, the worse error of contiguous and channels_last for each tensor."""
+    """As `run_measured`, with the larger error of contiguous and channels_last per tensor."""
     worse: dict[Key, Error] = {}
     with stock_path():
         for layout in (torch.channels_last, torch.contiguous_format):

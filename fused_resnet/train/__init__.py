@@ -1,9 +1,9 @@
-"""Training a ResNet of the family: `fused-resnet train`, as a function.
+"""Training of the package's ResNets: `fused-resnet train` as a function.
 
     result = run(Config(model="resnet18", data="digits", epochs=10), print)
 
-Needs the train extra (torchvision, torchmetrics, scikit-learn, matplotlib); importing
-`fused_resnet` alone needs none of them and imports nothing from here.
+Requires the train extra (torchvision, torchmetrics, scikit-learn, matplotlib). `import
+fused_resnet` requires none of them and does not import this package.
 """
 
 from .loop import Config, NonFinite, OutOfMemory, Result, run

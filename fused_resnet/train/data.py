@@ -1,8 +1,8 @@
 """Data sets for training: scikit-learn's digits, CIFAR-10, a folder of images.
 
-Every image of every epoch is augmented by random numbers of its own, drawn from (seed, epoch,
-index), and the order of an epoch from (seed, epoch): a run that is interrupted anywhere and resumed
-sees what it would have seen, with any number of workers and processes.
+The augmentation of an image is seeded by (seed, epoch, index), the order of an epoch by
+(seed, epoch). A run that is interrupted and resumed therefore sees the same batches, with any
+number of workers and processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 NAMES = ("digits", "cifar10", "folder")
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_TEST_EVERY = 5  # of a set that is not split: every fifth image is for testing
+_TEST_EVERY = 5  # of a data set without a split, every fifth image is for testing
 
 
 class Data(NamedTuple):
@@ -30,9 +30,9 @@ class Data(NamedTuple):
 
 
 def load(name: str, root: str | None, size: int | None) -> Data:
-    """The data set `name`, images of `size` x `size` pixels (None: the set's own choice).
+    """The data set `name` with images of `size` x `size` pixels (None: its default).
 
-    ValueError that names the option where there is no such set, or it is not on disk.
+    Raises ValueError naming the option if the data set is unknown or not on disk.
     """
     if name == "digits":
         return _digits(size or 32)
@@ -55,21 +55,21 @@ def _split(items: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _digits(size: int) -> Data:
-    """1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), shipped with
-    scikit-learn; every fifth is for testing."""
+    """1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998), part of scikit-learn;
+    every fifth is for testing."""
     from sklearn.datasets import load_digits
     from torchvision.transforms import v2
 
-    found = load_digits()
-    images = torch.from_numpy(found.images / 16 * 255).round().to(torch.uint8)
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)
     images = images[:, None].expand(-1, 3, -1, -1)
-    items = list(zip(images.unbind(), (int(c) for c in found.target), strict=True))
+    items = list(zip(images.unbind(), (int(c) for c in digits.target), strict=True))
     train, test = _split(items)
-    norm: dict[str, Any] = {"mean": (0.3,) * 3, "std": (0.38,) * 3}
-    moved = v2.RandomAffine(degrees=10, translate=(0.1, 0.1))
+    statistics: dict[str, Any] = {"mean": (0.3,) * 3, "std": (0.38,) * 3}
+    augment = v2.RandomAffine(degrees=10, translate=(0.1, 0.1))
     return Data(
-        (train, _transform(v2.Resize(size), moved, **norm)),
-        (test, _transform(v2.Resize(size), **norm)),
+        (train, _transform(v2.Resize(size), augment, **statistics)),
+        (test, _transform(v2.Resize(size), **statistics)),
         [str(i) for i in range(10)],
     )
 
@@ -79,26 +79,28 @@ def _cifar10(root: str | None, size: int) -> Data:
     from torchvision.transforms import v2
 
     if root is None:
-        raise ValueError("--root must name the folder that holds cifar-10-batches-py, got none")
+        raise ValueError("--root must name the folder that contains cifar-10-batches-py, got none")
     try:
         sets = [CIFAR10(root, train=train, download=False) for train in (True, False)]
     except RuntimeError as error:
         raise ValueError(
-            f"--root {root}: CIFAR-10 is not there or damaged ({error}); torchvision's "
-            f"CIFAR10({root!r}, download=True) fetches it"
+            f"--root {root}: CIFAR-10 is missing or damaged ({error}); torchvision's "
+            f"CIFAR10({root!r}, download=True) downloads it"
         ) from None
     items = [
         list(zip(torch.from_numpy(s.data).permute(0, 3, 1, 2).unbind(), s.targets, strict=True))
         for s in sets
     ]
-    norm: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
+    statistics: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
     resize = [] if size == 32 else [v2.Resize(size)]
     return Data(
         (
             items[0],
-            _transform(v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *resize, **norm),
+            _transform(
+                v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *resize, **statistics
+            ),
         ),
-        (items[1], _transform(*resize, **norm)),
+        (items[1], _transform(*resize, **statistics)),
         list(sets[0].classes),
     )
 
@@ -109,17 +111,18 @@ def _folder(root: str | None, size: int) -> Data:
     from torchvision.transforms import v2
 
     if root is None or not Path(root).is_dir():
-        raise ValueError(f"--root must be a folder with one folder per class, got {root!r}")
+        raise ValueError(f"--root must be a folder with one subfolder per class, got {root!r}")
     parts = [Path(root, name) for name in ("train", "val", "test")]
     try:
         if parts[0].is_dir():
-            held = next((part for part in parts[1:] if part.is_dir()), None)
-            if held is None:
-                raise ValueError(f"--root {root}: beside train there must be val or test")
-            train, test = (ImageFolder(str(part)) for part in (parts[0], held))
+            held_out = next((part for part in parts[1:] if part.is_dir()), None)
+            if held_out is None:
+                raise ValueError(f"--root {root}: has train but neither val nor test")
+            train, test = (ImageFolder(str(part)) for part in (parts[0], held_out))
             if train.classes != test.classes:
                 raise ValueError(
-                    f"--root {root}: train has classes {train.classes}, {held.name} {test.classes}"
+                    f"--root {root}: train has classes {train.classes}, "
+                    f"{held_out.name} {test.classes}"
                 )
             items = train.samples, test.samples
             classes = train.classes
@@ -128,18 +131,18 @@ def _folder(root: str | None, size: int) -> Data:
             items, classes = _split(whole.samples), whole.classes
     except FileNotFoundError as error:
         raise ValueError(f"--root {root}: {error}") from None
-    norm: dict[str, Any] = {"mean": _IMAGENET[0], "std": _IMAGENET[1]}
-    cropped = (v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip())
-    centred = (v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size))
+    statistics: dict[str, Any] = {"mean": _IMAGENET[0], "std": _IMAGENET[1]}
+    random_crop = (v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip())
+    center_crop = (v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size))
     return Data(
-        (items[0], _transform(v2.ToImage(), *cropped, **norm)),
-        (items[1], _transform(v2.ToImage(), *centred, **norm)),
+        (items[0], _transform(v2.ToImage(), *random_crop, **statistics)),
+        (items[1], _transform(v2.ToImage(), *center_crop, **statistics)),
         list(classes),
     )
 
 
 def _mix(*numbers: int) -> int:
-    """One seed of several numbers."""
+    """One seed from several integers."""
     seed = 0
     for number in numbers:
         seed = (seed * 6364136223846793005 + number + 1442695040888963407) % 2**63
@@ -147,10 +150,10 @@ def _mix(*numbers: int) -> int:
 
 
 class _Images(Dataset["tuple[Tensor, int] | None"]):
-    """Item (epoch, index): the image, augmented by random numbers of its own, and its class.
+    """Item (epoch, index): the augmented image and its class.
 
-    Of an unreadable file, which is named: where `replaced`, the next readable one's, so that every
-    batch of a training has its size; else None.
+    An unreadable file is reported by a warning. If `replaced`, the next readable image takes its
+    place, so that every training batch has its full size; else the item is None.
     """
 
     def __init__(
@@ -161,10 +164,10 @@ class _Images(Dataset["tuple[Tensor, int] | None"]):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | None:
         epoch, index = item
-        found = self._read(index)
-        if found is None:
+        pair = self._read(index)
+        if pair is None:
             return None
-        image, label = found
+        image, label = pair
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_mix(self._seed, epoch, index))
             return self._transform(image), label
@@ -179,16 +182,16 @@ class _Images(Dataset["tuple[Tensor, int] | None"]):
             try:
                 return _open_rgb(Path(image)), label
             except Exception as error:
-                warnings.warn(f"left out: {image}: {error}", stacklevel=2)
+                warnings.warn(f"skipped: {image}: {error}", stacklevel=2)
         if not self._replaced:
             return None
-        raise ValueError("--root holds no readable image")
+        raise ValueError("--root contains no readable image")
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """One epoch's batches of (epoch, index), from batch `first` on: this process's part of each.
+    """One epoch's batches of (epoch, index) from batch `first` on: this process's share of each.
 
-    shuffled: an order of (seed, epoch), and a last batch that is not full is left out.
+    shuffled: in the order given by (seed, epoch), without an incomplete last batch.
     """
 
     def __init__(
@@ -209,9 +212,9 @@ class Batches(Sampler[list[tuple[int, int]]]):
             generator = torch.Generator().manual_seed(_mix(self._seed, self._epoch))
             order = torch.randperm(self._count, generator=generator)
         for batch in order.split(self._batch)[self._first : self._first + len(self)]:
-            own = batch[self._rank :: self._processes]
-            if len(own):
-                yield [(self._epoch, int(i)) for i in own]
+            share = batch[self._rank :: self._processes]
+            if len(share):
+                yield [(self._epoch, int(i)) for i in share]
 
 
 def loader(
@@ -220,16 +223,16 @@ def loader(
 ) -> DataLoader[Any]:  # fmt: skip
     """Images (N, 3, H, W) and classes (N,) of each batch.
 
-    replaced: whether the next image stands for one that cannot be read. Else it is left out, and a
-    batch of which none is left is None.
+    replaced: whether an unreadable image is replaced by the next one. Else it is skipped, and a
+    batch without a readable image is None.
     """
     return DataLoader(
         _Images(*part, seed, replaced), batch_sampler=batches, num_workers=workers,
-        collate_fn=_together, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # else it takes numbers from everybody's
+        collate_fn=_collate, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # else it advances the global generator
     )  # fmt: skip
 
 
-def _together(items: list[tuple[Tensor, int] | None]) -> Any:
+def _collate(items: list[tuple[Tensor, int] | None]) -> Any:
     readable = [item for item in items if item is not None]
     return default_collate(readable) if readable else None

@@ -1,4 +1,4 @@
-"""Which layer's activations first were no finite numbers."""
+"""Find the layer whose activations are the first to be non-finite."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _INPUT = "the input"
 
 
 def first_non_finite(model: nn.Module, x: Tensor) -> str | None:
-    """The name of the first module, in the order of a forward of `x`, whose output holds a NaN or
-    an infinity; "the input" where x does; None where all is finite. Buffers are left as they were.
+    """The name of the first module, in the order of the forward of `x`, whose output contains a NaN
+    or an infinity; "the input" if x does; None if everything is finite. Buffers are restored.
 
-    The forward runs in any case: a model of many processes needs all of them.
+    The forward always runs: a model on several processes needs all of them.
     """
-    found: list[str] = [] if x.isfinite().all() else [_INPUT]
+    names: list[str] = [] if x.isfinite().all() else [_INPUT]
 
-    def watch(name: str) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
+    def make_hook(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not names and isinstance(output, Tensor) and not output.isfinite().all():
+                names.append(name)
 
-        return look
+        return hook
 
     buffers = [b.clone() for b in model.buffers()]
     leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    handles = [m.register_forward_hook(watch(n)) for n, m in leaves]
+    handles = [m.register_forward_hook(make_hook(n)) for n, m in leaves]
     try:
         with torch.no_grad():
             model(x)
@@ -37,10 +37,10 @@ def first_non_finite(model: nn.Module, x: Tensor) -> str | None:
         with torch.no_grad():
             for b, before in zip(model.buffers(), buffers, strict=True):
                 b.copy_(before)
-    return found[0] if found else None
+    return names[0] if names else None
 
 
-def first_of(model: nn.Module, found: list[str | None]) -> str | None:
-    """Of what `first_non_finite` told several processes, the one where it began."""
+def first_of(model: nn.Module, names: list[str | None]) -> str | None:
+    """The first, in module order, of the results of `first_non_finite` on several processes."""
     order = [_INPUT, *(name for name, _ in model.named_modules())]
-    return min((name for name in found if name is not None), key=order.index, default=None)
+    return min((name for name in names if name is not None), key=order.index, default=None)

@@ -1,10 +1,10 @@
-"""Training on many processes: DistributedDataParallel, or parameters sharded by FSDP2.
+"""Training on several processes: DistributedDataParallel, or parameters sharded by FSDP2.
 
-Sharded, each process keeps a slice of every parameter, of its gradient and of the optimizer's
-state, along the first dimension. Hooks put a residual block together before its forward and its
-backward, and take it apart after; so "minimal" of activation memory keeps the input of every block,
-not of segments. Batch norm's running statistics are each process's own either way. What is written
-is always whole, so that a run goes on with any number of processes and either way.
+With FSDP2 each process holds a slice along the first dimension of every parameter, its gradient and
+its optimizer state. Hooks unshard a residual block before its forward and backward and reshard it
+afterwards, so the activation memory level "minimal" saves the input of every block, not of every
+segment. The running statistics of batch norm are per process in both cases. Checkpoints contain
+full tensors, so a run can be resumed with any number of processes, sharded or not.
 
 Zhao et al. 2023, "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2304.11277).
 """
@@ -39,34 +39,34 @@ SHARDINGS = ("none", "fsdp")
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """Rank, number of processes and device; torchrun's where its environment is there."""
+    """Rank, number of processes and device, from torchrun's environment variables if set."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield 0, 1, device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    own = not dist.is_initialized()
-    if own:
+    owns_group = not dist.is_initialized()
+    if owns_group:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     failed = True
     try:
         yield dist.get_rank(), dist.get_world_size(), device
         failed = False
     finally:
-        # After a failure the others are in the middle of something, and NCCL would wait for them,
-        # who wait for this process: only its end tells torchrun.
-        if own and not (failed and device.type == "cuda"):
-            # A sharded model is full of cycles. One that outlives the group leaves gloo's threads
-            # with Python objects at exit, which aborts every second time.
+        # After a failure the other processes may be inside a collective. NCCL would wait for them
+        # while they wait for this process; only its exit notifies torchrun.
+        if owns_group and not (failed and device.type == "cuda"):
+            # A sharded model contains reference cycles. If it outlives the group, gloo's threads
+            # hold Python objects at exit, which aborts in about half of the runs.
             gc.collect()
             dist.destroy_process_group()
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """`model` with its parameters shared out over all processes, block by block, then the rest."""
+    """Shard the parameters of `model` over all processes: per block, then the remainder."""
     for p in model.parameters():
-        p.data = p.data.contiguous()  # the only layout that FSDP2 takes
+        p.data = p.data.contiguous()  # the only layout that FSDP2 supports
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for m in model.modules():
         if isinstance(m, Block):
@@ -75,11 +75,11 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def parallel(model: nn.Module, device: torch.device, accumulate: int) -> nn.Module:
-    """`model`, sharded or not, as what adds up its gradients over all processes."""
+    """`model` itself if sharded, else wrapped so that gradients are averaged over all processes."""
     if isinstance(model, FSDPModule):
         return model
     return DistributedDataParallel(
-        # A static graph counts a backward without a synchronisation as one with it.
+        # A static graph counts a backward without synchronization as one with it.
         model, static_graph=accumulate == 1, gradient_as_bucket_view=True,
         device_ids=[device.index] if device.type == "cuda" else None,
     )  # fmt: skip
@@ -87,7 +87,8 @@ def parallel(model: nn.Module, device: torch.device, accumulate: int) -> nn.Modu
 
 @contextlib.contextmanager
 def reducing(model: nn.Module, now: bool) -> Iterator[None]:
-    """Backwards within it add up gradients over all processes now, or leave that to a later one."""
+    """Backward passes in this context reduce gradients over all processes, if `now`; else a later
+    one does."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
         yield
@@ -99,10 +100,10 @@ def reducing(model: nn.Module, now: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ready_for_testing(model: nn.Module, alone: bool) -> Iterator[None]:
-    """`model` as the first process has it, on all, so that what is tested is what is written; and
-    whole, so that each may test another number of batches. alone: there is one process only."""
-    if not alone:
+def ready_for_testing(model: nn.Module, single_process: bool) -> Iterator[None]:
+    """`model` with the buffers of rank 0 on all processes, so that the tested model is the one that
+    is saved, and unsharded, so that processes may test different numbers of batches."""
+    if not single_process:
         for b in model.buffers():
             dist.broadcast(b, 0)
     states = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -114,57 +115,57 @@ def ready_for_testing(model: nn.Module, alone: bool) -> Iterator[None]:
     finally:
         for i, m in enumerate(states):
             m.reshard()
-            m.set_reshard_after_forward(i > 0, recurse=False)  # FSDP2's own choice; 0 is the root
+            m.set_reshard_after_forward(i > 0, recurse=False)  # FSDP2's default; 0 is the root
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """A second model: average = decay * average + (1 - decay) * weights, buffers too."""
-    plain = get_ema_multi_avg_fn(decay)
+    """A second model: average = decay * average + (1 - decay) * weights, also of buffers."""
+    update_local = get_ema_multi_avg_fn(decay)
 
     def update(average: Sequence[Tensor], current: Sequence[Tensor], steps: Any) -> None:
-        # Slices of the same places; among the buffers, which are no DTensors, they cannot be.
-        plain([_own(t) for t in average], [_own(t) for t in current], steps)
+        # Both shards cover the same slices. The update cannot mix DTensors and plain buffers.
+        update_local([_local(t) for t in average], [_local(t) for t in current], steps)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 def whole(t: Tensor) -> Tensor:
-    """`t` itself, or all of it where each process has a part."""
+    """`t` itself, or the full tensor if it is sharded."""
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def _own(t: Tensor) -> Tensor:
+def _local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def non_finite(tensors: list[Tensor | None], alone: bool) -> list[bool]:
-    """For each tensor, whether some process has a part of it that is no finite number."""
-    found = [t is not None and not bool(_own(t).isfinite().all()) for t in tensors]
-    return found if alone else [any(flags) for flags in zip(*gather(found), strict=True)]
+def non_finite(tensors: list[Tensor | None], single_process: bool) -> list[bool]:
+    """For each tensor, whether it contains a non-finite value on any process."""
+    local = [t is not None and not bool(_local(t).isfinite().all()) for t in tensors]
+    return local if single_process else [any(flags) for flags in zip(*gather(local), strict=True)]
 
 
-def gather(thing: Any) -> list[Any]:
-    """Every process's `thing`, in the order of ranks."""
-    things: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
-    return things
+def gather(value: Any) -> list[Any]:
+    """The `value` of every process, in the order of ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-# --- what is written, and read --------------------------------------------------------------------
+# --- state_dicts of full tensors ------------------------------------------------------------------
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The state_dict, of whole tensors; of a sharded model on the first process alone, and empty
-    elsewhere, where it must be called as well."""
+    """The state_dict of full tensors. Every process must call it; for a sharded model the result is
+    empty on all ranks except 0."""
     if not _is_sharded(model):
         return model.state_dict()
-    return get_model_state_dict(model, options=_WHOLE)
+    return get_model_state_dict(model, options=_FULL)
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
-    """What `model_state` gave, on every process."""
+    """Load the result of `model_state`; every process must call it with the full state."""
     if _is_sharded(model):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     else:
@@ -176,11 +177,10 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def optimizer_state(optimizer: Optimizer, first: bool) -> dict[str, Any]:
-    """The state_dict, of whole tensors; every process must call it, and the first alone keeps what
-    it gets.
+    """The state_dict of full tensors. Every process must call it; only rank 0 keeps the values.
 
-    torch.distributed.checkpoint's takes a step with an optimizer that has taken none, of which
-    AdamW keeps count.
+    torch.distributed.checkpoint's function is not used: it steps an optimizer that has not stepped
+    yet, and AdamW counts that step.
     """
 
     def collect(value: Any) -> Any:
@@ -194,19 +194,19 @@ def optimizer_state(optimizer: Optimizer, first: bool) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """What `optimizer_state` gave, on every process."""
+    """Load the result of `optimizer_state`; every process must call it with the full state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def share(i: int, value: Any) -> Any:
+    def shard_value(i: int, value: Any) -> Any:
         p = parameters[i]
         if not (isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape):
             return value
-        # Every process has read all of it: nothing is sent.
+        # Every process has read the full value: no communication is needed.
         return distribute_tensor(
             value.to(p.device), p.device_mesh, p.placements, src_data_rank=None
         )
 
-    optimizer.load_state_dict({**state, "state": _each(state["state"], share)})
+    optimizer.load_state_dict({**state, "state": _each(state["state"], shard_value)})
 
 
 def _each(state: dict[int, dict[str, Any]], change: Callable[[int, Any], Any]) -> dict[int, Any]:

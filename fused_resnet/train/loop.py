@@ -1,4 +1,4 @@
-"""The training loop: what `fused-resnet train` does, on one process or under torchrun."""
+"""The training loop of `fused-resnet train`, on one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ AMP = ("no", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is trained on what, and how. Each field is an option of `fused-resnet train`."""
+    """Settings of a training run. Each field is an option of `fused-resnet train`."""
 
-    model: str = "resnet18"  # of the family, or cifar_resnet20 and the like
+    model: str = "resnet18"  # a ResNet of this package, or e.g. cifar_resnet20
     data: str = "digits"  # "digits", "cifar10" or "folder"
-    root: str | None = None  # where cifar10 or the folder is
-    image_size: int | None = None  # pixels; None: 32, of a folder 224
+    root: str | None = None  # folder of cifar10 or of the images
+    image_size: int | None = None  # pixels; None: 32; folder: 224
     epochs: int = 10
     batch: int = 64  # images per optimizer step, over all processes
-    accumulate: int = 1  # backwards per optimizer step
+    accumulate: int = 1  # backward passes per optimizer step
     optimizer: str = "sgd"  # "sgd" (Nesterov momentum), "adamw" or "lamb"
-    lr: float | None = None  # at its peak; None: 0.1 * batch / 256, or 1e-3 but for sgd
-    momentum: float = 0.9  # of sgd
-    weight_decay: float = 1e-4  # not of biases and norms
+    lr: float | None = None  # peak; None: sgd 0.1 * batch / 256, else 1e-3
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 1e-4  # not applied to biases and norms
     warmup: float = 1.0  # epochs
     label_smoothing: float = 0.0
     amp: str = "no"  # "no", "bfloat16" or "float16" (with a GradScaler)
-    ema: float | None = None  # decay per step of an average of the weights, which is then tested
-    clip: float | None = None  # longest gradient
+    ema: float | None = None  # decay per step of the moving average of the weights; tested instead
+    clip: float | None = None  # maximum gradient norm
     channels_last: bool = True
     activation_memory: str = "auto"  # set_activation_memory's level
-    cuda_graph: bool = False  # whether a step is recorded and replayed (training_step)
+    cuda_graph: bool = False  # capture and replay the step (training_step)
     sync_bn: bool = False  # batch norm over all processes
-    sharding: str = "none"  # "none", or "fsdp": parameters shared out over all processes
+    sharding: str = "none"  # "none", or "fsdp": parameters sharded over all processes
     seed: int = 0
-    workers: int = 0  # processes that load images
-    checkpoint_every: int = 100  # steps; and after every epoch
+    workers: int = 0  # data loading processes
+    checkpoint_every: int = 100  # steps; also after every epoch
     device: str = "cpu"
     out: str | None = None  # folder; None: runs/MODEL-DATA
 
 
 @dataclasses.dataclass
 class Result:
-    """test_accuracy: a fraction, of the averaged weights where there are some; steps: taken in all;
-    folder: where metrics.jsonl, config.json and the checkpoints are."""
+    """test_accuracy: a fraction, of the averaged weights if ema is set; steps: their total number;
+    folder: contains metrics.jsonl, config.json and the checkpoints."""
 
     test_accuracy: float
     steps: int
@@ -72,11 +72,11 @@ class Result:
 
 
 class NonFinite(RuntimeError):
-    """The loss or the gradients are no finite numbers; the message says in which step and layer."""
+    """The loss or a gradient is non-finite; the message names the step and the layer."""
 
 
 class OutOfMemory(RuntimeError):
-    """A step did not fit; the message says what would need less."""
+    """A step ran out of memory; the message names options that need less."""
 
 
 def run(
@@ -86,12 +86,12 @@ def run(
     resume: bool = False,
     progress: Callable[[int, int, float], None] = lambda step, steps, loss: None,
 ) -> Result:
-    """Trains and tests; writes OUT/metrics.jsonl, config.json, checkpoint.pt.
+    """Train and test; write OUT/metrics.jsonl, config.json, checkpoint.pt.
 
-    say: takes a line of text now and then; progress: step, steps in all, loss. resume: go on from
-    the newest whole checkpoint in OUT, with the same losses as if nothing had happened. Under
-    torchrun each process calls this, and the first one alone writes.
-    Raises ValueError that names the option for bad ones and for a folder that holds another run;
+    say: called with lines of text; progress: called with step, total steps, loss. resume: continue
+    from the newest complete checkpoint in OUT; the losses equal those of an uninterrupted run.
+    Under torchrun every process calls this; only rank 0 writes.
+    Raises ValueError naming the option if it is invalid or OUT contains a different run;
     CheckpointError; NonFinite; OutOfMemory.
     """
     _check(config)
@@ -100,7 +100,7 @@ def run(
 
 
 def need(what: str, *packages: str) -> None:
-    """ValueError that says how to get those of the packages that are not installed."""
+    """Raise ValueError with the pip command if one of `packages` is not installed."""
     missing = [n for n in packages if importlib.util.find_spec(n) is None]
     if missing:
         raise ValueError(f"{what} needs {' and '.join(missing)}: pip install fused-resnet[train]")
@@ -193,7 +193,7 @@ class _Run:
         self.parallel: nn.Module = self.model
         if processes > 1:
             self.parallel = distributed.parallel(self.model, device, c.accumulate)
-        # It leaves an update out where the loop would stop before it, and keep that state.
+        # It skips the update if the result is non-finite: stop_at saves the state before the step.
         self.recorded = training_step(
             self.model, lambda y, labels: self.loss(y.float(), labels), self.optimizer,
             dtype=None if c.amp == "no" else getattr(torch, c.amp), scaler=self.scaler,
@@ -208,29 +208,29 @@ class _Run:
     # --- files ------------------------------------------------------------------------------------
 
     def settings(self) -> dict[str, Any]:
-        """What must be the same for a run to be gone on with."""
+        """The settings that must be unchanged to resume a run."""
         free = {"out", "device", "workers", "checkpoint_every", "activation_memory", "sharding"}
         return {k: v for k, v in dataclasses.asdict(self.c).items() if k not in free}
 
     def start(self, resume: bool) -> None:
-        found = state.newest(self.folder) if self.folder.is_dir() else None
+        checkpoint = state.newest(self.folder) if self.folder.is_dir() else None
         if self.processes > 1:
-            steps = distributed.gather(None if found is None else int(found["step"]))
-            if len(set(steps)) > 1:  # each would wait for the others at another step
+            steps = distributed.gather(None if checkpoint is None else int(checkpoint["step"]))
+            if len(set(steps)) > 1:  # they would wait for each other at different steps
                 raise CheckpointError(
-                    f"checkpoint: --out {self.folder} holds one of step {steps[0]} for the first "
-                    f"process, of {steps} for all; it must be a folder that all of them see"
+                    f"checkpoint: --out {self.folder} contains step {steps[0]} on rank 0, but the "
+                    f"ranks read steps {steps}; it must be a folder shared by all processes"
                 )
-        if found is not None and not resume:
+        if checkpoint is not None and not resume:
             raise ValueError(
-                f"--out {self.folder} holds a run of {found['step']} steps; go on with it "
-                f"(--resume) or choose another --out"
+                f"--out {self.folder} contains a run of {checkpoint['step']} steps; continue it "
+                f"with --resume or choose another --out"
             )
-        if found is None and resume:
-            raise ValueError(f"--resume: --out {self.folder} holds no checkpoint")
-        if found is not None:
-            self.restore(found)
-            self.say(f"going on after step {self.step} of {self.steps}")
+        if checkpoint is None and resume:
+            raise ValueError(f"--resume: --out {self.folder} contains no checkpoint")
+        if checkpoint is not None:
+            self.restore(checkpoint)
+            self.say(f"resuming after step {self.step} of {self.steps}")
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dataclasses.asdict(self.c), indent=1) + "\n"
@@ -238,7 +238,7 @@ class _Run:
             self.metrics = state.Metrics(self.folder, self.step)
 
     def save(self) -> None:
-        """Every process puts its parts together with the others'; the first one writes."""
+        """Gather the full state from all processes and write it on rank 0."""
         content = {
             "config": self.settings(), "step": self.step, "accuracy": self.accuracy,
             "model": distributed.model_state(self.model),
@@ -250,22 +250,22 @@ class _Run:
         if self.rank == 0:
             state.save(self.folder, content)
 
-    def restore(self, found: dict[str, Any]) -> None:
-        mine = self.settings()
-        other = {k: v for k, v in found["config"].items() if mine.get(k) != v}
-        if other:
-            name, value = next(iter(other.items()))
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        settings = self.settings()
+        changed = {k: v for k, v in checkpoint["config"].items() if settings.get(k) != v}
+        if changed:
+            name, value = next(iter(changed.items()))
             raise CheckpointError(
-                f"checkpoint: --out {self.folder} holds a run with --{name.replace('_', '-')} "
-                f"{value}, not {mine.get(name)}"
+                f"checkpoint: --out {self.folder} contains a run with --{name.replace('_', '-')} "
+                f"{value}, not {settings.get(name)}"
             )
-        distributed.load_model_state(self.model, found["model"])
-        distributed.load_optimizer_state(self.optimizer, found["optimizer"])
-        self.schedule.load_state_dict(found["schedule"])
-        self.scaler.load_state_dict(found["scaler"])
+        distributed.load_model_state(self.model, checkpoint["model"])
+        distributed.load_optimizer_state(self.optimizer, checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["schedule"])
+        self.scaler.load_state_dict(checkpoint["scaler"])
         if self.average is not None:
-            distributed.load_model_state(self.average, found["average"])
-        self.step, self.accuracy = int(found["step"]), float(found["accuracy"])
+            distributed.load_model_state(self.average, checkpoint["average"])
+        self.step, self.accuracy = int(checkpoint["step"]), float(checkpoint["accuracy"])
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class _Run:
         self.start(resume)
         try:
             if self.step == self.steps:
-                self.say(f"finished before, after {self.steps} steps")
+                self.say(f"already finished after {self.steps} steps")
             while self.step < self.steps:
                 self.epoch(self.step // self.per_epoch)
         finally:
@@ -303,9 +303,9 @@ class _Run:
         self.add({"step": self.step, "epoch": epoch, "test_accuracy": self.accuracy,
                   "test_images": tested, "images_per_s": images / seconds})  # fmt: skip
         missing = len(self.data.test[0]) - tested
-        left_out = f" of {tested} images, {missing} unreadable left out" if missing else ""
+        skipped = f" of {tested} images, {missing} unreadable skipped" if missing else ""
         self.say(
-            f"epoch {epoch + 1} of {c.epochs}: test accuracy {self.accuracy:.2%}{left_out}, "
+            f"epoch {epoch + 1} of {c.epochs}: test accuracy {self.accuracy:.2%}{skipped}, "
             f"{images / seconds:.0f} images/s"
         )
         self.save()
@@ -315,8 +315,8 @@ class _Run:
             self.metrics.add(row)
 
     def one_step(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """Forward, backward and update for this process's part of a batch: the mean loss over all
-        processes, and the norm of the gradient."""
+        """Forward, backward and update for this process's share of a batch. Returns the mean loss
+        over all processes and the norm of the gradient."""
         buffers = [b.clone() for b in self.model.buffers()]
         try:
             loss = self.backward(x, y) if self.recorded is None else self.replay(x, y)
@@ -340,11 +340,11 @@ class _Run:
             nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         )
         norm = float(total)
-        # Not with a norm that is no number, which would make every gradient one.
+        # Skipped for a non-finite norm, which would make every gradient NaN.
         if self.c.clip is not None and norm < float("inf"):
             nn.utils.clip_grads_with_norm_(parameters, self.c.clip, total)
         value = float(loss)
-        scaled = self.scaler.is_enabled()  # then an overflow is a step left out
+        scaled = self.scaler.is_enabled()  # then an overflow skips the step
         if not torch.isfinite(loss) or not (scaled or norm < float("inf")):
             self.stop_at(x, value, buffers)
         self.scaler.step(self.optimizer)
@@ -359,7 +359,7 @@ class _Run:
         self.step += 1
 
     def replay(self, x: Tensor, y: Tensor) -> Tensor:
-        """The whole step as `training_step` takes it: its loss."""
+        """Run the whole step by `training_step` and return its loss."""
         assert self.recorded is not None
         images = x.to(self.device, memory_format=self.layout, non_blocking=True)
         return self.recorded(images, y)
@@ -371,7 +371,7 @@ class _Run:
         norm = float(self.recorded.gradient_norm)
         finite = float("-inf") < loss < float("inf")
         if not finite or not (self.scaler.is_enabled() or norm < float("inf")):
-            self.backward(x, y)  # the update was left out: the gradients that would not do, anew
+            self.backward(x, y)  # the update was skipped: recompute the gradients for stop_at
             self.stop_at(x, loss, buffers)
         self.count()
         return loss, norm
@@ -398,42 +398,43 @@ class _Run:
         return nn.functional.cross_entropy(logits, labels, label_smoothing=self.c.label_smoothing)
 
     def stop_at(self, x: Tensor, loss: float, buffers: list[Tensor]) -> None:
-        """Writes the state before this step, and says where it went wrong."""
+        """Save the state before this step and raise NonFinite naming the first bad layer."""
         with torch.no_grad():
             for b, before in zip(self.model.buffers(), buffers, strict=True):
                 b.copy_(before)
         names, parameters = zip(*self.model.named_parameters(), strict=True)
-        flags = distributed.non_finite([p.grad for p in parameters], alone=self.processes == 1)
+        flags = distributed.non_finite(
+            [p.grad for p in parameters], single_process=self.processes == 1
+        )
         bad = [name for name, flag in zip(names, flags, strict=True) if flag]
         self.optimizer.zero_grad(set_to_none=True)
         self.save()
         where = first_non_finite(self.model, x.to(self.device, memory_format=self.layout))
-        if self.processes > 1:  # a process whose own part is all finite knows of none
+        if self.processes > 1:  # a process whose share is finite does not know the layer
             where = first_of(self.model, distributed.gather(where))
         if where is None:
             where = f"the gradient of {bad[-1]}" if bad else "the loss"
         raise NonFinite(
-            f"step {self.step + 1}: the loss is {loss:g}; {where} is the first that is no finite "
-            f"number. The checkpoint in {self.folder} is of step {self.step}"
+            f"step {self.step + 1}: the loss is {loss:g}; {where} is the first non-finite "
+            f"value. The checkpoint in {self.folder} is of step {self.step}"
         )
 
     @torch.no_grad()
     def test(self) -> tuple[float, int]:
-        """The share of the test images that are told right, over all processes, and their number:
-        of those that can be read."""
+        """Accuracy over the readable test images of all processes, and their number."""
         from torchmetrics.classification import MulticlassAccuracy
 
         model = self.average if self.average is not None else self.model
-        alone = self.processes == 1
+        single_process = self.processes == 1
         metric = MulticlassAccuracy(
-            num_classes=len(self.data.classes), average="micro", sync_on_compute=not alone
+            num_classes=len(self.data.classes), average="micro", sync_on_compute=not single_process
         ).to(self.device)
         batches = datasets.Batches(
             len(self.data.test[0]), self.c.batch, seed=0, epoch=0, rank=self.rank,
             processes=self.processes, shuffled=False,
         )  # fmt: skip
         tested = torch.zeros((), dtype=torch.int64, device=self.device)
-        with distributed.ready_for_testing(model, alone):
+        with distributed.ready_for_testing(model, single_process):
             model.eval()
             for batch in datasets.loader(
                 self.data.test, batches, 0, self.c.workers, replaced=False
@@ -445,10 +446,10 @@ class _Run:
                 metric.update(self.forward(model, x), y.to(self.device))
                 tested += len(y)
             model.train()
-        if not alone:
+        if not single_process:
             dist.all_reduce(tested)
         if not tested:
-            raise ValueError(f"--root {self.c.root} holds no readable test image")
+            raise ValueError(f"--root {self.c.root} contains no readable test image")
         return float(metric.compute()), int(tested)
 
 

@@ -1,4 +1,4 @@
-"""Optimizers and the schedule of a training: PyTorch's own, and LAMB."""
+"""Optimizers and the learning rate schedule: PyTorch's, and LAMB."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ NAMES = ("sgd", "adamw", "lamb")
 
 
 class Lamb(Optimizer):
-    """Adam's direction for each tensor, as long as a share of the tensor itself.
+    """Adam with the step of each tensor scaled to the norm of the tensor.
 
     m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2
     r = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay w
-    w = w - lr * (|w| / |r|) r,   the ratio being 1 where either norm is 0
+    w = w - lr * (|w| / |r|) r,   the ratio is 1 if either norm is 0
     Source: You et al. 2019, "Large Batch Optimization for Deep Learning: Training BERT in 76
     minutes" (1904.00962), algorithm 2.
     """
@@ -42,15 +42,15 @@ class Lamb(Optimizer):
             if not weights:
                 continue
             directions = [self._direction(w, group) for w in weights]
-            # Of whole tensors; where processes have a part each, all norms in one collective.
+            # Norms of full tensors; if they are sharded, one collective reduces all norms.
             norms = whole(torch.stack([t.norm() for t in (*weights, *directions)]))
-            for w, r, size, length in zip(weights, directions, *norms.chunk(2), strict=True):
-                ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
+            for w, r, w_norm, r_norm in zip(weights, directions, *norms.chunk(2), strict=True):
+                ratio = torch.where((w_norm > 0) & (r_norm > 0), w_norm / r_norm, 1.0)
                 w.add_(r * ratio, alpha=-group["lr"])
         return loss
 
     def _direction(self, w: Tensor, group: dict[str, Any]) -> Tensor:
-        """r, after an update of m and v."""
+        """Update m and v, and return r."""
         b1, b2 = group["betas"]
         state = self.state[w]
         if not state:
@@ -69,9 +69,9 @@ def make_optimizer(
     name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float,
     recorded: bool = False,
 ) -> Optimizer:  # fmt: skip
-    """Weight decay on tensors of more than one dimension alone: not on biases and norms.
+    """Weight decay applies only to tensors of more than one dimension, not to biases and norms.
 
-    recorded: as a CUDA graph needs them, SGD and AdamW."""
+    recorded: whether a CUDA graph captures the step (SGD and AdamW only)."""
     if name not in NAMES:
         raise ValueError(f"--optimizer must be one of {', '.join(NAMES)}, got {name!r}")
     parameters = [p for p in model.parameters() if p.requires_grad]

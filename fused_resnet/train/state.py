@@ -1,5 +1,4 @@
-"""A training's files: checkpoints that are whole whenever the process dies, and metrics that agree
-with them."""
+"""Files of a training run: atomically written checkpoints, and metrics consistent with them."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
 
 def write_whole(path: Path, write: Any) -> None:
-    """write(file) into a file beside `path`, brought to the disk, then renamed to it: at any moment
-    `path` is the old file or the new one, whole."""
-    beside = path.with_suffix(path.suffix + ".tmp")
-    with open(beside, "wb") as file:
+    """Write `path` atomically: write(file) fills a temporary file in the same folder, which is
+    synced to disk and renamed."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    with open(temporary, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -35,58 +34,58 @@ def write_whole(path: Path, write: Any) -> None:
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """The newest checkpoint; the one before it is kept."""
+    """Write the newest checkpoint; the previous one is kept."""
     if (folder / NEWEST).exists():
         os.replace(folder / NEWEST, folder / BEFORE)
     write_whole(folder / NEWEST, lambda file: torch.save(state, file))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint of `save`; only tensors and plain values are read, nothing is executed.
+    """Read a checkpoint of `save`; only tensors and plain values are read, no code is executed.
 
-    CheckpointError that names the file and says why it is none.
+    Raises CheckpointError naming the file and the reason if it is invalid.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         what = str(error).splitlines()[0]
         raise CheckpointError(
-            f"checkpoint: {path} holds more than tensors and plain values: refused, and nothing in "
-            f"it was executed ({what})"
+            f"checkpoint: {path} contains more than tensors and plain values: refused, no code was "
+            f"executed ({what})"
         ) from None
-    except Exception as error:  # whatever a stream of arbitrary bytes makes the unpickler raise
-        what = (str(error).splitlines() or ["it ends too early"])[0]
-        raise CheckpointError(f"checkpoint: {path} is cut short or damaged: {what}") from None
+    except Exception as error:  # the unpickler may raise anything for arbitrary bytes
+        what = (str(error).splitlines() or ["unexpected end of file"])[0]
+        raise CheckpointError(f"checkpoint: {path} is truncated or damaged: {what}") from None
     if not isinstance(state, dict) or not {"model", "config", "step"} <= state.keys():
-        raise CheckpointError(f"checkpoint: {path} is not of a training by fused-resnet train")
+        raise CheckpointError(f"checkpoint: {path} was not written by fused-resnet train")
     return state
 
 
 def newest(folder: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint in `folder`, with one warning where that is not the last one
-    written; None where there is none at all."""
-    found = [folder / name for name in (NEWEST, BEFORE) if (folder / name).exists()]
-    for i, path in enumerate(found):
+    """The newest complete checkpoint in `folder`, with a warning if it is not the last one written;
+    None if there is no checkpoint."""
+    paths = [folder / name for name in (NEWEST, BEFORE) if (folder / name).exists()]
+    for i, path in enumerate(paths):
         try:
             return read(path)
         except CheckpointError as error:
-            if i + 1 == len(found):
+            if i + 1 == len(paths):
                 raise
-            warnings.warn(f"{error}; going on from {found[i + 1].name}", stacklevel=2)
-            # Set aside, or the next save would put it in the place of the whole one.
+            warnings.warn(f"{error}; resuming from {paths[i + 1].name}", stacklevel=2)
+            # Renamed, or the next save would replace the complete checkpoint with it.
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, path.with_suffix(".damaged"))
     return None
 
 
 class Metrics:
-    """metrics.jsonl: a line per step and per epoch. Lines of steps after `step`, which a resumed
-    run will make again, are taken out first."""
+    """metrics.jsonl: a line per step and per epoch. Lines of steps after `step` are removed first:
+    a resumed run repeats them."""
 
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-        text = "".join(json.dumps(row) + "\n" for row in kept)
+        rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(path, lambda file: file.write(text.encode()))
         self._file = open(path, "a")  # noqa: SIM115 - closed by close()
 
@@ -99,7 +98,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a kill cut short is no row."""
+    """The rows of a metrics file, without a truncated last line of a killed run."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

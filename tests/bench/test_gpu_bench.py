@@ -1,5 +1,5 @@
-"""What is for a machine with a GPU, as far as it goes without one: the benchmark of the ops, on
-emulated and interpreted kernels, and gpu_day.sh, which says what it would run."""
+"""GPU benchmarks, as far as they run without a GPU: bench_gpu_ops.py on emulated and interpreted
+kernels, and gpu_day.sh as a dry run."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ def kernels_on_the_cpu(quick_interpreter, monkeypatch):
         pytest.skip(support.unavailable("cpu"))
     emulation.load()
     emulation.seed(0)
-    monkeypatch.setattr(native, "built_for", lambda arch: True)  # as the emulator is
+    monkeypatch.setattr(native, "built_for", lambda arch: True)  # the emulator runs all tiles
 
 
 def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
-    """compile by itself below: it takes seconds for each."""
-    four = ("fused", "native", "triton", "unfused")
-    words = ("--contender", *four, "apart", "cudnn", "--only", "(2, 64, 8, 8)")
-    status, found = bench(tmp_path, "--model", "resnet18", *words)
-    rows = found["benchmarks"]
+    """Without compile, which takes seconds per case and is tested below."""
+    default = ("fused", "native", "triton", "unfused")
+    words = ("--contender", *default, "apart", "cudnn", "--only", "(2, 64, 8, 8)")
+    status, result = bench(tmp_path, "--model", "resnet18", *words)
+    rows = result["benchmarks"]
     assert status == 0, [row["notes"] for row in rows]
     ops = ("conv_bn_relu", "bn_add_relu", "bn_add_relu with backward", "add_relu")
-    some = {
+    contenders_of = {
         "conv_backward": ("triton", "unfused"), "conv_bn_train": ("fused", "native", "unfused"),
         "conv_norm_backward": ("fused", "native", "apart", "unfused"),
     }  # fmt: skip
-    assert {row["op"] for row in rows} == {*ops, "add_relu with backward", *some}
+    assert {row["op"] for row in rows} == {*ops, "add_relu with backward", *contenders_of}
     for row in rows:
-        assert list(row["contenders"]) == list(some.get(row["op"], four)), row
+        assert list(row["contenders"]) == list(contenders_of.get(row["op"], default)), row
         assert all(figures["share"] > 0 for figures in row["contenders"].values())
         assert row["extra_info"]["share of the limit"] > 0
         assert set(row["notes"]) == ({"cudnn"} if row["op"] == "conv_bn_relu" else set())
@@ -71,8 +71,8 @@ def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
     ends = [row["name"].split(" -> ")[1] for row in convs]
     assert ends == ["64, 3x3/1", "64, 3x3/1, residual", "128, 3x3/2", "128, 1x1/2, no relu"]
     assert [row["times"] for row in convs] == [2, 2, 1, 1]
-    assert {row["contender"] for row in found["totals"] if row["op"] == ops[0]} == set(four)
-    total = next(row for row in found["totals"] if row["contender"] == "native")
+    assert {row["contender"] for row in result["totals"] if row["op"] == ops[0]} == set(default)
+    total = next(row for row in result["totals"] if row["contender"] == "native")
     ms = sum(row["contenders"]["native"]["ms"] * row["times"] for row in convs)
     assert total["network ms"] == pytest.approx(ms) and total["layers"] == "4 of 4"
 
@@ -82,61 +82,60 @@ def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
 )
 def test_every_tile_and_the_compiler(bench, kernels_on_the_cpu, tmp_path, op, others):
     words = ("--contender", "native", "compile", "--tiles", "--op", op)
-    status, found = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 64, 1x1")
-    (row,) = found["benchmarks"]
+    status, result = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 64, 1x1")
+    (row,) = result["benchmarks"]
     assert status == 0, row["notes"]
     tiles = [name for name in row["contenders"] if name.startswith("native ")]
     assert len(tiles) == len({*tiles}) >= 10 and {"sm_80", "sm_90"} == {t.split()[1] for t in tiles}
     assert set(row["contenders"]) == {*others, *tiles}
 
 
-def test_a_prologue_beside_what_it_replaces(bench, kernels_on_the_cpu, tmp_path):
+def test_prologue_against_separate_kernels(bench, kernels_on_the_cpu, tmp_path):
     words = ("--contender", "native", "apart", "cudnn", "unfused", "--op", "norm_conv_train")
-    status, found = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 256, 1x1")
-    (row,) = found["benchmarks"]
+    status, result = bench(tmp_path, *words, "--only", "(2, 64, 8, 8) -> 256, 1x1")
+    (row,) = result["benchmarks"]
     assert status == 0 and not row["notes"], row["notes"]
     assert set(row["contenders"]) == {"native", "apart", "cudnn", "unfused"}
     assert row["how"]["native"] == row["how"]["apart"] and row["times"] == 3
 
 
-def test_who_fails_or_is_wrong_is_said_and_stops_nobody(bench, tmp_path, monkeypatch, capsys):
+def test_failed_and_wrong_contenders_are_reported(bench, tmp_path, monkeypatch, capsys):
     right = fr.conv_bn_relu
 
-    def off_by_one_pixel(*arguments):
+    def shifted_by_one_pixel(*arguments):
         return right(*arguments).roll(1, 3)
 
     def out_of_resources(*arguments, **options):
         raise RuntimeError("out of resources\nand more")
 
-    monkeypatch.setattr(fr, "conv_bn_relu", off_by_one_pixel)
+    monkeypatch.setattr(fr, "conv_bn_relu", shifted_by_one_pixel)
     monkeypatch.setattr(torch, "compile", out_of_resources)
     words = ("--op", "conv_bn_relu", "--only", "(2, 64, 8, 8) -> 64, 3x3")
-    status, found = bench(tmp_path, *words, "--contender", "fused", "compile", "unfused")
-    (row,) = found["benchmarks"]
+    status, result = bench(tmp_path, *words, "--contender", "fused", "compile", "unfused")
+    (row,) = result["benchmarks"]
     assert status == 1 and list(row["contenders"]) == ["unfused"]
     assert row["notes"]["fused"].startswith("wrong: y: largest error")
     assert row["notes"]["compile"] == "failed: RuntimeError: out of resources"
-    said = capsys.readouterr().out
-    assert "2 failed or wrong" in said and "out of resources" in said
+    output = capsys.readouterr().out
+    assert "2 failed or wrong" in output and "out of resources" in output
 
 
-def test_places_of_a_network(monkeypatch):
-    """The roles of the convolutions of ResNet-50 and 18: which end a block, which are shortcuts."""
+def test_roles_of_convolutions(monkeypatch):
+    """In ResNet-50 and ResNet-18: which convolutions end a block, which are shortcuts."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "kernels" / "cuda"))
     import gpu_cases
 
     for model, blocks in (("resnet50", 16), ("resnet18", 8)):
-        found = gpu_cases.places(model, 2, 64)
-        every = list(found.elements())
-        assert len(every) == {"resnet50": 53, "resnet18": 20}[model]
-        assert sum(place.residual for place in every) == blocks
-        shortcuts = [place for place in every if not place.relu]
+        places = list(gpu_cases.places(model, 2, 64).elements())
+        assert len(places) == {"resnet50": 53, "resnet18": 20}[model]
+        assert sum(place.residual for place in places) == blocks
+        shortcuts = [place for place in places if not place.relu]
         assert len(shortcuts) == {"resnet50": 4, "resnet18": 3}[model]
         assert not any(place.residual for place in shortcuts)
 
 
-def test_winners_are_kept_one_by_one(monkeypatch, tmp_path):
-    """What was measured before a run is cut short is on the disk."""
+def test_winners_are_saved_one_by_one(monkeypatch, tmp_path):
+    """An interrupted run has saved the winners measured before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_winners", {})
     problems = [tuning.Problem(64, 64, c, 1, 1, 1, 1, "bfloat16") for c in (64, 128)]
@@ -159,24 +158,24 @@ def day(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_a_day_lists_its_sections():
+def test_list_of_sections():
     listed = [line.split()[0] for line in day("--list").stdout.splitlines()]
     assert listed[:4] == ["build", "device-tests", "ops", "resnet50"] and len(listed) >= 12
     assert {"tune", "tests", "sanitizer", "train", "ncu"} < set(listed)
 
 
-def test_a_day_says_what_it_would_run(tmp_path):
+def test_dry_run_lists_commands(tmp_path):
     done = day("--dry-run", str(tmp_path / "o u t"))
     assert done.returncode == 0 and not done.stderr, done.stderr
     commands = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
     assert len(commands) > 25
     listed = [line.split()[0] for line in day("--list").stdout.splitlines()]
-    said = [line.split()[1].rstrip(",") for line in done.stdout.splitlines() if line[:2] == "=="]
-    assert said == listed
+    printed = [line.split()[1].rstrip(",") for line in done.stdout.splitlines() if line[:2] == "=="]
+    assert printed == listed
     words = " ".join(commands).split()
     for file in {w for w in words if w.startswith(("benchmarks/", "tests/"))}:
         assert (ROOT / file).exists(), file
-    # Whatever it would call knows its options.
+    # The options exist.
     for path in ("benchmarks/kernels/cuda/bench_gpu_ops.py", "benchmarks/models/bench_resnet.py"):
         text = subprocess.run(
             [sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
@@ -188,23 +187,23 @@ def test_a_day_says_what_it_would_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [(("--dry-run", "OUT", "lunch"), "no section lunch"), (("--eat",), "unknown option --eat"),
      ((), "gpu_day.sh")],
 )  # fmt: skip
-def test_a_day_refuses_what_it_does_not_know(tmp_path, words, said):
+def test_unknown_arguments_of_gpu_day(tmp_path, words, message):
     done = day(*(str(tmp_path) if word == "OUT" else word for word in words))
-    assert done.returncode == 2 and said in done.stderr
+    assert done.returncode == 2 and message in done.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_a_day_says_so(tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_gpu_day_requires_a_gpu(tmp_path):
     done = day(str(tmp_path), PATH="/usr/bin:/bin")
     assert done.returncode == 2 and "a GPU" in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_failing_section_stops_no_other(tmp_path):
-    """A GPU by name alone: everything fails, and every section is tried."""
+def test_other_sections_run_after_a_failure(tmp_path):
+    """With a fake nvidia-smi every section is tried and fails."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in (("nvidia-smi", "echo 9.0"), ("python", 'echo "python $*"; exit 7')):
@@ -224,8 +223,8 @@ def test_a_failing_section_stops_no_other(tmp_path):
     assert "bench_resnet" not in (out / "ops" / "log.txt").read_text()
 
     (tools / "python").write_text("#!/bin/sh\nexit 0\n")
-    again = day("--seconds", "600", str(out), "ops", **environment)
-    assert again.returncode == 0 and len((out / "summary.txt").read_text().splitlines()) == 3
+    second = day("--seconds", "600", str(out), "ops", **environment)
+    assert second.returncode == 0 and len((out / "summary.txt").read_text().splitlines()) == 3
     listed = day("--seconds", "0", str(out), **environment)
     assert listed.returncode == 1
     assert "ops: passed before" in listed.stdout and "train: no time left" in listed.stdout

@@ -1,4 +1,4 @@
-"""The commands as a user types them: tables, JSON, exit status, and one line for what is wrong."""
+"""The commands in subprocesses: tables, JSON, exit status and one-line error messages."""
 
 from __future__ import annotations
 
@@ -94,13 +94,24 @@ def test_bench_writes_json_and_a_plot(tmp_path):
     ids=lambda v: " ".join(v) if isinstance(v, tuple) else "",
 )
 def test_wrong_arguments_are_named_without_a_traceback(arguments, words):
-    result = run(*arguments)
-    said = result.stdout + result.stderr
-    assert result.returncode == 2, said
-    assert words in said and "Traceback" not in said
+    """In this process; `test_a_wrong_argument_in_a_process` runs one as users do."""
+    from typer.testing import CliRunner
+
+    from fused_resnet.cli import application
+
+    result = CliRunner().invoke(application(), list(arguments))
+    assert result.exit_code == 2, result.output
+    assert words in result.output and "Traceback" not in result.output
 
 
-def test_without_the_command_lines_libraries_one_line_says_what_to_install():
+def test_a_wrong_argument_in_a_process():
+    result = run("parity", "--model", "resnet19")
+    output = result.stdout + result.stderr
+    assert result.returncode == 2, output
+    assert "resnet19" in output and "Traceback" not in output
+
+
+def test_missing_libraries_are_named_in_one_line():
     block = (
         "import sys\n"
         "class Block:\n"
@@ -112,5 +123,6 @@ def test_without_the_command_lines_libraries_one_line_says_what_to_install():
         "sys.meta_path.insert(0, Block())"
     )
     result = run("info", code=block)
-    said = (result.stdout + result.stderr).strip()
-    assert result.returncode != 0 and "pip install" in said and len(said.splitlines()) == 1, said
+    output = (result.stdout + result.stderr).strip()
+    assert result.returncode != 0 and "pip install" in output, output
+    assert len(output.splitlines()) == 1, output

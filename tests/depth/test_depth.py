@@ -1,5 +1,5 @@
-"""`fused-resnet depth`: its report from a small run, going on after an interruption, divergence,
-memory foreseen, and the sentences it draws from figures."""
+"""`fused-resnet depth`: the report of a small run, resuming, divergence, memory estimates and the
+claims derived from measurements."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_report(finished):
     out, output = finished
     summary = json.loads((out / "report.json").read_text())
     assert summary["bench"] == "depth" and summary["settings"]["batch"] == 64
-    assert str(out) not in (out / "report.json").read_text()  # no path of this machine
+    assert str(out) not in (out / "report.json").read_text()  # no local path
     assert [(r["kind"], r["depth"]) for r in summary["errors"]] == [
         ("plain", 8), ("residual", 8), ("plain", 14), ("residual", 14),
     ]  # fmt: skip
@@ -64,21 +64,21 @@ def test_the_report(finished):
         assert row["seeds"] == 2 and row["diverged"] == {}
         for key in ("train_error", "test_error"):
             assert 0 <= row[key]["min"] <= row[key]["mean"] <= row[key]["max"] <= 1
-        # After one epoch; residual blocks that begin as their shortcuts begin slowly.
+        # After one epoch; zero-initialised residual branches learn slowly at first.
         assert row["train_error"]["max"] < (0.9 if row["kind"] == "residual" else 0.86)
         one, two = (
             c for c in summary["curves"] if (c["kind"], c["depth"]) == (row["kind"], row["depth"])
         )
         mean = (one["test_error"][-1] + two["test_error"][-1]) / 2
         assert row["test_error"]["mean"] == pytest.approx(mean)
-        assert one["train_error"] != two["train_error"]  # seeds of their own
+        assert one["train_error"] != two["train_error"]  # different seeds
     for look in summary["looks"]:
         assert len(look["gradients"]) == look["depth"]
         assert len(look["responses"]) == look["depth"] - 1
         around = look["around"]
         here = around["losses"][around["distances"].index(0.0)]
         assert len(around["losses"]) == 17 and all(v > 0 for v in around["losses"])
-        if look["kind"] == "plain":  # which has learnt something
+        if look["kind"] == "plain":  # it has learnt something
             assert here < min(around["losses"][0], around["losses"][-1])
     assert {(p["kind"], p["depth"]) for p in summary["start"]} == {
         (kind, depth) for kind in ("plain", "residual") for depth in (8, 14, 20, 26)
@@ -99,16 +99,16 @@ def test_the_report(finished):
         assert (out / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
 
 
-def test_a_report_goes_on(finished, tmp_path, monkeypatch):
-    """After a kill in the middle the parts that are there are read, and the rest comes out as it
-    would have."""
-    made: list[str] = []
+def test_an_interrupted_report_is_resumed(finished, tmp_path, monkeypatch):
+    """After an interruption finished parts are read from disk, and the others have the same
+    results as in an uninterrupted run."""
+    trained: list[str] = []
     plain_train = Experiment.train
 
     def train(self: Experiment, kind: str, depth: int, seed: int) -> dict[str, Any]:
-        if len(made) == 3:
+        if len(trained) == 3:
             raise KeyboardInterrupt
-        made.append(f"{kind}-{depth}-{seed}")
+        trained.append(f"{kind}-{depth}-{seed}")
         return plain_train(self, kind, depth, seed)
 
     monkeypatch.setattr(Experiment, "train", train)
@@ -120,20 +120,20 @@ def test_a_report_goes_on(finished, tmp_path, monkeypatch):
     assert len(before) == 3
     parts = Experiment(small(tmp_path)).run()
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
-    there = json.loads((finished[0] / "report.json").read_text())
-    mine = report.summarise(small(tmp_path), parts)
-    assert mine["curves"] == there["curves"]
-    more = Experiment(small(tmp_path, seeds=3, deep=()))  # more of the same
+    uninterrupted = json.loads((finished[0] / "report.json").read_text())
+    resumed = report.summarise(small(tmp_path), parts)
+    assert resumed["curves"] == uninterrupted["curves"]
+    more = Experiment(small(tmp_path, seeds=3, deep=()))  # one more seed
     assert len(more.parts) == 16
     with pytest.raises(ValueError, match=r"--out .* --epochs 1, not 2; choose another --out"):
         Experiment(small(tmp_path, epochs=2))
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
-def test_the_deep_warm_up_to_the_peak(data, tmp_path, monkeypatch):
-    """Linearly over half of their steps, with the paper's momentum, whatever the depth."""
-    made = Experiment(small(tmp_path, deep_steps=6, lr=0.3))
-    made.config = dataclasses.replace(made.config, data=data)
+def test_deep_networks_warm_up_to_the_peak(data, tmp_path, monkeypatch):
+    """Linearly over half of their steps, with the paper's momentum, at every depth."""
+    experiment = Experiment(small(tmp_path, deep_steps=6, lr=0.3))
+    experiment.config = dataclasses.replace(experiment.config, data=data)
     monkeypatch.setattr(ultra, "costs", lambda *_: [])
     monkeypatch.setattr(steps, "WARM_UP_DEPTH", 8)
     taken: list[tuple[float, float]] = []
@@ -144,31 +144,32 @@ def test_the_deep_warm_up_to_the_peak(data, tmp_path, monkeypatch):
         return plain_step(self, x, y)
 
     monkeypatch.setattr(steps.Steps, "step", step)
-    ultra.run(made, 8)
+    ultra.run(experiment, 8)
     assert [momentum for _, momentum in taken] == [0.9] * 6
     assert [lr for lr, _ in taken] == pytest.approx([0.003, 0.102, 0.201, 0.3, 0.3, 0.3])
 
 
 def test_divergence_is_a_result(tmp_path, monkeypatch):
     config = small(tmp_path, depths=(8,), deep=(14,), seeds=1, lr=1e30)
-    said: list[str] = []
-    parts = Experiment(config, said.append).run()
+    lines: list[str] = []
+    parts = Experiment(config, lines.append).run()
     for kind in ("plain", "residual"):
         run = parts[f"train-{kind}-8-0"]
         assert run["diverged"] > 1 and "gradients" not in run
-        assert f"{kind} 8, seed 0: diverged in step {run['diverged']}" in said
+        assert f"{kind} 8, seed 0: diverged in step {run['diverged']}" in lines
     assert parts["deep-14"]["diverged"] and parts["deep-14"]["gradients_after"] is None
-    lines = depth_command.write(config, parts, tmp_path)
+    summary = depth_command.write(config, parts, tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "diverged (diverged: seed 0 in step" in page
-    assert any("not shown: a residual network of 14 layers trains. diverged" in s for s in lines)
+    assert any("not shown: a residual network of 14 layers trains. diverged" in s for s in summary)
 
 
 @needs_native
 @pytest.mark.parametrize("level", ["full", "low", "minimal"])
-def test_memory_is_foreseen(level):
-    """1.02 to 1.52 of what then lives at a time was measured, workspace included; the most at
-    "minimal", which a weight gradient's input made in pieces, or let go at once, does not grow."""
+def test_memory_estimate(level):
+    """Measured: the estimate is 1.02 to 1.52 times the peak, workspace included. It is largest at
+    "minimal", where weight gradients' inputs, recomputed in blocks or freed early, do not raise the
+    peak."""
     estimate = ultra.estimate_bytes(Config(), 110, 32, 16, level)
     model = setting.make(Config(), "residual", 110, 0, 10)
     set_activation_memory(model, level)
@@ -182,7 +183,7 @@ def test_memory_is_foreseen(level):
     assert 0.8 < estimate / activation_peak_bytes(Step(step, model)) < 1.6
 
 
-def test_what_does_not_fit_is_refused():
+def test_depth_that_does_not_fit_raises():
     sizes = {"full": 9 * 2**30, "low": 6 * 2**30, "lower": 5 * 2**30, "minimal": 2**30}
     ultra.refuse_what_does_not_fit(1202, "low", sizes, None)
     ultra.refuse_what_does_not_fit(1202, "low", sizes, 7 * 2**30)
@@ -198,11 +199,11 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_stock_that_does_not_fit_is_not_measured(tmp_path, monkeypatch):
-    """What would be needed stands in its row; the rest is measured."""
-    made = Experiment(small(tmp_path))
+    """Its row contains the bytes needed; the other levels are measured."""
+    experiment = Experiment(small(tmp_path))
     sizes = {"full": 3 * 2**30, "low": 2**30, "lower": 2**30, "minimal": 2**20}
     monkeypatch.setattr(ultra, "available_bytes", lambda: 2 * 2**30)
-    rows = ultra.costs(made, 8, sizes)
+    rows = ultra.costs(experiment, 8, sizes)
     assert [(r["level"], r.get("needed_bytes")) for r in rows] == [
         ("eager", 3 * 2**30), ("full", 3 * 2**30), ("low", None), ("minimal", None),
     ]  # fmt: skip
@@ -243,7 +244,7 @@ def test_clear_errors(arguments, message, tmp_path):
     assert message in result.output
 
 
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_missing_packages_are_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "sklearn" else find(name, *a)
@@ -253,7 +254,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     assert "depth needs sklearn: pip install fused-resnet[train]" in result.output
 
 
-# --- what figures say -----------------------------------------------------------------------------
+# --- claims ---------------------------------------------------------------------------------------
 
 
 def curve(kind: str, depth: int, error: float, seed: int = 0, **more: Any) -> dict[str, Any]:
@@ -261,28 +262,28 @@ def curve(kind: str, depth: int, error: float, seed: int = 0, **more: Any) -> di
             "test_error": [error], "diverged": None, "seconds": 1.0, **more}  # fmt: skip
 
 
-def words(runs: list[dict[str, Any]], **parts: Any) -> dict[str, dict[str, Any]]:
+def claims(runs: list[dict[str, Any]], **parts: Any) -> dict[str, dict[str, Any]]:
     named = {f"train-{i}": run for i, run in enumerate(runs)}
     summary = report.summarise(Config(depths=(20, 56)), {**named, **parts})
     return {c["claim"]: c for c in summary["claims"]}
 
 
-def test_degradation_is_told_from_its_absence():
+def test_degradation_is_detected():
     plain, residual = (
         "plain networks degrade with depth",
         "residual networks do not degrade with depth",
     )
     runs = [curve("plain", 20, 0.01), curve("plain", 56, 0.4), curve("residual", 20, 0.01)]
-    found = words([*runs, curve("residual", 56, 0.0)])
-    assert found[plain]["shown"] and found[residual]["shown"]
-    assert "1.00% at 20, 40.00% at 56" in found[plain]["words"]
-    found = words([runs[0], curve("plain", 56, 0.01), runs[2], curve("residual", 56, 0.2)])
-    assert not found[plain]["shown"] and not found[residual]["shown"]
+    result = claims([*runs, curve("residual", 56, 0.0)])
+    assert result[plain]["shown"] and result[residual]["shown"]
+    assert "1.00% at 20, 40.00% at 56" in result[plain]["words"]
+    result = claims([runs[0], curve("plain", 56, 0.01), runs[2], curve("residual", 56, 0.2)])
+    assert not result[plain]["shown"] and not result[residual]["shown"]
     tested = curve("residual", 56, 0.0) | {"test_error": [0.05]}
-    assert not words([*runs, tested])[residual]["shown"]
-    lost = [curve("residual", 56, 0.0, seed=1, diverged=7), curve("residual", 56, 0.02)]
-    found = words([*runs, *lost])
-    assert "Diverged: 56 layers in step 7" in found[residual]["words"]
+    assert not claims([*runs, tested])[residual]["shown"]
+    diverged = [curve("residual", 56, 0.0, seed=1, diverged=7), curve("residual", 56, 0.02)]
+    result = claims([*runs, *diverged])
+    assert "Diverged: 56 layers in step 7" in result[residual]["words"]
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_degradation_is_told_from_its_absence():
         ([None] + [1.0] * 8, "exploding beyond float32"),
     ],
 )  # fmt: skip
-def test_flow_of_gradients(deep, state):
+def test_gradient_flow(deep, state):
     def start(kind: str, gradients: list[Any], depth: int) -> dict[str, Any]:
         case = {"bn": True, "init": "he", "gradients": gradients}
         return {"kind": kind, "depth": depth, "cases": [case], "seconds": 1.0}
@@ -302,12 +303,12 @@ def test_flow_of_gradients(deep, state):
         "start-a": start("plain", [1.0] * 9, 20), "start-b": start("plain", deep, 56),
         "start-c": start("residual", [1.0] * 9, 20), "start-d": start("residual", [2.0] * 9, 56),
     }  # fmt: skip
-    (claim,) = (c for c in words([], **parts).values() if "batch norm" in c["claim"])
+    (claim,) = (c for c in claims([], **parts).values() if "batch norm" in c["claim"])
     assert claim["shown"] == (state != "kept")
     assert f"plain: {state} (" in claim["words"] and "residual: kept (" in claim["words"]
 
 
-def test_flow_leaves_the_classifier_out():
-    found = report.flow([1.0, 10.0, 100.0, 5.0, 5.0, 5.0, 777.0])
-    assert found["early"] == pytest.approx(10) and found["late"] == pytest.approx(5)
+def test_gradient_flow_excludes_the_classifier():
+    flow = report.flow([1.0, 10.0, 100.0, 5.0, 5.0, 5.0, 777.0])
+    assert flow["early"] == pytest.approx(10) and flow["late"] == pytest.approx(5)
     assert math.isclose(report.flow([2.0, 2.0, 2.0])["early"], 2.0)

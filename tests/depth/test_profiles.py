@@ -1,4 +1,4 @@
-"""gradient_profile, response_profile and loss_along against what a few lines of PyTorch give."""
+"""gradient_profile, response_profile and loss_along against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fused_resnet as fr
 from fused_resnet import depth
 
 
-def made(block: str = "basic") -> tuple[Any, Tensor, Tensor]:
+def make(block: str = "basic") -> tuple[Any, Tensor, Tensor]:
     torch.manual_seed(0)
     model = fr.cifar_resnet(8, block=block).train()
     return model, torch.randn(6, 3, 8, 8), torch.arange(6)
@@ -26,17 +26,17 @@ def state(model: nn.Module) -> list[Tensor]:
 
 @pytest.fixture
 def unchanged():
-    """Checks afterwards that a model's state, gradients and mode are what they were."""
-    watched: list[Any] = []
+    """Checks after the test that a model's state, gradients and modes are unchanged."""
+    recorded: list[Any] = []
 
-    def watch(model: nn.Module) -> None:
+    def record(model: nn.Module) -> None:
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         grads = [p.grad.clone() for p in model.parameters()]
-        watched.append((model, state(model), grads, [m.training for m in model.modules()]))
+        recorded.append((model, state(model), grads, [m.training for m in model.modules()]))
 
-    yield watch
-    for model, before, grads, modes in watched:
+    yield record
+    for model, before, grads, modes in recorded:
         assert all(map(torch.equal, state(model), before))
         assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
         assert [m.training for m in model.modules()] == modes
@@ -45,7 +45,7 @@ def unchanged():
 
 @pytest.mark.parametrize("block", ["basic", "preact"])
 def test_gradients(block, unchanged):
-    model, x, y = made(block)
+    model, x, y = make(block)
     other = copy.deepcopy(model).double()
     cross_entropy(other(x.double()), y).backward()
     want = {n: m.weight.grad.norm().item() for n, m in other.named_modules()
@@ -53,22 +53,22 @@ def test_gradients(block, unchanged):
     model.layer1[0].conv1.weight.requires_grad_(False)
     del want["layer1.0.conv1"]
     unchanged(model)
-    found = depth.gradient_profile(model, lambda m: cross_entropy(m(x), y))
-    assert [layer.name for layer in found] == list(want)
-    for layer in found:
+    profile = depth.gradient_profile(model, lambda m: cross_entropy(m(x), y))
+    assert [layer.name for layer in profile] == list(want)
+    for layer in profile:
         assert layer.value == pytest.approx(want[layer.name], rel=1e-3)
 
 
-def test_gradients_of_what_takes_no_part():
+def test_gradients_of_unused_layers():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    found = depth.gradient_profile(model, lambda m: m[0](torch.ones(1, 3)).sum())
-    assert found[0].value > 0 and found[1] == ("1", 0.0)
+    profile = depth.gradient_profile(model, lambda m: m[0](torch.ones(1, 3)).sum())
+    assert profile[0].value > 0 and profile[1] == ("1", 0.0)
     with torch.no_grad():
         assert depth.gradient_profile(model, lambda m: m(torch.ones(1, 3)).sum())[0].value > 0
 
 
 def test_responses(unchanged):
-    model, x, _ = made()
+    model, x, _ = make()
     other = copy.deepcopy(model)
     want = []
     with fr.use_backend("reference"), torch.no_grad():
@@ -81,15 +81,15 @@ def test_responses(unchanged):
                 want.append(b.bn2(b.conv2(want[-1].relu())))
                 h = (want[-1] + (h if b.downsample is None else b.downsample(h))).relu()
     unchanged(model)
-    found = depth.response_profile(model, x)
+    profile = depth.response_profile(model, x)
     names = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    assert sorted(layer.name for layer in found) == sorted(names)
-    for layer, y in zip(found, want, strict=True):
+    assert sorted(layer.name for layer in profile) == sorted(names)
+    for layer, y in zip(profile, want, strict=True):
         assert layer.value == pytest.approx(y.std(correction=0).item(), rel=1e-4)
 
 
 def test_loss_along_a_direction(unchanged):
-    model, x, y = made()
+    model, x, y = make()
     unchanged(model)
 
     def loss(m: nn.Module) -> Tensor:
@@ -97,14 +97,14 @@ def test_loss_along_a_direction(unchanged):
 
     with torch.no_grad():
         here = loss(copy.deepcopy(model)).item()
-    found = depth.loss_along(model, loss, [-0.5, 0.0, 0.5], seed=3)
-    assert found[1] == pytest.approx(here, abs=1e-6)
-    assert found[0] != pytest.approx(here) != found[2]
-    assert depth.loss_along(model, loss, [0.5], seed=3)[0] == pytest.approx(found[2])
-    assert depth.loss_along(model, loss, [0.5], seed=4)[0] != pytest.approx(found[2])
+    losses = depth.loss_along(model, loss, [-0.5, 0.0, 0.5], seed=3)
+    assert losses[1] == pytest.approx(here, abs=1e-6)
+    assert losses[0] != pytest.approx(here) != losses[2]
+    assert depth.loss_along(model, loss, [0.5], seed=3)[0] == pytest.approx(losses[2])
+    assert depth.loss_along(model, loss, [0.5], seed=4)[0] != pytest.approx(losses[2])
 
 
-def test_the_direction_is_as_long_as_each_filter():
+def test_the_direction_has_the_norm_of_each_filter():
     seen: list[list[Tensor]] = []
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4))
     with torch.no_grad():
@@ -130,6 +130,6 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="response_profile: model must have a norm"):
         depth.response_profile(model, torch.zeros(1))
     with pytest.raises(ValueError, match=r"loss must return a scalar, got \(2, 10\)"):
-        depth.loss_along(made()[0], lambda m: m(torch.randn(2, 3, 8, 8)), [0.0])
+        depth.loss_along(make()[0], lambda m: m(torch.randn(2, 3, 8, 8)), [0.0])
     with pytest.raises(ValueError, match="loss must return a scalar, got float"):
-        depth.gradient_profile(made()[0], lambda m: 1.0)
+        depth.gradient_profile(make()[0], lambda m: 1.0)

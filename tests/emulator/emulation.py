@@ -156,7 +156,7 @@ def load() -> ctypes.CDLL:
         kernels=lambda: torch.ops.fused_resnet_emulated,
         for_gpus=True,
         built_for=lambda architecture: True,
-        stands_for="native",
+        emulates="native",
     )
     registry.register("emulated", "cpu", provider)
     return ctypes.CDLL(str(library))

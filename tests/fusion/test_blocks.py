@@ -1,4 +1,4 @@
-"""When a block is fused and when it is not: surgery, hooks and patches behave as in torchvision."""
+"""Which blocks are fused: module replacement, hooks and patches behave as in torchvision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fused_resnet as fr
 from fused_resnet.fusion.inference import network, plan, plans
 from fused_resnet.fusion.training.prepare import Prepared
 from fused_resnet.kernels import convolution, registry
-from fused_resnet.kernels.cpu import onednn as vendor
+from fused_resnet.kernels.cpu import onednn
 from tests.models.model_helpers import (
     clone,
     fused,
@@ -35,11 +35,11 @@ TRAINS = registry.choose("bn_add_relu", "cpu") == "native"
 
 @pytest.fixture
 def runs(monkeypatch):
-    """How many fused convolutions ran since it was last cleared."""
+    """The fused convolutions run since the list was last cleared, by class name."""
     seen: list[str] = []
-    vendor.unavailable()  # its probes run some, once per process
+    onednn.unavailable()  # its probes run convolutions, once per process
     for dtype in (torch.float32, torch.bfloat16):
-        vendor.serves(dtype)
+        onednn.supports(dtype)
     for kind in convolution.FusedConv.__subclasses__():
 
         def run(self, *args, _run=kind.run, **kwargs):
@@ -49,7 +49,7 @@ def runs(monkeypatch):
         monkeypatch.setattr(kind, "run", run)
 
     def run_block(self, *args, _run=plan.Plan._run):
-        if self._one_op is not None:  # all of them in one
+        if self._one_op is not None:  # one op runs all convolutions
             seen.extend(type(conv).__name__ for conv in self.all_convs)
         return _run(self, *args)
 
@@ -82,8 +82,8 @@ def test_every_convolution_of_an_eval_network_is_fused(kind, runs):
 
 @pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
 @pytest.mark.parametrize("dilate", [False, True], ids=["plain", "dilated"])
-def test_large_batches_go_through_in_parts(dilate, runs, monkeypatch):
-    """The same numbers, and where one image holds a NaN, in that image alone."""
+def test_large_batches_run_in_micro_batches(dilate, runs, monkeypatch):
+    """The same values as in one pass; a NaN in one image stays in that image."""
     torch.set_num_threads(2)
     stock, mine = pair("bottleneck", replace_stride_with_dilation=[False, dilate, dilate])
     x = images(7)
@@ -92,14 +92,14 @@ def test_large_batches_go_through_in_parts(dilate, runs, monkeypatch):
     assert whole.isnan().all(1).tolist() == [i == 4 for i in range(7)]
     convs = sum(isinstance(m, nn.Conv2d) for m in mine.modules())
     assert len(runs) == convs
-    # Three images' 64 x 32 x 32 values after the stem. As many leave layer1, half as many layer2,
-    # a quarter layer3: the 9 convolutions up to layer2.0 run on 2 + 2 + 3 images, the next 7 on
-    # 4 + 3 and layer4's 4 on all. Dilated, layer4 gives 2048 x 8 x 8 values: two images at a time,
-    # one per thread.
-    monkeypatch.setattr(network, "_AT_ONCE", 3 * 64 * 32 * 32 * 4)
+    # The limit is three images of 64 x 32 x 32 values, the stem's output. layer1's output is as
+    # large, layer2's half and layer3's a quarter of it: the 9 convolutions up to layer2.0 run on
+    # 2 + 2 + 3 images, the next 7 on 4 + 3 and layer4's 4 on all. Dilated, layer4's output is
+    # 2048 x 8 x 8 values: two images at a time, one per thread.
+    monkeypatch.setattr(network, "_MICRO_BATCH_BYTES", 3 * 64 * 32 * 32 * 4)
     runs.clear()
-    parts = same_outputs(stock, mine.eval(), x)
-    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
+    split = same_outputs(stock, mine.eval(), x)
+    torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert len(runs) == (4 * convs if dilate else 3 * 9 + 2 * 7 + 4)
 
 
@@ -118,7 +118,7 @@ def test_every_norm_of_a_training_network_is_fused(monkeypatch):
 
 
 def _set(path: str, make):
-    """An edit that puts make(old module) at `path`."""
+    """An edit that replaces the module at `path` by make(module)."""
 
     def edit(model):
         home, _, name = path.rpartition(".")
@@ -192,8 +192,8 @@ def _classifier(_):
     return nn.Sequential(nn.Dropout(0.0), nn.Linear(512, 3))
 
 
-# name -> the edit, and what explain says of the block (None: it stays fused)
-SURGERY = {
+# name -> the edit, and part of the reason that explain gives (None: the block stays fused)
+REPLACEMENTS = {
     "GELU": (_set("layer1.0.relu", lambda _: nn.GELU()), "relu is a GELU, not a ReLU"),
     "ReLU6": (_set("layer1.0.relu", lambda _: nn.ReLU6()), "relu is a ReLU6"),
     "LeakyReLU": (_set("layer1.0.relu", lambda _: nn.LeakyReLU(0.3)), "relu is a LeakyReLU"),
@@ -219,9 +219,10 @@ SURGERY = {
         _set("layer1.0.conv1", lambda _: MyConv(64, 64, 3, padding=1)), "conv1 is a MyConv",
     ),
     "padding='same'": (
-        _set("layer1.0.conv1", lambda _: nn.Conv2d(64, 64, 3, padding="same")), "pads by something",
+        _set("layer1.0.conv1", lambda _: nn.Conv2d(64, 64, 3, padding="same")),
+        "is not a number of zeros",
     ),
-    "reflecting padding": (_set("layer1.0.conv1", _reflecting), "pads by something"),
+    "reflecting padding": (_set("layer1.0.conv1", _reflecting), "is not a number of zeros"),
     "weight_norm": (_weight_norm, "conv1 is a ParametrizedConv2d"),
     "pruning": (_prune, "conv1 has hooks"),
     "forward of a part replaced": (_patch_forward, "relu has its forward replaced"),
@@ -235,22 +236,22 @@ SURGERY = {
     "max pooling at the end": (_set("avgpool", lambda _: nn.AdaptiveMaxPool2d(1)), None),
     "pooling to 2x2": (_set("avgpool", _two_by_two), None),
     "classifier replaced": (_set("fc", _classifier), None),
-    "a stage is no Sequential": (_set("layer3", lambda s: s[0]), None),
+    "a stage is not a Sequential": (_set("layer3", lambda s: s[0]), None),
     "a block is an Identity": (_set("layer1.0", lambda _: nn.Identity()), None),
     "a stage extended": (lambda m: m.layer1.append(nn.Softplus()), None),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SURGERY)
-def test_surgery_is_honoured(name):
-    edit, words = SURGERY[name]
+@pytest.mark.parametrize("name", REPLACEMENTS)
+def test_edited_modules_match_torchvision(name):
+    edit, words = REPLACEMENTS[name]
     stock, mine = pair("basic")
     same_outputs(stock, mine, images())  # plans exist before the edit
     for model in (stock, mine):
         torch.manual_seed(7)
         edit(model)
         for m in model.modules():
-            m.training = False  # and not eval(), which drops plans: they must notice by themselves
+            m.training = False  # not eval(), which drops plans: guards must detect the edit
     for _ in range(2):
         same_outputs(stock, mine, images())
     why = reasons(mine)
@@ -259,8 +260,8 @@ def test_surgery_is_honoured(name):
     same_outputs(stock.eval(), mine.eval(), images())
 
 
-def test_a_residual_that_broadcasts_does_so():
-    """One pixel in, nine out of the branch: stock adds the one to each of them."""
+def test_residual_broadcasts():
+    """The input is 1 x 1, the main branch 3 x 3: stock broadcasts the residual."""
     stock, mine = pair("basic")
     for model in (stock, mine):
         model.layer1[0].conv1.padding = (2, 2)
@@ -274,8 +275,8 @@ def test_a_residual_that_broadcasts_does_so():
 @pytest.mark.parametrize(
     "convert", [nn.SyncBatchNorm.convert_sync_batchnorm, fr.convert_sync_batchnorm]
 )
-def test_synchronised_norms_of_one_process(convert):
-    """Batch norm, in inference and training; test_sync_batch_norm.py has more processes."""
+def test_sync_batch_norm_without_other_processes(convert):
+    """It is batch norm, in inference and training; test_sync_batch_norm.py runs two processes."""
     stock, mine = pair()
     mine = convert(mine)
     assert fused(mine) == fused(pair()[1])
@@ -290,7 +291,7 @@ HOOKS = ("forward_pre", "forward", "full_backward", "full_backward_pre")
     "where", ["layer1.0.conv1", "layer1.0", "layer1", "maxpool", "avgpool", "conv1"]
 )
 @pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_fire_and_may_change_things(kind, where):
+def test_hooks_fire_and_may_change_values(kind, where):
     stock, mine = pair("basic")
     same_outputs(stock, mine, images())
     counts = []
@@ -336,7 +337,7 @@ def test_global_hooks_fire_for_every_module(kind):
     assert seen[0] == seen[1] and "ReLU" in seen[0]
 
 
-def test_feature_extraction_by_inner_names():
+def test_feature_extraction_by_node_names():
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
     stock, mine = pair("bottleneck")
@@ -358,8 +359,8 @@ def test_intermediate_layers_by_hooks_on_stages():
         torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-4)
 
 
-def test_fine_tuning_in_eval_mode_has_stocks_gradients():
-    """Frozen statistics, gradients for everything, or for the last stage alone."""
+def test_fine_tuning_in_eval_mode_matches_stock_gradients():
+    """Frozen statistics; gradients for all parameters, or for the last stage only."""
     for frozen in ((), ("conv1", "bn1", "layer1", "layer2", "layer3")):
         stock, mine = pair("bottleneck")
         for model in (stock, mine):
@@ -394,8 +395,8 @@ def test_copies_pickles_and_saved_models(tmp_path):
 
 def test_explain_names_every_block_and_changes_nothing():
     _, mine = pair("bottleneck")
-    found = fr.explain(mine)
-    assert [e.name for e in found] == [
+    explanations = fr.explain(mine)
+    assert [e.name for e in explanations] == [
         "stem",
         "layer1.0",
         "layer2.0",

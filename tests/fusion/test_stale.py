@@ -1,4 +1,4 @@
-"""Whatever changes a weight, a statistic or a setting, the next output is made from the new one."""
+"""Caches are never stale: after a weight, statistic or setting changes, the next output uses it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _load(assign):
     return edit
 
 
-def _exchange_data(model):
+def _replace_data(model):
     model.layer1[0].conv2.weight.data = model.layer1[0].conv2.weight.data * 1.5
 
 
@@ -116,7 +116,7 @@ def _through_training(model):
     model.eval()
 
 
-def _data_between_trips(model):
+def _data_before_train_and_eval(model):
     model.layer1[0].conv1.weight.data.mul_(2)
     model.train().eval()
 
@@ -143,7 +143,7 @@ EDITS = {
     "a variance in place": _no_grad(lambda m: m.layer1[0].bn2.running_var.mul_(9)),
     "load_state_dict": _load(False),
     "load_state_dict(assign=True)": _load(True),
-    "another .data": _exchange_data,
+    "another .data": _replace_data,
     "another parameter": _new_parameter,
     "another buffer": _new_buffer,
     "another eps": _eps,
@@ -152,22 +152,22 @@ EDITS = {
     "another class": _class,
     "another stride of the pool": _pool_stride,
     "one norm in training mode": _one_norm_trains,
-    "statistics taken away": _tracking_off,
+    "running statistics removed": _tracking_off,
     "a convolution used twice": _shared_convolution,
     "training and back": _through_training,
-    ".data in place, then training and back": _data_between_trips,
+    ".data in place, then training and back": _data_before_train_and_eval,
     "float64 and back": _to_and_back,
     "another block": _swap_blocks,
 }
 
 
 @pytest.mark.parametrize("name", EDITS)
-@pytest.mark.parametrize("kind", ["basic", "whole network broken up"])
+@pytest.mark.parametrize("kind", ["basic", "block by block"])
 def test_no_stale_copy(name, kind):
     stock, mine = pair("basic")
     if kind != "basic":
         for model in (stock, mine):
-            model.layer4[0].relu = nn.Softplus()  # blocks are fused one by one then
+            model.layer4[0].relu = nn.Softplus()  # no network plan, only plans of blocks
     before = same_outputs(stock, mine, images())
     same_outputs(stock, mine, images())
     for model in (stock, mine):
@@ -176,7 +176,7 @@ def test_no_stale_copy(name, kind):
     for _ in range(2):
         after = same_outputs(stock, mine, images())
     if name != "float64 and back":
-        assert (after - before).abs().max() > 1e-4 * before.abs().max(), "the edit changes nothing"
+        assert (after - before).abs().max() > 1e-4 * before.abs().max(), "the edit has no effect"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -193,7 +193,7 @@ def test_another_dtype_and_back(dtype):
     same_outputs(stock, mine, images())
 
 
-def test_requires_grad_is_left_alone_and_toggles():
+def test_requires_grad_is_not_modified_and_toggles():
     stock, mine = pair("basic")
     for flag in (False, True):
         for model in (stock, mine):
@@ -203,7 +203,7 @@ def test_requires_grad_is_left_alone_and_toggles():
         assert all(p.requires_grad == flag for p in mine.parameters())
 
 
-def test_optimizers_built_before_the_first_call_drive_the_model():
+def test_optimizers_built_before_the_first_call_update_the_model():
     stock, mine = pair("basic")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (stock, mine)]
     same_outputs(stock, mine, images())
@@ -214,23 +214,23 @@ def test_optimizers_built_before_the_first_call_drive_the_model():
         agree(mine.eval()(images()), stock.eval()(images()), 5e-3)
 
 
-def test_weights_made_in_inference_mode():
+def test_weights_created_in_inference_mode():
     stock, mine = pair("basic")
     state = {k: v.clone() for k, v in stock.state_dict().items()}
     with torch.inference_mode():
-        made = fr.ResNet(fr.BasicBlock, [1, 2, 1, 1], num_classes=10).eval()
-        made.load_state_dict(state)
-    same_outputs(stock, made, images())
-    with torch.inference_mode():  # no version counter shows this edit
-        made.layer1[0].conv1.weight.mul_(3)
+        created = fr.ResNet(fr.BasicBlock, [1, 2, 1, 1], num_classes=10).eval()
+        created.load_state_dict(state)
+    same_outputs(stock, created, images())
+    with torch.inference_mode():  # inference tensors have no version counter
+        created.layer1[0].conv1.weight.mul_(3)
     with torch.no_grad():
         stock.layer1[0].conv1.weight.mul_(3)
-    same_outputs(stock, made, images())
+    same_outputs(stock, created, images())
     with torch.inference_mode():
         agree(mine(images()), pair("basic")[0](images()).clone())
 
 
-def test_plans_and_their_memory_go_with_the_model():
+def test_plans_are_freed_with_the_model():
     _, mine = pair("bottleneck")
     with torch.no_grad():
         mine(images())
@@ -238,15 +238,15 @@ def test_plans_and_their_memory_go_with_the_model():
     counts = len(plans._plans), len(network._networks)
     assert counts[0] > 0
     plan = next(iter(plans._plans[mine.layer1[0]].values()))
-    watched = [weakref.ref(plan), weakref.ref(mine)]
+    references = [weakref.ref(plan), weakref.ref(mine)]
     blocks = len(fused(mine))
     del mine, plan
     gc.collect()
-    assert [w() for w in watched] == [None, None]
+    assert [r() for r in references] == [None, None]
     assert len(plans._plans) == counts[0] - blocks
 
 
-def test_a_stale_plan_is_dropped_at_once():
+def test_a_stale_plan_is_freed_immediately():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
@@ -257,7 +257,7 @@ def test_a_stale_plan_is_dropped_at_once():
     assert old() is None
 
 
-def test_training_drops_what_inference_packed():
+def test_train_mode_drops_plans():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
@@ -281,10 +281,10 @@ def one_process():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
-def test_weights_that_fsdp_puts_together(one_process, wanted):
-    """All-gathered into the same tensor, of the same version, where the allocator likes at the same
-    address: nothing tells of the step before."""
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "frozen norms"])
+def test_fsdp_all_gathered_weights(one_process, needs_grad):
+    """FSDP all-gathers into the same tensor, of the same version and possibly at the same address:
+    no guard can detect the previous step."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -294,16 +294,16 @@ def test_weights_that_fsdp_puts_together(one_process, wanted):
             if isinstance(m, nn.BatchNorm2d):
                 m.requires_grad_(False)
     fully_shard(mine, mesh=init_device_mesh("cpu", (1,)))
-    with torch.set_grad_enabled(wanted):
+    with torch.set_grad_enabled(needs_grad):
         for _ in range(4):
             agree(mine(images()), stock(images()))
-            for model in (stock, mine):  # whole still: the outermost module is not taken apart
+            for model in (stock, mine):  # unsharded: FSDP does not reshard the root module
                 for p in model.parameters():
                     p.data.mul_(1.1)
 
 
 class Fused(nn.Module):
-    """One call of the op, with a fixed scale and shift."""
+    """One call of conv_bn_relu, with a fixed scale and shift."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,9 +314,9 @@ class Fused(nn.Module):
         return fr.conv_bn_relu(x, self.weight, *self.fixed, None, False, (1, 1), (1, 1), (1, 1), 1)
 
 
-def test_an_op_on_weights_that_fsdp_puts_together(one_process, monkeypatch):
-    """The same tensor, version and address in every forward, here by force. Where the last sharded
-    module is gone, packed weights are kept again."""
+def test_op_on_fsdp_all_gathered_weights(one_process, monkeypatch):
+    """Patched so that every forward has the same tensor, version and address. After the last
+    sharded module is deleted, packed weights are cached again."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import _fully_shard, fully_shard
 
@@ -343,7 +343,7 @@ def test_an_op_on_weights_that_fsdp_puts_together(one_process, monkeypatch):
         for _ in range(3):
             plain(x)
     if native.load() is None:
-        assert cache._kept[id(plain.weight)][3] is not None
+        assert cache._cached[id(plain.weight)][3] is not None
 
 
 FUSED = {
@@ -353,17 +353,17 @@ FUSED = {
 
 
 @pytest.mark.parametrize("kind", FUSED)
-@pytest.mark.parametrize("wanted", [False, True], ids=["inference", "frozen norms"])
-def test_fused_optimizers(kind, wanted):
-    """They move no version counter by themselves; and with frozen norms nobody switches to train()
-    and back."""
+@pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "frozen norms"])
+def test_fused_optimizers(kind, needs_grad):
+    """They increment no version counter; and with frozen norms the model is not switched to
+    train() and back."""
     _, mine = pair("basic")
     for m in mine.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.requires_grad_(False)
     optimizer = FUSED[kind]([p for p in mine.parameters() if p.requires_grad])
     for _ in range(4):
-        with torch.set_grad_enabled(wanted):
+        with torch.set_grad_enabled(needs_grad):
             agree(mine(images()), clone(mine)(images()))
         mine(images()).square().mean().backward()
         optimizer.step()

@@ -1,6 +1,6 @@
-"""A played recording, for the tests of `fr.training_step` without a GPU: recording does nothing,
-as on a GPU, but what Python counts; a replay computes the step again from the memory it was
-recorded with, by the settings it was recorded with, and leaves no version counter moved."""
+"""Simulated CUDA graphs for the tests of `fr.training_step` without a GPU. As on a GPU, a capture
+runs the step's Python code and computes nothing; a replay runs the step on the memory and with the
+settings of its capture, and increments no version counter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Stream:
-    """Stands for a CUDA stream, and notes who waited for whom."""
+    """Stands in for a CUDA stream; logs which stream waits for which."""
 
     def __init__(self, name="side"):
         self.name = name
@@ -32,7 +32,7 @@ class Event:
 
 
 class Graph:
-    """Stands for a CUDA graph of the step whose `_run` was called while it recorded."""
+    """Stands in for a CUDA graph of the step whose `_run` was called during capture."""
 
     def replay(self):
         LOG.append("replay")
@@ -42,8 +42,8 @@ class Graph:
         versions = [(t, t._version) for t in world(step)]
         for group, then in zip(optimizer.param_groups, groups, strict=True):
             group.update(then)
-        again = RUN(step, x, target)
-        loss.data.copy_(again)
+        result = RUN(step, x, target)
+        loss.data.copy_(result)
         if norm is not None:
             norm.data.copy_(step.gradient_norm)
         for group, then in zip(optimizer.param_groups, now, strict=True):
@@ -57,14 +57,14 @@ RUN = module.TrainingStep._run
 
 
 def world(step):
-    """Every tensor that a step may write."""
+    """Every tensor that a step may modify."""
     states = [t for s in step.optimizer.state.values() for t in s.values()]
     scaler = [] if step.scaler is None else [step.scaler._scale, step.scaler._growth_tracker]
     return [*step.model.parameters(), *step.model.buffers(), *states, *scaler]
 
 
 def play(monkeypatch):
-    """The shapes of every recording made; on the CPU played ones."""
+    """Simulates graphs on the CPU; returns the list of the inputs' shapes of all captures."""
     made, recording = [], []
     record = module.TrainingStep._record
 

@@ -1,7 +1,7 @@
-"""`fr.inference`: one callable for a model, with a CUDA graph per shape of input on a GPU.
+"""`fr.inference`: one callable for a model, with a CUDA graph per input shape on a GPU.
 
-Without a GPU a recording is played: it keeps what the forward gave for the memory it was recorded
-with, and a replay computes it again from there, so that stale memory and stale weights show.
+Without a GPU the graphs are simulated: a replay runs the forward on the memory and with the weights
+of its capture, so that stale memory and stale weights are detected.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ module = __import__("sys").modules["fused_resnet.graphs.inference"]
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Every recording made; on the CPU played ones, for which `cuda_graph` is switched on."""
+    """The shapes of all captures; on the CPU the graphs are simulated (see `ready`)."""
     made = []
     record = module.record
 
     def played(run, example):
         x = example.clone()
-        frozen = copy.deepcopy(run.__self__.model)  # a graph reads the weights that it was laid for
-        own = fr.Inference.__new__(fr.Inference)
-        own.__dict__.update(run.__self__.__dict__, model=frozen)
+        frozen = copy.deepcopy(run.__self__.model)  # a graph reads the weights of its capture
+        captured = fr.Inference.__new__(fr.Inference)
+        captured.__dict__.update(run.__self__.__dict__, model=frozen)
         y = run(x).clone()
-        return module.Graph(x, y, lambda: y.copy_(own._run(x)), contextlib.nullcontext)
+        return module.Graph(x, y, lambda: y.copy_(captured._run(x)), contextlib.nullcontext)
 
     def noted(run, example):
         made.append(tuple(example.shape))
@@ -46,10 +46,10 @@ def graphs(monkeypatch):
 
 
 def ready(model, x, **options):
-    found = fr.inference(model, x, **options)
+    call = fr.inference(model, x, **options)
     if DEVICE == "cpu":
-        found.cuda_graph = True
-    return found
+        call.cuda_graph = True
+    return call
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def same(y, want):
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
 
-def test_it_gives_what_the_model_gives(model, graphs):
+def test_outputs_equal_the_models(model, graphs):
     call = ready(model, images())
     for x in (images(), images(), images(3), images(2, 80), images().double().float()):
         with torch.no_grad():
@@ -73,15 +73,15 @@ def test_it_gives_what_the_model_gives(model, graphs):
         y = call(x)
         same(y, want)
         assert not y.requires_grad
-    assert len(graphs) <= 4, "a shape was recorded twice"
+    assert len(graphs) <= 4, "a shape was captured twice"
 
 
 def test_outputs_are_new_memory(model, graphs):
     call = ready(model, images())
     first, x = call(images()), images()
-    kept = first.clone()
+    expected = first.clone()
     second = call(x)
-    assert torch.equal(first, kept) and second.data_ptr() != first.data_ptr()
+    assert torch.equal(first, expected) and second.data_ptr() != first.data_ptr()
 
 
 def test_any_layout_of_x(model, graphs):
@@ -106,12 +106,12 @@ CHANGES = {
     "moved": lambda m: setattr(m.fc.weight, "data", m.fc.weight.data * 2),
     "replaced": lambda m: setattr(m.fc, "weight", nn.Parameter(m.fc.weight.detach() * 2)),
     "surgery": lambda m: setattr(m, "fc", nn.Linear(512, 10).to(DEVICE)),
-    "a module more": lambda m: m.relu.add_module("more", nn.Linear(1, 1)),
+    "an added module": lambda m: m.relu.add_module("more", nn.Linear(1, 1)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_that_change_are_seen(model, graphs, change):
+def test_changed_weights_are_used(model, graphs, change):
     call, x = ready(model, images()), images()
     before = call(x)
     recorded = len(graphs)
@@ -119,10 +119,10 @@ def test_weights_that_change_are_seen(model, graphs, change):
         CHANGES[change](model)
         want = model(x)
     same(call(x), want)
-    assert change == "a module more" or not torch.allclose(before, want, rtol=1e-3)
+    assert change == "an added module" or not torch.allclose(before, want, rtol=1e-3)
     assert len(graphs) == recorded + 1
     same(call(x), want)
-    assert len(graphs) == recorded + 1, "recorded again though nothing changed"
+    assert len(graphs) == recorded + 1, "captured again though nothing changed"
 
 
 def test_training_and_back(model, graphs):
@@ -130,7 +130,7 @@ def test_training_and_back(model, graphs):
     model.train()
     with pytest.raises(ValueError, match=r"inference: model must be in eval mode: call model.eval"):
         call(x)
-    model(x)  # moves the running statistics
+    model(x)  # changes the running statistics
     model.eval()
     with torch.no_grad():
         same(call(x), model(x))
@@ -163,10 +163,10 @@ def test_few_graphs_are_kept(model, graphs):
 
 def test_an_empty_batch(model, graphs):
     assert ready(model, images())(images(0)).shape == (0, 10)
-    assert (0, 3, 64, 64) not in graphs, "there is nothing to record"
+    assert (0, 3, 64, 64) not in graphs, "an empty batch must not be captured"
 
 
-def test_a_forced_backend_has_a_graph_of_its_own(model, graphs):
+def test_a_forced_backend_has_its_own_graph(model, graphs):
     call, x = ready(model, images()), images()
     call(x)
     for recorded in (1, 0):
@@ -179,7 +179,7 @@ def test_a_forced_backend_has_a_graph_of_its_own(model, graphs):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_in_16_bits_it_is_as_near_as_autocast(model, graphs, dtype):
+def test_16_bits_are_as_accurate_as_autocast(model, graphs, dtype):
     call, x = ready(model, images(), dtype=dtype), images()
     y = call(x)
     with torch.no_grad():
@@ -246,6 +246,6 @@ def test_errors(model):
     with pytest.raises(ValueError, match="must be in eval mode"):
         fr.inference(model.train(), x)
     call = fr.inference(model.eval(), x)
-    with pytest.raises(RuntimeError, match="x is on meta, the model was made ready on cpu"):
+    with pytest.raises(RuntimeError, match="x is on meta, the model was prepared on cpu"):
         call(x.to("meta"))
     assert function is fr.inference

@@ -1,5 +1,5 @@
-"""`fr.training_step`: one callable for a step of training, by CUDA graph on a GPU; without one a
-recording is played (recorded_steps.py)."""
+"""`fr.training_step`: one callable for a training step, with CUDA graphs on a GPU; without a GPU
+they are simulated (recorded_steps.py)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.graphs.recorded_steps import DEVICE, LOG, module
 from tests.models.model_helpers import randomise
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-BIG = 1.5 * 2.0**127  # a scale that overflows
+BIG = 1.5 * 2.0**127  # a loss scale that overflows
 loss_of = nn.functional.cross_entropy
 
 
@@ -26,10 +26,10 @@ def model():
 
 
 def batches(count, n=4, size=16, seed=0):
-    found = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(n, 3, size, size, generator=found).to(DEVICE),
-         torch.randint(10, (n,), generator=found).to(DEVICE))
+        (torch.randn(n, 3, size, size, generator=generator).to(DEVICE),
+         torch.randint(10, (n,), generator=generator).to(DEVICE))
         for _ in range(count)
     ]  # fmt: skip
 
@@ -49,7 +49,7 @@ def schedule_of(optimizer):
 
 
 def hand_written(model, optimizer, data, dtype=None, max_norm=None):
-    """The loop that every user writes."""
+    """A hand-written training loop."""
     schedule, losses = schedule_of(optimizer), []
     for x, target in data:
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def stepped(model, optimizer, data, **options):
 
 
 def same(a, b):
-    """Bit by bit on the CPU; a GPU adds up in whichever order."""
+    """Bitwise equal on the CPU; a GPU's order of summation varies."""
     for x, y in zip(a, b, strict=True):
         if DEVICE == "cpu":
             assert torch.equal(x, y)
@@ -83,7 +83,7 @@ def same(a, b):
 
 
 def compare(model, kind, data, hand=None, **options):
-    """Losses, weights, statistics and the optimizer's state, against the hand-written loop's."""
+    """Compares losses, weights, statistics and optimizer state with the hand-written loop's."""
     other = copy.deepcopy(model)
     mine, theirs = (OPTIMIZERS[kind](m.parameters()) for m in (model, other))
     want = hand_written(other, theirs, data, **(hand or {}))
@@ -98,13 +98,13 @@ def compare(model, kind, data, hand=None, **options):
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_as_it_is_it_is_the_loop(model, kind):
+def test_eager_steps_equal_the_loop(model, kind):
     step = compare(model, kind, batches(3), cuda_graph=False)
     assert step.reason == "cuda_graph is False" and not step.cuda_graph
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_replayed_it_is_the_loop(model, graphs, kind):
+def test_replayed_steps_equal_the_loop(model, graphs, kind):
     step = compare(model, kind, batches(8))
     assert graphs == [(4, 3, 16, 16)] and step.reason is None and step.cuda_graph
     assert model.bn1.num_batches_tracked == 8
@@ -116,8 +116,8 @@ def test_under_autocast_and_clipped(model, graphs):
     assert step.gradient_norm is not None and float(step.gradient_norm) > 0.5
 
 
-def test_an_autocast_around_it_counts(model, graphs):
-    """And its cache of casts does not: weights would be those of the first step."""
+def test_surrounding_autocast_is_used(model, graphs):
+    """Its cache of casts is not: the weights would be those of the first step."""
     other = copy.deepcopy(model)
     data, kind = batches(6), OPTIMIZERS["sgd"]
     want = hand_written(other, kind(other.parameters()), data, torch.bfloat16)
@@ -125,23 +125,23 @@ def test_an_autocast_around_it_counts(model, graphs):
         losses, step = stepped(model, kind(model.parameters()), data)
         assert len(graphs) == 1
     same(losses, want)
-    for _ in range(4):  # without it there is another graph
+    for _ in range(4):  # without autocast another graph is captured
         step(*data[0])
     assert len(graphs) == 2
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the order that a fake is told in")
-def test_the_order_of_recording(model, graphs):
+@pytest.mark.skipif(DEVICE == "cuda", reason="the log of simulated graphs")
+def test_order_of_capture_and_replay(model, graphs):
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
     LOG.clear()
     x, target = batches(1)[0]
     for _ in range(3):
         step(x, target)
-    as_it_is = [
+    eager = [
         "main waits for the last turn", "side waits for main", "step on side",
         "main waits for side", "main ends its turn",
     ]  # fmt: skip
-    assert as_it_is * 3 == LOG
+    assert eager * 3 == LOG
     LOG.clear()
     step(x, target)
     replayed = ["main waits for the last turn", "replay", "main ends its turn"]
@@ -154,7 +154,7 @@ def test_the_order_of_recording(model, graphs):
     assert replayed == LOG
 
 
-def test_learning_rates_stay_the_users(model, graphs):
+def test_param_groups_keep_the_users_learning_rates(model, graphs):
     optimizer = OPTIMIZERS["momentum"](model.parameters())
     step = fr.training_step(model, loss_of, optimizer)
     for x, target in batches(5):
@@ -174,7 +174,7 @@ def test_learning_rates_stay_the_users(model, graphs):
     assert torch.equal(model.fc.weight, before) and len(graphs) == 1
 
 
-def test_shapes_have_graphs_of_their_own(model, graphs):
+def test_one_graph_per_shape(model, graphs):
     one, other = batches(10), batches(10, n=2)
     data = [pair for both in zip(one, other, strict=True) for pair in both]
     compare(model, "momentum", data)
@@ -205,13 +205,13 @@ CHANGES = {
     "mode": lambda o, m: m.layer1.eval(),
     "momentum": lambda o, m: setattr(m.bn1, "momentum", 0.5),
     "surgery": lambda o, m: setattr(m, "relu", nn.ReLU()),
-    "a group more": lambda o, m: o.add_param_group({"params": [torch.zeros(
+    "an added group": lambda o, m: o.add_param_group({"params": [torch.zeros(
         1, device=DEVICE, requires_grad=True)]}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_is_recorded_anew(model, graphs, change):
+def test_changes_are_captured_again(model, graphs, change):
     optimizer = OPTIMIZERS["momentum"](model.parameters())
     step = fr.training_step(model, loss_of, optimizer)
     data = batches(10)
@@ -221,7 +221,7 @@ def test_what_changes_is_recorded_anew(model, graphs, change):
     CHANGES[change](optimizer, model)
     other = copy.deepcopy(model)
     theirs = SGD(other.parameters(), lr=1.0, fused=True)
-    if change not in ("a group more", "replaced"):  # parameters that only one of them has
+    if change not in ("an added group", "replaced"):  # they add parameters to one model only
         theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         want = []
         for x, target in data[5:]:
@@ -238,8 +238,8 @@ def test_what_changes_is_recorded_anew(model, graphs, change):
     assert len(graphs) == 2
 
 
-def test_frozen_weights_that_change_in_place(model, graphs):
-    """What was made of them, before recording, would be read by the graph."""
+def test_frozen_weights_changed_in_place(model, graphs):
+    """The graph would read values derived from them before capture."""
     for part in (model.conv1, model.bn1):
         part.requires_grad_(False)
     model.bn1.eval()
@@ -255,8 +255,8 @@ def test_frozen_weights_that_change_in_place(model, graphs):
     assert len(graphs) == 2
 
 
-def test_what_steps_write_may_be_written(model, graphs):
-    """Weights restored in place, as by load_state_dict, are where the graph reads them."""
+def test_restored_weights_are_used(model, graphs):
+    """Trained weights may be restored in place, as by load_state_dict, without a new capture."""
     state = copy.deepcopy(model.state_dict())
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
     x, target = batches(1)[0]
@@ -266,9 +266,9 @@ def test_what_steps_write_may_be_written(model, graphs):
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("switched", [False, True], ids=["in eval all along", "train and eval"])
+@pytest.mark.parametrize("switched", [False, True], ids=["always in eval", "train and eval"])
 def test_evaluation_between_replays_sees_new_weights(model, graphs, switched):
-    """train() and eval() drop what inference packed; a step in eval, of frozen norms, does not."""
+    """train() and eval() drop packed weights; a step in eval mode, with frozen norms, does not."""
     model.train(switched)
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
     data = batches(9)
@@ -278,7 +278,7 @@ def test_evaluation_between_replays_sees_new_weights(model, graphs, switched):
         if switched:
             model.eval()
         with torch.no_grad():
-            for _ in range(2):  # packed weights are kept from the second call on
+            for _ in range(2):  # packed weights are cached from the second call
                 y = model(x)
             want = copy.deepcopy(model)(x)
         assert torch.equal(y, want)
@@ -288,7 +288,7 @@ def test_evaluation_between_replays_sees_new_weights(model, graphs, switched):
     assert len(graphs) == 1
 
 
-def test_gradients_are_the_steps_own(model, graphs):
+def test_gradients_are_dropped_before_and_after_a_step(model, graphs):
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
     other = copy.deepcopy(model)
     data = batches(5)
@@ -304,12 +304,13 @@ def test_gradients_are_the_steps_own(model, graphs):
 
 def test_losses_are_new_memory(model, graphs):
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()), max_norm=1.0)
-    kept = [(step(x, t), step.gradient_norm) for x, t in batches(7)]
-    assert not any(loss.requires_grad for loss, _ in kept)
-    assert len({float(loss) for loss, _ in kept}) == len({float(norm) for _, norm in kept}) == 7
+    results = [(step(x, t), step.gradient_norm) for x, t in batches(7)]
+    assert not any(loss.requires_grad for loss, _ in results)
+    assert len({float(loss) for loss, _ in results}) == 7
+    assert len({float(norm) for _, norm in results}) == 7
 
 
-def test_nothing_else_is_drawn_on_the_host(graphs):
+def test_random_numbers_of_the_host_prevent_capture(graphs):
     net = fr.cifar_resnet(8, stochastic_depth=0.5).to(DEVICE).train()
     step = fr.training_step(net, loss_of, OPTIMIZERS["sgd"](net.parameters()))
     for x, target in batches(12):
@@ -349,7 +350,7 @@ def test_hooks_run(model, graphs, kind):
     assert len(seen) == 6 and step.reason is None
 
 
-def test_norms_without_a_momentum_are_not_recorded(model, graphs):
+def test_norms_without_a_momentum_prevent_capture(model, graphs):
     model.bn1.momentum = None
     step = compare(model, "sgd", batches(6))
     assert not graphs and "without a momentum" in step.reason
@@ -369,7 +370,7 @@ def test_a_dispatch_mode_sees_every_step(model, graphs):
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
 @pytest.mark.parametrize("bad_at", [0, 2, 6])
-def test_steps_of_no_finite_number_are_left_out(model, graphs, kind, bad_at):
+def test_nonfinite_steps_are_skipped(model, graphs, kind, bad_at):
     data = batches(8)
     other = copy.deepcopy(model)
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -397,13 +398,13 @@ def test_steps_of_no_finite_number_are_left_out(model, graphs, kind, bad_at):
 
 @pytest.mark.parametrize("kind", ["momentum", "adamw"])
 def test_a_scaler(model, graphs, kind):
-    """Its first scales overflow; it falls, steps are left out, and then it is as without."""
+    """The first scales overflow: steps are skipped and the scale decreases, as in a plain loop."""
     data = batches(9)
     other = copy.deepcopy(model)
     scales = []
 
     def loss(y, target):
-        return 4 * (loss_of(y, target) / 4)  # whose gradient overflows
+        return 4 * (loss_of(y, target) / 4)  # its gradient overflows
 
     for m, by_hand in ((model, False), (other, True)):
         optimizer = OPTIMIZERS[kind](m.parameters())
@@ -438,7 +439,7 @@ def test_a_schedule_of_momentum_is_never_replayed(model, graphs):
     assert not graphs
 
 
-def test_what_cannot_be_recorded_is_said(model, graphs, monkeypatch):
+def test_failed_capture_raises(model, graphs, monkeypatch):
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
     x, target = batches(1)[0]
     for _ in range(3):
@@ -449,7 +450,7 @@ def test_what_cannot_be_recorded_is_said(model, graphs, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(module.TrainingStep, "_update", refuse)
-        with pytest.raises(RuntimeError, match="cannot be recorded in a CUDA graph"):
+        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
             step(x, target)
     assert all(p.grad is None for p in model.parameters())
     assert type(step.optimizer.param_groups[0]["lr"]) is float
@@ -458,7 +459,7 @@ def test_what_cannot_be_recorded_is_said(model, graphs, monkeypatch):
     assert len(graphs) == 2
 
 
-def test_refusals(model, graphs):
+def test_unsupported_optimizers(model, graphs):
     params = list(model.parameters())
 
     def refused(optimizer, match, **options):
@@ -492,7 +493,7 @@ def test_errors(model):
 @needs_gpu
 @pytest.mark.gpu
 def test_inputs_from_the_host(model):
-    """Pinned or not, and on any stream."""
+    """Pinned or pageable, on any stream."""
     other, data = copy.deepcopy(model), batches(8)
     want = hand_written(other, OPTIMIZERS["sgd"](other.parameters()), data)
     step = fr.training_step(model, loss_of, OPTIMIZERS["sgd"](model.parameters()))
@@ -510,7 +511,7 @@ def test_inputs_from_the_host(model):
 
 @needs_gpu
 @pytest.mark.gpu
-def test_dropout_draws_anew(graphs):
+def test_dropout_draws_new_masks(graphs):
     net = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 10)).to(DEVICE)
     step = fr.training_step(net, loss_of, SGD(net.parameters(), lr=0.0, fused=True))
     x, target = torch.randn(8, 64, device=DEVICE), torch.zeros(8, dtype=torch.int64, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Who computes: preference, forcing, and what a missing backend says."""
+"""The choice of a backend: preference, forcing, and messages about unavailable backends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fused_resnet.kernels import native, registry
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: all ran on the CPU alone"
+    not torch.cuda.is_available(), reason="no CUDA device: all tests ran on the CPU"
 )
-def test_there_is_a_gpu():
+def test_gpu_is_available():
     assert fr.add_relu(torch.ones(1, 1, 1, 1, device="cuda"), torch.ones(1, 1, 1, 1, device="cuda"))
 
 
@@ -30,7 +30,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_forcing_nests_and_is_undone_after_errors():
+def test_forcing_nests_and_is_reverted_after_errors():
     assert registry.forced() is None
     with fr.use_backend("reference"):
         assert registry.choose("add_relu", "cpu") == "reference"
@@ -40,7 +40,7 @@ def test_forcing_nests_and_is_undone_after_errors():
     assert registry.forced() is None
 
 
-def test_forcing_belongs_to_its_thread():
+def test_forcing_is_local_to_the_thread():
     seen = []
     with fr.use_backend("reference"):
         thread = threading.Thread(target=lambda: seen.append(registry.forced()))
@@ -49,7 +49,7 @@ def test_forcing_belongs_to_its_thread():
     assert seen == [None]
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_raise():
     words = "one of native, triton, vendor, reference(, emulated)?, got 'cudnn'"
     with pytest.raises(ValueError, match=words), fr.use_backend("cudnn"):
         pass
@@ -68,8 +68,8 @@ def test_the_environment_forces_a_backend():
     assert run.stdout.split() == ["reference", "2.0"], run.stderr
 
 
-@pytest.mark.filterwarnings("error")  # a table says what is missing in its cells
-def test_every_op_has_one_server_on_every_device():
+@pytest.mark.filterwarnings("error")  # the table reports missing backends in its cells
+def test_every_op_has_one_provider_on_every_device():
     for device in ("cpu", "cuda", "mps"):
         rows = registry.table(device)
         for op in registry.OPS:
@@ -92,7 +92,7 @@ from fused_resnet.kernels import native, registry
 """
 
 
-def test_without_the_extension_everything_is_right_and_one_line_says_why():
+def test_without_the_extension_results_match_with_one_warning():
     code = WITHOUT_EXTENSION + """
 assert "pip install --no-build-isolation" in native.load()
 x = torch.randn(2, 8, 6, 6)
@@ -108,7 +108,7 @@ with torch.no_grad():
         torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-4)
     try:
         with fr.use_backend("native"):
-            raise SystemExit("native was not there and nobody said so")
+            raise SystemExit("native is unavailable, but use_backend did not raise")
     except RuntimeError as error:
         assert "not available" in str(error) and "pip install" in str(error)
 model.train()(x).sum().backward()
@@ -121,7 +121,7 @@ print(registry.choose("conv_bn_relu", "cpu"))
     assert run.stdout.strip() == "vendor"
 
 
-def test_import_is_light_and_leaves_cuda_alone():
+def test_import_is_light_and_does_not_initialise_cuda():
     code = (
         "import sys, torch, fused_resnet\n"
         "heavy = {'torchvision', 'rich', 'typer', 'matplotlib', 'PIL', 'skimage', 'triton'}\n"
@@ -133,16 +133,16 @@ def test_import_is_light_and_leaves_cuda_alone():
     assert run.stdout.strip() == f"{already} False", run.stdout + run.stderr
 
 
-def test_messages_are_said_once():
-    registry._say_once.cache_clear()
+def test_warnings_are_given_once():
+    registry._warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            registry._say_once("fused_resnet: a message")
+            registry._warn_once("fused_resnet: a message")
     assert [str(w.message) for w in caught] == ["fused_resnet: a message"]
 
 
-def test_info_names_what_is_there():
+def test_info():
     info = fr.info()
     text = str(info)
     assert torch.__version__ in text

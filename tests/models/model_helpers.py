@@ -1,4 +1,4 @@
-"""Small networks for the model tests, torchvision's and ours with the same real-looking state."""
+"""Small networks for the model tests: torchvision's and ours with the same state."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ KINDS = {
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:
-    """Statistics and affine parameters that a trained network might have: fresh ones hide a wrong
-    eps, a missing mean and rounded statistics."""
+    """Statistics and affine parameters like a trained network's: initial ones hide a wrong eps, a
+    missing mean and rounded statistics."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
@@ -40,7 +40,7 @@ def randomise(model: nn.Module, seed: int = 0) -> Any:
 
 
 def pair(kind: str = "basic", **options: Any) -> tuple[Any, Any]:
-    """torchvision's network and ours, of the same state, in eval mode."""
+    """torchvision's network and ours with the same state, in eval mode."""
     block, layers, more = KINDS[kind]
     options = {"num_classes": 10, **more, **options}
     torch.manual_seed(0)
@@ -55,19 +55,19 @@ def images(count: int = 2, size: int = 64, seed: int = 1) -> Tensor:
 
 
 def agree(got: Tensor, want: Tensor, tolerance: float = 2e-4) -> None:
-    """Equal up to float32 rounding through a few layers: 1e-5 of the largest value was measured."""
+    """Equal up to float32 rounding of a few layers; measured: 1e-5 of the largest value."""
     assert got.shape == want.shape and got.dtype == want.dtype
-    number = want.isfinite()
+    finite = want.isfinite()
     assert torch.equal(got.isnan(), want.isnan())
-    assert torch.equal(got[~number & ~want.isnan()], want[~number & ~want.isnan()])
-    scale = want[number].abs().max().item() if number.any() else 1.0
+    assert torch.equal(got[~finite & ~want.isnan()], want[~finite & ~want.isnan()])
+    scale = want[finite].abs().max().item() if finite.any() else 1.0
     assert (
-        (got[number] - want[number]).abs().max().item() <= tolerance * scale if number.any() else 1
+        (got[finite] - want[finite]).abs().max().item() <= tolerance * scale if finite.any() else 1
     )
 
 
 def same_outputs(stock: nn.Module, mine: nn.Module, x: Tensor) -> Tensor:
-    """Both, without gradients: equal up to rounding, and x as it was. Returns ours."""
+    """Outputs of both without gradients: equal up to rounding, x unmodified. Returns ours."""
     before = x.clone()
     with torch.no_grad():
         want, got = stock(x), mine(x)
@@ -79,10 +79,9 @@ def same_outputs(stock: nn.Module, mine: nn.Module, x: Tensor) -> Tensor:
 def same_step(stock: nn.Module, mine: nn.Module, x: Tensor) -> None:
     """One forward and backward of both: outputs, gradients and buffers.
 
-    Where a ReLU's input is a rounding away from zero, one order of summation lets its gradient
-    through and another does not: stock's own two memory layouts differ by up to 0.05 of a
-    gradient's largest value for that reason. 0.05 and, for the median, 0.011 of a gradient's norm
-    were measured between stock and ours.
+    Where a ReLU's input is within rounding of zero, its mask depends on the order of summation:
+    stock's two memory layouts differ by up to 0.05 of a gradient's largest value for that reason.
+    Measured between stock and ours: at most 0.05 of a gradient's norm, 0.011 for the median.
     """
     outputs, errors = [], []
     for model in (stock, mine):
@@ -92,7 +91,7 @@ def same_step(stock: nn.Module, mine: nn.Module, x: Tensor) -> None:
         if y.requires_grad:
             (y * torch.arange(1.0, y.numel() + 1).view_as(y) / y.numel()).sum().backward()
     agree(outputs[1], outputs[0])
-    # A bias before batch norm has a gradient of nothing but rounding.
+    # The gradient of a bias before batch norm is rounding error only.
     norms = [p.grad.norm().item() for p in stock.parameters() if p.grad is not None]
     floor = 1e-3 * max(norms, default=0.0)
     for (name, p), (other, q) in zip(

@@ -1,4 +1,4 @@
-"""Networks for small images: the papers' sizes and formulas, every kind of block and shortcut, and
+"""Networks for CIFAR: the papers' sizes and formulas, every kind of block and shortcut, and
 stochastic depth."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = list(
 
 
 def make(block: str = "basic", shortcut: str = "identity", depth: int = 20, **options: Any) -> Any:
-    """A network with affine parameters and statistics that a trained one might have."""
+    """A network with affine parameters and statistics like a trained one's."""
     torch.manual_seed(0)
     model = fr.cifar_resnet(depth, 10, shortcut, block, **options)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def images(N: int = 2, size: int = 16) -> Tensor:
 
 
 def by_the_papers(model: Any, x: Tensor, block: str, shortcut: str) -> Tensor:
-    """The network by its formula, in eval or training, from its parameters alone."""
+    """The network's formula, in eval or training mode, from its parameters only."""
 
     def norm(bn: nn.BatchNorm2d, h: Tensor) -> Tensor:
         if model.training:
@@ -73,7 +73,7 @@ def by_the_papers(model: Any, x: Tensor, block: str, shortcut: str) -> Tensor:
             stride = 2 if i > 0 and j == 0 else 1
             changes = j == 0 and (i > 0 or bottleneck)
             h = norm(b.bn1, x).relu() if preact else conv(b.conv1, x, stride)
-            # He et al. 2016, appendix: the first activation of all is shared.
+            # He et al. 2016, appendix: the network's first activation is shared.
             shared = preact and ((i == j == 0) or (changes and shortcut == "projection"))
             start = h if shared else x
             if bottleneck:
@@ -127,7 +127,7 @@ def test_the_papers_formula(block, shortcut, train):
     ],
 )  # fmt: skip
 def test_parameters_as_in_the_papers(depth, block, millions):
-    """He et al. 2015, table 6; He et al. 2016, table 4, which has 10.2 for 1001 layers: 10.29."""
+    """He et al. 2015, table 6; He et al. 2016, table 4 (10.2 for 1001 layers, computed 10.29)."""
     with torch.device("meta"):
         model = fr.cifar_resnet(depth, block=block)
     count = sum(p.numel() for p in model.parameters()) / 1e6
@@ -152,7 +152,7 @@ def test_a_block_starts_as_its_shortcut(block):
         if block == "basic":
             for stage in model.stages():
                 for b in stage:
-                    b.bn2.weight.zero_()  # `make` has drawn it anew
+                    b.bn2.weight.zero_()  # overwritten by `make`
         x = torch.rand(2, 16 if block != "preact_bottleneck" else 64, 8, 8)
         assert torch.equal(model.layer1[1](x), x)
 
@@ -172,8 +172,8 @@ def test_a_block_starts_as_its_shortcut(block):
         ({"depth": 20, "shortcut": "none", "stochastic_depth": 0.5}, "needs a shortcut"),
     ],
 )  # fmt: skip
-def test_what_there_is_not(arguments, message):
-    if arguments["depth"] == 110:  # which 9n + 2 is too
+def test_invalid_arguments(arguments, message):
+    if arguments["depth"] == 110:  # 110 = 9n + 2 is valid
         assert len(fr.cifar_resnet(**arguments).layer1) == 12
         return
     with pytest.raises(ValueError, match=message):
@@ -199,8 +199,8 @@ def test_blocks_of_the_other_network(cls, block, allowed):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("block", "shortcut"), KINDS)
 def test_scripted(block, shortcut, training, tmp_path):
-    """torch.jit.script computes what the modules do one by one, running statistics too, and what it
-    saves can be loaded."""
+    """torch.jit.script gives the modules' outputs and running statistics, also after saving and
+    loading."""
     model = make(block, shortcut).train(training)
     x = images()
     torch.jit.script(copy.deepcopy(model)).save(tmp_path / "model.pt")
@@ -213,47 +213,47 @@ def test_scripted(block, shortcut, training, tmp_path):
 
 
 def test_scripted_stochastic_depth():
-    """It is refused in training, where a scripted block would always take part."""
+    """It raises in training mode, where a scripted block would never be dropped."""
     model = fr.cifar_resnet(8, stochastic_depth=0.5).eval()
     x = images()
     scripted = torch.jit.script(model)
     torch.testing.assert_close(scripted(x), model(x), rtol=1e-4, atol=1e-4)
-    with pytest.raises(torch.jit.Error, match="stochastic_depth is not scripted"):
+    with pytest.raises(torch.jit.Error, match="stochastic_depth is not supported"):
         scripted.train()(x)
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("block", "shortcut"), KINDS)
-def test_every_level_keeps_less_and_gives_the_same(block, shortcut, dtype):
+def test_levels_save_less_and_are_bitwise_equal(block, shortcut, dtype):
     model, x = make(block, shortcut, depth=29 if block[-1] == "k" else 20).train(), images(2, 8)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for level in activation_memory.LEVELS:
         fr.set_activation_memory(model, level)
         one = copy.deepcopy(model)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            kept = saved_bytes(Step(lambda one=one: one(x).float().sum(), one))
+            saved = saved_bytes(Step(lambda one=one: one(x).float().sum(), one))
             one = copy.deepcopy(model)
             one(x).float().square().mean().backward()
-        found[level] = (kept, [p.grad for p in one.parameters()], list(one.buffers()))
-    sizes = [found[level][0] for level in ("full", "low", "minimal")]
+        results[level] = (saved, [p.grad for p in one.parameters()], list(one.buffers()))
+    sizes = [results[level][0] for level in ("full", "low", "minimal")]
     assert sizes[0] > sizes[1] > sizes[2]
     for level in activation_memory.LEVELS[1:]:
         for i in (1, 2):
-            assert all(map(torch.equal, found["full"][i], found[level][i])), level
+            assert all(map(torch.equal, results["full"][i], results[level][i])), level
 
 
 # --- stochastic depth -----------------------------------------------------------------------------
 
 
-def test_survival_falls_linearly():
+def test_survival_decreases_linearly():
     model = make(stochastic_depth=0.5)
-    found = [b.survival for stage in model.stages() for b in stage]
-    assert found == pytest.approx([1 - 0.5 * (i + 1) / 9 for i in range(9)])
+    survival = [b.survival for stage in model.stages() for b in stage]
+    assert survival == pytest.approx([1 - 0.5 * (i + 1) / 9 for i in range(9)])
 
 
-def draws(monkeypatch: pytest.MonkeyPatch, dropped: set[int]) -> None:
-    """Of the next networks' blocks, leaves out these."""
+def drop(monkeypatch: pytest.MonkeyPatch, dropped: set[int]) -> None:
+    """Makes the following forwards drop the blocks of these indices."""
     monkeypatch.setattr(
         "fused_resnet.models.cifar.torch.rand",
         lambda n: torch.tensor([1.0 if i in dropped else 0.0 for i in range(n)]),
@@ -262,22 +262,22 @@ def draws(monkeypatch: pytest.MonkeyPatch, dropped: set[int]) -> None:
 
 @pytest.mark.parametrize("level", ["full", "minimal"])
 @pytest.mark.parametrize(("block", "shortcut"), [k for k in KINDS if k[1] != "none"])
-def test_a_block_left_out_costs_nothing(block, shortcut, level, monkeypatch):
-    """Neither computed nor kept nor taught; the others as if their last layer had been scaled."""
+def test_a_dropped_block_costs_nothing(block, shortcut, level, monkeypatch):
+    """It is not computed, saves nothing and gets no gradient; the other branches are scaled."""
     model = make(block, shortcut, stochastic_depth=0.5).train()
     fr.set_activation_memory(model, level)
     count = sum(map(len, model.stages()))
     dropped = {1, count // 3, count - 1}  # the second changes the shape
-    draws(monkeypatch, dropped)
+    drop(monkeypatch, dropped)
     x = images()
-    mine, theirs = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    mine, stock = copy.deepcopy(model).double(), copy.deepcopy(model).double()
     y = mine(lifted(x))
     y.square().mean().backward()
-    every = [b for stage in theirs.stages() for b in stage]
+    blocks = [b for stage in stock.stages() for b in stage]
     with fr.use_backend("reference"):
-        h = theirs.conv1(lifted(x))
-        h = theirs.relu(theirs.bn1(h)) if block == "basic" else h
-        for i, b in enumerate(every):
+        h = stock.conv1(lifted(x))
+        h = stock.relu(stock.bn1(h)) if block == "basic" else h
+        for i, b in enumerate(blocks):
             if i in dropped:
                 h = b.skip(h)
                 continue
@@ -287,25 +287,25 @@ def test_a_block_left_out_costs_nothing(block, shortcut, level, monkeypatch):
             name = next(n for n, m in b.named_children() if m is last)
             state = {f"{name}.{n}": p for n, p in scaled.items()}
             h = torch.func.functional_call(b, state, h)
-        h = h if block == "basic" else theirs.relu(theirs.bn(h))
-        want = theirs.fc(h.mean((2, 3)))
+        h = h if block == "basic" else stock.relu(stock.bn(h))
+        want = stock.fc(h.mean((2, 3)))
     want.square().mean().backward()
     torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9)
-    for (name, p), (_, q) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+    for (name, p), (_, q) in zip(mine.named_parameters(), stock.named_parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-7, atol=1e-10)
-    for p, q in zip(mine.buffers(), theirs.buffers(), strict=True):
+    for p, q in zip(mine.buffers(), stock.buffers(), strict=True):
         torch.testing.assert_close(p, q)
     if level == "full":
-        draws(monkeypatch, set(range(count)))
+        drop(monkeypatch, set(range(count)))
         few = saved_bytes(Step(lambda: model(x).sum(), model))
-        draws(monkeypatch, set(range(count)) - {2})
+        drop(monkeypatch, set(range(count)) - {2})
         one = saved_bytes(Step(lambda: model(x).sum(), model))
         assert few < one
 
 
-def test_inference_leaves_nothing_out():
+def test_inference_drops_no_block():
     model, plain = make(stochastic_depth=0.9).eval(), make().eval()
     with torch.no_grad():
         assert torch.equal(model(images()), plain(images()))
@@ -315,8 +315,8 @@ def test_inference_leaves_nothing_out():
 
 
 @pytest.mark.parametrize("block", ["basic", "preact"])
-def test_a_change_is_seen(block):
-    """No stale plan: weights, statistics, the shortcut's own stride, modes."""
+def test_changes_take_effect(block):
+    """No stale plan: weights, statistics, the shortcut's stride, modes."""
     model, x = make(block).eval(), images()
     edits: list[Any] = [
         lambda: model.layer2[1].conv1.weight.mul_(1.5),

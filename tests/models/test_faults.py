@@ -1,4 +1,4 @@
-"""When things go wrong: ours gives what torchvision's gives, value or error."""
+"""Unusual and invalid inputs: ours returns the value or raises the error of torchvision's."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def nothing(model):
     return None
 
 
-# name -> what is done to the model, the input, and words that the error must hold (None: a value)
+# name -> edit of the model, input, part of the error message (None: a value or any message)
 CASES = {
     "no images": (nothing, torch.zeros(0, 3, 64, 64), None),
     "no images in training": (_train_with(), torch.zeros(0, 3, 64, 64), None),
@@ -61,7 +61,7 @@ CASES = {
     "channels": (nothing, torch.zeros(2, 4, 64, 64), "3 channels, but got 4 channels"),
     "height 0": (nothing, torch.zeros(2, 3, 0, 64), ""),
     "one pixel": (nothing, images(2, 1), None),
-    "one pixel, strides left": (nothing, images(2, 8)[:, :, :1, :1], None),
+    "one pixel, strided": (nothing, images(2, 8)[:, :, :1, :1], None),
     "a long strip": (nothing, torch.randn(1, 3, 9, 700), None),
     "uint8": (nothing, torch.zeros(2, 3, 64, 64, dtype=torch.uint8), ""),
     "float16 input, float32 weights": (nothing, images().half(), ""),
@@ -82,8 +82,8 @@ CASES = {
     ),
     "momentum=None": (_train_with(momentum=None), images(), None),
     "momentum = 1": (_train_with(momentum=1.0), images(), None),
-    "a scale beyond float32": (lambda m: m.layer1[0].bn1.weight.data.mul_(1e38), images(), None),
-    "weights of NaN": (lambda m: m.layer1[0].conv2.weight.data[3].fill_(NAN), images(), None),
+    "scale beyond float32": (lambda m: m.layer1[0].bn1.weight.data.mul_(1e38), images(), None),
+    "NaN in the weights": (lambda m: m.layer1[0].conv2.weight.data[3].fill_(NAN), images(), None),
 }  # fmt: skip
 
 
@@ -117,14 +117,14 @@ def test_special_values_in_one_image(kind, value, training):
     with torch.no_grad():
         want, got = stock(x), mine(x)
     if training and value == 1e38:
-        # Squares beyond float32: stock's variance is inf there, ours is added up in float64.
+        # Squares overflow float32: stock's variance is inf, ours is summed in float64.
         assert got[want.isfinite()].isfinite().all()
         return
     agree(got, want)
     for (key, a), (_, b) in zip(stock.named_buffers(), mine.named_buffers(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-5, equal_nan=True, msg=key)
     if not training:
-        same_outputs(stock, mine, images(3))  # nothing of it stays behind
+        same_outputs(stock, mine, images(3))  # no effect on the next batch
 
 
 def test_outputs_may_be_edited_and_inputs_are_not():
@@ -132,9 +132,9 @@ def test_outputs_may_be_edited_and_inputs_are_not():
     x = images().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         first = mine(x)
-        kept = first.clone()
+        expected = first.clone()
         first.add_(1)
-        assert torch.equal(mine(x), kept)
+        assert torch.equal(mine(x), expected)
         block_in = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
         before = block_in.clone()
         y = mine.layer1[0](block_in)
@@ -142,16 +142,16 @@ def test_outputs_may_be_edited_and_inputs_are_not():
         assert torch.equal(block_in, before) and mine.layer1[0](block_in).abs().sum() > 0
     stock, mine = pair("basic")
     errors = []
-    # channels_last: another layout's output is a copy, of which backward needs nothing.
+    # channels_last: in another layout the output is a copy, which backward does not read.
     for model in (stock.train(), mine.train()):
         x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
         y = model.layer1[0](x.requires_grad_())
         y.mul_(2)
-        errors.append(_caught(lambda y=y: y.sum().backward()))
+        errors.append(_error_of(lambda y=y: y.sum().backward()))
     assert type(errors[0]) is type(errors[1]) is RuntimeError
 
 
-def _caught(call):
+def _error_of(call):
     try:
         call()
     except Exception as error:
@@ -176,7 +176,7 @@ def test_double_backward(training):
         (g,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
         (gg,) = torch.autograd.grad(g.sum(), x)
         gradients.append(gg)
-    # float32: 0.014 of the norm was measured (ReLUs a rounding away from zero)
+    # float32, measured: 0.014 of the norm (ReLU inputs within rounding of zero).
     assert (gradients[1] - gradients[0]).norm() <= 0.1 * gradients[0].norm()
 
 
@@ -194,12 +194,12 @@ def test_bitwise_repeatable():
         mine.train().zero_grad()
         mine(x).square().sum().backward()
         runs.append([p.grad.clone() for p in mine.parameters()])
-    for again in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(again, runs[0], strict=True))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 
 
-def test_a_batch_is_its_images():
-    """Packing and tiling must not let one image reach another."""
+def test_images_of_a_batch_are_independent():
+    """Packing and tiling must not mix images."""
     _, mine = pair("bottleneck")
     x = images(5)
     with torch.no_grad():
@@ -217,14 +217,17 @@ def test_eight_threads_with_two_models():
             return item[0](item[1])
 
     serial = [run(item) for item in work]
-    fresh = [pair("basic")[1], pair("bottleneck")[1]]  # plans are made by eight threads at once
+    fresh = [
+        pair("basic")[1],
+        pair("bottleneck")[1],
+    ]  # plans are built by eight threads concurrently
     work = [(fresh[i % 2], x) for i, (_, x) in enumerate(work)]
     with ThreadPoolExecutor(8) as pool:
         for got, want in zip(pool.map(run, work * 2), serial * 2, strict=True):
             agree(got, want, 1e-5)
 
 
-def test_an_error_in_the_middle_leaves_nothing_behind(monkeypatch):
+def test_an_error_inside_forward_leaves_no_state(monkeypatch):
     stock, mine = pair("basic")
     x = images()
     for training in (False, True):

@@ -1,4 +1,4 @@
-"""Whole models by the kernels of GPUs: on a GPU, and in the emulator where there is none."""
+"""Whole models on the CUDA kernels: on a GPU, or in the emulator without one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.kernels import cache, tuning
-from fused_resnet.kernels.cuda import convolution as gpu_conv
-from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+from fused_resnet.kernels.cuda import convolution, implicit_gemm
 from fused_resnet.ops import reference
 from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.emulator import emulation
@@ -38,83 +37,83 @@ def images(count: int = 2, size: int = 64) -> Tensor:
     return torch.randn(count, 3, size, size, device=DEVICE)
 
 
-def within_the_rule(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+def check_tolerance(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
     """The fused model's error against float64 is at most twice stock's, plus a small floor."""
     with torch.no_grad():
         exact = copy.deepcopy(model).cpu().double()(x.cpu().double())
         with fr.use_backend("reference"):
             stock = model(x)
-        kept = x.clone()
+        before = x.clone()
         with fr.use_backend(BACKEND):
             y = model(x)
-    assert torch.equal(x, kept) and y.dtype == stock.dtype
+    assert torch.equal(x, before) and y.dtype == stock.dtype
     error, theirs = measure_error(y, exact), measure_error(stock, exact)
     assert error.max_abs <= TOLERANCE.allowed_max(theirs, dtype), (error, theirs)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_are_as_near_as_stock(kind, dtype):
+def test_models_are_as_accurate_as_stock(kind, dtype):
     _, model = pair(kind)
-    within_the_rule(model.to(DEVICE, dtype), images().to(dtype), dtype)
+    check_tolerance(model.to(DEVICE, dtype), images().to(dtype), dtype)
 
 
 @pytest.mark.parametrize("size", [33, 50, 96])
 def test_odd_sizes(size):
     _, model = pair("bottleneck")
     x = images(1, size).to(torch.bfloat16)
-    within_the_rule(model.to(DEVICE, torch.bfloat16), x, torch.bfloat16)
+    check_tolerance(model.to(DEVICE, torch.bfloat16), x, torch.bfloat16)
 
 
 def count(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How often each of the CUDA convolutions was run."""
-    found = {"gemm": 0, "stem": 0, "stem and pool": 0, "reference": 0}
-    run_conv, run_stem = cuda_conv.run_conv, cuda_conv.run_stem
+    """The number of calls of each convolution kernel."""
+    calls = {"gemm": 0, "stem": 0, "stem and pool": 0, "reference": 0}
+    run_conv, run_stem = implicit_gemm.run_conv, implicit_gemm.run_stem
     by_reference = reference.conv_bn_relu
 
     def counted(name, function):
         def call(*arguments):
-            found[name] += 1
+            calls[name] += 1
             return function(*arguments)
 
         return call
 
     def stem(conv, x, pool):
-        found["stem and pool" if pool else "stem"] += 1
+        calls["stem and pool" if pool else "stem"] += 1
         return run_stem(conv, x, pool)
 
-    monkeypatch.setattr(cuda_conv, "run_conv", counted("gemm", run_conv))
-    monkeypatch.setattr(cuda_conv, "run_stem", stem)
+    monkeypatch.setattr(implicit_gemm, "run_conv", counted("gemm", run_conv))
+    monkeypatch.setattr(implicit_gemm, "run_stem", stem)
     monkeypatch.setattr(reference, "conv_bn_relu", counted("reference", by_reference))
     with torch.no_grad(), fr.use_backend(BACKEND):
         run()
-    return found
+    return calls
 
 
-def test_every_convolution_is_ours(monkeypatch):
+def test_every_convolution_uses_the_cuda_kernels(monkeypatch):
     model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     x = images(1).to(torch.bfloat16)
-    found = count(lambda: model(x), monkeypatch)
-    assert found == {"gemm": 19, "stem": 0, "stem and pool": 1, "reference": 0}
+    calls = count(lambda: model(x), monkeypatch)
+    assert calls == {"gemm": 19, "stem": 0, "stem and pool": 1, "reference": 0}
     with fr.use_backend(BACKEND):
         assert all(row.fused and row.path == "inference" for row in fr.explain(model))
 
 
-def test_another_pooling_behind_the_stem(monkeypatch):
+def test_another_pooling_after_the_stem(monkeypatch):
     model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     model.maxpool = nn.MaxPool2d(2)
     x = images(1).to(torch.bfloat16)
     assert count(lambda: model(x), monkeypatch)["stem"] == 1
-    within_the_rule(model, x, torch.bfloat16)
+    check_tolerance(model, x, torch.bfloat16)
 
 
-def test_a_stem_with_other_padding_is_not_the_stem(monkeypatch):
+def test_another_padding_does_not_use_the_stem_kernel(monkeypatch):
     model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     model.conv1 = nn.Conv2d(3, 64, 7, 2, 2, bias=False).to(DEVICE, torch.bfloat16)
     x = images(1).to(torch.bfloat16)
-    found = count(lambda: model(x), monkeypatch)
-    assert found["stem"] == found["stem and pool"] == 0 and found["gemm"] == 20
-    within_the_rule(model, x, torch.bfloat16)
+    calls = count(lambda: model(x), monkeypatch)
+    assert calls["stem"] == calls["stem and pool"] == 0 and calls["gemm"] == 20
+    check_tolerance(model, x, torch.bfloat16)
 
 
 def test_autocast(monkeypatch):
@@ -131,12 +130,12 @@ def test_autocast(monkeypatch):
     assert count(run, monkeypatch)["gemm"] == 13
 
 
-def test_what_the_kernels_do_not_cover_is_the_references(monkeypatch):
-    """Groups of 4 channels, and float32 where TF32 is not allowed."""
+def test_unsupported_convolutions_use_the_reference(monkeypatch):
+    """Groups of 4 channels."""
     model = randomise(fr.resnext50_32x4d(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     x = images(1, 32).to(torch.bfloat16)
-    found = count(lambda: model(x), monkeypatch)
-    assert found["reference"] == 3 and found["gemm"] == 49
+    calls = count(lambda: model(x), monkeypatch)
+    assert calls["reference"] == 3 and calls["gemm"] == 49
 
 
 CHANGES = {
@@ -148,7 +147,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_weights_never_go_stale(change):
+def test_changed_weights_are_used(change):
     model = pair("basic")[1].to(DEVICE, torch.bfloat16)
     x = images(1, 32).to(torch.bfloat16)
     with torch.no_grad(), fr.use_backend(BACKEND):
@@ -159,8 +158,8 @@ def test_weights_never_go_stale(change):
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
-def test_a_training_step_is_stocks():
-    """bn_add_relu by its CUDA kernels, forward and backward, in a whole network."""
+def test_a_training_step_matches_stock():
+    """The CUDA kernels of bn_add_relu, forward and backward, in a whole network."""
     stock, mine = pair("basic")
     stock, mine = stock.to(DEVICE).train(), mine.to(DEVICE).train()
     x = images(4, 32)
@@ -184,26 +183,26 @@ def test_inference_in_16_bits():
             assert torch.equal(y, model(x))
 
 
-@pytest.mark.parametrize("record", [False, True], ids=["a call", "a call that a graph records"])
-def test_what_is_kept_has_been_waited_for(record, monkeypatch):
-    """Weights laid out on one stream are there when another stream's call meets them, and none is
-    kept whose memory is a graph's."""
+@pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
+def test_packing_is_synchronised_before_caching(capturing, monkeypatch):
+    """Weights packed on one stream are complete before another stream uses them, and none is cached
+    whose memory belongs to a graph."""
     model = pair("basic")[1].to(DEVICE, torch.bfloat16)
-    x, asked, made = images(1, 32).to(torch.bfloat16), [], []
-    monkeypatch.setattr(cache, "capturing", lambda t: asked.append(t.shape) is None and record)
-    make = cuda_conv.pack_stem
-    monkeypatch.setattr(cuda_conv, "pack_stem", lambda w: made.append(1) or make(w))
+    x, checked, packed = images(1, 32).to(torch.bfloat16), [], []
+    monkeypatch.setattr(cache, "capturing", lambda t: checked.append(t.shape) is None and capturing)
+    pack = implicit_gemm.pack_stem
+    monkeypatch.setattr(implicit_gemm, "pack_stem", lambda w: packed.append(1) or pack(w))
     with torch.no_grad(), fr.use_backend(BACKEND):
         first = model(x)
         blocks = 1 + sum(len(getattr(model, f"layer{i}")) for i in (1, 2, 3, 4))
-        assert len(asked) > blocks  # every plan, and the stem's other form
-        asked.clear()
+        assert len(checked) > blocks  # every plan and the stem's other layout
+        checked.clear()
         assert torch.equal(model(x), first)
-    assert len(made) == (2 if record else 1) and bool(asked) == record
+    assert len(packed) == (2 if capturing else 1) and bool(checked) == capturing
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-def test_another_stream_finds_the_weights_laid_out():
+def test_another_stream_uses_complete_weights():
     x = images(1).to(torch.bfloat16)
     for _ in range(5):
         model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
@@ -219,22 +218,22 @@ def test_another_stream_finds_the_weights_laid_out():
         assert torch.equal(got, want)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has the architecture it has")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's architecture is fixed")
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_tiles_are_those_of_the_architecture(architecture, monkeypatch):
-    monkeypatch.setattr(gpu_conv, "capability", lambda device: divmod(architecture, 10))
+def test_tiles_of_the_architecture_are_used(architecture, monkeypatch):
+    monkeypatch.setattr(convolution, "capability", lambda device: divmod(architecture, 10))
     monkeypatch.setattr(tuning, "capability", lambda device: divmod(architecture, 10))
     tuning.choice.cache_clear()
-    used, run_conv = set(), cuda_conv.run_conv
+    used, run_conv = set(), implicit_gemm.run_conv
 
-    def see(conv, x, residual, relu, y, config):
-        used.add(cuda_conv.tiles()[config.tile]["architecture"])
+    def spy(conv, x, residual, relu, y, config):
+        used.add(implicit_gemm.tiles()[config.tile]["architecture"])
         run_conv(conv, x, residual, relu, y, config)
 
-    monkeypatch.setattr(cuda_conv, "run_conv", see)
+    monkeypatch.setattr(implicit_gemm, "run_conv", spy)
     _, model = pair("bottleneck")
     with emulation.device(architecture=architecture):
         x = images(1, 32).to(torch.bfloat16)
-        within_the_rule(model.to(torch.bfloat16), x, torch.bfloat16)
+        check_tolerance(model.to(torch.bfloat16), x, torch.bfloat16)
     tuning.choice.cache_clear()
     assert architecture in used and used <= {80, architecture}

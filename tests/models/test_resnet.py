@@ -1,4 +1,4 @@
-"""The family against torchvision's: structure, initialisation, loading, values, gradients."""
+"""ResNets against torchvision's: structure, initialisation, loading, values, gradients."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_the_family_is_complete():
 def test_same_structure_and_state(name):
     with torch.device("meta"):
         stock, mine = getattr(tv, name)(), getattr(fr, name)()
-        again = fr.get_model(name)
-    assert repr(again) == repr(mine)
+        by_name = fr.get_model(name)
+    assert repr(by_name) == repr(mine)
     for attribute in ("named_parameters", "named_buffers", "named_modules"):
         theirs, ours = list(getattr(stock, attribute)()), list(getattr(mine, attribute)())
         assert [n for n, _ in ours] == [n for n, _ in theirs]
@@ -79,7 +79,7 @@ def test_state_loads_both_ways():
     same_outputs(stock.eval(), mine.eval(), images())
 
 
-def test_weights_are_checked_as_torchvision_checks_them(monkeypatch):
+def test_weights_argument_as_in_torchvision(monkeypatch):
     for bad in ("IMAGENET1K_V9", tv.ResNet18_Weights.DEFAULT):
         errors = []
         for module in (tv, fr):
@@ -88,13 +88,13 @@ def test_weights_are_checked_as_torchvision_checks_them(monkeypatch):
             errors.append(type(caught.value))
         assert errors[0] is errors[1]
     state = tv.resnet50().state_dict()
-    asked = []
+    calls = []
     cls = tv.ResNet50_Weights
     monkeypatch.setattr(
-        cls, "get_state_dict", lambda self, *a, **k: (asked.append((self, k)), state)[1]
+        cls, "get_state_dict", lambda self, *a, **k: (calls.append((self, k)), state)[1]
     )
     model = fr.resnet50(weights="IMAGENET1K_V2", progress=False)
-    assert asked[0][0] is cls.IMAGENET1K_V2 and asked[0][1]["progress"] is False
+    assert calls[0][0] is cls.IMAGENET1K_V2 and calls[0][1]["progress"] is False
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True)
     )
@@ -102,7 +102,7 @@ def test_weights_are_checked_as_torchvision_checks_them(monkeypatch):
         fr.resnet50(weights=cls.DEFAULT, num_classes=3)
 
 
-def test_constructors_refuse_what_torchvision_refuses():
+def test_constructor_errors_as_in_torchvision():
     for module in (tv.resnet, fr):
         with pytest.raises(ValueError, match="replace_stride_with_dilation"):
             module.ResNet(module.BasicBlock, [1, 1, 1, 1], replace_stride_with_dilation=[True])
@@ -125,7 +125,7 @@ def test_constructors_refuse_what_torchvision_refuses():
     ],
     ids=["dilation", "eps", "statistics", "group norm", "width"],
 )
-def test_options_do_what_they_do_in_torchvision(options):
+def test_options_as_in_torchvision(options):
     stock, mine = pair("bottleneck", **options)
     same_outputs(stock, mine, images())
     same_step(stock.train(), mine.train(), images())
@@ -145,7 +145,7 @@ PARITY = [
 
 
 @pytest.mark.parametrize(("name", "dtype", "training"), PARITY, ids=str)
-def test_as_exact_as_torchvision(name, dtype, training):
+def test_as_accurate_as_torchvision(name, dtype, training):
     stock = randomise(getattr(tv, name)(num_classes=20))
     mine = getattr(fr, name)(num_classes=20)
     mine.load_state_dict(stock.state_dict())
@@ -208,7 +208,7 @@ def test_training_follows_torchvision_step_by_step():
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
-    # 4.3e-4 was measured, between stock's own two memory layouts 4.1e-4.
+    # Measured: 4.3e-4; between stock's two memory layouts 4.1e-4.
     assert losses[1] == pytest.approx(losses[0], rel=4e-3)
 
 
@@ -233,10 +233,10 @@ def test_subclasses_of_the_blocks_and_the_network():
     assert headless(images()).shape == (2, 128, 8, 8)
 
 
-def test_fifty_steps_lose_as_stock_does():
-    """On photographs, from one seed: the losses stay as near to stock's in channels_last as stock's
-    in NCHW do. Rounding grows from step to step, between stock's two layouts as between it and
-    ours."""
+def test_losses_of_50_steps_match_stock():
+    """On photographs, from one seed: the losses are as near to stock's in channels_last as stock's
+    in NCHW are. Rounding differences grow with each step, between stock's two layouts and between
+    stock and ours."""
     pytest.importorskip("skimage", reason="the photographs are scikit-image's")
     from fused_resnet.parity.images import load_images, photographs
 
@@ -247,7 +247,7 @@ def test_fifty_steps_lose_as_stock_does():
     def losses(model: Any, layout: torch.memory_format) -> Tensor:
         model = clone(model).to(memory_format=layout).train()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        found = []
+        values = []
         for step in range(50):
             chosen = torch.arange(step, step + 6) % len(pictures)
             x = pictures[chosen].contiguous(memory_format=layout)
@@ -255,13 +255,13 @@ def test_fifty_steps_lose_as_stock_does():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found.append(loss.detach())
-        return torch.stack(found)
+            values.append(loss.detach())
+        return torch.stack(values)
 
     stock, mine = pair("basic")
     want = losses(stock, torch.channels_last)
     spread = (losses(stock, torch.contiguous_format) - want).abs()
     off = (losses(mine, torch.channels_last) - want).abs()
     assert want[-10:].mean() < 0.7 * want[:10].mean()  # it learns
-    # 0.8 of the spread was measured.
+    # Measured: 0.8 of the spread.
     assert off.mean() <= 2 * spread.mean(), (off.mean(), spread.mean())

@@ -1,4 +1,4 @@
-"""Tracing, compiling, exporting, and torch.func over the networks: right, by torchvision's path."""
+"""Tracing, compiling, exporting and torch.func use torchvision's operations and are correct."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_activation_checkpointing(nets):
     for model in (stock.train(), mine.train()):
         stages = torch.nn.Sequential(model.layer1, model.layer2, model.layer3)
         x = torch.randn(2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        with set_checkpoint_early_stop(False):  # else the last norm's second update may be spared
+        with set_checkpoint_early_stop(False):  # early stop may skip the last norm's second update
             checkpoint_sequential(stages, 3, x, use_reentrant=False).square().mean().backward()
         gradients.append(x.grad)
     assert (gradients[1] - gradients[0]).norm() <= 0.05 * gradients[0].norm()

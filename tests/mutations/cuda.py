@@ -26,6 +26,9 @@ EM, BN = "tests/emulator/test_emulated.py -k bn_add_relu", "tests/ops/test_bn_ad
 STEM_CU, STEM = "csrc/cuda/convolution/stem.cu", "tests/kernels/cuda/test_stem.py"
 ADD_CU, ADD = "csrc/cuda/add_relu.cu", "tests/ops/test_add_relu.py -k"
 
+# The tests are run under AddressSanitizer, which alone sees reads whose result is unused.
+ASAN = "asan: "
+
 CUDA = [
     # --- sm_80 convolution
     ("sm80: residual dropped", S80, "v = add ? v + widen(added.values[i]) : v;", "(void)added;",
@@ -91,7 +94,7 @@ CUDA = [
      "(group * a.K + first_n + copy_row) * a.chunks",
      "(first_n + copy_row) * a.chunks", f"{GEMM} 'small_integers and groups'"),
     ("sm80: rows past the end read", S80, "i * kCopyRows < rows ? kChunkBytes : 0",
-     "rows > 0 ? kChunkBytes : 0", f"{GEMM} address"),
+     "rows > 0 ? kChunkBytes : 0", f"{ASAN}{GEMM} small_integers"),
     # --- statistics epilogue
     ("statistics: of values that are not stored", S80, "pixels[i] = rounded<T>(sums);\n",
      "pixels[i] = rounded<T>(sums);\n      for (float& sum : sums) sum *= 1.001f;\n"
@@ -133,12 +136,12 @@ CUDA = [
      "write_statistics", f"{SUMS} every_tile"),
     ("statistics: Hopper, no wait for the store", S90,
      "  if (leader) store_wait_read();\n  threads.sync();", "  threads.sync();",
-     f"{SUMS} blocks_stay"),
+     f"{SUMS} persistent_blocks"),
     ("statistics: Hopper, scratch overwrites outputs", S90,
      "  threads.sync();  // all threads have read the buffer; reuse its memory\n", "",
-     f"{SUMS} 'every_tile or blocks_stay'"),
+     f"{SUMS} 'every_tile or persistent_blocks'"),
     ("statistics: Hopper, outputs overwrite scratch", S90,
-     "  threads.sync();  // the sums have been read\n", "", f"{SUMS} blocks_stay"),
+     "  threads.sync();  // the sums have been read\n", "", f"{SUMS} persistent_blocks"),
     ("statistics: Hopper, written to the first group", S90,
      "3 * outputs + start.group * gemm.K + start.k", "3 * outputs + start.k", f"{SUMS} every_tile"),
     ("statistics: Hopper, written to the first part", S90, "m / Shape::rows * 3 * outputs",
@@ -158,7 +161,7 @@ CUDA = [
      "bn.rest[k] = 1;", f"{SUMS} values"),
     ("statistics: rounding error of the mean not used", FORWARD,
      "inside ? bn.rest[c] : A{0}", "A{0}",
-     f"{SUMS} rest_of_the_mean"),
+     f"{SUMS} rounding_error_of_the_mean"),
     # --- batch norm prologue
     ("prologue: channels past the end normalised", PROLOGUE, "if (!inside) return;", "",
      f"{PRO} past_the_end"),
@@ -166,16 +169,16 @@ CUDA = [
      "const int at = chunk;\n    inside = true;", f"{PRO} past_the_end"),
     ("prologue: first step's channels used for all", PROLOGUE,
      "const int chunk = step * kStepChunks + column;", "const int chunk = column + 0 * step;",
-     f"{PRO} one_after"),
+     f"{PRO} separate_passes"),
     ("prologue: thread's first row used for all", PROLOGUE, "first + i * kRowStride * kStepBytes",
-     "first + 0 * i * kRowStride", f"{PRO} one_after"),
+     "first + 0 * i * kRowStride", f"{PRO} separate_passes"),
     ("prologue: halves of a chunk swapped", PROLOGUE, "values[half * 4 + i] =",
-     "values[(1 - half) * 4 + i] =", f"{PRO} one_after"),
+     "values[(1 - half) * 4 + i] =", f"{PRO} separate_passes"),
     ("prologue: ReLU replaces NaN by 0", PROLOGUE, "narrow<T>(rectified(y))",
      "narrow<T>(y > 0 ? y : 0.0f)", f"{PRO} special"),
-    ("prologue: no ReLU", PROLOGUE, "narrow<T>(rectified(y))", "narrow<T>(y)", f"{PRO} one_after"),
+    ("prologue: no ReLU", PROLOGUE, "narrow<T>(rectified(y))", "narrow<T>(y)", f"{PRO} separate_passes"),
     ("prologue: rounding error of the mean not used", CHANNEL, "norm.rest[c]", "0 * norm.rest[c]",
-     f"{PRO} one_after"),
+     f"{PRO} separate_passes"),
     ("prologue: missing weight is 0", CHANNEL, "norm.weight != nullptr ? norm.weight[c] : 1.0f",
      "norm.weight != nullptr ? norm.weight[c] : 0.0f", f"{PRO} without"),
     ("prologue: missing bias is 1", CHANNEL, "norm.bias != nullptr ? norm.bias[c] : 0.0f",
@@ -185,27 +188,27 @@ CUDA = [
      "    __syncthreads();",
      "    __syncthreads();\n"
      "    prologue.apply(shared + read_slot * Shape::kStageBytes + copy_offset);",
-     f"{PRO} one_after"),
+     f"{PRO} separate_passes"),
     ("prologue: step normalised before it arrived", S80,
      "    copy_async_wait<Shape::kStages - 2>();\n    prologue.apply",
-     "    copy_async_wait<Shape::kStages - 1>();\n    prologue.apply", f"{PRO} one_after"),
+     "    copy_async_wait<Shape::kStages - 1>();\n    prologue.apply", f"{PRO} separate_passes"),
     ("prologue: step in the wrong slot", S80, "prologue.apply(shared + read_slot *",
-     "prologue.apply(shared + 0 * read_slot *", f"{PRO} one_after"),
+     "prologue.apply(shared + 0 * read_slot *", f"{PRO} separate_passes"),
     ("prologue: Hopper, rows multiplied before all are normalised", PROLOGUE90,
-     "    threads.sync();\n", "    (void)threads;\n", f"{PRO} 'one_after or blocks_stay'"),
+     "    threads.sync();\n", "    (void)threads;\n", f"{PRO} 'separate_passes or persistent_blocks'"),
     ("prologue: Hopper, no proxy fence before wgmma", PROLOGUE90, "    fence_proxy_async();\n",
-     "", f"{PRO} one_after"),
+     "", f"{PRO} separate_passes"),
     ("prologue: Hopper, first rows used for both halves", S90,
      "prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);",
-     "prologue.apply(block.stage(ring.stage));", f"{PRO} one_after"),
+     "prologue.apply(block.stage(ring.stage));", f"{PRO} separate_passes"),
     ("prologue: Hopper, chunks not swizzled", PROLOGUE90,
      "swizzled_offset(WarpgroupThreads::index() / kStepChunks, chunks.column)",
-     "WarpgroupThreads::index() * 16", f"{PRO} one_after"),
+     "WarpgroupThreads::index() * 16", f"{PRO} separate_passes"),
     ("prologue: Hopper, step normalised before it arrived", S90,
      "    mbarrier_wait(block.full + ring.stage, ring.parity);\n    prologue.apply("
      "block.stage(ring.stage) + first_row * kSwizzleRowBytes);\n",
      "    prologue.apply(block.stage(ring.stage) + first_row * kSwizzleRowBytes);\n"
-     "    mbarrier_wait(block.full + ring.stage, ring.parity);\n", f"{PRO} one_after"),
+     "    mbarrier_wait(block.full + ring.stage, ring.parity);\n", f"{PRO} separate_passes"),
     # --- gradient epilogue
     ("gradient: not masked", GRADIENT_H, "widen(y) <= 0 ?", "widen(y) <= -1e30f ?",
      f"{GRADIENT} values"),
@@ -265,16 +268,16 @@ CUDA = [
      "const int left = k < gemm.K ? Shape::rows : 0;", f"{GRADIENT} every_tile"),
     ("gradient: Hopper, no wait for the store", S90,
      "    if (leader) store_wait_read();\n    threads.sync();  // TMA has read",
-     "    threads.sync();  // TMA has read", f"{GRADIENT} blocks_stay"),
+     "    threads.sync();  // TMA has read", f"{GRADIENT} persistent_blocks"),
     ("gradient: Hopper, outputs overwrite scratch", S90,
-     "    threads.sync();  // the sums have been read\n", "", f"{GRADIENT} blocks_stay"),
+     "    threads.sync();  // the sums have been read\n", "", f"{GRADIENT} persistent_blocks"),
     ("gradient: Hopper, of a half tile without pixels", S90, "if (m < gemm.M) masked.write_sums",
      "masked.write_sums", f"{GRADIENT} every_tile"),
     ("gradient: one part of 128 dropped", ADDED, "first + kMaxSumParts < p.count ? first + "
      "kMaxSumParts : p.count", "first + kMaxSumParts < p.count ? first + kMaxSumParts - 1 : "
      "p.count", f"{GRADIENT} many_parts"),
     ("gradient: number of parts from the cut", BACKWARD, "cut.parts = bn.parts;", "",
-     f"{GRADIENT} 'many_parts or second_half'"),
+     f"{GRADIENT} 'many_parts or gradient_by_sums'"),
     # --- Hopper convolution
     ("sm90: residual dropped", S90,
      "if (scaled && gemm.residual) load_matrix_x4(added, place);", "",
@@ -348,7 +351,7 @@ CUDA = [
     ("bn: residual dropped", FORWARD, "y.v[k] += residual.v[k];", "y.v[k] += 0 * residual.v[k];",
      EM),
     ("bn: eps = 0", CHANNEL, "std::sqrt(var + eps)", "std::sqrt(var + 0 * eps)",
-     f"{BN} 'emulated and eps_counts'"),
+     f"{BN} 'emulated and variance_near_eps'"),
     ("bn: eps = 0 in backward", BACKWARD, "std::sqrt(bn.var[c] + bn.eps)", "std::sqrt(bn.var[c])",
      EM),
     ("bn: no grid barrier", FORWARD,

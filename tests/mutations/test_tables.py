@@ -1,4 +1,4 @@
-"""The tables of tests/mutations name code that is there: others would never be tried."""
+"""Every mutation's old text exists in its file; others could not be applied."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.mutations.python import PYTHON
 
 def test_every_mutation_has_its_text() -> None:
     if not (ROOT / "csrc").is_dir():
-        pytest.skip("no sources beside the tests")
+        pytest.skip("the C++ sources are not available")
     mutations = [*CUDA, *GPU_PYTHON, *AVX2, *AVX512, *CPP, *PYTHON]
     texts = {file: (ROOT / file).read_text() for _, file, *_ in mutations}
     missing = [name for name, file, old, *_ in mutations if old not in texts[file]]
     assert not missing
     names = [name for name, *_ in mutations]
-    assert sorted(names) == sorted(set(names)), "two of one name"
+    assert sorted(names) == sorted(set(names)), "duplicate names"
     assert all(old != new for _, _, old, new, _ in mutations)

@@ -1,4 +1,4 @@
-"""What the op tests share: named shapes, dtypes, memory layouts, and comparisons with stock."""
+"""Helpers of the op tests: named shapes, dtypes, memory layouts, and comparisons with stock."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ SHAPES = {
     "odd channels": (2, 65, 5, 3),
     "misaligned rows": (3, 33, 7, 7),
     "one image": (1, 64, 7, 7),
-    "joined rows left over": (5, 48, 3, 3),
+    "remainder of joined rows": (5, 48, 3, 3),
     "a tile and one channel": (2, 2049, 2, 1),
     "long planes": (1, 2, 71, 67),
     "several blocks of rows": (4, 256, 14, 14),
 }
 
 
-def _guarded(x: Tensor, bigger: Sequence[int], window: Sequence[slice]) -> Tensor:
-    """x's values in a window of a larger tensor that holds NaN everywhere else."""
-    big = torch.full(list(bigger), float("nan"), dtype=x.dtype, device=x.device)
-    big[tuple(window)] = x
-    return big[tuple(window)]
+def _guarded(x: Tensor, shape: Sequence[int], window: Sequence[slice]) -> Tensor:
+    """A copy of x as a window of a larger tensor that is NaN everywhere else."""
+    large = torch.full(list(shape), float("nan"), dtype=x.dtype, device=x.device)
+    large[tuple(window)] = x
+    return large[tuple(window)]
 
 
 def _sliced(x: Tensor) -> Tensor:
@@ -50,32 +50,32 @@ def _sliced_channels_last(x: Tensor) -> Tensor:
 
 
 def _at_odd_offset(x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Dense, starting one element past an aligned address, with NaN before and after."""
+    """A dense copy one element past an aligned address, with NaN before and after."""
     dense = x.contiguous(memory_format=memory_format)
     memory = torch.full((x.numel() + 33,), float("nan"), dtype=x.dtype, device=x.device)
     return memory.as_strided(x.shape, dense.stride(), 1).copy_(x)
 
 
-def _odd_strides_of_one(x: Tensor) -> Tensor:
-    """Dimensions of size one with strides nobody would choose; they carry no meaning."""
+def _unusual_strides_of_size_one(x: Tensor) -> Tensor:
+    """Unusual strides for dimensions of size one, where strides have no meaning."""
     x = x.contiguous()
     strides = [s if n > 1 else 7 for n, s in zip(x.shape, x.stride(), strict=True)]
     return x.as_strided(x.shape, strides)
 
 
-# name -> a view with the values of x (N, C, H, W); "expanded" repeats x's first image.
+# name -> function that returns x's values (N, C, H, W) in that layout; "expanded" repeats x[0].
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
     "sliced": _sliced,
     "sliced channels_last": _sliced_channels_last,
-    "H and W exchanged": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "dimensions in reverse": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "H and W transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "dimensions reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
     "expanded": lambda x: x[:1].expand(x.shape),
     "without the first image": lambda x: torch.cat([x[:1] * float("nan"), x])[1:],
     "odd offset": lambda x: _at_odd_offset(x, torch.contiguous_format),
     "odd offset, channels_last": lambda x: _at_odd_offset(x, torch.channels_last),
-    "strides of one": _odd_strides_of_one,
+    "strides of one": _unusual_strides_of_size_one,
 }
 DENSE = ("contiguous", "channels_last")
 
@@ -85,18 +85,18 @@ def randn(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Tens
 
 
 def integers(shape: Sequence[int], dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Small integers: sums of a few of them are exact in every dtype."""
+    """Integers in [-3, 3]: sums of a few of them are exact in every dtype."""
     return torch.randint(-3, 4, shape).to(device=device, dtype=dtype)
 
 
 def lifted(t: Tensor | None) -> Tensor | None:
-    """The same numbers in float64 on the CPU."""
+    """t in float64 on the CPU."""
     return None if t is None else t.detach().to("cpu", torch.float64)
 
 
 def expected_strides(x: Tensor) -> tuple[int, ...]:
-    """The documented layout of an output of x's shape: x's own where x is dense in either format,
-    else that of the format x is a view of (channels adjacent in memory: channels_last)."""
+    """The documented strides of an output of x's shape: those of x if x is dense in either format,
+    else those of the format that x is a view of (channels adjacent in memory: channels_last)."""
     if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
         return x.stride()
     if x.shape[1] > 1 and x.stride(1) == 1 and x.stride(3) >= x.shape[1]:
@@ -105,7 +105,7 @@ def expected_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def same(a: Tensor, b: Tensor) -> None:
-    """Equal shape, dtype and values, NaN equal to NaN."""
+    """Asserts equal shapes, dtypes and values; NaN equals NaN."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
@@ -117,10 +117,10 @@ def close(
     dtype: torch.dtype,
     terms: dict[str, float] | None = None,
 ) -> None:
-    """The tolerance rule on several results at once.
+    """Asserts the tolerance rule for several results.
 
-    `terms` gives, for results that are sums which may cancel, the largest sum of their terms'
-    magnitudes: one rounding of that is the floor, for one of the result itself is luck.
+    `terms` gives, for sums that may cancel, the largest sum of their terms' magnitudes. The minimum
+    tolerance is one rounding of that sum, because one rounding of the result cannot be expected.
     """
     assert len(names) == len(mine) == len(stock) == len(exact)
     for name, m, s, e in zip(names, mine, stock, exact, strict=True):
@@ -134,37 +134,37 @@ def close(
 
 
 def unchanged(*tensors: Tensor | None) -> Callable[[], None]:
-    """A check that the tensors, and the guard bands around them, are as they were now."""
+    """A function that asserts that the tensors' storages, guard bands included, are unchanged."""
 
     def memory(t: Tensor) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage())
 
-    kept = [(t, memory(t).clone()) for t in tensors if t is not None]
+    saved = [(t, memory(t).clone()) for t in tensors if t is not None]
 
     def check() -> None:
-        for t, before in kept:
+        for t, before in saved:
             assert torch.equal(memory(t), before), "an input was modified"
 
     return check
 
 
 def need_memory(gigabytes: float) -> None:
-    """Skips where fewer than so many GB (1e9 bytes) are free."""
+    """Skips the test if less memory is free; 1 GB is 1e9 bytes."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GB of free memory, {free:.1f} GB are")
+        pytest.skip(f"needs {gigabytes} GB of free memory, got {free:.1f} GB")
 
 
 def interpreted(backend: str, device: str) -> bool:
-    """Whether kernels run in Triton's interpreter or in the emulator of a GPU: right, and a million
-    times slower."""
+    """Whether kernels run in Triton's interpreter or the GPU emulator: correct, and a million times
+    slower."""
     return backend in ("triton", "emulated") and device == "cpu"
 
 
 def skip_if_too_large(backend: str, device: str) -> None:
-    """For tests with more than 2^31 elements."""
+    """Skips tests with more than 2^31 elements where they cannot run."""
     if backend == "reference":
-        pytest.skip("PyTorch's own operations, which would widen this to 26 GB of float32")
+        pytest.skip("PyTorch's operations would convert this to 26 GB of float32")
     if interpreted(backend, device):
-        pytest.skip("interpreted, it would take hours; test_triton.py checks the index type")
+        pytest.skip("takes hours when interpreted; test_triton.py checks the index type")
     need_memory(12)

@@ -37,7 +37,7 @@ def stock(x: Tensor, residual: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_stock_bit_by_bit(device, backend, poison, shape, dtype):
-    # One addition, rounded once, in both: there is no error to tolerate.
+    # Both round the sum once: the results are identical.
     for layout in DENSE:
         x, residual, dy = (
             LAYOUTS[layout](randn(SHAPES[shape], dtype, device)).requires_grad_() for _ in range(3)
@@ -50,6 +50,7 @@ def test_equals_stock_bit_by_bit(device, backend, poison, shape, dtype):
             same(got, expected)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("residual_layout", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("x_layout", LAYOUTS)
@@ -88,15 +89,15 @@ def test_special_values(device, backend, dtype):
     y, want = fr.add_relu(x, residual), stock(x, residual)
     same(y, want)
     if device == "cpu" and backend != "emulated":  # stock keeps -0.0 on the CPU
-        number = ~want.isnan()
-        assert torch.equal(torch.signbit(y)[number], torch.signbit(want)[number])
+        not_nan = ~want.isnan()
+        assert torch.equal(torch.signbit(y)[not_nan], torch.signbit(want)[not_nan])
     dy = torch.arange(1.0, 122.0, device=device).to(dtype).view_as(x)
     mine = torch.ops.fused_resnet.add_relu_backward(dy, y)
     same(mine, torch.ops.aten.threshold_backward(dy, want, 0))
 
 
 def test_16_bit_conversions_are_exact(device, backend):
-    """Every bfloat16 and float16 number there is comes through unharmed: subnormals, NaN, Inf."""
+    """Every bfloat16 and float16 value is preserved, including subnormals, NaN and Inf."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(1, 64, 32, 32)
     for dtype in (torch.bfloat16, torch.float16):
         x = bits.to(device).view(dtype)
@@ -105,7 +106,7 @@ def test_16_bit_conversions_are_exact(device, backend):
         same(fr.add_relu(half, x), stock(half, x))
 
 
-def test_residual_is_x_itself(device, backend):
+def test_residual_aliases_x(device, backend):
     x = randn(ODD, torch.float32, device).requires_grad_()
     check = unchanged(x)
     y = fr.add_relu(x, x)
@@ -115,6 +116,7 @@ def test_residual_is_x_itself(device, backend):
     check()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_layout", [name for name in LAYOUTS if name != "expanded"])
 @pytest.mark.parametrize("x_layout", DENSE)
@@ -171,18 +173,18 @@ def test_first_and_second_derivatives(device, backend):
     assert gradgradcheck(fr.add_relu, (x, residual))
 
 
-def test_no_gradient_nobody_asked_for(device, backend):
+def test_only_required_gradients(device, backend):
     x, residual = randn(ODD, torch.float32, device), randn(ODD, torch.float32, device)
     assert not fr.add_relu(x, residual).requires_grad
-    for asked in ((True, False), (False, True)):
-        inputs = [t.clone().requires_grad_(a) for t, a in zip((x, residual), asked, strict=True)]
+    for required in ((True, False), (False, True)):
+        inputs = [t.clone().requires_grad_(a) for t, a in zip((x, residual), required, strict=True)]
         y = fr.add_relu(*inputs)
         y.sum().backward()
-        assert [t.grad is not None for t in inputs] == list(asked)
-        same(inputs[asked.index(True)].grad, (y > 0).float())
+        assert [t.grad is not None for t in inputs] == list(required)
+        same(inputs[required.index(True)].grad, (y > 0).float())
 
 
-def test_in_place_edit_of_the_output_is_noticed(device, backend):
+def test_in_place_edit_of_the_output_raises(device, backend):
     x = randn(ODD, torch.float32, device).requires_grad_()
     y = fr.add_relu(x, x)
     y.mul_(2)
@@ -201,7 +203,7 @@ def test_bitwise_repeatable(device, backend):
 
 
 def test_opcheck(device, backend):
-    for layout in (*DENSE, "sliced", "dimensions in reverse"):
+    for layout in (*DENSE, "sliced", "dimensions reversed"):
         x = LAYOUTS[layout](randn(ODD, torch.float32, device)).requires_grad_()
         residual = randn(ODD, torch.float32, device).requires_grad_()
         torch.library.opcheck(torch.ops.fused_resnet.add_relu, (x, residual))
@@ -250,7 +252,7 @@ def test_compiles_and_exports_as_one_graph(device, backend):
         same(out, stock(x, residual))
 
 
-def test_autocast_leaves_it_alone(device, backend):
+def test_autocast_keeps_float32(device, backend):
     x = randn(ODD, torch.float32, device)
     with torch.autocast(device, torch.bfloat16):
         y = fr.add_relu(x, x)
@@ -288,7 +290,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_say_what_was_expected_and_what_came(case):
+def test_error_messages(case):
     make, error, words = ERRORS[case]
     with pytest.raises(error, match="add_relu: .*" + re.escape(words)):
         fr.add_relu(*make(torch.zeros(2, 5, 4, 4)))
@@ -300,6 +302,7 @@ def test_backward_checks_dy():
         torch.ops.fused_resnet.add_relu_backward(y[:, :1], y)
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(device, backend):
     skip_if_too_large(backend, device)
     N = 2**31 // (2**11 * 2**11) + 1
@@ -310,7 +313,7 @@ def test_more_than_two_to_the_31_elements(device, backend):
     assert y[0, 0, 0].count_nonzero() == 0 and y[-1, 0, -1, :-5].count_nonzero() == 0
 
 
-def test_threads_do_not_meet(device, backend):
+def test_concurrent_calls(device, backend):
     inputs = [randn((4, 64, 14, 14), torch.float32, device) for _ in range(8)]
     serial = [F.relu(x + x) for x in inputs]
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""bn_add_relu and its backward: values, gradients, layouts, hard numbers, tracing, errors."""
+"""bn_add_relu and its backward: values, gradients, layouts, numerics, tracing, errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMES = ("y", "mean", "var", "dx", "dweight", "dbias", "dresidual")
 
 
 def stock(x, weight, bias, residual, eps=EPS, relu=True) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean, biased var as torchvision's blocks compute them; momentum 1 shows the statistics."""
+    """y, mean, biased var as in torchvision's blocks; momentum 1 returns the batch statistics."""
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     stats = acc if weight is None else weight.dtype
     mean, var = (torch.zeros(x.shape[1], dtype=stats, device=x.device) for _ in range(2))
@@ -49,8 +49,8 @@ def stock(x, weight, bias, residual, eps=EPS, relu=True) -> tuple[Tensor, Tensor
 
 
 def safe_dy(x, weight, bias, residual, dtype, eps=EPS) -> Tensor:
-    """A random gradient for y, 0 where the ReLU's sign hangs on a rounding: there the gradient is
-    discontinuous, and right and wrong cannot be told apart."""
+    """A random gradient of y, 0 where a rounding decides the ReLU's sign: the gradient is
+    discontinuous there and cannot be tested."""
     sums = stock(*map(lifted, (x, weight, bias, residual)), eps, relu=False)[0]
     margin = max(sums.abs().max().item(), 1.0) * torch.finfo(dtype).eps * 8
     return torch.where(sums.abs() < margin, 0, torch.randn_like(sums)).to(x.device, dtype)
@@ -75,7 +75,7 @@ def names_of(weight, bias, residual) -> list[str]:
 
 
 def compare(x, weight, bias, residual, relu=True, roundings_of_var=0) -> list[Tensor]:
-    """Outputs and gradients within the tolerance rule; returns them."""
+    """Asserts the tolerance rule for outputs and gradients; returns them."""
     dy = safe_dy(x, weight, bias, residual, x.dtype)
     check = unchanged(x, weight, bias, residual, dy)
     mine = with_gradients(fr.bn_add_relu, x, weight, bias, residual, dy, relu)
@@ -91,7 +91,7 @@ def compare(x, weight, bias, residual, relu=True, roundings_of_var=0) -> list[Te
 
 
 def terms_of(x, weight, bias, residual, dy, relu) -> dict[str, float]:
-    """What each result is a sum of, in magnitude (see `close`); all arguments float64."""
+    """The sum of the magnitudes of each result's terms (see `close`); all arguments float64."""
     y, mean, var = stock(x, weight, bias, residual, EPS, relu)
     gain = ((1 if weight is None else weight.abs()) * (var + EPS).rsqrt()).view(-1, 1, 1)
     xhat = (x - mean.view(-1, 1, 1)).abs() * (var + EPS).rsqrt().view(-1, 1, 1)
@@ -104,14 +104,14 @@ def terms_of(x, weight, bias, residual, dy, relu) -> dict[str, float]:
         "mean": x.abs().max().item(),
         "y": ((xhat * scale).max() + sum(added)).item(),
         "dx": (gain * (g + xhat * of_xhat + of_g)).max().item(),
-        # xhat and its product with g are rounded each: 1.2 roundings were measured.
+        # xhat and its product with g are both rounded. Measured: 1.2 roundings.
         "dweight": 2 * (g * xhat).sum((0, 2, 3)).max().item(),
         "dbias": g.sum((0, 2, 3)).max().item(),
     }
 
 
 def operands(shape, dtype, device, layout="channels_last", parameters=None):
-    """x, weight, bias, residual; nothing is 0 or 1, so that nothing can be left out unseen."""
+    """x, weight, bias, residual; no value is 0 or 1, so that omitting one changes the result."""
     C = shape[1]
     x = LAYOUTS[layout](randn(shape, dtype, device) * 2 + 0.7)
     residual = LAYOUTS[layout](randn(shape, dtype, device))
@@ -121,6 +121,7 @@ def operands(shape, dtype, device, layout="channels_last", parameters=None):
     return x, weight.to(device, parameters), bias.to(device, parameters), residual
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(device, backend, poison, shape, dtype):
@@ -128,13 +129,13 @@ def test_values_and_gradients(device, backend, poison, shape, dtype):
         x, weight, bias, residual = operands(SHAPES[shape], dtype, device, layout)
         mine = compare(x, weight, bias, residual)
         assert mine[0].stride() == x.stride()
-        if not interpreted(backend, device):  # test_what_may_be_left_out has it
+        if not interpreted(backend, device):  # covered by test_optional_arguments
             compare(x, weight, bias, None, relu=False)
 
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 @pytest.mark.parametrize("absent", ["weight", "bias", "both", "residual", "all"])
-def test_what_may_be_left_out(device, backend, poison, absent, relu):
+def test_optional_arguments(device, backend, poison, absent, relu):
     for layout in DENSE:
         x, weight, bias, residual = operands(ODD, torch.float32, device, layout)
         weight = None if absent in ("weight", "both", "all") else weight
@@ -143,6 +144,7 @@ def test_what_may_be_left_out(device, backend, poison, absent, relu):
         compare(x, weight, bias, residual, relu)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("other", ["contiguous", "channels_last", "sliced"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -178,12 +180,12 @@ def test_16_bit_data_with_float32_parameters(device, backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_of_integers_are_exact(device, backend, dtype):
-    """Sums and sums of squares of small integers are exact, and M is a power of two."""
+    """Sums and sums of squares of small integers are exact; N * H * W is a power of two."""
     for layout in DENSE:
         x = LAYOUTS[layout](integers((4, 37, 8, 4), dtype, device))
         _, mean, var = fr.bn_add_relu(x)
         exact = lifted(x).transpose(0, 1).flatten(1)
-        # What PyTorch's own chain cannot promise: its sums are of rounded differences.
+        # PyTorch's operations sum rounded differences, which is not exact.
         allowed = 2**-22 if backend == "reference" else 0
         torch.testing.assert_close(lifted(mean), exact.mean(1), rtol=0, atol=0)
         torch.testing.assert_close(
@@ -193,13 +195,13 @@ def test_statistics_of_integers_are_exact(device, backend, dtype):
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_large_mean_small_deviation(device, backend, layout):
-    """Mean 1e4 and deviation 1: E[x^2] - E[x]^2 in float32 would lose every digit (error 1)."""
+    """Mean 1e4, standard deviation 1: E[x^2] - E[x]^2 in float32 has an error of 1."""
     x = LAYOUTS[layout](torch.randn(8, 24, 14, 14) + 1e4).to(device)
     mine = fr.bn_add_relu(x, relu=False)
     exact = stock(lifted(x), None, None, None, relu=False)
     error = measure_error(mine[0], exact[0])
     theirs = measure_error(stock(x, None, None, None, relu=False)[0], exact[0])
-    # The reference is PyTorch's operations, which round the mean: 1.1e-3 here, stock's own 0.9e-3.
+    # The reference uses PyTorch's operations, which round the mean: error 1.1e-3, stock's 0.9e-3.
     assert error.max_abs <= (2 * theirs.max_abs if backend == "reference" else 2e-5)
     if backend != "reference":
         compare(x, None, None, None)
@@ -207,13 +209,13 @@ def test_large_mean_small_deviation(device, backend, layout):
 
 @pytest.mark.parametrize("layout", DENSE)
 def test_first_values_far_from_the_mean(device, backend, layout):
-    """Kernels centre their sums on what they see first; an outlier there must not cost digits."""
+    """Kernels centre their sums on the first values; an outlier there must not reduce accuracy."""
     x = torch.randn(8, 6, 40, 40)
     x[0, 0, 0, :16], x[0, 1, 0, 0], x[0, 2] = 1e3, -1e6, 50.0
     x[7, 3] = 1e4
     x[:, 4] = torch.linspace(0, 1e3, 8).view(8, 1, 1) + torch.randn(8, 40, 40) * 1e-2
-    # Stock adds in float64 on the CPU. The GPU kernels' sums are of float32, where what is small
-    # beside the square of -1e6 is lost: 7 roundings were measured for Triton's, 2 for CUDA's.
+    # Stock accumulates in float64 on the CPU. The GPU kernels accumulate in float32 and lose what
+    # is small compared to the square of -1e6. Measured: 7 roundings for Triton, 2 for CUDA.
     roundings = 8 if device != "cpu" or interpreted(backend, device) else 0
     x = LAYOUTS[layout](x).to(device)
     compare(x, torch.rand(6).to(device), None, None, roundings_of_var=roundings)
@@ -228,8 +230,8 @@ def test_constant_channel(device, backend, layout):
     y, _, var = fr.bn_add_relu(x, None, bias)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert y.isfinite().all() and dx.isfinite().all() and var[1] <= 1e-15
-    # 0.1 has no exact mean in float32: what its rounding leaves is divided by sqrt(eps), 3e-3;
-    # 4.7e-6 was measured for the reference.
+    # The mean of 0.1 is not exact in float32; its rounding error is divided by sqrt(eps), 3e-3.
+    # Measured for the reference: 4.7e-6.
     torch.testing.assert_close(
         y[:, 1], torch.full((4, 6, 6), 0.25, device=device), rtol=0, atol=1e-5
     )
@@ -241,8 +243,8 @@ def test_eps_must_be_positive(device, backend, eps):
         fr.bn_add_relu(torch.randn(4, 3, 6, 6, device=device), eps=eps)
 
 
-def test_eps_counts(device, backend):
-    """With a variance near eps, a wrong or missing eps changes everything."""
+def test_variance_near_eps(device, backend):
+    """With a variance near eps, a wrong or missing eps changes the result."""
     x = (torch.randn(4, 5, 6, 6) * 3e-3).to(device)
     compare(x, torch.rand(5, device=device), None, None)
 
@@ -264,13 +266,13 @@ def test_nan_and_inf_stay_in_their_channel(device, backend, layout, value):
 def test_squares_beyond_float32(device, backend, layout):
     x = LAYOUTS[layout](torch.randn(4, 5, 6, 6) * 1e19).to(device)
     got = fr.bn_add_relu(x, relu=False)
-    # 1e38 * 144 values overflow a float32 sum, not the variance: never worse than stock.
+    # The sum of 144 values of 1e38 overflows float32, the variance does not: no worse than stock.
     exact = stock(lifted(x), None, None, None, relu=False)
     theirs = measure_error(stock(x, None, None, None, relu=False)[0], exact[0]).max_abs
     assert measure_error(got[0], exact[0]).max_abs <= max(theirs, 1e-5)
 
 
-def test_relu_keeps_negative_zero_and_kills_negative_infinity(device, backend):
+def test_relu_of_infinite_residuals(device, backend):
     x = torch.randn(2, 3, 4, 4, device=device)
     residual = torch.zeros_like(x)
     residual[0, 0, 0], residual[0, 0, 1] = -float("inf"), float("inf")
@@ -278,7 +280,7 @@ def test_relu_keeps_negative_zero_and_kills_negative_infinity(device, backend):
     assert (y[0, 0, 0] == 0).all() and y[0, 0, 1].isinf().all()
 
 
-def test_residual_is_x_itself(device, backend):
+def test_residual_aliases_x(device, backend):
     x, weight, bias, _ = operands(ODD, torch.float32, device)
     dy = safe_dy(x, weight, bias, x, x.dtype)
     check = unchanged(x)
@@ -311,6 +313,7 @@ def test_one_value_per_channel(device, backend, shape):
         fr.bn_add_relu(torch.zeros(shape, device=device))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 def test_first_and_second_derivatives(device, backend, relu, layout):
@@ -324,7 +327,7 @@ def test_first_and_second_derivatives(device, backend, relu, layout):
     assert gradgradcheck(y_of, inputs)
 
 
-def test_backward_of_the_backward_op_refuses(device, backend):
+def test_backward_op_is_not_differentiable(device, backend):
     x = randn(ODD, torch.float32, device).requires_grad_()
     y, mean, var = fr.bn_add_relu(x)
     with pytest.raises(NotImplementedError, match="differentiate bn_add_relu twice"):
@@ -334,22 +337,22 @@ def test_backward_of_the_backward_op_refuses(device, backend):
 
 
 def test_only_some_gradients(device, backend, monkeypatch):
-    """The right ones, and for a residual alone no reduction at all."""
+    """Only the required gradients are computed; dresidual alone needs no reduction."""
     x, weight, bias, residual = operands(ODD, torch.float32, device)
     dy = safe_dy(x, weight, bias, residual, x.dtype)
     every = with_gradients(fr.bn_add_relu, x, weight, bias, residual, dy)[3:]
     for mask in range(1, 16):
-        asked = [bool(mask >> i & 1) for i in range(4)]
+        required = [bool(mask >> i & 1) for i in range(4)]
         inputs = [
             t.detach().clone().requires_grad_(a)
-            for t, a in zip((x, weight, bias, residual), asked, strict=True)
+            for t, a in zip((x, weight, bias, residual), required, strict=True)
         ]
         y = fr.bn_add_relu(*inputs)[0]
         with torch.profiler.profile() as profile:
             y.backward(dy)
         ran = {event.key for event in profile.key_averages()}
-        assert ("fused_resnet::bn_add_relu_backward" in ran) == any(asked[:3])
-        for t, a, want in zip(inputs, asked, every, strict=True):
+        assert ("fused_resnet::bn_add_relu_backward" in ran) == any(required[:3])
+        for t, a, want in zip(inputs, required, every, strict=True):
             assert (t.grad is not None) == a
             if a:
                 same(t.grad, want)
@@ -361,14 +364,14 @@ def test_statistics_are_not_differentiable(device, backend):
     assert not mean.requires_grad and not var.requires_grad
 
 
-def test_in_place_edit_of_the_output_is_noticed(device, backend):
+def test_in_place_edit_of_the_output_raises(device, backend):
     x = randn(ODD, torch.float32, device).requires_grad_()
     y = fr.bn_add_relu(x)[0]
     y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
     y = fr.bn_add_relu(x, relu=False)[0]
-    y.mul_(2)  # without a ReLU nothing of y is saved, as in stock
+    y.mul_(2)  # without a ReLU, y is not saved, as in stock
     y.sum().backward()
 
 
@@ -378,8 +381,8 @@ def test_bitwise_repeatable(device, backend):
     dy = randn((4, 48, 20, 20), torch.float32, device)
     first = with_gradients(fr.bn_add_relu, *arguments, dy)
     for _ in range(5 if interpreted(backend, device) else 250):
-        again = with_gradients(fr.bn_add_relu, *arguments, dy)
-        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+        repeated = with_gradients(fr.bn_add_relu, *arguments, dy)
+        assert all(torch.equal(a, b) for a, b in zip(repeated, first, strict=True))
 
 
 def test_opcheck(device, backend):
@@ -497,7 +500,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_say_what_was_expected_and_what_came(case):
+def test_error_messages(case):
     make, error, words = ERRORS[case]
     with pytest.raises(error, match="bn_add_relu: .*" + re.escape(words)):
         fr.bn_add_relu(*make(torch.zeros(2, 5, 4, 4)))
@@ -514,6 +517,7 @@ def test_backward_checks_its_arguments():
         backward(x, x, x, None, mean[:4], mean, EPS, True, True, True)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("layout", DENSE)
 def test_more_than_two_to_the_31_elements(device, backend, layout):
     skip_if_too_large(backend, device)
@@ -530,7 +534,7 @@ def test_more_than_two_to_the_31_elements(device, backend, layout):
     assert y[0, 0, 0].count_nonzero() == 0 and y[0, 0, -1].count_nonzero() == 0
 
 
-def test_threads_do_not_meet(device, backend):
+def test_concurrent_calls(device, backend):
     cases = [operands((4, 64, 14, 14), torch.float32, device) for _ in range(8)]
     serial = [fr.bn_add_relu(*case) for case in cases]
     with ThreadPoolExecutor(8) as pool:

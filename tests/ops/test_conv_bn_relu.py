@@ -1,4 +1,4 @@
-"""conv_bn_relu: values, gradients, every geometry and layout, packing that never goes stale."""
+"""conv_bn_relu: values, gradients, geometries, layouts, invalidation of cached packed weights."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ CASES = {
     "3x3": ((2, 16, 9, 10), 24, (3, 3), 1, 1, 1, 1),
     "3x3, stride 2": ((1, 24, 11, 8), 70, (3, 3), 2, 1, 1, 1),
     "stem": ((2, 3, 31, 29), 64, (7, 7), 2, 3, 1, 1),
-    # Channels and outputs in sixteens: by Winograd's form in float32.
-    "3x3 in sixteens": ((2, 32, 9, 11), 80, (3, 3), 1, 1, 1, 1),
-    "3x3 in sixteens, no padding": ((3, 16, 10, 8), 16, (3, 3), 1, 0, 1, 1),
+    # Channels and outputs are multiples of 16: Winograd in float32.
+    "3x3, multiples of 16": ((2, 32, 9, 11), 80, (3, 3), 1, 1, 1, 1),
+    "3x3, multiples of 16, no padding": ((3, 16, 10, 8), 16, (3, 3), 1, 0, 1, 1),
     "3x3 of 16 to 16": ((1, 16, 9, 11), 16, (3, 3), 1, 1, 1, 1),
     "3x3 of 16 to 16, rows of 16 tiles": ((2, 16, 5, 31), 16, (3, 3), 1, 1, 1, 1),
-    "3x3 in sixteens, wide padding": ((1, 48, 7, 30), 64, (3, 3), 1, (2, 0), 1, 1),
-    "3x3 in sixteens, many tiles": ((2, 128, 34, 33), 32, (3, 3), 1, 1, 1, 1),
-    "3x3 in sixteens, one pixel": ((2, 64, 1, 1), 64, (3, 3), 1, 1, 1, 1),
+    "3x3, multiples of 16, wide padding": ((1, 48, 7, 30), 64, (3, 3), 1, (2, 0), 1, 1),
+    "3x3, multiples of 16, many tiles": ((2, 128, 34, 33), 32, (3, 3), 1, 1, 1, 1),
+    "3x3, multiples of 16, one pixel": ((2, 64, 1, 1), 64, (3, 3), 1, 1, 1, 1),
     "one channel": ((2, 1, 12, 9), 5, (5, 5), 1, 2, 1, 1),
     "one pixel": ((3, 20, 1, 1), 16, (1, 1), 1, 0, 1, 1),
     "odd channels": ((2, 65, 6, 5), 33, (3, 3), 1, 1, 1, 1),
@@ -59,9 +59,9 @@ CASES = {
     "groups of 24, 48 outputs": ((2, 48, 7, 9), 96, (3, 3), 1, 1, 1, 2),
     "uneven groups": ((2, 12, 6, 5), 42, (3, 3), 1, 1, 1, 3),
     "depthwise": ((2, 40, 7, 7), 40, (3, 3), 1, 1, 1, 40),
-    "more taps than are served": ((1, 4, 14, 14), 8, (12, 12), 1, 0, 1, 1),
+    "unsupported number of taps": ((1, 4, 14, 14), 8, (12, 12), 1, 0, 1, 1),
     "groups of 4, 16 outputs": ((2, 12, 6, 5), 48, (3, 3), 1, 1, 1, 3),
-    "stem of another padding": ((1, 3, 17, 20), 64, (7, 7), 2, 2, 1, 1),
+    "stem, other padding": ((1, 3, 17, 20), 64, (7, 7), 2, 2, 1, 1),
 }
 
 
@@ -85,7 +85,7 @@ def operands(case, dtype, device="cpu", make=randn) -> tuple[list[Tensor], tuple
 
 
 def stock(x, weight, scale, shift, residual, relu, *geometry) -> Tensor:
-    """As torchvision's blocks compute it: convolution, batch norm, addition, ReLU."""
+    """As in torchvision's blocks: convolution, batch norm, addition, ReLU."""
     if x.dtype == torch.float64:
         scale, shift = scale.double(), shift.double()
     statistics = torch.zeros_like(shift), torch.ones_like(scale)
@@ -100,11 +100,12 @@ def exact(x, weight, scale, shift, residual, relu, *geometry) -> Tensor:
     return stock(*map(lifted, (x, weight, scale, shift, residual)), relu, *geometry)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_values(device, backend, poison, case, dtype):
     if interpreted(backend, device) and "many tiles" in case and dtype != torch.float32:
-        pytest.skip("slow in Triton's interpreter; float32 is tested, and fewer tiles are")
+        pytest.skip("slow when interpreted; float32 and fewer tiles are tested")
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
     for layout in DENSE:
         x, added = LAYOUTS[layout](x), LAYOUTS[layout](residual)
@@ -113,8 +114,9 @@ def test_values(device, backend, poison, case, dtype):
         for rest in variants[::3] if interpreted(backend, device) else variants:
             arguments = (x, weight, scale, shift, *rest, *geometry)
             y = fr.conv_bn_relu(*arguments)
-            # In float32 the order of summation shows: oneDNN's own two ways differ threefold over
-            # 2048 channels (2.8e-6 and 0.9e-6). One rounding of the terms' sum covers that.
+            # In float32 the error depends on the order of summation: that of oneDNN's two
+            # algorithms differs threefold over 2048 channels (2.8e-6 and 0.9e-6). One rounding of
+            # the terms' sum covers that.
             sizes = (t if t is None else t.abs() for t in (*arguments[:4], rest[0]))
             terms = {"y": exact(*sizes, False, *geometry).max().item()}
             narrow = dtype in (torch.bfloat16, torch.float16)
@@ -124,10 +126,11 @@ def test_values(device, backend, poison, case, dtype):
         check()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_small_integers_are_exact(device, backend, poison, case, dtype):
-    """Every product and sum is exact in float32: one wrong index shows as a difference."""
+    """Every product and sum is exact in float32: one wrong index changes the result."""
     (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, device, integers)
     x, weight = x.clamp(-1, 1), weight.clamp(-1, 1)
     arguments = (x, weight, scale, shift, residual, True, *geometry)
@@ -137,12 +140,13 @@ def test_small_integers_are_exact(device, backend, poison, case, dtype):
     same(y, want.to(dtype))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", ["3x3", "3x3 in sixteens", "groups of 4", "stem"])
+@pytest.mark.parametrize("case", ["3x3", "3x3, multiples of 16", "groups of 4", "stem"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(device, backend, poison, layout, case, dtype):
     if interpreted(backend, device) and (backend == "emulated") == (dtype == torch.float32):
-        pytest.skip("one dtype each where it is slow: the one that the emulated kernels have")
+        pytest.skip("slow when interpreted: bfloat16 if emulated, float32 by Triton")
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
     x, residual = LAYOUTS[layout](x), LAYOUTS[layout](residual)
     arguments = (x, weight, scale, shift, residual, True, *geometry)
@@ -151,18 +155,20 @@ def test_any_layout(device, backend, poison, layout, case, dtype):
     check()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
-    "case", ["pointwise", "3x3, stride 2", "3x3 in sixteens", "groups of 4", "stem"]
+    "case", ["pointwise", "3x3, stride 2", "3x3, multiples of 16", "groups of 4", "stem"]
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -0.0])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_special_values_go_where_stock_sends_them(device, backend, dtype, case, value):
+def test_special_values_propagate_as_in_stock(device, backend, dtype, case, value):
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, device)
-    # Stock's bfloat16 stem makes NaN of Inf, multiplying it by zeros that it pads channels with:
-    # the measure is stock in float32. In bfloat16 0.013 was measured, weights and scale folded.
-    close_to = 1e-4 if dtype == torch.float32 else 0.03
+    # The reference is stock in float32: stock's bfloat16 stem turns Inf into NaN, because it
+    # multiplies by zeros that pad the channels. Measured in bfloat16, with scale folded into the
+    # weights: 0.013.
+    tolerance = 1e-4 if dtype == torch.float32 else 0.03
     for target, at in ((x, (0, -1, 2, 3)), (residual, (0, 3, 1, 1))):
-        kept = target[at].item()
+        original = target[at].item()
         target[at] = value
         variants = ((residual, True), (residual, False), (None, True))
         for rest in variants[:1] if interpreted(backend, device) else variants:
@@ -173,13 +179,13 @@ def test_special_values_go_where_stock_sends_them(device, backend, dtype, case, 
             assert torch.equal(got.isnan(), want.isnan())
             finite = want.isfinite()
             assert torch.equal(got[~finite & ~want.isnan()], want[~finite & ~want.isnan()])
-            torch.testing.assert_close(got[finite], want[finite], rtol=close_to, atol=close_to)
-        target[at] = kept
+            torch.testing.assert_close(got[finite], want[finite], rtol=tolerance, atol=tolerance)
+        target[at] = original
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_nan_and_infinite_parameters_stay_in_their_channel(device, backend, dtype):
-    """A NaN scale is what a negative running variance gives."""
+    """A negative running variance gives a NaN scale."""
     (x, weight, scale, shift, residual), geometry = operands("3x3", dtype, device)
     scale[2], shift[5], shift[7] = float("nan"), float("inf"), -float("inf")
     arguments = (x, weight, scale, shift, residual, True, *geometry)
@@ -192,13 +198,13 @@ def test_folding_never_overflows_where_stock_is_finite(device, backend):
     x = torch.full((1, 32, 4, 4), 1e-3, dtype=torch.float16, device=device)
     weight = torch.full((16, 32, 1, 1), 6e4, dtype=torch.float16, device=device)
     scale, shift = torch.full((16,), 8.0, device=device), torch.zeros(16, device=device)
-    y = fr.conv_bn_relu(x * 1e-2, weight, scale, shift)  # weight * scale is beyond float16
+    y = fr.conv_bn_relu(x * 1e-2, weight, scale, shift)  # weight * scale overflows float16
     want = exact(x * 1e-2, weight, scale, shift, None, True, 1, 0, 1, 1)
     torch.testing.assert_close(y.double().cpu(), want, rtol=2e-3, atol=0)
     assert y.isfinite().all()
 
 
-def test_residual_is_x_itself(device, backend):
+def test_residual_aliases_x(device, backend):
     (x, weight, scale, shift, _), geometry = operands("pointwise", torch.float32, device)
     check = unchanged(x)
     arguments = (x, weight, scale, shift, x, True, *geometry)
@@ -206,6 +212,7 @@ def test_residual_is_x_itself(device, backend):
     check()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("case", ["3x3, stride 2", "asymmetric", "groups of 4", "stem"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -244,7 +251,7 @@ def test_only_some_gradients(device, backend):
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 def test_first_and_second_derivatives(device, backend, relu):
     if backend == "triton":
-        pytest.skip("float64 is the reference's, which has this test")
+        pytest.skip("float64 runs the reference, which is tested by itself")
     inputs = [
         randn(shape, torch.float64, device).requires_grad_()
         for shape in ((1, 4, 5, 4), (4, 2, 3, 3), (4,), (4,), (1, 4, 3, 2))
@@ -257,7 +264,7 @@ def test_first_and_second_derivatives(device, backend, relu):
     assert gradgradcheck(y_of, inputs)
 
 
-def test_in_place_edit_of_the_output_is_noticed(device, backend):
+def test_in_place_edit_of_the_output_raises(device, backend):
     tensors, geometry = operands("3x3", torch.float32, device)
     tensors[0].requires_grad_()
     y = fr.conv_bn_relu(*tensors, True, *geometry)
@@ -272,7 +279,7 @@ def test_packed_weights_never_go_stale(device, backend):
 
     def check() -> None:
         arguments = (*tensors, True, *geometry)
-        for _ in range(3):  # the third call meets packed weights that were kept
+        for _ in range(3):  # the third call uses cached packed weights
             torch.testing.assert_close(
                 fr.conv_bn_relu(*arguments), stock(*arguments), rtol=1e-4, atol=1e-4
             )
@@ -287,22 +294,22 @@ def test_packed_weights_never_go_stale(device, backend):
         check()
     tensors[1] = weight.clone()
     check()
-    with torch.inference_mode():  # no version counter to watch
+    with torch.inference_mode():  # tensors have no version counter
         tensors[1] = weight * 3
         check()
         tensors[1].mul_(2)
         check()
 
 
-def test_packed_weights_die_with_the_weight(device, backend):
+def test_packed_weights_are_freed_with_the_weight(device, backend):
     (x, weight, scale, shift, _), geometry = operands("3x3", torch.float32, device)
-    before = len(cache._kept)
+    before = len(cache._cached)
     for _ in range(3):
         fr.conv_bn_relu(x, weight, scale, shift, None, True, *geometry)
-    watch = weakref.ref(weight)
+    reference = weakref.ref(weight)
     del weight
     gc.collect()
-    assert watch() is None and len(cache._kept) <= before
+    assert reference() is None and len(cache._cached) <= before
 
 
 def test_empty(device, backend):
@@ -329,6 +336,7 @@ def test_opcheck(device, backend):
         torch.library.opcheck(torch.ops.fused_resnet.conv_bn_relu, (*inputs, True, *pairs, 1))
 
 
+@pytest.mark.pairwise(interpreted=8)
 @pytest.mark.parametrize("case", CASES)
 def test_fake_and_meta_tensors_have_the_real_strides(device, backend, case):
     tensors, geometry = operands(case, torch.bfloat16, device)
@@ -358,7 +366,7 @@ def test_compiles_and_exports_as_one_graph(device, backend, compiler):
         y = block(*tensors)
         results.append((y, *torch.autograd.grad(y.square().sum(), tensors)))
     for want, got in zip(*results, strict=True):
-        # A fused y * 2 * 2 rounds otherwise; gradients up to 520 were 6e-5 apart, 1.2e-7 of that.
+        # A fused y * 2 * 2 rounds differently; gradients up to 520 differed by 6e-5 (1.2e-7).
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
     with torch.no_grad():
         same(torch.export.export(Block(), tuple(tensors)).module()(*tensors), results[0][0])
@@ -443,7 +451,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_say_what_was_expected_and_what_came(case):
+def test_error_messages(case):
     change, error, words = ERRORS[case]
     arguments = {
         "x": torch.zeros(2, 8, 6, 6),

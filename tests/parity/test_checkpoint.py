@@ -1,4 +1,4 @@
-"""Checkpoints that are cut short, of another model, or carry code: a clear error, nothing run."""
+"""Checkpoints that are truncated, of another model or contain code raise and execute nothing."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def model():
 
 
 @pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module."])
-def test_usual_forms_load(model, tmp_path, wrap):
+def test_common_formats_load(model, tmp_path, wrap):
     state = model.state_dict()
     content = {"plain": state, "module.": {f"module.{k}": v for k, v in state.items()}}.get(
         wrap, {wrap: state, "epoch": 3}
     )
     torch.save(content, tmp_path / "c.pt")
-    found = load_checkpoint(tmp_path / "c.pt")
-    assert list(found) == list(state)
+    loaded = load_checkpoint(tmp_path / "c.pt")
+    assert list(loaded) == list(state)
     other = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=4)
-    load_into(other, found, "resnet", tmp_path / "c.pt")
+    load_into(other, loaded, "resnet", tmp_path / "c.pt")
     assert all(
         torch.equal(a, b) for a, b in zip(other.state_dict().values(), state.values(), strict=True)
     )
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_cut_short(model, tmp_path, share):
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.999])
+def test_truncated(model, tmp_path, fraction):
     path = tmp_path / "c.pt"
     torch.save(model.state_dict(), path)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with pytest.raises(CheckpointError, match=r"c\.pt"):
         load_checkpoint(path)
 
@@ -76,7 +76,7 @@ def test_no_state_dict(tmp_path, content):
         load_checkpoint(tmp_path / "c.pt")
 
 
-def test_not_there(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises((CheckpointError, FileNotFoundError), match="nothing"):
         load_checkpoint(tmp_path / "nothing.pt")
     with pytest.raises((CheckpointError, OSError)):

@@ -1,4 +1,4 @@
-"""Images of every kind become float32 (N, 3, 224, 224); what is none is named, the others go on."""
+"""Images of every mode become float32 (N, 3, 224, 224); unreadable files are reported."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def test_every_mode_is_converted(tmp_path, name):
     picture(KINDS[name]).save(tmp_path / name)
     batch = load_images(tmp_path)
     assert batch.images.shape == (1, 3, 224, 224) and batch.images.dtype == torch.float32
-    assert batch.images.isfinite().all() and batch.images.std() > 0.1, "the picture is gone"
+    assert batch.images.isfinite().all() and batch.images.std() > 0.1, "the picture is blank"
     assert not batch.errors
 
 
-def test_sixteen_bits_keep_their_brightness(tmp_path):
+def test_16_bit_images_keep_their_brightness(tmp_path):
     grey = np.full((20, 20), 128 << 8, dtype=np.uint16)
     Image.fromarray(grey).save(tmp_path / "16.png")
     Image.fromarray(np.full((20, 20), 128, dtype=np.uint8)).save(tmp_path / "8.png")
@@ -50,7 +50,7 @@ def test_any_size(tmp_path, size):
     assert load_images(tmp_path).images.shape == (1, 3, 224, 224)
 
 
-def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path):
+def test_unreadable_files_are_reported_and_skipped(tmp_path):
     picture("RGB").save(tmp_path / "good.png")
     picture("RGB", (300, 300)).save(tmp_path / "cut.png")
     data = (tmp_path / "cut.png").read_bytes()
@@ -63,7 +63,7 @@ def test_what_is_no_image_is_named_and_the_others_go_on(tmp_path):
     assert all(name in text for name in ("cut.png", "text.jpg", "empty.png")) and "good" not in text
 
 
-def test_nothing_usable_is_an_error_that_names_the_folder(tmp_path):
+def test_a_folder_without_images_raises(tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=tmp_path.name):
         load_images(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):

@@ -1,5 +1,5 @@
-"""CIFAR-10 as torchvision keeps it on disk, here a tiny one: read, augmented and trained on, by
-`fused-resnet depth` with the settings of He et al. 2015 (1512.03385), section 4.2, and by
+"""A tiny data set in CIFAR-10's file format: reading, augmentation, and training by
+`fused-resnet depth`, with the settings of He et al. 2015 (1512.03385), section 4.2, and by
 `fused-resnet train`."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES = ["plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder that holds cifar-10-batches-py."""
+    """The folder that contains cifar-10-batches-py."""
     root = tmp_path_factory.mktemp("cifar10")
     folder = root / CIFAR10.base_folder
     folder.mkdir()
@@ -47,7 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return hashlib.md5(raw).hexdigest()
 
     def batch(images: int) -> dict[str, Any]:
-        """A class is told by its brightness."""
+        """The brightness determines the class."""
         labels = torch.randint(10, (images,), generator=generator)
         noise = torch.randint(56, (images, 3072), generator=generator)
         data = (noise + 20 * labels[:, None]).to(torch.uint8).numpy()
@@ -68,11 +68,11 @@ def fused_resnet(*arguments: Any) -> Any:
     return result
 
 
-def test_images_are_the_disks_augmented_as_the_papers(root):
-    """Training: padded by 4 pixels of zeros, cropped to 32 x 32, flipped or not; tests: neither."""
-    found = datasets.load("cifar10", str(root), None)
-    assert found.classes == NAMES
-    train, test = found.train[0], found.test[0]
+def test_images_and_augmentation(root):
+    """Training: zero-padded by 4 pixels, random 32 x 32 crop and flip. Test: neither."""
+    data = datasets.load("cifar10", str(root), None)
+    assert data.classes == NAMES
+    train, test = data.train[0], data.test[0]
     assert len(train) == TRAIN and len(test) == TEST
     stored = pickle.loads((root / CIFAR10.base_folder / "data_batch_2").read_bytes())
     image, label = train[TRAIN // 5 + 3]  # the second file's fourth
@@ -83,26 +83,26 @@ def test_images_are_the_disks_augmented_as_the_papers(root):
         mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
         return (x / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
-    torch.testing.assert_close(found.test[1](test[0][0]), normalised(test[0][0]))
+    torch.testing.assert_close(data.test[1](test[0][0]), normalised(test[0][0]))
     padded = nn.functional.pad(image, (4, 4, 4, 4))
     crops = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
-    every = normalised(torch.cat([crops, crops.flip(-1)]))
+    expected = normalised(torch.cat([crops, crops.flip(-1)]))
     seen = set()
     for _ in range(300):
-        off = (every - found.train[1](image)).abs().amax((1, 2, 3))
-        assert off.min() < 1e-5
-        seen.add(int(off.argmin()))
+        error = (expected - data.train[1](image)).abs().amax((1, 2, 3))
+        assert error.min() < 1e-5
+        seen.add(int(error.argmin()))
     corners = {0, 8, 72, 80}
     assert len(seen) > 100 and {i % 81 for i in seen} & corners  # of 162
     assert {i // 81 for i in seen} == {0, 1}
 
 
-def test_a_damaged_file_is_told(root):
+def test_a_damaged_file_raises(root):
     file = root / CIFAR10.base_folder / "test_batch"
     raw = file.read_bytes()
     file.write_bytes(raw[:-1] + b"?")
     try:
-        with pytest.raises(ValueError, match=r"--root .*: CIFAR-10 is not there or damaged"):
+        with pytest.raises(ValueError, match=r"--root .*: CIFAR-10 is missing or damaged"):
             datasets.load("cifar10", str(root), None)
     finally:
         file.write_bytes(raw)
@@ -137,11 +137,11 @@ def test_train(root, tmp_path):
     assert len(losses) == 16 and losses[-1] < losses[0]
 
 
-# --- the paper's training -------------------------------------------------------------------------
+# --- training as in the paper ---------------------------------------------------------------------
 
 
-class Told(nn.Module):
-    """Logits that are x itself, and a parameter."""
+class Identity(nn.Module):
+    """Returns x as logits; has one parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,33 +152,33 @@ class Told(nn.Module):
 
 
 def rates(depth: int, errors: list[float], images: int = 40) -> list[float]:
-    """The learning rate that each of 40 steps of 10 images took, where `errors` of them were told
-    wrong; 0 after those listed."""
+    """The learning rate of each of 40 steps with 10 images, where step i misclassifies the fraction
+    errors[i], or 0 after the end of the list."""
     config = Config(data="cifar10", epochs=10, batch=10, lr=0.1)
     stand_in: Any = SimpleNamespace(config=config, data=SimpleNamespace(x=torch.empty(images)))
-    model = Told()
+    model = Identity()
     steps = Steps(stand_in, model, depth, seed=0)
     (group,) = steps.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
-    found: list[float] = []
-    steps.optimizer.register_step_pre_hook(lambda *_: found.append(group["lr"]))
+    rates: list[float] = []
+    steps.optimizer.register_step_pre_hook(lambda *_: rates.append(group["lr"]))
     for i in range(40):
         y = torch.arange(10)
         wrong = round(10 * errors[i]) if i < len(errors) else 0
-        told = torch.where(torch.arange(10) < wrong, (y + 1) % 10, y)
-        assert steps.step(nn.functional.one_hot(told, 10).float(), y)[1] == wrong
-    return found
+        predicted = torch.where(torch.arange(10) < wrong, (y + 1) % 10, y)
+        assert steps.step(nn.functional.one_hot(predicted, 10).float(), y)[1] == wrong
+    return rates
 
 
 def test_learning_rate_of_20_layers():
-    """0.1, divided by 10 at half and at three quarters of the steps, whatever the error."""
+    """0.1, divided by 10 after 1/2 and 3/4 of the steps, independent of the error."""
     want = [0.1] * 20 + [0.01] * 10 + [0.001] * 10
     assert rates(20, [1.0] * 40) == pytest.approx(want)
     assert rates(20, []) == pytest.approx(want)
 
 
 def test_learning_rate_of_110_layers():
-    """0.01 until a batch's error is below 80%, 0.1 from the next step on."""
+    """0.01 until a batch's error is below 80%, 0.1 from the next step."""
     errors = [0.9, 0.9, 0.8, 0.7, 0.9, 1.0]
     want = [0.01] * 4 + [0.1] * 16 + [0.01] * 10 + [0.001] * 10
     assert rates(110, errors) == pytest.approx(want)
@@ -187,17 +187,17 @@ def test_learning_rate_of_110_layers():
     assert rates(110, [0.8] * 40) == pytest.approx(never)
 
 
-def test_lengths_are_the_papers(root, tmp_path):
-    """64k iterations of 128 images are 164 epochs of CIFAR-10's 50,000; drops at 32k and 48k."""
+def test_schedule_lengths_of_the_paper(root, tmp_path):
+    """64k steps of 128 images are 164 epochs of CIFAR-10's 50,000; drops at 32k and 48k."""
     c = Experiment(Config(data="cifar10", root=str(root), out=str(tmp_path))).config
     assert (c.epochs, c.batch, c.lr, c.stochastic_depth) == (164, 128, 0.1, 0.0)
     assert c.epochs * (50_000 // c.batch) == pytest.approx(64_000, rel=1e-3)
     at = [0, 31_999, 32_000, 47_999, 48_000, 63_999]
-    found = [paper_factor(step, 64_000, False) for step in at]
-    assert found == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
+    factors = [paper_factor(step, 64_000, False) for step in at]
+    assert factors == [1.0, 1.0, 0.1, 0.1, 0.01, 0.01]
 
 
-def test_more_in_a_batch_than_there_are(root, tmp_path):
+def test_batch_larger_than_the_data_set(root, tmp_path):
     config = Config(data="cifar10", root=str(root), batch=TRAIN + 1, out=str(tmp_path))
-    with pytest.raises(ValueError, match="--batch must be at most 130, the images there are, got"):
+    with pytest.raises(ValueError, match="--batch must be at most 130, the number of images, got"):
         Experiment(config)

@@ -1,4 +1,4 @@
-"""`fused-resnet train`: it learns, survives a kill at any moment, and says what went wrong."""
+"""`fused-resnet train`: learning, resuming after a kill at any moment, and error messages."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ SMALL = Config(image_size=16, epochs=2, batch=32, warmup=0.5, checkpoint_every=2
 
 
 def some_digits(name: str = "digits", root: Any = None, size: int | None = None) -> datasets.Data:
-    """Of the real ones as many as a test has time for."""
-    found = datasets._digits(size or 16)
-    return found._replace(
-        train=(found.train[0][:160], found.train[1]), test=(found.test[0][:50], found.test[1])
+    """The first of the real digits, few enough for a test."""
+    data = datasets._digits(size or 16)
+    return data._replace(
+        train=(data.train[0][:160], data.train[1]), test=(data.test[0][:50], data.test[1])
     )
 
 
@@ -60,9 +60,9 @@ def test_it_learns(tmp_path):
     config = small(tmp_path, epochs=6, label_smoothing=0.1, lr=0.05)
     result = run(config, lines.append)
     assert result.steps == 30 and len(lines) == 6
-    assert result.test_accuracy >= 0.2  # of ten classes, from 160 images; a guess has 0.1
-    found = losses(config)
-    assert len(found) == 30 and sum(found[-5:]) < 0.7 * sum(found[:5])
+    assert result.test_accuracy >= 0.2  # ten classes, 160 images; chance is 0.1
+    values = losses(config)
+    assert len(values) == 30 and sum(values[-5:]) < 0.7 * sum(values[:5])
     files = {p.name for p in result.folder.iterdir()}
     assert files == {"checkpoint.pt", "checkpoint-before.pt", "config.json", "metrics.jsonl"}
     assert json.loads((result.folder / "config.json").read_text())["epochs"] == 6
@@ -99,23 +99,23 @@ def _train_until(config: Config, step: int, where: str, resume: bool) -> None:
     if where == "writing":
         save = torch.save
 
-        def half(content: Any, file: Any) -> None:
+        def write_partly(content: Any, file: Any) -> None:
             if content["step"] >= step:
                 file.write(b"half of a checkpoint")
                 file.flush()
                 die()
             save(content, file)
 
-        torch.save = half
+        torch.save = write_partly
     if where == "renaming":
         replace = os.replace
 
-        def between(a: Any, b: Any) -> None:
+        def die_after_first(a: Any, b: Any) -> None:
             replace(a, b)
             if Path(b).name == state.BEFORE:
                 die()
 
-        os.replace = between
+        os.replace = die_after_first
     run(
         config,
         resume=resume,
@@ -124,7 +124,7 @@ def _train_until(config: Config, step: int, where: str, resume: bool) -> None:
 
 
 def test_killed_at_any_moment(tmp_path):
-    """The same losses, to the last bit, as of a run that nobody killed."""
+    """Losses and weights are bitwise equal to those of an uninterrupted run."""
     whole = dataclasses.replace(SMALL, out=str(tmp_path / "whole"), ema=0.8)
     run(whole)
     killed = dataclasses.replace(whole, out=str(tmp_path / "killed"), workers=0)
@@ -154,13 +154,13 @@ def test_a_finished_run_stays_finished(tmp_path):
     config = small(tmp_path, epochs=1)
     first = run(config)
     lines: list[str] = []
-    again = run(config, lines.append, resume=True)
-    assert again == first and any("finished before" in line for line in lines)
-    with pytest.raises(ValueError, match=r"holds a run of 5 steps; go on with it \(--resume\)"):
+    resumed = run(config, lines.append, resume=True)
+    assert resumed == first and any("already finished" in line for line in lines)
+    with pytest.raises(ValueError, match=r"contains a run of 5 steps; continue it with --resume"):
         run(config)
-    with pytest.raises(CheckpointError, match="holds a run with --seed 0, not 1"):
+    with pytest.raises(CheckpointError, match="contains a run with --seed 0, not 1"):
         run(dataclasses.replace(config, seed=1), resume=True)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="contains no checkpoint"):
         run(dataclasses.replace(config, out=str(tmp_path / "new")), resume=True)
 
 
@@ -175,7 +175,7 @@ def test_damaged_checkpoints(tmp_path, damage):
         def __reduce__(self) -> Any:
             return (os.system, (f"touch {marker}",))
 
-    def harm(path: Path) -> None:
+    def damage_file(path: Path) -> None:
         content = path.read_bytes()
         if damage == "payload":
             torch.save({"model": Payload(), "config": {}, "step": 1}, path)
@@ -190,26 +190,26 @@ def test_damaged_checkpoints(tmp_path, damage):
                 }[damage]
             )
 
-    harm(newest)
-    with pytest.warns(UserWarning, match=rf"{state.NEWEST}.*going on from {state.BEFORE}"):
+    damage_file(newest)
+    with pytest.warns(UserWarning, match=rf"{state.NEWEST}.*resuming from {state.BEFORE}"):
         result = run(config, resume=True)
     assert result.steps == 5 and state.read(folder / state.BEFORE)["step"] == 4
     assert not newest.exists() or state.read(newest)["step"] == 5
     assert (folder / "checkpoint.damaged").exists()
     for name in (state.NEWEST, state.BEFORE):
-        harm(folder / name)
+        damage_file(folder / name)
     with (
-        pytest.warns(UserWarning, match="going on"),
+        pytest.warns(UserWarning, match="resuming"),
         pytest.raises(CheckpointError, match=state.BEFORE),
     ):
         run(config, resume=True)
     assert not marker.exists()
 
 
-# --- gone wrong -----------------------------------------------------------------------------------
+# --- failures -------------------------------------------------------------------------------------
 
 
-def test_not_a_number_names_step_and_layer(tmp_path, monkeypatch):
+def test_non_finite_loss_names_step_and_layer(tmp_path, monkeypatch):
     config = small(tmp_path)
     step = loop._Run.one_step
 
@@ -222,15 +222,15 @@ def test_not_a_number_names_step_and_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(loop._Run, "one_step", poisoned)
     with pytest.raises(NonFinite, match=r"step 4: the loss is nan; layer2\.0\.conv1 is the first"):
         run(config)
-    kept = state.read(Path(str(config.out)) / state.NEWEST)
-    assert kept["step"] == 3
-    statistics = {k: v for k, v in kept["model"].items() if "running" in k or "tracked" in k}
+    saved = state.read(Path(str(config.out)) / state.NEWEST)
+    assert saved["step"] == 3
+    statistics = {k: v for k, v in saved["model"].items() if "running" in k or "tracked" in k}
     assert all(v.isfinite().all() for v in statistics.values())
-    assert kept["model"]["bn1.num_batches_tracked"] == 3
+    assert saved["model"]["bn1.num_batches_tracked"] == 3
     assert len(losses(config)) == 3
 
 
-def test_a_gradient_that_is_no_number_is_named(tmp_path, monkeypatch):
+def test_non_finite_gradient_is_named(tmp_path, monkeypatch):
     config = small(tmp_path)
     backward = loop._Run.backward
 
@@ -257,7 +257,7 @@ def test_first_non_finite():
 
 
 def test_out_of_memory_and_after(tmp_path, monkeypatch):
-    """FAULTS 45: an error that says what would need less, and a smaller batch then trains."""
+    """FAULTS 45: the error lists options that need less memory; a smaller batch then trains."""
     config = small(tmp_path, epochs=1, batch=64)
 
     def forward(self, model, x):
@@ -293,7 +293,7 @@ def test_out_of_memory_and_after(tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_options_that_make_no_sense(tmp_path, changes, words):
+def test_invalid_options(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         run(small(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
@@ -302,7 +302,7 @@ def test_options_that_make_no_sense(tmp_path, changes, words):
 # --- the parts ------------------------------------------------------------------------------------
 
 
-def test_batches_are_shared_out_and_gone_on_with():
+def test_batches_are_distributed_and_resumed():
     def batches(**changes: Any) -> list[list[tuple[int, int]]]:
         return list(datasets.Batches(22, 4, **{"seed": 3, "epoch": 1, **changes}))
 
@@ -312,22 +312,22 @@ def test_batches_are_shared_out_and_gone_on_with():
     assert len(set(seen)) == 20 and {e for batch in whole for e, _ in batch} == {1}
     assert batches() == whole and batches(epoch=2) != whole and batches(seed=4) != whole
     assert batches(first=3) == whole[3:]
-    shares = [batches(rank=r, processes=2) for r in range(2)]
-    for batch, *parts in zip(whole, *shares, strict=True):
+    by_rank = [batches(rank=r, processes=2) for r in range(2)]
+    for batch, *parts in zip(whole, *by_rank, strict=True):
         assert sorted(batch) == sorted(parts[0] + parts[1]) and len(parts[0]) == len(parts[1])
     tested = batches(shuffled=False)
     assert [i for batch in tested for _, i in batch] == list(range(22))
 
 
-def test_lamb_is_its_formula():
+def test_lamb_matches_its_formula():
     torch.manual_seed(0)
     w = nn.Parameter(torch.randn(5, 3, dtype=torch.float64))
-    still = nn.Parameter(torch.zeros(4, dtype=torch.float64))  # of norm 0: ratio 1
-    lamb = optim.Lamb([w, still], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.02)
-    want = [w.detach().clone(), still.detach().clone()]
+    zero = nn.Parameter(torch.zeros(4, dtype=torch.float64))  # norm 0: trust ratio 1
+    lamb = optim.Lamb([w, zero], lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.02)
+    want = [w.detach().clone(), zero.detach().clone()]
     m, v = [[torch.zeros_like(t) for t in want] for _ in range(2)]
     for t in range(1, 5):
-        for i, p in enumerate((w, still)):
+        for i, p in enumerate((w, zero)):
             p.grad = torch.randn_like(p)
             m[i] = 0.8 * m[i] + 0.2 * p.grad
             v[i] = 0.9 * v[i] + 0.1 * p.grad**2
@@ -335,7 +335,7 @@ def test_lamb_is_its_formula():
             size = want[i].norm()
             want[i] = want[i] - 0.1 * (size / r.norm() if size > 0 else 1.0) * r
         lamb.step()
-    for p, expected in zip((w, still), want, strict=True):
+    for p, expected in zip((w, zero), want, strict=True):
         torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
@@ -355,7 +355,7 @@ def test_schedule_and_decay():
 
 
 def test_a_folder_with_broken_images(tmp_path, monkeypatch):
-    """FAULTS 48: the file is named, the others go on."""
+    """FAULTS 48: unreadable files are named and skipped."""
     from PIL import Image
 
     monkeypatch.undo()
@@ -366,31 +366,31 @@ def test_a_folder_with_broken_images(tmp_path, monkeypatch):
             kind = "tiff" if mode in ("CMYK", "I;16") else "png"
             Image.new(mode, (20 + i, 17)).save(tmp_path / name / f"{i}.{kind}")
     (tmp_path / "cat" / "7.png").write_bytes((tmp_path / "cat" / "0.png").read_bytes()[:40])
-    found = datasets.load("folder", str(tmp_path), 16)
-    assert found.classes == ["cat", "dog"]
-    everything = found.train[0] + found.test[0]
-    assert len(everything) == 13
-    images = datasets._Images(everything, found.test[1], seed=0, replaced=True)
-    with pytest.warns(UserWarning, match=r"left out: .*7\.png"):
+    data = datasets.load("folder", str(tmp_path), 16)
+    assert data.classes == ["cat", "dog"]
+    files = data.train[0] + data.test[0]
+    assert len(files) == 13
+    images = datasets._Images(files, data.test[1], seed=0, replaced=True)
+    with pytest.warns(UserWarning, match=r"skipped: .*7\.png"):
         shapes = {images[0, i][0].shape for i in range(13)}
     assert shapes == {(3, 16, 16)}
     batches = datasets.Batches(13, 4, seed=0, epoch=0, shuffled=False)
-    with pytest.warns(UserWarning, match=r"left out: .*7\.png"):
-        loaded = list(datasets.loader((everything, found.test[1]), batches, 0, 0, replaced=False))
+    with pytest.warns(UserWarning, match=r"skipped: .*7\.png"):
+        loaded = list(datasets.loader((files, data.test[1]), batches, 0, 0, replaced=False))
     assert sorted(len(y) for _, y in loaded) == [1, 3, 4, 4]
-    broken = [i for i, (path, _) in enumerate(everything) if path.endswith("7.png")]
-    alone = datasets.Batches(1, 1, seed=0, epoch=0, shuffled=False)
-    part = ([everything[broken[0]]], found.test[1])
-    with pytest.warns(UserWarning, match="left out"):
-        assert list(datasets.loader(part, alone, 0, 0, replaced=False)) == [None]
+    broken = [i for i, (path, _) in enumerate(files) if path.endswith("7.png")]
+    single = datasets.Batches(1, 1, seed=0, epoch=0, shuffled=False)
+    part = ([files[broken[0]]], data.test[1])
+    with pytest.warns(UserWarning, match="skipped"):
+        assert list(datasets.loader(part, single, 0, 0, replaced=False)) == [None]
     with pytest.raises(ValueError, match="--root must be a folder"):
         datasets.load("folder", str(tmp_path / "nowhere"), None)
-    with pytest.raises(ValueError, match="CIFAR-10 is not there"):
+    with pytest.raises(ValueError, match="CIFAR-10 is missing"):
         datasets.load("cifar10", str(tmp_path), None)
 
 
-def test_an_unreadable_test_image_does_not_count(tmp_path, monkeypatch):
-    """Its neighbour must not count twice: all are told right, of those that can be read."""
+def test_unreadable_test_images_are_not_counted(tmp_path, monkeypatch):
+    """No other image is counted in their place: the accuracy is that of the readable images."""
     from PIL import Image
 
     monkeypatch.undo()
@@ -407,44 +407,44 @@ def test_an_unreadable_test_image_does_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(loop._Run, "one_step", lambda self, x, y: (_step(self), 1.0))
     lines: list[str] = []
     config = small(tmp_path, data="folder", root=str(tmp_path), epochs=1, batch=4)
-    with pytest.warns(UserWarning, match="left out: .*dog"):
+    with pytest.warns(UserWarning, match="skipped: .*dog"):
         result = run(config, lines.append)
-    assert result.test_accuracy == pytest.approx(4 / 5)  # of 4 cats and a dog; every one a cat
-    assert "test accuracy 80.00% of 5 images, 3 unreadable left out" in lines[-1]
+    assert result.test_accuracy == pytest.approx(4 / 5)  # 4 cats and 1 dog, all classified as cats
+    assert "test accuracy 80.00% of 5 images, 3 unreadable skipped" in lines[-1]
     rows = state.read_metrics(result.folder / "metrics.jsonl")
     assert rows[-1]["test_images"] == 5
     for path in (tmp_path / "val").glob("*/*"):
         path.write_bytes(b"no image")
     with (
-        pytest.warns(UserWarning, match="left out"),
-        pytest.raises(ValueError, match="holds no readable test image"),
+        pytest.warns(UserWarning, match="skipped"),
+        pytest.raises(ValueError, match="contains no readable test image"),
     ):
         run(dataclasses.replace(config, out=str(tmp_path / "none")))
 
 
 def _step(self: Any) -> float:
-    self.optimizer.step()  # of no gradients
+    self.optimizer.step()  # without gradients
     self.step += 1
     return 1.0
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_loading_takes_nobodys_random_numbers(workers):
-    found = some_digits()
+def test_loading_keeps_the_global_random_state(workers):
+    data = some_digits()
     batches = datasets.Batches(32, 8, seed=0, epoch=0)
     before = torch.get_rng_state()
-    assert len(list(datasets.loader(found.train, batches, 0, workers, replaced=True))) == 4
+    assert len(list(datasets.loader(data.train, batches, 0, workers, replaced=True))) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_augmentation_is_each_images_own():
-    found = some_digits()
-    images = datasets._Images(*found.train, seed=7, replaced=True)
+def test_augmentation_depends_on_seed_epoch_and_image():
+    data = some_digits()
+    images = datasets._Images(*data.train, seed=7, replaced=True)
     torch.manual_seed(1)
     first = images[3, 5][0]
     after = torch.rand(2)
     torch.manual_seed(1)
-    assert torch.equal(torch.rand(2), after)  # nobody else's random numbers are used up
+    assert torch.equal(torch.rand(2), after)  # the global random state is unchanged
     torch.rand(5)
     assert torch.equal(images[3, 5][0], first)
     assert not torch.equal(images[4, 5][0], first)
@@ -466,29 +466,29 @@ def test_the_command(tmp_path, monkeypatch):
     assert "test accuracy" in done.output and "after 5 steps" in done.output
     picture = tmp_path / "run" / "metrics.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    again = CliRunner().invoke(application(), words)
-    assert again.exit_code == 2 and "--resume" in again.output
+    second = CliRunner().invoke(application(), words)
+    assert second.exit_code == 2 and "--resume" in second.output
     wrong = CliRunner().invoke(application(), [*words, "--optimizer", "adam"])
     assert wrong.exit_code == 2 and "--optimizer must be one of" in wrong.output
-    alone = CliRunner().invoke(application(), [*words, "--sharding", "fsdp"])
-    assert alone.exit_code == 2 and "needs more than one process" in alone.output
+    sharded = CliRunner().invoke(application(), [*words, "--sharding", "fsdp"])
+    assert sharded.exit_code == 2 and "needs more than one process" in sharded.output
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install matplotlib" in train_command.plot_metrics([], tmp_path / "none.png")
 
 
 def test_average_of_the_weights(tmp_path):
-    """average = decay * average + (1 - decay) * weights, from the second step on."""
+    """average = decay * average + (1 - decay) * weights, from the second step."""
     config = small(tmp_path, epochs=1, ema=0.75)
     seen: list[dict[str, Tensor]] = []
     step = loop._Run.one_step
 
-    def watched(self: Any, x: Tensor, y: Tensor) -> Any:
-        found = step(self, x, y)
+    def patched(self: Any, x: Tensor, y: Tensor) -> Any:
+        outcome = step(self, x, y)
         seen.append({k: v.clone() for k, v in self.model.state_dict().items()})
-        return found
+        return outcome
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Run, "one_step", watched)
+        patch.setattr(loop._Run, "one_step", patched)
         patch.setattr(datasets, "load", some_digits)
         run(config)
     average = state.read(Path(str(config.out)) / state.NEWEST)["average"]

@@ -1,20 +1,21 @@
-"""The ops on a GPU at a network's shapes, each against its peers and against the machine's limits.
+"""Benchmark of the ops on a GPU at a network's shapes, against contenders and machine limits.
 
     python benchmarks/kernels/cuda/bench_gpu_ops.py --out DIR [--batch 256] [--dtype bfloat16]
         [--tiles] [--op conv_bn_relu add_relu] [--contender fused native unfused] [--only TEXT]
 
-Ops and contenders are those of gpu_cases.py. Before it is timed a contender's results are compared
-with float64 by the tolerance rule; one that fails, is wrong or is not there is a line in the table.
-The contenders of a case take turns; times are of CUDA events, caches flushed before each; medians.
+Ops and contenders are those of gpu_cases.py. Before timing, the results of a contender are compared
+with float64 by the tolerance rule; one that fails, is wrong or unavailable is noted in the table.
+The contenders of a case are interleaved. Times are medians of CUDA events, with caches flushed
+before each call.
 
-The limit is what this machine reaches in the same run: a large matrix product for operations, a
-large copy for bytes. `share` is max(operations / product rate, bytes / copy rate) over the time
-taken, `of copy` the rate of bytes alone over the copy's. Results are written after every case.
---once calls each contender a single time and measures nothing: for a profiler to watch.
-On a device without CUDA (`--device cpu --size 32 --batch 2`) it shows only that the script works.
+The limits are measured in the same run: a large matrix product for operations, a large copy for
+bytes. `share` is max(operations / product rate, bytes / copy rate) / time, `of copy` is the byte
+rate / copy rate. Results are written after every case. --once calls each contender once without
+timing, for a profiler. On a device without CUDA (`--device cpu --size 32 --batch 2`) it only shows
+that the script works.
 
-Exit status: 1 when a contender failed or was wrong, 3 when a kernel broke the GPU's context and the
-rest could not be measured.
+Exit status: 1 if a contender failed or was wrong, 3 if a kernel corrupted the CUDA context and the
+remaining cases could not be measured.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 
 import gpu_cases
 import torch
-from gpu_contenders import Absent, Case, Exact, Ready
+from gpu_contenders import Absent, Case, Exact, Prepared
 from torch import Tensor
 
 from fused_resnet.bench.harness import pair_ratio, save
@@ -38,7 +39,7 @@ from fused_resnet.bench.machine import provenance
 from fused_resnet.tolerance import TOLERANCE, assert_close, measure_error
 
 FLUSH_BYTES = 256 * 2**20  # more than any last-level cache
-SLEEP_CYCLES = 2_000_000  # about a millisecond: kernels are launched meanwhile, none waits
+SLEEP_CYCLES = 2_000_000  # about 1 ms, so that kernels are queued before the first one starts
 OPS = (
     "conv_bn_relu", "conv_bn_train", "norm_conv_train", "bn_add_relu", "add_relu", "conv_backward",
     "conv_norm_backward",
@@ -47,7 +48,7 @@ CONTENDERS = ("fused", "native", "apart", "triton", "cudnn", "unfused", "compile
 
 
 class Clock:
-    """Times calls on one device, with its caches flushed before each."""
+    """Time calls on one device, with its caches flushed before each."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -70,7 +71,7 @@ class Clock:
 
 
 class Limits:
-    """operations/s of a large matrix product, bytes/s of a large copy: the best so far."""
+    """Best rates so far: operations/s of a large matrix product, bytes/s of a large copy."""
 
     def __init__(self, clock: Clock, like: Tensor) -> None:
         self.clock, self.like = clock, like
@@ -90,40 +91,40 @@ class Limits:
 
 
 def first_line(error: BaseException) -> str:
-    said = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return f"{type(error).__name__}: {said}"[:300]
+    line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return f"{type(error).__name__}: {line}"[:300]
 
 
 def fault(
     got: Sequence[Tensor], stock: Sequence[Tensor], exact: Sequence[Exact], images: Tensor | None
 ) -> str | None:
-    """None where results keep the tolerance rule, else which does not and by how much."""
-    for y, theirs, want in zip(got, stock, exact, strict=True):
+    """None if the results satisfy the tolerance rule, else which one does not and by how much."""
+    for y, y_stock, want in zip(got, stock, exact, strict=True):
         dtype = stock[0].dtype
         if images is not None:
             if not y.isfinite().all():
-                return f"{want.name} is not finite"
-            y, theirs = y[images], theirs[images]
+                return f"{want.name} is non-finite"
+            y, y_stock = y[images], y_stock[images]
         if want.terms:
-            error, their_error = (measure_error(t, want.value) for t in (y, theirs))
-            scaled = replace(their_error, scale=max(their_error.scale, want.terms))
+            error, stock_error = (measure_error(t, want.value) for t in (y, y_stock))
+            scaled = replace(stock_error, scale=max(stock_error.scale, want.terms))
             allowed = TOLERANCE.allowed_max(scaled, dtype)
             if not error.max_abs <= allowed:
                 return f"{want.name}: error {error.max_abs:.3g}, allowed {allowed:.3g}"
             continue
         try:
-            assert_close(y, theirs, want.value, what=want.name, dtype=dtype)
+            assert_close(y, y_stock, want.value, what=want.name, dtype=dtype)
         except AssertionError as error:
             return first_line(error).removeprefix("AssertionError: ")
     return None
 
 
 class Broken(RuntimeError):
-    """The GPU's context is lost: nothing runs in this process any more."""
+    """The CUDA context is corrupted: this process cannot use the GPU any more."""
 
 
 def broken(clock: Clock) -> str:
-    """Why the GPU runs nothing any more, or ""."""
+    """The error of a corrupted CUDA context, or ""."""
     try:
         if clock.cuda:
             torch.cuda.synchronize()
@@ -140,23 +141,23 @@ def check_context(clock: Clock, what: str) -> None:
 
 def enter(
     case: Case, chosen: Callable[[str], bool], clock: Clock
-) -> tuple[dict[str, Ready], dict[str, str]]:
-    """The contenders that gave right results, and why the others do not take part."""
-    ready: dict[str, Ready] = {}
+) -> tuple[dict[str, Prepared], dict[str, str]]:
+    """The contenders with correct results, and the reasons why others are excluded."""
+    entered: dict[str, Prepared] = {}
     notes: dict[str, str] = {}
     try:
         stock, exact = case.stock(), case.exact()
-    except Exception as error:  # out of memory: without it nobody's results can be trusted
+    except Exception as error:  # out of memory: results cannot be checked
         check_context(clock, f"{case.name}: reference")
-        return ready, {"reference": f"failed: {first_line(error)}"}
-    for name, make in case.makers.items():
+        return entered, {"reference": f"failed: {first_line(error)}"}
+    for name, prepare in case.contenders.items():
         if not chosen(name):
             continue
         try:
-            found = make()
-            wrong = fault(found.call(), stock, exact, case.images)
+            prepared = prepare()
+            wrong = fault(prepared.call(), stock, exact, case.images)
             for _ in range(3 if clock.cuda and wrong is None else 0):
-                found.call()
+                prepared.call()
         except Absent as error:
             notes[name] = f"absent: {error}"
         except Exception as error:
@@ -166,19 +167,19 @@ def enter(
             if wrong is not None:
                 notes[name] = f"wrong: {wrong}"
             else:
-                ready[name] = found
-    return ready, notes
+                entered[name] = prepared
+    return entered, notes
 
 
 def measure(case: Case, chosen: Callable[[str], bool], clock: Clock, rounds: int) -> dict[str, Any]:
-    """The case with the seconds that each contender took in every round."""
-    ready, notes = enter(case, chosen, clock)
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    names = list(ready)
+    """The case, with the seconds of each contender in every round."""
+    entered, notes = enter(case, chosen, clock)
+    times: dict[str, list[float]] = {name: [] for name in entered}
+    names = list(entered)
     for number in range(rounds):
         start = number % max(1, len(names))
         for name in names[start:] + names[:start]:
-            times[name].append(clock.seconds(ready[name].call))
+            times[name].append(clock.seconds(entered[name].call))
     return {
         "name": case.name,
         "op": case.op,
@@ -186,7 +187,7 @@ def measure(case: Case, chosen: Callable[[str], bool], clock: Clock, rounds: int
         "moved_bytes": case.moved_bytes,
         "operations": case.operations,
         "seconds": times,
-        "how": {name: found.how for name, found in ready.items() if found.how},
+        "how": {name: prepared.how for name, prepared in entered.items() if prepared.how},
         "notes": notes,
     }
 
@@ -204,8 +205,8 @@ def iqr(values: Sequence[float]) -> float:
 
 
 def entry(case: dict[str, Any], limits: Limits) -> dict[str, Any]:
-    """A case as it stands in the results file, an entry as pytest-benchmark writes them: `stats`
-    are those of "fused", or of the first that there is."""
+    """A case as an entry of the results file, in pytest-benchmark's format: `stats` are those of
+    "fused", or of the first contender measured."""
     seconds = case["seconds"]
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = {}
@@ -228,7 +229,7 @@ def entry(case: dict[str, Any], limits: Limits) -> dict[str, Any]:
             "share of the limit": rows[lead]["share"],
         }
         figures |= {f"{name} ms": medians[name] * 1e3 for name in CONTENDERS if name in medians}
-    kept = ("op", "times", "moved_bytes", "operations", "how", "notes")
+    copied = ("op", "times", "moved_bytes", "operations", "how", "notes")
     return {
         "name": case["name"],
         "stats": {
@@ -238,7 +239,7 @@ def entry(case: dict[str, Any], limits: Limits) -> dict[str, Any]:
         },
         "extra_info": figures,
         "contenders": rows,
-        **{key: case[key] for key in kept},
+        **{key: case[key] for key in copied},
     }
 
 
@@ -247,30 +248,30 @@ def mean(shares: Sequence[float]) -> float:
 
 
 def totals(entries: Sequence[dict[str, Any]], limits: Limits) -> list[dict[str, Any]]:
-    """For each op and contender over the distinct layers: the geometric mean of its shares and the
-    least; and over the network, every layer as often as it comes: its time, and the same layers'
-    limit, copy share and time of "unfused"."""
-    found = []
+    """For each op and contender: geometric mean and minimum of its shares over the distinct layers;
+    and over the network, with layers counted as often as they occur: its time, the limit of the
+    same layers, the share of the copy rate, and the speedup over "unfused"."""
+    rows = []
     keys = dict.fromkeys((e["op"], name) for e in entries for name in e["contenders"])
     for op, name in keys:
-        mine = [e for e in entries if e["op"] == op and name in e["contenders"]]
-        both = [e for e in mine if "unfused" in e["contenders"]]
+        measured = [e for e in entries if e["op"] == op and name in e["contenders"]]
+        both = [e for e in measured if "unfused" in e["contenders"]]
 
         def total(which: str, of: Sequence[dict[str, Any]]) -> float:
             return sum(e["contenders"][which]["ms"] * e["times"] for e in of)
 
-        shares = [e["contenders"][name]["share"] for e in mine]
-        limit_ms = sum(floor_s(e, limits) * 1e3 * e["times"] for e in mine)
-        moved = sum(e["moved_bytes"] * e["times"] for e in mine)
-        ms = total(name, mine)
-        found.append(
+        shares = [e["contenders"][name]["share"] for e in measured]
+        limit_ms = sum(floor_s(e, limits) * 1e3 * e["times"] for e in measured)
+        moved = sum(e["moved_bytes"] * e["times"] for e in measured)
+        ms = total(name, measured)
+        rows.append(
             {
                 "op": op,
                 "contender": name,
-                "layers": f"{len(mine)} of {sum(e['op'] == op for e in entries)}",
+                "layers": f"{len(measured)} of {sum(e['op'] == op for e in entries)}",
                 "share, mean": mean(shares),
                 "share, least": min(shares),
-                "of copy, mean": mean([e["contenders"][name]["of copy"] for e in mine]),
+                "of copy, mean": mean([e["contenders"][name]["of copy"] for e in measured]),
                 "network ms": ms,
                 "its limit ms": limit_ms,
                 "network share": limit_ms / ms,
@@ -278,7 +279,7 @@ def totals(entries: Sequence[dict[str, Any]], limits: Limits) -> list[dict[str, 
                 "over unfused": total("unfused", both) / total(name, both) if both else None,
             }
         )
-    return found
+    return rows
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
@@ -292,7 +293,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def say(e: dict[str, Any]) -> None:
-    """A case as it is finished."""
+    """Print a finished case."""
     print(f"{e['name']}  x{e['times']}")
     for name, row in e["contenders"].items():
         figures = " ".join(f"{key} {value:.3g}" for key, value in row.items())
@@ -311,10 +312,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     parser.add_argument("--contender", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--tiles", action="store_true", help="every CUDA tile by itself too")
+    parser.add_argument("--tiles", action="store_true", help="also time every CUDA tile")
     parser.add_argument("--once", action="store_true", help="call each once, for a profiler")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--name", default="gpu_ops", help="the bench's name in the file name")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--name", default="gpu_ops", help="name of the benchmark in the file name")
     parser.add_argument("--out", type=Path, help="write a results file into this folder")
     return parser.parse_args(argv)
 
@@ -325,14 +326,14 @@ def call_once(args: argparse.Namespace) -> int:
     for make in gpu_cases.cases(*settings, args.op.__contains__):
         case = make()
         for name in args.contender if args.only in case.name else ():
-            if name in case.makers:
+            if name in case.contenders:
                 try:
-                    ready = case.makers[name]()
+                    prepared = case.contenders[name]()
                 except Absent as error:
                     print(f"{case.name}: {name} absent: {error}")
                     continue
-                ready.call()
-                print(f"{case.name}: {name} {ready.how}", flush=True)
+                prepared.call()
+                print(f"{case.name}: {name} {prepared.how}", flush=True)
     return 0
 
 
@@ -351,14 +352,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rates = "{}: matrix product {:.1f} TFLOP/s, copy {:.0f} GB/s"
     print(rates.format(where, limits.flops / 1e12, limits.bytes_per_s / 1e9), flush=True)
     raw: list[dict[str, Any]] = []
-    lost, left_out = "", list[str]()
+    lost, skipped = "", list[str]()
 
     def finished() -> list[dict[str, Any]]:
-        """Every case so far against the limits so far; written to the results file."""
+        """Evaluate all measured cases against the limits so far; write the results file."""
         entries = [entry(case, limits) for case in raw]
         if args.out:
             rates = {"flops": limits.flops, "copy_bytes_per_s": limits.bytes_per_s}
-            content = {"limits": rates, "lost": lost, "left out": left_out}
+            content = {"limits": rates, "lost": lost, "left out": skipped}
             content["totals"] = totals(entries, limits)
             save({**head, **content, "benchmarks": entries}, args.out)
         return entries
@@ -380,12 +381,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say(finished()[-1])
         except Broken as error:
             lost = str(error)
-        except Exception as error:  # too large for the GPU, too small for a batch norm
-            left_out.append(first_line(error))
-            print(f"a case is left out: {left_out[-1]}", flush=True)
+        except Exception as error:  # e.g. out of memory, or one value per channel in a batch norm
+            skipped.append(first_line(error))
+            print(f"case skipped: {skipped[-1]}", flush=True)
             lost = broken(clock)
         if lost:
-            print(f"the GPU's context is lost, nothing more can be measured: {lost}", flush=True)
+            print(f"the CUDA context is corrupted, stopping: {lost}", flush=True)
             break
     if not lost:
         limits.measure()
@@ -396,10 +397,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in dict.fromkeys(f"{name}: {note}" for _, name, note in notes if "absent" in note):
         print(line)
     print(
-        f"{len(left_out)} cases left out, {len(bad)} failed or wrong"
+        f"{len(skipped)} cases skipped, {len(bad)} failed or wrong"
         + "".join(f"\n  {c}: {n}: {why}" for c, n, why in bad)
     )
-    return 3 if lost else int(bool(bad or left_out))
+    return 3 if lost else int(bool(bad or skipped))
 
 
 if __name__ == "__main__":

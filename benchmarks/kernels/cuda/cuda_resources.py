@@ -1,11 +1,11 @@
-"""What the CUDA kernels compile to, with no GPU: registers, spills, shared memory, instructions.
+"""Resources of the compiled CUDA kernels, without a GPU: registers, spills, instructions.
 
     python benchmarks/kernels/cuda/cuda_resources.py [--arch 80 90a] [--file stem] [--out DIR]
 
-Compiles every file of csrc/cuda/ for each architecture and reads the machine code. A fault, and
-exit status 1: a warning, a spill or an array in local memory, or an instruction that is missing
-where the kernel is built around it (tensor cores, ldmatrix, asynchronous copies, 16-byte accesses).
-Needs nvcc, and cuobjdump of the toolkit or of Triton's wheel.
+Compiles every file of csrc/cuda/ for each architecture and analyzes the machine code. Faults, with
+exit status 1, are warnings, spills, arrays in local memory, and missing instructions that a kernel
+depends on (tensor cores, ldmatrix, asynchronous copies, 16-byte accesses). Requires nvcc, and
+cuobjdump from the toolkit or from Triton's wheel.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from fused_resnet.bench.machine import provenance
 CSRC = Path(__file__).parents[3] / "csrc"
 ARCHS = ("80", "90a")
 
-# What a kernel's machine code must show: pattern of its name -> architectures -> instructions.
-MUST_SHOW: dict[str, dict[str, tuple[str, ...]]] = {
+# Required instructions: pattern of a kernel's name -> architectures -> instructions.
+REQUIRED: dict[str, dict[str, tuple[str, ...]]] = {
     r"elementwise_kernel": {"80 90a": (r"LDG\S*\.128", r"STG\S*\.128")},
-    # <dtype, channels_last, elements of an access, ...>: those for misaligned data have one.
+    # <dtype, channels_last, elements per access, ...>: 1 element is for misaligned data.
     r"bn_\w+_kernel<\w+, \w+, (?!1,)": {"80 90a": (r"LDG\S*\.128",)},
     r"stem_kernel": {"80 90a": (r"HMMA", r"LDSM", r"STG\S*\.128")},
     r"implicit_gemm_sm80_kernel": {"80 90a": (r"HMMA", r"LDSM", r"LDGSTS\S*\.128", r"STG\S*\.128")},
@@ -58,29 +58,29 @@ class Kernel(NamedTuple):
     name: str
     registers: int
     stack_bytes: int
-    shared_bytes: int  # static; the convolutions' is dynamic
+    shared_bytes: int  # static; convolutions use dynamic shared memory
     opcodes: collections.Counter[str]
 
     def count(self, pattern: str) -> int:
         return sum(n for name, n in self.opcodes.items() if re.match(pattern, name))
 
     def faults(self) -> list[str]:
-        said = []
+        messages = []
         spills = self.count("STL|LDL")
         if spills or self.stack_bytes:
-            said.append(f"{self.stack_bytes} bytes of stack, {spills} accesses to it")
-        for kernel, by_arch in MUST_SHOW.items():
+            messages.append(f"{self.stack_bytes} bytes of stack, {spills} accesses to it")
+        for kernel, by_arch in REQUIRED.items():
             for archs, patterns in by_arch.items():
                 if re.search(kernel, self.name) and self.arch in archs.split():
-                    said += [f"shows no {p}" for p in patterns if not self.count(p)]
-        return said
+                    messages += [f"has no {p}" for p in patterns if not self.count(p)]
+        return messages
 
 
 def find(tool: str, *folders: Path | str) -> str:
-    found = shutil.which(tool, path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
-    if found is None:
+    path = shutil.which(tool, path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+    if path is None:
         sys.exit(f"cuda_resources: {tool} was not found")
-    return found
+    return path
 
 
 def toolkit() -> list[Path]:
@@ -89,7 +89,7 @@ def toolkit() -> list[Path]:
 
 
 def binaries() -> list[Path]:
-    """Folders where cuobjdump may be besides the toolkit's."""
+    """Folders in addition to the toolkit's that may contain cuobjdump."""
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
         return []
@@ -102,7 +102,7 @@ def name_of(source: Path) -> str:
 
 
 def compiled(source: Path, arch: str, folder: Path) -> tuple[Path, float, list[str]]:
-    """The machine code of a file, the seconds that took, and the compiler's warnings."""
+    """Compile a file: the path of the cubin, the seconds taken, and the compiler's warnings."""
     target = folder / f"{name_of(source).replace('/', '-')}-{arch}.cubin"
     include = Path(torch.__file__).parent / "include"
     command = [
@@ -130,21 +130,21 @@ def kernels_of(cubin: Path, file: str, arch: str) -> Iterator[Kernel]:
         )
         code[name.strip()] = collections.Counter(opcodes)
     for name, line in re.findall(r"Function (\S+?):?\s*\n\s*(.+)", usage.stdout + usage.stderr):
-        numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
-        stack = numbers.get("STACK", 0) + numbers.get("LOCAL", 0)
+        usage_of = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+        stack = usage_of.get("STACK", 0) + usage_of.get("LOCAL", 0)
         opcodes = code.get(name, collections.Counter())
-        resources = (numbers.get("REG", 0), stack, numbers.get("SHARED", 0))
+        resources = (usage_of.get("REG", 0), stack, usage_of.get("SHARED", 0))
         yield Kernel(file, arch, plain(name), *resources, opcodes)
 
 
 def plain(symbol: str) -> str:
-    """A kernel's name and template arguments as the source has them."""
+    """The name and template arguments of a kernel as in the source."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout.strip()
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     name = name.replace("fused_resnet::", "").replace("__nv_bfloat16", "bfloat16_t")
     name = name.replace("__half", "float16_t")
     depth = 0
-    for i, letter in enumerate(name):  # up to the parameters
+    for i, letter in enumerate(name):  # strip the function parameters
         depth += (letter == "<") - (letter == ">")
         if letter == "(" and depth == 0:
             return name[:i]
@@ -161,9 +161,9 @@ COLUMNS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Resources of the CUDA kernels, with no GPU.")
+    parser = argparse.ArgumentParser(description="Resources of the CUDA kernels, without a GPU.")
     parser.add_argument("--arch", nargs="+", default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--file", default="", help="only sources whose name holds this")
+    parser.add_argument("--file", default="", help="only sources whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write a results file into this folder")
     args = parser.parse_args()
@@ -174,21 +174,21 @@ def main() -> int:
     print(line.format("sm", "regs", "stack", *COLUMNS, "size", "kernel"))
     begin_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
-        found = pool.map(lambda pair: compiled(*pair, Path(name)), pairs)
-        for (source, arch), (cubin, time_s, warnings) in zip(pairs, found, strict=True):
+        results = pool.map(lambda pair: compiled(*pair, Path(name)), pairs)
+        for (source, arch), (cubin, time_s, warnings) in zip(pairs, results, strict=True):
             files.append({"file": name_of(source), "arch": arch, "compile_s": round(time_s, 1)})
             for warning in warnings:
                 print(f"FAULT: {warning}")
             broken += len(warnings)
             for kernel in kernels_of(cubin, name_of(source), arch):
-                wrong = kernel.faults()
+                faults = kernel.faults()
                 counts = {key: kernel.count(pattern) for key, pattern in COLUMNS.items()}
                 size = sum(kernel.opcodes.values())
                 cells = (kernel.registers, kernel.stack_bytes, *counts.values(), size)
                 print(line.format(arch, *map(str, cells), kernel.name), flush=True)
-                if wrong:
-                    print(f"     FAULT: {'; '.join(wrong)}")
-                broken += bool(wrong)
+                if faults:
+                    print(f"     FAULT: {'; '.join(faults)}")
+                broken += bool(faults)
                 row: dict[str, Any] = {**kernel._asdict(), **counts, "instructions": size}
                 del row["opcodes"]
                 table.append(row)

@@ -1,15 +1,15 @@
-"""What bench_gpu_ops.py measures: a case for each op and layer of a network, and its contenders.
+"""Cases of bench_gpu_ops.py: one for each op and layer of a network, and its contenders.
 
-    fused      this package as a model runs it: whatever `backends` and `tuning` choose
-    native     its CUDA kernels, a convolution with its fastest tile ("native TILE": each by itself)
-    apart      the same tile, with what "native" has in its prologue as a pass of its own
+    fused      this package as models use it: the kernels that dispatch and tuning choose
+    native     its CUDA kernels, convolutions with the fastest tile ("native TILE": a given tile)
+    apart      the same tile, with the prologue or epilogue of "native" as a separate pass
     triton     its Triton kernels
-    cudnn      what cuDNN fuses: batch norm folded into weights and bias; in training its
-               convolution, between passes of this package
-    unfused    PyTorch's own chain of cuDNN's convolution, batch norm, addition, ReLU; channels_last
+    cudnn      cuDNN with batch norm folded into weights and bias; in training cuDNN's convolution
+               between passes of this package
+    unfused    PyTorch's chain of cuDNN's convolution, batch norm, addition, ReLU; channels_last
     compile    torch.compile of that chain
 
-Each is made when its turn comes; one that is not there raises `Absent` with the reason.
+Contenders are prepared when they are measured; an unavailable one raises `Absent` with the reason.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gpu_contenders import (
     Case,
     Exact,
     Place,
-    Ready,
+    Prepared,
     bn_chain,
     compiled,
     inference,
@@ -44,21 +44,20 @@ from gpu_train_cases import (
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.kernels import problem as gemm
 from fused_resnet.kernels import registry, target, tuning
-from fused_resnet.kernels.cuda import cudnn as cudnn_conv
+from fused_resnet.kernels.cuda import cudnn
 from fused_resnet.kernels.cuda.convolution import GpuConv
-from fused_resnet.kernels.problem import Geometry, Layer
+from fused_resnet.kernels.problem import Geometry, Layer, problem_of
 from fused_resnet.kernels.training.cuda import gradient_layer
 
-CHECKED_IMAGES = 32  # of a convolution, from the first to the last: each is computed by itself
+CHECKED_IMAGES = 32  # per convolution, evenly spaced: images are independent
 
 
 def places(model: str, batch: int, size: int) -> Counter[Place]:
-    """Every convolution of a model of the family, in order, and how often it comes."""
+    """Every convolution of a ResNet of this package, in order, with its number of occurrences."""
     from fused_resnet.models.resnet import get_model
 
-    found: list[Place] = []
+    convolutions: list[Place] = []
     with torch.device("meta"), torch.no_grad():
         net = get_model(model).eval()
         for block in net.modules():
@@ -68,7 +67,7 @@ def places(model: str, batch: int, size: int) -> Counter[Place]:
             shortcut = getattr(block, "downsample", None)
             for conv in [*inside, *(shortcut[:1] if shortcut is not None else ())]:
 
-                def see(
+                def hook(
                     conv: Any,
                     inputs: Any,
                     output: Tensor,
@@ -79,11 +78,11 @@ def places(model: str, batch: int, size: int) -> Counter[Place]:
                     geometry = Geometry(conv.stride, conv.padding, conv.dilation)
                     shapes = (inputs[0].shape, conv.weight.shape, output.shape)
                     layer = Layer(*map(tuple, shapes), geometry, conv.groups)
-                    found.append(Place(layer, ends, relu, later))
+                    convolutions.append(Place(layer, ends, relu, later))
 
-                conv.register_forward_hook(see)
+                conv.register_forward_hook(hook)
         net(torch.empty(batch, 3, size, size))
-    return Counter(found)
+    return Counter(convolutions)
 
 
 # --- elementwise ----------------------------------------------------------------------------------
@@ -102,18 +101,18 @@ def add_relu_case(shape: tuple[int, ...], times: int, like: Tensor, backward: bo
     def chain(x: Tensor, residual: Tensor) -> Tensor:
         return torch.relu(x + residual)
 
-    def by(backend: str) -> Ready:
-        found = kernels("add_relu", backend, like.device)
+    def by(backend: str) -> Prepared:
+        provider = kernels("add_relu", backend, like.device)
 
         def call() -> list[Tensor]:
-            y = found.add_relu(x, residual)
-            return [y, found.add_relu_backward(dy, y)] if backward else [y]
+            y = provider.add_relu(x, residual)
+            return [y, provider.add_relu_backward(dy, y)] if backward else [y]
 
-        return Ready(call)
+        return Prepared(call)
 
-    def by_compiler() -> Ready:
+    def by_compiler() -> Prepared:
         run = compiled(chain)
-        return Ready(lambda: stock(run, *operands))
+        return Prepared(lambda: stock(run, *operands))
 
     def chosen() -> list[Tensor]:
         y = fr.add_relu(x, residual)
@@ -121,8 +120,8 @@ def add_relu_case(shape: tuple[int, ...], times: int, like: Tensor, backward: bo
 
     def exact() -> list[Exact]:
         sums = x.double() + residual.double()
-        found = [Exact("y", sums.relu())]
-        return [*found, Exact("dx", dy.double() * (sums > 0))] if backward else found
+        results = [Exact("y", sums.relu())]
+        return [*results, Exact("dx", dy.double() * (sums > 0))] if backward else results
 
     operands = (*inputs, dy) if backward else (x, residual, dy)
     return Case(
@@ -134,10 +133,10 @@ def add_relu_case(shape: tuple[int, ...], times: int, like: Tensor, backward: bo
         lambda: stock(chain, *operands),
         exact,
         {
-            "fused": lambda: Ready(chosen),
+            "fused": lambda: Prepared(chosen),
             "native": lambda: by("native"),
             "triton": lambda: by("triton"),
-            "unfused": lambda: Ready(lambda: stock(chain, *operands)),
+            "unfused": lambda: Prepared(lambda: stock(chain, *operands)),
             "compile": by_compiler,
         },
     )
@@ -150,7 +149,7 @@ def bn_case(
     residual = randn(shape, like) if has_residual else None
     weight, bias = (torch.rand(2, shape[1], device=like.device) + 0.5).unbind()
     plain = (x, weight, bias, residual)
-    if backward and relu:  # no gradient where the ReLU's sign hangs on a rounding
+    if backward and relu:  # no gradient where rounding decides the sign of the ReLU's input
         sums = bn_chain(*(None if t is None else t.double() for t in plain), False)
         margin = max(sums.abs().max().item(), 1.0) * torch.finfo(like.dtype).eps * 8
         dy = torch.where(sums.abs() < margin, torch.zeros_like(dy), dy)
@@ -161,28 +160,28 @@ def bn_case(
                 return [run(*operands, relu)]
         inputs = [None if t is None else t.detach().requires_grad_() for t in operands]
         y = run(*inputs, relu)
-        found = torch.autograd.grad(y, [t for t in inputs if t is not None], dy)
-        return [y.detach(), *found]
+        gradients = torch.autograd.grad(y, [t for t in inputs if t is not None], dy)
+        return [y.detach(), *gradients]
 
-    def by(found: Any) -> list[Tensor]:
-        y, mean, var = found.bn_add_relu(x, weight, bias, residual, EPS, relu)
+    def run_with(provider: Any) -> list[Tensor]:
+        y, mean, var = provider.bn_add_relu(x, weight, bias, residual, EPS, relu)
         if not backward:
             return [y]
         masked = has_residual and relu  # without a ReLU the residual's gradient is dy
         saved = (weight, mean, var, EPS, relu, True, masked)
-        dx, dweight, dbias, dresidual = found.bn_add_relu_backward(
+        dx, dweight, dbias, dresidual = provider.bn_add_relu_backward(
             dy, x, y if relu else None, *saved
         )
         last = [dresidual if masked else dy] if has_residual else []
         return [y, dx, dweight, dbias, *last]
 
-    def by_kernels(backend: str) -> Ready:
-        found = kernels("bn_add_relu", backend, like.device)
-        return Ready(lambda: by(found))
+    def by_kernels(backend: str) -> Prepared:
+        provider = kernels("bn_add_relu", backend, like.device)
+        return Prepared(lambda: run_with(provider))
 
-    def by_compiler() -> Ready:
+    def by_compiler() -> Prepared:
         run = compiled(bn_chain)
-        return Ready(lambda: with_autograd(run, plain, dy))
+        return Prepared(lambda: with_autograd(run, plain, dy))
 
     def exact() -> list[Exact]:
         doubles = [None if t is None else t.double() for t in plain]
@@ -197,8 +196,8 @@ def bn_case(
         names = ("y", "dx", "dweight", "dbias", "dresidual")
         return [Exact(*each) for each in zip(names, values, terms, strict=False)]
 
-    # Statistics, then x, residual and y. Backward: dy, x and y, and again with dx; where there is a
-    # residual, the second pass reads its gradient in the place of dy and y.
+    # Forward: x for the statistics; x, residual and y. Backward: dy, x and y; the same again and
+    # dx; with a residual, the second pass reads dresidual instead of dy and y.
     tensors = 3 + has_residual
     if backward:
         tensors += 7 if relu else 5
@@ -214,10 +213,10 @@ def bn_case(
         lambda: with_autograd(bn_chain, plain, dy),
         exact,
         {
-            "fused": lambda: Ready(lambda: by(torch.ops.fused_resnet)),
+            "fused": lambda: Prepared(lambda: run_with(torch.ops.fused_resnet)),
             "native": lambda: by_kernels("native"),
             "triton": lambda: by_kernels("triton"),
-            "unfused": lambda: Ready(lambda: with_autograd(bn_chain, plain, dy)),
+            "unfused": lambda: Prepared(lambda: with_autograd(bn_chain, plain, dy)),
             "compile": by_compiler,
         },
     )
@@ -227,7 +226,7 @@ def bn_case(
 
 
 def evenly(batch: int, device: torch.device) -> Tensor:
-    """Numbers of some images, the first and the last among them."""
+    """Indices of evenly spaced images, including the first and the last."""
     count = min(batch, CHECKED_IMAGES)
     return torch.linspace(0, batch - 1, count, device=device).long().unique()
 
@@ -239,7 +238,7 @@ def conv_case(
     seconds: Callable[[Callable[[], Any]], float] | None,
     each_tile: bool,
 ) -> Case:
-    """seconds: a clock, for finding the fastest tile; None: the one that is chosen unmeasured."""
+    """seconds: times a call, to find the fastest tile; None: use the heuristic's tile."""
     layer, relu = place.layer, place.relu
     K, C, R, S = layer.weight_shape
     x = randn(layer.x_shape, like)
@@ -249,8 +248,8 @@ def conv_case(
     scale = gamma / torch.sqrt(var + EPS)
     shift = beta - mean * scale
     geometry = (*layer.geometry, layer.groups)
-    where, problem = like.device, gemm.problem_of(layer, like.dtype)
-    native_on_cpu = where.type == "cpu" and "emulated" in registry.names()
+    device, problem = like.device, problem_of(layer, like.dtype)
+    native_on_cpu = device.type == "cpu" and "emulated" in registry.names()
 
     def chain(x: Tensor, residual: Tensor | None) -> Tensor:
         y = F.batch_norm(F.conv2d(x, weight, None, *geometry), mean, var, gamma, beta, eps=EPS)
@@ -263,9 +262,9 @@ def conv_case(
         return [y.relu_() if relu else y]
 
     conv = GpuConv(weight, scale, shift, like.dtype, *geometry)
-    conv.lasting = True
+    conv.is_cached = True
 
-    def run_by(backend: str, config: Any) -> Ready:
+    def run_config(backend: str, config: Any) -> Prepared:
         def call() -> list[Tensor]:
             return [conv.run_by(backend, config, x, residual, relu)]
 
@@ -274,73 +273,73 @@ def conv_case(
                 return call()
 
         on_host = backend == "native" and native_on_cpu
-        return Ready(emulated if on_host else call, config.label())
+        return Prepared(emulated if on_host else call, config.label())
 
-    def chosen() -> Ready:
-        if where.type == "cpu":
+    def chosen() -> Prepared:
+        if device.type == "cpu":
             arguments = (x, weight, scale, shift, residual, relu, *geometry)
-            return Ready(lambda: [fr.conv_bn_relu(*arguments)])
-        found = conv.choice(x, relu)
-        if found is None:
-            raise Absent("no kernel covers it")
-        how = f"{found.backend} {found.config.label()}"
-        return Ready(lambda: [conv.run(x, residual, relu)], how)
+            return Prepared(lambda: [fr.conv_bn_relu(*arguments)])
+        choice = conv.choice(x, relu)
+        if choice is None:
+            raise Absent("no kernel supports this convolution")
+        how = f"{choice.backend} {choice.config.label()}"
+        return Prepared(lambda: [conv.run(x, residual, relu)], how)
 
     def candidates(backend: str) -> list[Any]:
-        kernels("conv_bn_relu", backend, where)
+        kernels("conv_bn_relu", backend, device)
         module = registry.gpu_convolution(backend)
-        if not module.covers(problem, target.capability(where)):
-            raise Absent("it does not cover this convolution")
-        return module.candidates(problem, target.capability(where))
+        if not module.covers(problem, target.capability(device)):
+            raise Absent("it does not support this convolution")
+        return module.candidates(problem, target.capability(device))
 
     def measured(backend: str) -> Any:
-        best = tuning.winners(where).get(problem, {}).get(backend)
+        best = tuning.winners(device).get(problem, {}).get(backend)
         return None if best is None else best.config
 
     def unmeasured(backend: str) -> Any:
-        processors = target.multiprocessors(where)
+        processors = target.multiprocessors(device)
         return registry.gpu_convolution(backend).choose(
-            problem, target.capability(where), processors
+            problem, target.capability(device), processors
         )
 
-    def native() -> Ready:
-        listed = candidates("native")
+    def native() -> Prepared:
+        configs = candidates("native")
         known = measured("native")
         if known is not None:
-            return run_by("native", known)
-        if seconds is None or where.type == "cpu":  # the emulator's times say nothing
-            return run_by("native", unmeasured("native"))
+            return run_config("native", known)
+        if seconds is None or device.type == "cpu":  # times of the emulator are meaningless
+            return run_config("native", unmeasured("native"))
 
         def time_s(config: Any) -> float:
-            call = run_by("native", config).call
+            call = run_config("native", config).call
             try:
                 call()
                 return min(seconds(call) for _ in range(3))
-            except Exception:  # not for this GPU
+            except Exception:  # unsupported on this GPU
                 return math.inf
 
-        return run_by("native", min(listed, key=time_s))
+        return run_config("native", min(configs, key=time_s))
 
-    def triton() -> Ready:
+    def triton() -> Prepared:
         candidates("triton")
-        return run_by("triton", measured("triton") or unmeasured("triton"))
+        return run_config("triton", measured("triton") or unmeasured("triton"))
 
-    def cudnn() -> Ready:
-        reason = cudnn_conv.unavailable()
-        if where.type != "cuda" or reason is not None:
-            raise Absent(reason or "cuDNN needs a GPU")
-        if not relu or not cudnn_conv.covers(problem, target.capability(where)):
-            raise Absent("cuDNN fuses 16-bit convolutions with a ReLU")
+    def by_cudnn() -> Prepared:
+        reason = cudnn.unavailable()
+        if device.type != "cuda" or reason is not None:
+            raise Absent(reason or "cuDNN requires a GPU")
+        if not relu or not cudnn.covers(problem, target.capability(device)):
+            raise Absent("cuDNN only fuses 16-bit convolutions with a ReLU")
         folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(like.dtype)
         folded = folded.contiguous(memory_format=torch.channels_last)
         bias = shift.to(like.dtype)
-        return Ready(lambda: [cudnn_conv._fused(x, folded, bias, residual, *geometry)])
+        return Prepared(lambda: [cudnn._fused(x, folded, bias, residual, *geometry)])
 
-    def by_compiler() -> Ready:
+    def by_compiler() -> Prepared:
         run = compiled(chain)
-        return Ready(lambda: [run(x, residual)])
+        return Prepared(lambda: [run(x, residual)])
 
-    images = evenly(layer.x_shape[0], where)
+    images = evenly(layer.x_shape[0], device)
 
     def exact() -> list[Exact]:
         y = F.conv2d(x[images].double(), weight.double(), None, *geometry)
@@ -348,18 +347,20 @@ def conv_case(
         y = y if residual is None else y + residual[images].double()
         return [Exact("y", y.relu() if relu else y)]
 
-    makers: dict[str, Callable[[], Ready]] = {"fused": chosen, "native": native}
+    contenders: dict[str, Callable[[], Prepared]] = {"fused": chosen, "native": native}
     if each_tile:
         try:
-            every = [c for c in candidates("native") if c.splits == 1]
+            configs = [c for c in candidates("native") if c.splits == 1]
         except Absent:
-            every = []
-        for config in every:
-            makers[f"native {config.label()}"] = lambda config=config: run_by("native", config)
-    makers |= {
+            configs = []
+        for config in configs:
+            contenders[f"native {config.label()}"] = lambda config=config: run_config(
+                "native", config
+            )
+    contenders |= {
         "triton": triton,
-        "cudnn": cudnn,
-        "unfused": lambda: Ready(eager),
+        "cudnn": by_cudnn,
+        "unfused": lambda: Prepared(eager),
         "compile": by_compiler,
     }
     y_size = math.prod(layer.y_shape)
@@ -374,7 +375,7 @@ def conv_case(
         2 * y_size * C * R * S,
         eager,
         exact,
-        {name: inference(maker) for name, maker in makers.items()},
+        {name: inference(prepare) for name, prepare in contenders.items()},
         images,
     )
 
@@ -386,41 +387,41 @@ def cases(
     like: Tensor,
     seconds: Callable[[Callable[[], Any]], float] | None,
     each_tile: bool,
-    wanted: Callable[[str], bool],
+    selected: Callable[[str], bool],
 ) -> Iterator[Callable[[], Case]]:
-    """A maker of each case whose op is wanted: convolutions first, they are most of a network."""
-    found = places(model, batch, size)
-    if wanted("conv_bn_relu"):
-        for place, times in found.items():
+    """Builders of the cases of the selected ops; convolutions first, they take most of the time."""
+    convolutions = places(model, batch, size)
+    if selected("conv_bn_relu"):
+        for place, times in convolutions.items():
             yield lambda p=place, n=times: conv_case(p, n, like, seconds, each_tile)
-    if wanted("conv_bn_train"):
-        for place, times in found.items():
+    if selected("conv_bn_train"):
+        for place, times in convolutions.items():
             yield lambda p=place, n=times: conv_train_case(p, n, like, seconds, each_tile)
-    if wanted("norm_conv_train"):
-        for place, times in found.items():
+    if selected("norm_conv_train"):
+        for place, times in convolutions.items():
             layer = place.layer
             if place.residual and layer.weight_shape[2:] == (1, 1) and layer.groups == 1:
                 yield lambda p=place, n=times: prologue_case(p, n, like, seconds, each_tile)
     norms: Counter[Any] = Counter()
-    for place, times in found.items():
+    for place, times in convolutions.items():
         norms[place.layer.y_shape, place.residual, place.relu] += times
     for backward in (False, True):
-        if wanted("bn_add_relu"):
+        if selected("bn_add_relu"):
             for key, times in norms.items():
                 yield lambda k=key, n=times, b=backward: bn_case(*k, n, like, b)
-        if wanted("add_relu"):
+        if selected("add_relu"):
             for (shape, ends, _), times in norms.items():
                 if ends:
                     yield lambda s=shape, n=times, b=backward: add_relu_case(s, n, like, b)
-    if wanted("conv_backward"):
+    if selected("conv_backward"):
         layers: Counter[Layer] = Counter()
-        for place, times in found.items():
+        for place, times in convolutions.items():
             layers[place.layer] += times
         for layer, times in layers.items():
             yield lambda x=layer, n=times: conv_backward_case(x, n, like)
-    if wanted("conv_norm_backward"):
+    if selected("conv_norm_backward"):
         inside: Counter[Layer] = Counter()
-        for place, times in found.items():
+        for place, times in convolutions.items():
             if place.inside and gradient_layer(place.layer) is not None:
                 inside[place.layer] += times
         for layer, times in inside.items():

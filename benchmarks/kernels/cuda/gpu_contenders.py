@@ -1,4 +1,4 @@
-"""What gpu_cases.py and gpu_train_cases.py are made of: a case, its contenders, what they share."""
+"""Shared by gpu_cases.py and gpu_train_cases.py: benchmark cases and their contenders."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ Call = Callable[[], list[Tensor]]
 
 
 class Absent(RuntimeError):
-    """This contender does not take part; the message says why."""
+    """The contender is unavailable; the message says why."""
 
 
-class Ready(NamedTuple):
+class Prepared(NamedTuple):
+    """A contender, ready to be timed."""
+
     call: Call
-    how: str = ""  # what was chosen: a tile
+    how: str = ""  # the chosen configuration, e.g. a tile
 
 
 class Exact(NamedTuple):
-    """A result in float64. terms: for sums that may cancel, the largest sum of magnitudes."""
+    """A float64 result. terms: for sums with cancellation, the largest sum of magnitudes."""
 
     name: str
     value: Tensor
@@ -38,18 +40,18 @@ class Exact(NamedTuple):
 class Case:
     op: str
     name: str
-    times: int  # that the network has it
-    moved_bytes: int  # what fused kernels cannot do without
+    times: int  # occurrences in the network
+    moved_bytes: int  # minimum memory traffic of fused kernels
     operations: int
     stock: Call
     exact: Callable[[], list[Exact]]
-    makers: dict[str, Callable[[], Ready]] = field(default_factory=dict)
-    images: Tensor | None = None  # those whose results are compared; None: all
+    contenders: dict[str, Callable[[], Prepared]] = field(default_factory=dict)
+    images: Tensor | None = None  # indices of the compared images; None: all
 
 
 class Place(NamedTuple):
-    """A convolution in a network, what follows its batch norm, and whether it reads another norm's
-    ReLU."""
+    """A convolution in a network. residual, relu: what follows its batch norm; inside: its input is
+    the ReLU output of another norm in the block."""
 
     layer: Layer
     residual: bool
@@ -58,16 +60,16 @@ class Place(NamedTuple):
 
 
 def randn(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """channels_last, of `like`'s dtype and device."""
+    """Random channels_last tensor with the dtype and device of `like`."""
     x = torch.randn(shape, dtype=like.dtype, device=like.device)
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def kernels(op: str, backend: str, device: torch.device) -> Any:
-    """The kernels of "native" (CUDA; emulated where a test has loaded the emulator) or "triton"."""
+    """The kernels of "native" (CUDA, or the emulator if a test has loaded it) or "triton"."""
     if backend == "native" and device.type == "cpu":
         if "emulated" not in registry.names():
-            raise Absent("the CUDA kernels need a GPU")
+            raise Absent("the CUDA kernels require a GPU")
         return registry.kernels("emulated", "cpu")
     reason = registry.missing(op, backend, device.type)
     if reason is not None:
@@ -76,19 +78,19 @@ def kernels(op: str, backend: str, device: torch.device) -> Any:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch.compiler.reset()  # every case's function has one code: a few more, and it runs eagerly
+    torch.compiler.reset()  # all cases compile the same code object: avoid the recompile limit
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def inference(maker: Callable[[], Ready]) -> Callable[[], Ready]:
-    """Made and called without gradients."""
+def inference(prepare: Callable[[], Prepared]) -> Callable[[], Prepared]:
+    """Prepare and call without gradients."""
 
-    def made() -> Ready:
+    def without_grad() -> Prepared:
         with torch.no_grad():
-            ready = maker()
-        return Ready(torch.no_grad()(ready.call), ready.how)
+            prepared = prepare()
+        return Prepared(torch.no_grad()(prepared.call), prepared.how)
 
-    return made
+    return without_grad
 
 
 def title(layer: Layer) -> str:

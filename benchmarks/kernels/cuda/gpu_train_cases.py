@@ -1,6 +1,6 @@
-"""The cases of gpu_cases.py that are of training alone: a convolution with the statistics of the
-norm behind it, with the norm before it as well, a convolution's gradients, and its input's with the
-norm's before it."""
+"""Training cases of bench_gpu_ops.py: a convolution with the statistics of the following norm, the
+same with the preceding norm, the gradients of a convolution, and the input gradient with the
+gradients of the preceding norm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gpu_contenders import (
     Case,
     Exact,
     Place,
-    Ready,
+    Prepared,
     bn_chain,
     inference,
     kernels,
@@ -28,50 +28,48 @@ from gpu_contenders import (
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet.kernels import problem as gemm
 from fused_resnet.kernels import registry, target
-from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
-from fused_resnet.kernels.problem import Layer
-from fused_resnet.kernels.training import choice
-from fused_resnet.kernels.training import cuda as cuda_training
-from fused_resnet.kernels.training import protocol as train_kernels
+from fused_resnet.kernels.cuda import implicit_gemm
+from fused_resnet.kernels.problem import Layer, problem_of
+from fused_resnet.kernels.training import choice, cuda
+from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 
 Seconds = Callable[[Callable[[], Any]], float] | None
 
 
 def tiles_of(layer: Layer, like: Tensor) -> list[Any]:
-    """The configurations of the CUDA kernels that take statistics of such a convolution."""
+    """The configurations of the CUDA kernels that support fused statistics for this layer."""
     kernels("conv_bn_relu", "native", like.device)
-    module, problem = registry.gpu_convolution("native"), gemm.problem_of(layer, like.dtype)
+    module, problem = registry.gpu_convolution("native"), problem_of(layer, like.dtype)
     capability = target.capability(like.device)
     if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
-        raise Absent("it does not cover this convolution")
+        raise Absent("it does not support this convolution")
     return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
 
 
 def fastest(
-    layer: Layer, like: Tensor, seconds: Seconds, listed: list[Any], call: Callable[[Any], Call]
-) -> Ready:
-    """call(config) of the fastest configuration listed; of the one by heuristic, unmeasured."""
+    layer: Layer, like: Tensor, seconds: Seconds, configs: list[Any], call: Callable[[Any], Call]
+) -> Prepared:
+    """call(config) of the fastest of `configs`, or of the heuristic's choice without a timer."""
 
     def time_s(config: Any) -> float:
         try:
             call(config)()
             return min(seconds(call(config)) for _ in range(3)) if seconds else math.inf
-        except Exception:  # not for this GPU
+        except Exception:  # unsupported on this GPU
             return math.inf
 
-    if seconds is None or like.device.type == "cpu":  # the emulator's times say nothing
-        module, problem = registry.gpu_convolution("native"), gemm.problem_of(layer, like.dtype)
+    if seconds is None or like.device.type == "cpu":  # times of the emulator are meaningless
+        module, problem = registry.gpu_convolution("native"), problem_of(layer, like.dtype)
         capability, processors = target.capability(like.device), target.multiprocessors(like.device)
         reached = module.reaches(problem, layer.geometry)
-        listed = [module.choose_tile(problem, capability, processors, reached)]
-    best = listed[0] if len(listed) == 1 else min(listed, key=time_s)
-    return Ready(call(best), best.label())
+        configs = [module.choose_tile(problem, capability, processors, reached)]
+    best = configs[0] if len(configs) == 1 else min(configs, key=time_s)
+    return Prepared(call(best), best.label())
 
 
-def own(like: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Within it the CUDA kernels serve: emulated ones on the CPU."""
+def cuda_kernels(like: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Context in which the CUDA kernels are used; on the CPU, the emulated ones."""
     return fr.use_backend("emulated") if like.device.type == "cpu" else contextlib.nullcontext()
 
 
@@ -82,35 +80,37 @@ def conv_train_case(
     seconds: Seconds,
     each_tile: bool,
 ) -> Case:
-    """A convolution and the training norm behind it, forward: the statistics taken in the
-    convolution's epilogue ("native"), or from its output by bn_add_relu ("fused", as models do
-    where no winner was measured)."""
+    """Forward of a convolution and its training norm: statistics computed in the epilogue of the
+    convolution ("native"), or from its output by bn_add_relu ("fused", as in models if no winner
+    was measured)."""
     layer, relu = place.layer, place.relu
     K, C, R, S = layer.weight_shape
     x = randn(layer.x_shape, like)
     weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
     residual = randn(layer.y_shape, like) if place.residual else None
-    norm = train_kernels.Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
-    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
+    norm = Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
+    geometry = Geometry(*layer.geometry, layer.groups)
 
-    def by(maker: Any, convolve: Callable[[], Any]) -> list[Tensor]:
+    def run_with(passes: Any, convolve: Callable[[], Any]) -> list[Tensor]:
         z, state = convolve()
-        return [maker.normalise_by(state, z, norm, residual, relu)[0]]
+        return [passes.normalise_with(state, z, norm, residual, relu)[0]]
 
-    def fused() -> Ready:
-        maker = choice.portable()
-        return Ready(lambda: by(maker, lambda: maker.convolve(x, weight, geometry)))
+    def fused() -> Prepared:
+        passes = choice.portable()
+        return Prepared(lambda: run_with(passes, lambda: passes.convolve(x, weight, geometry)))
 
     def call(config: Any) -> Call:
-        maker = cuda_training.CUDA
+        passes = cuda.CUDA
 
         def run() -> list[Tensor]:
-            with own(like):
-                return by(maker, lambda: maker.convolve_by(config, x, weight, geometry))
+            with cuda_kernels(like):
+                return run_with(
+                    passes, lambda: passes.convolve_with_config(config, x, weight, geometry)
+                )
 
         return run
 
-    def native() -> Ready:
+    def native() -> Prepared:
         return fastest(layer, like, seconds, tiles_of(layer, like), call)
 
     def chain(x: Tensor, weight: Tensor, residual: Tensor | None) -> Tensor:
@@ -125,14 +125,14 @@ def conv_train_case(
         wide = (x.double(), weight.double(), None if residual is None else residual.double())
         return [Exact("y", chain(*wide))]
 
-    makers: dict[str, Callable[[], Ready]] = {"fused": fused, "native": native}
+    contenders: dict[str, Callable[[], Prepared]] = {"fused": fused, "native": native}
     if each_tile:
         with contextlib.suppress(Absent):
             for config in tiles_of(layer, like):
                 if config.splits == 1:
-                    ready = Ready(call(config), config.label())
-                    makers[f"native {config.label()}"] = lambda ready=ready: ready
-    makers["unfused"] = lambda: Ready(eager)
+                    prepared = Prepared(call(config), config.label())
+                    contenders[f"native {config.label()}"] = lambda prepared=prepared: prepared
+    contenders["unfused"] = lambda: Prepared(eager)
     y_size = math.prod(layer.y_shape)
     return Case(
         "conv_bn_train",
@@ -140,66 +140,67 @@ def conv_train_case(
         + (", residual" if place.residual else "")
         + ("" if relu else ", no relu"),
         times,
-        # z is written, and read once to be normalised.
+        # z is written, and read once by the normalization.
         (x.numel() + weight.numel() + y_size * (3 + place.residual)) * x.element_size(),
         2 * y_size * C * R * S,
         torch.no_grad()(eager),
         torch.no_grad()(exact),
-        {name: inference(maker) for name, maker in makers.items()},
+        {name: inference(prepare) for name, prepare in contenders.items()},
     )
 
 
 def prologue_case(
     place: Place, times: int, like: Tensor, seconds: Seconds, each_tile: bool
 ) -> Case:
-    """A training norm and a ReLU, the 1x1 convolution behind them and its own norm, forward: norm
-    and ReLU in the convolution's prologue ("native"), or written by a pass of their own and read by
-    the same tile ("apart") or by cuDNN's convolution ("cudnn"), whose statistics are taken from its
-    output. Predicted bytes, with K = 4 C as in ResNet-50, in C elements of a pixel: x 1, z written
-    and read, residual and y 4 each: 17; apart 19, a being written and read; by cuDNN 23, z being
-    read once more. So up to 11% where memory is the limit, and nothing or less where products
-    are."""
+    """Forward of a training norm with ReLU, the following 1x1 convolution and its norm. Norm and
+    ReLU run in the prologue of the convolution ("native"), or in a separate pass whose output a is
+    read by the same tile ("apart") or by cuDNN's convolution ("cudnn"), with statistics computed
+    from its output. Predicted bytes, with K = 4 C as in ResNet-50, in units of C elements per
+    pixel: x 1, z written and read, residual and y 4 each: 17; apart 19, as a is written and read;
+    cuDNN 23, as z is read again. So up to 11% if memory is the limit, nothing or a loss if compute
+    is."""
     layer = place.layer
     K, C = layer.weight_shape[:2]
     x, residual = randn(layer.x_shape, like), randn(layer.y_shape, like)
     weight = randn(layer.weight_shape, like) / math.sqrt(C)
     before, after = (
-        train_kernels.Norm(*(torch.rand(2, n, device=like.device) + 0.5).unbind(), EPS)
-        for n in (C, K)
+        Norm(*(torch.rand(2, n, device=like.device) + 0.5).unbind(), EPS) for n in (C, K)
     )
-    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
+    geometry = Geometry(*layer.geometry, layer.groups)
     var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-    normed = train_kernels.Normed(x, before, (mean, var, torch.zeros_like(mean)))
-    maker = cuda_training.CUDA
+    normed = Normed(x, before, (mean, var, torch.zeros_like(mean)))
+    passes = cuda.CUDA
 
-    def ending(convolve: Callable[[], Any]) -> Call:
+    def with_norm(convolve: Callable[[], Any]) -> Call:
         def run() -> list[Tensor]:
-            with own(like):
+            with cuda_kernels(like):
                 z, state = convolve()
-                return [maker.normalise_by(state, z, after, residual, True)[0]]
+                return [passes.normalise_with(state, z, after, residual, True)[0]]
 
         return run
 
     def native(config: Any) -> Call:
-        return ending(lambda: maker.convolve_normed_by(config, normed, weight))
+        return with_norm(lambda: passes.convolve_normed_with_config(config, normed, weight))
 
     def apart(config: Any) -> Call:
-        return ending(
-            lambda: maker.convolve_by(config, maker.apply(normed, None, True), weight, geometry)
+        return with_norm(
+            lambda: passes.convolve_with_config(
+                config, passes.apply(normed, None, True), weight, geometry
+            )
         )
 
-    def cudnn() -> Ready:
+    def cudnn() -> Prepared:
         kernels("bn_add_relu", "native", like.device)
-        stock = choice.portable()
-        return Ready(
-            ending(lambda: stock.convolve(maker.apply(normed, None, True), weight, geometry))
+        portable = choice.portable()
+        return Prepared(
+            with_norm(lambda: portable.convolve(passes.apply(normed, None, True), weight, geometry))
         )
 
-    def listed() -> list[Any]:
-        return [c for c in tiles_of(layer, like) if cuda_conv.normalises(c)]
+    def prologue_tiles() -> list[Any]:
+        return [c for c in tiles_of(layer, like) if implicit_gemm.normalises(c)]
 
-    def of_tiles(call: Callable[[Any], Call]) -> Callable[[], Ready]:
-        return lambda: fastest(layer, like, seconds, listed(), call)
+    def fastest_of(call: Callable[[Any], Call]) -> Callable[[], Prepared]:
+        return lambda: fastest(layer, like, seconds, prologue_tiles(), call)
 
     def chain(x: Tensor, weight: Tensor, residual: Tensor, *norms: Any) -> Tensor:
         a = bn_chain(x, norms[0], norms[1], None, True)
@@ -213,13 +214,13 @@ def prologue_case(
     def exact() -> list[Exact]:
         return [Exact("y", chain(*(t.double() for t in (x, weight, residual, *vectors))))]
 
-    makers = {"native": of_tiles(native), "apart": of_tiles(apart), "cudnn": cudnn}
+    contenders = {"native": fastest_of(native), "apart": fastest_of(apart), "cudnn": cudnn}
     if each_tile:
         with contextlib.suppress(Absent):
-            for config in listed():
-                ready = Ready(native(config), config.label())
-                makers[f"native {config.label()}"] = lambda ready=ready: ready
-    makers["unfused"] = lambda: Ready(eager)
+            for config in prologue_tiles():
+                prepared = Prepared(native(config), config.label())
+                contenders[f"native {config.label()}"] = lambda prepared=prepared: prepared
+    contenders["unfused"] = lambda: Prepared(eager)
     return Case(
         "norm_conv_train",
         f"norm_conv_train {title(layer)}",
@@ -228,12 +229,12 @@ def prologue_case(
         2 * residual.numel() * C,
         torch.no_grad()(eager),
         torch.no_grad()(exact),
-        {name: inference(maker) for name, maker in makers.items()},
+        {name: inference(prepare) for name, prepare in contenders.items()},
     )
 
 
 def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
-    """Both gradients of the convolution: this package's Triton kernels, and the vendor's."""
+    """Both gradients of a convolution: this package's Triton kernels, and cuDNN's."""
     _, C, R, S = layer.weight_shape
     x, g = randn(layer.x_shape, like), randn(layer.y_shape, like)
     weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
@@ -242,13 +243,13 @@ def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
     def stock(g: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
         *sizes, groups = geometry
         backward = torch.ops.aten.convolution_backward
-        found = backward(g, x, weight, None, *sizes, False, [0, 0], groups, mask)
-        return list(found[:2])
+        gradients = backward(g, x, weight, None, *sizes, False, [0, 0], groups, mask)
+        return list(gradients[:2])
 
-    def triton() -> Ready:
+    def triton() -> Prepared:
         kernels("conv_bn_relu", "triton", like.device)
         run = torch.ops.fused_resnet.convolution_backward_triton
-        return Ready(lambda: list(run(g, x, weight, *geometry, mask)))
+        return Prepared(lambda: list(run(g, x, weight, *geometry, mask)))
 
     def exact() -> list[Exact]:
         dx, dweight = stock(g.double(), x.double(), weight.double())
@@ -263,7 +264,7 @@ def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
         4 * g.numel() * C * R * S,
         lambda: stock(g, x, weight),
         exact,
-        {"triton": triton, "unfused": lambda: Ready(lambda: stock(g, x, weight))},
+        {"triton": triton, "unfused": lambda: Prepared(lambda: stock(g, x, weight))},
     )
 
 
@@ -273,54 +274,54 @@ def conv_norm_backward_case(
     like: Tensor,
     seconds: Seconds,
 ) -> Case:
-    """From the gradient of a convolution's output to that of the norm whose ReLU it reads: the mask
-    and the sums taken in the epilogue of the input gradient ("native"), or by bn_add_relu's
-    backward, after the same tile ("apart") or cuDNN ("fused", as models do where no winner was
+    """From the output gradient of a convolution to the gradients of the norm whose ReLU it reads:
+    mask and sums computed in the epilogue of the input gradient ("native"), or by the backward of
+    bn_add_relu after the same tile ("apart") or cuDNN ("fused", as in models if no winner was
     measured)."""
     K, C, R, S = layer.weight_shape
     x, dy = randn(layer.x_shape, like), randn(layer.y_shape, like)
     weight = randn(layer.weight_shape, like) / math.sqrt(K * R * S / layer.groups)
-    norm = train_kernels.Norm(*torch.rand(2, x.shape[1], device=like.device).unbind(), EPS)
-    geometry = train_kernels.Geometry(*layer.geometry, layer.groups)
-    gradient = cuda_training.gradient_layer(layer)
+    norm = Norm(*torch.rand(2, x.shape[1], device=like.device).unbind(), EPS)
+    geometry = Geometry(*layer.geometry, layer.groups)
+    gradient = cuda.gradient_layer(layer)
     assert gradient is not None
     y, (mean, var) = choice.portable().normalise(x, norm, None, True)
-    normed = train_kernels.Normed(x, norm, (mean, var, torch.zeros_like(mean)))
+    normed = Normed(x, norm, (mean, var, torch.zeros_like(mean)))
 
-    def after(dh: Tensor) -> list[Tensor]:
+    def norm_backward(dh: Tensor) -> list[Tensor]:
         plain = normed._replace(state=(mean, var))
-        return list(choice.portable().norm_gradients_by(None, dh, y, plain))
+        return list(choice.portable().norm_gradients_from_sums(None, dh, y, plain))
 
-    def fused() -> Ready:
-        maker = choice.portable()
-        return Ready(lambda: after(maker.input_gradient(dy, y, weight, geometry)))
+    def fused() -> Prepared:
+        passes = choice.portable()
+        return Prepared(lambda: norm_backward(passes.input_gradient(dy, y, weight, geometry)))
 
     def call(config: Any) -> Call:
-        maker = cuda_training.CUDA
+        passes = cuda.CUDA
 
         def run() -> list[Tensor]:
-            with own(like):
-                made = maker.relu_gradient_by(config, dy, weight, geometry, normed)
-                return list(maker.norm_gradients_by(made[1], made[0], y, normed))
+            with cuda_kernels(like):
+                dh, sums = passes.relu_gradient_with_config(config, dy, weight, geometry, normed)
+                return list(passes.norm_gradients_from_sums(sums, dh, y, normed))
 
         return run
 
     def call_apart(config: Any) -> Call:
-        rows = cuda_training.turned_rows(weight, layer.groups, like.dtype)
+        rows = cuda.turned_rows(weight, layer.groups, like.dtype)
         ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
 
         def run() -> list[Tensor]:
             dh = torch.empty_like(x)
-            with own(like):
-                cuda_conv.ops().implicit_gemm(
+            with cuda_kernels(like):
+                implicit_gemm.ops().implicit_gemm(
                     dy, rows, ones, zeros, None, dh, False, *gradient.geometry, layer.groups,
                     config.tile, config.splits,
                 )  # fmt: skip
-            return after(dh)
+            return norm_backward(dh)
 
         return run
 
-    def ready(call: Callable[[Any], Call]) -> Ready:
+    def fastest_call(call: Callable[[Any], Call]) -> Prepared:
         return fastest(gradient, like, seconds, tiles_of(gradient, like), call)
 
     def chain(dy: Tensor, x: Tensor, y: Tensor, weight: Tensor, *vectors: Tensor) -> list[Tensor]:
@@ -337,23 +338,23 @@ def conv_norm_backward_case(
     def exact() -> list[Exact]:
         operands = [t.double() for t in (dy, x, y, weight, norm.weight, mean, var)]
         dx, dweight, dbias = chain(*operands)
-        terms = x[:, 0].numel() * 0.5  # of gradients of about one, half of which are let through
+        terms = x[:, 0].numel() * 0.5  # gradients of about 1, half of them masked
         return [Exact("dx", dx), Exact("dweight", dweight, terms), Exact("dbias", dbias, terms)]
 
-    makers: dict[str, Callable[[], Ready]] = {
+    contenders: dict[str, Callable[[], Prepared]] = {
         "fused": fused,
-        "native": lambda: ready(call),
-        "apart": lambda: ready(call_apart),
-        "unfused": lambda: Ready(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
+        "native": lambda: fastest_call(call),
+        "apart": lambda: fastest_call(call_apart),
+        "unfused": lambda: Prepared(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
     }
     return Case(
         "conv_norm_backward",
         f"conv_norm_backward {title(layer)}",
         times,
-        # g is written, and read once with x, to be dx.
+        # g is written, then read with x to compute dx.
         (dy.numel() + weight.numel() + 5 * x.numel()) * x.element_size(),
         2 * dy.numel() * C * R * S,
         torch.no_grad()(lambda: chain(dy, x, y, weight, norm.weight, mean, var)),
         torch.no_grad()(exact),
-        {name: inference(maker) for name, maker in makers.items()},
+        {name: inference(prepare) for name, prepare in contenders.items()},
     )

@@ -1,13 +1,13 @@
-"""What the Triton convolution should take on a GPU that is not at hand: a model, not a measurement.
+"""Predicted cost of the Triton convolution on an H200, without a GPU: a model, no measurement.
 
     python benchmarks/kernels/triton/triton_cost.py [--batch 1 32 256] [--out DIR]
 
-For each distinct convolution of ResNet-50 in bfloat16: the configuration that would be chosen, its
-tiles and their waves over the multiprocessors, the bytes and operations it cannot do without, and
-the share of max(compute, memory) time that the waves leave: whole waves at the matrix product's
-rate, or the bytes at the copy's, whichever takes longer. It knows nothing of launches, of filling a
-pipeline, of residuals, or of the last-level cache. A measurement far below it has another reason
-than the tiles.
+For each distinct convolution of ResNet-50 in bfloat16: the chosen configuration, its tiles and
+waves over the multiprocessors, the minimum bytes and operations, and the predicted share of the
+max(compute, memory) time. The predicted time is that of whole waves at the rate of the matrix
+product, or of the bytes at the rate of the copy, whichever is longer. Launches, pipeline prologues,
+residuals and the last-level cache are not modeled. A measurement far below the prediction has a
+cause other than the tiles.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from fused_resnet.bench.harness import save
 from fused_resnet.bench.layers import layers_of
 from fused_resnet.bench.machine import provenance
-from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.problem import Layer, problem_of
 from fused_resnet.kernels.triton import configs, convolution
 
 # One H200, measured: dense bfloat16 products and copies; multiprocessors.
@@ -32,8 +32,8 @@ CAPABILITY = (9, 0)
 SIZE = 2  # bytes of bfloat16
 
 
-def floor_s(layer: gemm.Layer, flops: float, bytes_per_s: float) -> tuple[float, str, int, int]:
-    """The time that a layer cannot go below and what sets it; its operations and bytes."""
+def floor_s(layer: Layer, flops: float, bytes_per_s: float) -> tuple[float, str, int, int]:
+    """Lower bound of the time of a layer, what limits it, its operations and bytes."""
     K, C, R, S = layer.weight_shape
     N, _, P, Q = layer.y_shape
     operations = 2 * N * P * Q * K * C * R * S
@@ -43,15 +43,15 @@ def floor_s(layer: gemm.Layer, flops: float, bytes_per_s: float) -> tuple[float,
     return max(by_compute, by_memory), limit, operations, moved
 
 
-def title(layer: gemm.Layer) -> str:
+def title(layer: Layer) -> str:
     K, _, R, S = layer.weight_shape
     _, C, H, W = layer.x_shape
     groups = f", {layer.groups} groups" if layer.groups > 1 else ""
     return f"{C}x{H}x{W} -> {K}, {R}x{S}/{layer.geometry.stride[0]}{groups}"
 
 
-def estimate(layer: gemm.Layer) -> dict[str, Any]:
-    problem = convolution.seen(gemm.problem_of(layer, torch.bfloat16))
+def estimate(layer: Layer) -> dict[str, Any]:
+    problem = convolution.kernel_problem(problem_of(layer, torch.bfloat16))
     processors = GPU["multiprocessors"]
     config = configs.choose(problem, CAPABILITY, processors)
     tiles = configs.tiles(config, problem) * config.splits
@@ -90,10 +90,12 @@ def main() -> None:
         cells = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()]
         print(" | ".join(cells))
     for batch in args.batch:
-        mine = [row for row in rows if row["batch"] == batch]
-        mean = math.exp(sum(math.log(row["share of the floor"]) for row in mine) / len(mine))
-        floor = sum(row["floor us"] * row["times"] for row in mine)
-        print(f"batch {batch}: share {mean:.2f} (geometric mean), floor {floor:.0f} us in all")
+        of_batch = [row for row in rows if row["batch"] == batch]
+        mean = math.exp(
+            sum(math.log(row["share of the floor"]) for row in of_batch) / len(of_batch)
+        )
+        floor = sum(row["floor us"] * row["times"] for row in of_batch)
+        print(f"batch {batch}: share {mean:.2f} (geometric mean), total floor {floor:.0f} us")
     if args.out:
         head = provenance("triton_cost", "cpu")
         print(save({**head, "gpu": GPU, "layers": rows}, args.out))

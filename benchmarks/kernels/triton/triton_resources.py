@@ -1,13 +1,13 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reads what came out.
+"""Resources of the Triton kernels compiled for several architectures, without a GPU.
 
     python benchmarks/kernels/triton/triton_resources.py              print the table
-    python benchmarks/kernels/triton/triton_resources.py --out DIR    and write a results file
+    python benchmarks/kernels/triton/triton_resources.py --out DIR    also write a results file
     python benchmarks/kernels/triton/triton_resources.py --arch 90 --kernel conv
 
 For each kernel, tile configuration, dtype and architecture: registers per thread, spilled bytes,
-shared memory and the instructions that matter (tensor cores, 16-byte global accesses). Exit status
-1 where a kernel spills, does not fit into shared memory, or a 16-bit convolution shows no tensor
-core instructions or reads its operands element by element.
+shared memory, and counts of tensor core instructions and 16-byte global accesses. Exit status 1 if
+a kernel spills or exceeds shared memory, or if a 16-bit convolution has no tensor core instructions
+or loads its operands element by element.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from triton.compiler import ASTSource
 
 from fused_resnet.bench.harness import save
 from fused_resnet.bench.machine import provenance
-from fused_resnet.kernels import problem as gemm
+from fused_resnet.kernels.problem import Problem
 from fused_resnet.kernels.triton import (
     backward,
     batch_norm,
@@ -45,9 +45,9 @@ from fused_resnet.kernels.triton import (
 )
 
 ARCHS = (80, 90, 100, 120)
-# Shared memory a program may have, bytes: CUDA programming guide, table of compute capabilities.
+# Maximum shared memory of a program, bytes: CUDA programming guide, table of compute capabilities.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-# What multiplies matrices in a cubin: mma.sync, wgmma, tcgen05.
+# Tensor core instructions in a cubin: mma.sync, wgmma, tcgen05.
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA|UTCMMA|UTC.MMA|HMMA", 120: "HMMA"}
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -55,8 +55,8 @@ BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass
 class Job:
-    """One kernel to be compiled. args: name -> "*bf16", "i32" and the like, or a constant's value;
-    what is divisible by 16 is marked so, as a launch with ResNet's shapes would find it."""
+    """One kernel to be compiled. args: name -> a type such as "*bf16" or "i32", or the value of a
+    constant. Arguments divisible by 16 at ResNet's shapes are marked as such, as in a launch."""
 
     kernel: str
     variant: str
@@ -65,7 +65,7 @@ class Job:
     args: dict[str, Any]
     warps: int
     stages: int = 3
-    registers: int = 0  # at most, where the launch says so
+    registers: int = 0  # maximum; 0: not limited by the launch
     tensor_cores: bool = False
     found: dict[str, Any] = field(default_factory=dict)
 
@@ -130,8 +130,8 @@ def batch_norm_jobs(dtype: str, arch: int) -> Iterator[Job]:
     yield Job("bn_reduce_merge_kernel", "", dtype, arch, {**dict.fromkeys(vectors, f), **merge}, 4)
 
 
-# variant -> R, S, whether it is a plain matrix product, outputs of a group, what divides C and the
-# strides of x
+# variant -> R, S, whether it is a matrix product (POINTWISE), outputs per group, and the divisor of
+# C and of the strides of x (UNIT)
 SHAPES = {
     "1x1": (1, 1, True, 256, 16),
     "3x3": (3, 3, False, 256, 16),
@@ -146,25 +146,25 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
              "units_of_x_w", "y_n", "y_p", "y_q", "stride_h", "stride_w", "pad_h", "pad_w",
              "dilation_h", "dilation_w", "tiles_m", "tiles_n", "tiles_per_group")  # fmt: skip
     operands = ("tf32", "float32") if dtype == "float32" else (dtype,)
-    listed = [(o, c) for o in operands for c in configs.configs(o, (arch // 10, arch % 10))]
-    for kind, config in listed:
+    candidates = [(o, c) for o in operands for c in configs.configs(o, (arch // 10, arch % 10))]
+    for kind, config in candidates:
         for name, (R, S, pointwise, outputs, unit) in SHAPES.items():
             groups = 1
             if name == "groups of 4":
                 if config.block_n != 32:
-                    continue  # narrow groups take the narrow tiles
-                problem = gemm.Problem(0, 32 * outputs, 4, R, S, 32, 1, kind)
+                    continue  # narrow groups use narrow tiles
+                problem = Problem(0, 32 * outputs, 4, R, S, 32, 1, kind)
                 groups = configs.groups_per_tile(problem, config.block_n, config.block_k)
             if name == "stem" and config.block_k != 32:
                 continue
             for splits in (1, 4):
-                if splits > 1 and (groups > 1 or config.block_m > configs.TALLEST_SPLIT):
+                if splits > 1 and (groups > 1 or config.block_m > configs.MAX_SPLIT_ROWS):
                     continue
                 args = {
                     "x_ptr": p, "weight_ptr": p, "scale_ptr": f, "shift_ptr": f,
                     "residual_ptr": p, "y_ptr": p, "sums_ptr": f if splits > 1 else None,
                     **dict.fromkeys(sizes, "i32"),
-                    # A size of one is a constant to Triton.
+                    # Triton specializes arguments equal to 1 as constants.
                     **({} if name == "stem" else dict.fromkeys(("stride_h", "stride_w"), 1)),
                     "dilation_h": 1, "dilation_w": 1,
                     "R": R, "S": S, "UNIT": unit, "POINTWISE": pointwise, "GROUPS": groups,
@@ -203,24 +203,24 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
 
 
 def sizes_of_one(job: Job) -> Job:
-    """The same kernel where every size is one."""
+    """The same kernel with every size equal to 1."""
     args = {k: 1 if v in ("i32", "i64") else v for k, v in job.args.items()}
     return replace(job, variant="sizes of one", args=args, tensor_cores=False, found={})
 
 
 def jobs(archs: list[int], dtypes: list[str], only: str) -> list[Job]:
-    found = []
+    every = []
     for arch in archs:
         for dtype in dtypes:
-            makers = (elementwise_jobs, batch_norm_jobs, convolution_jobs)
-            made = [job for make in makers for job in make(dtype, arch) if only in job.kernel]
-            first = {job.kernel: job for job in reversed(made)}
-            found += made
-            found += [sizes_of_one(job) for job in first.values() if dtype != "float16"]
-    return found
+            sources = (elementwise_jobs, batch_norm_jobs, convolution_jobs)
+            listed = [job for of in sources for job in of(dtype, arch) if only in job.kernel]
+            first = {job.kernel: job for job in reversed(listed)}
+            every += listed
+            every += [sizes_of_one(job) for job in first.values() if dtype != "float16"]
+    return every
 
 
-# Divisible by 16 for every convolution of a ResNet but the stem; strides of the taps are not.
+# Divisible by 16 for every convolution of a ResNet except the stem; strides of the taps are not.
 DIVISIBLE = {
     "M",
     "K",
@@ -239,7 +239,7 @@ DIVISIBLE = {
 
 
 def compiled(job: Job) -> Job:
-    """`job` with what its cubin holds."""
+    """Compile `job` and set `found` to the resources in its cubin."""
     kernel = KERNELS[job.kernel]
     typed = {
         k: v
@@ -270,10 +270,10 @@ def compiled(job: Job) -> Job:
             [BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
         )
         sass = subprocess.run([BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True)
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    usage_of = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
     opcodes = collections.Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)",
                                              sass.stdout, re.M))  # fmt: skip
-    of = {
+    patterns = {
         "tensor": TENSOR_CORES[job.arch],
         "loads16": r"LDG\S*\.128|LDGSTS\S*\.128|UTMALDG\S*",
         "stores16": r"STG\S*\.128|UTMASTG\S*",
@@ -282,11 +282,11 @@ def compiled(job: Job) -> Job:
     }
     counts = {
         key: sum(n for name, n in opcodes.items() if re.match(f"(?:{pattern})", name))
-        for key, pattern in of.items()
+        for key, pattern in patterns.items()
     }
     job.found = {
-        "registers": int(numbers.get("REG", 0)),
-        "stack_bytes": int(numbers.get("STACK", 0)) + int(numbers.get("LOCAL", 0)),
+        "registers": int(usage_of.get("REG", 0)),
+        "stack_bytes": int(usage_of.get("STACK", 0)) + int(usage_of.get("LOCAL", 0)),
         "shared_bytes": binary.metadata.shared,
         "instructions": sum(opcodes.values()),
         **counts,
@@ -298,23 +298,23 @@ def faults(job: Job) -> list[str]:
     found = job.found
     if "error" in found:
         return [found["error"]]
-    said = []
-    if found["spills"]:  # a stack frame alone, which ptxas at times leaves unused, costs nothing
-        said.append(f"spills {found['stack_bytes']} bytes in {found['spills']} instructions")
+    messages = []
+    if found["spills"]:  # a stack frame without spills, as ptxas sometimes emits, costs nothing
+        messages.append(f"spills {found['stack_bytes']} bytes in {found['spills']} instructions")
     if found["shared_bytes"] > SHARED_BYTES[job.arch]:
-        said.append(f"needs {found['shared_bytes']} bytes of shared memory")
+        messages.append(f"needs {found['shared_bytes']} bytes of shared memory")
     if job.tensor_cores and not found["tensor"]:
-        said.append("shows no tensor core instructions")
+        messages.append("has no tensor core instructions")
     if job.tensor_cores and found["narrow"]:
-        said.append(f"loads element by element ({found['narrow']} instructions)")
-    return said
+        messages.append(f"loads element by element ({found['narrow']} instructions)")
+    return messages
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Resources of the Triton kernels, with no GPU.")
+    parser = argparse.ArgumentParser(description="Resources of the Triton kernels, without a GPU.")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--dtype", nargs="+", default=list(POINTERS), choices=list(POINTERS))
-    parser.add_argument("--kernel", default="", help="only kernels whose name holds this")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write a results file into this folder")
     args = parser.parse_args()
@@ -335,20 +335,20 @@ def main() -> int:
     done, broken = [], 0
     with ProcessPoolExecutor(args.jobs) as pool:
         for job in pool.map(compiled, jobs(args.arch, args.dtype, args.kernel)):
-            f, wrong = job.found, faults(job)
+            f, messages = job.found, faults(job)
             keys = ("registers", "spills", "shared_bytes", "tensor", "loads16", "stores16")
             cells = [str(f.get(key, "-")) for key in keys]
             print(
                 line.format(job.kernel, job.variant, job.dtype, str(job.arch), *cells)
-                + (f"  FAULT: {'; '.join(wrong)}" if wrong else ""),
+                + (f"  FAULT: {'; '.join(messages)}" if messages else ""),
                 flush=True,
             )
-            broken += bool(wrong)
+            broken += bool(messages)
             done.append(job)
     print(f"{len(done)} kernels, Triton {triton.__version__}: {broken or 'no'} faults")
     if args.out:
-        kept = ("kernel", "variant", "dtype", "arch", "warps", "stages", "found")
-        table = [{k: v for k, v in asdict(job).items() if k in kept} for job in done]
+        columns = ("kernel", "variant", "dtype", "arch", "warps", "stages", "found")
+        table = [{k: v for k, v in asdict(job).items() if k in columns} for job in done]
         head = {**provenance("triton_resources", "cpu"), "triton": triton.__version__}
         print(save({**head, "shared_bytes": SHARED_BYTES, "kernels": table}, args.out))
     return 1 if broken else 0

@@ -1,4 +1,4 @@
-"""A block prepared for inference: packed convolutions with batch norm, residual and ReLU inside."""
+"""Inference plans of blocks: packed convolutions with folded batch norm, residual and ReLU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fused_resnet.layers.shortcut import SHORTCUTS, padded
 
 
 def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
-    """conv, then bn, or nothing where bn is None."""
+    """Packs conv with bn folded into it, or conv alone where bn is None."""
     shape, device = conv.weight.shape, conv.weight.device.type
     kind = conv_kind(shape, dtype, conv.dilation, conv.groups, device)
-    assert kind is not None  # reason_against has asked
+    assert kind is not None  # checked by reason_against
     with torch.no_grad():
         if bn is None:
             scale = torch.ones(shape[0], dtype=torch.float64, device=conv.weight.device)
@@ -36,11 +36,11 @@ def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
 
 
 class Flow(NamedTuple):
-    """An activation on its way through fused blocks.
+    """An activation between fused blocks.
 
-    x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan that takes
-    any). bound: an upper bound for |x|, or None where none is known. owned: nobody else can see x,
-    so a block may write into it.
+    x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan with
+    takes_any). bound: an upper bound for |x|, or None if unknown. owned: x has no other user, so a
+    block may overwrite it.
     """
 
     x: Tensor
@@ -67,19 +67,19 @@ class Plan:
         self._one_op = self._operands()
 
     def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
-        """Each convolution and the norm that follows it, or None."""
+        """Each convolution with the norm to fold into it, or None."""
         return parts.pairs
 
     def _operands(self) -> tuple[Any, ...] | None:
-        """The convolutions as the CPU's op for whole blocks takes them, None where it cannot."""
-        if self.shortcut == "none" and len(self.convs) == 1:  # a stem: no block
+        """The arguments of the CPU's block_inference op; None if it does not support the block."""
+        if self.shortcut == "none" and len(self.convs) == 1:  # a stem is not a block
             return None
         if not all(isinstance(conv, NativeConv) for conv in self.all_convs):
             return None
-        found = [conv.operands() for conv in self.all_convs if isinstance(conv, NativeConv)]
+        per_conv = [conv.operands() for conv in self.all_convs if isinstance(conv, NativeConv)]
         tensors: list[Tensor] = []
         geometry: list[int] = []
-        for operands in found:
+        for operands in per_conv:
             if operands is None:
                 return None
             tensors += operands[0]
@@ -88,12 +88,12 @@ class Plan:
         return tensors, geometry, SHORTCUTS[self.shortcut], stride
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
-        """The activations that an x of this shape becomes: x, then every convolution's output, the
-        block's last. Empty where it does not go through: then it is stock that raises."""
-        kept = self._shapes  # read once: another thread may come with another size
-        if not kept or kept[0] != shape:
-            kept = self._shapes = self._find_shapes(shape)
-        return kept
+        """The shapes of x and of every convolution's output on the main path. Empty if x does not
+        fit the block: stock then raises the error."""
+        cached = self._shapes  # read once: another thread may replace it for another shape
+        if not cached or cached[0] != shape:
+            cached = self._shapes = self._find_shapes(shape)
+        return cached
 
     def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         shapes = [shape]
@@ -112,21 +112,21 @@ class Plan:
         return shapes
 
     def bound(self, x_bound: float | None) -> float | None:
-        """A bound for every number the block computes, or None where there is none, or no need
-        of one (convolution.py)."""
+        """A bound for every value the block computes; None if there is none or none is needed
+        (see kernels/convolution.py)."""
         if x_bound is None or not self._needs_bound:
             return None
         bound = x_bound
         for conv in self.convs:
             bound = conv.bound(bound)
-            if not bound <= BOUND_LIMIT:  # written so that NaN fails
+            if not bound <= BOUND_LIMIT:  # not >, so that NaN fails
                 return None
         if self.shortcut != "none":
             bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
         return bound if bound <= BOUND_LIMIT else None
 
     def run(self, flow: Flow) -> Flow | None:
-        """The block's output, or None where a bound is needed and none rules out a NaN."""
+        """The block's output; None if NaN must be ruled out by a bound and none does."""
         bound = self.bound(flow.bound)
         if bound is None and self._needs_bound:
             bound = self.bound(max_abs(flow.x))
@@ -135,7 +135,7 @@ class Plan:
         return Flow(self._run(flow.x, flow.owned), bound, True)
 
     def _run(self, x: Tensor, owned: bool) -> Tensor:
-        """x: (N, C, H, W), which may be written to where it is owned."""
+        """x: (N, C, H, W); overwritten if owned."""
         if self._one_op is not None:
             op = torch.ops.fused_resnet_native.block_inference.default
             return op(x, None, None, None, 0.0, *self._one_op, False, owned)
@@ -146,7 +146,7 @@ class Plan:
         return self.convs[-1].run(y, residual, True, overwrite=owned)
 
     def _residual(self, x: Tensor, owned: bool) -> tuple[Tensor | None, bool]:
-        """What the shortcut makes of x, and whether it may be written to."""
+        """The shortcut's output for x, and whether it may be overwritten."""
         if self.downsample is not None:
             return self.downsample.run(x, None, False), True
         if self.pad is not None:
@@ -155,7 +155,8 @@ class Plan:
 
 
 class PreactPlan(Plan):
-    """A block whose norms come first: all but the first are folded into the convolution before."""
+    """The plan of a norm_first block: each norm but the first is folded into the convolution
+    before it."""
 
     def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype, shared: bool) -> None:
         super().__init__(parts, guard, dtype)
@@ -195,7 +196,7 @@ class PreactPlan(Plan):
         return self.convs[-1].run(y, residual, False, overwrite=owned)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """relu(norm(x)) by the running statistics."""
+        """relu(norm(x)) with the running statistics."""
         if self._native is not None:
             none = (None, None, None, None, 0.0)
             return torch.ops.fused_resnet_native.bn_apply(x, *self._native, *none, True)
@@ -206,14 +207,15 @@ class PreactPlan(Plan):
 
 
 def enter(x: Tensor, plan: Plan) -> Flow:
-    """x (N, C, H, W) of any layout and dtype, as `plan` wants it; x itself stays unowned."""
+    """Converts x (N, C, H, W) of any layout and dtype for `plan`; only a copy is owned."""
     if plan.takes_any:
         return Flow(x, None, False)
-    inner = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
-    return Flow(inner, None, inner.data_ptr() != x.data_ptr())
+    converted = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
+    return Flow(converted, None, converted.data_ptr() != x.data_ptr())
 
 
 def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """A fused block's output as stock would have given it for an x of this dtype and layout."""
-    outer = output_dtype(dtype, y.device.type)
-    return y.to(outer).contiguous(memory_format=memory_format)
+    """Converts a fused block's output to stock's dtype and layout for an x of `dtype` and
+    `memory_format`."""
+    stock_dtype = output_dtype(dtype, y.device.type)
+    return y.to(stock_dtype).contiguous(memory_format=memory_format)

@@ -1,7 +1,7 @@
-"""The cached plans of blocks.
+"""The cache of inference plans.
 
-A `Plan` belongs to a block and a compute dtype and is used while its `Guard` holds. Plans are
-cached beside the modules, not in them: state_dict, deepcopy and pickle do not see them."""
+A `Plan` belongs to a block and a compute dtype and is valid while its `Guard` holds. Plans are
+cached outside the modules, so that state_dict, deepcopy and pickle do not see them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from fused_resnet.fusion.fit import compute_dtype, norm_fits, output_dtype, weights_fit
-from fused_resnet.fusion.structure import Guard, Names, Parts, take_apart
+from fused_resnet.fusion.structure import Guard, Names, Parts, parse_block
 from fused_resnet.kernels import registry
-from fused_resnet.kernels.cache import keepable
+from fused_resnet.kernels.cache import cacheable
 from fused_resnet.kernels.dispatch import conv_kind
 from fused_resnet.layers.hooks import is_fsdps
 from fused_resnet.layers.norms import uses_batch_statistics
@@ -25,42 +25,40 @@ from .plan import Plan, PreactPlan
 
 def reason_against(parts: Parts, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why these parts cannot be folded and packed for an x of `dtype` on `device` now, or None."""
-    inner = compute_dtype(dtype, device.type)
-    if inner is None:
-        return f"no fused convolution serves {dtype}"
+    conv_dtype = compute_dtype(dtype, device.type)
+    if conv_dtype is None:
+        return f"no fused convolution supports {dtype}"
     backend = registry.choose("conv_bn_relu", device.type)
     if backend == "reference":
         missing = registry.missing("conv_bn_relu", "vendor", device.type)
         return missing or "another backend is forced"
     if backend == "triton" and device.type == "cpu":
-        return "Triton's interpreter is for its kernels alone"
+        return "on the CPU Triton's interpreter runs its own kernels only"
     for conv, bn in parts.pairs:
         if bn is not None and uses_batch_statistics(bn):
             return "batch norm uses batch statistics"
         if bn is not None and (bn.running_mean is None or bn.running_var is None):
-            return "running statistics are absent"
+            return "a norm has no running statistics"
         if conv.weight.device != device:
             return f"x is on {device}, a weight on {conv.weight.device}"
         if not weights_fit(dtype, conv.weight):
             return f"x is {dtype} and a weight is {conv.weight.dtype}"
-        outer = output_dtype(dtype, device.type)
-        if bn is not None and not norm_fits(bn, outer):
-            return f"a norm's tensors are of another dtype than {outer}"
+        norm_dtype = output_dtype(dtype, device.type)
+        if bn is not None and not norm_fits(bn, norm_dtype):
+            return f"a norm's tensors are neither {norm_dtype} nor float32"
         shape = conv.weight.shape
-        if conv_kind(shape, inner, conv.dilation, conv.groups, device.type) is None:
-            return f"no fused convolution takes a weight of shape {tuple(shape)}"
+        if conv_kind(shape, conv_dtype, conv.dilation, conv.groups, device.type) is None:
+            return f"no fused convolution supports a weight of shape {tuple(shape)}"
     return None
 
 
-# block -> (compute dtype, backend) -> plan
+# block -> (compute dtype, device, backend) -> plan
 _plans: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
-
-
 _generation = 0
 
 
 def forget(model: nn.Module) -> None:
-    """Drops what was precomputed for every block of `model`; the next call makes it anew."""
+    """Drops the cached plans of every block of `model`; the next call rebuilds them."""
     global _generation
     _generation += 1
     for m in model.modules():
@@ -68,43 +66,42 @@ def forget(model: nn.Module) -> None:
 
 
 def generation() -> int:
-    """Grows whenever a plan anywhere was dropped, so that who holds plans knows to ask again."""
+    """A counter of `forget` calls: cached plans held elsewhere are stale once it changes."""
     return _generation
 
 
 def plan_for(
     block: nn.Module, names: Names, dtype: torch.dtype, device: torch.device
 ) -> Plan | str:
-    """The block's plan for inference on an x of `dtype` on `device`, made now if need be; or why
-    not."""
-    inner = compute_dtype(dtype, device.type)
-    key = (inner, device, registry.choose("conv_bn_relu", device.type))
+    """The block's inference plan for an x of `dtype` on `device`, cached or built now; or the
+    reason why there is none."""
+    conv_dtype = compute_dtype(dtype, device.type)
+    key = (conv_dtype, device, registry.choose("conv_bn_relu", device.type))
     plans = _plans.get(block, {})
     plan = plans.get(key)
     if plan is not None and weights_fit(dtype, plan.weight):
         if plan.guard.holds():
             return plan
-        _plans.pop(block, None)  # a stale copy is of no use to anybody
-    parts = take_apart(block, names)
+        _plans.pop(block, None)  # stale: must not stay cached if no new plan follows
+    parts = parse_block(block, names)
     if isinstance(parts, str):
         return parts
     reason = reason_against(parts, dtype, device)
-    if reason is not None or inner is None:
-        return reason or f"no fused convolution serves {dtype}"
+    if reason is not None or conv_dtype is None:
+        return reason or f"no fused convolution supports {dtype}"
     guard = Guard(parts)
-    if not guard.watchable:
-        return "weights made in inference mode carry no version counter to watch"
+    if not guard.has_versions:
+        return "weights created in inference mode have no version counter"
     if names.norm_first:
         shared: Any = block.activation_shared
-        plan = PreactPlan(parts, guard, inner, shared)
+        plan = PreactPlan(parts, guard, conv_dtype, shared)
     else:
-        plan = Plan(parts, guard, inner)
-    if not keepable(plan.weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):
-        # good for this call alone
-        return plan
+        plan = Plan(parts, guard, conv_dtype)
+    if not cacheable(plan.weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):
+        return plan  # valid for this call only
     for conv in plan.all_convs:
-        conv.lasting = True
-    # Another dtype's plan stays while it is good too: autocast on, autocast off.
+        conv.is_cached = True
+    # Valid plans of other dtypes stay: autocast may be switched on and off from call to call.
     others = {k: p for k, p in plans.items() if k != key and p.guard.holds()}
     _plans[block] = {**others, key: plan}
     return plan

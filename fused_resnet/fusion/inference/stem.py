@@ -1,4 +1,4 @@
-"""Max pooling of a fused activation, and a stem with the pooling after it."""
+"""Runs max pooling, and a stem with its pooling, on the activations between fused blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .plan import Flow, Plan
 
 
 def max_pool(pool: Any, flow: Flow) -> Flow | None:
-    """`pool` on a fused activation; None where the kernel does not do what is asked."""
+    """Runs `pool`; None where the kernel does not support it."""
     if pool_shape(pool, flow.x.shape) is None:
         return None
     kernel, stride, padding = window(pool)
@@ -25,7 +25,7 @@ def max_pool(pool: Any, flow: Flow) -> Flow | None:
 
 
 def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
-    """The stem and the pooling behind it: by one kernel where there is one."""
+    """Runs the stem and its pooling, as one kernel if there is one; None if either cannot run."""
     (conv,) = plan.convs
     plain = window(pool) == [[3, 3], [2, 2], [1, 1]] and pool_shape(
         pool, plan.shapes(flow.x.shape)[-1]

@@ -1,7 +1,7 @@
-"""The inference of a network of which some parts are not fused, block by block.
+"""Inference of a partly fused network, block by block.
 
-Activations are converted to what stock would have only where a module that is not fused
-reads them."""
+Activations are converted to stock's dtype and layout only where a module that is not fused reads
+them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from .stem import max_pool
 
 
 class Walk:
-    """One inference, block by block: between fused blocks nothing is converted back."""
+    """The state of one forward: the activation in stock's dtype and layout, or as a `Flow`."""
 
     def __init__(self, x: Tensor) -> None:
-        self._plain: Tensor | None = x  # the activation as stock would have it, or None
-        self._flow: Flow | None = None  # the same between fused blocks, or None
-        self._outside = (x.dtype, layout.memory_format(x))  # what was last seen as stock has it
+        # Exactly one of the two is set.
+        self._plain: Tensor | None = x  # in stock's dtype and layout
+        self._flow: Flow | None = None  # between fused blocks
+        self._outside = (x.dtype, layout.memory_format(x))  # of the last plain input to a block
 
     def leave(self) -> Tensor:
-        """The activation as stock would have it here."""
+        """The activation in stock's dtype and layout."""
         if self._plain is None:
             assert self._flow is not None
             self._plain, self._flow = leave(self._flow.x, *self._outside), None
         return self._plain
 
     def call(self, module: Callable[[Tensor], Tensor]) -> None:
-        """A module of any kind, on the activation as stock would have it."""
+        """Runs a module of any kind on the activation in stock's dtype and layout."""
         self._plain = module(self.leave())
 
     def fused(self, module: nn.Module, names: Names) -> bool:
-        """`module` by its plan; False where it has none for this activation."""
+        """Runs `module` by its plan; False, and nothing has run, if it has none for this input."""
         flow = self._flow
         if flow is None:
             x = self.leave()
@@ -62,7 +63,7 @@ class Walk:
         return True
 
     def max_pool(self, pool: nn.Module) -> bool:
-        """`pool` by this package's kernel; False where it is something else."""
+        """Runs `pool` by this package's kernel; False, and nothing has run, if it cannot."""
         if self._flow is None or not is_plain(pool):
             return False
         gpu = registry.gpu_kernels(self._flow.x.device.type)
@@ -74,6 +75,7 @@ class Walk:
         return after is not None
 
     def stage(self, stage: nn.Module) -> None:
+        """Runs a stage's blocks, each by its plan where it has one."""
         if type(stage) is not nn.Sequential or patched(stage) is not None:
             self.call(stage)
             return

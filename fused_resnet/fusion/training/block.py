@@ -1,19 +1,19 @@
 """A residual block's training step as one node of autograd's graph.
 
-Forward and backward of all its convolutions, norms, additions and ReLUs are laid out here, so that
-nothing is computed or kept that the next pass does not need: the two norms of a downsampling block
-are applied and added in one pass and reduced in one, the gradient of the identity shortcut is added
-inside the convolution's own gradient, and what is kept for backward is a matter of choice:
+One node for all convolutions, norms, additions and ReLUs allows fusion across them: the two norms
+of a downsampling block are applied and added in one pass and reduced in one, and the gradient of
+the identity shortcut is added inside the convolution's input gradient. The level of activation
+memory sets what is saved for backward:
 
-    full     every convolution's output and every ReLU's
-    low      every convolution's output and the block's; a ReLU's output inside the block is
-             computed again, in one elementwise pass, from the convolution's
-    lower    besides, the outputs of widening 1x1 convolutions and of the shortcut's are computed
-             again from their inputs
-    minimal  nothing but the block's input: all of it is computed again
+    full     the outputs of all convolutions and ReLUs
+    low      the outputs of all convolutions and of the block; the outputs of the inner ReLUs are
+             recomputed from the convolutions', in one elementwise pass each
+    lower    as low, but the outputs of widening 1x1 convolutions and of the shortcut's convolution
+             are also recomputed from their inputs
+    minimal  only the block's input: everything is recomputed
 
-Recomputed tensors are, to the last bit, what they were. A backward that is itself to be
-differentiated runs the block's formula by PyTorch's own operations."""
+Recomputed tensors are bitwise equal. A double backward runs the block's formula by PyTorch's
+operations."""
 
 from __future__ import annotations
 
@@ -31,21 +31,22 @@ from .spec import Spec, Units, differentiable, free_shortcut, recomputed, units_
 
 
 def _convolve_next(
-    spec: Spec, made: Any, z: Tensor, units: Units, i: int
+    spec: Spec, fused: Any, z: Tensor, units: Units, i: int
 ) -> tuple[Tensor | None, tuple[Any, ...], tuple[Tensor, Any]]:
-    """h = relu(norm(z)) of the unit before main unit i, by what came with z, and i's convolution of
-    it: h, or None where it was not written, as nobody keeps it; the norm's state; what `convolve`
-    returns."""
+    """h = relu(norm(z)) of the unit before main unit i, and the convolution of unit i on h.
+
+    fused: the fused statistics of z, or None. Returns h, or None where it is not saved and was not
+    written; the norm's state; what `convolve` returns."""
     kernels, norm = spec.kernels, units[i - 1][1]
     weight, g = units[i][0], spec.geometries[i]
-    if made is None:
+    if fused is None:
         h, state = kernels.normalise(z, norm, None, True)
         return h, state, kernels.convolve(h, weight, g)
-    state = kernels.statistics(z, norm.group, made)
+    state = kernels.statistics(z, norm.group, fused)
     normed = Normed(z, norm, state)
-    found = kernels.convolve_normed(normed, weight, g) if spec.level != "full" else None
-    if found is not None:
-        return None, state, found
+    convolved = kernels.convolve_normed(normed, weight, g) if spec.level != "full" else None
+    if convolved is not None:
+        return None, state, convolved
     h = kernels.apply(normed, None, True)
     return h, state, kernels.convolve(h, weight, g)
 
@@ -53,8 +54,9 @@ def _convolve_next(
 class BlockFunction(torch.autograd.Function):
     """y = relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)), batch statistics.
 
-    apply(spec, states, x, *tensors): x (N, C, H, W) of spec.dtype, channels_last or as the kernels
-    take it; `states` is filled with every unit's statistics and number of values per channel.
+    apply(spec, states, x, *tensors): x (N, C, H, W) of spec.dtype, in the layout that the kernels
+    require; tensors as for `units_of`. Appends each unit's statistics and number of values per
+    channel to `states`.
     """
 
     @staticmethod
@@ -64,22 +66,22 @@ class BlockFunction(torch.autograd.Function):
         projection = spec.shortcut == "projection"
         main = len(units) - projection
         outputs: list[Tensor] = []  # of convolutions
-        inner: list[Tensor | None] = []  # ReLUs inside the block; None: never written
+        inner: list[Tensor | None] = []  # outputs of the inner ReLUs; None: not written
         moments: list[tuple[Tensor, ...]] = []
-        z, made = kernels.convolve(x, units[0][0], spec.geometries[0])
+        z, fused = kernels.convolve(x, units[0][0], spec.geometries[0])
         outputs.append(z)
         for i in range(1, main):
-            h, state, (z, made) = _convolve_next(spec, made, z, units, i)
+            h, state, (z, fused) = _convolve_next(spec, fused, z, units, i)
             outputs.append(z)
             inner.append(h)
             moments.append(state)
         weight, norm = units[main - 1]
         residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
         if projection:
-            branch, its = kernels.convolve(x, units[-1][0], spec.geometries[-1])
-            its = kernels.statistics(branch, units[-1][1].group, its)
-            residual = Normed(branch, units[-1][1], its)
-        y, state = kernels.normalise_by(made, z, norm, residual, True)
+            branch, branch_stats = kernels.convolve(x, units[-1][0], spec.geometries[-1])
+            branch_stats = kernels.statistics(branch, units[-1][1].group, branch_stats)
+            residual = Normed(branch, units[-1][1], branch_stats)
+        y, state = kernels.normalise_with(fused, z, norm, residual, True)
         moments.append(state)
         if isinstance(residual, Normed):
             outputs.append(residual.x)
@@ -87,12 +89,12 @@ class BlockFunction(torch.autograd.Function):
         for z, (_, norm), state in zip(outputs, units, moments, strict=True):
             states.append((state, kernels.count(Normed(z, norm, state))))
 
-        again = recomputed(spec, [weight for weight, _ in units])
-        kept = [None if a else z for a, z in zip(again, outputs, strict=True)]
+        dropped = recomputed(spec, [weight for weight, _ in units])
+        saved = [None if drop else z for drop, z in zip(dropped, outputs, strict=True)]
         ctx.spec = spec
         ctx.state_size = len(moments[0])
         ctx.save_for_backward(
-            x, None if spec.level == "minimal" else y, *tensors, *kept,
+            x, None if spec.level == "minimal" else y, *tensors, *saved,
             *(inner if spec.level == "full" else []), *(t for state in moments for t in state),
         )  # fmt: skip
         return y
@@ -110,7 +112,7 @@ class BlockFunction(torch.autograd.Function):
 
 
 class _Backward:
-    """One run of `BlockFunction.backward`, on what forward kept."""
+    """One call of `BlockFunction.backward`, on what forward saved."""
 
     def __init__(
         self, ctx: Any, x: Tensor, y: Tensor | None, tensors: Any, rest: Sequence[Any]
@@ -132,23 +134,23 @@ class _Backward:
         self.y = self.output() if y is None else y
 
     def normed(self, i: int) -> Normed:
-        """Unit i's convolution output, computed again where it was not kept."""
+        """Unit i's norm of its convolution output, which is recomputed if not saved."""
         if self.outputs[i] is None:
             self.outputs[i] = self.convolved(i)
         return Normed(self.outputs[i], self.units[i][1], self.states[i])
 
     def convolved(self, i: int) -> Tensor:
-        """Unit i's convolution, computed again as forward did."""
+        """Unit i's convolution output, recomputed by the same kernels as in forward."""
         weight, g = self.units[i][0], self.spec.geometries[i]
         if 0 < i < self.main and self.inner[i - 1] is None:
-            found = self.kernels.convolve_normed(self.normed(i - 1), weight, g)
-            if found is not None:
-                return found[0]
+            convolved = self.kernels.convolve_normed(self.normed(i - 1), weight, g)
+            if convolved is not None:
+                return convolved[0]
         source = self.x if i >= self.main else self.unit_input(i)
         return self.kernels.convolution(source, weight, g)
 
     def unit_input(self, i: int) -> Tensor:
-        """What main unit i read: x, or the ReLU before it, computed again where it was not kept."""
+        """The input of main unit i: x, or the previous ReLU's output, recomputed if not saved."""
         if i == 0:
             return self.x
         h = self.inner[i - 1]
@@ -157,7 +159,7 @@ class _Backward:
         return h
 
     def output(self) -> Tensor:
-        """The block's output, computed again."""
+        """The block's output, recomputed."""
         weight = self.units[self.main - 1][0]
         residual: Tensor | Normed | None = free_shortcut(self.spec, self.x, weight)
         if self.spec.shortcut == "projection":
@@ -170,46 +172,47 @@ class _Backward:
             dy = torch.empty_like(self.y).copy_(dy)
         grads: list[Any] = [None] * len(self.needs)
         projection = spec.shortcut == "projection"
-        # The first main unit that has something to learn; before it nothing is propagated.
+        # The first main unit that needs a gradient; nothing is propagated to those before it.
         first = 0 if self.need_x else next(
             (i for i in range(self.main) if any(self.needs[3 * i : 3 * i + 3])), self.main
         )  # fmt: skip
         masked = spec.shortcut in ("identity", "pad") and self.need_x
         last = self.main - 1
         other = self.normed(last + 1) if projection else None
-        found: Any
-        found, branch, g = kernels.norm_gradients(
-            dy, self.y, self.normed(last), other, alone=spec.shortcut == "none", masked=masked
-        )
+        norm_grads: Any
+        norm_grads, branch, g = kernels.norm_gradients(
+            dy, self.y, self.normed(last), other, has_residual=spec.shortcut != "none",
+            masked=masked,
+        )  # fmt: skip
         del dy
         self.outputs[last] = None
         dx = g if spec.shortcut == "identity" and self.need_x else None
         if branch is not None:
-            self.keep(grads, last + 1, branch)
+            self.store_norm_gradients(grads, last + 1, branch)
             if self.needs[3 * (last + 1)]:
                 grads[3 * (last + 1)] = self.weight_gradient(last + 1, branch.dx, self.x)
             self.outputs[last + 1] = other = None
         g = g if spec.shortcut == "pad" else None
         for i in range(last, first - 1, -1):
-            self.keep(grads, i, found)
+            self.store_norm_gradients(grads, i, norm_grads)
             source = self.unit_input(i)
             if self.needs[3 * i]:
-                grads[3 * i] = self.weight_gradient(i, found.dx, source)
+                grads[3 * i] = self.weight_gradient(i, norm_grads.dx, source)
             if i == 0:
                 if self.need_x:
                     dx = kernels.input_gradient(
-                        found.dx, source, self.units[0][0], spec.geometries[0], dx
+                        norm_grads.dx, source, self.units[0][0], spec.geometries[0], dx
                     )
                 break
             if i == first:
                 break
             before = self.normed(i - 1)
-            dh, made = kernels.relu_gradient(
-                found.dx, source, self.units[i][0], spec.geometries[i], before
+            dh, sums = kernels.relu_gradient(
+                norm_grads.dx, source, self.units[i][0], spec.geometries[i], before
             )
-            found = None  # frees its memory for what comes
-            found = kernels.norm_gradients_by(made, dh, source, before)
-            del dh, made, source, before
+            norm_grads = None  # frees its memory before the next allocation
+            norm_grads = kernels.norm_gradients_from_sums(sums, dh, source, before)
+            del dh, sums, source, before
             self.inner[i - 1] = self.outputs[i - 1] = None
         if branch is not None and self.need_x:
             dx = kernels.input_gradient(
@@ -219,19 +222,19 @@ class _Backward:
             dx = add_padded_gradient(dx, g, spec.stride)
         return None, None, dx, *grads
 
-    def keep(self, grads: list[Any], i: int, found: Any) -> None:
+    def store_norm_gradients(self, grads: list[Any], i: int, norm_grads: Any) -> None:
         norm = self.units[i][1]
         if norm.weight is not None and self.needs[3 * i + 1]:
-            grads[3 * i + 1] = found.dweight.to(norm.weight.dtype)
+            grads[3 * i + 1] = norm_grads.dweight.to(norm.weight.dtype)
         if norm.bias is not None and self.needs[3 * i + 2]:
-            grads[3 * i + 2] = found.dbias.to(norm.bias.dtype)
+            grads[3 * i + 2] = norm_grads.dbias.to(norm.bias.dtype)
 
     def weight_gradient(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
         return self.kernels.weight_gradient(dy, x, self.units[i][0], self.spec.geometries[i])
 
 
 def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
-    """The block by PyTorch's own differentiable operations."""
+    """The block's output by PyTorch's differentiable operations."""
 
     def unit(i: int, h: Tensor) -> Tensor:
         weight, norm = units[i]

@@ -1,4 +1,4 @@
-"""A whole network in training: its ends, and its stages in segments that backward recomputes."""
+"""A whole network in training: its stem, its head, and its stages in recomputed segments."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .units import counts_once, run_norm
 
 
 def enter_stages(model: Any, x: Tensor) -> Tensor:
-    """What a network's first stage reads, by whichever path takes it."""
+    """The input of the first stage: a network's stem and pooling, or its first convolution."""
     return stem_and_pool(model, x) if has_stem(model) else model.conv1(x)
 
 
 def head(model: Any, x: Tensor) -> Tensor:
-    """The last stage's output (N, C, H, W) -> (N, classes)."""
+    """The last stage's output (N, C, H, W) -> logits (N, classes)."""
     if not has_stem(model):
         y = run_norm(model.bn, model.relu, x)
         x = model.relu(model.bn(x)) if y is None else y
@@ -30,15 +30,16 @@ def head(model: Any, x: Tensor) -> Tensor:
 
 
 def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
-    """A network's forward (N, classes) that keeps the inputs of segments of blocks alone, where its
-    activation memory is "minimal"; None where it is not, or where running a segment once more would
-    count or call something twice: hooks, or norms that PyTorch has to compute."""
+    """A network's forward (N, classes) that saves only the inputs of segments of blocks.
+
+    None where its activation memory is not "minimal", or where recomputing a segment would call
+    hooks twice or update the statistics of norms that PyTorch computes twice."""
     if getattr(model, "activation_memory", "auto") != "minimal":
         return None
     if call_reason(x, model.training) is not None or not wants_grad(model, x):
         return None
-    found = whole(model)
-    if found is None or not counts_once(found[0], x):
+    members = whole(model)
+    if members is None or not counts_once(members[0], x):
         return None
     if has_stem(model):
         y = activation_memory.run_segment(
@@ -46,5 +47,5 @@ def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
         )
     else:
         y = model.conv1(x)
-    running = model.running() if hasattr(model, "running") else map(list, stages(model))
-    return head(model, activation_memory.run_stages(list(running), y))
+    blocks = model.running() if hasattr(model, "running") else map(list, stages(model))
+    return head(model, activation_memory.run_stages(list(blocks), y))

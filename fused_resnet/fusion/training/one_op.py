@@ -1,11 +1,10 @@
-"""A residual block's training step on the CPU as one node of autograd's graph whose forward and
-whose backward are one op each: csrc/cpu/block/train.cpp.
+"""A residual block's training step on the CPU with one op for forward and one for backward.
 
-The ops run the passes of `training` and `preact_training`, keep what those keep at every level of
-activation memory, and give the same results to the last bit. What they save is the interpreter
-between the passes, a third of a step where feature maps are narrow and small. Blocks that need
-something from outside between their passes (statistics of other processes, a convolution of
-PyTorch's) go on pass by pass.
+The ops (csrc/cpu/block/train.cpp) run the passes of block.py and preact.py, save the same tensors
+at every level of activation memory, and give bitwise equal results. They remove the interpreter's
+overhead between the passes, a third of a step where feature maps are narrow and small. Blocks whose
+passes need anything else (statistics of other processes, a convolution of PyTorch's) run pass by
+pass.
 """
 
 from __future__ import annotations
@@ -31,33 +30,33 @@ from .spec import Spec, differentiable, recomputed
 
 
 class Layout(NamedTuple):
-    """A block as the ops take it, without its tensors. keep: by number, what of the convolutions'
-    outputs and of the ReLUs' inside is kept for backward; keep_output: whether the block's is."""
+    """The arguments of the ops except the tensors. keep: 1 for each output of a convolution, then
+    of an inner ReLU, that is saved for backward; keep_output: whether the block's output is."""
 
     spec: Spec
-    sizes: tuple[Any, ...]  # geometry, eps, shortcut, pad_stride and, of norms first, shared
+    sizes: tuple[Any, ...]  # geometry, eps, shortcut, pad_stride and, if norm_first, shared
     keep: list[int]
     keep_output: bool
     norm_first: bool
-    counts: list[float]  # values per channel of every norm
+    counts: list[float]  # number of values per channel of each norm
 
 
 def layout_of(
     spec: Spec, tensors: Sequence[Any], norm_first: bool, shape: Sequence[int]
 ) -> Layout | None:
-    """None where the block is none for these ops. tensors: as for `training.BlockFunction`; shape:
-    of its input (N, C, H, W)."""
+    """The block's `Layout`; None where the ops do not support the block. tensors: as for
+    `block.BlockFunction`; shape: of the input (N, C, H, W)."""
     weights = tensors[::3]
     vectors = [t for i, t in enumerate(tensors) if i % 3]
     norms = len(spec.eps)
     kernels = spec.kernels
     if not isinstance(kernels, Native) or any(group is not None for group in spec.groups):
         return None
-    if not all(map(kernels._serves, weights, [spec.dtype] * len(weights), spec.geometries)):
+    if not all(map(kernels.supports, weights, [spec.dtype] * len(weights), spec.geometries)):
         return None
     if any(w.dtype != torch.float32 for w in weights):
         return None
-    if not all(map(_strides_serve, weights, spec.geometries)):
+    if not all(map(_has_input_gradient, weights, spec.geometries)):
         return None
     if not all(plain(t) for t in vectors[: 2 * norms]):
         return None
@@ -65,9 +64,8 @@ def layout_of(
     if norm_first:
         keep = [int(spec.level != "minimal")] * (norms - 1) + [int(full)] * norms
     else:
-        again = recomputed(spec, weights)
         main = norms - (spec.shortcut == "projection")
-        keep = [int(not a) for a in again] + [int(full)] * (main - 1)
+        keep = [int(not drop) for drop in recomputed(spec, weights)] + [int(full)] * (main - 1)
     sizes: tuple[Any, ...] = (
         [n for g in spec.geometries for n in (*g.stride, *g.padding, *g.dilation)],
         list(spec.eps), SHORTCUTS[spec.shortcut], spec.stride,
@@ -82,34 +80,35 @@ def layout_of(
 def _counts(
     spec: Spec, weights: Sequence[Tensor], norm_first: bool, shape: Sequence[int]
 ) -> list[float]:
-    """The values per channel of every norm."""
-    found = []
+    """The number of values per channel of each norm."""
+    counts = []
     for i, (weight, g) in enumerate(zip(weights, spec.geometries, strict=True)):
         before = shape
         if not (spec.shortcut == "projection" and i == len(weights) - 1):
             shape = output_shape(shape, weight.shape, *g) or shape
         N, _, H, W = before if norm_first else shape
-        found.append(float(N * H * W))
-    return found[: len(spec.eps)]
+        counts.append(float(N * H * W))
+    return counts[: len(spec.eps)]
 
 
-def _strides_serve(weight: Tensor, g: Geometry) -> bool:
-    """Whether the gradient of such a convolution by its input is one of a kernel of ours."""
+def _has_input_gradient(weight: Tensor, g: Geometry) -> bool:
+    """Whether a C++ kernel computes the input gradient of such a convolution."""
     return gradient_padding(weight, g) is not None or g.dilation == (1, 1)
 
 
 class NativeBlockFunction(torch.autograd.Function):
-    """As `training.BlockFunction`, or where norms come first `preact_training.PreactFunction`.
+    """`block.BlockFunction`, or for norm_first `preact.PreactFunction`, by one op per direction.
 
-    apply(layout, states, x, *operands): operands are the tensors of those that are not None."""
+    apply(layout, states, x, *operands): operands are the tensors of these that are not None."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, states: list[Any], x: Tensor, *operands: Any) -> Tensor:
         ops = torch.ops.fused_resnet_native
         op = ops.preact_forward if layout.norm_first else ops.block_forward
-        y, *kept = op.default(x, _ready(operands), *layout.sizes, layout.keep)
-        states.extend(((s,), n) for s, n in zip(kept, layout.counts, strict=False))
-        ctx.save_for_backward(x, y if layout.keep_output else None, *operands, *kept)
+        y, *saved = op.default(x, _channels_last_weights(operands), *layout.sizes, layout.keep)
+        # saved begins with the norms' statistics.
+        states.extend(((s,), n) for s, n in zip(saved, layout.counts, strict=False))
+        ctx.save_for_backward(x, y if layout.keep_output else None, *operands, *saved)
         ctx.layout, ctx.strides, ctx.operands = layout, y.stride(), len(operands)
         return y
 
@@ -117,7 +116,7 @@ class NativeBlockFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         layout: Layout = ctx.layout
         x, y, *rest = ctx.saved_tensors
-        operands, kept = rest[: ctx.operands], rest[ctx.operands :]
+        operands, saved = rest[: ctx.operands], rest[ctx.operands :]
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             formula = preact.formula if layout.norm_first else block.formula
@@ -128,25 +127,27 @@ class NativeBlockFunction(torch.autograd.Function):
         ops = torch.ops.fused_resnet_native
         op = ops.preact_backward if layout.norm_first else ops.block_backward
         outputs = () if layout.norm_first else (y,)
-        found = op.default(
-            dy, x, *outputs, _ready(operands), kept, *layout.sizes, layout.keep, list(needs)
-        )
-        grads = iter(found)
+        needed_grads = op.default(
+            dy, x, *outputs, _channels_last_weights(operands), saved, *layout.sizes, layout.keep,
+            list(needs),
+        )  # fmt: skip
+        grads = iter(needed_grads)
         return None, None, *[next(grads) if need else None for need in needs]
 
 
 def track(norms: Sequence[Any], states: Sequence[Any]) -> bool:
-    """The running statistics of all norms by one op; False, and nothing done, where some norm keeps
-    its own otherwise. states: (statistics, number of values per channel) of each."""
+    """Updates the running statistics of all norms by one op. Returns False, without an update, if
+    the op does not support one of the norms. states: (statistics, number of values per channel) of
+    each norm."""
     counters = [bn.num_batches_tracked for bn in norms]
-    usual = all(
+    supported = all(
         bn.training and bn.track_running_stats and bn.momentum is not None for bn in norms
     ) and not any(
         counter is None or counter.dtype != torch.int64 or counter.is_inference()
         for counter in counters
     )
     means, variances = [bn.running_mean for bn in norms], [bn.running_var for bn in norms]
-    if not usual or not all(map(plain, (*means, *variances))):
+    if not supported or not all(map(plain, (*means, *variances))):
         return False
     update_running_together(
         means, variances, counters, [state for (state,), _ in states],
@@ -155,8 +156,8 @@ def track(norms: Sequence[Any], states: Sequence[Any]) -> bool:
     return True
 
 
-def _ready(operands: Sequence[Tensor]) -> list[Tensor]:
-    """As the ops take them: weights channels_last."""
+def _channels_last_weights(operands: Sequence[Tensor]) -> list[Tensor]:
+    """The operands with weights channels_last, as the ops require."""
     return [
         t if t.dim() == 1 or t.is_contiguous(memory_format=torch.channels_last)
         else channels_last(t)

@@ -5,12 +5,12 @@ before each convolution, and nothing after the addition,
 
     h_i = relu(norm_i(z_{i-1})),   z_i = conv_i(h_i),   z_0 = x,   y = z_n + shortcut
 
-which is added inside the last convolution. The shortcut starts from x, or, where it is `shared`,
-from h_1. Kept for backward:
+The shortcut is added inside the last convolution. It reads x, or, where `shared`, h_1. Saved for
+backward:
 
     full          every convolution's input and output
-    low, lower    x and every convolution's output but the last; the ReLUs' are computed again
-    minimal       x alone
+    low, lower    x and every convolution's output but the last; the ReLUs' outputs are recomputed
+    minimal       only x
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient
 
 class _Block:
     """A block's operands: (weight (K, C/groups, R, S), norm of C channels) for each convolution,
-    and the weight of a projecting shortcut, or None."""
+    and the weight of a projection shortcut, or None."""
 
     def __init__(self, spec: Spec, tensors: Sequence[Any]) -> None:
         self.spec, self.kernels = spec, spec.kernels
@@ -46,14 +46,15 @@ class _Block:
         return self.kernels.convolution(h, weight, geometry, residual)
 
     def shortcut(self, source: Tensor) -> Tensor | None:
-        """(N, K, P, Q), None where there is none; source is x, or the first ReLU's output."""
+        """The shortcut's output (N, K, P, Q), None without a shortcut; source: x, or the first
+        ReLU's output."""
         if self.projection is not None:
             geometry = self.spec.geometries[-1]
             return self.kernels.convolution(source, self.projection, geometry)
         return free_shortcut(self.spec, source, self.units[-1][0])
 
     def shortcut_gradient(self, dy: Tensor, source: Tensor, added: Tensor) -> Tensor:
-        """`added`, in whose memory this may be, plus the gradient of source by its shortcut."""
+        """`added` plus the shortcut's gradient for source; `added` may be overwritten."""
         spec = self.spec
         if self.projection is not None:
             return self.kernels.input_gradient(
@@ -67,8 +68,8 @@ class _Block:
 class PreactFunction(torch.autograd.Function):
     """y = conv_n(relu(norm_n(... conv_1(relu(norm_1(x)))))) + shortcut, batch statistics.
 
-    apply(spec, states, x, *tensors) as for `training.BlockFunction`; a projecting shortcut's weight
-    is followed by two None.
+    apply(spec, states, x, *tensors) as for `block.BlockFunction`; the weight of a projection
+    shortcut is followed by two None.
     """
 
     @staticmethod
@@ -76,14 +77,14 @@ class PreactFunction(torch.autograd.Function):
         block, kernels = _Block(spec, tensors), spec.kernels
         last = len(block.units) - 1
         outputs, inner, moments = [x], [], []
-        made = None
+        fused = None
         for i, (weight, norm) in enumerate(block.units):
-            h, state = kernels.normalise_by(made, outputs[i], norm, None, True)
+            h, state = kernels.normalise_with(fused, outputs[i], norm, None, True)
             states.append((state, kernels.count(Normed(outputs[i], norm, state))))
             inner.append(h)
             moments.append(state)
             if i < last:
-                z, made = kernels.convolve(h, weight, spec.geometries[i])
+                z, fused = kernels.convolve(h, weight, spec.geometries[i])
                 outputs.append(z)
         y = block.convolve(last, inner[last], block.shortcut(inner[0] if spec.shared else x))
         ctx.spec = spec
@@ -98,10 +99,10 @@ class PreactFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
         n = len(spec.eps)
-        kept = n if spec.level != "minimal" else 1
+        output_count = n if spec.level != "minimal" else 1
         saved = ctx.saved_tensors
-        outputs: list[Any] = list(saved[:kept])
-        rest = saved[kept:]
+        outputs: list[Any] = list(saved[:output_count])
+        rest = saved[output_count:]
         tensors, rest = rest[: 3 * len(spec.geometries)], rest[3 * len(spec.geometries) :]
         if torch.is_grad_enabled():
             needs = ctx.needs_input_grad[2:]
@@ -127,7 +128,7 @@ class PreactFunction(torch.autograd.Function):
         grads: list[Any] = [None] * len(needs)
         if dy.stride() != ctx.stride:
             dy = dy.new_empty_strided(dy.shape, ctx.stride).copy_(dy)
-        # The first unit that has something to learn; before it nothing is propagated.
+        # The first unit that needs a gradient; nothing is propagated to those before it.
         first = 0 if need_x else next(
             (i for i in range(n) if any(needs[3 * i : 3 * i + 3])), n
         )  # fmt: skip
@@ -139,20 +140,20 @@ class PreactFunction(torch.autograd.Function):
                 grads[3 * i] = kernels.weight_gradient(dz, h, weight, spec.geometries[i])
             if i == first and not need_x and not any(needs[3 * i + 1 : 3 * i + 3]):
                 break
-            normed, made = Normed(outputs[i], norm, states[i]), None
+            normed, sums = Normed(outputs[i], norm, states[i]), None
             if i == 0 and spec.shared:
                 dh = kernels.input_gradient(dz, h, weight, spec.geometries[i])
                 dh = block.shortcut_gradient(dy, h, dh)
             else:
-                dh, made = kernels.relu_gradient(dz, h, weight, spec.geometries[i], normed)
+                dh, sums = kernels.relu_gradient(dz, h, weight, spec.geometries[i], normed)
             del dz
-            found = kernels.norm_gradients_by(made, dh, h, normed)
-            del dh, made, h, normed
-            for k, t, d in ((1, norm.weight, found.dweight), (2, norm.bias, found.dbias)):
+            norm_grads = kernels.norm_gradients_from_sums(sums, dh, h, normed)
+            del dh, sums, h, normed
+            for k, t, d in ((1, norm.weight, norm_grads.dweight), (2, norm.bias, norm_grads.dbias)):
                 if t is not None and needs[3 * i + k]:
                     grads[3 * i + k] = d.to(t.dtype)
-            dz = found.dx
-            del found
+            dz = norm_grads.dx
+            del norm_grads
             if i > 0:
                 inner[i] = outputs[i] = None
         dx = None
@@ -167,7 +168,7 @@ class PreactFunction(torch.autograd.Function):
 
 
 def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
-    """The block by PyTorch's own differentiable operations."""
+    """The block's output by PyTorch's differentiable operations."""
 
     def convolve(h: Tensor, weight: Tensor, i: int) -> Tensor:
         g = spec.geometries[i]
@@ -175,17 +176,17 @@ def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
         return functional.conv2d(h, weight, None, g.stride, g.padding, g.dilation, g.groups)
 
     block = _Block(spec, tensors)
-    z = first = x
+    z = source = x  # source: what the shortcut reads
     for i, (weight, norm) in enumerate(block.units):
         h = torch.relu(
             functional.batch_norm(
                 z, None, None, norm.weight, norm.bias, training=True, eps=norm.eps
             )
         )
-        first = h if i == 0 and spec.shared else first
+        source = h if i == 0 and spec.shared else source
         z = convolve(h, weight, i)
     if block.projection is not None:
-        return z + convolve(first, block.projection, len(spec.geometries) - 1)
+        return z + convolve(source, block.projection, len(spec.geometries) - 1)
     if spec.shortcut == "pad":
-        return z + PadShortcut(x.shape[1], z.shape[1], spec.stride)(first)
-    return z + first if spec.shortcut == "identity" else z
+        return z + PadShortcut(x.shape[1], z.shape[1], spec.stride)(source)
+    return z + source if spec.shortcut == "identity" else z

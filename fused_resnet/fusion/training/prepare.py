@@ -1,8 +1,8 @@
-"""A block's training step made ready: whether it can be one node of autograd's graph, which, and
-the running statistics after it.
+"""Prepares a block's training step: whether it can be one node of autograd's graph, by which
+function, and how running statistics are updated.
 
-What was found out about a block is kept beside it, and used while nothing it came from has changed:
-asking anew costs as much as the ops of a narrow block do."""
+The result is cached per block and used while nothing that it depends on has changed: preparing
+takes as long as the ops of a narrow block."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ from .spec import Spec
 
 
 class Prepared(NamedTuple):
-    """A training step made ready. fused: what the CPU's ops for whole blocks need, or None."""
+    """A prepared training step. fused: the arguments of the CPU's ops for whole blocks, or None."""
 
     spec: Spec
     parts: Parts
     norm_first: bool
-    memory_format: torch.memory_format  # that it computes in
+    memory_format: torch.memory_format  # of the activations
     survival: float
     fused: one_op.Layout | None
 
     def tensors(self) -> list[Any]:
-        """Weight, norm's weight and bias, convolution by convolution; None for what is not there.
+        """Convolution weight, norm weight and bias of each convolution, None where absent.
 
-        What stochastic depth divides the block by is in the last of them."""
-        found = [
+        Stochastic depth's division by `survival` is applied to the last tensors of the main path:
+        the convolution's weight if norms come first, else the norm's weight and bias."""
+        tensors = [
             t
             for conv, bn in self.parts.pairs
             for t in (conv.weight, *((bn.weight, bn.bias) if bn is not None else (None, None)))
@@ -52,31 +53,31 @@ class Prepared(NamedTuple):
         if self.survival < 1:
             last = 3 * (len(self.parts.main) - 1)
             for i in (last,) if self.norm_first else (last + 1, last + 2):
-                found[i] = found[i] / self.survival
-        return found
+                tensors[i] = tensors[i] / self.survival
+        return tensors
 
     def enter(self, x: Tensor) -> Tensor:
-        """x as the kernels take it."""
+        """x in the dtype and memory format that the kernels require."""
         return x.to(self.spec.dtype).contiguous(memory_format=self.memory_format)
 
     def run(self, x: Tensor) -> Tensor:
-        """The block's output, in the layout that it computes in."""
+        """The block's output, in the step's dtype and memory format."""
         states: list[Any] = []
         function: Any = one_op.NativeBlockFunction
-        how: Any = self.fused
+        description: Any = self.fused
         tensors = self.tensors()
-        if how is None:
+        if description is None:
             function = PreactFunction if self.norm_first else BlockFunction
-            how = self.spec
+            description = self.spec
         elif tensors[-1] is None:
             del tensors[-2:]  # of a projection without a norm
-        y = function.apply(how, states, self.enter(x), *tensors)
+        y = function.apply(description, states, self.enter(x), *tensors)
         self.track(states)
         return y
 
     def track(self, states: list[Any]) -> None:
-        """Running statistics, as BatchNorm2d keeps them; states: of every norm what it normalised
-        by and how many values per channel that was."""
+        """Updates running statistics as BatchNorm2d does; states: (statistics, number of values per
+        channel) of each norm."""
         if recomputing.get():
             return
         norms = self.parts.norms
@@ -86,11 +87,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
-    """None where the block cannot be one node of autograd's graph.
+    """The block's training step; None where it cannot be one node of autograd's graph.
 
-    "auto" is "low" where that has been measured to take no longer: by the CPU's kernels. On a GPU
-    "low" computes activations again but spares writing those that a 1x1 convolution normalises as
-    it reads (cuda_training.py): a measurement of the two would decide there."""
+    "auto" is "low" where measurements show that it takes no longer: with the CPU's kernels. On a
+    GPU "low" recomputes activations but does not write those that a 1x1 convolution normalises as
+    it reads (kernels/training/cuda.py); this has not been measured."""
     device = x.device.type
     dtype = output_dtype(x.dtype, device)
     if not trains_whole(parts, names, x.shape, dtype, x.dtype):
@@ -111,24 +112,24 @@ def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | No
         1 if parts.pad is None else parts.pad.stride,
         names.norm_first and module.activation_shared,
     )  # fmt: skip
-    inside = torch.channels_last if device == "cpu" else layout.memory_format(x)
+    memory_format = torch.channels_last if device == "cpu" else layout.memory_format(x)
     survival = getattr(module, "survival", 1.0)
-    found = Prepared(spec, parts, names.norm_first, inside, survival, None)
-    fused = one_op.layout_of(spec, found.tensors(), names.norm_first, x.shape)
-    return found._replace(fused=fused)
+    prepared = Prepared(spec, parts, names.norm_first, memory_format, survival, None)
+    fused = one_op.layout_of(spec, prepared.tensors(), names.norm_first, x.shape)
+    return prepared._replace(fused=fused)
 
 
-class _Kept(NamedTuple):
+class _CacheEntry(NamedTuple):
     key: Any
     structure: Structure
     prepared: Prepared
 
 
-_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
 
 
 def _key(block: Any, x: Tensor) -> Any:
-    """What beside the block's modules and tensors its training step depends on."""
+    """What the training step depends on, other than the block's modules and tensors."""
     device = x.device.type
     attributes = block.__dict__
     return (
@@ -138,55 +139,56 @@ def _key(block: Any, x: Tensor) -> Any:
     )  # fmt: skip
 
 
-def kept(block: nn.Module, x: Tensor) -> Prepared | None:
-    """What was made ready for the block and such an x, if that is still so. On the CPU alone."""
-    found = _kept.get(block)
-    if found is None or x.device.type != "cpu" or found.key != _key(block, x):
+def cached(block: nn.Module, x: Tensor) -> Prepared | None:
+    """The cached step of the block for such an x, or None if it is not valid; CPU only."""
+    entry = _cache.get(block)
+    if entry is None or x.device.type != "cpu" or entry.key != _key(block, x):
         return None
-    return found.prepared if found.structure.holds() else None
+    return entry.prepared if entry.structure.holds() else None
 
 
 def prepare_block(block: nn.Module, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
-    """`prepare`, for next time too where it is for the CPU's ops for whole blocks."""
+    """`prepare`; caches the result if it uses the CPU's ops for whole blocks."""
     prepared = prepare(block, names, parts, x)
     if prepared is not None and prepared.fused is not None:
-        _kept[block] = _Kept(_key(block, x), Structure(parts), prepared)
+        _cache[block] = _CacheEntry(_key(block, x), Structure(parts), prepared)
     return prepared
 
 
 def trains_whole(
     parts: Parts, names: Names, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> bool:
-    """Whether every unit normalises by the batch and is what stock would take as it is."""
+    """Whether the block trains as one node: every norm uses batch statistics, and stock would
+    accept every unit's shapes and dtypes."""
     weight = parts.pairs[0][0].weight
     groups = [group_of(bn) for bn in parts.norms]
     synchronised = groups[0] is not None
     if not serves(True, weight) or any(group is not groups[0] for group in groups):
         return False
     if synchronised and weight.device.type != "cpu":
-        return False  # PyTorch's own norm knows how
+        return False  # PyTorch's SyncBatchNorm handles other devices
     if synchronised:
-        shape = (max(1, shape[0]), *shape[1:])  # of no image: the others may have some
-    found = tuple(shape)
+        shape = (max(1, shape[0]), *shape[1:])  # an empty batch: other processes may have images
+    main_shape = tuple(shape)
     for i, (conv, bn) in enumerate(parts.pairs):
         branch = parts.downsample and i == len(parts.pairs) - 1
         out = output_shape(
-            shape if branch else found, conv.weight.shape, conv.stride, conv.padding,
+            shape if branch else main_shape, conv.weight.shape, conv.stride, conv.padding,
             conv.dilation, conv.groups,
         )  # fmt: skip
         if out is None or conv.bias is not None or not weights_fit(x_dtype, conv.weight):
             return False
-        if branch and out != found:
+        if branch and out != main_shape:
             return False
         if bn is not None:
-            normed = found if names.norm_first else out
+            normed = main_shape if names.norm_first else out
             if normed[0] * normed[2] * normed[3] < 2 and not synchronised:
                 return False
             if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
                 return False
             if not bn.eps > 0 or not norm_fits(bn, dtype):
                 return False
-        found = out
+        main_shape = out
     if parts.pad is not None:
-        return parts.pad.output_shape(shape) == found
-    return parts.shortcut != "identity" or found == tuple(shape)
+        return parts.pad.output_shape(shape) == main_shape
+    return parts.shortcut != "identity" or main_shape == tuple(shape)

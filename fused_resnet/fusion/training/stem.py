@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fused_resnet.fusion import pooling
 from fused_resnet.fusion.call import call_reason
-from fused_resnet.fusion.structure import STEM, take_apart
+from fused_resnet.fusion.structure import STEM, parse_block
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.protocol import Norm, Normed
 
@@ -23,10 +23,10 @@ from .units import run_unit, units_pay
 class StemFunction(torch.autograd.Function):
     """y = maxpool(relu(bn(conv(x)))), batch statistics: a network's stem.
 
-    apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) as the kernels
-    take it; window: kernel, stride, padding, (height, width) each; `states` as in `BlockFunction`.
-    Kept for backward are x, the convolution's output (at "minimal" computed again), the pooled one
-    and a byte per pixel of it.
+    apply(spec, window, states, x, weight, norm weight, norm bias): x (N, C, H, W) in the layout
+    that the kernels require; window: kernel, stride, padding, (height, width) each; `states` as in
+    `BlockFunction`. Saved for backward: x, the convolution's output (at "minimal" recomputed), the
+    pooled output and one byte per element of it.
     """
 
     @staticmethod
@@ -39,8 +39,8 @@ class StemFunction(torch.autograd.Function):
         y, index = spec.kernels.pool(normed, window)
         states.append((normed.state, spec.kernels.count(normed)))
         ctx.spec, ctx.window = spec, window
-        kept = None if spec.level == "minimal" else z
-        ctx.save_for_backward(x, *tensors, kept, y, index, *normed.state)
+        saved = None if spec.level == "minimal" else z
+        ctx.save_for_backward(x, *tensors, saved, y, index, *normed.state)
         return y
 
     @staticmethod
@@ -63,32 +63,35 @@ class StemFunction(torch.autograd.Function):
         if dy.stride() != y.stride():
             dy = torch.empty_like(y).copy_(dy)
         g = kernels.pool_gradient(dy, y, index, z, ctx.window)
-        found = kernels.norm_gradients(g, None, Normed(z, norm, tuple(state)), alone=True)[0]
-        dx = kernels.input_gradient(found.dx, x, weight, geometry) if needs[0] else None
-        dweight = kernels.weight_gradient(found.dx, x, weight, geometry) if needs[1] else None
-        norms = [
+        normed = Normed(z, norm, tuple(state))
+        dz, *norm_grads = kernels.norm_gradients(g, None, normed, has_residual=False)[0]
+        dx = kernels.input_gradient(dz, x, weight, geometry) if needs[0] else None
+        dweight = kernels.weight_gradient(dz, x, weight, geometry) if needs[1] else None
+        dnorm = [
             d.to(t.dtype) if need else None
-            for d, t, need in zip(found[1:], tensors[1:], needs[2:], strict=True)
+            for d, t, need in zip(norm_grads, tensors[1:], needs[2:], strict=True)
         ]
-        return None, None, None, dx, dweight, *norms
+        return None, None, None, dx, dweight, *dnorm
 
 
 def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
-    """maxpool(relu(bn1(conv1(x)))) of a network in training as one node of autograd's graph, or
-    None: pool what `run_stem` or torchvision's path gives."""
+    """maxpool(relu(bn1(conv1(x)))) of a network in training as one node of autograd's graph; None
+    where not supported: use `run_stem` or torchvision's path, then pooling."""
     pool = model.maxpool
     if call_reason(x) is not None or not pooling.is_plain(pool):
         return None
-    parts = take_apart(model, STEM)
+    parts = parse_block(model, STEM)
     if isinstance(parts, str) or not units_pay(parts, x):
         return None
     prepared = prepare(model, STEM, parts, x)
     if prepared is None or not prepared.spec.kernels.pools:
         return None
     (conv, _), geometry = parts.pairs[0], prepared.spec.geometries[0]
-    between = output_shape(x.shape, conv.weight.shape, *geometry)
+    conv_shape = output_shape(x.shape, conv.weight.shape, *geometry)
     window = [n for sizes in pooling.window(pool) for n in sizes]
-    if between is None or pooling.pool_shape(pool, between) is None or window[0] * window[1] > 256:
+    if conv_shape is None or pooling.pool_shape(pool, conv_shape) is None:
+        return None
+    if window[0] * window[1] > 256:  # a tap's index is one byte
         return None
     states: list[Any] = []
     y = StemFunction.apply(prepared.spec, window, states, prepared.enter(x), *prepared.tensors())
@@ -97,19 +100,19 @@ def run_pooled_stem(model: Any, x: Tensor) -> Tensor | None:
 
 
 def run_stem(model: nn.Module, x: Tensor) -> Tensor | None:
-    """relu(bn1(conv1(x))) of a network by a fused path, or None: run torchvision's."""
+    """relu(bn1(conv1(x))) of a network by a fused path; None: use torchvision's."""
     if call_reason(x, model.training) is not None:
         return None
-    parts = take_apart(model, STEM)
+    parts = parse_block(model, STEM)
     if isinstance(parts, str) or not units_pay(parts, x):
         return None
-    # A network goes on from its stem in the layout that its blocks compute in.
+    # The output stays in the prepared layout, which the blocks also compute in.
     prepared = prepare(model, STEM, parts, x)
     return run_unit(*parts.pairs[0], x, None, True) if prepared is None else prepared.run(x)
 
 
 def stem_and_pool(model: Any, x: Tensor) -> Tensor:
-    """A network's stem, and pooling where it has some, by whichever path takes them."""
+    """A network's stem and its pooling, if any, by the fastest supported path."""
     pool = model._modules.get("maxpool")
     y = None if pool is None else run_pooled_stem(model, x)
     if y is None:

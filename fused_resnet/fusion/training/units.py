@@ -1,7 +1,7 @@
-"""A block unit by unit, differentiably: where it cannot be one node of autograd's graph.
+"""Runs a block unit by unit, differentiably, where it cannot be one node of autograd's graph.
 
-Units whose norm is frozen are `conv_bn_relu`, units by batch statistics a convolution and
-`bn_add_relu`; whatever neither takes is stock's."""
+Units with a frozen norm run `conv_bn_relu`, units with batch statistics a convolution and
+`bn_add_relu`; units that neither supports run stock's operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.fusion.call import call_reason, wants_grad
 from fused_resnet.fusion.fit import norm_fits, output_dtype, serves, weights_fit
 from fused_resnet.fusion.fold import cached_scale_and_shift
-from fused_resnet.fusion.structure import Names, Parts, take_apart
+from fused_resnet.fusion.structure import Names, Parts, parse_block
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import track, uses_batch_statistics
@@ -25,12 +25,13 @@ from . import prepare
 
 
 def counts_once(parts: Parts, x: Tensor) -> bool:
-    """Whether every norm that tracks statistics is one of which `track` keeps count."""
+    """Whether recomputing a segment updates no running statistics twice: `track`, which skips
+    recomputation, updates those of every norm that uses batch statistics."""
     dtype = output_dtype(x.dtype, x.device.type)
     if not serves(True, x):
         return False
     groups = [group_of(bn) for bn in parts.norms]
-    # A synchronised norm is computed here in a block that trains whole, and else by PyTorch.
+    # A synchronised norm updates by `track` only in a block that trains as one node.
     whole = (
         all(map(uses_batch_statistics, parts.norms))
         and all(conv.bias is None for conv, _ in parts.pairs)
@@ -51,7 +52,7 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
 
 
 def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
-    """relu(bn(x)) of two modules by one op where the norm uses batch statistics, or None."""
+    """relu(bn(x)) of two modules by one op; None where not supported, or the norm is frozen."""
     if call_reason(x) is not None or type(bn) is not nn.BatchNorm2d or type(relu) is not nn.ReLU:
         return None
     if patched(bn) is not None or patched(relu) is not None or not uses_batch_statistics(bn):
@@ -60,22 +61,22 @@ def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
 
 
 def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
-    """relu of a projecting shortcut alone, where its norm comes last and statistics are counted
-    here; None where PyTorch is to compute it."""
+    """relu(bn(conv(x))) of a projection shortcut without the main path, in a block whose norms come
+    last; None: use PyTorch's operations."""
     if call_reason(x) is not None or not wants_grad(block, x):
         return None
-    parts = take_apart(block, names)
+    parts = parse_block(block, names)
     if isinstance(parts, str) or not units_pay(parts, x):
         return None
     return run_unit(*parts.pairs[-1], x, None, True)
 
 
 def run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
-    """The block whole or unit by unit, differentiably; or None: run torchvision's."""
-    ready = prepare.kept(block, x)
-    if ready is not None:
-        return ready.run(x).contiguous(memory_format=layout.memory_format(x))
-    parts = take_apart(block, names)
+    """The block as one node or unit by unit, differentiably; None: use torchvision's forward."""
+    prepared = prepare.cached(block, x)
+    if prepared is not None:
+        return prepared.run(x).contiguous(memory_format=layout.memory_format(x))
+    parts = parse_block(block, names)
     if isinstance(parts, str) or not units_pay(parts, x):
         return None
     prepared = prepare.prepare_block(block, names, parts, x)
@@ -97,7 +98,7 @@ def run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
 
 
 def units_pay(parts: Parts, x: Tensor) -> bool:
-    """Whether some unit of the block can be served by something faster than stock's operations."""
+    """Whether some unit of the block has a kernel faster than stock's operations."""
     if any(conv.weight.device != x.device for conv, _ in parts.pairs):
         return False
     return any(serves(uses_batch_statistics(bn), x) for bn in parts.norms)
@@ -122,7 +123,7 @@ def run_unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool)
 
 
 def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
-    """Whether `bn_add_relu` takes what stock would take; where not, stock answers or raises."""
+    """Whether `bn_add_relu` supports the operands; if not, stock computes or raises."""
     if type(bn) is not nn.BatchNorm2d or y.shape[1] != bn.num_features or not bn.eps > 0:
         return False
     if y.shape[0] * y.shape[2] * y.shape[3] < 2:
@@ -133,14 +134,14 @@ def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
 
 
 def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu(bn(x) + residual) with batch statistics; the running ones as BatchNorm2d keeps them."""
+    """relu(bn(x) + residual) with batch statistics; updates running ones as BatchNorm2d does."""
     y, *state = ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)
     track(bn, state, x.numel() // x.shape[1])
     return y
 
 
 def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> bool:
-    """Whether `conv_bn_relu` takes what stock would take; where not, stock answers or raises."""
+    """Whether `conv_bn_relu` supports the operands; if not, stock computes or raises."""
     if bn.running_mean is None or bn.running_var is None:
         return False
     dtype = output_dtype(x.dtype, x.device.type)

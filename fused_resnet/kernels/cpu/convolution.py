@@ -1,11 +1,11 @@
-"""The fused convolution of csrc/cpu/convolution/direct_kernels.h: how weights are packed for it.
+"""Weight packing for the fused convolution of csrc/cpu/convolution/direct_kernels.h.
 
 An implicit GEMM over channels_last activations for processors with AVX-512 or AVX2. bfloat16 is
-multiplied by the processor's dot product where that is the faster way, else in float32 (`widens`).
-Weights are packed as they are: scale, shift, residual and ReLU are applied to the float32 sums,
-with one rounding at the end, and one packing serves every input size. Most 3x3 convolutions of
-stride 1 have a second one, transformed for Winograd's minimal filtering and multiplied in float32;
-csrc/cpu/convolution/conv_bn_relu.cpp chooses by the size of the input.
+multiplied by the processor's dot product where that is faster, else in float32 (`widens`). Scale,
+shift, residual and ReLU are applied to the float32 sums, not folded into the weights, with one
+rounding at the end; one packing is used for all input sizes. Most 3x3 convolutions of stride 1 have
+a second packing, transformed for Winograd's minimal filtering and multiplied in float32;
+csrc/cpu/convolution/conv_bn_relu.cpp chooses by the input size.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fused_resnet.kernels import native
 from fused_resnet.kernels.convolution import FusedConv
 
 # As in csrc/cpu/convolution/direct_kernels.h.
-_LANES, _BLOCK_VECTORS, _MOST_TAPS, _PIECE = 16, 4, 128, 256
+_LANES, _BLOCK_VECTORS, _MAX_TAPS, _CHAIN_STEPS = 16, 4, 128, 256
 _FEW_CHANNELS = 16
-# C * K up to which 3x3 weights are packed for Winograd's form F(m x m, 3x3) too, 16/9 of their size
-# in float32 or, m = 4, 8 times that in bfloat16: what is read of them per image must be little
-# beside the products saved.
-_WINOGRAD_WEIGHTS = {2: 256 * 256, 4: 128 * 128}
-_WINOGRAD_CHANNELS = 64  # in and out, from which m = 4 pays
+# The largest C * K for which 3x3 weights are also packed for the Winograd algorithm F(m x m, 3x3).
+# The packed weights take 16/9 of the original size in float32 or, with m = 4, 8 times the size in
+# bfloat16; reading them per image must be cheap compared with the products saved.
+_MAX_WINOGRAD_WEIGHTS = {2: 256 * 256, 4: 128 * 128}
+_MIN_WINOGRAD_CHANNELS = 64  # input and output channels from which m = 4 pays
 # G of csrc/cpu/convolution/winograd_kernels.h
 _WINOGRAD_G = {
     2: ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1)),
@@ -38,29 +38,30 @@ _WINOGRAD_G = {
 
 
 @functools.cache
-def serves(dtype: torch.dtype) -> bool:
-    """Whether the kernel computes in `dtype` on this processor."""
+def supports(dtype: torch.dtype) -> bool:
+    """Whether the kernel supports `dtype` on this processor."""
     return str(dtype)[6:] in native.build_info().get("conv_dtypes", ())  # type: ignore[operator]
 
 
 def widens(dtype: torch.dtype) -> bool:
-    """Whether convolutions of `dtype` are multiplied in float32 without being of it."""
+    """Whether convolutions of `dtype`, a narrower dtype, are multiplied in float32."""
     return dtype == torch.bfloat16 and native.widens_bfloat16()
 
 
 def covers(
     weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
 ) -> bool:
-    """Whether the kernel does such a convolution: in bfloat16 channels come in pairs, and a vector
-    of 16 outputs reads one group's channels."""
+    """Whether the kernel supports the convolution: the bfloat16 dot product needs an even number
+    of channels, and the outputs of a group must be a multiple of 16, the length of a vector."""
     K, C_per_group, R, S = weight_shape
     paired = dtype != torch.bfloat16 or widens(dtype) or C_per_group % 2 == 0
     whole = groups == 1 or K // groups % _LANES == 0
-    return R * S <= _MOST_TAPS and whole and (paired or _merges(weight_shape, dilation, groups))
+    return R * S <= _MAX_TAPS and whole and (paired or _merges(weight_shape, dilation, groups))
 
 
 def _merges(weight_shape: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
-    """Whether a row of taps is read as one run: with few channels a tap alone is too short."""
+    """Whether a row of taps is read as one contiguous run: with few channels, single taps are too
+    short."""
     return groups == 1 and weight_shape[1] < _FEW_CHANNELS and dilation[1] == 1
 
 
@@ -71,25 +72,26 @@ def winograd_tile(
     dilation: Sequence[int],
     groups: int,
 ) -> int:
-    """m of the form F(m x m, 3x3) that such a convolution has, or 0: of 9 multiplications for each
-    output, m = 2 leaves 4 and m = 4, whose error only bfloat16's rounding hides, 2.25."""
+    """m of the Winograd algorithm F(m x m, 3x3) for the convolution, or 0. Instead of 9
+    multiplications per output, m = 2 needs 4 and m = 4 needs 2.25, but the error of m = 4 is hidden
+    only by bfloat16's rounding."""
     K, C, R, S = weight_shape
     if (R, S, groups) != (3, 3, 1) or (*stride, *dilation) != (1, 1, 1, 1):
         return 0
     if C % _LANES or K % _LANES:
         return 0
-    wide = min(C, K) >= _WINOGRAD_CHANNELS
-    if dtype == torch.bfloat16 and wide and _WINOGRAD_WEIGHTS[4] >= C * K:
+    wide = min(C, K) >= _MIN_WINOGRAD_CHANNELS
+    if dtype == torch.bfloat16 and wide and _MAX_WINOGRAD_WEIGHTS[4] >= C * K:
         return 4
     in_float32 = dtype == torch.float32 or widens(dtype)
-    return 2 if in_float32 and _WINOGRAD_WEIGHTS[2] >= C * K else 0
+    return 2 if in_float32 and _MAX_WINOGRAD_WEIGHTS[2] >= C * K else 0
 
 
 def _winograd(weight: Tensor, m: int) -> Tensor:
-    """weight: (K, C, 3, 3) -> G weight G^T, (K, C, m + 2, m + 2), by way of float64."""
+    """weight: (K, C, 3, 3) -> G weight G^T, (K, C, m + 2, m + 2) float32, computed in float64."""
     t = weight.double()
     for dim in (2, 3):
-        # Not by matrix products: the library for those of float64 takes memory for nothing else.
+        # No matrix products: the float64 BLAS would allocate memory for this use only.
         taps = t.unbind(dim)
         rows = ([tap * g for tap, g in zip(taps, row, strict=True) if g] for row in _WINOGRAD_G[m])
         t = torch.stack([functools.reduce(torch.add, terms) for terms in rows], dim)
@@ -97,8 +99,8 @@ def _winograd(weight: Tensor, m: int) -> Tensor:
 
 
 def _pack(weight: Tensor, pair: int, vectors_per_block: int) -> Tensor:
-    """weight: (K, run, R, S), both padded as needed -> (blocks, R * S, run / pair, vectors, 16,
-    pair) in memory, flat; the last block holds the vectors that are left."""
+    """weight: (K, run, R, S), K and run padded as needed -> (blocks, R * S, run / pair, vectors,
+    16, pair) in memory, flat; the last block holds the remaining vectors."""
     _, run, R, S = weight.shape
     blocks = weight.split(vectors_per_block * _LANES)
     return torch.cat(
@@ -110,7 +112,7 @@ def _pack(weight: Tensor, pair: int, vectors_per_block: int) -> Tensor:
 
 
 def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
-    """t with zeros appended along `dim` up to a multiple."""
+    """t, zero-padded at the end of `dim` to a multiple of `multiple`."""
     missing = -t.shape[dim] % multiple
     if missing == 0:
         return t
@@ -120,7 +122,7 @@ def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 class NativeConv(FusedConv):
-    """A convolution as the kernel takes it; `covers` must have said yes."""
+    """A convolution packed for the native kernel; `covers` must be True for it."""
 
     def __init__(
         self,
@@ -146,23 +148,23 @@ class NativeConv(FusedConv):
         taps, pad, dilate = [R, S], self.padding, self.dilation
         run = C_per_group
         if self.takes_any:
-            # (K, C, R, S) -> (K, S * C, R, 1): x is padded beforehand, its rows read in one run.
-            if S * C_per_group >= pair * _PIECE:
+            # (K, C, R, S) -> (K, S * C, R, 1): `run` pads x, so that a row of taps is one run.
+            if S * C_per_group >= pair * _CHAIN_STEPS:
                 weight = _padded(weight, 1, pair)
             self._channels = weight.shape[1]
             run = S * self._channels
             weight = weight.permute(0, 3, 1, 2).reshape(-1, run, R, 1)
-            if run % pair:  # the last value meets half its weight twice
+            if run % pair:  # the last value is multiplied twice by half of its weight
                 weight = torch.cat([weight[:, :-1], weight[:, -1:] / 2, weight[:, -1:] / 2], 1)
             taps, pad, dilate = [R, 1], [0, 0], [dilation[0], 1]
         elif groups > 1:
             group = torch.arange(0, K, _LANES) // (K // groups)
             self._first_channel = _padded(group * C_per_group, 0, _BLOCK_VECTORS)
-        # A grouped block passes its vectors one by one, so each is packed on its own.
+        # With groups, the kernel processes one vector at a time, so each is a block of its own.
         self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
         self._winograd: Tensor | None = None
         if m := winograd_tile(self.weight_shape, dtype, self.stride, self.dilation, groups):
-            # A block at a time: on the way it takes several times the memory of what it becomes.
+            # One block at a time: the transform needs several times the memory of its result.
             blocks = weight.split(_LANES * _BLOCK_VECTORS)
             packed = [_pack(_winograd(block, m), 1, _BLOCK_VECTORS) for block in blocks]
             self._winograd = torch.cat(packed)
@@ -172,8 +174,8 @@ class NativeConv(FusedConv):
         self._geometry = [*taps, *self.stride, *pad, *dilate, K, run]
 
     def operands(self) -> tuple[list[Tensor], list[int]] | None:
-        """Weight, Winograd's (empty where there is none), scale and shift, and the geometry, as the
-        op for whole blocks takes them; None where the convolution needs more than that."""
+        """Packed weight, Winograd weight (empty if none), scale and shift, and the geometry, as the
+        ops for whole residual blocks take them; None if the convolution needs other arguments."""
         if self.takes_any or self._first_channel is not None:
             return None
         winograd = self._scale.new_empty(0) if self._winograd is None else self._winograd

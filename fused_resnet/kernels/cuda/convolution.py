@@ -1,5 +1,5 @@
-"""A fused convolution on a GPU: weights laid out once, and for each size of input the backend and
-tile that `tuning` chooses.
+"""The fused convolution on a GPU. Weights are packed once; `tuning` chooses the backend and tile
+for each input size.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import registry, tuning
-from fused_resnet.kernels.cache import keepable, note
+from fused_resnet.kernels.cache import cacheable, note
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.problem import Problem, geometry_of, operands_of
 from fused_resnet.kernels.target import capability, multiprocessors
@@ -21,10 +21,10 @@ from . import implicit_gemm
 
 
 class GpuConv(FusedConv):
-    """One convolution with batch normalisation folded in, for kernels of GPUs.
+    """One convolution with folded batch normalisation, for GPU kernels.
 
-    weight: (K, C / groups, R, S) in `dtype`, channels_last, the parameter itself where it is that
-    already; scale, shift: (K,) float32.
+    weight: (K, C / groups, R, S) in `dtype`, channels_last; the parameter itself if it already has
+    that dtype and layout. scale, shift: (K,) float32.
     """
 
     takes_any = True
@@ -43,24 +43,24 @@ class GpuConv(FusedConv):
         super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
         self.geometry = geometry_of(stride, padding, dilation)
         self.weight = channels_last(weight.detach().to(dtype))
-        # Read in pairs; a row of somebody's table may start anywhere.
+        # Kernels read pairs of values, but a row of the caller's tensor may be unaligned.
         self.scale = implicit_gemm.aligned(scale.detach().float().contiguous())
         self.shift = implicit_gemm.aligned(shift.detach().float().contiguous())
-        self._kept: dict[str, Tensor] = {}
-        # The stem's kernel converts x by itself.
+        self._cached: dict[str, Tensor] = {}
+        # The stem's kernel converts x itself.
         self.stem = (
             self.geometry == ((2, 2), (3, 3), (1, 1)) and implicit_gemm.is_stem(self._problem(1))
         )  # fmt: skip
         self._reached = implicit_gemm.reaches(self._problem(1), self.geometry)
 
-    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Another form of the weights, made once if the convolution itself is kept."""
-        made = self._kept.get(name)
-        if made is None:
-            made = make()
-            if self.lasting and keepable(made):
-                self._kept[name] = made
-        return made
+    def cached(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor derived from the weights, computed once if the convolution itself is cached."""
+        derived = self._cached.get(name)
+        if derived is None:
+            derived = compute()
+            if self.is_cached and cacheable(derived):
+                self._cached[name] = derived
+        return derived
 
     def problem(self, shape: Sequence[int]) -> Problem:
         """The matrix product for an x of this shape (N, C, H, W)."""
@@ -74,19 +74,19 @@ class GpuConv(FusedConv):
         return Problem(pixels, K, C, R, S, self.groups, stride, operands)
 
     def choice(self, x: Tensor, relu: bool) -> tuning.Choice | None:
-        """Who computes it for this x, by `tuning.choice`; None: the reference."""
+        """The backend and configuration for this x by `tuning.choice`; None: the reference."""
         allowed = registry.gpu_conv_backends()
-        if not relu:  # which cuDNN always does
+        if not relu:  # cuDNN's fused convolutions always apply a ReLU
             allowed = tuple(b for b in allowed if b != "vendor")
         return tuning.choice(self.problem(x.shape), x.device, allowed)
 
     def pools(self, x: Tensor) -> bool:
-        """Whether this is a stem that its kernel computes with the pooling behind it."""
-        found = self.choice(x, True) if self.stem else None
-        return found is not None and found.config == implicit_gemm.CudaConfig(implicit_gemm.STEM)
+        """Whether this is a stem whose kernel also computes the max pooling that follows."""
+        choice = self.choice(x, True) if self.stem else None
+        return choice is not None and choice.config == implicit_gemm.CudaConfig(implicit_gemm.STEM)
 
     def run_pooled(self, x: Tensor) -> Tensor:
-        """x (N, 3, H, W) of any layout -> relu, then max pooling 3x3 of stride 2 and padding 1."""
+        """x (N, 3, H, W) of any layout -> relu, then 3x3 max pooling of stride 2 and padding 1."""
         note(self)
         return implicit_gemm.run_stem(self, x, True)
 
@@ -94,14 +94,14 @@ class GpuConv(FusedConv):
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
         note(self)
-        found = self.choice(x, relu)
-        if found is None:
+        choice = self.choice(x, relu)
+        if choice is None:
             geometry = (*self.geometry, self.groups)
             x = x.to(self.dtype)
             reference = registry.kernels("reference", x.device.type)
             operands = (self.weight, self.scale, self.shift, residual, relu)
             return channels_last(reference.conv_bn_relu(x, *operands, *geometry))
-        return self.run_by(found.backend, found.config, x, residual, relu, overwrite)
+        return self.run_by(choice.backend, choice.config, x, residual, relu, overwrite)
 
     def run_by(
         self,
@@ -112,7 +112,7 @@ class GpuConv(FusedConv):
         relu: bool,
         overwrite: bool = False,
     ) -> Tensor:
-        """`run` by this backend with this configuration of it."""
+        """`run` with the given backend and configuration."""
         if backend == "native":
             stem = config.tile == implicit_gemm.STEM
             if stem and self.stem and residual is None and relu:
@@ -127,5 +127,5 @@ class GpuConv(FusedConv):
             y = channels_last_empty(out, x)
         if residual is not None and residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
-        own = registry.gpu_convolution(backend).run_conv(self, x, residual, relu, y, config)
-        return y if own is None else own
+        backend_y = registry.gpu_convolution(backend).run_conv(self, x, residual, relu, y, config)
+        return y if backend_y is None else backend_y

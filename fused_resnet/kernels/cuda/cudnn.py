@@ -1,9 +1,9 @@
-"""What cuDNN fuses, as a contender (tuning.py): PyTorch's own cudnn_convolution_relu and
-cudnn_convolution_add_relu. Semi-private operations: probed, never assumed.
+"""The "vendor" provider of GPU convolutions (see kernels/tuning.py): PyTorch's semi-private
+cudnn_convolution_relu and cudnn_convolution_add_relu, which are probed before use.
 
-Batch normalisation is folded into the weights, which are rounded to their dtype, and the bias. A
-ReLU is always done, so a convolution without one is not covered here but at its call. Only where a
-NaN comes through, as in PyTorch: cuDNN's ReLU may turn it into zero, and then it does not contend.
+Batch normalisation is folded into the weights, which are rounded to their dtype, and the bias. The
+ReLU is always applied, so `GpuConv.choice` excludes this provider for convolutions without one. The
+provider is unavailable if cuDNN's ReLU turns NaN into zero, unlike PyTorch's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fused_resnet.kernels.problem import Problem
 
 @dataclass(frozen=True)
 class CudnnConfig:
-    """cuDNN chooses by itself."""
+    """Empty: cuDNN chooses its algorithm itself."""
 
     def label(self) -> str:
         return "cuDNN"
@@ -32,27 +32,27 @@ CONFIG = CudnnConfig
 
 @functools.cache
 def unavailable() -> str | None:
-    """None when the fused operations work on the current GPU, else why not, in one line."""
+    """None if the fused operations work on the current GPU, else the reason in one line."""
     if not torch.cuda.is_available():
-        return "there is no GPU"
+        return "no GPU is available"
     if not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
     try:
         return _probe()
-    except Exception as error:  # any failure at all means: do not use it
+    except Exception as error:  # treat any failure as unavailable
         return f"cuDNN's fused convolution failed its probe: {str(error).splitlines()[0]}"
 
 
 def _probe() -> str | None:
-    """Runs both on small integers, whose results are exact, and on a NaN."""
+    """Runs both operations on small integers, whose results are exact, and on a NaN."""
     x = torch.arange(2 * 16 * 3 * 3, device="cuda").remainder(5).sub(2).view(2, 16, 3, 3)
     weight = torch.arange(16 * 16, device="cuda").remainder(3).sub(1).view(16, 16, 1, 1)
     x, weight = (t.half().contiguous(memory_format=torch.channels_last) for t in (x, weight))
     bias = torch.arange(16, device="cuda").remainder(4).sub(2).half()
-    want = F.conv2d(x, weight, bias)
-    if not torch.equal(_fused(x, weight, bias, None), want.relu()):
+    expected = F.conv2d(x, weight, bias)
+    if not torch.equal(_fused(x, weight, bias, None), expected.relu()):
         return "cuDNN's fused convolution gives wrong results"
-    if not torch.equal(_fused(x, weight, bias, x), (want + x).relu()):
+    if not torch.equal(_fused(x, weight, bias, x), (expected + x).relu()):
         return "cuDNN's fused convolution and addition gives wrong results"
     x[0, 0, 0, 0] = torch.nan
     for residual in (None, x):
@@ -61,8 +61,10 @@ def _probe() -> str | None:
     return None
 
 
-def _fused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *where: Any) -> Tensor:
-    stride, padding, dilation, groups = where or ((1, 1), (0, 0), (1, 1), 1)
+def _fused(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *geometry: Any
+) -> Tensor:
+    stride, padding, dilation, groups = geometry or ((1, 1), (0, 0), (1, 1), 1)
     ops = torch.ops.aten
     if residual is None:
         return ops.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
@@ -86,13 +88,13 @@ def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Cu
 def run_conv(
     conv: Any, x: Tensor, residual: Tensor | None, relu: bool, y: Tensor, config: CudnnConfig
 ) -> Tensor:
-    """x, residual channels_last -> the output of a `gpu_conv.GpuConv`, in cuDNN's own memory and
-    not y; relu must be True."""
+    """x, residual channels_last -> the output of a `GpuConv`, in memory allocated by cuDNN instead
+    of y. relu must be True."""
 
     def fold() -> Tensor:
         folded = conv.weight.float() * conv.scale.view(-1, 1, 1, 1)
         return folded.to(conv.dtype).contiguous(memory_format=torch.channels_last)
 
-    weight = conv.kept("vendor", fold)
-    bias = conv.kept("vendor bias", lambda: conv.shift.to(conv.dtype))
+    weight = conv.cached("vendor", fold)
+    bias = conv.cached("vendor bias", lambda: conv.shift.to(conv.dtype))
     return _fused(x, weight, bias, residual, *conv.geometry, conv.groups)

@@ -1,8 +1,8 @@
-"""The convolutions of csrc/cuda/convolution/ as a
-contender (tuning.py): which problems they cover, tiles worth measuring, and a heuristic.
+"""The "native" provider of GPU convolutions (see kernels/tuning.py): the kernels of
+csrc/cuda/convolution/, the problems they cover, tiles worth measuring, and a heuristic.
 
-Channels and outputs of a group come in 16 bytes; an x with fewer channels is padded, outputs are
-not. 16-bit operands, and float32 where PyTorch allows TF32.
+The channels and the outputs of a group must be multiples of 16 bytes. Without groups, the channels
+of x are padded; outputs are not. Operands: 16-bit, and float32 if PyTorch allows TF32.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fused_resnet.kernels import native, registry
 from fused_resnet.kernels.problem import Geometry, Problem
 
 STEM = -1
-_STEP_BYTES = 128  # of channels that a step takes (implicit_gemm_tiles.h)
-_MOST_SPLITS = 8
-_FARTHEST = 128  # pixels, of a corner of the bulk copy engine's box
-_TALLEST_SPLIT = 64  # rows of a tile: where there are too few tiles, smaller ones come first
+_STEP_BYTES = 128  # of channels per step (csrc/cuda/convolution/tiles.h)
+_MAX_SPLITS = 8
+_MAX_CORNER = 128  # pixels, of a corner of the TMA's im2col box
+_MAX_SPLIT_ROWS = 64  # of a tile: with too few tiles, smaller tiles are preferred to splits
 
 
 @dataclass(frozen=True)
 class CudaConfig:
-    """One way to run it: a row of `tiles()`, or STEM, the stem's own kernel; and how many blocks
-    share a tile's steps."""
+    """tile: an index of `tiles()`, or STEM, the stem's specialised kernel. splits: the number of
+    thread blocks among which the steps of a tile are divided."""
 
     tile: int
     splits: int = 1
@@ -49,7 +49,7 @@ CONFIG = CudaConfig
 
 @functools.cache
 def tiles() -> list[dict[str, int]]:
-    """The tiles that were built: architecture, block_m, block_n, warps, stages, normalises."""
+    """The tiles in the build: architecture, block_m, block_n, warps, stages, normalises."""
     return native.gemm_tiles()
 
 
@@ -58,8 +58,8 @@ def _itemsize(operands: str) -> int:
 
 
 def is_stem(problem: Problem) -> bool:
-    """Whether this is 7x7 of stride 2 on three channels, 64 outputs, in 16 bits. (Padding and
-    dilation, which a problem does not know, are asked by `gpu_conv.GpuConv`.)"""
+    """Whether this is a 7x7 convolution of stride 2, 3 channels and 64 outputs in 16 bits. A
+    problem has no padding and dilation; `GpuConv` checks those."""
     shape = (problem.K, problem.C, problem.R, problem.S, problem.groups, problem.stride)
     return shape == (64, 3, 7, 7, 1, 2) and problem.operands in ("bfloat16", "float16")
 
@@ -72,13 +72,13 @@ def covers(problem: Problem, capability: tuple[int, int]) -> bool:
         and capability >= (8, 0)
         and aligned
         and problem.K // problem.groups % elements == 0
-        and problem.M < 2**31 - 1025  # an int holds the end of the last tile too
+        and problem.M < 2**31 - 1025  # the end of the last tile must fit in an int
         and bool(tiles())
     )
 
 
 def reaches(problem: Problem, geometry: Geometry) -> bool:
-    """Whether the bulk copy engine can address this convolution, as Hopper's kernel does it:
+    """Whether the TMA can address this convolution in Hopper's kernel; same conditions as
     covers_sm90 in csrc/cuda/convolution/sm90/launch.cu."""
     kernel = problem.R, problem.S
     if (kernel, geometry.stride, geometry.padding) == ((1, 1), (1, 1), (0, 0)):
@@ -88,22 +88,22 @@ def reaches(problem: Problem, geometry: Geometry) -> bool:
 
     def fits(size: int, stride: int, padding: int, dilation: int) -> bool:
         reach = (size - 1) * dilation
-        corners = padding <= _FARTHEST and -_FARTHEST <= padding - reach < _FARTHEST
-        return corners and reach < 2 * _FARTHEST and stride <= 8
+        corners = padding <= _MAX_CORNER and -_MAX_CORNER <= padding - reach < _MAX_CORNER
+        return corners and reach < 2 * _MAX_CORNER and stride <= 8
 
     return all(map(fits, kernel, *geometry))
 
 
 def _hopper(problem: Problem, capability: tuple[int, int]) -> bool:
-    """Whether Hopper's tiles are for this problem, padding and dilation aside (`reaches`)."""
+    """Whether Hopper's tiles support this problem; `reaches` checks padding and dilation."""
     size, stride, groups = max(problem.R, problem.S), problem.stride, problem.groups
     return (
         capability == (9, 0)
-        # Code for sm_90 alone has nothing but a trap where those kernels should be.
+        # In a build for sm_90 (without "a") these kernels consist of a trap only.
         and registry.cuda_kernels().built_for("9.0a")
         and _itemsize(problem.operands) == 2
         and (groups == 1 or problem.C % (_STEP_BYTES // 2) == 0 or size == stride == 1)
-        and size <= _FARTHEST
+        and size <= _MAX_CORNER
         and stride <= 8
     )
 
@@ -125,32 +125,33 @@ def candidates(problem: Problem, capability: tuple[int, int]) -> list[CudaConfig
 
 
 def _tile_configs(problem: Problem, hopper: bool) -> list[CudaConfig]:
-    found = []
-    for number, tile in enumerate(tiles()):
+    configs = []
+    for index, tile in enumerate(tiles()):
         if tile["architecture"] == 90 and not hopper:
             continue
-        found.append(CudaConfig(number))
+        configs.append(CudaConfig(index))
         splits = 2
         while (
             tile["architecture"] == 80
-            and tile["block_m"] <= _TALLEST_SPLIT
-            and splits <= _MOST_SPLITS
+            and tile["block_m"] <= _MAX_SPLIT_ROWS
+            and splits <= _MAX_SPLITS
             and _steps(problem) >= 4 * splits
         ):
-            found.append(CudaConfig(number, splits))
+            configs.append(CudaConfig(index, splits))
             splits *= 2
-    return found
+    return configs
 
 
 def choose(problem: Problem, capability: tuple[int, int], processors: int) -> CudaConfig:
-    """For a problem that nobody has measured: the stem's kernel for the stem, else a tile."""
+    """For a problem without measurements: the stem's kernel for the stem, else a tile."""
     return CudaConfig(STEM) if is_stem(problem) else choose_tile(problem, capability, processors)
 
 
 def choose_tile(
     problem: Problem, capability: tuple[int, int], processors: int, reached: bool = True
 ) -> CudaConfig:
-    """The tile of the least estimated time; one of sm_80's where `reaches` says no."""
+    """The tile with the least estimated time; `reached` is the result of `reaches`, without which
+    only sm_80's tiles are used."""
     return _cheapest(problem, processors, reached and _hopper(problem, capability))
 
 
@@ -161,8 +162,8 @@ def fitting(
     processors: int,
     reached: bool,
 ) -> CudaConfig:
-    """config where its kernel runs here, else a tile that does. Winners are kept by `Problem`,
-    which knows no padding and no dilation, and by GPU, whatever was built for it."""
+    """`config` if its kernel supports this convolution, else a tile that does. Winners are stored
+    per `Problem`, which has no padding and dilation, and per GPU, regardless of the build."""
     hopper = config.tile != STEM and tiles()[config.tile]["architecture"] == 90
     if config.tile == STEM or (hopper and not (reached and _hopper(problem, capability))):
         return choose_tile(problem, capability, processors, reached)
@@ -171,13 +172,13 @@ def fitting(
 
 @functools.lru_cache(maxsize=4096)
 def _cheapest(problem: Problem, processors: int, hopper: bool) -> CudaConfig:
-    """The tile of the least estimated time, in products per multiprocessor.
+    """The tile with the least estimated time, in products per multiprocessor.
 
-    A wave of tiles takes at each step the time of its products or, where it loads more than it
-    multiplies, of its loads: 64 products in the time of one operand from L2 (1024 dense 16-bit
-    products and 16 loaded elements a cycle). wgmma multiplies about 1.6 times as fast as mma.sync
-    on the same chip. Filling the pipeline and finishing a tile take about as long as four steps; on
-    Hopper the next tile's steps hide that.
+    A step of a wave of tiles takes the longer of the times of its products and of its loads; 64
+    products take as long as loading one operand from L2 (1024 dense 16-bit products and 16 loaded
+    elements per cycle). wgmma multiplies about 1.6 times as fast as mma.sync on the same chip.
+    Filling the pipeline and the epilogue of a tile take about as long as four steps; on Hopper the
+    next tile's steps hide that.
     """
 
     def cost(config: CudaConfig) -> float:
@@ -188,35 +189,35 @@ def _cheapest(problem: Problem, processors: int, hopper: bool) -> CudaConfig:
         per_step = max(m * n / (1.6 if bulk else 1.0), 64 * (m + n))
         steps = math.ceil(_steps(problem) / config.splits)
         extra = 4 + waves * steps if bulk else waves * (steps + 4)
-        # Partial sums are written and read once more.
+        # Splits write and read partial sums, estimated at 10 %.
         return extra * per_step * (1.0 if config.splits == 1 else 1.1)
 
     return min(_tile_configs(problem, hopper), key=cost)
 
 
 def pack_stem(weight: Tensor) -> Tensor:
-    """weight (64, 3, 7, 7) -> (64, 7, 8, 4): the eighth tap and the fourth channel are zeros."""
+    """weight (64, 3, 7, 7) -> (64, 7, 8, 4); the eighth tap and the fourth channel are zeros."""
     return F.pad(weight, (0, 1, 0, 0, 0, 1)).permute(0, 2, 3, 1).contiguous()
 
 
 def run_stem(conv: Any, x: Tensor, pool: bool) -> Tensor:
-    """x (N, 3, H, W) of any layout -> y (N, 64, P, Q), with the pooling behind it if `pool`."""
+    """x (N, 3, H, W) of any layout -> y (N, 64, P, Q), max-pooled if `pool`."""
     if x.dtype not in (torch.float32, conv.dtype):
         x = x.to(conv.dtype)
-    weight = conv.kept("stem", lambda: pack_stem(conv.weight))
+    weight = conv.cached("stem", lambda: pack_stem(conv.weight))
     return ops().stem(x, weight, conv.scale, conv.shift, pool)
 
 
 def run_conv(
     conv: Any, x: Tensor, residual: Tensor | None, relu: bool, y: Tensor, config: CudaConfig
 ) -> None:
-    """x, residual, y channels_last -> y of a `gpu_conv.GpuConv`."""
+    """Writes the output of a `GpuConv` to y. x, residual, y: channels_last."""
     elements = 16 // x.element_size()
     weight = conv.weight  # (K, C / groups, R, S), (K, R, S, C / groups) in memory
     more = -weight.shape[1] % elements
     if more:
         x = F.pad(x, (0, 0, 0, 0, 0, more)).contiguous(memory_format=torch.channels_last)
-        weight = conv.kept("native", lambda: F.pad(conv.weight, (0, 0, 0, 0, 0, more)))
+        weight = conv.cached("native", lambda: F.pad(conv.weight, (0, 0, 0, 0, 0, more)))
     x, weight = aligned(x), aligned(weight.contiguous(memory_format=torch.channels_last))
     K, C, R, S = weight.shape
     rows = weight.as_strided((K, R, S, C), (R * S * C, S * C, C, 1))
@@ -229,17 +230,17 @@ def run_conv(
 
 
 def normalises(config: CudaConfig) -> bool:
-    """Whether there is a kernel of this tile that applies a norm and a ReLU to what it reads."""
+    """Whether this tile has a kernel that applies a norm and a ReLU to its input as it reads it."""
     return config.tile != STEM and config.splits == 1 and bool(tiles()[config.tile]["normalises"])
 
 
 def aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it, that starts at a multiple of 16 bytes."""
+    """t, or a copy of it, aligned to 16 bytes."""
     return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
 
 
 def ops() -> Any:
-    """The CUDA kernels that serve now."""
-    found = registry.cuda_kernels().kernels
-    assert found is not None
-    return found()
+    """The CUDA kernels of the provider in use."""
+    kernels = registry.cuda_kernels().kernels
+    assert kernels is not None
+    return kernels()

@@ -1,4 +1,4 @@
-"""Which implementation of the passes serves a training step."""
+"""Selects the implementation of the passes of a training step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _portable: list[Passes] = []
 
 
 def register_portable(passes: Passes) -> None:
-    """By the registered ops, on any device; they are defined above the kernels."""
+    """Sets the passes that call registered ops; `ops` does this, as kernels cannot import it."""
     _portable[:] = [passes]
 
 
@@ -30,13 +30,13 @@ def _native() -> Native:
 
 @functools.cache
 def empty() -> Empty:
-    """For a batch without images, on one of several processes whose norms are synchronised."""
+    """The passes of an empty batch on one of several processes with synchronised norms."""
     return Empty()
 
 
 def passes_for(device_type: str, backend: str) -> Passes:
-    """The passes for tensors on such a device, where `backend` serves bn_add_relu."""
-    if registry.gpu_kernels(device_type) and registry.stands_for(backend) == "native":
+    """The passes for tensors on such a device, where `backend` computes bn_add_relu."""
+    if registry.gpu_kernels(device_type) and registry.emulated(backend) == "native":
         return CUDA
     if device_type != "cpu" or backend != "native":
         return portable()

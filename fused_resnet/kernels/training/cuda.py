@@ -1,30 +1,32 @@
-"""A training step's convolutions by this package's CUDA kernels, which take the statistics of the
-norm behind them on the way: z is not read once more for those.
+"""The passes of a training step by this package's CUDA kernels.
+
+The convolution's epilogue computes the statistics of the norm that follows, so no pass reads z for
+them:
 
     z = conv(x, weight),   mean[k], var[k] = over pixels of z[., k] as it is stored
 
-And in backward their input gradients, where the input was a norm's behind a ReLU: the ReLU's mask
-and the sums of the norm's gradient, which are not read once more either.
+In backward, where the convolution's input was relu(norm(z)), the input gradient's epilogue applies
+the ReLU's mask and computes the sums of the norm's gradient, so no pass reads dx for them:
 
     dx = conv's gradient,   g = dx * !(relu(norm(z)) <= 0),   sum g, sum g * (z - mean)
 
-Such a gradient is a convolution again (`turned`), of stride 1, with a `Problem` of its own.
+This gradient is itself a convolution of stride 1 (`turned`), with its own `Problem`.
 
-Who computes a convolution is decided by `tuning`, from what `fused-resnet tune` has measured: these
-kernels serve where native was the fastest, by the tile that was. What nobody has measured is
-cuDNN's, with `bn_add_relu` behind it, as everywhere else, unless the native backend is forced.
+`tuning` selects the provider of each convolution from the measurements of `fused-resnet tune`.
+These kernels are used where native was fastest, with the tile that was. Convolutions without a
+measurement use cuDNN followed by `bn_add_relu`, unless the native backend is forced.
 
-Where the next convolution is 1x1 and one of these kernels computes it too, and the activation
-between is not kept for backward ("low" and below, activation_memory.py), the norm and the ReLU are
-applied as it reads z, and the activation is never written:
+Where the next convolution is 1x1 and also computed by one of these kernels, and the activation
+between is not saved for backward ("low" and below, activation_memory.py), the norm and the ReLU are
+applied in the prologue as z is read, and the activation is never written:
 
     z' = conv(a, weight),   a = relu(norm(z))
 
-An activation is written and read by nobody then, 4 bytes an element of 6, but normalised once for
-every tile of outputs. By prediction (csrc/cuda/convolution/prologue.cuh) that pays for up to about
-512 outputs, the first two stages of a bottleneck network; nobody has measured it. What would change
-with a measurement (`gpu_ops_prologue` of benchmarks/gpu_day.sh): for which convolutions
-`convolve_normed` serves, and whether "auto", a model's default, is "low" here too.
+This saves writing and reading the activation, 4 of 6 bytes per element, but normalises z once per
+tile of outputs. By prediction (csrc/cuda/convolution/prologue.cuh) that pays for up to about 512
+outputs, the first two stages of a bottleneck network. It has not been measured. A measurement
+(`gpu_ops_prologue` of benchmarks/gpu_day.sh) would decide for which convolutions `convolve_normed`
+is used, and whether "auto", a model's default, is "low" here too.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ from .protocol import Geometry, Norm, Normed, NormGradients, Passes, gradient_pa
 
 
 class Cuda(Passes):
-    """State of a norm: mean and variance (C,), and what the mean's rounding took off; that is None
-    where the statistics came with no convolution."""
+    """State of a norm: mean, variance and the mean's rounding error (`rest`), (C,) each; `rest` is
+    None unless the statistics are fused ones, from a convolution."""
 
     def bn_add_relu(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
@@ -67,7 +69,7 @@ class Cuda(Passes):
         return op(like(dy, x), x, y, vector(weight, x), *rest)
 
     def _config(self, x: Tensor, weight: Tensor, g: Geometry) -> Any:
-        """The tile and splits by which the kernel computes it for this x, or None: cuDNN does."""
+        """The tile and splits with which a kernel computes the convolution; None: use cuDNN."""
         out = output_shape(x.shape, weight.shape, *g)
         if out is None or x.stride() != channels_last_strides(x.shape):
             return None
@@ -76,17 +78,17 @@ class Cuda(Passes):
             return None
         pixels = out[0] * out[2] * out[3]
         problem = Problem(pixels, K, C, R, S, g.groups, g.stride[1], operands_of(x.dtype))
-        found = tuning.choice(problem, x.device, registry.gpu_conv_backends())
+        choice = tuning.choice(problem, x.device, registry.gpu_conv_backends())
         forced = registry.forced() is not None
-        if found is None or found.backend != "native":
+        if choice is None or choice.backend != "native":
             return None
-        if not forced and math.isinf(found.time_s):
+        if not forced and math.isinf(choice.time_s):
             return None
         reached = implicit_gemm.reaches(problem, geometry_of(*g[:3]))
         device = capability(x.device), multiprocessors(x.device)
-        config = implicit_gemm.fitting(found.config, problem, *device, reached)
-        # The stem's kernel takes no statistics; a tile in its stead, nobody has measured.
-        return config if forced or config == found.config else None
+        config = implicit_gemm.fitting(choice.config, problem, *device, reached)
+        # The stem's kernel computes no statistics, and the tile that replaces it was not measured.
+        return config if forced or config == choice.config else None
 
     def convolve(
         self, x: Tensor, weight: Tensor, g: Geometry
@@ -94,12 +96,12 @@ class Cuda(Passes):
         config = self._config(x, weight, g)
         if config is None:
             return super().convolution(x, weight, g), None
-        return self.convolve_by(config, x, weight, g)
+        return self.convolve_with_config(config, x, weight, g)
 
-    def convolve_by(
+    def convolve_with_config(
         self, config: CudaConfig, x: Tensor, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`convolve` by a tile, and splits. x: channels_last."""
+        """`convolve` with a tile and splits. x: channels_last."""
         out = output_shape(x.shape, weight.shape, *g)
         assert out is not None
         z = channels_last_empty(out, x)
@@ -115,18 +117,18 @@ class Cuda(Passes):
     ) -> tuple[Tensor, tuple[Any, ...] | None] | None:
         x, _, state = normed
         pointwise = (*weight.shape[2:], *g) == (1, 1, (1, 1), (0, 0), (1, 1), 1)
-        # Statistics that came with no convolution lack the rest, which `apply` knows from x.
+        # Statistics that are not fused have no `rest`; `apply` recomputes it from x.
         if not pointwise or state[2] is None or x.dtype not in (torch.float16, torch.bfloat16):
             return None
         config = self._config(x, weight, g)
         if config is None or not implicit_gemm.normalises(config):
             return None
-        return self.convolve_normed_by(config, normed, weight)
+        return self.convolve_normed_with_config(config, normed, weight)
 
-    def convolve_normed_by(
+    def convolve_normed_with_config(
         self, config: CudaConfig, normed: Normed, weight: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`convolve_normed` by a tile. normed: channels_last; weight (K, C, 1, 1)."""
+        """`convolve_normed` with a tile. normed: channels_last; weight (K, C, 1, 1)."""
         x, norm, (mean, var, rest) = normed
         z = channels_last_empty((x.shape[0], weight.shape[0], *x.shape[2:]), x)
         rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, 1, 1, C)
@@ -143,7 +145,7 @@ class Cuda(Passes):
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
     ) -> Tensor:
-        """By whoever computed it before: in backward some are computed again, to the last bit."""
+        """By the same kernel as `convolve`: backward recomputes some outputs, bitwise equal."""
         if residual is not None:
             return super().convolution(x, weight, g, residual)
         return self.convolve(x, weight, g)[0]
@@ -155,9 +157,9 @@ class Cuda(Passes):
         return y, (*state, None)
 
     def statistics(
-        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+        self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None
     ) -> tuple[Any, ...]:
-        return made or (*super().statistics(x, group), None)
+        return fused or (*super().statistics(x, group), None)
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
         x, norm, (mean, var, rest) = normed
@@ -177,13 +179,15 @@ class Cuda(Passes):
         normed: Normed,
         other: Normed | None = None,
         *,
-        alone: bool,
+        has_residual: bool,
         masked: bool = False,
     ) -> Any:
         normed = normed._replace(state=normed.state[:2])
         if other is not None:
             other = other._replace(state=other.state[:2])
-        return super().norm_gradients(dy, y, normed, other, alone=alone, masked=masked)
+        return super().norm_gradients(
+            dy, y, normed, other, has_residual=has_residual, masked=masked
+        )
 
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
@@ -191,17 +195,17 @@ class Cuda(Passes):
         config = self._gradient_config(dy, weight, g, normed)
         if config is None:
             return super().relu_gradient(dy, y, weight, g, normed)
-        return self.relu_gradient_by(config, dy, weight, g, normed)
+        return self.relu_gradient_with_config(config, dy, weight, g, normed)
 
     def _gradient_config(self, dy: Tensor, weight: Tensor, g: Geometry, normed: Normed) -> Any:
-        """`_config` of the input gradient, with the mask and sums of `normed`; None: cuDNN's, and
-        their own pass. Without the mean's rest the mask could not be made again to the last bit."""
+        """`_config` of the input gradient with the mask and sums of `normed`; None: use cuDNN and a
+        separate pass. Without `rest` the recomputed mask would not be bitwise equal."""
         padding = gradient_padding(weight, g)
         if padding is None or normed.state[2] is None or dy.element_size() != 2:
             return None
-        return self._config(dy, turned(weight, g.groups), _turned(g, padding))
+        return self._config(dy, turned(weight, g.groups), _turned_geometry(g, padding))
 
-    def relu_gradient_by(
+    def relu_gradient_with_config(
         self,
         config: CudaConfig,
         dy: Tensor,
@@ -209,7 +213,7 @@ class Cuda(Passes):
         g: Geometry,
         normed: Normed,
     ) -> tuple[Tensor, Tensor]:
-        """`relu_gradient` by a tile, and splits. dy, normed.x: channels_last."""
+        """`relu_gradient` with a tile and splits. dy, normed.x: channels_last."""
         padding = gradient_padding(weight, g)
         assert padding is not None
         x, norm, (mean, var, rest) = normed
@@ -222,47 +226,49 @@ class Cuda(Passes):
         )  # fmt: skip
         return dx, sums
 
-    def norm_gradients_by(self, made: Any, dy: Tensor, y: Tensor, normed: Normed) -> NormGradients:
-        if made is None:
-            return super().norm_gradients_by(made, dy, y, normed)
+    def norm_gradients_from_sums(
+        self, sums: Any, dy: Tensor, y: Tensor, normed: Normed
+    ) -> NormGradients:
+        if sums is None:
+            return super().norm_gradients_from_sums(sums, dy, y, normed)
         x, norm, (mean, var, _) = normed
-        found = implicit_gemm.ops().bn_gradient_by_sums(
-            dy, x, made, vector(norm.weight, x), mean, var, norm.eps
+        gradients = implicit_gemm.ops().bn_gradient_by_sums(
+            dy, x, sums, vector(norm.weight, x), mean, var, norm.eps
         )
-        return NormGradients(*found)
+        return NormGradients(*gradients)
 
 
 def turned(weight: Tensor, groups: int) -> Tensor:
-    """weight (K, C / groups, R, S) of a convolution of stride 1 -> (C, K / groups, R, S) of the one
-    that is its input gradient, but for the taps, which are in reverse there."""
+    """weight (K, C / groups, R, S) of a convolution of stride 1 -> the weight (C, K / groups, R, S)
+    of the convolution that is its input gradient, except that its taps are not yet reversed."""
     if groups == 1:
         return weight.transpose(0, 1)
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def turned_rows(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """The same with its taps in reverse, (C, R, S, K / groups), as the kernels read it."""
-    found = turned(weight.detach(), groups)
+    """`turned` with its taps reversed, (C, R, S, K / groups), as the kernels read it."""
+    exchanged = turned(weight.detach(), groups)
     if weight[0, 0].numel() > 1:
-        found = found.flip((2, 3))
-    C, K, R, S = found.shape
+        exchanged = exchanged.flip((2, 3))
+    C, K, R, S = exchanged.shape
     rows = torch.empty((C, R, S, K), dtype=dtype, device=weight.device)
-    return rows.copy_(found.permute(0, 2, 3, 1))
+    return rows.copy_(exchanged.permute(0, 2, 3, 1))
 
 
-def _turned(g: Geometry, padding: list[int]) -> Geometry:
+def _turned_geometry(g: Geometry, padding: list[int]) -> Geometry:
     return Geometry((1, 1), (padding[0], padding[1]), g.dilation, g.groups)
 
 
 def gradient_layer(layer: Layer) -> Layer | None:
-    """The convolution that is a layer's input gradient, None where there is no such one."""
+    """The convolution that is a layer's input gradient; None if it is not a convolution."""
     weight = torch.empty(layer.weight_shape, device="meta")
     g = Geometry(*layer.geometry, layer.groups)
     padding = gradient_padding(weight, g)
     if padding is None:
         return None
     shape = tuple(turned(weight, layer.groups).shape)
-    geometry = geometry_of(*_turned(g, padding)[:3])
+    geometry = geometry_of(*_turned_geometry(g, padding)[:3])
     return Layer(layer.y_shape, shape, layer.x_shape, geometry, layer.groups)
 
 

@@ -1,5 +1,5 @@
-"""A training step of no images, on one of several processes whose norms are synchronised: it takes
-part in what the others compute together, with a count of 0, and has gradients of zero."""
+"""The passes of an empty batch on one of several processes with synchronised norms: it takes part
+in the collectives with a count of 0, and its gradients are zero."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class Empty(Native):
         return self.convolution(x, weight, g), None
 
     def statistics(
-        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+        self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None
     ) -> tuple[Any, ...]:
-        none = torch.zeros(2, x.shape[1], dtype=torch.float64)
-        return collectives.merge(none, 0, group)
+        zeros = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        return collectives.merge(zeros, 0, group)
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
         return torch.empty_like(normed.x)
 
     def norm_gradients(
         self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None = None, *,
-        alone: bool, masked: bool = False,
+        has_residual: bool, masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:  # fmt: skip
-        none = torch.zeros(3, normed.x.shape[1], dtype=torch.float64)
-        collectives.reduce(none, normed.norm.group)
+        sums = torch.zeros(3, normed.x.shape[1], dtype=torch.float64)
+        collectives.reduce(sums, normed.norm.group)
 
         def gradients(of: Normed) -> NormGradients:
-            zeros = none[0].to(accumulate_dtype(of.x.dtype))
+            zeros = sums[0].to(accumulate_dtype(of.x.dtype))
             return NormGradients(torch.empty_like(of.x), zeros, zeros)
 
         second = None if other is None else gradients(other)

@@ -1,4 +1,4 @@
-"""The passes of a training step by this package's C++ on the CPU."""
+"""The passes of a training step by this package's C++ kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 class Native(Passes):
-    """By this package's C++ on the CPU: outputs in memory that comes back from step to step."""
+    """C++ kernels on the CPU; outputs are in pooled memory that is reused from step to step."""
 
     pools = True
 
@@ -28,7 +28,8 @@ class Native(Passes):
         names: Any = native.build_info()["conv_dtypes"]
         self._dtypes = [getattr(torch, name) for name in names]
 
-    def _serves(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
+    def supports(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
+        """Whether a C++ kernel computes such a convolution."""
         K, C, R, S = weight.shape
         return dtype in self._dtypes and g.groups == 1 and not (K % 16 or C % 16) and R * S <= 9
 
@@ -36,7 +37,7 @@ class Native(Passes):
         self, x: Tensor, weight: Tensor, transposed: bool, residual: Tensor | None,
         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     ) -> Tensor:  # fmt: skip
-        """In the residual's memory where it is transposed."""
+        """conv(x, weight) + residual; a transposed one writes to the residual's memory."""
         weight = channels_last(weight.detach().float())
         overwrite = transposed and residual is not None
         return self._ops.convolution(
@@ -46,14 +47,14 @@ class Native(Passes):
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
     ) -> Tensor:
-        if not self._serves(weight, x.dtype, g):
+        if not self.supports(weight, x.dtype, g):
             return channels_last(super().convolution(x, weight, g, residual))
         return self._convolve(x, weight, False, residual, g.stride, g.padding, g.dilation)
 
     def convolve(
         self, x: Tensor, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        if not self._serves(weight, x.dtype, g):
+        if not self.supports(weight, x.dtype, g):
             return super().convolve(x, weight, g)
         weight = channels_last(weight.detach().float())
         y, stats = self._ops.convolution_and_statistics(x, weight, g.stride, g.padding, g.dilation)
@@ -63,10 +64,10 @@ class Native(Passes):
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
         padding = gradient_padding(weight, g)
-        serves = self._serves(weight, dy.dtype, g)
-        if serves and padding is not None:
+        supported = self.supports(weight, dy.dtype, g)
+        if supported and padding is not None:
             return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
-        if serves and g.dilation == (1, 1):
+        if supported and g.dilation == (1, 1):
             weight = channels_last(weight.detach().float())
             H, W = x.shape[2:]
             return self._ops.strided_input_gradient(dy, weight, H, W, added, g.stride, g.padding)
@@ -75,8 +76,8 @@ class Native(Passes):
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
-        unit = gradient_padding(weight, g) is not None or g.dilation == (1, 1)
-        if not (unit and self._serves(weight, dy.dtype, g)):
+        fits = gradient_padding(weight, g) is not None or g.dilation == (1, 1)
+        if not (fits and self.supports(weight, dy.dtype, g)):
             return super().relu_gradient(dy, y, weight, g, normed)
         x, norm, (stats, *_) = normed
         return self._ops.input_gradient_and_sums(
@@ -84,11 +85,13 @@ class Native(Passes):
             x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps,
         )  # fmt: skip
 
-    def norm_gradients_by(self, made: Any, dy: Tensor, y: Tensor, normed: Normed) -> NormGradients:
-        if made is None:
-            return super().norm_gradients_by(made, dy, y, normed)
-        everywhere = self._everywhere(made, normed.norm)
-        return self._gradients(made, everywhere, 1, normed, dy, None, own=True)
+    def norm_gradients_from_sums(
+        self, sums: Any, dy: Tensor, y: Tensor, normed: Normed
+    ) -> NormGradients:
+        if sums is None:
+            return super().norm_gradients_from_sums(sums, dy, y, normed)
+        total = self._all_reduced(sums, normed.norm)
+        return self._gradients(sums, total, 1, normed, dy, None, recompute_mask=True)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         K, C, R, S = weight.shape
@@ -96,16 +99,16 @@ class Native(Passes):
         if narrow and g.groups == 1 and dy.dtype in self._dtypes:
             sums = self._ops.narrow_weight_gradient(dy, x, R, S, g.stride, g.padding)
             return sums.view(R, S, C, K).permute(3, 2, 0, 1).to(weight.dtype)
-        if not self._serves(weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g):
             return super().weight_gradient(dy, x, weight, g)
         return self._ops.convolution_weight_gradient(
             dy, x, R, S, g.stride, g.padding, g.dilation
         ).to(weight.dtype)
 
     def statistics(
-        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+        self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None
     ) -> tuple[Any, ...]:
-        stats = self._ops.bn_statistics(x) if made is None else made[0]
+        stats = self._ops.bn_statistics(x) if fused is None else fused[0]
         if group is None:
             return (stats,)
         return collectives.merge(stats, x.numel() // x.shape[1], group)
@@ -136,42 +139,43 @@ class Native(Passes):
         normed: Normed,
         other: Normed | None = None,
         *,
-        alone: bool,
+        has_residual: bool,
         masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         masked = masked or other is not None
         x, norm, (stats, *_) = normed
-        # What a norm and a ReLU alone made of x is computed again rather than read, in dtypes whose
-        # rounding turns no positive number that occurs into zero.
-        own = alone and y is not None and not masked
-        own = own and x.dtype in (torch.float32, torch.bfloat16)
-        y = None if own else y
+        # y = relu(norm(x)) without a residual is recomputed from x rather than read. Only in dtypes
+        # whose rounding turns no positive value that occurs into zero.
+        recompute_mask = not has_residual and y is not None and not masked
+        recompute_mask = recompute_mask and x.dtype in (torch.float32, torch.bfloat16)
+        y = None if recompute_mask else y
         x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
         sums, g = self._ops.bn_reduce(
-            dy, y, x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, own,
-            x2, stats2, masked and y is not None,
+            dy, y, x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps,
+            recompute_mask, x2, stats2, masked and y is not None,
         )  # fmt: skip
         if y is not None and masked:
             dy, y = g, None
-        everywhere, second = self._everywhere(sums, norm), None
+        total, second = self._all_reduced(sums, norm), None
         if other is not None:
-            second = self._gradients(sums, everywhere, 2, other, dy, y, own)
-        first = self._gradients(sums, everywhere, 1, normed, dy, y, own)
+            second = self._gradients(sums, total, 2, other, dy, y, recompute_mask)
+        first = self._gradients(sums, total, 1, normed, dy, y, recompute_mask)
         return first, second, dy if masked else None
 
-    def _everywhere(self, sums: Tensor, norm: Norm) -> Tensor:
-        """Of all processes that the norm is over."""
+    def _all_reduced(self, sums: Tensor, norm: Norm) -> Tensor:
+        """The sums over all processes of the norm's group."""
         return sums if norm.group is None else collectives.reduce(sums, norm.group)
 
     def _gradients(
-        self, sums: Tensor, everywhere: Tensor, row: int, of: Normed, dy: Tensor,
-        y: Tensor | None, own: bool,
+        self, sums: Tensor, total: Tensor, row: int, of: Normed, dy: Tensor,
+        y: Tensor | None, recompute_mask: bool,
     ) -> NormGradients:  # fmt: skip
-        """By bn_reduce's sums (3, C), of which `row` is this norm's. own: y is relu(of)."""
+        """From bn_reduce's sums (3, C) of this process and their total over all; `row` is this
+        norm's. recompute_mask: y = relu(of) is recomputed, not read."""
         x, norm, (stats, *_) = of
         dx = self._ops.bn_gradient(
-            dy, y, x, stats, everywhere, row, float(self.count(of)), vector(norm.weight, x),
-            vector(norm.bias, x), norm.eps, own,
+            dy, y, x, stats, total, row, float(self.count(of)), vector(norm.weight, x),
+            vector(norm.bias, x), norm.eps, recompute_mask,
         )  # fmt: skip
         dweight, dbias = self._ops.bn_parameter_gradients(
             sums, row, stats, norm.eps, x.dtype == torch.float64
@@ -179,7 +183,7 @@ class Native(Passes):
         return NormGradients(dx, dweight, dbias)
 
     def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
-        """relu(norm(x)) and max pooling -> y (N, C, P, Q) and the taps that won, uint8."""
+        """maxpool(relu(norm(x))) -> y (N, C, P, Q) and the tap of each maximum, uint8."""
         x, norm, (stats, *_) = normed
         return self._ops.bn_pool(
             x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, window
@@ -188,21 +192,22 @@ class Native(Passes):
     def pool_gradient(
         self, dy: Tensor, y: Tensor, index: Tensor, x: Tensor, window: list[int]
     ) -> Tensor:
-        """dy (N, C, P, Q) -> the gradient of norm(x), (N, C, H, W); x lends its shape."""
+        """dy (N, C, P, Q) -> the gradient of norm(x), (N, C, H, W). Only x's shape is used."""
         return self._ops.bn_pool_gradient(dy, y, index, x, window)
 
     def update_running(
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
         if not (plain(mean) and plain(var)):
-            wide = any(t is not None and t.dtype == torch.float64 for t in (mean, var))
-            now = state[0] if wide else state[0].float()
-            super().update_running(mean, var, now, momentum, count)
+            float64 = any(t is not None and t.dtype == torch.float64 for t in (mean, var))
+            stats = state[0] if float64 else state[0].float()
+            super().update_running(mean, var, stats, momentum, count)
             return
         update_running_together([mean], [var], [], [state[0]], [momentum], [float(count)])
 
 
 def plain(t: Tensor | None) -> bool:
+    """Whether the C++ ops read and write t directly: contiguous float32."""
     return t is not None and t.dtype == torch.float32 and t.is_contiguous()
 
 
@@ -210,9 +215,12 @@ def update_running_together(
     means: Any, variances: Any, counters: list[Tensor], stats: Sequence[Tensor],
     momenta: list[float], counts: list[float],
 ) -> None:  # fmt: skip
-    """Norm by norm, with what counts its batches, on the CPU; `plain` tensors."""
-    counted = counters or [stats[0].new_empty(0, dtype=torch.int64)] * len(means)
+    """Updates the running statistics of several norms on the CPU in one op, in place.
+
+    means, variances: `plain` (C,) per norm; counters: their num_batches_tracked, or empty to leave
+    those; stats: mean and biased variance (2, C) float64 over `counts` values per channel."""
+    counters_or_empty = counters or [stats[0].new_empty(0, dtype=torch.int64)] * len(means)
     torch.ops.fused_resnet_native.bn_update_running(
-        means, variances, counted, stats, momenta, counts
+        means, variances, counters_or_empty, stats, momenta, counts
     )
     torch.autograd.graph.increment_version([*means, *variances, *counters])

@@ -1,10 +1,11 @@
-"""A training step of a block, pass by pass: convolutions and norms with their gradients.
+"""The passes of a block's training step: convolutions, norms and their gradients.
 
-`Passes` states what each pass computes, by PyTorch's convolutions and the norm ops of a subclass.
-Implementations: `native`, this package's C++ on the CPU; `cuda`, its CUDA kernels; `empty`, batches
-without images; and the registered ops on any device (fused_resnet/ops/portable.py).
+`Passes` defines what each pass computes, by PyTorch's convolutions and the norm ops of a subclass.
+Implementations: `native`, this package's C++ on the CPU; `cuda`, its CUDA kernels; `empty`, empty
+batches; and the registered ops on any device (fused_resnet/ops/portable.py).
 
-All activations are (N, C, H, W), dense; statistics are the implementation's own kind of state.
+All activations are dense (N, C, H, W). A norm's statistics are a tuple ("state") whose contents
+depend on the implementation.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Geometry(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Batch normalisation's parameters: weight, bias (C,) or None, in any floating dtype. group:
-    the processes whose values it normalises by, None for this one alone."""
+    """The parameters of a batch norm: weight, bias (C,) or None, in any floating dtype. group: the
+    process group that the statistics are over; None for this process only."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -37,7 +38,7 @@ class Norm(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """x (N, C, H, W) as `norm` normalises it by the statistics in `state`."""
+    """norm(x): x (N, C, H, W), the norm, and the statistics that it normalises by."""
 
     x: Tensor
     norm: Norm
@@ -45,7 +46,7 @@ class Normed(NamedTuple):
 
 
 class NormGradients(NamedTuple):
-    """dx of the normalised tensor, dweight and dbias (C,) of its norm."""
+    """dx of the norm's input, and the norm's dweight and dbias (C,)."""
 
     dx: Tensor
     dweight: Tensor
@@ -53,15 +54,16 @@ class NormGradients(NamedTuple):
 
 
 def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """A norm's parameter (C,) in the dtype that x's sums are kept in."""
+    """A norm's parameter (C,) in the dtype in which x is accumulated."""
     return None if t is None else t.detach().to(accumulate_dtype(x.dtype)).contiguous()
 
 
 def update_running(
     mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
 ) -> None:
-    """running = running * (1 - momentum) + now * momentum, in place; the variance unbiased over
-    `count` values. mean, var: (C,) or None; state: the batch's mean and biased variance (C,)."""
+    """running = running * (1 - momentum) + now * momentum, in place; the variance is unbiased over
+    `count` values. mean, var: the running ones, (C,) or None; state: the batch's mean and biased
+    variance, (C,) each."""
     for running, now in ((mean, state[0]), (var, state[1] * (count / (count - 1)))):
         if running is not None:
             running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
@@ -74,14 +76,14 @@ class Passes:
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         eps: float, relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """As the op of that name: y, mean, var."""
+        """The op of this name: y, mean, var."""
         raise NotImplementedError
 
     def bn_add_relu_backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As the op of that name: dx, dweight, dbias, dresidual."""
+        """The op of this name: dx, dweight, dbias, dresidual."""
         raise NotImplementedError
 
-    pools = False  # whether a stem's norm and ReLU are pooled in one pass
+    pools = False  # whether `pool` and `pool_gradient` are implemented
 
     def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -103,15 +105,15 @@ class Passes:
     def convolve(
         self, x: Tensor, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """`convolution`, and the statistics of it that a norm normalises by, where they come with
-        it."""
+        """`convolution`, and the fused statistics of its output for the norm that follows; None
+        where the kernel does not compute them."""
         return self.convolution(x, weight, g), None
 
     def convolve_normed(
         self, normed: Normed, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Any, ...] | None] | None:
-        """`convolve` of relu(norm(x)), which is not written, with the bits that `apply` and
-        `convolve` have; None where no kernel does that."""
+        """`convolve` of relu(norm(x)) without writing relu(norm(x)), bitwise equal to `apply` and
+        `convolve`; None where no kernel supports it."""
         return None
 
     def _gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: Any) -> Any:
@@ -123,9 +125,8 @@ class Passes:
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
-        """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`; x lends its shape.
-
-        `added` may be written to and returned."""
+        """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`. Only x's shape is
+        used. `added` may be overwritten and returned."""
         dx = self._gradient(dy, x, weight, g, [True, False, False])[0]
         return dx if added is None else dx.add_(added)
 
@@ -136,37 +137,38 @@ class Passes:
     def normalise(
         self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """relu(norm(x) + residual) by x's own statistics, and those; a `Normed` is normalised."""
+        """relu(norm(x) + residual) by x's own statistics, and these; a `Normed` residual is
+        normalised by its state."""
         if isinstance(residual, Normed):
             residual = self.apply(residual, None, relu=False)
         y, mean, var = self.bn_add_relu(x, norm.weight, norm.bias, residual, norm.eps, relu)
         return y, (mean, var)
 
-    def normalise_by(
-        self, made: tuple[Any, ...] | None, x: Tensor, norm: Norm,
+    def normalise_with(
+        self, fused: tuple[Any, ...] | None, x: Tensor, norm: Norm,
         residual: Tensor | Normed | None, relu: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
-        """`normalise` by the statistics that came with x's convolution, or None: by x's own."""
-        if made is None:
+        """`normalise` by the fused statistics of x's convolution; None: computes them from x."""
+        if fused is None:
             return self.normalise(x, norm, residual, relu)
-        state = self.statistics(x, norm.group, made)
+        state = self.statistics(x, norm.group, fused)
         return self.apply(Normed(x, norm, state), residual, relu), state
 
     def statistics(
-        self, x: Tensor, group: Any = None, made: tuple[Any, ...] | None = None
+        self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None
     ) -> tuple[Any, ...]:
-        """What `normalise` would normalise x by; over a process group where that is given. `made`:
-        what came with x's convolution."""
-        if made is not None:
-            return made
+        """The state by which `normalise` normalises x, over the process group if there is one.
+        fused: the statistics that `convolve` returned with x, or None."""
+        if fused is not None:
+            return fused
         return self.bn_add_relu(x, None, None, None, 1.0, False)[1:]
 
     def count(self, normed: Normed) -> int:
-        """The values per channel that `normed` is normalised by."""
+        """The number of values per channel in the statistics of `normed`."""
         return normed.x.numel() // normed.x.shape[1]
 
     def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
-        """`normalise` once more, to the last bit the same."""
+        """relu(norm(x) + residual) by the state of `normed`, bitwise equal to `normalise`."""
         return self.normalise(normed.x, normed.norm, residual, relu)[0]
 
     def norm_gradients(
@@ -176,12 +178,13 @@ class Passes:
         normed: Normed,
         other: Normed | None = None,
         *,
-        alone: bool,
+        has_residual: bool,
         masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
-        """Gradients of relu(norm(x) + other), y being the ReLU's output, None without one: of
-        `normed`, of `other`, and g = dy where y lets it through, where `masked` asks for that.
-        `alone`: nothing was added, neither `other` nor what has g for its gradient."""
+        """Gradients of y = relu(norm(x) + other + residual): of `normed`, of `other`, and, if
+        `masked` or if there is `other`, g = dy * !(y <= 0), the gradient of the residual.
+
+        y: None without a ReLU. has_residual: whether anything was added, `other` or a residual."""
         op = self.bn_add_relu_backward
         masked = masked or other is not None
         x, norm, (mean, var) = normed
@@ -194,20 +197,23 @@ class Passes:
         if other is None:
             return first, None, g if masked else None
         x, norm, (mean, var) = other
-        rest = op(g, x, None, norm.weight, mean, var, norm.eps, False, True, False)
-        return first, NormGradients(*rest[:3]), g
+        second = op(g, x, None, norm.weight, mean, var, norm.eps, False, True, False)
+        return first, NormGradients(*second[:3]), g
 
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
-        """`input_gradient` where the convolution's input is y = relu(normed), (N, C, H, W), and the
-        sums that the norm's gradients are made of, where they come with it: then it is masked."""
+        """`input_gradient` of a convolution whose input is y = relu(normed), (N, C, H, W), and the
+        sums for `norm_gradients_from_sums`; None where the kernel does not compute them. With sums,
+        the gradient may be masked already: only `norm_gradients_from_sums` takes it."""
         return self.input_gradient(dy, y, weight, g), None
 
-    def norm_gradients_by(self, made: Any, dy: Tensor, y: Tensor, normed: Normed) -> NormGradients:
-        """`norm_gradients` of y = relu(normed), by the sums that came with dy, or None: by its
-        own."""
-        return self.norm_gradients(dy, y, normed, alone=True)[0]
+    def norm_gradients_from_sums(
+        self, sums: Any, dy: Tensor, y: Tensor, normed: Normed
+    ) -> NormGradients:
+        """`norm_gradients` of y = relu(normed), from the sums that `relu_gradient` returned with
+        dy; None: computes them."""
+        return self.norm_gradients(dy, y, normed, has_residual=False)[0]
 
     def update_running(
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
@@ -216,9 +222,9 @@ class Passes:
 
 
 def gradient_padding(weight: Tensor, g: Geometry) -> list[int] | None:
-    """Padding of dy in the convolution of stride 1, by weights with their taps reversed, that is
-    the gradient of g's by its input: dilation * (taps - 1) - padding, (2,). None where there is no
-    such convolution: g has strides, or pads beyond its taps."""
+    """The padding of dy in the convolution of stride 1 by weights with reversed taps that is the
+    input gradient of g's convolution: dilation * (taps - 1) - padding, (2,). None where there is no
+    such convolution: g's stride is not 1, or its padding exceeds that of its taps."""
     taps = zip(g.dilation, weight.shape[2:], g.padding, strict=True)
     padding = [d * (k - 1) - p for d, k, p in taps]
     return padding if g.stride == (1, 1) and min(padding) >= 0 else None

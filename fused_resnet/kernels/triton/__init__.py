@@ -1,6 +1,7 @@
-"""Triton kernels for every op: any GPU that Triton serves, no compiler at install.
+"""Triton kernels for every op, on any GPU that Triton supports; no compiler needed at installation.
 
-support.py says whether they are there; elementwise.py, batch_norm.py and convolution.py hold the
-kernels, each beside its launcher; configs.py the convolution's tiles. Nothing here is imported
-before an op asks for it, so that importing fused_resnet imports no Triton.
+support.py determines availability; elementwise.py, batch_norm.py, convolution.py and backward.py
+contain the kernels and their launchers; configs.py the convolution's tiles; launchers.py the
+functions named after the ops. Modules are imported on first use, so that importing fused_resnet
+does not import Triton.
 """

@@ -4,13 +4,13 @@
                           h = p * stride - padding + r * dilation
     dweight[k, r, s, c] = sum over m of g[m, k] * x[pixel of m at (r, s), c],   m = (n, p, q)
 
-dx: the pixels of x whose coordinates leave one remainder by the stride form an image that is a
-convolution of stride 1 of g with every so-manieth tap, flipped, inputs and outputs exchanged: the
-forward kernel computes it and writes it with the stride in place.
+dx: the pixels of x whose coordinates have the same remainder modulo the stride form an image. It is
+the convolution of stride 1 of g with every stride-th tap, flipped, with inputs and outputs
+exchanged. The forward kernel computes it and writes it to a strided view of dx.
 
-dweight: a program owns BLOCK_K outputs by BLOCK_C channels of one tap and one part of the pixels;
-its float32 sums go to (parts, K, R * S * C), which PyTorch adds up over the parts: in one order, so
-every run gives the same bits. Speed: not yet measured.
+dweight: a program computes BLOCK_K outputs by BLOCK_C channels of one tap over one part of the
+pixels. Its float32 sums go to (parts, K, R * S * C), which PyTorch adds over the parts in a fixed
+order, so results are bitwise reproducible. Speed: not measured.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
 from .convolution import precision_of, run
-from .support import BY_HAND, at_most, index_type, launch, launch_on, widened
+from .support import INTERPRETED, at_most, index_type, launch, launch_on, widened
 
 BLOCK_K, BLOCK_C = 64, 64
 REGISTERS = 255
 
 
 class Tile(NamedTuple):
-    """Pixels of a step, warps and stages."""
+    """Pixels per step, warps and stages."""
 
     block_m: int
     warps: int
@@ -42,8 +42,8 @@ class Tile(NamedTuple):
 
 
 def tile_for(operands: str) -> Tile:
-    """operands as in `Problem`: multiplied outside the tensor cores, a thread holds its part of a
-    whole step in registers, so that steps are short."""
+    """operands: as in `Problem`. Steps of float32 are short because, without tensor cores, a thread
+    holds its operands of a whole step in registers."""
     if operands == "float32":
         return Tile(16, 8, 3)
     return Tile(32 if operands == "tf32" else 64, 4, 4)
@@ -82,11 +82,11 @@ def conv_dweight_kernel(
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    number = tl.program_id(0)
-    tap = number % (R * S)
-    tile_c = number // (R * S) % tiles_c
-    tile_k = number // (R * S * tiles_c) % tiles_k
-    group = number // (R * S * tiles_c * tiles_k)
+    program = tl.program_id(0)
+    tap = program % (R * S)
+    tile_c = program // (R * S) % tiles_c
+    tile_k = program // (R * S * tiles_c) % tiles_k
+    group = program // (R * S * tiles_c * tiles_k)
     part = tl.program_id(1)
     in_group = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     k = group * outputs + in_group
@@ -107,13 +107,13 @@ def conv_dweight_kernel(
             mask=inside[:, None] & (c < C)[None, :],
             other=0.0,
         )
-        # Zero outside the window too: a NaN of g where x lies in the padding is no NaN.
+        # g is zero where x is in the padding, so that a NaN of g does not propagate from there.
         g = tl.load(
             g_ptr + k[:, None] + m.to(INDEX)[None, :] * K,
             mask=(in_group < outputs)[:, None] & inside[None, :],
             other=0.0,
         )
-        if BY_HAND and x.dtype == tl.bfloat16:
+        if INTERPRETED and x.dtype == tl.bfloat16:
             x, g = widened(x, tl.float32), widened(g, tl.float32)
         acc = tl.dot(g, x, acc, input_precision=PRECISION)
     at = ((part.to(INDEX) * K + k)[:, None] * (R * S) + tap) * C + c[None, :]
@@ -123,7 +123,7 @@ def conv_dweight_kernel(
 def convolution_dweight(
     g: Tensor, x: Tensor, weight_shape: torch.Size, geometry: Geometry, groups: int
 ) -> Tensor:
-    """g: (N, K, P, Q), x: (N, C, H, W), of any strides -> (K, C / groups, R, S) float32."""
+    """g: (N, K, P, Q), x: (N, C, H, W), any strides -> dweight (K, C / groups, R, S) float32."""
     g, x = channels_last(g), channels_last(x)
     N, K, P, Q = g.shape
     _, C, R, S = weight_shape
@@ -132,7 +132,7 @@ def convolution_dweight(
     block_c = max(16, min(BLOCK_C, triton.next_power_of_2(C)))
     tiles_k, tiles_c = triton.cdiv(outputs, block_k), triton.cdiv(C, block_c)
     programs = groups * tiles_k * tiles_c * R * S
-    # Parts enough to give every multiprocessor two programs, each of at least four tiles of pixels.
+    # Enough parts for two programs per multiprocessor, each of at least four tiles of pixels.
     tile = tile_for(operands_of(x.dtype))
     blocks = triton.cdiv(M, tile.block_m)
     parts = max(1, min(triton.cdiv(2 * multiprocessors(x.device), programs), blocks // 4))
@@ -154,8 +154,8 @@ def convolution_dweight(
 
 
 def _taps(size: int, remainder: int, stride: int, padding: int) -> tuple[slice, int]:
-    """Which taps reach the pixels h with h % stride == remainder, and the padding with which the
-    flipped taps pass over g: (taps, padding). h = p * stride - padding + r."""
+    """The taps that contribute to pixels h with h % stride == remainder, h = p * stride - padding +
+    r, and the padding of g in the convolution with these taps flipped: (taps, padding)."""
     first = (remainder + padding) % stride
     count = len(range(first, size, stride))
     return slice(first, size, stride), count - 1 - (remainder + padding - first) // stride
@@ -164,15 +164,15 @@ def _taps(size: int, remainder: int, stride: int, padding: int) -> tuple[slice, 
 def convolution_dx(
     g: Tensor, weight: Tensor, x_shape: torch.Size, geometry: Geometry, groups: int
 ) -> Tensor | None:
-    """g: (N, K, P, Q), weight: (K, C / groups, R, S), of any strides -> dx, x_shape, channels_last;
-    None for a stride together with a dilation."""
+    """g: (N, K, P, Q), weight: (K, C / groups, R, S), any strides -> dx, x_shape, channels_last;
+    None if both stride and dilation exceed 1."""
     if max(geometry.stride) > 1 and max(geometry.dilation) > 1:
         return None
     g = channels_last(g)
     K, C, R, S = weight.shape
-    # (K, C, R, S) -> inputs and outputs of every group exchanged: (groups * C, K / groups, R, S)
-    turned = weight.view(groups, K // groups, C, R, S).transpose(1, 2)
-    turned = turned.reshape(groups * C, K // groups, R, S)
+    # Exchange inputs and outputs of every group: (K, C, R, S) -> (groups * C, K / groups, R, S)
+    exchanged = weight.view(groups, K // groups, C, R, S).transpose(1, 2)
+    exchanged = exchanged.reshape(groups * C, K // groups, R, S)
     dx = channels_last_empty(x_shape, g)
     one = torch.ones(groups * C, dtype=torch.float32, device=g.device)
     zero = torch.zeros_like(one)
@@ -181,12 +181,12 @@ def convolution_dx(
         for b in range(min(step_w, x_shape[3])):
             part = dx[:, :, a::step_h, b::step_w]
             if max(dilation) > 1:
-                taps = turned.flip(2, 3)
+                taps = exchanged.flip(2, 3)
                 padding = (dilation[0] * (R - 1) - pad_h, dilation[1] * (S - 1) - pad_w)
             else:
                 rows, top = _taps(R, a, step_h, pad_h)
                 columns, left = _taps(S, b, step_w, pad_w)
-                taps, padding = turned[:, :, rows, columns].flip(2, 3), (top, left)
+                taps, padding = exchanged[:, :, rows, columns].flip(2, 3), (top, left)
             if taps.numel() == 0:
                 part.zero_()
                 continue

@@ -1,4 +1,4 @@
-"""bn_add_relu and its backward, three kernels each way.
+"""bn_add_relu and its backward, three kernels each.
 
     mean[c] = sum x[:, c] / M,   var[c] = sum (x[:, c] - mean[c])^2 / M,   M = N*H*W
     y = relu((x - mean[c]) * weight[c] / sqrt(var[c] + eps) + bias[c] + residual)
@@ -8,21 +8,21 @@
     dx = weight[c] / sqrt(var[c] + eps) * (g - dbias[c] / M - (x - mean[c]) * slope[c]),
     slope[c] = dweight[c] / sqrt(var[c] + eps) / M
 
-A tensor is M pixels by C channels. A program of a reduction takes BLOCK_C channels of one part of
-the pixels, BLOCK_M at a time; every place of its tile keeps sums of its own (Youngs and Cramer 1971
-for the squares, about the first tile's mean, so that nothing cancels), and only the last step adds
-places up. A second kernel merges the parts (Chan, Golub and LeVeque 1983), in one order, so every
-run gives the same bits, and makes what the third, the elementwise pass, needs per channel. There
-the mean comes as centre + offset: x - centre is exact where it matters, so a mean far larger than
-the deviation costs no digits.
+A tensor is M pixels by C channels. A program of a reduction processes BLOCK_C channels of one part
+of the pixels, BLOCK_M at a time. Every position of its tile has separate sums (Youngs and Cramer
+1971 for the squares, about the first tile's mean, so that nothing cancels); only the last step adds
+the positions. A second kernel merges the parts (Chan, Golub and LeVeque 1983) in a fixed order, so
+that results are bitwise reproducible, and computes the per-channel values for the third, the
+elementwise pass. That pass receives the mean as centre + offset: x - centre is exact where it
+matters, so a mean much larger than the deviation loses no digits.
 
-Bytes per element of x, in elements: statistics 1 read; apply 1 read, 1 written, and the residual's
-read; backward reduction 3 read (dy, x, y), 1 written where the residual's gradient is asked for;
-backward apply 3 read (2 after a reduction that wrote g), 1 written.
-Tiles are two-dimensional, what is adjacent in memory last: channels_last, pixels by channels, in
-rows of 128 bytes; else channels by pixels. 16 bytes a thread where the addresses allow it.
-Speed: not yet measured. Rejected: Chan's merge tile by tile (two reductions across the warps for
-every tile), a merge of the parts one by one (hundreds of dependent steps).
+Memory traffic per element of x, in elements: statistics 1 read; apply 1 read, 1 written, and the
+residual's read; backward reduction 3 read (dy, x, y), 1 written if the residual's gradient is
+needed; backward apply 3 read (2 after a reduction that wrote g), 1 written.
+Tiles are two-dimensional with the contiguous dimension last: pixels by channels in rows of 128
+bytes for channels_last, else channels by pixels. A thread accesses 16 bytes if they are aligned.
+Speed: not measured. Rejected: Chan's merge for every tile (two reductions across the warps per
+tile), and merging the parts one by one (hundreds of dependent steps).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from torch import Tensor
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels.target import multiprocessors
 
-from .support import BY_HAND, accumulate, index_type, launch, launch_on, rounded, widened
+from .support import INTERPRETED, accumulate, index_type, launch, launch_on, rounded, widened
 
-TILE = 4096  # elements of a tile: 16 per thread of 8 warps
+TILE = 4096  # elements per tile: 16 per thread of 8 warps
 WARPS = 8
-ROW_BYTES = 128  # of a channels_last tile: a cache line, at least
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of a reduction: they hide each other's latency
-MERGE_PARTS, MERGE_CHANNELS = 64, 16  # tile of the merging kernels, 64 bytes to a row
+ROW_BYTES = 128  # of a channels_last tile: one cache line
+PROGRAMS_PER_MULTIPROCESSOR = 4  # of a reduction, to hide latency
+MERGE_PARTS, MERGE_CHANNELS = 64, 16  # tile of the merge kernels, rows of 64 bytes
 
 
 @triton.jit
-def _of_pixels(v, CHANNELS_LAST: tl.constexpr):
-    """(BLOCK_M,) -> its shape in a tile."""
+def _expand_pixels(v, CHANNELS_LAST: tl.constexpr):
+    """(BLOCK_M,) -> broadcastable to a tile."""
     if CHANNELS_LAST:
         return v[:, None]
     else:
@@ -56,8 +56,8 @@ def _of_pixels(v, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _of_channels(v, CHANNELS_LAST: tl.constexpr):
-    """(BLOCK_C,) -> its shape in a tile."""
+def _expand_channels(v, CHANNELS_LAST: tl.constexpr):
+    """(BLOCK_C,) -> broadcastable to a tile."""
     if CHANNELS_LAST:
         return v[None, :]
     else:
@@ -65,11 +65,11 @@ def _of_channels(v, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _over_pixels(tile, CHANNELS_LAST: tl.constexpr):
-    """A tile's sums over its pixels: (BLOCK_C,)."""
+def _sum_over_pixels(tile, CHANNELS_LAST: tl.constexpr):
+    """The sums of a tile over its pixels: (BLOCK_C,)."""
     if CHANNELS_LAST:
-        # The interpreter adds rows one after another, a GPU in a tree.
-        if BY_HAND and tile.shape[0] >= 16:
+        # The interpreter adds rows sequentially, a GPU in a tree.
+        if INTERPRETED and tile.shape[0] >= 16:
             tile = tl.sum(tl.reshape(tile, (16, tile.shape[0] // 16, tile.shape[1])), 1)
         return tl.sum(tile, 0)
     else:
@@ -78,7 +78,7 @@ def _over_pixels(tile, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _offsets(m, c, C, HW, CHANNELS_LAST: tl.constexpr):
-    """m: (BLOCK_M,) pixels of N*H*W, c: (BLOCK_C,) channels -> a tile of offsets."""
+    """m: (BLOCK_M,) pixels of N*H*W, c: (BLOCK_C,) channels -> a tile of element offsets."""
     if CHANNELS_LAST:
         return m[:, None] * C + c[None, :]
     else:
@@ -87,20 +87,20 @@ def _offsets(m, c, C, HW, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _inside(m, c, M, C, CHANNELS_LAST: tl.constexpr):
-    """Which places of a tile lie in the tensor."""
-    return _of_pixels(m < M, CHANNELS_LAST) & _of_channels(c < C, CHANNELS_LAST)
+    """The mask of a tile's positions inside the tensor."""
+    return _expand_pixels(m < M, CHANNELS_LAST) & _expand_channels(c < C, CHANNELS_LAST)
 
 
 @triton.jit
-def _channel(ptr, c, C, CHANNELS_LAST: tl.constexpr):
-    """(C,) values for the channels of a tile."""
-    return _of_channels(tl.load(ptr + c, mask=c < C, other=0), CHANNELS_LAST)
+def _load_channels(ptr, c, C, CHANNELS_LAST: tl.constexpr):
+    """Loads values from (C,) for the channels of a tile."""
+    return _expand_channels(tl.load(ptr + c, mask=c < C, other=0), CHANNELS_LAST)
 
 
 @triton.jit
-def _place(C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
-    """The pixels and channels of an elementwise program's tile: one after another over the
-    channels. The grid has one dimension, for a second one ends at 65535."""
+def _tile_position(C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, INDEX: tl.constexpr):
+    """The pixels and channels of an elementwise program's tile; consecutive programs process
+    consecutive channels. The grid is one-dimensional because other dimensions end at 65535."""
     tile = tl.program_id(0)
     over_channels = tl.cdiv(C, BLOCK_C)
     m = (tile // over_channels).to(INDEX) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -129,7 +129,7 @@ def bn_stats_kernel(
     m = begin + tl.arange(0, BLOCK_M)
     at = _offsets(m, c, C, HW, CHANNELS_LAST)
     x = widened(tl.load(x_ptr + at, mask=_inside(m, c, end, C, CHANNELS_LAST), other=0), ACC)
-    centre = _over_pixels(x, CHANNELS_LAST) / tl.minimum(end - begin, BLOCK_M).to(ACC)
+    centre = _sum_over_pixels(x, CHANNELS_LAST) / tl.minimum(end - begin, BLOCK_M).to(ACC)
     centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
     total = tl.zeros_like(x)
     squares = tl.zeros_like(x)
@@ -139,21 +139,21 @@ def bn_stats_kernel(
         inside = _inside(m, c, end, C, CHANNELS_LAST)
         at = _offsets(m, c, C, HW, CHANNELS_LAST)
         x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
-        d = tl.where(inside, x - _of_channels(centre, CHANNELS_LAST), 0.0)
+        d = tl.where(inside, x - _expand_channels(centre, CHANNELS_LAST), 0.0)
         count += tl.where(m < end, 1.0, 0.0).to(ACC)
         weight = tl.where(count > 1, 1.0 / (count * tl.maximum(count - 1, 1.0)), 0.0)
         total += d
-        # About the mean so far: equal to the last value's distance from it, and scaled.
-        apart = tl.where(inside, _of_pixels(count, CHANNELS_LAST) * d - total, 0.0)
-        squares += apart * apart * _of_pixels(weight, CHANNELS_LAST)
-    mean = _over_pixels(total, CHANNELS_LAST) / (end - begin).to(ACC)
-    of_places = total / _of_pixels(tl.maximum(count, 1.0), CHANNELS_LAST)
-    apart = of_places - _of_channels(mean, CHANNELS_LAST)
-    squares += _of_pixels(count, CHANNELS_LAST) * (apart * apart)
+        # The last value's deviation from the running mean, times count.
+        deviation = tl.where(inside, _expand_pixels(count, CHANNELS_LAST) * d - total, 0.0)
+        squares += deviation * deviation * _expand_pixels(weight, CHANNELS_LAST)
+    mean = _sum_over_pixels(total, CHANNELS_LAST) / (end - begin).to(ACC)
+    position_means = total / _expand_pixels(tl.maximum(count, 1.0), CHANNELS_LAST)
+    deviation = position_means - _expand_channels(mean, CHANNELS_LAST)
+    squares += _expand_pixels(count, CHANNELS_LAST) * (deviation * deviation)
     at = part * 3 * C + c
     tl.store(parts_ptr + at, centre, mask=c < C)
     tl.store(parts_ptr + at + C, mean, mask=c < C)
-    tl.store(parts_ptr + at + 2 * C, _over_pixels(squares, CHANNELS_LAST), mask=c < C)
+    tl.store(parts_ptr + at + 2 * C, _sum_over_pixels(squares, CHANNELS_LAST), mask=c < C)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def bn_stats_merge_kernel(
     C,
     parts,
     pixels_per_part,
-    EPS: tl.constexpr,  # an argument would be float32
+    EPS: tl.constexpr,  # a runtime argument would be float32
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACC: tl.constexpr,
@@ -181,8 +181,8 @@ def bn_stats_merge_kernel(
         n = tl.minimum(tl.maximum(M - part * pixels_per_part, 0), pixels_per_part).to(ACC)
         at = (part * 3 * C)[:, None] + c[None, :]
         inside = (part < parts)[:, None] & in_c[None, :]
-        own = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
-        mean = own + tl.load(parts_ptr + at + C, mask=inside, other=0)
+        shift = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
+        mean = shift + tl.load(parts_ptr + at + C, mask=inside, other=0)
         total += tl.sum(tl.where(inside, n[:, None] * mean, 0.0), 0)
     offset = total / M
     squares = tl.zeros((BLOCK_C,), ACC)
@@ -191,10 +191,10 @@ def bn_stats_merge_kernel(
         n = tl.minimum(tl.maximum(M - part * pixels_per_part, 0), pixels_per_part).to(ACC)
         at = (part * 3 * C)[:, None] + c[None, :]
         inside = (part < parts)[:, None] & in_c[None, :]
-        own = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
-        apart = own + tl.load(parts_ptr + at + C, mask=inside, other=0) - offset[None, :]
+        shift = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
+        deviation = shift + tl.load(parts_ptr + at + C, mask=inside, other=0) - offset[None, :]
         within = tl.load(parts_ptr + at + 2 * C, mask=inside, other=0)
-        squares += tl.sum(tl.where(inside, within + n[:, None] * apart * apart, 0.0), 0)
+        squares += tl.sum(tl.where(inside, within + n[:, None] * deviation * deviation, 0.0), 0)
     var = squares / M
     scale = 1.0 / tl.sqrt(var + EPS)
     if weight_ptr is not None:
@@ -223,15 +223,15 @@ def bn_apply_kernel(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    m, c = _place(C, BLOCK_M, BLOCK_C, INDEX)
+    m, c = _tile_position(C, BLOCK_M, BLOCK_C, INDEX)
     inside = _inside(m, c, M, C, CHANNELS_LAST)
     at = _offsets(m, c, C, HW, CHANNELS_LAST)
     y = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
-    y -= _channel(folded_ptr, c, C, CHANNELS_LAST)
-    y -= _channel(folded_ptr + C, c, C, CHANNELS_LAST)
-    y *= _channel(folded_ptr + 2 * C, c, C, CHANNELS_LAST)
+    y -= _load_channels(folded_ptr, c, C, CHANNELS_LAST)
+    y -= _load_channels(folded_ptr + C, c, C, CHANNELS_LAST)
+    y *= _load_channels(folded_ptr + 2 * C, c, C, CHANNELS_LAST)
     if bias_ptr is not None:
-        y += _channel(bias_ptr, c, C, CHANNELS_LAST)
+        y += _load_channels(bias_ptr, c, C, CHANNELS_LAST)
     if residual_ptr is not None:
         y += widened(tl.load(residual_ptr + at, mask=inside, other=0), ACC)
     if RELU:
@@ -261,7 +261,7 @@ def bn_reduce_kernel(
     part = tl.program_id(1).to(INDEX)
     begin = part * pixels_per_part
     end = tl.minimum(begin + pixels_per_part, M)
-    mean = _channel(mean_ptr, c, C, CHANNELS_LAST)
+    mean = _load_channels(mean_ptr, c, C, CHANNELS_LAST)
     if CHANNELS_LAST:
         sum_g = tl.zeros((BLOCK_M, BLOCK_C), ACC)
     else:
@@ -280,8 +280,8 @@ def bn_reduce_kernel(
         sum_g += g
         sum_gx += tl.where(inside, g * (x - mean), 0.0)
     at = part * 2 * C + c
-    tl.store(parts_ptr + at, _over_pixels(sum_g, CHANNELS_LAST), mask=c < C)
-    tl.store(parts_ptr + at + C, _over_pixels(sum_gx, CHANNELS_LAST), mask=c < C)
+    tl.store(parts_ptr + at, _sum_over_pixels(sum_g, CHANNELS_LAST), mask=c < C)
+    tl.store(parts_ptr + at + C, _sum_over_pixels(sum_gx, CHANNELS_LAST), mask=c < C)
 
 
 @triton.jit
@@ -339,23 +339,23 @@ def bn_backward_kernel(
     ACC: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    m, c = _place(C, BLOCK_M, BLOCK_C, INDEX)
+    m, c = _tile_position(C, BLOCK_M, BLOCK_C, INDEX)
     inside = _inside(m, c, M, C, CHANNELS_LAST)
     at = _offsets(m, c, C, HW, CHANNELS_LAST)
     g = widened(tl.load(g_ptr + at, mask=inside, other=0), ACC)
     x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
     if y_ptr is not None:
         g = tl.where(widened(tl.load(y_ptr + at, mask=inside, other=0), ACC) <= 0, 0.0, g)
-    # The differences first, since they nearly cancel for small batches.
-    g -= _channel(folded_ptr, c, C, CHANNELS_LAST)
-    x -= _channel(mean_ptr, c, C, CHANNELS_LAST)
-    dx = g - _channel(folded_ptr + C, c, C, CHANNELS_LAST) * x
-    dx *= _channel(folded_ptr + 2 * C, c, C, CHANNELS_LAST)
+    # Subtract before scaling: the terms nearly cancel for small batches.
+    g -= _load_channels(folded_ptr, c, C, CHANNELS_LAST)
+    x -= _load_channels(mean_ptr, c, C, CHANNELS_LAST)
+    dx = g - _load_channels(folded_ptr + C, c, C, CHANNELS_LAST) * x
+    dx *= _load_channels(folded_ptr + 2 * C, c, C, CHANNELS_LAST)
     tl.store(dx_ptr + at, rounded(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
 class Shape(NamedTuple):
-    """How a tensor is cut into tiles, and its pixels into parts."""
+    """The tiles of a tensor, and the parts of its pixels."""
 
     M: int
     C: int
@@ -375,7 +375,7 @@ class Shape(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        """Programs of an elementwise pass."""
+        """The number of programs of an elementwise pass."""
         return self.over_channels * triton.cdiv(self.M, self.block_m)
 
 
@@ -390,11 +390,11 @@ def shape_of(x: Tensor) -> Shape:
     else:
         block_m = min(triton.next_power_of_2(M), TILE)
         block_c = min(triton.next_power_of_2(C), TILE // block_m)
-    # A part is whole tiles, and so many of them that the programs just fill the device.
+    # A part is a whole number of tiles, chosen so that the programs just fill the device.
     programs = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
-    wanted = max(1, programs // triton.cdiv(C, block_c))
-    tiles = triton.cdiv(M, block_m)
-    return Shape(M, C, H * W, block_m, block_c, channels_last, triton.cdiv(tiles, wanted) * block_m)
+    max_parts = max(1, programs // triton.cdiv(C, block_c))
+    pixels_per_part = triton.cdiv(triton.cdiv(M, block_m), max_parts) * block_m
+    return Shape(M, C, H * W, block_m, block_c, channels_last, pixels_per_part)
 
 
 def _tiling(x: Tensor, shape: Shape) -> dict[str, Any]:
@@ -409,13 +409,13 @@ def _tiling(x: Tensor, shape: Shape) -> dict[str, Any]:
 
 
 def _merging(x: Tensor, shape: Shape) -> tuple[tuple[int], dict[str, Any]]:
-    """The merging kernels' grid and constants."""
+    """The grid and constants of the merge kernels."""
     constants = {"BLOCK_P": MERGE_PARTS, "BLOCK_C": MERGE_CHANNELS, "ACC": accumulate(x.dtype)}
     return (triton.cdiv(shape.C, MERGE_CHANNELS),), constants
 
 
 def _vectors(x: Tensor, *sizes: int) -> Tensor:
-    """Uninitialised (*sizes, C) of the dtype that x accumulates in."""
+    """An uninitialised (*sizes, C) tensor of the dtype in which x is accumulated."""
     return x.new_empty((*sizes, x.shape[1]), dtype=accumulate_dtype(x.dtype))
 
 
@@ -427,8 +427,8 @@ def bn_add_relu(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, residual: (N, C, H, W), dense and of the same strides; weight, bias: (C,) of the dtype
-    that x accumulates in -> y, of x's strides; mean and biased variance, (C,)."""
+    """x, residual: (N, C, H, W), dense, with the same strides; weight, bias: (C,) of the dtype in
+    which x is accumulated -> y, with x's strides; mean and biased variance, (C,)."""
     mean, var = _vectors(x), _vectors(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -473,8 +473,8 @@ def bn_add_relu_backward(
     need_dx: bool,
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy, x, y: (N, C, H, W), dense and of the same strides; weight, mean, var: (C,) of the dtype
-    that x accumulates in -> dx, dweight, dbias, dresidual; what was not asked for is empty."""
+    """dy, x, y: (N, C, H, W), dense, with the same strides; weight, mean, var: (C,) of the dtype in
+    which x is accumulated -> dx, dweight, dbias, dresidual; outputs not requested are empty."""
     dx = torch.empty_like(x) if need_dx else x.new_empty(0)
     dresidual = torch.empty_like(x) if need_dresidual else x.new_empty(0)
     dweight, dbias = _vectors(x), _vectors(x)

@@ -1,9 +1,9 @@
-"""Tile shapes for the convolution: a short list for each architecture, and how one is chosen.
+"""Tile shapes of the Triton convolution: a short list per architecture, and a heuristic.
 
 A tile of BLOCK_M x BLOCK_N needs BLOCK_M * BLOCK_N float32 sums in registers (in tensor memory on
-sm_100) and, at each of its `stages` steps in flight, (BLOCK_M + BLOCK_N) * BLOCK_K operands in
-shared memory; it multiplies BLOCK_M * BLOCK_N / (BLOCK_M + BLOCK_N) times per operand that it
-loads, so larger is better until there are too few tiles to fill the chip.
+sm_100) and, for each of its `stages` steps in flight, (BLOCK_M + BLOCK_N) * BLOCK_K operands in
+shared memory. It computes BLOCK_M * BLOCK_N / (BLOCK_M + BLOCK_N) products per loaded operand, so
+larger tiles are better until there are too few to fill the chip.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from fused_resnet.kernels.problem import Problem
 
 @dataclass(frozen=True)
 class Config:
-    """One way to run the kernel."""
+    """The tile, launch options and variant of the kernel."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    resident: int = 2  # programs that are to fit on a multiprocessor: what registers one may have
+    resident: int = 2  # programs per multiprocessor, which limits the registers of each
     group_m: int = 8
     splits: int = 1
     persistent: bool = False
@@ -37,66 +37,66 @@ class Config:
 
     @property
     def registers(self) -> int:
-        """The most registers a thread may use. Said always: unsaid, ptxas aims for programs that
-        shared memory has no room for, and spills."""
+        """The limit of registers per thread. Always set: by default ptxas optimises for more
+        resident programs than shared memory allows, and spills."""
         return min(255, REGISTERS // (self.resident * self.warps * 32))
 
 
 REGISTERS = 65536  # of a multiprocessor, on every architecture here
 
-# For each: shared memory in KiB that all its stages take (16-bit operands; Triton needs one stage
-# less where operands are loaded by cp.async and multiplied by mma.sync), and why it is here.
+# The comments give the shared memory of all stages in KiB (16-bit operands; Triton needs one stage
+# less if operands are loaded by cp.async and multiplied by mma.sync) and the purpose of the tile.
 _MMA_SYNC = (  # sm_80 to sm_89 and sm_120: sums and operands in registers, 164 or 100 KiB
-    Config(128, 128, 64, 8, 3, resident=1),  # 64: the usual one
-    Config(128, 64, 64, 4, 4),  # 72: layer1 and the narrow 1x1, K = 64
+    Config(128, 128, 64, 8, 3, resident=1),  # 64: the default
+    Config(128, 64, 64, 4, 4),  # 72: layer1 and narrow 1x1 convolutions, K = 64
     Config(64, 128, 64, 4, 4),  # 72: few pixels, many outputs: layer4 at small batch
     Config(64, 64, 64, 4, 4),  # 48: small grids
     Config(32, 64, 64, 4, 4),  # 36: 7x7 pixels of one image
-    Config(128, 64, 32, 4, 4),  # 36: the stem's runs of 28
+    Config(128, 64, 32, 4, 4),  # 36: the stem, runs of 28 values
     Config(128, 32, 32, 8, 4, resident=1),  # 30: narrow groups
-    Config(64, 32, 32, 4, 4),  # 18: the same on small grids
+    Config(64, 32, 32, 4, 4),  # 18: narrow groups on small grids
 )
-_WARPGROUP = (  # sm_90 (wgmma) and sm_100 (tcgen05): rows in 64s at least, 228 KiB
+_WARPGROUP = (  # sm_90 (wgmma) and sm_100 (tcgen05): at least 64 rows, 228 KiB
     Config(128, 256, 64, 8, 3, resident=1),  # 144: fewest loads per product, K >= 256
-    Config(128, 128, 64, 8, 3),  # 96: the usual one; one program loads while the other finishes
-    Config(128, 64, 64, 4, 4),  # 96: layer1 and the narrow 1x1, K = 64
+    Config(128, 128, 64, 8, 3),  # 96: the default; one program loads while another finishes
+    Config(128, 64, 64, 4, 4),  # 96: layer1 and narrow 1x1 convolutions, K = 64
     Config(64, 128, 64, 4, 4),  # 96: few pixels, many outputs: layer4 at small batch
     Config(64, 64, 64, 4, 4, resident=3),  # 64: small grids
-    Config(128, 64, 32, 4, 4),  # 48: the stem's runs of 28
+    Config(128, 64, 32, 4, 4),  # 48: the stem, runs of 28 values
     Config(128, 32, 32, 8, 4, resident=1),  # 40: narrow groups
-    Config(64, 32, 32, 4, 4),  # 24: the same on small grids
+    Config(64, 32, 32, 4, 4),  # 24: narrow groups on small grids
 )
-# float32 operands on the tensor cores: for the same reasons, half the elements in the same bytes.
+# TF32 operands: the same bytes hold half as many elements.
 _MMA_SYNC_TF32 = (
-    Config(128, 128, 32, 8, 3, resident=1),  # the usual one
+    Config(128, 128, 32, 8, 3, resident=1),  # the default
     Config(128, 64, 32, 4, 3),  # K = 64, the stem
     Config(64, 64, 32, 4, 3),  # small grids
     Config(32, 64, 32, 4, 3),  # 7x7 pixels of one image
     Config(64, 32, 32, 4, 3),  # narrow groups
 )
 _WARPGROUP_TF32 = (
-    Config(128, 128, 32, 8, 3),  # the usual one
+    Config(128, 128, 32, 8, 3),  # the default
     Config(128, 64, 32, 4, 3),  # K = 64, the stem
     Config(64, 64, 32, 4, 3),  # small grids
     Config(64, 32, 32, 4, 3),  # narrow groups
 )
-# float32 as it is, multiplied outside the tensor cores: a thread holds its operands of a whole step
-# in registers, so steps are short.
+# float32 without tensor cores: a thread holds its operands of a whole step in registers, so steps
+# are short.
 _FLOAT32 = (
-    Config(64, 64, 16, 8, 3),  # larger ones spill
+    Config(64, 64, 16, 8, 3),  # larger tiles spill
     Config(64, 32, 16, 8, 3, resident=1),  # narrow groups, small grids
 )
-SMALL_SHARED_BYTES = 99 * 1024  # what a program may have on sm_86, sm_89 and sm_120
+SMALL_SHARED_BYTES = 99 * 1024  # limit per program on sm_86, sm_89 and sm_120
 
 
 def shared_bytes(config: Config, operands: str) -> int:
-    """Shared memory that the operands of all stages take."""
+    """Bytes of shared memory of the operands of all stages."""
     element_bytes = 4 if operands in ("tf32", "float32") else 2
     return (config.block_m + config.block_n) * config.block_k * element_bytes * config.stages
 
 
 def configs(operands: str, capability: tuple[int, int]) -> list[Config]:
-    """The list for such operands on such a GPU."""
+    """The configurations for operands (see `Problem`) on a GPU of the compute capability."""
     if operands == "float32":
         return list(_FLOAT32)
     if capability[0] in (9, 10):
@@ -104,28 +104,28 @@ def configs(operands: str, capability: tuple[int, int]) -> list[Config]:
     table = _MMA_SYNC_TF32 if operands == "tf32" else _MMA_SYNC
     if capability[0] == 8 and capability not in ((8, 6), (8, 9)):
         return list(table)
-    fits = []
+    fitting = []
     for c in table:
         stages = c.stages
         while shared_bytes(replace(c, stages=stages), operands) > SMALL_SHARED_BYTES:
             stages -= 1
-        fits.append(replace(c, stages=stages))
-    return fits
+        fitting.append(replace(c, stages=stages))
+    return fitting
 
 
 def groups_per_tile(problem: Problem, block_n: int, block_k: int) -> int:
-    """How many whole groups a tile covers; 1 where groups are wide or do not divide a tile."""
+    """The number of whole groups per tile; 1 if groups are wide or do not divide a tile."""
     outputs = problem.K // problem.groups
     if problem.groups == 1 or outputs >= block_n or block_k <= problem.C:
         return 1
-    several = min(block_n // outputs, block_k // problem.C, problem.groups)
-    return math.gcd(1 << (several.bit_length() - 1), problem.groups)
+    max_groups = min(block_n // outputs, block_k // problem.C, problem.groups)
+    return math.gcd(1 << (max_groups.bit_length() - 1), problem.groups)
 
 
 def fitted(config: Config, problem: Problem) -> Config:
     """`config` with as many groups per tile as this problem allows."""
-    several = groups_per_tile(problem, config.block_n, config.block_k)
-    return replace(config, groups_per_tile=several)
+    groups = groups_per_tile(problem, config.block_n, config.block_k)
+    return replace(config, groups_per_tile=groups)
 
 
 def tiles(config: Config, problem: Problem) -> int:
@@ -141,53 +141,53 @@ def steps(config: Config, problem: Problem) -> int:
 
 
 def work(config: Config, problem: Problem, processors: int) -> float:
-    """An estimate of time to compare configurations by, in products per multiprocessor: waves of
-    tiles, each step's products or, where a step loads more than it multiplies, its loads."""
+    """The estimated time, in products per multiprocessor, for comparing configurations: waves of
+    tiles, each of whose steps takes the longer of the times of its products and of its loads."""
     waves = math.ceil(tiles(config, problem) * config.splits / processors)
     per_step = (
         max(
             config.block_m * config.block_n,
-            # 64 products in the time of one operand from L2: 1024 dense 16-bit products and 16
-            # loaded elements a cycle.
+            # 64 products take as long as loading one operand from L2: 1024 dense 16-bit products
+            # and 16 loaded elements per cycle.
             64 * (config.block_m + config.block_n),
         )
         * config.block_k
     )
-    # Filling the pipeline and finishing a tile take about as long as four steps.
+    # Filling the pipeline and the epilogue of a tile take about as long as four steps.
     return waves * (math.ceil(steps(config, problem) / config.splits) + 4) * per_step
 
 
-MOST_SPLITS = 8
-TALLEST_SPLIT = 64  # rows of a tile: where there are too few tiles, smaller ones come first
+MAX_SPLITS = 8
+MAX_SPLIT_ROWS = 64  # of a tile: with too few tiles, smaller tiles are preferred to splits
 
 
 def takes_splits(config: Config, problem: Problem, splits: int) -> bool:
-    """Whether so many programs may share a tile: each should have four steps at least."""
-    few = splits <= MOST_SPLITS and config.block_m <= TALLEST_SPLIT
-    return few and steps(config, problem) >= 4 * splits
+    """Whether a tile may be split among `splits` programs, of at least four steps each."""
+    allowed = splits <= MAX_SPLITS and config.block_m <= MAX_SPLIT_ROWS
+    return allowed and steps(config, problem) >= 4 * splits
 
 
 def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
     """Every configuration worth measuring for this problem."""
-    found = []
+    result = []
     for listed in configs(problem.operands, capability):
         config = fitted(listed, problem)
-        found.append(config)
+        result.append(config)
         splits = 2
         while takes_splits(config, problem, splits):
-            found.append(replace(config, splits=splits))
+            result.append(replace(config, splits=splits))
             splits *= 2
         if capability >= (9, 0):
-            # Fewer, longer programs: a tile's finish overlaps the next one's first loads.
-            found.append(replace(config, persistent=True))
-    return found
+            # The epilogue of a tile overlaps the first loads of the next.
+            result.append(replace(config, persistent=True))
+    return result
 
 
 def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Config:
-    """The configuration for a problem that nobody has measured: the least `work`."""
+    """The configuration for a problem without measurements: the one with the least `work`."""
 
     def cost(config: Config) -> float:
-        # Partial sums are written and read once more.
+        # Splits write and read partial sums, estimated at 10 %.
         return work(config, problem, processors) * (1.0 if config.splits == 1 else 1.1)
 
     return min((c for c in candidates(problem, capability) if not c.persistent), key=cost)

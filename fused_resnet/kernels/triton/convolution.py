@@ -3,20 +3,20 @@
     y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
                    + shift[k] + residual[m, k]),   m = (n, p, q)
 
-A program owns BLOCK_M pixels by BLOCK_N outputs and runs over all taps and channels, BLOCK_K
-channels of one tap at a step, taps innermost: the window of x that a block of channels needs is
-read R * S times in a row, from the caches. What lies in the padding is masked to zero. Programs go
-through the tiles GROUP_M rows of tiles at a time, so that a wave shares both operands in L2.
+A program computes BLOCK_M pixels by BLOCK_N outputs. Each step multiplies BLOCK_K channels of one
+tap. Taps are the inner loop, so that the window of x for a block of channels is read R * S times in
+succession, from the caches. Padding is masked to zero. Programs process GROUP_M rows of tiles at a
+time, so that a wave shares both operands in L2.
 
-    1x1, stride 1    x is a matrix: no windows, no masks for them
-    few channels     a row of taps is read in one run of S * C values, x having been padded
-    narrow groups    a tile covers several whole groups, its weights are block-diagonal
-    small grids      SPLITS programs share a tile; their float32 sums are added in order by a
-                     second kernel, which does the rest
-    persistent       fewer programs than tiles; each takes every so-manieth
+    1x1, stride 1    x is a matrix: no windows and no masks for them
+    few channels     a row of taps is read as one run of S * C values of x, padded beforehand
+    narrow groups    a tile covers several whole groups with block-diagonal weights
+    small grids      the steps of a tile are split among SPLITS programs; a second kernel adds their
+                     float32 sums in order and applies the epilogue
+    persistent       fewer programs than tiles; program i of n processes tiles i, i + n, ...
 
-Accumulation in float32, one rounding. Bytes: x, residual and weights read once from memory where
-L2 holds what tiles share, y written once. Speed: not yet measured.
+Accumulation in float32, one rounding. Bytes: x, residual and weights are read from memory once if
+L2 holds the data that tiles share; y is written once. Speed: not measured.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from fused_resnet.layout import channels_last
 
 from . import configs
 from .configs import Config
-from .support import BY_HAND, at_most, index_type, launch, launch_on, rounded, widened
+from .support import INTERPRETED, at_most, index_type, launch, launch_on, rounded, widened
 
-FINISH_BITS = tl.constexpr(512)  # of one row of a tile, finished at once: two sectors
+EPILOGUE_BITS = tl.constexpr(512)  # of one row of a tile per epilogue: two sectors
 
 
 @triton.jit
-def _place(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Number of a tile -> its row and column, GROUP_M rows at a time."""
+def _tile_coordinates(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Index of a tile -> its row and column, in the order of groups of GROUP_M rows."""
     in_group = GROUP_M * tiles_n
     first = tile // in_group * GROUP_M
     rows = tl.minimum(tiles_m - first, GROUP_M)
@@ -91,9 +91,9 @@ def _sums(
 ):
     """The products of one tile summed over steps [first_step, last_step): (BLOCK_M, BLOCK_N).
 
-    m: (BLOCK_M,) pixels of y, k: (BLOCK_N,) outputs. group: number of the first group, whose
-    channels x_ptr starts at. GROUPS: groups that the tile covers, of C channels and OUTPUTS outputs
-    each. ONE_GROUP: of these, x of group `only` alone is read.
+    m: (BLOCK_M,) pixels of y, k: (BLOCK_N,) outputs. group: index of the tile's first group, at
+    whose channels x_ptr starts. GROUPS: the number of groups of the tile, of C channels and OUTPUTS
+    outputs each. ONE_GROUP: read only x of group `only`, counted from `group`.
     """
     q = m % Q
     p = m // Q % P
@@ -135,14 +135,14 @@ def _sums(
         b = tl.load(
             weight_ptr + weight_row[None, :] + (tap * C + weight_c)[:, None], mask=in_b, other=0.0
         )
-        if BY_HAND and a.dtype == tl.bfloat16:
+        if INTERPRETED and a.dtype == tl.bfloat16:
             a, b = widened(a, tl.float32), widened(b, tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
-def _finish(
+def _epilogue(
     acc,
     m,
     first_k,
@@ -160,18 +160,18 @@ def _finish(
     RELU: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Scale, shift, residual, ReLU, one rounding, and the store of a tile's sums, of outputs from
-    first_k on: a few columns at a time, or the addresses and the residual take all registers.
+    """Applies scale, shift, residual and ReLU to a tile's sums, of outputs from first_k on, rounds
+    and stores them. Processes a few columns at a time to save registers for addresses and residual.
     """
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if BLOCK_N * y_ptr.dtype.element_ty.primitive_bitwidth > FINISH_BITS:
+    if BLOCK_N * y_ptr.dtype.element_ty.primitive_bitwidth > EPILOGUE_BITS:
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
-        _finish(
+        _epilogue(
             left, m, first_k, M, K, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_n, y_p, y_q,
             RELU, INDEX,
         )  # fmt: skip
-        _finish(
+        _epilogue(
             right, m, first_k + BLOCK_N // 2, M, K, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr,
             y_n, y_p, y_q, RELU, INDEX,
         )  # fmt: skip
@@ -192,7 +192,7 @@ def _finish(
 
 @triton.jit
 def conv_bn_relu_kernel(
-    x_ptr,  # (N, H, W, groups * C), its strides x_n, x_h, x_w and 1
+    x_ptr,  # (N, H, W, groups * C) with strides x_n, x_h, x_w and 1
     weight_ptr,  # (groups * outputs, R, S, C)
     scale_ptr,  # (K,)
     shift_ptr,  # (K,)
@@ -236,7 +236,7 @@ def conv_bn_relu_kernel(
     PRECISION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    # In units, so that Triton sees what divides them: by itself it asks for 16 alone.
+    # Passed in units of UNIT, so that Triton knows their divisor: it only detects 16 itself.
     C = units_of_c * UNIT
     x_n, x_h, x_w = units_of_x_n * UNIT, units_of_x_h * UNIT, units_of_x_w * UNIT
     split = tl.program_id(1)
@@ -245,9 +245,9 @@ def conv_bn_relu_kernel(
     first_step = split * per_split
     last_step = tl.minimum(first_step + per_split, steps)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        row, column = _place(tile, tiles_m, tiles_n, GROUP_M)
+        row, column = _tile_coordinates(tile, tiles_m, tiles_n, GROUP_M)
         m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-        # Where a tile is within one group, a group's last tile may be narrower.
+        # If a tile covers one group only, the last tile of the group may be narrower.
         in_group = column % tiles_per_group * BLOCK_N + tl.arange(0, BLOCK_N)
         group = column // tiles_per_group * GROUPS
         k = group * OUTPUTS + in_group
@@ -260,24 +260,24 @@ def conv_bn_relu_kernel(
             PRECISION, INDEX,
         )  # fmt: skip
         if GROUPS > 1:
-            # The zeros between the groups' weights are no zeros beside an Inf or NaN: then every
-            # group is summed up for itself.
-            unsure = (acc != acc) | (tl.abs(acc) == float("inf"))
-            if tl.max(tl.max(unsure.to(tl.int32), 1), 0) > 0:
+            # The zero weights between groups would spread an Inf or NaN of x (0 * Inf = NaN). If a
+            # sum is non-finite, every group is recomputed separately.
+            non_finite = (acc != acc) | (tl.abs(acc) == float("inf"))
+            if tl.max(tl.max(non_finite.to(tl.int32), 1), 0) > 0:
                 for only in range(GROUPS):
-                    alone = _sums(
+                    of_group = _sums(
                         x_group, weight_ptr, m, k, group, only, first_step, last_step, M, end_k,
                         H, W, P, Q, C, x_n, x_h, x_w, stride_h, stride_w, pad_h, pad_w,
                         dilation_h, dilation_w, R, S, POINTWISE, GROUPS, OUTPUTS, True,
                         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, INDEX,
                     )  # fmt: skip
-                    acc = tl.where((k // OUTPUTS - group == only)[None, :], alone, acc)
+                    acc = tl.where((k // OUTPUTS - group == only)[None, :], of_group, acc)
         if SPLITS > 1:
             at = (split.to(INDEX) * M + m)[:, None] * K + k[None, :]
             tl.store(sums_ptr + at, acc, mask=(m < M)[:, None] & (k < end_k)[None, :])
         else:
             first_k = group * OUTPUTS + column % tiles_per_group * BLOCK_N
-            _finish(
+            _epilogue(
                 acc, m, first_k, M, end_k, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr,
                 y_n, y_p, y_q, RELU, INDEX,
             )  # fmt: skip
@@ -311,17 +311,17 @@ def conv_merge_kernel(
         at = (tl.cast(split, INDEX) * M + m)[:, None] * K + k[None, :]
         acc += tl.load(sums_ptr + at, mask=inside, other=0.0)
     first_k = tl.program_id(1) * BLOCK_N
-    _finish(
+    _epilogue(
         acc, m, first_k, M, K, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_n, y_p, y_q,
         RELU, INDEX,
     )  # fmt: skip
 
 
-MERGE_M, MERGE_N = 32, 64  # the merging kernel's tile
+MERGE_M, MERGE_N = 32, 64  # tile of the merge kernel
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """The same in tl.dot's words."""
+    """The `input_precision` argument of tl.dot for operands of `dtype`."""
     return "tf32" if operands_of(dtype) == "tf32" else "ieee"
 
 
@@ -337,19 +337,19 @@ def run(
     groups: int,
     config: Config | None = None,
 ) -> Tensor:
-    """x: (N, C, H, W) and y, residual: (N, K, P, Q), of any strides but 1 over the channels; y and
-    residual of the same strides. weight: (K, C / groups, R, S), channels_last in memory; scale,
-    shift: (K,) float32. Writes y and returns it."""
+    """Writes y and returns it. x: (N, C, H, W); y, residual: (N, K, P, Q), with the same strides.
+    The channel strides are 1, the others arbitrary. weight: (K, C / groups, R, S), channels_last;
+    scale, shift: (K,) float32."""
     N, K, P, Q = y.shape
     H, W = x.shape[2:]
     C, R, S = weight.shape[1:]
     problem = Problem(N * P * Q, K, C, R, S, groups, geometry.stride[1], operands_of(x.dtype))
     if config is None:
-        found = tuning.choice(problem, x.device, ("triton",))
-        assert found is not None  # it covers everything
-        config = found.config
+        choice = tuning.choice(problem, x.device, ("triton",))
+        assert choice is not None  # Triton covers every problem
+        config = choice.config
     M, outputs = problem.M, K // groups
-    # Padding shapes how far to look, not what the matrix is.
+    # x is then an (M, C) matrix.
     pointwise = (
         R * S == 1
         and geometry.stride == (1, 1)
@@ -398,21 +398,21 @@ def run(
     return y
 
 
-FEW_CHANNELS = 16  # below this a row of taps is read in one run
-PADDED_CHANNELS = 4  # to a multiple of which channels are padded then: 8 bytes of bfloat16
+FEW_CHANNELS = 16  # below this, a row of taps is read as one run
+PADDED_CHANNELS = 4  # then channels are padded to a multiple of this: 8 bytes of bfloat16
 
 
 def takes_runs(C: int, S: int, dilation_w: int, groups: int) -> bool:
-    """Whether a row of taps is read in one run: with few channels a tap alone is too short."""
+    """Whether a row of taps is read as one run: with few channels, single taps are too short."""
     return groups == 1 and C < FEW_CHANNELS and S > 1 and dilation_w == 1
 
 
 def run_length(C: int, S: int) -> int:
-    """Values in a row of S taps of C channels, padded."""
+    """The number of values in a row of S taps of C channels, padded."""
     return S * (C + -C % PADDED_CHANNELS)
 
 
-# --- as a contender (tuning.py) -------------------------------------------------------------------
+# --- the provider interface (see kernels/tuning.py) -----------------------------------------------
 
 CONFIG = Config
 
@@ -421,8 +421,8 @@ def covers(problem: Problem, capability: tuple[int, int]) -> bool:
     return True
 
 
-def seen(problem: Problem) -> Problem:
-    """The matrix product that the kernel makes of a problem."""
+def kernel_problem(problem: Problem) -> Problem:
+    """The problem as the kernel computes it, with a row of taps as one run if `takes_runs`."""
     C, S = problem.C, problem.S
     if not takes_runs(C, S, 1, problem.groups):
         return problem
@@ -430,11 +430,11 @@ def seen(problem: Problem) -> Problem:
 
 
 def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
-    return configs.candidates(seen(problem), capability)
+    return configs.candidates(kernel_problem(problem), capability)
 
 
 def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Config:
-    return configs.choose(seen(problem), capability, processors)
+    return configs.choose(kernel_problem(problem), capability, processors)
 
 
 def run_conv(
@@ -445,17 +445,18 @@ def run_conv(
     y: Tensor,
     config: Config,
 ) -> None:
-    """x, residual, y channels_last -> y of a `gpu_conv.GpuConv`."""
+    """Writes the output of a `GpuConv` to y. x, residual, y: channels_last."""
     geometry, weight = conv.geometry, conv.weight
     if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], conv.groups):
-        weight = conv.kept("triton", lambda: taps_in_runs(weight))
+        weight = conv.cached("triton", lambda: taps_in_runs(weight))
         x, geometry = in_runs(x, conv.weight.shape, geometry)
     run(x, weight, conv.scale, conv.shift, residual, y, relu, geometry, conv.groups, config)
 
 
 def in_runs(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:
-    """The same convolution with a row of taps as one run of channels: x (N, C, H, W) padded to
-    (N, Cp, H + 2 pad, W + 2 pad) and seen as (N, S * Cp, ., W'), pixels that overlap in memory."""
+    """x and the geometry of the same convolution with a row of taps as one run of channels: x
+    (N, C, H, W) is padded to (N, Cp, H + 2 pad, W + 2 pad), with a view (N, S * Cp, ., W') whose
+    pixels overlap in memory."""
     S = weight_shape[3]
     pad_h, pad_w = geometry.padding
     more = -x.shape[1] % PADDED_CHANNELS

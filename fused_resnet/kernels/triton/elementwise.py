@@ -2,10 +2,10 @@
 
     y = max(x + residual, 0), relu(NaN) = NaN;   dx = dy where !(y <= 0), else 0
 
-All tensors share one shape and one memory order: a kernel sees n flat elements, a program BLOCK of
-them in a row, each thread 16 bytes at a time where the pointers allow it. Arithmetic in float32
-(float64 for float64), one rounding. Bytes: 3 elements per element of y, two read and one written.
-Speed: not yet measured.
+All tensors have the same shape and memory order. A kernel processes n flat elements, a program
+BLOCK consecutive ones, a thread 16 bytes at a time if the pointers are aligned. Arithmetic in
+float32 (float64 for float64), one rounding. Bytes: 3 elements per element of y, two read and one
+written. Speed: not measured.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def _launch(kernel: Any, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
-    """x, residual: (N, C, H, W), dense and of the same strides -> y, of x's strides."""
+    """x, residual: (N, C, H, W), dense, with the same strides -> y, with x's strides."""
     return _launch(add_relu_kernel, x, residual, torch.empty_like(x))
 
 
 def add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
-    """The same into `out`, which has x's strides and may be x or residual."""
+    """Writes the result to `out`, which has x's strides and may be x or residual."""
     _launch(add_relu_kernel, x, residual, out)
 
 
 def add_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
-    """dy, y: (N, C, H, W), dense and of the same strides -> dx, of y's strides."""
+    """dy, y: (N, C, H, W), dense, with the same strides -> dx, with y's strides."""
     return _launch(add_relu_backward_kernel, dy, y, torch.empty_like(y))

@@ -1,4 +1,4 @@
-"""The ops by Triton, with the signatures that ops.py calls every backend's kernels by."""
+"""The Triton implementations of the ops, with the signatures that ops/ uses for every provider."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convolution_dx(
     dilation: Sequence[int],
     groups: int,
 ) -> Tensor | None:
-    """g: (N, K, P, Q), weight: (K, C / groups, R, S) -> dx, x_shape; None where not served."""
+    """g: (N, K, P, Q), weight: (K, C / groups, R, S) -> dx, x_shape; None if not supported."""
     return backward.convolution_dx(
         g, weight, x_shape, geometry_of(stride, padding, dilation), groups
     )

@@ -1,4 +1,4 @@
-"""Activation memory: the same gradients and statistics at every level, to the last bit, of less."""
+"""Activation memory levels: bitwise equal gradients and statistics, fewer saved bytes."""
 
 from __future__ import annotations
 
@@ -70,34 +70,34 @@ def same(a: list[Tensor], b: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("level", LEVELS[1:])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_to_the_last_bit(kind, level, dtype, layout):
-    found = []
+def test_levels_are_bitwise_equal(kind, level, dtype, layout):
+    results = []
     for each in ("full", level):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found.append(state_after(make(kind, each), images(layout=layout)))
-    same(*found)
+            results.append(state_after(make(kind, each), images(layout=layout)))
+    same(*results)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_statistics_are_counted_once(level):
+def test_running_statistics_are_updated_once(level):
     model = make("basic", level)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.momentum = None
-    theirs = copy.deepcopy(model)
+    stock = copy.deepcopy(model)
     with fr.use_backend("reference"):
         for _ in range(3):
-            theirs(images())
+            stock(images())
     state_after(model, images(), steps=3)
-    for (name, a), (_, b) in zip(model.named_buffers(), theirs.named_buffers(), strict=True):
+    for (name, a), (_, b) in zip(model.named_buffers(), stock.named_buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=name)
         if name.endswith("tracked"):
             assert a == 3, name
 
 
 def test_each_level_saves_less():
-    """The bytes that saved-tensor hooks see, parameters left out; at 224 x 224 they are in
-    benchmarks/RESULTS.md."""
+    """Bytes counted by saved-tensor hooks, without parameters; benchmarks/RESULTS.md has those at
+    224 x 224."""
     saved = {}
     x = images(2, 96)
     for kind in ("basic", "bottleneck"):
@@ -114,8 +114,8 @@ def test_each_level_saves_less():
         assert saved["minimal"] <= 0.25 * saved["stock"]
 
 
-def test_every_models_own_level(monkeypatch):
-    """ "auto": "low" where the CPU's kernels compute convolutions, "full" by PyTorch's own."""
+def test_default_level(monkeypatch):
+    """ "auto" is "low" with the native CPU convolutions and "full" with PyTorch's."""
     x = images(2, 64)
 
     def saved(level: str) -> int:
@@ -132,7 +132,7 @@ def test_every_models_own_level(monkeypatch):
 
 def test_nothing_is_recomputed_without_gradients(monkeypatch):
     def refuse(*_: object, **__: object) -> Tensor:
-        raise AssertionError("checkpoint was used")
+        raise AssertionError("checkpoint was called")
 
     monkeypatch.setattr(activation_memory, "checkpoint", refuse)
     model = make("basic", "minimal")
@@ -141,13 +141,13 @@ def test_nothing_is_recomputed_without_gradients(monkeypatch):
     model.eval()
     with torch.inference_mode():
         model(images())
-    with pytest.raises(AssertionError, match="checkpoint was used"):
+    with pytest.raises(AssertionError, match="checkpoint was called"):
         model.train()(images())
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_frozen_layers_and_accumulated_gradients(level):
-    found = []
+    results = []
     for each in ("full", level):
         model = make("bottleneck", each)
         for p in [*model.conv1.parameters(), *model.bn1.parameters(), *model.layer1.parameters()]:
@@ -155,26 +155,26 @@ def test_frozen_layers_and_accumulated_gradients(level):
         model.layer2[0].bn1.weight.requires_grad_(False)
         for _ in range(2):
             model(images()).square().mean().backward()
-        found.append([p.grad for p in model.parameters()])
+        results.append([p.grad for p in model.parameters()])
         assert model.conv1.weight.grad is None
-    same(*found)
+    same(*results)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_frozen_norms(level):
-    """model.eval() with gradients: running statistics, and none of them changed."""
-    found = []
+    """model.eval() with gradients uses the running statistics and does not change them."""
+    results = []
     for each in ("full", level):
         model = make("bottleneck", each).eval()
         before = [b.clone() for b in model.buffers()]
-        found.append(state_after(model, images()))
+        results.append(state_after(model, images()))
         same(before, list(model.buffers()))
-    same(*found)
+    same(*results)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_double_backward(level):
-    """Stock's second derivatives, or none: never others."""
+    """Second derivatives equal stock's."""
     model, x = make("basic", level).double(), images(2, 33).double().requires_grad_()
     results = []
     for backend in ("native", "reference"):
@@ -187,7 +187,7 @@ def test_double_backward(level):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7 * b.abs().max().item())
 
 
-def test_level_goes_where_the_model_goes():
+def test_level_is_copied_and_pickled_with_the_model():
     model = make("bottleneck", "lower")
     keys = list(model.state_dict())
     assert keys == list(make("bottleneck").state_dict())
@@ -203,7 +203,7 @@ def test_level_goes_where_the_model_goes():
     same(state_after(model, images()), state_after(make("bottleneck"), images()))
 
 
-def test_inside_something_else():
+def test_level_inside_another_module():
     model = nn.Sequential(nn.Identity(), make("basic"))
     fr.set_activation_memory(model, "minimal")
     assert model[1].activation_memory == "minimal"
@@ -211,7 +211,7 @@ def test_inside_something_else():
 
 
 def backbone(kind: str, level: str) -> nn.Sequential:
-    """The stages as a detector might take them, without their ResNet."""
+    """Stem and stages without the ResNet module, as in a detector."""
     model = make(kind, level)
     stem = [model.conv1, model.bn1, nn.ReLU(), model.maxpool]
     net = nn.Sequential(*stem, model.layer1, model.layer2, model.layer3, model.layer4)
@@ -222,63 +222,63 @@ def backbone(kind: str, level: str) -> nn.Sequential:
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_called_by_something_else(kind, dtype, layout):
-    """Each keeps its input alone."""
-    found = []
+def test_blocks_outside_a_resnet(kind, dtype, layout):
+    """At "minimal" each block saves only its input."""
+    results = []
     for level in ("full", "minimal"):
         net = backbone(kind, level)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            found.append(state_after(net, images(layout=layout), steps=2))
-    same(*found)
+            results.append(state_after(net, images(layout=layout), steps=2))
+    same(*results)
     block, x = (
         net[4][1 if len(net[4]) > 1 else 0],
         torch.randn(2, 64 if kind == "basic" else 256, 9, 9),
     )
     if len(net[4]) > 1:
         x = x.contiguous(memory_format=LAST)
-        kept = saved_bytes(Step(lambda: block(x).sum(), block))
+        saved = saved_bytes(Step(lambda: block(x).sum(), block))
         statistics = sum(2 * 8 * m.num_features for m in block.modules() if hasattr(m, "eps"))
-        assert x.nbytes <= kept <= x.nbytes + statistics
+        assert x.nbytes <= saved <= x.nbytes + statistics
 
 
-def test_a_segment_runs_twice(monkeypatch):
-    """Every convolution once in forward and once in backward: nothing inside a segment is computed
-    a third time."""
-    torchs: list[tuple[int, ...]] = []
+def test_a_segment_runs_twice_in_total(monkeypatch):
+    """Every convolution runs once in forward and once in backward: nothing inside a segment is
+    computed a third time."""
+    by_pytorch: list[tuple[int, ...]] = []
     plain = protocol.Passes.convolution
     monkeypatch.setattr(
         protocol.Passes,
         "convolution",
-        lambda *a, **k: (torchs.append(a[2].shape), plain(*a, **k))[1],
+        lambda *a, **k: (by_pytorch.append(a[2].shape), plain(*a, **k))[1],
     )
     for block_kind in ("basic", "bottleneck"):
         model = make(block_kind, "minimal")
-        torchs.clear()
+        by_pytorch.clear()
         with Passes() as passes:
             state_after(model, images())
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        assert passes.convolutions + len(torchs) == 2 * len(convolutions)
+        assert passes.convolutions + len(by_pytorch) == 2 * len(convolutions)
 
 
-def test_a_hook_on_one_block_leaves_the_others_small():
-    found, kept = [], {}
+def test_a_hook_on_one_block_only_affects_that_block():
+    results, saved = [], {}
     x = images(2, 96)
     for level in ("full", "low", "minimal"):
         model = make("bottleneck", level)
         model.layer2[0].register_forward_hook(lambda *_: None)
-        found.append(state_after(model, x))
-        kept[level] = saved_bytes(Step(lambda model=model: model(x).sum(), model))
-    same(found[0], found[1])
-    same(found[0], found[2])
-    # 0.273 was measured; "low", which it would be without, keeps 0.84.
-    assert kept["minimal"] <= 0.3 * kept["full"]
+        results.append(state_after(model, x))
+        saved[level] = saved_bytes(Step(lambda model=model: model(x).sum(), model))
+    same(results[0], results[1])
+    same(results[0], results[2])
+    # Measured: 0.273; 0.84 at "low".
+    assert saved["minimal"] <= 0.3 * saved["full"]
 
 
 @pytest.mark.parametrize(
     "edit", ["hook on a block", "hook on a stage", "hook inside", "another norm", "eps of 0.0"]
 )
-def test_where_running_twice_would_show(edit):
-    """Segments are not run again where a hook would fire twice or PyTorch's norm count twice."""
+def test_no_segments_where_recomputing_is_observable(edit):
+    """No recomputation where a hook would fire twice or PyTorch's norm would update twice."""
     model = make("basic", "minimal")
     calls: list[int] = []
 
@@ -296,7 +296,7 @@ def test_where_running_twice_would_show(edit):
         model.layer3[1].bn2.forward = model.layer3[1].bn2.forward
     else:
         model.layer3[1].bn2.eps = 0.0
-        with pytest.raises(ValueError, match="eps must be positive"):  # stock's
+        with pytest.raises(ValueError, match="eps must be positive"):  # stock's error
             model(images())
         return
     model(images()).sum().backward()
@@ -306,39 +306,39 @@ def test_where_running_twice_would_show(edit):
             assert m.num_batches_tracked == 1
 
 
-def test_another_path_for_one_block_counts_once():
-    """A block that cannot be one node leaves a synchronised norm to PyTorch, which would count it
-    again with the segment."""
-    found = []
+def test_a_block_on_the_stock_path_updates_once():
+    """A block that cannot be one autograd node runs PyTorch's SyncBatchNorm, which would update its
+    statistics again when the segment is recomputed."""
+    results = []
     for level in ("full", "minimal"):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(make("basic", level))
         conv = model.layer1[0].conv1
         conv.bias = nn.Parameter(torch.linspace(-1, 1, conv.out_channels))
-        found.append(state_after(model, images()))
+        results.append(state_after(model, images()))
         for m in model.modules():
             if isinstance(m, nn.SyncBatchNorm):
                 assert m.num_batches_tracked == 1
-    same(*found)
+    same(*results)
 
 
-def test_synchronised_norms_of_one_process_in_segments(monkeypatch):
-    made: list[int] = []
+def test_sync_batch_norm_in_segments(monkeypatch):
+    calls: list[int] = []
     plain = activation_memory.checkpoint
     monkeypatch.setattr(
-        activation_memory, "checkpoint", lambda *a, **k: (made.append(1), plain(*a, **k))[1]
+        activation_memory, "checkpoint", lambda *a, **k: (calls.append(1), plain(*a, **k))[1]
     )
-    found = [
+    results = [
         state_after(nn.SyncBatchNorm.convert_sync_batchnorm(make("basic", level)), images())
         for level in ("full", "minimal")
     ]
-    assert made
-    same(*found)
+    assert calls
+    same(*results)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("where", ["layer1.0.conv1.weight", "layer2.0.conv2.weight"])
 def test_weights_changed_before_backward(where, level):
-    """An error that speaks of it, as stock's, and not the gradients of another network."""
+    """An error that names the in-place change, as stock's, not gradients of changed weights."""
     model = make("basic", level)
     loss = model(images()).square().mean()
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_weights_changed_before_backward(where, level):
 
 
 @pytest.mark.parametrize("change", ["eval", "replaced", "frozen statistics"])
-def test_changed_otherwise_before_backward(change):
+def test_otherwise_changed_before_backward(change):
     model = make("basic", "minimal")
     if change == "frozen statistics":
         model.layer2[0].bn1.eval()
@@ -364,9 +364,9 @@ def test_changed_otherwise_before_backward(change):
         loss.backward()
 
 
-def test_backward_twice_and_steps_between():
-    """retain_graph runs a segment twice; an optimizer's step after backward is no change."""
-    found = []
+def test_backward_twice_with_steps_in_between():
+    """retain_graph recomputes a segment twice; an optimizer step after backward is allowed."""
+    results = []
     for level in ("full", "minimal"):
         model = make("basic", level)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -375,15 +375,15 @@ def test_backward_twice_and_steps_between():
             loss.backward(retain_graph=True)
             loss.backward()
             optimizer.step()
-        found.append([*model.parameters(), *(p.grad for p in model.parameters())])
-        found[-1] += model.buffers()
-    same(*found)
+        results.append([*model.parameters(), *(p.grad for p in model.parameters())])
+        results[-1] += model.buffers()
+    same(*results)
 
 
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_scaled_losses(level):
-    """A GradScaler's steps, under autocast; the second of them overflows and is skipped."""
-    found = []
+    """GradScaler steps under autocast; the second one overflows and is skipped."""
+    results = []
     for each in ("full", level):
         model = make("bottleneck", each)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -396,13 +396,13 @@ def test_scaled_losses(level):
             scaler.step(optimizer)
             scaler.update()
         assert scaler.get_scale() == 2.0**11
-        found.append([*model.parameters(), *model.buffers()])
-    same(*found)
+        results.append([*model.parameters(), *model.buffers()])
+    same(*results)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_distributed_data_parallel(level, tmp_path):
-    """With a static graph, of one process: the gradients without it, to the last bit."""
+    """static_graph in one process: gradients bitwise equal to those without DDP."""
     from torch import distributed as dist
 
     if not (dist.is_available() and dist.is_gloo_available()):
@@ -416,52 +416,52 @@ def test_distributed_data_parallel(level, tmp_path):
         x = images().requires_grad_()
         for step in range(2):
             with torch.no_grad():
-                held = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+                previous = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
             parallel.zero_grad()
             parallel(x).float().square().mean().backward()
             if step:
-                for p, before in zip(model.parameters(), held, strict=True):
+                for p, before in zip(model.parameters(), previous, strict=True):
                     p.grad.add_(before)
         same([x.grad, *(p.grad for p in model.parameters()), *model.buffers()], want)
     finally:
         dist.destroy_process_group()
 
 
-def test_a_deep_network_keeps_the_root():
-    """Eight times the blocks, at most a bit more than the root of that in memory."""
-    kept = {}
+def test_saved_bytes_grow_as_the_square_root_of_depth():
+    """Eight times the blocks save little more than sqrt(8) times the bytes."""
+    saved = {}
     x = images(2, 32)
     for depth in (9, 72):
-        found = []
+        results = []
         for level in ("full", "minimal"):
             torch.manual_seed(0)
             model = fr.ResNet(fr.BasicBlock, [depth, 1, 1, 1], num_classes=3).train()
             fr.set_activation_memory(model, level)
-            found.append(state_after(model, x))
-        same(*found)
-        kept[depth] = saved_bytes(Step(lambda model=model: model(x).sum(), model))
+            results.append(state_after(model, x))
+        same(*results)
+        saved[depth] = saved_bytes(Step(lambda model=model: model(x).sum(), model))
     output = 2 * 64 * 8 * 8 * 4
-    assert kept[72] - kept[9] <= 5 * output
+    assert saved[72] - saved[9] <= 5 * output
 
 
-def test_torchvisions_path_under_compile():
-    """A tracer sees torchvision's path, whatever the level."""
+def test_export_uses_the_torchvision_path():
+    """A tracer sees torchvision's operations at every level."""
     model = make("basic", "minimal")
-    explained = torch.export.export(copy.deepcopy(model).eval(), (images(2, 33),))
-    assert not any("checkpoint" in str(node.target) for node in explained.graph.nodes)
+    program = torch.export.export(copy.deepcopy(model).eval(), (images(2, 33),))
+    assert not any("checkpoint" in str(node.target) for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("blocks_", [1, 2, 3, 4, 6, 23, 36, 200, 5000])
-def test_segments_grow_as_the_root(blocks_):
-    count = segments(blocks_)
-    assert 1 <= count <= blocks_
-    assert count <= (blocks_ / 2) ** 0.5 + 1
-    # What is kept, and the longest segment, both O(sqrt).
-    assert -(-blocks_ // count) <= 2 * (blocks_ / 2) ** 0.5 + 1
+@pytest.mark.parametrize("block_count", [1, 2, 3, 4, 6, 23, 36, 200, 5000])
+def test_segments_grow_as_the_square_root(block_count):
+    count = segments(block_count)
+    assert 1 <= count <= block_count
+    assert count <= (block_count / 2) ** 0.5 + 1
+    # Saved inputs and the longest segment are both O(sqrt(blocks)).
+    assert -(-block_count // count) <= 2 * (block_count / 2) ** 0.5 + 1
 
 
-def test_random_numbers_are_not_touched():
-    """The same random numbers follow a step at every level."""
+def test_random_state_is_not_touched():
+    """The random state after a step is the same at every level."""
     following = []
     for level in ("full", "minimal"):
         model = make("basic", level)
@@ -472,25 +472,26 @@ def test_random_numbers_are_not_touched():
 
 
 @pytest.mark.parametrize("level", ["none", "Full", None, 1])
-def test_no_such_level(level):
+def test_unknown_level(level):
     with pytest.raises(
         ValueError, match=r"level must be one of auto, full, low, lower, minimal, got"
     ):
         fr.set_activation_memory(make("basic"), level)
 
 
-def test_no_such_model():
+def test_not_a_module():
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
         fr.set_activation_memory(None, "low")
 
 
-def test_no_such_blocks():
+def test_module_without_blocks():
     with pytest.raises(ValueError, match="must hold residual blocks of fused_resnet, got a Linear"):
         fr.set_activation_memory(nn.Linear(2, 2), "low")
 
 
-def test_stages_of_one_network_end_where_activations_are_small():
-    """Every block runs once, in order; a stage's first block ends the segment before it."""
+def test_segments_end_at_stage_boundaries():
+    """Every block runs once, in order. A stage's first block, whose output is smaller than its
+    input, ends the previous segment."""
     order: list[list[int]] = []
 
     class Counting(nn.Module):
@@ -518,7 +519,7 @@ def test_stages_of_one_network_end_where_activations_are_small():
     assert order == [[0, 1], [2, 3], [4, 5]]
 
 
-def test_recomputing_ends_with_the_segment(monkeypatch):
+def test_recomputing_flag_is_reset_after_the_segment(monkeypatch):
     model = make("basic", "minimal")
     assert not recomputing.get()
     seen: list[bool] = []
@@ -531,7 +532,7 @@ def test_recomputing_ends_with_the_segment(monkeypatch):
     monkeypatch.setattr(Prepared, "track", tracked)
     state_after(model, images())
     norms = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-    # Forward, then segments once more, each as far as its last block's activations.
+    # Forward, then the recomputed segments, each up to its last block's saved activations.
     assert seen[:norms] == [False] * norms
     assert len(seen) > norms and all(seen[norms:])
     assert not recomputing.get()

@@ -1,4 +1,4 @@
-"""A network's stem in training: convolution, norm, ReLU and pooling as one node."""
+"""A network's stem in training: convolution, norm, ReLU and pooling as one autograd node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.fusion.training.training_helpers import DTYPES, LAST, needs_native
 )  # fmt: skip
 @pytest.mark.parametrize("C", [16, 64, 5, 19])
 def test_norm_relu_and_pooling_in_one_pass(C, window, dtype):
-    """Bit by bit what the passes give one by one: ties, NaN and -0.0 included."""
+    """Bitwise equal to the separate passes, including ties, NaN and -0.0."""
     ops = torch.ops.fused_resnet_native
     wide = dtype == torch.float64
     x = torch.randint(-3, 4, (2, C, 13, 10)).to(dtype).contiguous(memory_format=LAST)
@@ -47,7 +47,7 @@ def test_norm_relu_and_pooling_in_one_pass(C, window, dtype):
     dy = torch.randint(-3, 4, y.shape).to(dtype).contiguous(memory_format=LAST)
     g = ops.bn_pool_gradient(dy, y, index, x, window)
     want.backward(dy)
-    # As ReLU's own backward: a NaN lets it through.
+    # As in ReLU's backward: the gradient passes where the activation is NaN.
     assert torch.equal(g, relu.grad.masked_fill(relu.detach() <= 0, 0))
 
 
@@ -62,19 +62,19 @@ def test_stem_is_one_node_and_differentiable_twice():
         with fr.use_backend(backend):
             stem = stem_and_pool(net, x)
         assert (type(stem.grad_fn).__name__ == "StemFunctionBackward") == (backend == "native")
-        wanted = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
-        grads = torch.autograd.grad(stem.square().sum(), wanted, create_graph=True)
-        again = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
+        inputs = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
+        grads = torch.autograd.grad(stem.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
         with fr.use_backend(backend):
-            plain = torch.autograd.grad(stem_and_pool(net, x).square().sum(), wanted)
-        results.append([stem.detach(), *grads, *again, *plain])
+            plain = torch.autograd.grad(stem_and_pool(net, x).square().sum(), inputs)
+        results.append([stem.detach(), *grads, *second, *plain])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
 
 
 @needs_native
 @pytest.mark.parametrize("pool", ["ceil", "average", "hooked", "dilated", "huge"])
-def test_other_pooling_stays_pytorchs(pool):
+def test_other_pooling_uses_pytorch(pool):
     model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).train()
     model.maxpool = {
         "ceil": nn.MaxPool2d(3, 2, 1, ceil_mode=True),
@@ -85,8 +85,8 @@ def test_other_pooling_stays_pytorchs(pool):
     }[pool]
     if pool == "hooked":
         model.maxpool.register_forward_hook(lambda m, i, o: o * 2)
-    theirs = copy.deepcopy(model)
+    stock = copy.deepcopy(model)
     x = torch.randn(2, 3, 64, 64)
     y = model(x)
     with fr.use_backend("reference"):
-        torch.testing.assert_close(y, theirs(x), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(y, stock(x), rtol=1e-3, atol=1e-3)

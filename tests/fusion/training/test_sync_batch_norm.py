@@ -1,4 +1,4 @@
-"""Synchronised batch norm between two processes on the CPU: as one with the joined batch."""
+"""Synchronised batch norm in two CPU processes equals one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fused_resnet.kernels.training import collectives
 from fused_resnet.models.preact import PreactBlock
 
 pytestmark = [
+    pytest.mark.xdist_group("synchronised"),  # a single process makes the fixture that starts two
     pytest.mark.skipif(native.load() is not None, reason="needs the native kernels"),
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
 ]
@@ -54,7 +55,7 @@ def batch(case: str, N: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Te
     block, C, planes, stride = CASES[case]
     g = torch.Generator().manual_seed(1)
     x = torch.randn(N, C, 8, 6, generator=g, dtype=torch.float64)
-    x[:, 0] += 1e4  # E[x^2] - E[x]^2 would lose everything of this channel
+    x[:, 0] += 1e4  # E[x^2] - E[x]^2 would lose all digits of this channel
     dy = torch.randn(N, planes * block.expansion, 8 // stride, 6 // stride, generator=g,
                      dtype=torch.float64)  # fmt: skip
     return x.to(dtype).contiguous(memory_format=LAST), dy.to(dtype).contiguous(memory_format=LAST)
@@ -69,7 +70,7 @@ def result(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), "dx": x.grad} | grads | buffers
 
 
-# --- what each process does, and writes down ------------------------------------------------------
+# --- jobs: run in each process, write their outputs to `out` --------------------------------------
 
 
 def _share(rank: int, N: int, first: int) -> slice:
@@ -80,32 +81,32 @@ def _convert(module: nn.Module, group: object = None) -> nn.Module:
     return fr.convert_sync_batchnorm(module, group)
 
 
-def everywhere(rank: int, out: dict) -> None:
-    """Every case, evenly and unevenly shared, at every level."""
+def every_case(rank: int, out: dict) -> None:
+    """Every case, with equal and unequal batches, at every level."""
     for case in CASES:
         for first in (2, 4):
             x, dy = batch(case)
             mine = _share(rank, len(x), first)
-            kept = None
+            previous = None
             for level in ("full", "low", "lower"):
                 convert = fr.convert_sync_batchnorm
-                if level == "lower":  # PyTorch's modules, by the same path
+                if level == "lower":  # PyTorch's modules use the same path
                     convert = nn.SyncBatchNorm.convert_sync_batchnorm
                 block = convert(make(case))
                 fr.set_activation_memory(block, level)
                 assert {e.path for e in fr.explain(block)} == {"training"}
-                found = result(block, x[mine], dy[mine])
-                for name, value in found.items():
+                outputs = result(block, x[mine], dy[mine])
+                for name, value in outputs.items():
                     if name.startswith("d") and name[1:] in dict(block.named_parameters()):
                         dist.all_reduce(value)
-                if kept is not None:
-                    assert all(torch.equal(kept[k], found[k]) for k in kept), level
-                kept = found
-            out[case, first, rank] = kept
+                if previous is not None:
+                    assert all(torch.equal(previous[k], outputs[k]) for k in previous), level
+                previous = outputs
+            out[case, first, rank] = previous
 
 
-def counted(rank: int, out: dict) -> None:
-    """Collectives of one forward and backward."""
+def collective_calls(rank: int, out: dict) -> None:
+    """Collectives called in one forward and backward."""
     calls: list[str] = []
     plain = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
     for name, call in plain.items():
@@ -127,23 +128,23 @@ def counted(rank: int, out: dict) -> None:
 
 
 def groups(rank: int, out: dict) -> None:
-    """A group of one process needs nobody; a mixed block is not fused."""
-    own = [dist.new_group([r]) for r in range(2)][rank]
-    block = _convert(make("basic"), own)
+    """A group of one process does not communicate; a block of mixed norms is not fused."""
+    group = [dist.new_group([r]) for r in range(2)][rank]
+    block = _convert(make("basic"), group)
     x, dy = batch("basic", 4)
-    out["alone", rank] = result(block, x[2 * rank : 2 * rank + 2], dy[2 * rank : 2 * rank + 2])
+    out["single", rank] = result(block, x[2 * rank : 2 * rank + 2], dy[2 * rank : 2 * rank + 2])
     mixed = make("basic")
     mixed.bn1 = _convert(mixed.bn1)
     out["mixed", rank] = result(mixed, x[2 * rank : 2 * rank + 2], dy[2 * rank : 2 * rank + 2])
 
 
 def explained(rank: int, out: dict) -> None:
-    """What would raise on the CPU is not told to train."""
-    own = [dist.new_group([0, 1]) for _ in range(2)]
+    """explain reports blocks that would raise on the CPU as not fused."""
+    groups = [dist.new_group([0, 1]) for _ in range(2)]
     whole, bias, frozen, two = (_convert(make("basic, projection")) for _ in range(4))
     bias.conv1.bias = nn.Parameter(torch.zeros(32, dtype=torch.float64))
     frozen.bn2.eval()
-    two.bn1.process_group, two.bn2.process_group = own
+    two.bn1.process_group, two.bn2.process_group = groups
     x, _ = batch("basic, projection", 4)
     for name, block in {"whole": whole, "bias": bias, "frozen": frozen, "two": two}.items():
         (e,) = fr.explain(block)
@@ -151,8 +152,8 @@ def explained(rank: int, out: dict) -> None:
         out[name, rank] = (e.fused, e.path, e.reason)
 
 
-def none_here(rank: int, out: dict) -> None:
-    """Process 1 has no image: it computes with the others, at every level and without gradients."""
+def empty_batch(rank: int, out: dict) -> None:
+    """Process 1 has no image and takes part, at every level and without gradients."""
     for case in CASES:
         x, dy = batch(case)
         mine = slice(0, 5 if rank == 0 else 0)
@@ -183,7 +184,7 @@ def none_here(rank: int, out: dict) -> None:
 
 
 def preact(rank: int, out: dict) -> None:
-    """A block whose norms come first, with no image on process 1."""
+    """Pre-activation blocks, with no image on process 1."""
     for shortcut in (None, nn.Conv2d(16, 32, 1, 2, bias=False).double()):
         torch.manual_seed(0)
         planes, stride = (16, 1) if shortcut is None else (32, 2)
@@ -198,8 +199,8 @@ def preact(rank: int, out: dict) -> None:
         out[planes, rank] = result(_convert(block), x[mine], dy[mine])
 
 
-def by_itself(rank: int, out: dict) -> None:
-    """In no block; the second time process 1 has no image."""
+def standalone(rank: int, out: dict) -> None:
+    """A norm outside any block; in the second pass process 1 has no image."""
     x, dy = batch("basic")
     for first in (4, 5):
         for affine in (True, False):
@@ -209,7 +210,7 @@ def by_itself(rank: int, out: dict) -> None:
 
 
 def whole_networks(rank: int, out: dict) -> None:
-    """Networks whose last norm is in no block, and with blocks left out at random."""
+    """Networks with a last norm outside the blocks, and with stochastic depth."""
     for name, options in {
         "preact": {"block": "preact"},
         "stochastic": {"stochastic_depth": 0.9},
@@ -217,7 +218,7 @@ def whole_networks(rank: int, out: dict) -> None:
         torch.manual_seed(0)
         model = _convert(fr.cifar_resnet(20, num_classes=3, **options)).double().train()
         state = copy.deepcopy(model.state_dict())
-        torch.manual_seed(rank)  # processes that draw differently
+        torch.manual_seed(rank)  # a different random state per process
         g = torch.Generator().manual_seed(2)
         x = torch.randn(6, 3, 8, 8, generator=g, dtype=torch.float64)
         y = model(x[_share(rank, 6, 4)])
@@ -247,7 +248,7 @@ def network(rank: int, out: dict) -> None:
     out["trained", rank] = model.module.state_dict()
 
 
-def twice(rank: int, out: dict) -> None:
+def double_backward(rank: int, out: dict) -> None:
     block = _convert(make("basic"))
     x, _ = batch("basic", 4)
     x = x[2 * rank : 2 * rank + 2].requires_grad_()
@@ -271,8 +272,8 @@ def autocast(rank: int, out: dict) -> None:
     out["grads", rank] = grads
 
 
-def left_alone(rank: int, out: dict) -> None:
-    """The other process is gone: an error in bounded time, no hang."""
+def peer_exited(rank: int, out: dict) -> None:
+    """The other process has exited: an error in bounded time, no hang."""
     block = _convert(make("basic"))
     x, _ = batch("basic", 4)
     if rank == 1:
@@ -284,13 +285,13 @@ def left_alone(rank: int, out: dict) -> None:
 
 
 JOBS = (
-    everywhere, counted, groups, explained, none_here, preact, by_itself, whole_networks, network,
-    twice, autocast, left_alone,
+    every_case, collective_calls, groups, explained, empty_batch, preact, standalone,
+    whole_networks, network, double_backward, autocast, peer_exited,
 )  # fmt: skip
 
 
 def _entry(rank: int, port: int, folder: str) -> None:
-    """Every job in one pair of processes, since each pair has to import PyTorch."""
+    """Runs every job in one pair of processes: starting a pair costs an import of PyTorch."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=TIMEOUT
@@ -306,8 +307,8 @@ def _entry(rank: int, port: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """What the jobs wrote down, by name."""
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The jobs' outputs, by name of the job."""
     folder = tmp_path_factory.mktemp("processes")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -327,16 +328,16 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     return written
 
 
-# --- and what must have come of it ----------------------------------------------------------------
+# --- checks of the outputs ------------------------------------------------------------------------
 
 
-def test_equal_to_one_process(found):
-    found = found["everywhere"]
+def test_equal_to_one_process(outputs):
+    outputs = outputs["every_case"]
     for case in CASES:
         x, dy = batch(case)
         want = result(make(case), x, dy)
         for first in (2, 4):
-            one, two = found[case, first, 0], found[case, first, 1]
+            one, two = outputs[case, first, 0], outputs[case, first, 1]
             for key, exact in want.items():
                 got = torch.cat([one[key], two[key]]) if key in ("y", "dx") else one[key]
                 if exact.dtype == torch.int64:
@@ -349,35 +350,35 @@ def test_equal_to_one_process(found):
                 assert error <= 1e-9, (case, first, key, error)
 
 
-def test_collectives_are_few(found):
-    found = found["counted"]
+def test_number_of_collectives(outputs):
+    outputs = outputs["collective_calls"]
     for rank in range(2):
-        assert found["forward", rank] == ["all_gather"] * 4
-        assert found["backward", rank] == ["all_reduce"] * 3  # both norms of the end at once
-        assert found["eval", rank] == []
+        assert outputs["forward", rank] == ["all_gather"] * 4
+        assert outputs["backward", rank] == ["all_reduce"] * 3  # bn3 and downsample's norm in one
+        assert outputs["eval", rank] == []
 
 
-def test_process_groups(found):
-    found = found["groups"]
+def test_process_groups(outputs):
+    outputs = outputs["groups"]
     x, dy = batch("basic", 4)
     for rank in range(2):
         mine = slice(2 * rank, 2 * rank + 2)
         want = result(make("basic"), x[mine], dy[mine])
-        assert all(torch.equal(found["alone", rank][k], want[k]) for k in want)
-    y = torch.cat([found["mixed", rank]["y"] for rank in range(2)])
+        assert all(torch.equal(outputs["single", rank][k], want[k]) for k in want)
+    y = torch.cat([outputs["mixed", rank]["y"] for rank in range(2)])
     block = make("basic")
     halves = [x[:2], x[2:]]
-    h = torch.relu(block.bn1(block.conv1(x)))  # joined, and then process by process
+    h = torch.relu(block.bn1(block.conv1(x)))  # synchronised, then per process
     want = [torch.relu(block.bn2(block.conv2(h[2 * r : 2 * r + 2])) + halves[r]) for r in range(2)]
     torch.testing.assert_close(y, torch.cat(want).detach(), rtol=1e-9, atol=1e-9)
 
 
-def test_what_is_not_fused_is_explained(found):
-    found = found["explained"]
+def test_unfused_blocks_are_explained(outputs):
+    outputs = outputs["explained"]
     for rank in range(2):
-        assert found["whole", rank] == (True, "training", "batch statistics")
+        assert outputs["whole", rank] == (True, "training", "batch statistics")
         for name in ("bias", "frozen", "two"):
-            fused, path, reason = found[name, rank]
+            fused, path, reason = outputs[name, rank]
             assert (fused, path) == (False, "stock")
             assert "with synchronised norms a block is fused as a whole" in reason
 
@@ -386,15 +387,15 @@ def close(got: Tensor, want: Tensor) -> bool:
     return torch.equal(got, want) or (got - want).norm() <= 1e-9 * want.norm()
 
 
-def test_a_process_without_images(found):
-    found = found["none_here"]
+def test_process_without_images(outputs):
+    outputs = outputs["empty_batch"]
     for case in CASES:
         x, dy = batch(case)
         block = make(case)
         want = result(block, x, dy)
         parameters = {f"d{n}" for n, _ in block.named_parameters()}
         for level in ("full", "low", "lower", "minimal"):
-            some, none = found[case, level, 0], found[case, level, 1]
+            some, none = outputs[case, level, 0], outputs[case, level, 1]
             assert all(close(some[k], want[k]) for k in want), (case, level)
             for key in want:
                 if key in ("y", "dx"):
@@ -403,27 +404,27 @@ def test_a_process_without_images(found):
                     assert none[key].shape == want[key].shape and not none[key].any()
                 else:
                     assert torch.equal(none[key], some[key]), key
-        some, none = found[case, "no_grad", 0], found[case, "no_grad", 1]
+        some, none = outputs[case, "no_grad", 0], outputs[case, "no_grad", 1]
         for name, _ in block.named_buffers():
             assert torch.equal(some[name], none[name]), name
         assert none["y"].shape == (0, *want["y"].shape[1:])
     for name in ("ResNet", "CifarResNet"):
         for level in ("full", "minimal"):
-            some, none = found[name, level, 0], found[name, level, 1]
+            some, none = outputs[name, level, 0], outputs[name, level, 1]
             assert all(torch.equal(some[k], none[k]) for k in some)  # averaged by DDP
             assert all(v.isfinite().all() for v in some.values())
-            assert all(close(v, found[name, "full", 0][k]) for k, v in some.items())
+            assert all(close(v, outputs[name, "full", 0][k]) for k, v in some.items())
     for rank in range(2):
         assert (
-            "x must hold an image on one process at least, got none on all"
-            in (found["error", rank])
+            "x must hold an image on at least one process, got none on all"
+            in (outputs["error", rank])
         )
 
 
-def test_preactivation_on_a_process_without_images(found):
-    found = found["preact"]
+def test_preactivation_in_a_process_without_images(outputs):
+    outputs = outputs["preact"]
     for planes in (16, 32):
-        want, some, none = found[planes, "want"], found[planes, 0], found[planes, 1]
+        want, some, none = outputs[planes, "want"], outputs[planes, 0], outputs[planes, 1]
         assert all(close(some[k], want[k]) for k in want), planes
         for name in want:
             if "running" in name:
@@ -432,13 +433,13 @@ def test_preactivation_on_a_process_without_images(found):
                 assert not none[name].any()
 
 
-def test_by_itself(found):
-    found = found["by_itself"]
+def test_standalone_norm(outputs):
+    outputs = outputs["standalone"]
     x, dy = batch("basic")
     for first in (4, 5):
         for affine in (True, False):
             want = result(nn.BatchNorm2d(16, affine=affine).double(), x, dy)
-            a, b = found[first, affine, 0], found[first, affine, 1]
+            a, b = outputs[first, affine, 0], outputs[first, affine, 1]
             for key in want:
                 if key in ("y", "dx"):
                     mine = torch.cat([a[key], b[key]])
@@ -450,24 +451,26 @@ def test_by_itself(found):
                 torch.testing.assert_close(mine, want[key], rtol=1e-9, atol=1e-9, msg=key)
 
 
-def test_whole_networks(found):
-    found = found["whole_networks"]
+def test_whole_networks(outputs):
+    outputs = outputs["whole_networks"]
     model = fr.cifar_resnet(20, num_classes=3, block="preact").double().train()
-    model.load_state_dict(found["preact state"])
+    model.load_state_dict(outputs["preact state"])
     g = torch.Generator().manual_seed(2)
     x = torch.randn(6, 3, 8, 8, generator=g, dtype=torch.float64)
     (model(x).square().sum() / 6).backward()
     for name, p in model.named_parameters():
-        assert close(found["preact", 0][name], p.grad), name
-    left_out = [n for n, grad in found["stochastic", 0].items() if not grad.any()]
-    assert 0 < len(left_out) < len(found["stochastic", 0])
-    assert all(torch.equal(v, found["stochastic", 1][n]) for n, v in found["stochastic", 0].items())
+        assert close(outputs["preact", 0][name], p.grad), name
+    left_out = [n for n, grad in outputs["stochastic", 0].items() if not grad.any()]
+    assert 0 < len(left_out) < len(outputs["stochastic", 0])
+    assert all(
+        torch.equal(v, outputs["stochastic", 1][n]) for n, v in outputs["stochastic", 0].items()
+    )
 
 
-def test_a_network_under_ddp(found):
-    found = found["network"]
+def test_a_network_under_ddp(outputs):
+    outputs = outputs["network"]
     model = fr.ResNet(fr.BasicBlock, [1, 1, 1, 1], num_classes=3).double().train()
-    model.load_state_dict(found["model", 0])
+    model.load_state_dict(outputs["model", 0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     g = torch.Generator().manual_seed(2)
     for _ in range(3):
@@ -476,19 +479,19 @@ def test_a_network_under_ddp(found):
         model(x).square().mean().backward()
         optimizer.step()
     for name, value in model.state_dict().items():
-        one, two = found["trained", 0][name], found["trained", 1][name]
+        one, two = outputs["trained", 0][name], outputs["trained", 1][name]
         assert torch.equal(one, two), name
         torch.testing.assert_close(one, value, rtol=1e-8, atol=1e-9, msg=name)
 
 
-def test_second_derivatives_are_refused(found):
-    found = found["twice"]
+def test_double_backward_raises(outputs):
+    outputs = outputs["double_backward"]
     for rank in range(2):
-        assert "synchronised batch norm is not differentiable twice" in found["error", rank]
+        assert "synchronised batch norm is not differentiable twice" in outputs["error", rank]
 
 
-def test_under_autocast(found):
-    found = found["autocast"]
+def test_under_autocast(outputs):
+    outputs = outputs["autocast"]
     block = make("bottleneck", torch.float32)
     x, dy = batch("bottleneck", 4, torch.float32)
     x[:, 0] -= 1e4
@@ -496,21 +499,21 @@ def test_under_autocast(found):
         y = block(x)
     y.backward(dy.bfloat16())
     for name, p in block.named_parameters():
-        # Statistics differ by their last bit, and so now and then does a bfloat16.
-        assert (found["grads", 0][name] - p.grad).norm() <= 0.02 * p.grad.norm(), name
+        # Statistics differ in the last bit, which sometimes changes the rounding to bfloat16.
+        assert (outputs["grads", 0][name] - p.grad).norm() <= 0.02 * p.grad.norm(), name
 
 
-def test_a_process_that_is_gone(found):
-    found = found["left_alone"]
-    assert found["error", 0]
+def test_exited_process_raises(outputs):
+    outputs = outputs["peer_exited"]
+    assert outputs["error", 0]
 
 
 def test_without_other_processes():
-    """Not initialised: plain batch norm, as PyTorch's module has it."""
+    """Without a process group it is batch norm, as in PyTorch's module."""
     for case in CASES:
         x, dy = batch(case, 3)
-        found, want = result(_convert(make(case)), x, dy), result(make(case), x, dy)
-        assert all(torch.equal(found[k], want[k]) for k in want)
+        got, want = result(_convert(make(case)), x, dy), result(make(case), x, dy)
+        assert all(torch.equal(got[k], want[k]) for k in want)
     model = _convert(fr.resnet18(num_classes=3)).eval()
     plain = fr.resnet18(num_classes=3).eval()
     plain.load_state_dict(model.state_dict())
@@ -520,7 +523,7 @@ def test_without_other_processes():
         assert torch.equal(model(x), plain(x))
 
 
-def test_conversion_keeps_what_there_is():
+def test_conversion_keeps_parameters_and_settings():
     model = fr.resnet18(num_classes=3)
     parameters, state = list(model.parameters()), model.state_dict()
     model.bn1.momentum, model.bn1.eps = None, 1e-3
@@ -535,19 +538,19 @@ def test_conversion_keeps_what_there_is():
         fr.SyncBatchNorm
     }
     group, other = object(), object()
-    again = fr.convert_sync_batchnorm(fr.convert_sync_batchnorm(model, group), other)
+    reconverted = fr.convert_sync_batchnorm(fr.convert_sync_batchnorm(model, group), other)
     stock = nn.SyncBatchNorm.convert_sync_batchnorm(
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4)), group), other
     )
-    assert again.bn1.process_group is stock[0].process_group is other
-    assert again.bn1.weight is parameters[1] and again.bn1.momentum is None
+    assert reconverted.bn1.process_group is stock[0].process_group is other
+    assert reconverted.bn1.weight is parameters[1] and reconverted.bn1.momentum is None
     norm = fr.convert_sync_batchnorm(nn.BatchNorm2d(4))
     x = torch.randn(3, 4, 5, 5)
     assert torch.equal(norm(x), nn.BatchNorm2d(4)(x))
 
 
 def test_merging_is_exact():
-    """Means far apart and counts that differ, one of them zero."""
+    """Distant means and different counts, one of them zero."""
     parts = [torch.randn(n, 3, dtype=torch.float64) + 1e6 * i for i, n in enumerate((5, 0, 7, 1))]
     stats = [
         torch.stack([p.mean(0), p.var(0, unbiased=False)]) if len(p) else torch.zeros(2, 3).double()
@@ -556,10 +559,10 @@ def test_merging_is_exact():
     everything = torch.cat(parts)
 
     class Group:
-        """all_gather between processes that are not there."""
+        """Stands in for all_gather between processes."""
 
         @staticmethod
-        def gather(gathered: list[Tensor], own: Tensor, group: object) -> None:
+        def gather(gathered: list[Tensor], local: Tensor, group: object) -> None:
             for into, s, p in zip(gathered, stats, parts, strict=True):
                 into.copy_(torch.cat([s.flatten(), s.new_tensor([float(len(p))])]))
 

@@ -1,5 +1,5 @@
-"""A block's training step as one node of autograd's graph: gradients, buffers, and what users do
-with a model while it trains."""
+"""A block's training step as one autograd node: gradients, buffers, and what users do with a model
+during training."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
 from fused_resnet.fusion import members, structure
-from fused_resnet.fusion.training import block as training
-from fused_resnet.fusion.training import one_op as native_training
+from fused_resnet.fusion.training import block as block_training
+from fused_resnet.fusion.training import one_op
 from fused_resnet.fusion.training import preact as preact_training
 from fused_resnet.kernels import native
-from fused_resnet.kernels.training import protocol as train_kernels
 from fused_resnet.kernels.training.native import Native
-from fused_resnet.kernels.training.protocol import Geometry
+from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 from fused_resnet.ops.portable import Portable
 from tests.fusion.training.training_helpers import (
     BLOCKS,
@@ -38,10 +37,10 @@ from tests.ops.op_cases import close, lifted, randn, unchanged
 
 
 @pytest.fixture(params=["one op", "pass by pass"])
-def lane(request, monkeypatch):
-    """Both ways of running a block on the CPU."""
+def execution(request, monkeypatch):
+    """The two ways of running a block's step on the CPU."""
     if request.param == "pass by pass":
-        monkeypatch.setattr(native_training, "layout_of", lambda *_: None)
+        monkeypatch.setattr(one_op, "layout_of", lambda *_: None)
     return request.param
 
 
@@ -50,39 +49,38 @@ def lane(request, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_against_float64(name, dtype, layout):
-    """Every gradient by the tolerance rule. Where a value is a rounding away from zero, one order
-    of summation lets its gradient through the ReLU and another does not, so the gradients that come
-    back are taken through masks that all agree on: dy is zero where y is near zero, and the inner
-    ReLUs are pushed away from it by their biases."""
+    """Every gradient by the tolerance rule. Where a ReLU's input is within rounding of zero, its
+    mask depends on the order of summation. So that all masks agree, dy is zero where y is near
+    zero, and biases move the inputs of the inner ReLUs away from zero."""
     block, x = make(name, dtype)
     with torch.no_grad():
         norms = [m for n, m in block.named_children() if n.startswith("bn")]
         for bn in norms if name.startswith("preact") else norms[:-1]:
-            # far from zero, some on either side
+            # far from zero, on either side
             bn.bias.copy_(torch.where(torch.arange(len(bn.bias)) % 2 == 0, 9.0, -9.0))
     x = x.detach().contiguous(memory_format=layout).requires_grad_()
     exact_block, exact_x = copy.deepcopy(block).double(), lifted(x).requires_grad_()
-    theirs, mine = copy.deepcopy(block), copy.deepcopy(block)
+    stock, mine = copy.deepcopy(block), copy.deepcopy(block)
     with torch.no_grad(), fr.use_backend("reference"):
         y = copy.deepcopy(exact_block)(exact_x)
     dy = randn(y.shape, dtype).contiguous(memory_format=layout)
     dy = dy * (y.abs() > 0.3 * y.abs().mean()).to(dtype)
     check = unchanged(x, dy, *mine.parameters())
     assert is_whole(copy.deepcopy(mine)(x))
-    found = step(mine, x, dy)
+    got = step(mine, x, dy)
     check()
-    want, exact = stock_step(theirs, x, dy), stock_step(exact_block, exact_x, lifted(dy))
-    assert found.keys() == want.keys()
-    assert found["y"].stride() == want["y"].stride() or layout != LAST
-    for key in found:
-        assert found[key].dtype == want[key].dtype, key
-        # Sums over all pixels of terms that cancel, for some biases to nothing: their rounding is
-        # relative to the terms.
+    want, exact = stock_step(stock, x, dy), stock_step(exact_block, exact_x, lifted(dy))
+    assert got.keys() == want.keys()
+    assert got["y"].stride() == want["y"].stride() or layout != LAST
+    for key in got:
+        assert got[key].dtype == want[key].dtype, key
+        # Sums over all pixels of terms that cancel, for some biases to zero: their rounding error
+        # is relative to the terms.
         largest = want[key].abs().max().item() * 4
         if want[key].dim() == 1:
             largest = max(largest, 4 * dy.abs().double().sum((0, 2, 3)).max().item())
         terms = {key: largest}
-        close([key], [found[key]], [want[key]], [exact[key]], dtype, terms)
+        close([key], [got[key]], [want[key]], [exact[key]], dtype, terms)
 
 
 @needs_native
@@ -97,15 +95,15 @@ def test_against_float64(name, dtype, layout):
         "all but the last norm", "all but x",
     ],
 )  # fmt: skip
-def test_only_what_is_asked_for(name, frozen, lane, monkeypatch):
-    """The same gradients for what is left, and no work for what is not."""
+def test_only_required_gradients_are_computed(name, frozen, execution, monkeypatch):
+    """The required gradients are unchanged, and no others are computed."""
     block, x = make(name)
     if "projection" not in name and frozen == "the shortcut":
-        pytest.skip("it has none")
+        pytest.skip("no projection")
     last = "bn3" if "bottleneck" in name else "bn2"
     norm_first = name.startswith("preact")
 
-    def stays(parameter: str) -> bool:
+    def requires_grad(parameter: str) -> bool:
         return {
             "x": True,
             "x and the first convolution": not parameter.startswith("conv1"),
@@ -118,44 +116,44 @@ def test_only_what_is_asked_for(name, frozen, lane, monkeypatch):
 
     everything = step(copy.deepcopy(block), x, dy := torch.randn_like(block(x)))
     for n, p in block.named_parameters():
-        p.requires_grad_(stays(n))
+        p.requires_grad_(requires_grad(n))
     x = x.detach().requires_grad_(not frozen.startswith(("x", "all but the last")))
-    torchs: list[str] = []
+    by_pytorch: list[str] = []
     for op in ("weight_gradient", "input_gradient"):
         plain = getattr(Portable, op)
         monkeypatch.setattr(
-            Portable, op, lambda *a, plain=plain, op=op: (torchs.append(op), plain(*a))[1]
+            Portable, op, lambda *a, plain=plain, op=op: (by_pytorch.append(op), plain(*a))[1]
         )
     with Passes() as passes:
-        found = step(block, x, dy)
-    for key, value in found.items():
-        # Buffers have seen one forward more.
+        got = step(block, x, dy)
+    for key, value in got.items():
+        # Not buffers: they were updated by one more forward.
         if key == "dx" or (key.startswith("d") and key[1:] in dict(block.named_parameters())):
             assert torch.equal(value, everything[key]), key
     weights = sum(p.requires_grad and p.dim() == 4 for p in block.parameters())
-    assert passes.weight_gradients + torchs.count("weight_gradient") == weights
-    inputs = passes.input_gradients + torchs.count("input_gradient")
-    if frozen == "all but the last norm":  # the last convolution comes after it, or before
+    assert passes.weight_gradients + by_pytorch.count("weight_gradient") == weights
+    inputs = passes.input_gradients + by_pytorch.count("input_gradient")
+    if frozen == "all but the last norm":  # pre-activation: its convolution follows
         assert inputs == int(norm_first)
     if frozen == "x":
         units = 3 if "bottleneck" in name else 2
-        shared = norm_first and "projection" in name  # whose input has the first norm to teach
+        shared = norm_first and "projection" in name  # bn1 needs the projection's dx
         assert inputs == units + shared - (not norm_first)
 
 
 @needs_native
 @pytest.mark.parametrize("name", BLOCKS)
-def test_double_backward_is_stocks(name):
+def test_double_backward_matches_stock(name):
     results = []
     for backend in ("native", "reference"):
         block, x = make(name, torch.float64)
         with fr.use_backend(backend):
             y = block(x)
         assert is_whole(y) == (backend == "native")
-        wanted = [x, *block.parameters()]
-        grads = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
-        again = torch.autograd.grad(sum(g.square().sum() for g in grads), wanted)
-        results.append([*grads, *again])
+        inputs = [x, *block.parameters()]
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+        results.append([*grads, *second])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
 
@@ -167,7 +165,7 @@ def test_double_backward_is_stocks(name):
 )
 def test_gradcheck(name):
     block, x = make(name, torch.float64)
-    # Away from the ReLUs' corners, where a difference quotient says nothing.
+    # Away from zero, where ReLU has no derivative and finite differences are meaningless.
     with torch.no_grad():
         for m in block.modules():
             if isinstance(m, nn.BatchNorm2d):
@@ -201,22 +199,22 @@ def test_running_statistics(momentum, tracking):
     if tracking in ("float64", "bfloat16"):
         with fr.use_backend("reference"), pytest.raises(RuntimeError):
             copy.deepcopy(block)(x)
-        with pytest.raises(RuntimeError):  # stock's own error
+        with pytest.raises(RuntimeError):  # stock's error
             block(x)
         return
-    theirs = copy.deepcopy(block)
+    stock = copy.deepcopy(block)
     for _ in range(3):
         block(x)
         with fr.use_backend("reference"):
-            theirs(x)
-    for (name, a), (_, b) in zip(block.named_buffers(), theirs.named_buffers(), strict=True):
+            stock(x)
+    for (name, a), (_, b) in zip(block.named_buffers(), stock.named_buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
         if tracking == "strided" and name.endswith("running_mean"):
             assert a.stride() == (2,)
 
 
 @needs_native
-def test_updates_are_seen_by_what_watches_versions():
+def test_updates_increment_versions():
     block, x = make("basic")
     before = [b._version for b in block.buffers()]
     block(x)
@@ -226,7 +224,7 @@ def test_updates_are_seen_by_what_watches_versions():
 @needs_native
 @pytest.mark.parametrize("where", ["output", "x", "weight"])
 def test_changed_before_backward(where):
-    """As stock: an error that speaks of a modified tensor, never a wrong gradient."""
+    """As in stock: an error that names the modified tensor, never a wrong gradient."""
     errors = []
     for backend in ("native", "reference"):
         block, x = make("basic")
@@ -250,16 +248,16 @@ def test_one_value_per_channel():
 
 @needs_native
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_not_a_number_spreads_as_in_stock(value):
+def test_non_finite_values_propagate_as_in_stock(value):
     block, x = make("bottleneck, projection")
     with torch.no_grad():
         x[0, 3, 2, 2] = value
-    theirs = copy.deepcopy(block)
+    stock = copy.deepcopy(block)
     y = block(x)
     with fr.use_backend("reference"):
-        want = theirs(x)
+        want = stock(x)
     assert torch.equal(y.isnan(), want.isnan())
-    for (name, a), (_, b) in zip(block.named_buffers(), theirs.named_buffers(), strict=True):
+    for (name, a), (_, b) in zip(block.named_buffers(), stock.named_buffers(), strict=True):
         assert torch.equal(a.isnan(), b.isnan()), name
 
 
@@ -282,44 +280,44 @@ def test_gradient_of_other_strides():
 
 
 @needs_native
-def test_the_mask_computed_again_is_the_one_that_was():
-    """Inside a block dy is masked by what the norm makes of its input once more: the same bits."""
+def test_recomputed_mask_is_bitwise_equal():
+    """Inside a block dy is masked by a recomputed ReLU output, not by y: the same bits."""
     kernels = Native()
     for dtype in (torch.float32, torch.bfloat16):
         x = randn((4, 48, 61, 53), dtype).contiguous(memory_format=LAST)
-        norm = train_kernels.Norm(torch.rand(48) + 0.5, torch.randn(48) * 0.3, 1e-5)
+        norm = Norm(torch.rand(48) + 0.5, torch.randn(48) * 0.3, 1e-5)
         y, state = kernels.normalise(x, norm, None, True)
-        normed, dy = train_kernels.Normed(x, norm, state), torch.randn_like(y)
-        own = kernels.norm_gradients(dy, y, normed, alone=True)[0]
-        read, _, g = kernels.norm_gradients(dy, y, normed, alone=True, masked=True)
+        normed, dy = Normed(x, norm, state), torch.randn_like(y)
+        recomputed = kernels.norm_gradients(dy, y, normed, has_residual=False)[0]
+        read, _, g = kernels.norm_gradients(dy, y, normed, has_residual=False, masked=True)
         assert torch.equal(g, dy * (y > 0))
-        for a, b in zip(own, read, strict=True):
+        for a, b in zip(recomputed, read, strict=True):
             assert torch.equal(a, b)
 
 
 @needs_native
 def test_autocast():
     block, x = make("bottleneck, projection")
-    theirs = copy.deepcopy(block)
+    stock = copy.deepcopy(block)
     with torch.autocast("cpu", torch.bfloat16):
         y = block(x)
         with fr.use_backend("reference"):
-            want = theirs(x)
+            want = stock(x)
     assert is_whole(y) and y.dtype == want.dtype == torch.bfloat16
     dy = torch.randn_like(y)
     y.backward(dy)
     mine = {n: p.grad for n, p in block.named_parameters()} | {"x": x.grad}
     x.grad = None
     want.backward(dy)
-    for name, grad in ({n: p.grad for n, p in theirs.named_parameters()} | {"x": x.grad}).items():
+    for name, grad in ({n: p.grad for n, p in stock.named_parameters()} | {"x": x.grad}).items():
         assert mine[name].dtype == grad.dtype == torch.float32
-        # 0.04 and less was measured; stock rounds each of its sums to bfloat16.
+        # Measured: at most 0.04. Stock rounds each sum to bfloat16.
         assert (mine[name] - grad).norm() <= 0.1 * grad.norm(), name
 
 
 @needs_native
 def test_accumulated_and_scaled_gradients():
-    """Two halves of a batch add up; a loss scaled by a power of two scales every bit."""
+    """Gradients accumulate; scaling the loss by a power of two scales them exactly."""
     block, x = make("basic")
     dy = torch.randn_like(block(x))
     one = step(copy.deepcopy(block), x, dy)
@@ -334,7 +332,7 @@ def test_accumulated_and_scaled_gradients():
 
 @needs_native
 def test_checkpointed_by_pytorch():
-    """torch.utils.checkpoint around a block: the same gradients."""
+    """torch.utils.checkpoint around a block gives the same gradients."""
     from torch.utils.checkpoint import checkpoint
 
     block, x = make("bottleneck, projection")
@@ -349,7 +347,7 @@ def test_checkpointed_by_pytorch():
 
 @needs_native
 @pytest.mark.parametrize("edit", ["hook", "gelu", "bias", "frozen norm"])
-def test_any_change_is_honoured(edit):
+def test_edited_blocks_match_stock(edit):
     block, x = make("bottleneck")
     if edit == "hook":
         block.bn2.register_forward_hook(lambda m, i, o: o * 2)
@@ -359,18 +357,18 @@ def test_any_change_is_honoured(edit):
         block.conv2.bias = nn.Parameter(torch.randn(16))
     else:
         block.bn2.eval()
-    theirs = copy.deepcopy(block)
+    stock = copy.deepcopy(block)
     y = block(x)
     assert not is_whole(y)
     dy = torch.randn_like(y)
-    got, want = step(block, x, dy), stock_step(theirs, x, dy)
+    got, want = step(block, x, dy), stock_step(stock, x, dy)
     for key in ("y", "dx"):
         torch.testing.assert_close(got[key], want[key], rtol=1e-4, atol=1e-4)
 
 
 @needs_native
 @pytest.mark.parametrize("transform", ["vmap", "functional_call", "grad"])
-def test_transforms_see_pytorchs_operations(transform):
+def test_transforms_use_pytorch_operations(transform):
     block, x = make("basic")
     x = x.detach()
     state = dict(block.named_parameters())
@@ -378,12 +376,12 @@ def test_transforms_see_pytorchs_operations(transform):
     if transform == "functional_call":
         other = {n: p.detach() * 1.5 for n, p in state.items()}
         y = torch.func.functional_call(block, (other, buffers), (x,))
-        theirs = copy.deepcopy(block)
+        stock = copy.deepcopy(block)
         with torch.no_grad():
-            for p in theirs.parameters():
+            for p in stock.parameters():
                 p.mul_(1.5)
         with fr.use_backend("reference"):
-            torch.testing.assert_close(y, theirs(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(y, stock(x), rtol=1e-4, atol=1e-4)
         return
     for m in block.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -406,20 +404,20 @@ def test_transforms_see_pytorchs_operations(transform):
 
 
 @needs_native
-def test_threads_with_their_own_models():
-    made = [make(name) for name in ("basic", "bottleneck, projection")]
-    gradients = [torch.randn_like(copy.deepcopy(block)(x)) for block, x in made]
-    want = [step(copy.deepcopy(b), x, dy) for (b, x), dy in zip(made, gradients, strict=True)]
+def test_threads_with_separate_models():
+    cases = [make(name) for name in ("basic", "bottleneck, projection")]
+    gradients = [torch.randn_like(copy.deepcopy(block)(x)) for block, x in cases]
+    want = [step(copy.deepcopy(b), x, dy) for (b, x), dy in zip(cases, gradients, strict=True)]
     wrong: list[str] = []
 
     def work(index: int) -> None:
-        (block, x), dy = made[index % 2], gradients[index % 2]
+        (block, x), dy = cases[index % 2], gradients[index % 2]
         for _ in range(5):
             got = step(copy.deepcopy(block), x, dy)
             wrong.extend(k for k in got if not torch.equal(got[k], want[index % 2][k]))
 
     torch.set_num_threads(1)
-    want = [step(copy.deepcopy(b), x, dy) for (b, x), dy in zip(made, gradients, strict=True)]
+    want = [step(copy.deepcopy(b), x, dy) for (b, x), dy in zip(cases, gradients, strict=True)]
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
@@ -429,21 +427,21 @@ def test_threads_with_their_own_models():
 
 
 @needs_native
-def test_two_hundred_and_fifty_times_the_same():
+def test_250_runs_are_bitwise_equal():
     block, x = make("bottleneck, projection")
     dy = torch.randn_like(copy.deepcopy(block)(x))
     torch.use_deterministic_algorithms(True)
     first = step(copy.deepcopy(block), x, dy)
     for _ in range(249):
-        again = step(copy.deepcopy(block), x, dy)
-        assert all(torch.equal(first[k], again[k]) for k in first)
+        repeated = step(copy.deepcopy(block), x, dy)
+        assert all(torch.equal(first[k], repeated[k]) for k in first)
 
 
-def test_the_portable_maker_is_the_same_formula():
-    """What GPUs run, here by the reference: a block with it against PyTorch's operations."""
+def test_portable_passes_match_the_formula():
+    """A block on the portable passes, those of GPUs, on the CPU against PyTorch's operations."""
     for name in BLOCKS:
         block, x = make(name, torch.float64)
-        parts = structure.take_apart(block, members.FORWARDS[type(block).forward])
+        parts = structure.parse_block(block, members.FORWARDS[type(block).forward])
         tensors = [
             t
             for c, b in parts.pairs
@@ -454,65 +452,65 @@ def test_the_portable_maker_is_the_same_formula():
         )
         eps = tuple(bn.eps for bn in parts.norms)
         for level in ("full", "low", "lower", "minimal"):
-            spec = training.Spec(
+            spec = block_training.Spec(
                 Portable(), geometries, eps, parts.shortcut, level, torch.float64,
                 (None,) * len(eps), 1 if parts.pad is None else parts.pad.stride,
                 getattr(block, "activation_shared", False),
             )  # fmt: skip
-            function: Any = training.BlockFunction
-            formula = training.formula
+            function: Any = block_training.BlockFunction
+            formula = block_training.formula
             if name.startswith("preact"):
                 function, formula = preact_training.PreactFunction, preact_training.formula
             y = function.apply(spec, [], x, *tensors)
             want = formula(spec, x, tensors)
             torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
             dy = torch.randn_like(y)
-            wanted = [t for t in (x, *tensors) if t is not None]
+            inputs = [t for t in (x, *tensors) if t is not None]
             for a, b in zip(
-                torch.autograd.grad(y, wanted, dy),
-                torch.autograd.grad(want, wanted, dy),
+                torch.autograd.grad(y, inputs, dy),
+                torch.autograd.grad(want, inputs, dy),
                 strict=True,
             ):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
 
 
-# --- memory that comes back -----------------------------------------------------------------------
+# --- the memory pool ------------------------------------------------------------------------------
 
 
 @needs_native
-def test_memory_comes_back():
-    gc.collect()  # what other tests left must not come back in the middle of this one
+def test_freed_memory_is_reused():
+    gc.collect()  # so that garbage of other tests is not freed during this one
     gc.disable()
     try:
-        _memory_comes_back()
+        _check_memory_reuse()
     finally:
         gc.enable()
 
 
-def _memory_comes_back():
+def _check_memory_reuse():
     block, _ = make("basic")
     x = torch.randn(4, 16, 96, 96).contiguous(memory_format=LAST)
     fr.release_memory()
     start = native.memory()
     assert start["free_bytes"] == 0
     y = block(x)
-    kept = native.memory()["used_bytes"] - start["used_bytes"]
-    # Of y and two convolutions' outputs, and a sixteenth for sizes that do not fit.
-    assert 3 * x.nbytes <= kept <= 3 * x.nbytes * 17 / 16
+    saved = native.memory()["used_bytes"] - start["used_bytes"]
+    # y and the outputs of two convolutions, plus up to 1/16 for rounded-up sizes.
+    assert 3 * x.nbytes <= saved <= 3 * x.nbytes * 17 / 16
     y.sum().backward()
     del y
     after = native.memory()
     assert after["used_bytes"] == start["used_bytes"]
     assert after["free_bytes"] > 0
     block(x).sum().backward()
-    assert native.memory()["free_bytes"] == after["free_bytes"]  # nothing new was needed
+    assert native.memory()["free_bytes"] == after["free_bytes"]  # nothing was allocated
     assert fr.release_memory() == after["free_bytes"]
     assert native.memory()["free_bytes"] == 0
 
 
 @needs_native
-def test_memory_outlives_nobody():
-    """A tensor keeps its memory for as long as it lives, whatever is released."""
+def test_release_memory_keeps_live_tensors():
+    """release_memory() does not free the memory of a live tensor."""
     block, _ = make("basic")
     x = torch.randn(4, 16, 96, 96).contiguous(memory_format=LAST)
     y = block(x).detach()
@@ -525,7 +523,7 @@ def test_memory_outlives_nobody():
 
 @needs_native
 def test_out_of_memory_and_after():
-    """FAULTS 45: an error with the size, and the next, smaller step works."""
+    """FAULTS 45: the error names the size, and a smaller step succeeds afterwards."""
     ops = torch.ops.fused_resnet_native
     huge = torch.empty(1).expand(1 << 20, 1, 1 << 20, 1 << 4)
     weight = torch.randn(16, 16, 1, 1)

@@ -1,4 +1,4 @@
-"""Residual blocks in training, and one step of them, for the tests of training."""
+"""Residual blocks in training mode and one training step, for the tests of training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCKS = {
         (2, 16, 9, 10),
     ),
     "bottleneck": (lambda: fr.Bottleneck(64, 16), (2, 64, 7, 7)),
-    # So many pixels that threads share them out, and make what weight gradients read in pieces.
+    # Enough pixels to be split over threads and to recompute weight gradients' inputs by blocks.
     "basic, many pixels": (lambda: fr.BasicBlock(32, 32), (3, 32, 21, 23)),
     "bottleneck, many pixels": (lambda: fr.Bottleneck(128, 32), (3, 128, 21, 23)),
     "bottleneck, many pixels, stride 2": (
@@ -58,12 +58,15 @@ BLOCKS = {
         lambda: PreactBottleneck(16, 16, 1, PadShortcut(16, 64, 1), activation_shared=True),
         (2, 16, 8, 7),
     ),
-    "preact, own projection": (lambda: PreactBlock(16, 32, 2, conv1x1(16, 32, 2)), (2, 16, 9, 10)),
+    "preact, unshared projection": (
+        lambda: PreactBlock(16, 32, 2, conv1x1(16, 32, 2)),
+        (2, 16, 9, 10),
+    ),
     "preact, plain": (lambda: PlainPreactBottleneck(16, 16, 2), (2, 16, 9, 10)),
     "preact, odd channels": (lambda: PreactBlock(7, 7), (3, 7, 5, 6)),
 }
 
-# Those whose every pass is a kernel of ours, so that a block is one op each way.
+# Blocks whose every pass has a native kernel: one op for forward and one for backward.
 ONE_OP = {name for name in BLOCKS if "odd channels" not in name and "groups" not in name}
 
 
@@ -72,8 +75,8 @@ def _branch(C: int, K: int, stride: int) -> nn.Sequential:
 
 
 def make(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
-    """The block in training, with affine parameters and statistics that a trained one might have,
-    and an x that requires grad."""
+    """The block in training mode, with affine parameters and statistics like a trained one's, and
+    an x that requires grad."""
     torch.manual_seed(0)
     build, shape = BLOCKS[name]
     block = build()
@@ -99,16 +102,16 @@ def step(block: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     x = x.detach().requires_grad_(x.requires_grad)
     y = block(x)
     y.backward(dy)
-    found = {"y": y.detach()}
+    outcome = {"y": y.detach()}
     if x.grad is not None:
-        found["dx"] = x.grad
-    found |= {f"d{n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
-    found |= {n: b.detach().clone() for n, b in block.named_buffers() if b.is_floating_point()}
-    return found
+        outcome["dx"] = x.grad
+    outcome |= {f"d{n}": p.grad for n, p in block.named_parameters() if p.grad is not None}
+    outcome |= {n: b.detach().clone() for n, b in block.named_buffers() if b.is_floating_point()}
+    return outcome
 
 
 def is_whole(y: Tensor) -> bool:
-    """Whether y, or what a copy into another layout was made of, comes from the one node."""
+    """Whether y, or the tensor that y is a copy of, is the output of a single autograd node."""
     node = y.grad_fn
     while type(node).__name__ == "CloneBackward0":
         node = node.next_functions[0][0]
@@ -118,7 +121,7 @@ def is_whole(y: Tensor) -> bool:
 
 
 class Passes:
-    """The convolutions that kernels of ours run inside the `with`, by kind."""
+    """Counts the convolutions run by native kernels inside the `with`, by kind."""
 
     def __enter__(self) -> Passes:
         self._before = self._now()

@@ -1,4 +1,5 @@
-"""A block as one op each way on the CPU: bit for bit its passes; what it says of bad operands."""
+"""Blocks as one op for forward and one for backward on the CPU: bitwise equal to separate passes;
+error messages."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import fused_resnet as fr
 from fused_resnet.fusion import members
 from fused_resnet.fusion.inference import plans
 from fused_resnet.fusion.inference.plan import Flow
-from fused_resnet.fusion.training import one_op as native_training
+from fused_resnet.fusion.training import one_op
 from fused_resnet.fusion.training.activation_memory import LEVELS
 from tests.fusion.training.training_helpers import (
     BLOCKS,
@@ -32,30 +33,30 @@ pytestmark = needs_native
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_one_op_is_all_passes(name, dtype, level, monkeypatch):
-    """A block that is one op each way gives, bit for bit, what its passes give one by one."""
+def test_one_op_equals_separate_passes(name, dtype, level, monkeypatch):
+    """A block computed by one op each for forward and backward is bitwise equal to its passes."""
     block, x = make(name)
     fr.set_activation_memory(block, level)
-    other, function = copy.deepcopy(block), native_training.NativeBlockFunction
+    other, function = copy.deepcopy(block), one_op.NativeBlockFunction
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         y = block(x)
         dy = randn(y.shape, y.dtype).contiguous(memory_format=LAST)
-        block.load_state_dict(other.state_dict())  # the forward above moved its statistics
-        found = step(block, x, dy)
+        block.load_state_dict(other.state_dict())  # forward updated the running statistics
+        mine = step(block, x, dy)
         assert (type(y.grad_fn).__name__ == f"{function.__name__}Backward") == (name in ONE_OP)
-        monkeypatch.setattr(native_training, "layout_of", lambda *_: None)
+        monkeypatch.setattr(one_op, "layout_of", lambda *_: None)
         want = step(other, x, dy)
-    assert found.keys() == want.keys()
-    for key in found:
-        assert torch.equal(found[key], want[key]), key
-        assert found[key].stride() == want[key].stride(), key
+    assert mine.keys() == want.keys()
+    for key in mine:
+        assert torch.equal(mine[key], want[key]), key
+        assert mine[key].stride() == want[key].stride(), key
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", [name for name in BLOCKS if "many pixels" in name])
-def test_what_is_made_piece_by_piece(name, threads):
-    """An activation made again in pieces, by each thread its own, has the bits of the kept one:
-    every level's gradients are alike to the last of them; NaN and Inf in it as well."""
+def test_activations_recomputed_in_ranges(name, threads):
+    """Activations that each thread recomputes in ranges are bitwise equal to saved ones, so the
+    gradients of "low" and "full" are too; also with NaN and Inf."""
     torch.set_num_threads(threads)
     for value in (None, float("nan"), float("inf")):
         block, x = make(name)
@@ -67,15 +68,15 @@ def test_what_is_made_piece_by_piece(name, threads):
         block.load_state_dict(other.state_dict())
         fr.set_activation_memory(block, "low")
         fr.set_activation_memory(other, "full")
-        found, want = step(block, x, dy), step(other, x, dy)
-        for key in want:
-            same(found[key], want[key])
+        recomputed, saved = step(block, x, dy), step(other, x, dy)
+        for key in saved:
+            same(recomputed[key], saved[key])
 
 
-def test_what_was_made_ready_is_made_anew(monkeypatch):
-    """Whatever a block's step was made ready from may change between two steps."""
+def test_prepared_step_is_rebuilt_after_changes(monkeypatch):
+    """Everything that a block's prepared step depends on may change between two steps."""
 
-    def wider(block: Any) -> None:
+    def replace_data(block: Any) -> None:
         block.conv2.weight.data = block.conv2.weight.data.double().float().contiguous()
 
     changes: dict[str, Any] = {
@@ -84,7 +85,7 @@ def test_what_was_made_ready_is_made_anew(monkeypatch):
         "eps": lambda block: setattr(block.bn2, "eps", 0.3),
         "no tracking": lambda block: setattr(block.bn1, "track_running_stats", False),
         "weight": lambda block: setattr(block, "conv1", copy.deepcopy(block.conv2)),
-        "data": wider,
+        "data": replace_data,
         "dilation": lambda block: setattr(block.conv1, "padding", (2, 2)) or setattr(
             block.conv1, "dilation", (2, 2)),
         "eval of a norm": lambda block: block.bn1.eval(),
@@ -98,10 +99,10 @@ def test_what_was_made_ready_is_made_anew(monkeypatch):
         other = copy.deepcopy(block)
         x = x.detach().to(block.conv1.weight.dtype).requires_grad_()
         dy = randn(x.shape, x.dtype).contiguous(memory_format=LAST)
-        found, want = step(block, x, dy), stock_step(other, x, dy)
+        mine, want = step(block, x, dy), stock_step(other, x, dy)
         for key in want:
             torch.testing.assert_close(
-                found[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{name} {key}"
+                mine[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{name} {key}"
             )
         assert [int(b) for b in block.buffers() if b.dtype == torch.int64] == [
             int(b) for b in other.buffers() if b.dtype == torch.int64
@@ -111,26 +112,26 @@ def test_what_was_made_ready_is_made_anew(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("owned", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_inference_is_all_convolutions(name, owned, dtype):
-    """A plan that is one op gives, bit for bit, what its convolutions give one by one, and writes
-    only to what is its own."""
+def test_inference_op_equals_separate_convolutions(name, owned, dtype):
+    """A plan computed by one op is bitwise equal to its separate convolutions and overwrites x only
+    if `owned`."""
     block, x = make(name, dtype)
     block.eval()
     x = x.detach()
     plan: Any = plans.plan_for(block, members.FORWARDS[type(block).forward], dtype, x.device)
     assert (plan._one_op is None) == ("odd channels" in name or "groups" in name)
-    found = []
-    for one_op in (plan._one_op, None):
-        plan._one_op = one_op
+    results = []
+    for op in (plan._one_op, None):
+        plan._one_op = op
         flow = Flow(x.clone(memory_format=LAST), None, owned)
-        found.append(plan.run(flow).x)
+        results.append(plan.run(flow).x)
         assert owned or torch.equal(flow.x, x)
-    assert torch.equal(*found)
-    assert found[0].is_contiguous(memory_format=LAST)
+    assert torch.equal(*results)
+    assert results[0].is_contiguous(memory_format=LAST)
 
 
 @pytest.mark.parametrize("op", ["block_forward", "preact_forward", "block_inference"])
-def test_bad_operands_are_named(op):
+def test_errors_name_the_operands(op):
     x = torch.zeros(2, 16, 4, 4).contiguous(memory_format=LAST)
     run = getattr(torch.ops.fused_resnet_native, op).default
     weight = torch.zeros(16, 16, 3, 3).contiguous(memory_format=LAST)
@@ -167,18 +168,18 @@ def test_bad_operands_are_named(op):
         back(y, x, *outputs, weights, [*statistics, y], geometry, [1e-5], 1, 1, *rest, [1] * 4)
 
 
-def test_norms_that_keep_their_own_statistics():
-    """A norm with a cumulative average, or one that keeps none, beside others."""
+def test_norms_with_cumulative_or_no_running_statistics():
+    """One norm with a cumulative average or without running statistics, the others default."""
     for change, value in (("momentum", None), ("track_running_stats", False)):
         block, x = make("bottleneck")
         setattr(block.bn2, change, value)
         other = copy.deepcopy(block)
         for _ in range(3):
             dy = randn(x.shape, x.dtype).contiguous(memory_format=LAST)
-            found, want = step(block, x, dy), stock_step(other, x, dy)
+            mine, want = step(block, x, dy), stock_step(other, x, dy)
             for key in want:
                 torch.testing.assert_close(
-                    found[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{change}: {key}"
+                    mine[key], want[key], rtol=1e-4, atol=1e-4, msg=f"{change}: {key}"
                 )
         for mine, stocks in zip(block.modules(), other.modules(), strict=True):
             if isinstance(mine, nn.BatchNorm2d):

@@ -1,5 +1,5 @@
-"""The gradient of a convolution's input with the sums of the gradient of the norm before it, on the
-CPU; and what is no finite number where the weights for it are packed late."""
+"""A convolution's input gradient with the fused sums of the preceding norm's gradient, on the CPU;
+and non-finite values where the fallback's weights are packed on demand."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fused_resnet.kernels.training.native import Native
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 from tests.kernels.cpu.test_train_convolution import (
     CASES,
-    FORMS,
     LAST,
+    VARIANTS,
     dtype,
-    makers,
+    implementations,
     operands,
     poison_pool,
 )
 from tests.ops.op_cases import lifted, randn, same
 
 __all__ = ["dtype"]  # a fixture
-SERVED = [
+FUSED = [
     case
     for case, (shape, K, (R, S), stride, _, dilation) in CASES.items()
     if not (shape[1] % 16 or K % 16) and R * S <= 9 and (dilation == (1, 1) or stride == (1, 1))
@@ -32,10 +32,10 @@ EPS = 1e-3
 def normed_operands(
     case: str, dtype: torch.dtype, kernels: Native
 ) -> tuple[Tensor, Tensor, Geometry, Normed]:
-    """dy, weight and what a norm makes the convolution's input of, its channels not alike."""
+    """dy, weight, geometry and the norm before the convolution; channels have different means."""
     x, weight, dy, g = operands(case, dtype)
     C = x.shape[1]
-    # Means of which rounding to float32 takes some off, where x has the digits for that.
+    # In float32, means that are not exactly representable.
     step = 300.3 if dtype == torch.float32 else 1
     means = (torch.arange(C).view(-1, 1, 1) % 7 - 3) * step
     x = (x + means).to(dtype).contiguous(memory_format=LAST)
@@ -43,85 +43,87 @@ def normed_operands(
     return dy, weight, g, Normed(x, norm, kernels.statistics(x))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
-@pytest.mark.parametrize("case", SERVED)
-def test_sums_come_with_it(case: str, dtype: torch.dtype, threads: int) -> None:
-    """dx as without them, to the last bit; the sums of dx, as it was rounded, where the ReLU let it
-    through. A pixel left out, or taken twice, is off by a thousandth of the terms and more."""
-    mine, _ = makers()
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_sums(case: str, dtype: torch.dtype, threads: int) -> None:
+    """dx is bitwise equal to dx without sums; the sums are those of the rounded dx where y > 0. A
+    missing or duplicated pixel would change them by a thousandth of the terms or more."""
+    mine, _ = implementations()
     torch.set_num_threads(threads)
     dy, weight, g, normed = normed_operands(case, dtype, mine)
     x, _, (stats,) = normed
     y = mine.apply(normed, None, True)
     assert 0.1 < (y > 0).float().mean() < 0.9
     poison_pool()
-    dx, made = mine.relu_gradient(dy, y, weight, g, normed)
+    dx, sums = mine.relu_gradient(dy, y, weight, g, normed)
     assert torch.equal(dx, mine.input_gradient(dy, x, weight, g))
     masked = lifted(dx) * (y > 0)
     centred = lifted(x) - stats[0].view(-1, 1, 1)
-    assert made.shape == (3, x.shape[1])
+    assert sums.shape == (3, x.shape[1])
     for row, terms in enumerate((masked, masked * centred)):
         # Measured: at most 2.1e-7.
-        error = (made[row] - terms.sum((0, 2, 3))).abs()
+        error = (sums[row] - terms.sum((0, 2, 3))).abs()
         assert (error <= 1e-6 * terms.abs().sum((0, 2, 3)) + 1e-30).all(), row
-    assert not made[2].any()
+    assert not sums[2].any()
 
 
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", ["3x3", "3x3, many tiles", "pointwise, many pixels"])
-def test_the_norms_gradients_by_them(case: str, dtype: torch.dtype) -> None:
-    """What the sums are for: as by the norm's own pass over dx, but for their last digits."""
-    mine, _ = makers()
+def test_norm_gradients_from_fused_sums(case: str, dtype: torch.dtype) -> None:
+    """The norm's gradients equal those of a separate pass over dx, up to rounding."""
+    mine, _ = implementations()
     dy, weight, g, normed = normed_operands(case, dtype, mine)
     y = mine.apply(normed, None, True)
-    dx, made = mine.relu_gradient(dy, y, weight, g, normed)
-    want = mine.norm_gradients(dx, y, normed, alone=True)[0]
+    dx, sums = mine.relu_gradient(dy, y, weight, g, normed)
+    want = mine.norm_gradients(dx, y, normed, has_residual=False)[0]
     for name, a, b in zip(
-        want._fields, mine.norm_gradients_by(made, dx, y, normed), want, strict=True
+        want._fields, mine.norm_gradients_from_sums(sums, dx, y, normed), want, strict=True
     ):
-        # Measured: at most 4e-7; a bfloat16 may fall on its neighbour.
-        close = 2e-2 if a.dtype == torch.bfloat16 else 2e-6
-        assert ((a - b).abs().max() <= close * b.abs().max()).item(), name
+        # Measured: at most 4e-7; a bfloat16 may round to its neighbour.
+        tolerance = 2e-2 if a.dtype == torch.bfloat16 else 2e-6
+        assert ((a - b).abs().max() <= tolerance * b.abs().max()).item(), name
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "case", ["3x3, even", "3x3 of 16, rows of 16 tiles", "pointwise, many pixels", "3x3, stride 2"]
 )
-def test_sums_of_what_is_no_number(case: str, value: float) -> None:
-    """What bn_reduce says of the same dx: nothing of pixels that were left to the direct form."""
-    mine, _ = makers()
+def test_fused_sums_of_non_finite_values(case: str, value: float) -> None:
+    """The sums are non-finite where those of bn_reduce are, also for pixels that the Winograd
+    algorithm leaves to the direct one."""
+    mine, _ = implementations()
     dy, weight, g, normed = normed_operands(case, torch.float32, mine)
     dy[-1, :, -1, -1] = value
     x, norm, (stats,) = normed
-    dx, made = mine.relu_gradient(dy, mine.apply(normed, None, True), weight, g, normed)
+    dx, sums = mine.relu_gradient(dy, mine.apply(normed, None, True), weight, g, normed)
     same(dx, mine.input_gradient(dy, x, weight, g))
     want, _ = torch.ops.fused_resnet_native.bn_reduce(
         dx, None, x, stats, norm.weight, norm.bias, EPS, True, None, None, False
     )
     assert not want.isfinite().all()
-    assert torch.equal(made.isfinite(), want.isfinite())
+    assert torch.equal(sums.isfinite(), want.isfinite())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("case", ["3x3, even", "3x3 of 16, rows of 16 tiles", "3x3, many tiles"])
-def test_what_is_no_number_beside_what_is_added(case: str, value: float) -> None:
-    """The sum takes the memory of what is added, so nothing can be computed a second time."""
-    mine, stock = makers()
+def test_non_finite_values_with_an_added_tensor(case: str, value: float) -> None:
+    """The sum overwrites the added tensor, so no pixel can be recomputed."""
+    mine, stock = implementations()
     x, weight, dy, g = operands(case, torch.float32)
     dy[0, 0, 3, 3] = value
     added = randn(x.shape, torch.float32).contiguous(memory_format=LAST)
     want = stock.input_gradient(dy, x, weight, g, added.clone(memory_format=torch.preserve_format))
-    found = mine.input_gradient(dy, x, weight, g, added)
+    dx = mine.input_gradient(dy, x, weight, g, added)
     finite = want.isfinite()
     assert 0 < (~finite).sum() < want.numel()
-    assert torch.equal(found.isfinite(), finite)
-    torch.testing.assert_close(found[finite], want[finite], rtol=1e-4, atol=1e-4)
+    assert torch.equal(dx.isfinite(), finite)
+    torch.testing.assert_close(dx[finite], want[finite], rtol=1e-4, atol=1e-4)
 
 
 def test_errors_name_the_argument() -> None:
-    mine, _ = makers()
+    mine, _ = implementations()
     op = torch.ops.fused_resnet_native.input_gradient_and_sums
     for case, shape in (("3x3", r"\(2, 32, 9, 11\)"), ("3x3, stride 2", r"\(2, 48, 15, 12\)")):
         dy, weight, g, (x, norm, (stats,)) = normed_operands(case, torch.float32, mine)

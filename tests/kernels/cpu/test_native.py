@@ -1,5 +1,5 @@
-"""The native ops by themselves: the C++ signatures are not compared with their schemas, so each is
-called with numbers that tell its arguments apart; and every instruction set gives the same."""
+"""The native CPU ops called directly. C++ signatures are not checked against their schemas, so each
+op is called with values that distinguish its arguments; for every instruction set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.kernels import native
-from fused_resnet.kernels.cpu import convolution as native_conv
+from fused_resnet.kernels.cpu import convolution
 from tests.ops.op_cases import DTYPES, randn, same
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
@@ -115,10 +115,10 @@ def test_pad_rows(dtype):
         ops.pad_rows(x, 2, [1, 1])
 
 
-def test_convolution_refuses_what_does_not_fit():
-    if not native_conv.serves(torch.float32):
+def test_convolution_rejects_invalid_operands():
+    if not convolution.supports(torch.float32):
         pytest.skip("the native convolution needs a processor with AVX2")
-    conv = native_conv.NativeConv(
+    conv = convolution.NativeConv(
         torch.randn(70, 32, 3, 3), torch.ones(70), torch.zeros(70), torch.float32,
         (1, 1), (1, 1), (1, 1), 1,
     )  # fmt: skip
@@ -134,7 +134,7 @@ def test_convolution_refuses_what_does_not_fit():
             conv.run(bad, None, True)
     with pytest.raises(RuntimeError, match="residual must be float32 of shape"):
         conv.run(x, x, True)
-    strided = native_conv.NativeConv(
+    strided = convolution.NativeConv(
         torch.randn(64, 32, 3, 3), torch.ones(64), torch.zeros(64), torch.float32,
         (2, 2), (1, 1), (1, 1), 1,
     )  # fmt: skip
@@ -145,14 +145,14 @@ def test_convolution_refuses_what_does_not_fit():
 
 
 # name -> x's (N, C, H, W), K, kernel, stride, padding, dilation, groups
-FORMS_OF = {
+CASES = {
     "pointwise": ((2, 48, 13, 9), 80, (1, 1), 1, 0, 1, 1),
     "pointwise, many pixels": ((2, 64, 61, 59), 144, (1, 1), 1, 0, 1, 1),
     "pointwise, stride 2": ((2, 48, 13, 9), 64, (1, 1), 2, 0, 1, 1),
     "odd channels": ((2, 33, 6, 5), 18, (3, 3), 1, 1, 1, 1),
-    "Winograd's": ((3, 48, 13, 14), 80, (3, 3), 1, 1, 1, 1),
-    "Winograd's, tiles of 4 x 4": ((3, 64, 13, 18), 112, (3, 3), 1, 1, 1, 1),
-    "Winograd's of 16": ((2, 16, 33, 17), 16, (3, 3), 1, 1, 1, 1),
+    "Winograd": ((3, 48, 13, 14), 80, (3, 3), 1, 1, 1, 1),
+    "Winograd, tiles of 4 x 4": ((3, 64, 13, 18), 112, (3, 3), 1, 1, 1, 1),
+    "Winograd, 16 channels": ((2, 16, 33, 17), 16, (3, 3), 1, 1, 1, 1),
     "3x3, stride 2, dilated": ((2, 32, 17, 20), 70, (3, 3), 2, 2, 2, 1),
     "grouped": ((2, 64, 9, 8), 64, (3, 3), 1, 1, 1, 4),
     "stem": ((2, 3, 37, 30), 64, (7, 7), 2, 3, 1, 1),
@@ -160,24 +160,24 @@ FORMS_OF = {
 
 
 @pytest.mark.parametrize("widened", [False, True])
-@pytest.mark.parametrize("case", FORMS_OF)
+@pytest.mark.parametrize("case", CASES)
 def test_bfloat16_by_dot_product_and_in_float32(case, widened):
-    """Either is within one rounding of float64, whose relu(conv * scale + shift + residual) it is;
-    in place of the residual too."""
-    if not native_conv.serves(torch.bfloat16):
+    """relu(conv * scale + shift + residual) is within one rounding of float64, also when it
+    overwrites the residual."""
+    if not convolution.supports(torch.bfloat16):
         pytest.skip("the native convolution needs a processor with AVX2")
-    shape, K, kernel, *geometry = FORMS_OF[case]
+    shape, K, kernel, *geometry = CASES[case]
     try:
         native.widen_bfloat16(widened)
         if native.widens_bfloat16() != widened:
             pytest.skip("this processor has no dot product of bfloat16")
         weight = torch.randn(K, shape[1] // geometry[-1], *kernel) / 8
         scale, shift = torch.rand(K) + 0.5, torch.randn(K)
-        if not native_conv.covers(weight.shape, torch.bfloat16, (geometry[2],) * 2, geometry[3]):
+        if not convolution.covers(weight.shape, torch.bfloat16, (geometry[2],) * 2, geometry[3]):
             assert not widened
-            pytest.skip("left to others")
+            pytest.skip("unsupported by the native convolution")
         pairs = [(n, n) for n in geometry[:3]]
-        conv = native_conv.NativeConv(weight, scale, shift, torch.bfloat16, *pairs, geometry[3])
+        conv = convolution.NativeConv(weight, scale, shift, torch.bfloat16, *pairs, geometry[3])
         winograd = case.startswith("Winograd") and (widened or "4 x 4" in case)
         assert (conv._winograd is not None) == winograd
         x = channels_last(shape, torch.bfloat16)
@@ -190,8 +190,8 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
     finally:
         native.widen_bfloat16(None)
     assert y.data_ptr() == residual.data_ptr()
-    # Half a unit in the last place of bfloat16, and what float32's sums lose: measured 4e-8, in
-    # tiles of 4 x 4 3e-5.
+    # Half a unit in the last place of bfloat16, and the error of the float32 sums; measured: 4e-8,
+    # with tiles of 4 x 4 3e-5.
     error = (y.double() - exact).abs()
     assert (error <= exact.abs() * 2.0**-8 + (1e-4 if "4 x 4" in case else 1e-6)).all()
 
@@ -199,14 +199,14 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("C", "K"), [(32, 48), (16, 16), (64, 64)])
 def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
-    """Winograd's sums overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
-    if not native_conv.serves(dtype):
+    """Winograd sums may overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
+    if not convolution.supports(dtype):
         pytest.skip("the native convolution needs a processor with AVX2")
     weight = torch.zeros(K, C, 3, 3)
     weight[:, :, 1, 1] = torch.eye(K, C)
     native.widen_bfloat16(True)
     try:
-        conv = native_conv.NativeConv(
+        conv = convolution.NativeConv(
             weight, torch.ones(K), torch.zeros(K), dtype, (1, 1), (1, 1), (1, 1), 1
         )
     finally:
@@ -218,11 +218,11 @@ def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
     want = (x.float() + residual[:, :C].float()).to(dtype)
     got = conv.run(x, residual, False, overwrite=True)
     assert torch.isfinite(got).all() and torch.equal(got, residual)
-    # Tiles that read one of the two, and whose sums are finite, are exact beside 3e38 only.
+    # Tiles that read one of the two and have finite sums are accurate relative to 3e38 only.
     one_of_them = torch.zeros(2, C, 12, 12, dtype=torch.bool)
     rtol = 1e-6
     if C == 64 and dtype == torch.bfloat16:
-        # Tiles of 4 x 4, of which others overflow; where sums of two are ties, a rounding.
+        # Tiles of 4 x 4, of which others overflow; sums that are ties may round differently.
         one_of_them[1, 3, :4, :4] = True
         rtol = 2**-7
     else:
@@ -231,37 +231,37 @@ def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
     torch.testing.assert_close(got[:, :C][~one_of_them], want[~one_of_them], rtol=rtol, atol=1e-5)
 
 
-def test_overwriting_the_residual_gives_the_same():
-    if not native_conv.serves(torch.float32):
+def test_overwriting_the_residual_gives_equal_results():
+    if not convolution.supports(torch.float32):
         pytest.skip("the native convolution needs a processor with AVX2")
-    for dtype in filter(native_conv.serves, (torch.float32, torch.bfloat16)):
+    for dtype in filter(convolution.supports, (torch.float32, torch.bfloat16)):
         for groups in (1, 5):
-            conv = native_conv.NativeConv(
+            conv = convolution.NativeConv(
                 torch.randn(80, 60 // groups, 3, 3), torch.rand(80), torch.randn(80), dtype,
                 (1, 1), (1, 1), (1, 1), groups,
             )  # fmt: skip
             x, residual = (channels_last((3, c, 5, 9), dtype) for c in (60, 80))
             want = conv.run(x, residual, True)
-            kept = residual.clone()
-            assert torch.equal(conv.run(x, kept, True, overwrite=True), want)
-            assert torch.equal(kept, want)
+            overwritten = residual.clone()
+            assert torch.equal(conv.run(x, overwritten, True, overwrite=True), want)
+            assert torch.equal(overwritten, want)
 
 
-def test_thread_counts_agree_bit_by_bit():
+def test_result_does_not_depend_on_thread_count():
     x = channels_last((4, 64, 28, 28), torch.float32)
     weight, bias = torch.rand(64), torch.rand(64)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found = [ops.add_relu(x, x), ops.max_pool2d(x, [3], [2], [1]), ops.mean_pool(x)]
-        if native_conv.serves(torch.float32):
+        outputs = [ops.add_relu(x, x), ops.max_pool2d(x, [3], [2], [1]), ops.mean_pool(x)]
+        if convolution.supports(torch.float32):
             g = torch.Generator().manual_seed(0)
             w = torch.randn(96, 64, 3, 3, generator=g)
-            conv = native_conv.NativeConv(
+            conv = convolution.NativeConv(
                 w, torch.ones(96), torch.zeros(96), torch.float32, (1, 1), (1, 1), (1, 1), 1
             )
-            found.append(conv.run(x, None, False))
-        results.append(found)
+            outputs.append(conv.run(x, None, False))
+        results.append(outputs)
         y = ops.bn_add_relu(x, weight, bias, None, 1e-5, True)[0]
         torch.testing.assert_close(y, F.relu(F.batch_norm(x, None, None, weight, bias, True)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -269,10 +269,10 @@ def test_thread_counts_agree_bit_by_bit():
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_instruction_sets(capability):
-    """PyTorch's own switch chooses the kernels; each build of them passes the same tests."""
+    """PyTorch's ATEN_CPU_CAPABILITY also selects these kernels; every build passes these tests."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "FR_NESTED": "1"}
     if os.environ.get("FR_NESTED"):
-        pytest.skip("this is that run")
+        pytest.skip("already the nested run")
     code = "from fused_resnet.kernels import native; print(native.build_info()['cpu_isa'])"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
@@ -312,6 +312,6 @@ def test_build_info_and_kernels():
         (None, (9, 0), False),
     ],
 )
-def test_which_gpus_find_code_in_the_build(monkeypatch, archs, capability, runs):
+def test_which_gpus_the_build_supports(monkeypatch, archs, capability, runs):
     monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": archs})
     assert native.runs_on(capability) == runs

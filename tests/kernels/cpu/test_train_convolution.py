@@ -1,5 +1,5 @@
-"""The CPU's kernels of a training step's convolutions: forward, gradients of input and weights, in
-each geometry that they serve and in those that they hand to PyTorch."""
+"""The CPU kernels of the convolutions of a training step: forward, input gradient and weight
+gradient, in supported geometries and in those that fall back to PyTorch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES = {
     "3x3, even": ((3, 64, 14, 14), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, odd": ((4, 48, 13, 13), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, many tiles": ((2, 32, 66, 35), 48, (3, 3), (1, 1), (1, 1), (1, 1)),
-    # Of bfloat16 by Winograd's form with tiles of 4 x 4 pixels, whole or not.
+    # In bfloat16: Winograd with tiles of 4 x 4 pixels, full or partial.
     "3x3 of 64, odd": ((2, 64, 17, 15), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3 of 64, many tiles": ((2, 64, 66, 35), 80, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3 of 64, no padding": ((3, 80, 14, 31), 64, (3, 3), (1, 1), (0, 0), (1, 1)),
@@ -42,7 +42,7 @@ CASES = {
     "3x3, no padding": ((2, 16, 10, 8), 16, (3, 3), (1, 1), (0, 0), (1, 1)),
     "3x3, wide padding": ((1, 48, 7, 30), 64, (3, 3), (1, 1), (2, 0), (1, 1)),
     "3x3, one pixel": ((4, 64, 1, 1), 64, (3, 3), (1, 1), (1, 1), (1, 1)),
-    # 16 channels in and out have Winograd's kernels of their own: tiles in eights and sixteens.
+    # Separate Winograd kernels for 16 channels in and out: groups of 8 and 16 tiles.
     "3x3 of 16, few tiles": ((1, 16, 7, 9), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3 of 16, rows of 16 tiles": ((3, 16, 33, 32), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3 of 16, many tiles": ((2, 16, 66, 35), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -51,14 +51,14 @@ CASES = {
     "3x3, dilated": ((2, 32, 13, 12), 32, (3, 3), (1, 1), (2, 2), (2, 2)),
     "3x3, dilated, stride 2": ((2, 16, 13, 12), 32, (3, 3), (2, 2), (2, 1), (2, 3)),
     "3x3, stride 3": ((2, 16, 14, 17), 32, (3, 3), (3, 3), (1, 1), (1, 1)),
-    # The strided layers of ResNet-50 and of the networks for small images.
+    # The strided layers of ResNet-50 and of the CIFAR networks.
     "128 channels, 56 to 28": ((1, 128, 56, 56), 128, (3, 3), (2, 2), (1, 1), (1, 1)),
     "256 channels, 28 to 14": ((1, 256, 28, 28), 256, (3, 3), (2, 2), (1, 1), (1, 1)),
     "512 channels, 14 to 7": ((1, 512, 14, 14), 512, (3, 3), (2, 2), (1, 1), (1, 1)),
     "16 to 32 channels, 32 to 16": ((3, 16, 32, 32), 32, (3, 3), (2, 2), (1, 1), (1, 1)),
     "16 to 32 channels, 8 to 4": ((5, 16, 8, 8), 32, (3, 3), (2, 2), (1, 1), (1, 1)),
     "32 to 64 channels, 4 to 2": ((5, 32, 4, 4), 64, (3, 3), (2, 2), (1, 1), (1, 1)),
-    # Of x's rows and columns, by their place in the stride: some beyond all taps, some with none.
+    # Rows and columns of x that no tap reads, or outside the padded range of all taps.
     "3x3, stride 2, no padding": ((3, 48, 14, 12), 16, (3, 3), (2, 2), (0, 0), (1, 1)),
     "3x3, stride 2, wide padding": ((2, 16, 9, 12), 32, (3, 3), (2, 2), (2, 3), (1, 1)),
     "3x3, stride 2, one pixel": ((5, 16, 1, 1), 32, (3, 3), (2, 2), (1, 1), (1, 1)),
@@ -73,31 +73,32 @@ CASES = {
     "stem, many rows": ((2, 3, 131, 70), 80, (5, 5), (1, 1), (2, 2), (1, 1)),
     "stem, one channel": ((2, 1, 20, 17), 48, (7, 9), (3, 2), (3, 0), (1, 1)),
     "padding wider than the kernel": ((2, 16, 6, 6), 16, (1, 1), (1, 1), (2, 2), (1, 1)),
-    # PyTorch's, in the same layout.
+    # These fall back to PyTorch, in the same layout.
     "odd channels": ((2, 33, 6, 5), 18, (3, 3), (1, 1), (1, 1), (1, 1)),
     "many taps": ((2, 16, 12, 12), 16, (5, 5), (1, 1), (2, 2), (1, 1)),
 }
 PASSES = ("y", "dx", "dweight")
-# Of sums of small integers in Winograd's form with sixths, beyond their rounding; measured: 4e-3.
-SIXTHS = 1e-2
+# Error beyond rounding for sums of small integers by Winograd F(4x4, 3x3), whose transforms contain
+# sixths; measured: 4e-3.
+WINOGRAD_4X4_ERROR = 1e-2
 DTYPES = (torch.float32, torch.bfloat16)
-FORMS = ("float32", "bfloat16 by dot product", "bfloat16 in float32")
+VARIANTS = ("float32", "bfloat16 by dot product", "bfloat16 in float32")
 
 
 @pytest.fixture
 def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
-    """Of a convolution that is multiplied in one of the FORMS."""
-    makers()
-    name, _, form = request.param.partition(" ")
-    if form:
-        native.widen_bfloat16(form == "in float32")
-        if native.widens_bfloat16() != (form == "in float32"):
+    """The dtype of one of the VARIANTS, with its multiplication selected."""
+    implementations()
+    name, _, arithmetic = request.param.partition(" ")
+    if arithmetic:
+        native.widen_bfloat16(arithmetic == "in float32")
+        if native.widens_bfloat16() != (arithmetic == "in float32"):
             pytest.skip("this processor has no dot product of bfloat16")
     yield getattr(torch, name)
     native.widen_bfloat16(None)
 
 
-def makers() -> tuple[Native, Portable]:
+def implementations() -> tuple[Native, Portable]:
     if native.load() is not None:
         pytest.skip("no native kernels")
     return Native(), Portable()
@@ -124,7 +125,7 @@ def run(kernels: Portable, x: Tensor, weight: Tensor, dy: Tensor, g: Geometry) -
 
 
 def poison_pool() -> None:
-    """NaN into the blocks that outputs and scratch memory come from."""
+    """Fills the pooled memory of outputs and scratch buffers with NaN."""
     ones, stats = torch.ones(1), torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     held = []
     for elements in (300_000, 300_000, 300_000, 900_000, 900_000, 2_000_000):
@@ -137,56 +138,57 @@ def poison_pool() -> None:
     assert all(t.isnan().all() for t in held)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_against_float64(case: str, dtype: torch.dtype, threads: int) -> None:
-    mine, stock = makers()
+    mine, stock = implementations()
     x, weight, dy, g = operands(case, dtype)
     torch.set_num_threads(threads)
     poison_pool()
     check = unchanged(x, weight, dy)
-    found = run(mine, x, weight, dy, g)
+    results = run(mine, x, weight, dy, g)
     check()
     exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
     theirs = run(stock, x, weight, dy, g)
-    close(PASSES, found, theirs, exact, dtype)
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
-    for t in found[:2]:
+    close(PASSES, results, theirs, exact, dtype)
+    assert [t.dtype for t in results] == [dtype, dtype, torch.float32]
+    for t in results[:2]:
         assert t.is_contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
-    """Every index: sums of small integers leave no room for a wrong one. dweight and, in float32,
-    all sums are exact whatever their order; Winograd's halves and quarters are exact too. Sixths,
-    of tiles of 4 x 4 pixels, are not: what is then rounded may be off by a little. What is
-    PyTorch's is as PyTorch has it: without AVX-512 it rounds sums of bfloat16 on the way."""
-    mine, stock = makers()
+    """One wrong index changes the result. dweight and, in float32, all sums are exact in any order,
+    as are the halves and quarters of Winograd F(2x2, 3x3). The sixths of F(4x4, 3x3) are not exact
+    and may change the rounding. Fallbacks equal PyTorch, which without AVX-512 rounds intermediate
+    sums of bfloat16."""
+    mine, stock = implementations()
     x, weight, dy, g = operands(case, dtype, integers)
     exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
     theirs = run(stock, x, weight, dy, g)
-    found = run(mine, x, weight, dy, g)
-    for name, t, e, stocks in zip(PASSES, found, exact, theirs, strict=True):
+    results = run(mine, x, weight, dy, g)
+    for name, t, e, stocks in zip(PASSES, results, exact, theirs, strict=True):
         sixths = dtype == torch.bfloat16 and "3x3" in case and min(weight.shape[:2]) >= 64
         if sixths and not torch.equal(t, stocks):
-            off = (t.double() - e).abs() - (e.to(t.dtype).double() - e).abs()
-            assert off.max() <= SIXTHS, name
+            error = (t.double() - e).abs() - (e.to(t.dtype).double() - e).abs()
+            assert error.max() <= WINOGRAD_4X4_ERROR, name
         else:
             assert torch.equal(t, e.to(t.dtype)) or torch.equal(t, stocks), name
 
 
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize(
     "case",
     ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels",
      "3x3 of 16, few tiles", "3x3 of 64, odd", "3x3, stride 2", "3x3, stride 2, no padding",
      "3x3, stride 4"],
 )  # fmt: skip
-def test_what_is_added(case: str, dtype: torch.dtype) -> None:
-    """conv + residual, in the residual's memory, with one rounding; and so the input's gradient."""
-    mine, stock = makers()
+def test_added_tensors(case: str, dtype: torch.dtype) -> None:
+    """conv + residual with one rounding, in the residual's memory; likewise the input gradient."""
+    mine, stock = implementations()
     x, weight, dy, g = operands(case, dtype)
     residual, added = randn(dy.shape, dtype), randn(x.shape, dtype)
     residual, added = (t.contiguous(memory_format=LAST) for t in (residual, added))
@@ -198,38 +200,38 @@ def test_what_is_added(case: str, dtype: torch.dtype) -> None:
         stock.convolution(x, weight, g, residual.clone(memory_format=torch.preserve_format)),
         stock.input_gradient(dy, x, weight, g, added.clone(memory_format=torch.preserve_format)),
     ]
-    found = [
+    results = [
         mine.convolution(x, weight, g, residual), mine.input_gradient(dy, x, weight, g, added)
     ]  # fmt: skip
-    close(PASSES[:2], found, theirs, exact, dtype)
+    close(PASSES[:2], results, theirs, exact, dtype)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize(
     "case",
     ["pointwise", "pointwise, many pixels", "3x3, many tiles", "3x3 of 16, many tiles",
      "3x3 of 64, many tiles"],
 )  # fmt: skip
-def test_what_lies_beyond_is_not_read(case: str, dtype: torch.dtype, threads: int) -> None:
-    """x and dy between tensors that are no numbers."""
-    mine, _ = makers()
+def test_memory_beyond_tensors_is_not_read(case: str, dtype: torch.dtype, threads: int) -> None:
+    """x and dy are surrounded by NaN."""
+    mine, _ = implementations()
     torch.set_num_threads(threads)
     x, weight, dy, g = operands(case, dtype)
     expected = run(mine, x, weight, dy, g)
-    inner = []
+    views = []
     for t in (x, dy):
         around = torch.full((len(t) + 2, *t.shape[1:]), float("nan"), dtype=dtype)
         around = around.contiguous(memory_format=LAST)
         around[1:-1] = t
-        inner.append(around[1:-1])
-    for name, a, b in zip(PASSES, run(mine, inner[0], weight, inner[1], g), expected, strict=True):
+        views.append(around[1:-1])
+    for name, a, b in zip(PASSES, run(mine, views[0], weight, views[1], g), expected, strict=True):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("weights", ["contiguous", "bfloat16", "sliced"])
-def test_weights_of_any_kind(weights: str) -> None:
-    mine, _ = makers()
+def test_weight_layouts_and_dtypes(weights: str) -> None:
+    mine, _ = implementations()
     x, weight, dy, g = operands("3x3, even", torch.float32)
     if weights == "contiguous":
         other = weight.contiguous()
@@ -246,9 +248,9 @@ def test_weights_of_any_kind(weights: str) -> None:
 @pytest.mark.parametrize(
     "case", ["3x3", "3x3 of 64, odd", "pointwise, many pixels", "stem", "3x3, stride 2"]
 )
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
-def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
-    mine, _ = makers()
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
+def test_bitwise_repeatable(case: str, dtype: torch.dtype) -> None:
+    mine, _ = implementations()
     x, weight, dy, g = operands(case, dtype)
     first = run(mine, x, weight, dy, g)
     for _ in range(20):
@@ -261,28 +263,28 @@ def test_the_same_every_time(case: str, dtype: torch.dtype) -> None:
     ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3", "3x3 of 64, many tiles",
      "3x3, stride 2, many rows"],
 )  # fmt: skip
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
-def test_the_same_at_any_number_of_threads(case: str, dtype: torch.dtype) -> None:
-    """Where a thread's tiles begin changes nothing in y and dx."""
-    mine, _ = makers()
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
+def test_result_does_not_depend_on_thread_count(case: str, dtype: torch.dtype) -> None:
+    """y and dx do not depend on the distribution of tiles over threads."""
+    mine, _ = implementations()
     x, weight, dy, g = operands(case, dtype)
-    found = []
+    results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        found.append(run(mine, x, weight, dy, g)[:2])
-    for other in found[1:]:
-        for a, b in zip(found[0], other, strict=True):
+        results.append(run(mine, x, weight, dy, g)[:2])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize(
     "case", ["3x3, even", "3x3 of 64, odd", "pointwise", "3x3, stride 2", "3x3 of 16, few tiles"]
 )
-def test_not_a_number(case: str, dtype: torch.dtype, value: float) -> None:
-    """What is no finite number shows where stock shows it, in forward and both gradients."""
-    mine, stock = makers()
+def test_non_finite_values(case: str, dtype: torch.dtype, value: float) -> None:
+    """Forward and both gradients are non-finite exactly where stock is."""
+    mine, stock = implementations()
     for which in range(3):
         x, weight, dy, g = operands(case, dtype)
         t = (x, weight, dy)[which]
@@ -293,19 +295,19 @@ def test_not_a_number(case: str, dtype: torch.dtype, value: float) -> None:
             assert torch.equal(a.isfinite(), b.isfinite()), (name, which)
 
 
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", ["3x3, even", "3x3 of 64, odd", "3x3 of 16, few tiles"])
-def test_sums_that_overflow_in_winograds_form(case: str, dtype: torch.dtype) -> None:
-    """Winograd's sums of several values may overflow where the result does not."""
-    mine, stock = makers()
+def test_sums_that_overflow_in_winograd(case: str, dtype: torch.dtype) -> None:
+    """Winograd sums of several values may overflow where the result does not."""
+    mine, stock = implementations()
     x, weight, dy, g = operands(case, dtype)
     x = torch.full_like(x, 2e38)
     weight, dy = weight * 1e-3, dy * 1e-6
     exact = run(stock, lifted(x), lifted(weight), lifted(dy), g)
     theirs = run(stock, x, weight, dy, g)
-    found = run(mine, x, weight, dy, g)
+    results = run(mine, x, weight, dy, g)
     assert all(t.isfinite().all() for t in theirs)
-    for name, a, s, e in zip(PASSES, found, theirs, exact, strict=True):
+    for name, a, s, e in zip(PASSES, results, theirs, exact, strict=True):
         assert a.isfinite().all(), name
         scale = (lifted(x).abs().max() * lifted(weight).abs().sum()).item() if name == "y" else 0
         terms = {name: scale} if scale else {name: e.abs().max().item() * 100}
@@ -313,7 +315,7 @@ def test_sums_that_overflow_in_winograds_form(case: str, dtype: torch.dtype) -> 
 
 
 def test_errors_name_the_argument() -> None:
-    makers()
+    implementations()
     ops = torch.ops.fused_resnet_native
     x, weight, dy, _ = operands("3x3", torch.float32)
     pair = [1, 1]
@@ -354,8 +356,8 @@ def test_errors_name_the_argument() -> None:
         ops.narrow_weight_gradient(x[:, :9].contiguous(memory_format=LAST), x, 1, 1, pair, [0, 0])
 
 
-def test_no_image() -> None:
-    mine, _ = makers()
+def test_empty_batch() -> None:
+    mine, _ = implementations()
     for dtype, case in itertools.product(DTYPES, ("3x3", "3x3, stride 2", "pointwise", "stem")):
         x, weight, dy, g = operands(case, dtype)
         y, dx, dweight = run(mine, x[:0], weight, dy[:0], g)
@@ -363,13 +365,13 @@ def test_no_image() -> None:
         assert torch.equal(dweight, torch.zeros_like(weight))
 
 
-@pytest.mark.parametrize("dtype", FORMS[1:], indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS[1:], indirect=True)
 @pytest.mark.parametrize(
     "case", ["pointwise", "3x3", "3x3 of 64, odd", "3x3, stride 2", "3x3 of 16, few tiles"]
 )
 def test_weights_are_rounded(case: str, dtype: torch.dtype) -> None:
-    """To the dtype of what they are multiplied with, as autocast rounds them."""
-    mine, _ = makers()
+    """Weights are rounded to the dtype of x, as in autocast."""
+    mine, _ = implementations()
     x, weight, dy, g = operands(case, dtype)
     weight = weight * 1.001
     rounded = weight.to(dtype).float()
@@ -379,41 +381,42 @@ def test_weights_are_rounded(case: str, dtype: torch.dtype) -> None:
 
 
 def statistics_of(z: Tensor) -> Tensor:
-    """(2, K) float64: mean and biased variance, by float64."""
+    """Mean and biased variance, (2, K), computed in float64."""
     wide = lifted(z)
     return torch.stack([wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", FORMS, indirect=True)
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
-def test_statistics_come_with_it(case: str, dtype: torch.dtype, threads: int) -> None:
-    """z as without them, to the last bit; mean and variance of z as it was rounded. A pixel left
-    out, or taken twice, is off by a thousandth and more."""
-    mine, _ = makers()
+def test_fused_statistics(case: str, dtype: torch.dtype, threads: int) -> None:
+    """z is bitwise equal to z without statistics; mean and variance are those of the rounded z. A
+    missing or duplicated pixel would change them by a thousandth or more."""
+    mine, _ = implementations()
     torch.set_num_threads(threads)
     x, weight, _, g = operands(case, dtype)
-    x = (x + 3).contiguous(memory_format=LAST)  # means that are not near zero
+    x = (x + 3).contiguous(memory_format=LAST)  # means far from zero
     poison_pool()
     z, state = mine.convolve(x, weight, g)
     assert torch.equal(z, mine.convolution(x, weight, g))
     if state is None:
-        assert not mine._serves(weight, dtype, g)
+        assert not mine.supports(weight, dtype, g)
         return
-    (found,) = state
+    (statistics,) = state
     exact = statistics_of(z)
     spread = exact[1].sqrt().max()
     # Measured: at most 2e-7 and 2.1e-6.
-    assert (found[0] - exact[0]).abs().max() <= 1e-6 * spread
-    assert (found[1] - exact[1]).abs().max() <= 1e-5 * spread**2
+    assert (statistics[0] - exact[0]).abs().max() <= 1e-6 * spread
+    assert (statistics[1] - exact[1]).abs().max() <= 1e-5 * spread**2
 
 
 @pytest.mark.parametrize(
     "case", ["3x3, even", "3x3 of 16, rows of 16 tiles", "pointwise, many pixels", "3x3"]
 )
-def test_statistics_of_what_is_no_number(case: str) -> None:
-    """Overflowing squares, Inf and NaN: what bn_statistics says of the same z."""
-    mine, _ = makers()
+def test_fused_statistics_of_non_finite_values(case: str) -> None:
+    """With overflowing squares, Inf and NaN, the statistics equal those of bn_statistics."""
+    mine, _ = implementations()
     x, weight, _, g = operands(case, torch.float32)
     for value in (1e25, float("inf"), float("nan")):
         other = x.clone(memory_format=torch.preserve_format)
@@ -425,8 +428,8 @@ def test_statistics_of_what_is_no_number(case: str) -> None:
         assert torch.equal(state[0][0].isfinite(), finite)
 
 
-def test_a_constant_channel_has_no_variance() -> None:
-    mine, _ = makers()
+def test_constant_channel_has_zero_variance() -> None:
+    mine, _ = implementations()
     for dtype, case in itertools.product(DTYPES, ("pointwise, many pixels", "3x3, no padding")):
         x, weight, _, g = operands(case, dtype)
         x = torch.full_like(x, 1.7)

@@ -1,4 +1,4 @@
-"""What the tests of the implicit-GEMM kernels share: tiles, packed operands, a guarded call."""
+"""Helpers of the tests of the implicit-GEMM kernels: tiles, packed operands, a guarded call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from tests.ops.op_cases import close, lifted
 from tests.ops.test_conv_bn_relu import exact, stock
 
 TABLE = emulation.ROOT / "csrc/cuda/convolution/tiles.h"
-GUARD = 64  # elements on either side, NaN before and after
+GUARD = 64  # NaN elements before and after a tensor
 
 
 class Tile(NamedTuple):
-    """A row of kGemmTiles in csrc/cuda/convolution/tiles.h, and its number."""
+    """A row of kGemmTiles in csrc/cuda/convolution/tiles.h; `number` is its index."""
 
     number: int
     architecture: int
@@ -35,15 +35,15 @@ class Tile(NamedTuple):
 
 
 def tiles(architecture: int) -> list[Tile]:
-    """Read, not asked of the library: collecting the tests neither builds nor loads it."""
+    """The tiles for sm_80 or sm_90, parsed from the header, so that collection builds nothing."""
     rows = re.findall(r"^ +\{(\d+), (\d+), (\d+), (\d+), (\d+)\},", TABLE.read_text(), re.M)
-    found = [Tile(number, *map(int, row)) for number, row in enumerate(rows)]
-    assert found, f"no tiles in {TABLE}"
-    return [tile for tile in found if tile.architecture == architecture]
+    table = [Tile(number, *map(int, row)) for number, row in enumerate(rows)]
+    assert table, f"no tiles in {TABLE}"
+    return [tile for tile in table if tile.architecture == architecture]
 
 
 def to_tf32(t: Tensor) -> Tensor:
-    """Rounded to the 10 bits of mantissa that the tensor cores read of a float32."""
+    """t rounded to TF32: the 10 mantissa bits of a float32 that tensor cores read."""
     return ((t.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -55,7 +55,7 @@ def pairs(geometry: Sequence) -> tuple[list[int], list[int], list[int], int]:
 
 
 def padded(t: Tensor, dim: int, groups: int, multiple: int) -> Tensor:
-    """Zeros after every group's part of a dimension, to a multiple."""
+    """Pads each group's range of a dimension with zeros to a multiple."""
     t = t.movedim(dim, 0)
     t = t.reshape(groups, -1, *t.shape[1:])
     more = -t.shape[1] % multiple
@@ -64,9 +64,9 @@ def padded(t: Tensor, dim: int, groups: int, multiple: int) -> Tensor:
 
 
 def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
-    """t (N, C, H, W), channels_last between two bands of NaN, and all of that memory, on the
-    device of the kernels."""
-    memory = machines.here(torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype))
+    """A channels_last copy of t (N, C, H, W) between two bands of NaN, and the whole buffer, on the
+    kernels' device."""
+    memory = machines.to_device(torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype))
     N, C, H, W = t.shape
     inside = memory[GUARD : GUARD + t.numel()].view(N, H, W, C).permute(0, 3, 1, 2)
     return inside.copy_(t), memory
@@ -84,7 +84,7 @@ def run(
     splits: int = 1,
 ) -> Tensor:
     """The raw op on padded copies: x (N, C, H, W), weight (K, C / groups, R, S), scale, shift (K,),
-    residual (N, K, P, Q) -> y (N, K, P, Q). What lies around x and y is NaN, and stays so."""
+    residual (N, K, P, Q) -> y (N, K, P, Q). Memory around x and y is NaN and must not change."""
     if (reason := machines.skip_reason(tile.architecture)) is not None:
         pytest.skip(reason)
     stride, padding, dilation, groups = pairs(geometry)
@@ -99,7 +99,7 @@ def run(
         residual, _ = guarded(padded(residual, 1, groups, size))
     wide = weight.shape[0]
     y, memory = guarded(x.new_full((out[0], wide, *out[2:]), float("nan")))
-    weight, scale, shift = map(machines.here, (weight, scale, shift))
+    weight, scale, shift = map(machines.to_device, (weight, scale, shift))
     machines.ops().implicit_gemm(
         x, weight, scale, shift, residual, y, relu, stride, padding, dilation, groups,
         tile.number, splits,
@@ -110,8 +110,8 @@ def run(
 
 
 def check_close(arguments: Sequence, y: Tensor) -> None:
-    """The tolerance rule, with float32's floor as in test_conv_bn_relu.test_values. float32
-    operands must be TF32 already: their products are exact in float32 too."""
+    """Asserts the tolerance rule, with the minimum for float32 of test_conv_bn_relu.test_values.
+    float32 operands must be TF32 values, so that their products are exact in float32."""
     x, weight, scale, shift, residual, _, *geometry = arguments
     sizes = (t if t is None else t.abs() for t in (x, weight, scale, shift, residual))
     terms = {"y": exact(*sizes, False, *geometry).max().item()}

@@ -1,7 +1,7 @@
-"""Where a test runs the raw CUDA kernels: on CPU tensors in the emulator, or on a GPU.
+"""The device on which a test runs the raw CUDA kernels: CPU tensors in the emulator, or a GPU.
 
-Tests that take the fixture `kernels` run on both where both are there; without it, in the emulator.
-Operands and results stay on the CPU: `ops()` is called on what `here` moves.
+Tests with the fixture `kernels` run on each that is available; others run in the emulator. Operands
+and results are on the CPU: `to_device` moves the arguments of `ops()`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _device = "cpu"
 
 @contextmanager
 def running_on(device: str) -> Iterator[None]:
-    """Within it, raw kernels run on such tensors: "cpu" is the emulator."""
+    """Runs raw kernels on this device within the context; "cpu" is the emulator."""
     global _device
     before, _device = _device, device
     try:
@@ -41,8 +41,8 @@ def ops() -> Any:
     return torch.ops.fused_resnet_native
 
 
-def here(t: Tensor | None) -> Tensor | None:
-    """t on the device of the kernels; strides, offset and what surrounds it as they were."""
+def to_device(t: Tensor | None) -> Tensor | None:
+    """t on the kernels' device, with its strides, its offset and the rest of its storage."""
     if t is None or t.device.type == _device:
         return t
     memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(_device)
@@ -50,30 +50,30 @@ def here(t: Tensor | None) -> Tensor | None:
 
 
 def seed(number: int) -> None:
-    """The order of threads from here on, which a GPU chooses by itself."""
+    """Sets the order of threads in the emulator; no effect on a GPU."""
     if emulated():
         emulation.seed(number)
 
 
 def stock(run: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """run(*arguments), by PyTorch, where the kernels run, so that both round as such a machine's
-    multipliers do; on the CPU."""
-    moved = [here(a) if isinstance(a, Tensor) else a for a in arguments]
+    """run(*arguments) by PyTorch on the kernels' device, so that both round as its multipliers do;
+    returned on the CPU."""
+    moved = [to_device(a) if isinstance(a, Tensor) else a for a in arguments]
     return run(*moved).cpu()
 
 
 def skip_reason(architecture: int) -> str | None:
-    """Why a tile for this architecture does not run here, or None."""
+    """The reason why tiles for this architecture do not run on the device, or None."""
     if emulated():
         return None
-    found = torch.cuda.get_device_capability()
-    if architecture == 90 and found != (9, 0):
-        return f"a tile for Hopper, this GPU is sm_{found[0]}{found[1]}"
-    return None if found >= (8, 0) else f"needs sm_80, this GPU is sm_{found[0]}{found[1]}"
+    major, minor = capability = torch.cuda.get_device_capability()
+    if architecture == 90 and capability != (9, 0):
+        return f"the tile requires Hopper, this GPU is sm_{major}{minor}"
+    return None if capability >= (8, 0) else f"requires sm_80, this GPU is sm_{major}{minor}"
 
 
 def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Bit by bit: NaN equals NaN."""
+    """Whether the tensors are bitwise equal; NaN equals NaN of the same bits."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     as_bits = [[t.view(bits[t.element_size()]) for t in group] for group in (a, b)]
     return all(torch.equal(x, y) for x, y in zip(*as_bits, strict=True))

@@ -1,8 +1,8 @@
-"""Every CUDA kernel once or twice at small sizes, for compute-sanitizer to watch.
+"""Runs every CUDA kernel once or twice at small sizes, under compute-sanitizer.
 
     compute-sanitizer --tool memcheck python -m tests.kernels.cuda.sanitizer_list --device cuda
 
-With --device cpu the same in the emulator. Results are only looked at for being finite.
+With --device cpu it runs in the emulator. Results are only checked to be finite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def elementwise() -> Calls:
         (*FLOATS, torch.float64), ("contiguous", "channels_last", "odd offset, channels_last")
     ):
         x, residual, out = (
-            machines.here(LAYOUTS[layout](randn((2, 33, 9, 7), dtype))) for _ in range(3)
+            machines.to_device(LAYOUTS[layout](randn((2, 33, 9, 7), dtype))) for _ in range(3)
         )
 
         def run(x: Tensor = x, residual: Tensor = residual, out: Tensor = out) -> list[Tensor]:
@@ -43,9 +43,11 @@ def batch_norm() -> Calls:
     shapes = ((4, 64, 7, 7), (2, 16, 40, 40), (3, 5, 41, 39))
     layouts = ("contiguous", "channels_last", "odd offset, channels_last")
     for shape, layout, dtype in itertools.product(shapes, layouts, (*FLOATS, torch.float64)):
-        x, residual, dy = (machines.here(LAYOUTS[layout](randn(shape, dtype))) for _ in range(3))
+        x, residual, dy = (
+            machines.to_device(LAYOUTS[layout](randn(shape, dtype))) for _ in range(3)
+        )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        weight, bias = (machines.here(t) for t in torch.rand(2, shape[1], dtype=wide).unbind())
+        weight, bias = (machines.to_device(t) for t in torch.rand(2, shape[1], dtype=wide).unbind())
 
         def run(
             x: Tensor = x,
@@ -54,18 +56,18 @@ def batch_norm() -> Calls:
             weight: Tensor = weight,
             bias: Tensor = bias,
         ) -> list[Tensor]:
-            ops, found = machines.ops(), []
+            ops, results = machines.ops(), []
             for added, relu in ((residual, True), (None, False)):
                 y, mean, var = ops.bn_add_relu(x, weight, bias, added, 1e-5, relu)
                 saved = (y if relu else None, weight, mean, var, 1e-5, relu, True, relu)
-                found += [y, *ops.bn_add_relu_backward(dy, x, *saved)]
-            return found
+                results += [y, *ops.bn_add_relu_backward(dy, x, *saved)]
+            return results
 
         yield f"bn_add_relu {dtype} {shape} {layout}", run
 
 
 def convolutions() -> Calls:
-    # Groups, windows and ends of tiles; then one tile's worth.
+    # Groups, windows and partial tiles; then one tile.
     shapes = (
         ((1, 48, 9, 15), 144, (1, 3), 1, (0, 1), 1, 2),
         ((2, 72, 9, 8), 80, (3, 3), 2, 1, 1, 1),
@@ -92,17 +94,17 @@ def convolutions() -> Calls:
 
 
 def statistics() -> Calls:
-    """A training norm's, from the convolution to its output; by tiles, and by splits."""
+    """From a convolution with fused statistics to the normalised output; each tile, and splits."""
     tiles = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
     tiles = [tile for tile in tiles if machines.skip_reason(tile.architecture) is None]
     for tile, dtype in itertools.product(tiles, FLOATS):
         if tile.architecture == 90 and dtype == torch.float32:
             continue
-        # Hopper's kernel reads whole steps of a group's channels.
+        # Hopper's kernel reads whole steps of the channels of a group.
         C = 24 if tile.architecture == 80 else 64
         x, weight = randn((2, 2 * C, 9, 15), dtype), randn((144, C, 1, 3), dtype)
-        weight = machines.here(weight.permute(0, 2, 3, 1).contiguous())
-        x = machines.here(x.contiguous(memory_format=torch.channels_last))
+        weight = machines.to_device(weight.permute(0, 2, 3, 1).contiguous())
+        x = machines.to_device(x.contiguous(memory_format=torch.channels_last))
         z = torch.empty_like(x.new_empty(2, 144, 9, 15), memory_format=torch.channels_last)
         geometry = ([1, 1], [0, 1], [1, 1], 2)
         for splits in (1, 2) if tile.architecture == 80 else (1,):
@@ -112,27 +114,27 @@ def statistics() -> Calls:
             ) -> list[Tensor]:
                 ops = machines.ops()
                 parts, pixels = ops.convolution_statistics(*operands)
-                found = ops.bn_merge_statistics(parts, 2 * 9 * 15, pixels)
-                return [*found, ops.bn_normalise(z, *found, None, None, None, 1e-5, True)]
+                merged = ops.bn_merge_statistics(parts, 2 * 9 * 15, pixels)
+                return [*merged, ops.bn_normalise(z, *merged, None, None, None, 1e-5, True)]
 
             name = f"convolution_statistics sm_{tile.architecture} {tile}"
             yield f"{name}, {dtype}, {splits} splits", run
 
 
 def prologues() -> Calls:
-    """A norm and a ReLU in the next convolution's prologue; channels end within a step."""
+    """A norm and a ReLU in the next convolution's prologue; the last step has fewer channels."""
     tiles = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
     tiles = [tile for tile in tiles if machines.skip_reason(tile.architecture) is None]
     for tile, dtype in itertools.product(tiles, FLOATS[:2]):
         if min(tile.block_m, tile.block_n) < 64:
             continue
-        x, weight = randn((2, 72, 9, 15), dtype), machines.here(randn((144, 1, 1, 72), dtype))
-        x = machines.here(x.contiguous(memory_format=torch.channels_last))
+        x, weight = randn((2, 72, 9, 15), dtype), machines.to_device(randn((144, 1, 1, 72), dtype))
+        x = machines.to_device(x.contiguous(memory_format=torch.channels_last))
         z = torch.empty_like(x.new_empty(2, 144, 9, 15), memory_format=torch.channels_last)
-        numbers = [machines.here(t) for t in torch.rand(5, 72).unbind()]
+        vectors = [machines.to_device(t) for t in torch.rand(5, 72).unbind()]
 
         def run(
-            operands: tuple = (x, *numbers, 1e-5, weight, z, tile.number), z: Tensor = z
+            operands: tuple = (x, *vectors, 1e-5, weight, z, tile.number), z: Tensor = z
         ) -> list[Tensor]:
             return [machines.ops().normalised_convolution_statistics(*operands)[0], z]
 
@@ -140,17 +142,19 @@ def prologues() -> Calls:
 
 
 def gradients() -> Calls:
-    """A training norm's gradient, from its convolution's; by tiles, and by splits."""
+    """From a convolution's input gradient with fused sums to the norm's gradient; tiles, splits."""
     tiles = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
     tiles = [tile for tile in tiles if machines.skip_reason(tile.architecture) is None]
     for tile, dtype in itertools.product(tiles, FLOATS[:2]):
         K = 24 if tile.architecture == 80 else 64
         dy, g, x = (
-            machines.here(randn((2, C, 9, 15), dtype).contiguous(memory_format=torch.channels_last))
+            machines.to_device(
+                randn((2, C, 9, 15), dtype).contiguous(memory_format=torch.channels_last)
+            )
             for C in (2 * K, 144, 144)
         )
-        weight = machines.here(randn((144, 1, 3, K), dtype))
-        norm = [machines.here(t) for t in torch.rand(5, 144).unbind()]
+        weight = machines.to_device(randn((144, 1, 3, K), dtype))
+        norm = [machines.to_device(t) for t in torch.rand(5, 144).unbind()]
         for splits in (1, 2) if tile.architecture == 80 else (1,):
 
             def run(
@@ -168,10 +172,10 @@ def gradients() -> Calls:
 
 def stem() -> Calls:
     for dtype, pool, wide in itertools.product(FLOATS[:2], (True, False), (True, False)):
-        x = machines.here(randn((2, 3, 45, 71), torch.float32 if wide else dtype))
+        x = machines.to_device(randn((2, 3, 45, 71), torch.float32 if wide else dtype))
         weight = F.pad(randn((64, 3, 7, 7), dtype), (0, 1, 0, 0, 0, 1))
-        weight = machines.here(weight.permute(0, 2, 3, 1).contiguous())
-        scale, shift = (machines.here(t) for t in torch.rand(2, 64).unbind())
+        weight = machines.to_device(weight.permute(0, 2, 3, 1).contiguous())
+        scale, shift = (machines.to_device(t) for t in torch.rand(2, 64).unbind())
 
         def run(operands: tuple = (x, weight, scale, shift), pool: bool = pool) -> list[Tensor]:
             return [machines.ops().stem(*operands, pool)]
@@ -182,7 +186,7 @@ def stem() -> Calls:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Every CUDA kernel, for compute-sanitizer.")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--only", default="", help="calls whose name holds this")
+    parser.add_argument("--only", default="", help="only calls whose name contains this")
     args = parser.parse_args()
     torch.manual_seed(0)
     count = 0
@@ -193,8 +197,8 @@ def main() -> int:
                 if args.only not in name:
                     continue
                 print(name, flush=True)
-                found = run()
-                assert all(t.isfinite().all() for t in found), name
+                results = run()
+                assert all(t.isfinite().all() for t in results), name
                 count += 1
     print(f"{count} calls")
     return 0

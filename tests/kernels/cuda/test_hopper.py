@@ -1,6 +1,5 @@
-"""Hopper's convolution (csrc/cuda/convolution/sm90/), its source run on the host by the emulator,
-and on a GPU where there is a Hopper: values, every geometry, the order of threads and copies; and
-its index arithmetic by itself."""
+"""The convolution for Hopper (csrc/cuda/convolution/sm90/), in the emulator and, if available, on a
+Hopper GPU: values, geometries, the order of threads and copies; and its index arithmetic."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import cache, native, registry
-from fused_resnet.kernels import problem as gemm
-from fused_resnet.kernels.cuda import convolution as gpu_conv
-from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+from fused_resnet.kernels.cuda import implicit_gemm
+from fused_resnet.kernels.cuda.convolution import GpuConv
+from fused_resnet.kernels.problem import Problem, geometry_of
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.kernels.cuda.gemm_cases import tiles
@@ -26,10 +25,10 @@ pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
 )
 
-# block_m x block_n, of kGemmTiles' rows for sm_90
+# block_m x block_n of the sm_90 rows of kGemmTiles
 TILES = ("128x256", "128x128", "64x256", "128x64", "64x64")
-HALF, BFLOAT = torch.float16, torch.bfloat16
-DTYPES = (HALF, BFLOAT)
+FLOAT16, BFLOAT16 = torch.float16, torch.bfloat16
+DTYPES = (FLOAT16, BFLOAT16)
 
 # name -> x's (N, C, H, W), K, kernel (R, S), stride, padding, dilation, groups
 CASES = {
@@ -56,13 +55,13 @@ CASES = {
 
 
 def row_of(tile: str) -> int:
-    """The row of kGemmTiles that is `tile` for sm_90."""
-    (found,) = (t.number for t in tiles(90) if f"{t.block_m}x{t.block_n}" == tile)
-    return found
+    """The index in kGemmTiles of the sm_90 tile."""
+    (row,) = (t.number for t in tiles(90) if f"{t.block_m}x{t.block_n}" == tile)
+    return row
 
 
-# Without it a test is about the emulator, or about code that runs on the host.
-on_a_gpu_too = pytest.mark.usefixtures("kernels")
+# Tests without it run in the emulator only, or test code that runs on the host.
+also_on_gpu = pytest.mark.usefixtures("kernels")
 
 
 def pair(v) -> tuple[int, int]:
@@ -70,7 +69,7 @@ def pair(v) -> tuple[int, int]:
 
 
 def guarded(t: Tensor, fill: bool = True) -> Tensor:
-    """t's values (or NaN) channels_last, in memory that holds NaN before and after."""
+    """t's values (or NaN), channels_last, in memory with NaN before and after."""
     t = t.contiguous(memory_format=torch.channels_last)
     memory = torch.full((t.numel() + 1024,), float("nan"), dtype=t.dtype, device=t.device)
     inside = memory.as_strided(t.shape, t.stride(), 512)
@@ -104,9 +103,9 @@ def conv(x, weight, scale, shift, residual, relu, geometry, tile) -> Tensor:
         pytest.skip(reason)
     stride, padding, dilation, groups = geometry
     out = F.conv2d(x.float(), weight.float(), None, *geometry).shape
-    y = machines.here(guarded(torch.empty(out, dtype=x.dtype), fill=False))
+    y = machines.to_device(guarded(torch.empty(out, dtype=x.dtype), fill=False))
     weight = weight.permute(0, 2, 3, 1).contiguous()
-    moved = map(machines.here, (x, weight, scale, shift, residual))
+    moved = map(machines.to_device, (x, weight, scale, shift, residual))
     machines.ops().implicit_gemm(
         *moved, y, relu, pair(stride), pair(padding), pair(dilation), groups, row_of(tile), 1
     )
@@ -114,11 +113,11 @@ def conv(x, weight, scale, shift, residual, relu, geometry, tile) -> Tensor:
     return y.cpu()
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", CASES)
 def test_small_integers_are_exact(case, tile):
-    """Every product and sum is exact: one wrong index shows as a difference."""
+    """Every product and sum is exact: one wrong index changes the result."""
     dtype = DTYPES[(list(CASES).index(case) + TILES.index(tile)) % 2]
     (x, weight, scale, shift, residual), geometry = operands(case, dtype, integers)
     machines.seed(len(case))
@@ -127,7 +126,7 @@ def test_small_integers_are_exact(case, tile):
         same(conv(*arguments, geometry, tile), exact(*arguments, *geometry).to(dtype))
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", ["pointwise, long sums", "3x3, stride 2", "groups of 64"])
@@ -143,19 +142,19 @@ def test_values(case, tile, dtype):
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 132])
 @pytest.mark.parametrize("tile", TILES)
-def test_blocks_stay_for_many_tiles(tile, multiprocessors):
-    """Several rounds of the ring, the output buffers and the turns, or fewer tiles than blocks."""
-    tensors, geometry = operands("many tiles", HALF, integers)
+def test_persistent_blocks_with_many_tiles(tile, multiprocessors):
+    """Several rounds of the stage ring, output buffers and turns, or fewer tiles than blocks."""
+    tensors, geometry = operands("many tiles", FLOAT16, integers)
     with emulation.device(multiprocessors=multiprocessors):
         for added in (tensors[4], None):
             arguments = (*tensors[:4], added, True)
-            same(conv(*arguments, geometry, tile), exact(*arguments, *geometry).to(HALF))
+            same(conv(*arguments, geometry, tile), exact(*arguments, *geometry).to(FLOAT16))
 
 
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", ["3x3", "pointwise", "groups of 64"])
-def test_the_order_of_threads_and_copies_does_not_show(case, tile):
-    tensors, geometry = operands(case, BFLOAT)
+def test_result_does_not_depend_on_thread_order(case, tile):
+    tensors, geometry = operands(case, BFLOAT16)
     with emulation.device(multiprocessors=1):
         results = []
         for number in range(6):
@@ -165,18 +164,18 @@ def test_the_order_of_threads_and_copies_does_not_show(case, tile):
         assert torch.equal(y, results[0])
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("case", ["pointwise, groups", "pointwise, groups of 8", "groups of 128"])
-def test_groups_do_not_see_one_another(case):
-    """Not even each other's NaN, though a step of 64 channels reaches beyond a group of 40."""
-    (x, weight, scale, shift, _), geometry = operands(case, HALF)
+def test_groups_are_independent(case):
+    """NaN stays in its group, although a step of 64 channels extends beyond a group of 40."""
+    (x, weight, scale, shift, _), geometry = operands(case, FLOAT16)
     groups = geometry[3]
     C, K = x.shape[1] // groups, weight.shape[0] // groups
     clean = conv(x, weight, scale, shift, None, True, geometry, "128x64")
     for group in range(groups):
-        for sick in ("x", "weight"):
+        for operand in ("x", "weight"):
             x2, weight2 = guarded(x), weight.clone()
-            if sick == "x":
+            if operand == "x":
                 x2[:, group * C : (group + 1) * C] = float("nan")
             else:
                 weight2[group * K : (group + 1) * K] = float("inf")
@@ -187,11 +186,11 @@ def test_groups_do_not_see_one_another(case):
             assert not y[:, ~others].isfinite().all()
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values_go_where_stock_sends_them(dtype):
+def test_special_values_propagate_as_in_stock(dtype):
     (x, weight, scale, shift, residual), geometry = operands("3x3", dtype)
-    # Of a pair of outputs in one register, both.
+    # Both of a pair of outputs that share a register.
     scale[2:4], shift[5] = float("nan"), -float("inf")
     x[0, 2, 3, 3], residual[1, 6:8, 2, 2], residual[0, 8, 1, 1] = float("inf"), float("nan"), -0.0
     for added, relu in ((residual, True), (residual, False), (None, True)):
@@ -204,15 +203,15 @@ def test_special_values_go_where_stock_sends_them(dtype):
         torch.testing.assert_close(y[finite], want[finite], rtol=2e-2, atol=2e-2)
 
 
-@on_a_gpu_too
-def test_output_may_be_the_residual():
-    """Each tile of the residual is read before the tile of y that replaces it is written."""
-    tensors, geometry = operands("3x3", HALF, integers)
-    want = exact(*tensors, True, *geometry).to(HALF)
+@also_on_gpu
+def test_output_aliases_residual():
+    """Each tile of the residual is read before that tile of y is written."""
+    tensors, geometry = operands("3x3", FLOAT16, integers)
+    want = exact(*tensors, True, *geometry).to(FLOAT16)
     if (reason := machines.skip_reason(90)) is not None:
         pytest.skip(reason)
     tensors[1] = tensors[1].permute(0, 2, 3, 1).contiguous()
-    *moved, y = map(machines.here, tensors)
+    *moved, y = map(machines.to_device, tensors)
     machines.ops().implicit_gemm(
         *moved, y, y, True, *map(pair, geometry[:3]), geometry[3], row_of("128x64"), 1
     )
@@ -221,12 +220,12 @@ def test_output_may_be_the_residual():
 
 @pytest.mark.parametrize("tile", TILES)
 def test_no_bank_conflicts(tile):
-    tensors, geometry = operands("3x3", HALF)
-    with emulation.wavefronts() as found:
+    tensors, geometry = operands("3x3", FLOAT16)
+    with emulation.wavefronts() as wavefronts:
         conv(*tensors, True, geometry, tile)
     for kind in ("ldmatrix", "stmatrix"):
-        needed, ideal = found[kind]
-        assert needed == ideal > 0, found
+        needed, ideal = wavefronts[kind]
+        assert needed == ideal > 0, wavefronts
 
 
 ERRORS = {
@@ -239,7 +238,7 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case):
     change, device, words = ERRORS[case]
-    (x, weight, scale, shift, _), (stride, padding, dilation, groups) = operands("3x3", HALF)
+    (x, weight, scale, shift, _), (stride, padding, dilation, groups) = operands("3x3", FLOAT16)
     sizes = {"stride": stride, "padding": padding, **change}
     geometry = (sizes["stride"], sizes["padding"], dilation, groups)
     with emulation.device(**device), pytest.raises(RuntimeError, match="implicit_gemm: ") as error:
@@ -247,9 +246,9 @@ def test_errors(case):
     assert words in str(error.value)
 
 
-@on_a_gpu_too
-def test_float32_and_misaligned_scale_are_refused():
-    (x, weight, scale, shift, _), geometry = operands("3x3", HALF)
+@also_on_gpu
+def test_float32_and_misaligned_scale_raise():
+    (x, weight, scale, shift, _), geometry = operands("3x3", FLOAT16)
     with pytest.raises(RuntimeError, match="takes float16 or bfloat16"):
         conv(guarded(x.float()), weight.float(), scale, shift, None, True, geometry, "64x64")
     scale = torch.cat([scale[:1], scale])[1:]
@@ -257,32 +256,32 @@ def test_float32_and_misaligned_scale_are_refused():
         conv(x, weight, scale, shift, None, True, geometry, "64x64")
 
 
-def test_scale_and_shift_of_a_module_may_start_anywhere():
-    tensors, geometry = operands("3x3", HALF, integers)
+def test_scale_and_shift_of_a_module_may_be_misaligned():
+    tensors, geometry = operands("3x3", FLOAT16, integers)
     x, weight, scale, shift, residual = tensors
     table = torch.stack([scale, shift]).flatten()
     scale, shift = torch.cat([table[:1], table])[1:].split(len(scale))
     with registry.use_backend("emulated"):
-        net = gpu_conv.GpuConv(weight, scale, shift, HALF, *map(pair, geometry[:3]), geometry[3])
-        config = cuda_conv.CudaConfig(row_of("64x64"))
+        net = GpuConv(weight, scale, shift, FLOAT16, *map(pair, geometry[:3]), geometry[3])
+        config = implicit_gemm.CudaConfig(row_of("64x64"))
         with cache.noting() as used:
             y = net.run_by("native", config, x, residual, True)
             net.run(x, None, True)
         assert used == [net]
-    same(y, exact(*tensors, True, *geometry).to(HALF))
+    same(y, exact(*tensors, True, *geometry).to(FLOAT16))
 
 
-# --- index arithmetic by itself ------------------------------------------------------------------
+# --- index arithmetic ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("m_tiles, n_tiles, groups", [(1, 1, 1), (7, 3, 1), (4, 1, 5), (5, 2, 3)])
-def test_every_tile_comes_once(m_tiles, n_tiles, groups):
+def test_every_tile_is_scheduled_once(m_tiles, n_tiles, groups):
     tiles = m_tiles * n_tiles * groups
     out = (ctypes.c_int * (3 * tiles))()
     emulation.load().hopper_schedule(tiles, n_tiles, groups, 128, 64, out)
-    found = list(zip(out[::3], out[1::3], out[2::3], strict=True))
+    schedule = list(zip(out[::3], out[1::3], out[2::3], strict=True))
     every = itertools.product(range(m_tiles), range(groups), range(n_tiles))
-    assert found == [(128 * m, g, 64 * n) for m, g, n in every]
+    assert schedule == [(128 * m, g, 64 * n) for m, g, n in every]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 7])
@@ -306,9 +305,9 @@ COLUMNS = [
 ]
 
 
-def test_im2col_box_takes_the_pixels_of_the_convolution():
-    """The emulated copy engine's walk against p * stride - pad + r * dilation, for every output and
-    tap, from several first outputs on, over the ends of rows, columns and images."""
+def test_im2col_box_reads_the_pixels_of_the_convolution():
+    """The emulated copy engine's order against p * stride - pad + r * dilation: first and last tap,
+    several first outputs, across the ends of rows, columns and images."""
     library = emulation.load()
     for N, H, W, (R, S), stride, padding, dilation in COLUMNS:
         P = (H + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
@@ -337,7 +336,7 @@ def test_pixels_after_the_last_image_are_outside_x():
 
 
 def test_swizzle():
-    """PTX ISA, "128B swizzle": rows of eight 16-byte chunks, by row the order of the chunks."""
+    """PTX ISA, "128B swizzle": rows of eight 16-byte chunks; `order` gives each row's chunks."""
     library = emulation.load()
     order = ("01234567", "10325476", "23016745", "32107654")
     order += ("45670123", "54761032", "67452301", "76543210")
@@ -383,27 +382,30 @@ COVERS = {
 
 @pytest.mark.parametrize("values", COVERS)
 def test_covers(values):
-    """In C++, and as the chooser has it."""
+    """In C++ and in Python (`implicit_gemm.reaches`)."""
     assert emulation.load().hopper_covers((ctypes.c_int * 10)(*values)) == COVERS[values]
     R, S, *sizes, groups, C = values
-    geometry = gemm.geometry_of(sizes[:2], sizes[2:4], sizes[4:])
-    problem = gemm.Problem(64, 64, C, R, S, groups, sizes[1], "float16")
-    assert cuda_conv.reaches(problem, geometry) == COVERS[values]
+    geometry = geometry_of(sizes[:2], sizes[2:4], sizes[4:])
+    problem = Problem(64, 64, C, R, S, groups, sizes[1], "float16")
+    assert implicit_gemm.reaches(problem, geometry) == COVERS[values]
 
 
 def chosen(monkeypatch, *arguments) -> list[int]:
-    """The architectures of the tiles that a convolution is run with, over every measured winner."""
+    """The architectures of the tiles used, for each possible measured winner."""
     x, weight, scale, shift, geometry = arguments
-    found = []
+    used = []
     with registry.use_backend("emulated"):
-        net = gpu_conv.GpuConv(weight, scale, shift, x.dtype, *map(pair, geometry[:3]), geometry[3])
-        for config in (net.choice(x, True).config, *map(cuda_conv.CudaConfig, map(row_of, TILES))):
-            monkeypatch.setattr(cuda_conv, "run_conv", lambda *a: found.append(a[-1].tile))
+        net = GpuConv(weight, scale, shift, x.dtype, *map(pair, geometry[:3]), geometry[3])
+        for config in (
+            net.choice(x, True).config,
+            *map(implicit_gemm.CudaConfig, map(row_of, TILES)),
+        ):
+            monkeypatch.setattr(implicit_gemm, "run_conv", lambda *a: used.append(a[-1].tile))
             net.run_by("native", config, x, None, True)
-    return [cuda_conv.tiles()[tile]["architecture"] for tile in found]
+    return [implicit_gemm.tiles()[tile]["architecture"] for tile in used]
 
 
-FALLS = {
+FALLBACKS = {
     "far": ((1, 64, 300, 9), 128, (3, 3), 1, (129, 1), 1, 1),
     "wide": ((1, 64, 290, 9), 128, (3, 3), 1, (128, 1), (128, 1), 1),
     "narrow groups": ((1, 64, 9, 9), 128, (3, 3), 1, 1, 1, 2),
@@ -411,24 +413,23 @@ FALLS = {
 }
 
 
-@pytest.mark.parametrize("case", FALLS)
-def test_what_hopper_cannot_address_gets_a_tile_of_sm_80(case, monkeypatch):
-    shape, K, kernel, *geometry = FALLS[case]
-    x = torch.zeros(shape, dtype=HALF)
-    weight = torch.zeros(K, shape[1] // geometry[3], *kernel, dtype=HALF)
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_fallback_to_sm_80_tiles(case, monkeypatch):
+    shape, K, kernel, *geometry = FALLBACKS[case]
+    x = torch.zeros(shape, dtype=FLOAT16)
+    weight = torch.zeros(K, shape[1] // geometry[3], *kernel, dtype=FLOAT16)
     operands = (x, weight, torch.ones(K), torch.zeros(K))
     assert set(chosen(monkeypatch, *operands, geometry)) == {80}
     weight, geometry = weight[:, :, :1, :1].contiguous(), (1, 0, 1, geometry[3])
     assert set(chosen(monkeypatch, x, weight, *operands[2:], geometry)) == {90}
 
 
-def test_a_build_without_sm_90a_never_gets_hopper_tiles(monkeypatch):
-    problem = gemm.Problem(3136, 256, 64, 1, 1, 1, 1, "float16")
-    hopper = cuda_conv.CudaConfig(row_of("128x128"))
-    for archs, there in (("8.0+PTX;9.0a", True), ("8.0 9.0", False), (None, False)):
+def test_builds_without_sm_90a_do_not_use_hopper_tiles(monkeypatch):
+    problem = Problem(3136, 256, 64, 1, 1, 1, 1, "float16")
+    hopper = implicit_gemm.CudaConfig(row_of("128x128"))
+    for archs, built in (("8.0+PTX;9.0a", True), ("8.0 9.0", False), (None, False)):
         native.built_for.cache_clear()
         monkeypatch.setattr(native, "build_info", lambda archs=archs: {"cuda_archs": archs})
-        found = cuda_conv.candidates(problem, (9, 0))
-        assert (hopper in found) == there
-        assert (cuda_conv.fitting(hopper, problem, (9, 0), 132, True) == hopper) == there
+        assert (hopper in implicit_gemm.candidates(problem, (9, 0))) == built
+        assert (implicit_gemm.fitting(hopper, problem, (9, 0), 132, True) == hopper) == built
     native.built_for.cache_clear()

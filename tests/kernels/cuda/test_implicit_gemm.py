@@ -1,5 +1,5 @@
-"""implicit_gemm on sm_80: its kernels run on the host, and on a GPU where there is one; their index
-arithmetic by itself."""
+"""implicit_gemm on sm_80: the kernels in the emulator and, if available, on a GPU; and their index
+arithmetic."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fused_resnet.kernels import native
-from fused_resnet.kernels import problem as gemm
-from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
+from fused_resnet.kernels.cuda import implicit_gemm
+from fused_resnet.kernels.problem import Problem
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.ops.op_cases import close, integers, randn, same
@@ -26,7 +26,7 @@ from tests.kernels.cuda.gemm_cases import check_close, run, to_tf32
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TILES = gemm_cases.tiles(80)
 SMALLEST = min(TILES, key=lambda tile: tile.block_m * tile.block_n)
-# More pixels and outputs than any tile, neither a multiple of one, over several steps.
+# More pixels and outputs than any tile, not multiples of a tile, several steps.
 BEYOND_ONE_TILE = {
     "windows": ((1, 24, 13, 11), 136, (3, 3), 1, 1, 1, 1),
     "pointwise": ((1, 136, 12, 11), 136, (1, 1), 1, 0, 1, 1),
@@ -34,8 +34,8 @@ BEYOND_ONE_TILE = {
 }
 
 
-# Without it a test is about the emulator, or about code that runs on the host.
-on_a_gpu_too = pytest.mark.usefixtures("kernels")
+# Tests without it run in the emulator only, or test code that runs on the host.
+also_on_gpu = pytest.mark.usefixtures("kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def same_seed(request):
 
 
 def small_integers(case, dtype):
-    """Arguments of a convolution whose products and sums are exact, and what comes out."""
+    """Arguments of a convolution whose products and sums are exact, and its result."""
     (x, weight, scale, shift, residual), geometry = operands(case, torch.float32, "cpu", integers)
     x, weight = x.clamp(-1, 1), weight.clamp(-1, 1)
     want = exact(x, weight, scale, shift, residual, True, *geometry).to(dtype)
@@ -64,11 +64,12 @@ def random(case, dtype):
 # --- values --------------------------------------------------------------------------------------
 
 
-@on_a_gpu_too
+@also_on_gpu
+@pytest.mark.pairwise(emulated=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_values(case, dtype):
-    """Every case, the tiles in turn."""
+    """Every case; the tiles alternate."""
     number = list(CASES).index(case) + DTYPES.index(dtype)
     (*tensors, residual), geometry = random(case, dtype)
     variants = ((residual, True), (None, True), (residual, False), (None, False))
@@ -79,11 +80,12 @@ def test_values(case, dtype):
         check_close(arguments, run(*arguments, tile=tile))
 
 
-@on_a_gpu_too
+@also_on_gpu
+@pytest.mark.pairwise(emulated=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_small_integers_are_exact(case, dtype):
-    """One wrong index shows as a difference."""
+    """One wrong index changes the result."""
     number = list(CASES).index(case) + DTYPES.index(dtype)
     arguments, want = small_integers(case, dtype)
     many = " many" in f" {case}" or CASES[case][-1] > 8
@@ -91,7 +93,7 @@ def test_small_integers_are_exact(case, dtype):
     same(run(*arguments, tile=tile), want)
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", BEYOND_ONE_TILE)
@@ -102,12 +104,12 @@ def test_every_tile(monkeypatch, name, tile, dtype):
     same(run(*arguments, tile=tile, splits=splits), want)
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("case", ["3x3", "pointwise", "groups of 24, 48 outputs"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_splits(dtype, case, splits):
-    """Some have no step at all; the sums are added in order, whatever order the blocks come in."""
+    """Some splits have no step; sums are added in a fixed order, whatever the order of blocks."""
     (*tensors, residual), geometry = random(case, dtype)
     for rest in ((residual, True), (None, False)):
         arguments = (*tensors, *rest, *geometry)
@@ -118,7 +120,7 @@ def test_splits(dtype, case, splits):
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_the_order_of_threads_and_copies_changes_nothing(tile):
+def test_result_does_not_depend_on_thread_order(tile):
     for case, dtype in (("3x3, stride 2", torch.bfloat16), ("many channels", torch.float16)):
         tensors, geometry = random(case, dtype)
         first = run(*tensors, True, *geometry, tile=tile)
@@ -127,14 +129,14 @@ def test_the_order_of_threads_and_copies_changes_nothing(tile):
             assert torch.equal(run(*tensors, True, *geometry, tile=tile), first)
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -0.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values_go_where_stock_sends_them(dtype, value, splits):
+def test_special_values_propagate_as_in_stock(dtype, value, splits):
     (x, weight, scale, shift, residual), geometry = random("3x3, stride 2", dtype)
     for target, at in ((x, (0, -1, 2, 3)), (residual, (0, 3, 1, 1)), (x, (0, 0, -1, -1))):
-        kept = target[at].item()
+        original = target[at].item()
         target[at] = value
         for rest in ((residual, True), (residual, False)):
             arguments = (x, weight, scale, shift, *rest, *geometry)
@@ -144,10 +146,10 @@ def test_special_values_go_where_stock_sends_them(dtype, value, splits):
             assert torch.equal(got.isinf(), want.isinf())
             finite = want.isfinite()
             torch.testing.assert_close(got[finite].float(), want[finite], rtol=0.03, atol=0.03)
-        target[at] = kept
+        target[at] = original
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("splits", [1, 2])
 def test_parameters_stay_in_their_channel(splits):
     tensors, geometry = random("3x3", torch.bfloat16)
@@ -158,9 +160,9 @@ def test_parameters_stay_in_their_channel(splits):
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
 
 
-@on_a_gpu_too
+@also_on_gpu
 def test_one_rounding_and_in_float32():
-    """2049 is a number of float32 alone: in 16 bits the 1 is lost before -2048 is added."""
+    """2049 is representable in float32, but not in 16 bits, where adding -2048 would give 0."""
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.ones(1, 64, 1, 3, dtype=dtype)
         weight = torch.full((8, 64, 1, 1), 32.0, dtype=dtype)
@@ -172,9 +174,9 @@ def test_one_rounding_and_in_float32():
             same(y, torch.ones_like(y))
 
 
-@on_a_gpu_too
+@also_on_gpu
 def test_tf32_is_rounded_to_nearest():
-    """Of operands that float32 holds and TF32 does not."""
+    """For operands that are representable in float32, but not in TF32."""
     x, weight = (randn(shape, torch.float32) for shape in ((2, 64, 5, 5), (16, 64, 3, 3)))
     rest = (torch.ones(16), torch.zeros(16), None, False, 1, 1, 1, 1)
     want = exact(to_tf32(x), to_tf32(weight), *rest)
@@ -189,7 +191,7 @@ def test_tf32_is_rounded_to_nearest():
     assert not y[1].isfinite()[:, :2, :2].any()
 
 
-# --- shared memory, memory -----------------------------------------------------------------------
+# --- shared memory -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
@@ -197,10 +199,10 @@ def test_tf32_is_rounded_to_nearest():
 def test_no_bank_conflicts(tile, dtype):
     for case in ("3x3", "pointwise"):
         arguments, _ = small_integers(case, dtype)
-        with emulation.wavefronts() as found:
+        with emulation.wavefronts() as wavefronts:
             run(*arguments, tile=tile)
         for access in ("async_store", "ldmatrix", "store", "load"):
-            needed, ideal = found[access]
+            needed, ideal = wavefronts[access]
             assert needed == ideal > 0, f"{access}: {needed} wavefronts for {ideal}"
 
 
@@ -228,25 +230,25 @@ def test_every_tile_and_split_has_one_block(tiles_m, tiles_n):
         library.gemm_tile_place(block, tiles_m, tiles_n, place)
         places.append(tuple(place))
     assert sorted(places) == sorted(itertools.product(range(tiles_m), range(tiles_n), range(3)))
-    # Blocks that run at once share rows and columns.
-    together = places[: 8 * tiles_n]
-    assert len({row for row, _, _ in together}) <= 8
-    assert len({column for _, column, _ in together[:8]}) <= -(-8 // min(tiles_m, 8))
+    # Blocks that run concurrently share rows and columns.
+    concurrent = places[: 8 * tiles_n]
+    assert len({row for row, _, _ in concurrent}) <= 8
+    assert len({column for _, column, _ in concurrent[:8]}) <= -(-8 // min(tiles_m, 8))
 
 
-def test_splits_share_all_steps():
-    library, found = emulation.load(), (ctypes.c_int * 2)()
+def test_splits_partition_all_steps():
+    library, begin_end = emulation.load(), (ctypes.c_int * 2)()
     for steps, splits in itertools.product((1, 2, 3, 7, 8, 72), (1, 2, 3, 8)):
-        taken = []
+        assigned = []
         for split in range(splits):
-            library.gemm_split_steps(steps, splits, split, found)
-            taken += range(*found)
-        assert taken == list(range(steps))
+            library.gemm_split_steps(steps, splits, split, begin_end)
+            assigned += range(*begin_end)
+        assert assigned == list(range(steps))
 
 
 @pytest.mark.parametrize("channels", [8, 16, 24, 40, 56, 64, 72, 136, 512])
-def test_windows_are_walked_as_divided(channels):
-    """With more than 2^31 elements before the last image too."""
+def test_window_iteration_matches_division(channels):
+    """Also with more than 2^31 elements before the last image."""
     for kernel, dilation, groups in (((1, 1), (1, 1), 1), ((3, 3), (1, 1), 2), ((1, 5), (7, 2), 1),
                                      ((7, 7), (1, 1), 1), ((5, 1), (3, 9), 3)):  # fmt: skip
         problem = (61, 47, channels, *kernel, *dilation, groups)
@@ -257,34 +259,34 @@ def test_windows_are_walked_as_divided(channels):
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_sums_have_places_of_their_own(tile):
+def test_accumulator_offsets_are_distinct(tile):
     assert emulation.load().wrong_sum_offsets(tile.block_m, tile.block_n) == 0
 
 
 def test_tiles_are_chosen_for_the_device_and_the_problem(monkeypatch):
-    """Large ones for many pixels, several blocks to a tile for few; Hopper's on Hopper alone."""
-    monkeypatch.setattr(native, "built_for", lambda arch: True)  # whatever is installed here
-    many = gemm.Problem(100352, 256, 64, 3, 3, 1, 1, "float16")
+    """Large tiles for many pixels, splits for few pixels; tiles for Hopper only on Hopper."""
+    monkeypatch.setattr(native, "built_for", lambda arch: True)  # for any build
+    many = Problem(100352, 256, 64, 3, 3, 1, 1, "float16")
     few, far = many._replace(M=49, C=2048), many._replace(stride=9)
     for capability, problem in (
         ((8, 0), many),
         ((9, 0), far),
         ((9, 0), many._replace(operands="tf32")),
     ):
-        for config in cuda_conv.candidates(problem, capability):
-            assert cuda_conv.tiles()[config.tile]["architecture"] == 80
+        for config in implicit_gemm.candidates(problem, capability):
+            assert implicit_gemm.tiles()[config.tile]["architecture"] == 80
     for capability in ((8, 0), (9, 0)):
-        tile = cuda_conv.tiles()[cuda_conv.choose(many, capability, 108).tile]
+        tile = implicit_gemm.tiles()[implicit_gemm.choose(many, capability, 108).tile]
         assert tile["architecture"] == 10 * capability[0]
         assert tile["block_m"] * tile["block_n"] >= 128 * 128
-    assert cuda_conv.choose(few, (8, 0), 108).splits > 1
+    assert implicit_gemm.choose(few, (8, 0), 108).splits > 1
     stem = many._replace(K=64, C=3, R=7, S=7, stride=2)
-    assert cuda_conv.choose(stem, (8, 0), 108).tile == cuda_conv.STEM
-    assert cuda_conv.choose(stem._replace(stride=1), (8, 0), 108).tile != cuda_conv.STEM
+    assert implicit_gemm.choose(stem, (8, 0), 108).tile == implicit_gemm.STEM
+    assert implicit_gemm.choose(stem._replace(stride=1), (8, 0), 108).tile != implicit_gemm.STEM
 
 
-@on_a_gpu_too
-def test_no_split_at_all_is_refused():
+@also_on_gpu
+def test_zero_splits_raise():
     arguments, _ = small_integers("pointwise", torch.float16)
     with pytest.raises(RuntimeError, match="splits must be positive"):
         run(*arguments, tile=SMALLEST, splits=0)

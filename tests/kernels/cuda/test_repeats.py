@@ -1,4 +1,4 @@
-"""The same bits every time: each CUDA op, over and over, beside other work on a GPU."""
+"""Bitwise repeatability: every CUDA op, run repeatedly, in the emulator and on a GPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.kernels.cuda import gemm_cases
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
-REPEATS = 250  # on a GPU; the emulator changes the order of threads from one to the next
+REPEATS = 250  # on a GPU; the emulator changes the order of threads between repeats
 TILES = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def last(shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
     t = randn(shape, dtype).contiguous(memory_format=torch.channels_last)
-    return machines.here(t)
+    return machines.to_device(t)
 
 
 def size(small: tuple[int, ...], large: tuple[int, ...]) -> tuple[int, ...]:
@@ -57,7 +57,7 @@ def test_add_relu(dtype):
     check(run)
 
 
-# What is kept in shared memory, what is not, one block for each slab: see test_emulated.py.
+# One block per slab, values cached in shared memory, values read twice: see test_emulated.py.
 BN_SIZES = {
     "one block a slab": ((4, 64, 7, 7), (32, 2048, 7, 7)),
     "one launch": ((2, 16, 24, 24), (32, 64, 56, 56)),
@@ -73,7 +73,7 @@ def test_bn_add_relu(sizes, channels_last, dtype):
     x, residual, dy = (last(shape, dtype) for _ in range(3))
     if not channels_last:
         x, residual, dy = (t.contiguous() for t in (x, residual, dy))
-    weight, bias = (machines.here(t) for t in torch.rand(2, shape[1]).unbind())
+    weight, bias = (machines.to_device(t) for t in torch.rand(2, shape[1]).unbind())
     ops = machines.ops()
 
     def run() -> list[Tensor]:
@@ -92,8 +92,10 @@ def test_implicit_gemm(tile, kernel):
     N, C, H, W = size((1, 72, 13, 11), (32, 256, 28, 28))
     K, splits = size((136, 1, 3), (512, 1, 3))[0], (1, 3) if tile.architecture == 80 else (1,)
     x, residual = last((N, C, H, W)), last((N, K, H, W))
-    weight = machines.here(randn((K, kernel, kernel, C), torch.bfloat16) / (C * kernel**2) ** 0.5)
-    scale, shift = (machines.here(t) for t in torch.randn(2, K).unbind())
+    weight = machines.to_device(
+        randn((K, kernel, kernel, C), torch.bfloat16) / (C * kernel**2) ** 0.5
+    )
+    scale, shift = (machines.to_device(t) for t in torch.randn(2, K).unbind())
     geometry = ([1, 1], [kernel // 2] * 2, [1, 1], 1)
     for parts in splits:
         y = torch.empty_like(residual)
@@ -114,7 +116,7 @@ def test_convolution_statistics(tile):
     N, C, H, W = size((2, 72, 13, 11), (32, 256, 28, 28))
     (K,) = size((136,), (512,))
     x, z = last((N, C, H, W)), last((N, K, H, W))
-    weight = machines.here(randn((K, 1, 1, C), torch.bfloat16) / C**0.5)
+    weight = machines.to_device(randn((K, 1, 1, C), torch.bfloat16) / C**0.5)
     for splits in (1, 3) if tile.architecture == 80 else (1,):
 
         def run(splits: int = splits) -> list[Tensor]:
@@ -137,12 +139,12 @@ def test_normalised_convolution_statistics(tile):
     N, C, H, W = size((1, 72, 9, 8), (32, 256, 28, 28))
     (K,) = size((72,), (512,))
     x, z = last((N, C, H, W)), last((N, K, H, W))
-    weight = machines.here(randn((K, 1, 1, C), torch.bfloat16) / C**0.5)
-    numbers = [machines.here(t) for t in torch.rand(5, C).unbind()]
+    weight = machines.to_device(randn((K, 1, 1, C), torch.bfloat16) / C**0.5)
+    vectors = [machines.to_device(t) for t in torch.rand(5, C).unbind()]
 
     def run() -> list[Tensor]:
         parts, _ = machines.ops().normalised_convolution_statistics(
-            x, *numbers, 1e-5, weight, z, tile.number
+            x, *vectors, 1e-5, weight, z, tile.number
         )
         return [z, parts]
 
@@ -156,8 +158,8 @@ def test_convolution_gradient_sums(tile):
     N, K, H, W = size((2, 72, 13, 11), (32, 512, 28, 28))
     (C,) = size((136,), (256,))
     dy, g, x = last((N, K, H, W)), last((N, C, H, W)), last((N, C, H, W))
-    weight = machines.here(randn((C, 1, 1, K), torch.bfloat16) / K**0.5)
-    norm = [machines.here(t) for t in torch.rand(5, C).unbind()]
+    weight = machines.to_device(randn((C, 1, 1, K), torch.bfloat16) / K**0.5)
+    norm = [machines.to_device(t) for t in torch.rand(5, C).unbind()]
     for splits in (1, 3) if tile.architecture == 80 else (1,):
 
         def run(splits: int = splits) -> list[Tensor]:
@@ -175,6 +177,6 @@ def test_convolution_gradient_sums(tile):
 def test_stem(pool):
     x = last(size((2, 3, 45, 71), (32, 3, 224, 224)))
     weight = F.pad(randn((64, 3, 7, 7), torch.bfloat16) / 12, (0, 1, 0, 0, 0, 1))
-    weight = machines.here(weight.permute(0, 2, 3, 1).contiguous())
-    scale, shift = (machines.here(t) for t in torch.randn(2, 64).unbind())
+    weight = machines.to_device(weight.permute(0, 2, 3, 1).contiguous())
+    scale, shift = (machines.to_device(t) for t in torch.randn(2, 64).unbind())
     check(lambda: [machines.ops().stem(x, weight, scale, shift, pool)])

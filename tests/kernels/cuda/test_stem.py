@@ -1,5 +1,5 @@
-"""The stem of a ResNet on a GPU (csrc/cuda/convolution/stem.cu): in the emulator, and on a GPU
-where there is one."""
+"""The stem of a ResNet (csrc/cuda/convolution/stem.cu), in the emulator and, if available, on a
+GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry
-from fused_resnet.kernels.cuda import convolution as gpu_conv
+from fused_resnet.kernels.cuda.convolution import GpuConv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.ops.op_cases import LAYOUTS, close, integers, lifted, randn, same
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
 )
 
-# Without it a test is about the emulator.
-on_a_gpu_too = pytest.mark.usefixtures("kernels")
+# Tests without it run in the emulator only.
+also_on_gpu = pytest.mark.usefixtures("kernels")
 
 SIZES = {
     "one patch": (1, 3, 32, 32),
@@ -31,7 +31,7 @@ SIZES = {
 
 
 def packed(weight):
-    """(64, 3, 7, 7) -> (64, 7, 8, 4), zeros where nothing was."""
+    """(64, 3, 7, 7) -> (64, 7, 8, 4), padded with zeros."""
     return F.pad(weight, (0, 1, 0, 0, 0, 1)).permute(0, 2, 3, 1).contiguous()
 
 
@@ -54,11 +54,11 @@ def exact(*arguments):
 
 
 def stem(x, weight, scale, shift, pool):
-    moved = map(machines.here, (x, packed(weight), scale, shift))
+    moved = map(machines.to_device, (x, packed(weight), scale, shift))
     return machines.ops().stem(*moved, pool).cpu()
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("pool", [True, False], ids=["pooled", "not pooled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
@@ -72,10 +72,10 @@ def test_values(poison, size, dtype, pool):
 
 
 @pytest.mark.parametrize("padding", [3, 2])
-def test_conv_bn_relu_uses_it_for_the_stem_alone(emulator, poison, padding):
-    """Its weights are packed there; what differs from a stem in the padding alone is not for it."""
+def test_conv_bn_relu_uses_it_only_for_the_stem(emulator, poison, padding):
+    """conv_bn_relu packs the weights; with another padding the stem's kernel is not used."""
     x, weight, scale, shift = operands((2, 3, 21, 34), torch.bfloat16)
-    with fr.use_backend("emulated"), emulation.launches() as found:
+    with fr.use_backend("emulated"), emulation.launches() as launches:
         y = fr.conv_bn_relu(x, weight, scale, shift, None, True, 2, padding)
 
     def expected(*tensors):
@@ -85,10 +85,10 @@ def test_conv_bn_relu_uses_it_for_the_stem_alone(emulator, poison, padding):
     tensors = (x, weight, scale, shift)
     want = expected(*map(lifted, tensors))
     close(("y",), [y], [expected(*tensors).to(x.dtype)], [want], torch.bfloat16)
-    assert [launch.threads == 320 for launch in found] == [padding == 3]
+    assert [launch.threads == 320 for launch in launches] == [padding == 3]
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(poison, layout):
     x, *rest = operands((2, 3, 21, 34), torch.bfloat16)
@@ -96,18 +96,18 @@ def test_any_layout(poison, layout):
     same(stem(x, *rest, True), stem(x.contiguous(), *rest, True))
 
 
-@on_a_gpu_too
+@also_on_gpu
 def test_small_integers_are_exact(poison):
     x, weight, scale, shift = operands((2, 3, 70, 37), torch.bfloat16, integers)
     arguments = (x.clamp(-1, 1), weight.clamp(-1, 1), scale.round(), shift.round(), True)
     same(stem(*arguments), exact(*arguments).to(torch.bfloat16))
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("at", [(0, 0), (13, 17), (44, 38)], ids=str)
-def test_what_is_not_finite_spreads_as_in_stock(poison, value, at):
-    """Windows that do not cover the pixel must not see it, though a row of taps is read in one."""
+def test_non_finite_values_propagate_as_in_stock(poison, value, at):
+    """The pixel must only affect windows that cover it, although rows of taps are read at once."""
     x, weight, scale, shift = operands((1, 3, 45, 39), torch.float16)
     x[0, 1, at[0], at[1]] = value
     for pool in (True, False):
@@ -116,7 +116,7 @@ def test_what_is_not_finite_spreads_as_in_stock(poison, value, at):
         same(y.isinf(), want.isinf())
 
 
-def test_every_order_of_threads_gives_the_same(poison):
+def test_result_does_not_depend_on_thread_order(poison):
     arguments = (*operands((1, 3, 60, 45), torch.bfloat16), True)
     first = stem(*arguments)
     for number in range(3):
@@ -127,15 +127,15 @@ def test_every_order_of_threads_gives_the_same(poison):
 
 def test_no_bank_conflicts(poison):
     arguments = operands((1, 3, 64, 64), torch.bfloat16)
-    with emulation.wavefronts() as found:
+    with emulation.wavefronts() as wavefronts:
         stem(*arguments, True)
-    needed, ideal = found["ldmatrix"]
+    needed, ideal = wavefronts["ldmatrix"]
     assert needed == ideal > 0
-    needed, ideal = found["store"]
-    assert needed <= 1.1 * ideal  # patches are written as x comes
+    needed, ideal = wavefronts["store"]
+    assert needed <= 1.1 * ideal  # patches are stored in the layout of x
 
 
-@on_a_gpu_too
+@also_on_gpu
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -149,18 +149,18 @@ def test_no_bank_conflicts(poison):
 )
 def test_errors_name_the_argument(change, message):
     x, weight, scale, shift = operands((1, 3, 9, 9), torch.bfloat16)
-    arguments = map(machines.here, change([x, packed(weight), scale, shift]))
+    arguments = map(machines.to_device, change([x, packed(weight), scale, shift]))
     with pytest.raises(RuntimeError, match=f"stem: .*{message}"):
         machines.ops().stem(*arguments, True)
 
 
 @pytest.mark.parametrize("C", [1, 3, 4])
-def test_a_stem_of_any_number_of_channels(C):
-    """Of three channels it has a kernel of its own, of others it is a convolution like any."""
+def test_stem_with_any_number_of_channels(C):
+    """Three channels have a separate kernel; others use the general convolution."""
     emulation.load()
     weight, x = integers((64, C, 7, 7), torch.bfloat16), integers((1, C, 30, 30), torch.bfloat16)
     with registry.use_backend("emulated"):
-        conv = gpu_conv.GpuConv(
+        conv = GpuConv(
             weight, torch.ones(64), torch.zeros(64), torch.bfloat16, (2, 2), (3, 3), (1, 1), 1
         )
         assert conv.stem == (C == 3)

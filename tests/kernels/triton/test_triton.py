@@ -1,7 +1,7 @@
-"""The Triton kernels beyond what every backend is held to: tiles, tuning, what comes out compiled.
+"""Tests specific to the Triton kernels: tiles, tuning, compiled code.
 
-Values, layouts, special values and gradients are tested with the other backends in test_<op>.py,
-in Triton's interpreter where there is no GPU.
+tests/ops tests values, layouts, special values and gradients for all backends, without a GPU in
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from fused_resnet import layout
 from fused_resnet.bench import machine
 from fused_resnet.bench.layers import layers_of
 from fused_resnet.kernels import measure, registry, target, tuning
-from fused_resnet.kernels import problem as gemm
-from fused_resnet.kernels.cuda import implicit_gemm as cuda_conv
-from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
+from fused_resnet.kernels.problem import Geometry, Problem, problem_of
 from fused_resnet.ops import reference
 from tests import ROOT
 
@@ -52,9 +51,9 @@ SMALL = Config(32, 32, 16, 4, 2)
 
 
 def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = None, **where):
-    """What `config` gives, and the reference, of integers: every product and sum is exact."""
+    """The results of `config` and of the reference for integers: products and sums are exact."""
     sizes = {"stride": 1, "padding": 0, "dilation": 1, **where}
-    geometry = gemm.Geometry(*((v, v) for v in sizes.values()))
+    geometry = Geometry(*((v, v) for v in sizes.values()))
     g = torch.Generator().manual_seed(0)
     if x is None:
         x = torch.randint(-2, 3, shape, generator=g).float().to(DEVICE)
@@ -98,7 +97,7 @@ def test_every_listed_tile(listed):
 @pytest.mark.parametrize(
     "groups, C, outputs", [(8, 4, 4), (32, 4, 8), (6, 8, 8), (3, 5, 7), (2, 48, 40)]
 )
-def test_groups_of_every_width(groups, C, outputs):
+def test_group_widths(groups, C, outputs):
     got, want = conv(SMALL, (2, groups * C, 6, 5), groups * outputs, (3, 3), groups, padding=1)
     assert torch.equal(got, want)
 
@@ -118,7 +117,7 @@ BACKWARD = {
 @pytest.mark.parametrize("case", BACKWARD)
 def test_gradients_of_integers_are_exact(case):
     shape, K, kernel, *sizes, groups = BACKWARD[case]
-    geometry = gemm.Geometry(*sizes)
+    geometry = Geometry(*sizes)
     x = torch.randint(-2, 3, shape).float().to(DEVICE)
     weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel)).float().to(DEVICE)
     y = torch.nn.functional.conv2d(x, weight, None, *geometry, groups)
@@ -132,7 +131,7 @@ def test_gradients_of_integers_are_exact(case):
 
 
 def test_the_backward_op():
-    """Its schema and fake; what it leaves to PyTorch (stride with dilation), and an empty batch."""
+    """Schema, fake, the fallback to PyTorch (stride with dilation), and an empty batch."""
     op = torch.ops.fused_resnet.convolution_backward_triton
     x, weight = torch.randn(2, 6, 9, 8, device=DEVICE), torch.randn(4, 3, 3, 3, device=DEVICE)
     for stride, dilation in (([1, 1], [1, 1]), ([2, 1], [1, 2])):
@@ -151,7 +150,7 @@ def test_the_backward_op():
 
 
 def test_nan_stays_in_its_group():
-    """A tile of several groups multiplies by zeros between them, which NaN and Inf would pass."""
+    """A tile of several groups multiplies by zeros between them; NaN and Inf must not spread."""
     x = torch.ones(1, 32, 5, 5, device=DEVICE)
     x[0, 9, 2, 2], x[0, 21, 0, 0] = torch.nan, torch.inf
     got, want = conv(SMALL, (1, 32, 5, 5), 32, (3, 3), 8, x=x, padding=1)
@@ -160,7 +159,7 @@ def test_nan_stays_in_its_group():
 
 
 def test_the_interpreter_still_multiplies_bfloat16_wrongly():
-    """When this fails, BY_HAND can go from the kernels."""
+    """When this fails, INTERPRETED can be removed from the kernels."""
     if not support.interpreting():
         pytest.skip("on a GPU")
 
@@ -193,21 +192,21 @@ def test_the_heuristic_fits_the_device(capability):
         config = configs.choose(problem, capability, 132)
         assert configs.shared_bytes(config, "bfloat16") <= shared
         tiles = configs.tiles(config, problem) * config.splits
-        # Small grids are split until half of the multiprocessors have work, where that is possible.
+        # Small grids are split until half of the multiprocessors have work, if possible.
         most = configs.steps(config, problem) // 4
-        assert tiles >= 66 or config.splits >= min(most, configs.MOST_SPLITS) / 2, (problem, config)
+        assert tiles >= 66 or config.splits >= min(most, configs.MAX_SPLITS) / 2, (problem, config)
 
 
 WINNERS = {
     RESNET50[0]: {"triton": tuning.Choice("triton", SMALL, 1e-5)},
     RESNET50[3]: {
-        "native": tuning.Choice("native", cuda_conv.CudaConfig(2, 4), 3e-5),
+        "native": tuning.Choice("native", CudaConfig(2, 4), 3e-5),
         "triton": tuning.Choice("triton", replace(SMALL, splits=2, persistent=True), 2e-5),
     },
 }
 
 
-def test_winners_survive_the_disk(tmp_path):
+def test_winners_round_trip_through_a_file(tmp_path):
     path = tmp_path / "deeper" / "winners.json"
     assert tuning.read(path) == {}
     assert tuning.write(path, WINNERS) is None
@@ -215,59 +214,59 @@ def test_winners_survive_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"winners": [{"problem": {"M": 1}}]}'])
-def test_a_corrupt_file_is_ignored_with_one_line(tmp_path, content):
+def test_corrupt_file_is_ignored_with_one_warning(tmp_path, content):
     path = tmp_path / "winners.json"
     path.write_text(content)
-    with pytest.warns(RuntimeWarning, match=r"winners.json is ignored .* writes it anew"):
+    with pytest.warns(RuntimeWarning, match=r"winners.json is ignored .* rewrites it"):
         assert tuning.read(path) == {}
     assert tuning.write(path, WINNERS) is None and tuning.read(path) == WINNERS
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_unwritable_folder_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
-    said = tuning.write(tmp_path / "file" / "winners.json", WINNERS)
-    assert said is not None and "cannot be written" in said
+    message = tuning.write(tmp_path / "file" / "winners.json", WINNERS)
+    assert message is not None and "cannot be written" in message
 
 
-def test_tune_keeps_the_fastest_and_passes_over_what_does_not_run(tmp_path, monkeypatch):
+def test_tune_selects_the_fastest_and_skips_failures(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "file_name", lambda device: "here.json")
     monkeypatch.setattr(tuning, "_winners", {})
-    device, problem, nobody = torch.device("cpu"), RESNET50[2], RESNET50[5]
+    device, problem, failing = torch.device("cpu"), RESNET50[2], RESNET50[5]
     both = ("triton", "native")
     listed = tuning.candidates(problem, device, both)
     assert {backend for backend, _ in listed} == set(both)
     best, broken = listed[-1], listed[3]
-    assert math.isinf(tuning.choice(problem, device, both).time_s)  # and forgotten by tuning
+    assert math.isinf(tuning.choice(problem, device, both).time_s)  # cached; tuning clears it
 
     def measure(problem: Problem, backend: str, config: Any) -> float:
-        if (backend, config) == broken or problem == nobody:
+        if (backend, config) == broken or problem == failing:
             raise RuntimeError("out of resources")
         return 1.0 if (backend, config) == best else 2.0
 
     seen = []
-    found, problem_with_file = tuning.tune(
-        [problem, nobody], device, both, measure, lambda p, b, c, t: seen.append((b, c))
+    winners, file_error = tuning.tune(
+        [problem, failing], device, both, measure, lambda p, b, c, t: seen.append((b, c))
     )
-    assert broken in seen, "a progress bar would not reach its end"
-    assert problem_with_file is None and found[nobody] == {}
-    assert found[problem] == {
+    assert broken in seen, "the progress bar would not complete"
+    assert file_error is None and winners[failing] == {}
+    assert winners[problem] == {
         "triton": tuning.Choice("triton", listed[0][1], 2.0),
         best[0]: tuning.Choice(*best, 1.0),
     }
     assert tuning.choice(problem, device, both) == tuning.Choice(*best, 1.0)
-    assert tuning.choice(problem, device, ("triton",)).backend == "triton"  # one that is forced
-    assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {problem: found[problem]}
-    # Nobody has measured it, or nobody could: the first backend's heuristic.
-    for other in (RESNET50[4], nobody):
+    assert tuning.choice(problem, device, ("triton",)).backend == "triton"  # forced
+    assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {problem: winners[problem]}
+    # Not measured, or no candidate runs: the heuristic of the first backend.
+    for other in (RESNET50[4], failing):
         config = configs.choose(other, (9, 0), target.multiprocessors(device))
         assert tuning.choice(other, device, both) == tuning.Choice("triton", config)
-    # What was measured before stays.
+    # Earlier measurements are preserved.
     tuning.tune([RESNET50[4]], device, both, measure)
     assert set(tuning.read(tmp_path / "fused_resnet" / "cpu")) == {problem, RESNET50[4]}
 
 
-def test_winners_of_the_user_come_before_those_shipped(tmp_path, monkeypatch):
+def test_user_winners_override_shipped_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
@@ -278,8 +277,8 @@ def test_winners_of_the_user_come_before_those_shipped(tmp_path, monkeypatch):
     assert tuning.winners(torch.device("cuda")) == WINNERS | mine
 
 
-# What goes wrong around Triton. Each in a process of its own, compiling for a GPU that is
-# not here, since the interpreter compiles nothing.
+# Failures of Triton's cache, each in a separate process that compiles for a GPU that need not be
+# available, because the interpreter does not compile.
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -292,7 +291,7 @@ def build():
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 for _ in range(2):
-    assert len(support.with_other_cache(build).asm["cubin"]) > 1000
+    assert len(support.with_fallback_cache(build).asm["cubin"]) > 1000
 """
 
 
@@ -303,17 +302,17 @@ def compile_with_cache(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_a_cache_that_cannot_be_written_is_left_with_one_line(tmp_path):
-    (tmp_path / "file").write_text("in the way")
+def test_unwritable_cache_is_replaced_with_one_warning(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
     run = compile_with_cache(tmp_path / "file")
-    said = [line for line in run.stderr.splitlines() if "Triton's cache" in line]
-    assert run.returncode == 0 and len(said) == 1, run.stderr
-    assert str(tmp_path / "file") in said[0] and "fused_resnet-triton-" in said[0]
-    own = Path(said[0].split()[-1])
-    assert not own.exists(), "the process's own folder outlived it"
+    warnings = [line for line in run.stderr.splitlines() if "Triton's cache" in line]
+    assert run.returncode == 0 and len(warnings) == 1, run.stderr
+    assert str(tmp_path / "file") in warnings[0] and "fused_resnet-triton-" in warnings[0]
+    temporary = Path(warnings[0].split()[-1])
+    assert not temporary.exists(), "the temporary cache was not removed at exit"
 
 
-def test_a_corrupt_cache_is_made_anew(tmp_path):
+def test_corrupt_cache_is_rebuilt(tmp_path):
     assert compile_with_cache(tmp_path).returncode == 0
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
     for file in files:
@@ -322,26 +321,26 @@ def test_a_corrupt_cache_is_made_anew(tmp_path):
     assert files and run.returncode == 0, run.stderr
 
 
-def test_a_gpu_that_triton_does_not_know_is_said_in_one_line(monkeypatch):
+def test_unknown_gpu_is_reported_in_one_line(monkeypatch):
     def launch(*args: object, **constants: object) -> None:
         raise RuntimeError("ptxas: Value 'sm_130' is not defined\nmore of it")
 
     assert support.probe(DEVICE) is None
     monkeypatch.setattr(support, "launch", launch)
-    said = support.probe(DEVICE)
-    assert said.endswith("does not run here (RuntimeError: ptxas: Value 'sm_130' is not defined)")
+    message = support.probe(DEVICE)
+    assert message.endswith("does not work (RuntimeError: ptxas: Value 'sm_130' is not defined)")
 
 
 @pytest.mark.parametrize(
     "attribute, value, words",
     [
-        ("IMPORT_ERROR", "ModuleNotFoundError: triton", "does not import .*pip install triton"),
-        ("OLDEST", (99, 0), "is too old: 99.0 is needed"),
-        ("interpreting", lambda: False, "Triton kernels run on a GPU, or anywhere in its"),
+        ("IMPORT_ERROR", "ModuleNotFoundError: triton", "cannot be imported .*pip install triton"),
+        ("MIN_VERSION", (99, 0), "is too old: 99.0 or later is required"),
+        ("interpreting", lambda: False, "Triton kernels need a GPU or Triton's interpreter"),
     ],
     ids=["absent", "too old", "no GPU"],
 )
-def test_why_triton_does_not_serve(monkeypatch, attribute, value, words):
+def test_reasons_why_triton_is_unavailable(monkeypatch, attribute, value, words):
     monkeypatch.setattr(support, attribute, value)
     assert re.search(words, support.unavailable.__wrapped__("cpu"))
 
@@ -354,13 +353,13 @@ x = torch.randn(2, 8, 6, 6)
 torch.testing.assert_close(fr.add_relu(x, x), torch.relu(2 * x))
 try:
     with fr.use_backend("triton"):
-        raise SystemExit("triton was not there and nobody said so")
+        raise SystemExit("triton is unavailable, but use_backend did not raise")
 except RuntimeError as error:
     assert "pip install triton" in str(error), error
 """
 
 
-def test_without_triton_the_other_backends_serve():
+def test_without_triton_other_backends_are_used():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, timeout=120)
     assert run.returncode == 0
@@ -370,7 +369,7 @@ def test_without_triton_the_other_backends_serve():
     "memory_format", (torch.contiguous_format, torch.channels_last), ids=("contiguous", "last")
 )
 def test_grids_of_large_batches_fit(monkeypatch, memory_format):
-    """All dimensions of a grid but the first end at 65535."""
+    """All dimensions of a grid except the first are limited to 65535."""
     grids = {}
     for module in (elementwise, batch_norm, convolution, backward):
         monkeypatch.setattr(module, "launch", lambda k, grid, *a, **c: grids.update({k: grid}))
@@ -378,7 +377,7 @@ def test_grids_of_large_batches_fit(monkeypatch, memory_format):
         1024, 64, 112, 112, dtype=torch.bfloat16, device="meta"
     ).contiguous(memory_format=memory_format)  # fmt: skip
     weight, vector = x.new_empty(64, 64, 3, 3), x.new_empty(64, dtype=torch.float32)
-    geometry = gemm.Geometry((1, 1), (1, 1), (1, 1))
+    geometry = Geometry((1, 1), (1, 1), (1, 1))
     elementwise.add_relu(x, x)
     batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
     flags = (1e-5, True, True, True)
@@ -390,18 +389,18 @@ def test_grids_of_large_batches_fit(monkeypatch, memory_format):
     assert all(max((0, *grid[1:])) <= 65535 for grid in grids.values()), grids
 
 
-def test_offsets_are_64_bit_where_32_do_not_reach():
-    """At the size of a test more than 2^31 elements are beyond the interpreter."""
+def test_offsets_are_64_bit_for_large_tensors():
+    """Tests the index type, because the interpreter is too slow for more than 2^31 elements."""
     small, large = torch.empty(5, device="meta"), torch.empty(2**31, device="meta")
     assert support.index_type(small, None) == tl.int32
     assert support.index_type(small, large) == tl.int64
-    # A masked tile may reach past the end: the last offset counts, not the last element.
+    # A masked tile may extend past the end: the last offset must fit, not just the last element.
     assert support.index_type(torch.empty(2**31 - 2**19, device="meta")) == tl.int64
 
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
-    """`fused-resnet tune` with a GPU's name and a clock that likes large tiles, and its folder."""
+    """Simulates a GPU on which larger tiles are faster; yields the cache folder of winners."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(registry, "gpu_conv_backends", lambda: ("triton", "native"))
     monkeypatch.setattr(machine, "check_device", lambda name: None)
@@ -433,27 +432,27 @@ def test_the_tune_command(as_if_on_a_gpu):
     assert run.exit_code == 0, run.output
     assert "100%" in run.output and "resnet18, batch 32, bfloat16" in run.output
     assert "triton 128x256x64, 8 warps" in run.output and "native 2.00" in run.output
-    kept = tuning.read(as_if_on_a_gpu / "a_gpu.json")
-    for name in ("cuda", "cuda:0"):  # what a tensor's device says, and what the command was given
-        assert tuning.winners(torch.device(name)) == kept
-    layers = {gemm.problem_of(x, torch.bfloat16) for x in layers_of("resnet18", 32)}
-    assert layers < kept.keys() and len(layers) == 11
-    triton_configs = [by_backend["triton"].config for by_backend in kept.values()]
+    winners = tuning.read(as_if_on_a_gpu / "a_gpu.json")
+    for name in ("cuda", "cuda:0"):  # a tensor's device, and the command's option
+        assert tuning.winners(torch.device(name)) == winners
+    layers = {problem_of(x, torch.bfloat16) for x in layers_of("resnet18", 32)}
+    assert layers < winners.keys() and len(layers) == 11
+    triton_configs = [by_backend["triton"].config for by_backend in winners.values()]
     assert {c.block_m * c.block_n for c in triton_configs if c.splits == 1} == {128 * 256}
 
     as_if_on_a_gpu.joinpath("a_gpu.json").unlink()
     as_if_on_a_gpu.rmdir()
-    as_if_on_a_gpu.write_text("in the way")
+    as_if_on_a_gpu.write_text("not a folder")
     run = tune("--batch", "1")
-    assert run.exit_code == 0 and "kept for this process only" in run.output, run.output
+    assert run.exit_code == 0 and "cached for this process only" in run.output, run.output
 
     run = tune("--batch", "none")
     assert run.exit_code == 2 and "--batch" in run.output
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")
-def test_compiled_for_hopper_it_uses_the_tensor_cores_and_spills_nothing(tmp_path):
-    """All kernels, configurations and architectures: triton_resources.py, which CI runs."""
+def test_hopper_code_uses_tensor_cores_without_spills(tmp_path):
+    """CI runs triton_resources.py for all kernels, configurations and architectures."""
     command = [
         sys.executable,
         str(ROOT / "benchmarks/kernels/triton/triton_resources.py"),
