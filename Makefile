@@ -49,7 +49,8 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCE
 	@PYTHONUNBUFFERED=1 $(PY) setup.py build_ext --inplace 2>&1 | tee build/compile.log | \
 	  sed -un -e 's|^\(\[[0-9/]*\]\) .* -c [^ ]*/\(csrc/[^ ]*\) .*|\1 \2|p' -e '/^fused_resnet:/p' || \
 	  { tail -n 40 build/compile.log; exit 1; }
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@# The extension lies in place already; pip would compile it again.
+	FUSED_RESNET_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from fused_resnet.kernels import native; print("build:", native.load() or "native kernels")'
 	@touch $@
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet.tolerance import TOLERANCE, Error, Tolerance, assert_close, measure_error
+from fused_resnet.tolerance import TOLERANCE, Error, Tolerance
 
 from .checkpoint import load_checkpoint, load_into
 from .runs import (
@@ -36,23 +36,6 @@ from .runs import (
     stock_model,
     stock_path,
 )
-
-__all__ = [
-    "TOLERANCE",
-    "Agreement",
-    "Error",
-    "ParityReport",
-    "ParityRow",
-    "Tolerance",
-    "assert_close",
-    "assert_parity",
-    "calibrate",
-    "matched_models",
-    "measure_error",
-    "parity",
-    "stock_path",
-]
-
 
 # --- calibrating batch norm statistics -----------------------------------------------------------
 
