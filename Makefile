@@ -60,7 +60,7 @@ demo: build
 	$(VENV)/bin/fused-resnet demo --out "$(OUT)" $(if $(IMAGES),--images "$(IMAGES)")
 
 # The tests that detect most mutations, without those that take long in an interpreter.
-QUICK := tests/house tests/mutations tests/fusion tests/graphs tests/models/test_cifar.py tests/ops \
+QUICK := tests/repository tests/mutations tests/fusion tests/graphs tests/models/test_cifar.py tests/ops \
   tests/kernels/cpu/test_block_ops.py tests/kernels/cpu/test_gradient_sums.py \
   tests/kernels/cpu/test_train_convolution.py
 PYTEST := $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
@@ -82,7 +82,7 @@ lint: $(VENV)/requirements.stamp
 
 bench: build
 	for op in add_relu bn_add_relu conv_bn_relu; do \
-	  $(PY) benchmarks/bench_$$op.py --out $(RESULTS) || exit 1; done
+	  $(PY) benchmarks/ops/bench_$$op.py --out $(RESULTS) || exit 1; done
 	$(PY) benchmarks/models/bench_resnet.py --model resnet18 resnet50 --memory --name peers \
 	  --contender eager eager-channels_last compile onnxruntime openvino fused --out $(RESULTS)
 	$(PY) benchmarks/models/bench_resnet.py --model resnet18 resnet50 --batch 8 --mode train --name train \

@@ -1,5 +1,6 @@
-// The Python module fused_resnet._C: build information. Importing it registers the ops, which the
-// other files do through the dispatcher; no tensor passes through this module.
+// The Python module fused_resnet._C: build information, memory pool and settings of the native
+// kernels. Importing it registers the ops, which the other files do through the dispatcher; no
+// tensor passes through this module.
 #include <pybind11/pybind11.h>
 
 #include "cpu/convolution/train.h"
@@ -43,30 +44,35 @@ py::dict build_info() {
 
 py::list kernels() {
   py::list list;
-  for (const char* name : {"add_relu",
+  for (const char* name : {"abs_max",
+                           "add_relu",
                            "add_relu_backward",
+                           "add_relu_out",
+                           "block_backward",
+                           "block_forward",
+                           "block_inference",
                            "bn_add_relu",
                            "bn_add_relu_backward",
-                           "conv_bn_relu",
-                           "max_pool2d",
-                           "mean_pool",
-                           "pad_rows",
-                           "abs_max",
-                           "bn_statistics",
                            "bn_apply",
-                           "bn_reduce",
                            "bn_gradient",
+                           "bn_parameter_gradients",
                            "bn_pool",
                            "bn_pool_gradient",
+                           "bn_reduce",
+                           "bn_statistics",
+                           "bn_update_running",
+                           "conv_bn_relu",
                            "convolution",
+                           "convolution_and_statistics",
                            "convolution_weight_gradient",
+                           "input_gradient_and_sums",
+                           "max_pool2d",
+                           "mean_pool",
                            "narrow_weight_gradient",
-                           "strided_input_gradient",
-                           "block_forward",
-                           "block_backward",
-                           "preact_forward",
+                           "pad_rows",
                            "preact_backward",
-                           "block_inference"}) {
+                           "preact_forward",
+                           "strided_input_gradient"}) {
     py::dict entry;
     entry["name"] = name;
     entry["device"] = "cpu";
@@ -128,7 +134,7 @@ py::dict conv_passes() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information of the native part of fused_resnet; importing it registers the ops.";
+  m.doc() = "Build information, memory pool and settings of the native kernels.";
   m.def("build_info", &build_info, "Compiler, flags, versions and the CPU instruction set in use.");
   m.def(
       "gemm_tiles", &gemm_tiles,

@@ -2,7 +2,8 @@
 
 Per backend, each value of a parameter meets each value of every other (Cohen et al. 1997, "The AETG
 System"), instead of every combination. Faults that need three particular values at once are rare;
-the mutation tables (tests/mutations) say which tests must notice what. In an interpreter or
+the mutation tables (tests/mutations) say which tests must notice what, and a marker may give another
+`strength` than 2 values at once. In an interpreter or
 emulator, where a test takes up to a hundred times as long, each value occurs once, in at most
 `interpreted` tests where the marker gives that. `pytest --all-combinations` runs everything.
 """
@@ -58,7 +59,9 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     for group in groups.values():
         marker = group[0].get_closest_marker("pairwise")
         interpreted = is_interpreted(group[0].callspec.params) or marker.kwargs.get("emulated")
-        strength, most = (1, marker.kwargs.get("interpreted")) if interpreted else (2, None)
+        strength, most = marker.kwargs.get("strength", 2), None
+        if interpreted:
+            strength, most = 1, marker.kwargs.get("interpreted")
         left_out |= set(group) - set(chosen(group, strength, most))
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])

@@ -71,12 +71,12 @@ def test_links_and_files_are_there():
 
 
 @pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="not in a checkout")
-def test_the_drawing_shows_the_floors():
+def test_the_drawing_shows_the_tiers():
     tomllib = pytest.importorskip("tomllib")
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     contracts = settings["tool"]["importlinter"]["contracts"]
-    floors = [name for row in contracts[0]["layers"] for name in row.split(" | ")]
+    tiers = [name for row in contracts[0]["layers"] for name in row.split(" | ")]
     drawn = (ROOT / "docs" / "architecture.svg").read_text()
     titles = re.findall(r'font-weight="bold" fill="#111827" xml:space="preserve">([^<]+)<', drawn)
     names = [name for title in titles for name in re.split(r"[ ,]+", title)]
-    assert sorted(names) == sorted(floors)
+    assert sorted(names) == sorted(tiers)

@@ -5,7 +5,7 @@ torchvision's path. The decision is made per call, from
 
     the call     call.py: tracing, transforms, forced backend, device, kind of tensor
     the modules  structure.py: exact types, no hooks, nothing patched
-    the tensors  inference/plans.py, training/prepare.py: caches, valid while nothing changed
+    the tensors  inference/plan_cache.py, training/prepare.py: caches, valid while nothing changed
 """
 
 from .block import run_block

@@ -8,7 +8,7 @@ from fused_resnet import layout
 
 from .call import call_reason, wants_grad
 from .inference.plan import enter, leave
-from .inference.plans import plan_for
+from .inference.plan_cache import plan_for
 from .structure import Names
 from .training.units import run_units
 

@@ -11,8 +11,8 @@ from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
 from .call import call_reason
-from .fit import serves
-from .inference.plans import reason_against
+from .dtype_rules import serves
+from .inference.plan_cache import reason_against
 from .members import FORWARDS
 from .structure import STEM, Names, parse_block
 from .training.prepare import trains_whole

@@ -11,7 +11,7 @@ import torch.nn.utils.prune
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.inference import network, plan, plans
+from fused_resnet.fusion.inference import network, plan, plan_cache
 from fused_resnet.fusion.training.prepare import Prepared
 from fused_resnet.kernels import convolution, registry
 from fused_resnet.kernels.cpu import onednn
@@ -404,6 +404,6 @@ def test_explain_names_every_block_and_changes_nothing():
         "layer3.0",
         "layer4.0",
     ]
-    assert not plans._plans.get(mine.layer1[0])
+    assert not plan_cache._plans.get(mine.layer1[0])
     outer = nn.Sequential(mine, tv.resnet18())
     assert [e.name for e in fr.explain(outer)][:2] == ["0.stem", "0.layer1.0"]

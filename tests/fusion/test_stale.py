@@ -12,7 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.inference import network, plans
+from fused_resnet.fusion.inference import network, plan_cache
 from fused_resnet.kernels import cache, native
 from tests.models.model_helpers import (
     agree,
@@ -235,22 +235,22 @@ def test_plans_are_freed_with_the_model():
     with torch.no_grad():
         mine(images())
     gc.collect()
-    counts = len(plans._plans), len(network._networks)
+    counts = len(plan_cache._plans), len(network._networks)
     assert counts[0] > 0
-    plan = next(iter(plans._plans[mine.layer1[0]].values()))
+    plan = next(iter(plan_cache._plans[mine.layer1[0]].values()))
     references = [weakref.ref(plan), weakref.ref(mine)]
     blocks = len(fused(mine))
     del mine, plan
     gc.collect()
     assert [r() for r in references] == [None, None]
-    assert len(plans._plans) == counts[0] - blocks
+    assert len(plan_cache._plans) == counts[0] - blocks
 
 
 def test_a_stale_plan_is_freed_immediately():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
-        old = weakref.ref(next(iter(plans._plans[mine.layer1[0]].values())))
+        old = weakref.ref(next(iter(plan_cache._plans[mine.layer1[0]].values())))
         mine.layer1[0].conv1.weight.mul_(2)
         mine(images())
     gc.collect()
@@ -261,15 +261,15 @@ def test_train_mode_drops_plans():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
-    assert mine.layer1[0] in plans._plans
+    assert mine.layer1[0] in plan_cache._plans
     mine.train()
-    assert mine.layer1[0] not in plans._plans
+    assert mine.layer1[0] not in plan_cache._plans
     block = mine.eval().layer1[0]
     with torch.no_grad():
         mine(images())
-    assert block in plans._plans
+    assert block in plan_cache._plans
     block.train()
-    assert block not in plans._plans
+    assert block not in plan_cache._plans
 
 
 @pytest.fixture

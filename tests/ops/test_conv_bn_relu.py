@@ -155,7 +155,7 @@ def test_any_layout(device, backend, poison, layout, case, dtype):
     check()
 
 
-@pytest.mark.pairwise
+@pytest.mark.pairwise(strength=3)
 @pytest.mark.parametrize(
     "case", ["pointwise", "3x3, stride 2", "3x3, multiples of 16", "groups of 4", "stem"]
 )

@@ -1,7 +1,4 @@
-// The CPU kernels for the architecture's baseline (SSE2, NEON), and the selection among the builds.
-#include <stdlib.h>
-#include <string.h>
-
+// The CPU kernels for what every machine of this architecture has (SSE2, NEON).
 #define FR_ISA generic
 #if defined(__aarch64__)
 #define FR_ISA_NAME "neon"
@@ -10,36 +7,3 @@
 #endif
 #define FR_VECTOR_BYTES 16
 #include "cpu/isa/body.h"
-
-namespace fused_resnet {
-
-#if defined(__x86_64__)
-namespace avx512 {
-extern const CpuKernels kernels;
-}
-namespace avx2 {
-extern const CpuKernels kernels;
-}
-#endif
-
-// Follows PyTorch's ATEN_CPU_CAPABILITY: default or avx2 disables wider vectors.
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen = []() -> const CpuKernels& {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool has_avx512 =
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const char* limit = getenv("ATEN_CPU_CAPABILITY");
-    if (limit && strcmp(limit, "default") == 0) return generic::kernels;
-    const bool at_most_avx2 = limit && strcmp(limit, "avx2") == 0;
-    if (has_avx2 && has_avx512 && !at_most_avx2) return avx512::kernels;
-    if (has_avx2) return avx2::kernels;
-#endif
-    return generic::kernels;
-  }();
-  return chosen;
-}
-
-}  // namespace fused_resnet

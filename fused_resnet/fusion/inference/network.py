@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
-from fused_resnet.fusion.fit import compute_dtype, output_dtype, weights_fit
+from fused_resnet.fusion.dtype_rules import compute_dtype, output_dtype, weights_fit
 from fused_resnet.fusion.members import has_stem, whole
 from fused_resnet.fusion.pooling import pool_shape
 from fused_resnet.fusion.structure import Guard
 from fused_resnet.kernels import cache, native, registry
 from fused_resnet.layers.hooks import is_fsdps, patched
 
-from . import plans
+from . import plan_cache
 from .plan import Flow, Plan, enter, leave
 from .stem import run_stem
 
@@ -49,12 +49,12 @@ class Network:
         self._guard = guard
         self._pool = model._modules.get("maxpool")
         self._pool_state = self._current_pool_state()
-        self._generation = plans.generation()
+        self._generation = plan_cache.generation()
         self._stages: tuple[torch.Size, list[_Stage]] | None = None  # of the last input shape
 
     def holds(self) -> bool:
         return (
-            self._generation == plans.generation()
+            self._generation == plan_cache.generation()
             and self._current_pool_state() == self._pool_state
             and self._guard.holds()
         )
@@ -161,7 +161,7 @@ def network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Network
     parts, members = parsed
     member_plans: list[Plan] = []
     for module, names in members:
-        plan = plans.plan_for(module, names, dtype, device)
+        plan = plan_cache.plan_for(module, names, dtype, device)
         if isinstance(plan, str):
             return None
         member_plans.append(plan)

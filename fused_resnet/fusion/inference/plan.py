@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
-from fused_resnet.fusion.fit import output_dtype
+from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.structure import Guard, Parts
 from fused_resnet.kernels import native

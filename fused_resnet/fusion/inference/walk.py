@@ -17,7 +17,7 @@ from fused_resnet.fusion.structure import Names
 from fused_resnet.kernels import native, registry
 from fused_resnet.layers.hooks import patched
 
-from . import plans
+from . import plan_cache
 from .plan import Flow, enter, leave
 from .stem import max_pool
 
@@ -51,7 +51,7 @@ class Walk:
                 return False
             self._outside = (x.dtype, layout.memory_format(x))
         device = flow.x.device if flow is not None else self.leave().device
-        plan = plans.plan_for(module, names, self._outside[0], device)
+        plan = plan_cache.plan_for(module, names, self._outside[0], device)
         if isinstance(plan, str):
             return False
         if flow is None:

@@ -19,10 +19,10 @@ from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.native import (
     Native,
     channels_last,
+    has_input_gradient,
     plain,
     update_running_together,
 )
-from fused_resnet.kernels.training.protocol import Geometry, gradient_padding
 from fused_resnet.layers.shortcut import SHORTCUTS
 
 from . import block, preact
@@ -56,7 +56,7 @@ def layout_of(
         return None
     if any(w.dtype != torch.float32 for w in weights):
         return None
-    if not all(map(_has_input_gradient, weights, spec.geometries)):
+    if not all(map(has_input_gradient, weights, spec.geometries)):
         return None
     if not all(plain(t) for t in vectors[: 2 * norms]):
         return None
@@ -89,11 +89,6 @@ def _counts(
         N, _, H, W = before if norm_first else shape
         counts.append(float(N * H * W))
     return counts[: len(spec.eps)]
-
-
-def _has_input_gradient(weight: Tensor, g: Geometry) -> bool:
-    """Whether a C++ kernel computes the input gradient of such a convolution."""
-    return gradient_padding(weight, g) is not None or g.dilation == (1, 1)
 
 
 class NativeBlockFunction(torch.autograd.Function):

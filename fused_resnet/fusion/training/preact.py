@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fused_resnet.fusion.training.spec import Spec, differentiable, free_shortcut
-from fused_resnet.kernels.training.protocol import Norm, Normed
+from fused_resnet.kernels.training.protocol import Normed
 from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient
+
+from .spec import Spec, differentiable, free_shortcut, units_of
 
 
 class _Block:
@@ -33,10 +34,7 @@ class _Block:
 
     def __init__(self, spec: Spec, tensors: Sequence[Any]) -> None:
         self.spec, self.kernels = spec, spec.kernels
-        self.units = [
-            (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps, group))
-            for i, (eps, group) in enumerate(zip(spec.eps, spec.groups, strict=True))
-        ]
+        self.units = units_of(spec, tensors)
         self.projection: Tensor | None = None
         if spec.shortcut == "projection":
             self.projection = tensors[3 * len(self.units)]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
-from fused_resnet.fusion.fit import norm_fits, output_dtype, serves, weights_fit
+from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
 from fused_resnet.fusion.structure import Names, Parts, Structure
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.problem import output_shape

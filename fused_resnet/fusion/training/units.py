@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fused_resnet import layout, ops
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.fusion.call import call_reason, wants_grad
-from fused_resnet.fusion.fit import norm_fits, output_dtype, serves, weights_fit
+from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
 from fused_resnet.fusion.fold import cached_scale_and_shift
 from fused_resnet.fusion.structure import Names, Parts, parse_block
 from fused_resnet.kernels.problem import output_shape

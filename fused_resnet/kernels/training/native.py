@@ -18,6 +18,16 @@ def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
+def operand(weight: Tensor) -> Tensor:
+    """weight (K, C, R, S) as the kernels read it: float32, channels_last."""
+    return channels_last(weight.detach().float())
+
+
+def has_input_gradient(weight: Tensor, g: Geometry) -> bool:
+    """Whether a C++ kernel computes the input gradient of such a convolution."""
+    return gradient_padding(weight, g) is not None or g.dilation == (1, 1)
+
+
 class Native(Passes):
     """C++ kernels on the CPU; outputs are in pooled memory that is reused from step to step."""
 
@@ -38,10 +48,9 @@ class Native(Passes):
         stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     ) -> Tensor:  # fmt: skip
         """conv(x, weight) + residual; a transposed one writes to the residual's memory."""
-        weight = channels_last(weight.detach().float())
         overwrite = transposed and residual is not None
         return self._ops.convolution(
-            x, weight, transposed, residual, overwrite, stride, padding, dilation
+            x, operand(weight), transposed, residual, overwrite, stride, padding, dilation
         )
 
     def convolution(
@@ -56,8 +65,8 @@ class Native(Passes):
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
         if not self.supports(weight, x.dtype, g):
             return super().convolve(x, weight, g)
-        weight = channels_last(weight.detach().float())
-        y, stats = self._ops.convolution_and_statistics(x, weight, g.stride, g.padding, g.dilation)
+        geometry = g.stride, g.padding, g.dilation
+        y, stats = self._ops.convolution_and_statistics(x, operand(weight), *geometry)
         return y, (stats,)
 
     def input_gradient(
@@ -68,20 +77,18 @@ class Native(Passes):
         if supported and padding is not None:
             return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
         if supported and g.dilation == (1, 1):
-            weight = channels_last(weight.detach().float())
-            H, W = x.shape[2:]
-            return self._ops.strided_input_gradient(dy, weight, H, W, added, g.stride, g.padding)
+            sizes = *x.shape[2:], added, g.stride, g.padding
+            return self._ops.strided_input_gradient(dy, operand(weight), *sizes)
         return channels_last(super().input_gradient(dy, x, weight, g, added))
 
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
-        fits = gradient_padding(weight, g) is not None or g.dilation == (1, 1)
-        if not (fits and self.supports(weight, dy.dtype, g)):
+        if not (has_input_gradient(weight, g) and self.supports(weight, dy.dtype, g)):
             return super().relu_gradient(dy, y, weight, g, normed)
         x, norm, (stats, *_) = normed
         return self._ops.input_gradient_and_sums(
-            dy, channels_last(weight.detach().float()), g.stride, g.padding, g.dilation,
+            dy, operand(weight), g.stride, g.padding, g.dilation,
             x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps,
         )  # fmt: skip
 

@@ -79,11 +79,12 @@ def test_levels_are_bitwise_equal(kind, level, dtype, layout):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_running_statistics_are_updated_once(level):
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_running_statistics_are_updated_once(level, momentum):
     model = make("basic", level)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
-            m.momentum = None
+            m.momentum = momentum
     stock = copy.deepcopy(model)
     with fr.use_backend("reference"):
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Ties between the floors that no import statement shows. What imports show, import-linter checks
+"""Ties between the tiers that no import statement shows. What imports show, import-linter checks
 (`make lint`, contracts in pyproject.toml)."""
 
 from __future__ import annotations

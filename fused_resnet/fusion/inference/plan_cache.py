@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from fused_resnet.fusion.fit import compute_dtype, norm_fits, output_dtype, weights_fit
+from fused_resnet.fusion.dtype_rules import compute_dtype, norm_fits, output_dtype, weights_fit
 from fused_resnet.fusion.structure import Guard, Names, Parts, parse_block
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import cacheable
