@@ -2,10 +2,10 @@
 
 Per backend, each value of a parameter meets each value of every other (Cohen et al. 1997, "The AETG
 System"), instead of every combination. Faults that need three particular values at once are rare;
-the mutation tables (tests/mutations) say which tests must notice what, and a marker may give another
-`strength` than 2 values at once. In an interpreter or
-emulator, where a test takes up to a hundred times as long, each value occurs once, in at most
-`interpreted` tests where the marker gives that. `pytest --all-combinations` runs everything.
+the mutation tables (tests/mutations) say which tests must notice what, and a marker may ask for
+`strength` values at once instead of two. In an interpreter or emulator, where a test takes up to a
+hundred times as long, each value occurs once, in at most `interpreted` tests where the marker gives
+that. `pytest --all-combinations` runs everything.
 """
 
 from __future__ import annotations
