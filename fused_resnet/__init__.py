@@ -34,9 +34,10 @@ from .ops import add_relu, bn_add_relu, conv_bn_relu
 
 __version__ = "0.1.0"
 
-# Pickles of whole models name the modules that held their classes in version 0.1.
+# Pickles of whole models and explanations name the modules that held their classes in version 0.1.
 for _module in (cifar, preact, resnet, shortcut, sync_batch_norm):
     sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
+sys.modules[f"{__name__}.blocks"] = sys.modules[Explanation.__module__]
 
 __all__ = [
     "BasicBlock",

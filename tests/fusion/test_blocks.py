@@ -376,6 +376,17 @@ def test_fine_tuning_in_eval_mode_matches_stock_gradients():
         assert x.grad.abs().sum() > 0 and all(p.requires_grad is False for p in mine.parameters())
 
 
+@pytest.mark.parametrize("kind", ["basic", "bottleneck"])
+def test_frozen_norms_beside_training_ones_match_stock(kind):
+    """Such a block runs unit by unit: conv_bn_relu for frozen norms, bn_add_relu for the others."""
+    stock, mine = pair(kind)
+    for model in (stock.train(), mine.train()):
+        for m in model.modules():
+            if hasattr(m, "downsample"):
+                m.bn1.eval()
+    same_step(stock, mine, images())
+
+
 def test_copies_pickles_and_saved_models(tmp_path):
     stock, mine = pair("bottleneck")
     keys, children = list(mine.state_dict()), len(list(mine.modules()))

@@ -45,6 +45,7 @@ def test_whole_models_of_version_0_1_load(name):
         ("preact", "PreactBottleneck"),
         ("shortcut", "PadShortcut"),
         ("sync_batch_norm", "SyncBatchNorm"),
+        ("blocks", "Explanation"),
     ],
 )
 def test_old_module_names_are_aliases(module, name):

@@ -4,6 +4,7 @@ rebuild, files that are not shipped."""
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -75,6 +76,24 @@ def test_lint_sees_every_c_file():
     (line,) = [line for line in done.stdout.splitlines() if "clang-format" in line]
     emulator = {str(f.relative_to(ROOT)) for f in (ROOT / "tests").rglob("*.cpp")}
     assert emulator and SOURCES | emulator <= set(line.split())
+
+
+def test_scripts_that_make_and_ci_run_exist(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("there is no make")
+    for stamp in ("requirements.stamp", "build.stamp"):
+        (tmp_path / stamp).touch()
+    words = ["make", "--dry-run", f"VENV={tmp_path}", "bench", "tables", "quick", "test"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    loop = re.search(r"for op in (.+); do", done.stdout)
+    assert loop is not None
+    text = done.stdout + (ROOT / ".ci" / "run").read_text()
+    named = set(re.findall(r"\b((?:tests|benchmarks)/[\w/$]+(?:\.py)?)", text))
+    paths = {p.replace("$op", op) for p in named for op in loop[1].split()}
+    kernels = ("hopper", "implicit_gemm", "stem")
+    paths = {p.replace("$name", name) for p in paths for name in kernels}
+    paths = {p for p in paths if not p.startswith("benchmarks/results/")}  # written by them
+    assert len(paths) > 20 and not [p for p in paths if not (ROOT / p).exists()]
 
 
 def test_the_sdist_holds_every_source_and_every_module_and_tuned_results(tmp_path):
