@@ -3,7 +3,7 @@
 Per backend, each value of a parameter meets each value of every other (Cohen et al. 1997, "The AETG
 System"), instead of every combination. Faults that need three particular values at once are rare;
 the mutation tables (tests/mutations) say which tests must notice what, and a marker may ask for
-`strength` values at once instead of two. In an interpreter or emulator, where a test takes up to a
+`strength` values at once instead of two. In Triton's interpreter, where a test takes up to a
 hundred times as long, each value occurs once, in at most `interpreted` tests where the marker gives
 that. `pytest --all-combinations` runs everything.
 """
@@ -18,7 +18,7 @@ import pytest
 
 
 def is_interpreted(params: dict[str, Any]) -> bool:
-    return params.get("backend") in ("triton", "emulated") and params.get("device", "cpu") == "cpu"
+    return params.get("backend") == "triton" and params.get("device", "cpu") == "cpu"
 
 
 def tuples_of(params: dict[str, Any], strength: int) -> list[Any]:
@@ -58,9 +58,8 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     left_out: set[Any] = set()
     for group in groups.values():
         marker = group[0].get_closest_marker("pairwise")
-        interpreted = is_interpreted(group[0].callspec.params) or marker.kwargs.get("emulated")
         strength, most = marker.kwargs.get("strength", 2), None
-        if interpreted:
+        if is_interpreted(group[0].callspec.params):
             strength, most = 1, marker.kwargs.get("interpreted")
         left_out |= set(group) - set(chosen(group, strength, most))
     if left_out:

@@ -112,7 +112,6 @@ def check_statistics(z: Tensor, statistics: Tensor, pixels: int) -> None:
 
 
 @also_on_gpu
-@pytest.mark.pairwise(emulated=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if " many" not in f" {c}"])
 def test_values(case, dtype):

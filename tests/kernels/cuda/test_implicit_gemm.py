@@ -65,7 +65,6 @@ def random(case, dtype):
 
 
 @also_on_gpu
-@pytest.mark.pairwise(emulated=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_values(case, dtype):
@@ -81,7 +80,6 @@ def test_values(case, dtype):
 
 
 @also_on_gpu
-@pytest.mark.pairwise(emulated=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_small_integers_are_exact(case, dtype):
