@@ -8,13 +8,14 @@ from torch import nn
 
 from fused_resnet.kernels import registry
 from fused_resnet.layers.norms import uses_batch_statistics
+from fused_resnet.layers.planned import Block
 from fused_resnet.layers.sync_batch_norm import group_of
 
 from .call import call_reason
+from .description import Description, Names, describe, recipe_of
 from .dtype_rules import serves
-from .inference.plan_cache import reason_against
-from .members import FORWARDS
-from .structure import STEM, Names, parse_block
+from .inference.make import reason_against
+from .network import NetworkNames
 from .training.prepare import trains_whole
 
 
@@ -30,43 +31,53 @@ class Explanation(NamedTuple):
 def explain(model: nn.Module) -> list[Explanation]:
     """For each stem and residual block of `model`: fused or not, and the reason.
 
-    Assumes an input of the weights' dtype, the model's current mode, and no gradients in eval. Runs
-    nothing and changes nothing. With FSDP, call it between `unshard()` and `reshard()`, while the
-    parameters are whole.
+    Blocks of a subclass with its own forward are listed: they are fused where that calls the
+    forward of this package. Assumes an input of the weights' dtype, the model's current mode, and
+    no gradients in eval. Runs nothing and changes nothing. With FSDP, call it between `unshard()`
+    and `reshard()`, while the parameters are whole.
     """
     explanations = []
     for name, m in model.named_modules():
-        names = FORWARDS.get(type(m).forward)
-        if names is None and {"conv1", "bn1", "relu", "layer1"} <= m._modules.keys():
-            names, name = STEM, f"{name}.stem" if name else "stem"
+        names, _ = recipe_of(m)
+        if isinstance(names, NetworkNames):
+            if isinstance(names.stem, str):
+                continue
+            names, name = names.stem, f"{name}.stem" if name else "stem"
         if names is not None:
-            explanations.append(Explanation(name, *_explain_block(m, names)))
+            explanations.append(Explanation(name, *_explain(m, names)))
     return explanations
 
 
-def _explain_block(block: nn.Module, names: Names) -> tuple[bool, str, str]:
-    parts = parse_block(block, names)
-    if isinstance(parts, str):
-        return False, "stock", parts
-    first = parts.pairs[0][0]
-    weight = first.weight
-    reason = call_reason(weight.detach())
-    if reason is None and names is not STEM and "forward" in block.__dict__:
+def _explain(module: nn.Module, names: Names) -> tuple[bool, str, str]:
+    description = describe(module, names)
+    if isinstance(description, str):
+        return False, "stock", description
+    reason = call_reason(description.units[0].conv.weight.detach())
+    if reason is None and isinstance(module, Block) and "forward" in module.__dict__:
         reason = "the block has its forward replaced"
     if reason is not None:
         return False, "stock", reason
-    if any(map(uses_batch_statistics, parts.norms)):
-        why = None
-        if not serves(True, weight):
-            why = registry.missing("bn_add_relu", "native", weight.device.type)
-            why = why or "another backend is forced"
-        elif any(group_of(bn) is not None for bn in parts.norms):
-            shape = (2, first.in_channels, 224, 224)
-            if weight.device.type != "cpu":
-                why = "synchronised norms are not fused on GPUs"
-            elif not trains_whole(parts, names, shape, weight.dtype, weight.dtype):
-                why = "with synchronised norms a block is fused as a whole: all of its norms must "
-                why += "use the same process group, and its convolutions must have no bias"
-        return (False, "stock", why) if why else (True, "training", "batch statistics")
-    why = reason_against(parts, weight.dtype, weight.device)
-    return (False, "stock", why) if why else (True, "inference", "")
+    if any(map(uses_batch_statistics, description.norms)):
+        reason = _reason_against_training(description)
+        return (False, "stock", reason) if reason else (True, "training", "batch statistics")
+    weight = description.units[0].conv.weight
+    reason = reason_against(description, weight.dtype, weight.device)
+    return (False, "stock", reason) if reason else (True, "inference", "")
+
+
+def _reason_against_training(description: Description) -> str | None:
+    conv = description.units[0].conv
+    device, dtype = conv.weight.device.type, conv.weight.dtype
+    if not serves(True, conv.weight):
+        missing = registry.missing("bn_add_relu", "native", device)
+        return missing or "another backend is forced"
+    if all(group_of(norm) is None for norm in description.norms):
+        return None
+    if device != "cpu":
+        return "synchronised norms are not fused on GPUs"
+    if trains_whole(description, (2, conv.in_channels, 224, 224), dtype, dtype):
+        return None
+    return (
+        "with synchronised norms a block is fused as a whole: all of its norms must use the same "
+        "process group, and its convolutions must have no bias"
+    )

@@ -1,41 +1,74 @@
-"""Runs the inference of a whole network, fused as far as possible."""
+"""A whole network as a sequence of members: its stem and its blocks."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .call import call_reason, wants_grad
-from .inference.network import network_for
-from .inference.walk import Walk
-from .members import has_stem, stages
-from .structure import STEM
-from .training.network import head
+from fused_resnet.layers.hooks import patched
+
+from .description import ATTRIBUTES, Names, Place, attributes_of, own_recipe
 
 
-def run_resnet(model: Any, x: Tensor) -> Tensor | None:
-    """A network's logits (N, classes), fused as far as possible, or None: the caller runs
-    torchvision's path.
+class NetworkNames(NamedTuple):
+    """The names of a network's submodules. stem: of its first unit and pooling, or the name of a
+    first convolution alone. stages: of the Sequential modules of blocks. norm: of the norm and the
+    ReLU after the last stage. running: the method that returns what a forward runs of each stage,
+    blocks and other callables; None: all blocks. The head is avgpool, flatten and fc."""
 
-    x: (N, C, H, W) of any layout. If the stem has no plan this returns None, and each block
-    decides for itself when torchvision's path calls it.
-    """
-    if model.training or call_reason(x) is not None or wants_grad(model, x):
-        return None
-    network = network_for(model, x.dtype, x.device)
-    pooled = None if network is None else network.run(model, x)
-    if pooled is not None:
-        return model.fc(torch.flatten(pooled, 1))
-    walk = Walk(x)
-    pool = model._modules.get("maxpool")
-    if not has_stem(model):
-        walk.call(model.conv1)
-    elif not walk.fused(model, STEM):
-        return None
-    elif pool is not None and not walk.max_pool(pool):
-        walk.call(pool)
-    for stage in stages(model):
-        walk.stage(stage)
-    return head(model, walk.leave())
+    stem: Names | str
+    stages: tuple[str, ...]
+    norm: tuple[str, str] | None = None
+    running: str | None = None
+
+
+class Member(NamedTuple):
+    """One part of a network's forward: a block or another module, or the names of the network's
+    submodules that run one after the other. names: as for `describe`, None if it is not fused.
+
+    Members do not reference the network, in whose entry of the store they are kept."""
+
+    target: nn.Module | tuple[str, ...]
+    names: Names | None
+
+    def call(self, model: Any, x: Tensor) -> Tensor:
+        """Runs the modules as torchvision does; a block then decides for itself."""
+        if isinstance(self.target, nn.Module):
+            return self.target(x)
+        for name in self.target:
+            x = getattr(model, name)(x)
+        return x
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The module to describe: the block, or the network for its stem."""
+        return self.target if isinstance(self.target, nn.Module) else model
+
+
+def members_of(model: Any, names: NetworkNames) -> tuple[Member, list[list[Member]], list[Place]]:
+    """The members of the network's forward: its stem with the pooling, and those of each stage; and
+    the places that decide which modules these are."""
+    stem, places = names.stem, []
+    if isinstance(stem, str):
+        first = Member((stem,), None)
+    else:
+        pool = () if stem.pool is None else (stem.pool,)
+        first = Member((*stem.pairs[0], stem.relu, *pool), stem)
+        places += [Place(model._modules, name, model._modules.get(name), object) for name in pool]
+    stages = []
+    for name in names.stages:
+        stage = getattr(model, name)
+        places.append(Place(model._modules, name, stage, nn.Sequential))
+        if type(stage) is not nn.Sequential or patched(stage) is not None:
+            stages.append([Member(stage, None)])
+            continue
+        blocks = stage._modules
+        places += [Place(blocks, key, block, type(block)) for key, block in blocks.items()]
+        stages.append([Member(block, own_recipe(block)) for block in blocks.values()])
+        places += [
+            Place(block.__dict__, name, value, object)
+            for block, recipe in stages[-1]
+            if recipe is not None
+            for name, value in zip(ATTRIBUTES, attributes_of(block), strict=True)
+        ]
+    return first, stages, places

@@ -21,9 +21,7 @@ def window(pool: Any) -> list[list[int]]:
 
 
 def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """(N, C, H, W) -> (N, C, P, Q) of `pool`; None where the kernel does not support `pool`."""
-    if pool.ceil_mode or pool.return_indices or pool.dilation not in (1, (1, 1)):
-        return None
+    """(N, C, H, W) -> (N, C, P, Q) of a plain `pool`; None where x does not fit."""
     sizes = window(pool)
     if not all(n + 2 * p >= k >= 2 * p for n, k, _, p in zip(shape[2:], *sizes, strict=True)):
         return None
@@ -32,5 +30,8 @@ def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def is_plain(pool: Any) -> bool:
-    """Whether `pool` is exactly an nn.MaxPool2d, without hooks or a patched forward."""
-    return type(pool) is nn.MaxPool2d and patched(pool) is None
+    """Whether `pool` is exactly an nn.MaxPool2d, without hooks or a patched forward, whose settings
+    the kernels support."""
+    if type(pool) is not nn.MaxPool2d or patched(pool) is not None:
+        return False
+    return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from torch import nn
 from torch.nn.modules import module as nn_module
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+hooks_of = attrgetter(*HOOKS)
 
 # Registered by torch.nn.modules.module.register_module_forward_hook and the like, for every module.
 GLOBAL_HOOKS = [
@@ -14,13 +17,9 @@ GLOBAL_HOOKS = [
 ]
 
 
-def has_hooks(m: nn.Module) -> bool:
-    return any(getattr(m, name) for name in HOOKS)
-
-
 def patched(m: nn.Module) -> str | None:
     """Why calling m does more than the forward of its class, or None."""
-    if has_hooks(m):
+    if any(hooks_of(m)):
         return "has hooks"
     if "forward" in m.__dict__:
         return "has its forward replaced"

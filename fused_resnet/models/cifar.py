@@ -16,19 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import fusion
+from fused_resnet.fusion import NetworkNames
 from fused_resnet.layers.conv import conv1x1, conv3x3
 from fused_resnet.layers.planned import Planned
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.layers.sync_batch_norm import agreed
 
 from .preact import PlainPreactBlock, PlainPreactBottleneck, PreactBlock, PreactBottleneck
-from .resnet import BASIC, BasicBlock
+from .resnet import BASIC, STEM, BasicBlock
 
 __all__ = ["CifarBlock", "CifarResNet", "PlainBlock", "PreactResNet", "cifar_resnet"]
 
 SHORTCUTS = ("identity", "projection", "none")
 BLOCKS = ("basic", "preact", "preact_bottleneck")
 PLAIN = BASIC._replace(downsample=None)
+STAGES = ("layer1", "layer2", "layer3")
+NETWORK = NetworkNames(STEM._replace(pool=None), STAGES, running="running")
+PREACT_NETWORK = NetworkNames("conv1", STAGES, norm=("bn", "relu"), running="running")
 WIDTHS = (16, 32, 64)  # planes of the three stages
 
 
@@ -76,9 +80,6 @@ class PlainBlock(CifarBlock):
             if y is not None:
                 return y
         return self.relu(self._residual(x))
-
-
-fusion.register_blocks({CifarBlock.forward: BASIC, PlainBlock.forward: PLAIN})
 
 
 class CifarResNet(Planned):
@@ -181,23 +182,21 @@ class CifarResNet(Planned):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            y = fusion.run_resnet(self, x)
-            if y is None:
-                y = fusion.run_in_segments(self, x)
+            y = fusion.run_network(self, NETWORK if self.first_norm else PREACT_NETWORK, x)
             if y is not None:
                 return y
-            x = fusion.enter_stages(self, x)
-            for stage in self.running():
-                for run in stage:
-                    x = run(x)
-            return fusion.head(self, x)
-        assert not (self.training and self._drops), (
-            "stochastic_depth is not supported by torch.jit.script: call eval()"
-        )
         x = self.conv1(x)
         if self.first_norm:
             x = self.relu(self.bn1(x))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        if torch.jit.is_scripting():
+            assert not (self.training and self._drops), (
+                "stochastic_depth is not supported by torch.jit.script: call eval()"
+            )
+            x = self.layer3(self.layer2(self.layer1(x)))
+        else:
+            for stage in self.running():
+                for run in stage:
+                    x = run(x)
         if not self.first_norm:
             x = self.relu(self.bn(x))
         return self.fc(torch.flatten(self.avgpool(x), 1))
@@ -214,6 +213,15 @@ class PreactResNet(CifarResNet):
     kinds = BLOCKS[1:]
     first_norm = False
 
+
+fusion.register(
+    {
+        CifarBlock: BASIC,
+        PlainBlock: PLAIN,
+        CifarResNet: NETWORK,
+        PreactResNet: PREACT_NETWORK,
+    }
+)
 
 _CLASSES: dict[str, tuple[Any, Any]] = {
     "basic": (CifarBlock, PlainBlock),

@@ -151,11 +151,11 @@ class PlainPreactBottleneck(PreactBottleneck):
         return self._run(x)
 
 
-fusion.register_blocks(
+fusion.register(
     {
-        PreactBlock.forward: PREACT,
-        PreactBottleneck.forward: PREACT_BOTTLENECK,
-        PlainPreactBlock.forward: PREACT_PLAIN,
-        PlainPreactBottleneck.forward: PREACT_PLAIN_BOTTLENECK,
+        PreactBlock: PREACT,
+        PreactBottleneck: PREACT_BOTTLENECK,
+        PlainPreactBlock: PREACT_PLAIN,
+        PlainPreactBottleneck: PREACT_PLAIN_BOTTLENECK,
     }
 )

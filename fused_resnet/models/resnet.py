@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import fusion
-from fused_resnet.fusion import Names
+from fused_resnet.fusion import Names, NetworkNames
 from fused_resnet.layers.conv import conv1x1, conv3x3
 from fused_resnet.layers.planned import Block, Planned
 
@@ -42,6 +42,8 @@ __all__ = [
 
 BASIC = Names((("conv1", "bn1"), ("conv2", "bn2")))
 BOTTLENECK = Names((("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")))
+STEM = Names((("conv1", "bn1"),), downsample=None, pool="maxpool")
+NETWORK = NetworkNames(STEM, ("layer1", "layer2", "layer3", "layer4"))
 
 
 class BasicBlock(Block):
@@ -163,9 +165,6 @@ class Bottleneck(Block):
         return out
 
 
-fusion.register_blocks({BasicBlock.forward: BASIC, Bottleneck.forward: BOTTLENECK})
-
-
 class ResNet(Planned):
     """A residual network for images: stem, four stages of blocks, average pooling, classifier.
 
@@ -272,27 +271,14 @@ class ResNet(Planned):
         return nn.Sequential(*stage)
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        pooled: Optional[Tensor] = None  # noqa: UP045 - TorchScript reads it
-        stem: Optional[Tensor] = None  # noqa: UP045
         if not torch.jit.is_scripting():
-            y = fusion.run_resnet(self, x)
-            if y is None:
-                y = fusion.run_in_segments(self, x)
+            y = fusion.run_network(self, NETWORK, x)
             if y is not None:
                 return y
-            pooled = fusion.run_pooled_stem(self, x)
-            if pooled is None:
-                stem = fusion.run_stem(self, x)
-        if pooled is not None:
-            x = pooled
-        else:
-            if stem is not None:
-                x = stem
-            else:
-                x = self.conv1(x)
-                x = self.bn1(x)
-                x = self.relu(x)
-            x = self.maxpool(x)
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = self.maxpool(x)
 
         x = self.layer1(x)
         x = self.layer2(x)
@@ -308,6 +294,8 @@ class ResNet(Planned):
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
 
+
+fusion.register({BasicBlock: BASIC, Bottleneck: BOTTLENECK, ResNet: NETWORK})
 
 # name -> block, blocks per stage, arguments that differ from ResNet's defaults
 _MODELS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int], dict[str, int]]] = {

@@ -11,7 +11,8 @@ import torch.nn.utils.prune
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.inference import network, plan, plan_cache
+from fused_resnet.fusion import store
+from fused_resnet.fusion.inference import network, plan
 from fused_resnet.fusion.training.prepare import Prepared
 from fused_resnet.kernels import convolution, registry
 from fused_resnet.kernels.cpu import onednn
@@ -48,12 +49,12 @@ def runs(monkeypatch):
 
         monkeypatch.setattr(kind, "run", run)
 
-    def run_block(self, *args, _run=plan.Plan._run):
+    def run_block(self, *args, _run=plan.Plan.run):
         if self._one_op is not None:  # one op runs all convolutions
             seen.extend(type(conv).__name__ for conv in self.all_convs)
         return _run(self, *args)
 
-    monkeypatch.setattr(plan.Plan, "_run", run_block)
+    monkeypatch.setattr(plan.Plan, "run", run_block)
     return seen
 
 
@@ -109,7 +110,7 @@ def test_every_norm_of_a_training_network_is_fused(monkeypatch):
     calls: list[nn.Module] = []
     track = Prepared.track
     monkeypatch.setattr(
-        Prepared, "track", lambda self, s: (calls.extend(self.parts.norms), track(self, s))[1]
+        Prepared, "track", lambda self, s: (calls.extend(self.description.norms), track(self, s))[1]
     )
     assert {e.path for e in fr.explain(mine.train())} == {"training"}
     same_step(stock.train(), mine, images())
@@ -415,6 +416,6 @@ def test_explain_names_every_block_and_changes_nothing():
         "layer3.0",
         "layer4.0",
     ]
-    assert not plan_cache._plans.get(mine.layer1[0])
+    assert not store.made_from(mine.layer1[0]) and not store.made_from(mine)
     outer = nn.Sequential(mine, tv.resnet18())
     assert [e.name for e in fr.explain(outer)][:2] == ["0.stem", "0.layer1.0"]

@@ -12,12 +12,11 @@ from torch import distributed as dist
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.inference import network, plan_cache
+from fused_resnet.fusion.store import made_from
 from fused_resnet.kernels import cache, native
 from tests.models.model_helpers import (
     agree,
     clone,
-    fused,
     images,
     pair,
     randomise,
@@ -235,22 +234,19 @@ def test_plans_are_freed_with_the_model():
     with torch.no_grad():
         mine(images())
     gc.collect()
-    counts = len(plan_cache._plans), len(network._networks)
-    assert counts[0] > 0
-    plan = next(iter(plan_cache._plans[mine.layer1[0]].values()))
-    references = [weakref.ref(plan), weakref.ref(mine)]
-    blocks = len(fused(mine))
-    del mine, plan
+    made = [*made_from(mine).values(), *made_from(mine.layer1[0]).values()]
+    assert len(made) == 3  # the network's plan, its stem's and the block's
+    references = [weakref.ref(mine), *map(weakref.ref, made)]
+    del mine, made
     gc.collect()
-    assert [r() for r in references] == [None, None]
-    assert len(plan_cache._plans) == counts[0] - blocks
+    assert [r() for r in references] == [None] * 4
 
 
 def test_a_stale_plan_is_freed_immediately():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
-        old = weakref.ref(next(iter(plan_cache._plans[mine.layer1[0]].values())))
+        old = weakref.ref(next(iter(made_from(mine.layer1[0]).values())))
         mine.layer1[0].conv1.weight.mul_(2)
         mine(images())
     gc.collect()
@@ -261,15 +257,15 @@ def test_train_mode_drops_plans():
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
-    assert mine.layer1[0] in plan_cache._plans
+    assert made_from(mine.layer1[0]) and made_from(mine)
     mine.train()
-    assert mine.layer1[0] not in plan_cache._plans
+    assert not made_from(mine.layer1[0]) and not made_from(mine)
     block = mine.eval().layer1[0]
     with torch.no_grad():
         mine(images())
-    assert block in plan_cache._plans
+    assert made_from(block)
     block.train()
-    assert block not in plan_cache._plans
+    assert not made_from(block)
 
 
 @pytest.fixture

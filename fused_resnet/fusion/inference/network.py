@@ -1,81 +1,67 @@
-"""Inference of a network whose every block is fused: one guard covers the whole network, so that
-little Python runs between two convolutions."""
+"""Inference of a whole network by one plan: one guard covers everything that is fused in it, so
+that little Python runs between two convolutions.
+
+Consecutive fused members are a chain, in which activations stay channels_last in the compute dtype.
+They are converted to stock's dtype and layout only where a module that is not fused reads them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import attrgetter
+from itertools import chain
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
+from fused_resnet.fusion import store
+from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.description import Place
 from fused_resnet.fusion.dtype_rules import compute_dtype, output_dtype, weights_fit
-from fused_resnet.fusion.members import has_stem, whole
-from fused_resnet.fusion.pooling import pool_shape
-from fused_resnet.fusion.structure import Guard
-from fused_resnet.kernels import cache, native, registry
-from fused_resnet.layers.hooks import is_fsdps, patched
+from fused_resnet.fusion.guard import Guard
+from fused_resnet.fusion.network import Member, NetworkNames, members_of
+from fused_resnet.kernels import native, registry
+from fused_resnet.layers.hooks import patched
 
-from . import plan_cache
-from .plan import Flow, Plan, enter, leave
-from .stem import run_stem
+from .make import plan_for
+from .plan import Plan, enter, leave
 
 # Largest activation of a micro-batch on the CPU, in bytes. A convolution reads one or two
 # activations and writes one, which should fit a last-level cache of 32 MiB. It also lowers the peak
 # memory.
 _MICRO_BATCH_BYTES = 8 * 2**20
 
-_pool_state = attrgetter(
-    "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"
-)
-
 
 class _Stage(NamedTuple):
-    """Consecutive blocks (not a ResNet stage) that run on micro-batches of at most `images`."""
+    """Consecutive plans (not a ResNet stage) that run on micro-batches of at most `images`."""
 
     plans: list[Plan]
     images: int
 
 
-class Network:
-    """The plans of stem and blocks in order, valid while nothing in the network has changed."""
+class _Chain:
+    """Consecutive fused members."""
 
-    def __init__(self, guard: Guard, members: list[Plan], model: Any) -> None:
-        self.plans = members
-        self._guard = guard
-        self._pool = model._modules.get("maxpool")
-        self._pool_state = self._current_pool_state()
-        self._generation = plan_cache.generation()
+    def __init__(self) -> None:
+        self.members: list[Member] = []
+        self.plans: list[Plan] = []
         self._stages: tuple[torch.Size, list[_Stage]] | None = None  # of the last input shape
 
-    def holds(self) -> bool:
-        return (
-            self._generation == plan_cache.generation()
-            and self._current_pool_state() == self._pool_state
-            and self._guard.holds()
-        )
+    def accepts(self, x: Tensor) -> bool:
+        """Whether the plans are for such an x; the modules before may return anything."""
+        if call_reason(x) is not None or x.device != self.plans[0].weight.device:
+            return False
+        same = compute_dtype(x.dtype, x.device.type) == self.plans[0].dtype
+        return same and weights_fit(x.dtype, self.plans[0].weight)
 
-    def _current_pool_state(self) -> Any:
-        return None if self._pool is None else _pool_state(self._pool)
-
-    def run(self, model: Any, x: Tensor) -> Tensor | None:
-        """The output of `model.avgpool`; None if x does not fit, or if NaN must be ruled out by a
-        bound and none does."""
+    def run(self, x: Tensor) -> Tensor | None:
+        """x of stock's dtype and any layout -> channels_last in the compute dtype; None if x does
+        not fit: stock then runs, or raises the error."""
         cached = self._stages  # read once: another thread may replace it for another shape
         if cached is None or cached[0] != x.shape:
             cached = self._stages = (x.shape, self._find_stages(x.shape))
-        stages = cached[1]
-        flow = self._run_stages(stages, x) if stages else None
-        if flow is None:
-            return None
-        if x.device.type == "cpu" and averages_all(model.avgpool) and native.load() is None:
-            y = torch.ops.fused_resnet_native.mean_pool(flow.x)
-            return y.to(output_dtype(x.dtype, "cpu"))
-        return model.avgpool(leave(flow.x, x.dtype, layout.memory_format(x)))
+        return _run_stages(cached[1], x) if cached[1] else None
 
     def _find_stages(self, shape: Sequence[int]) -> list[_Stage]:
         """The stages and micro-batch sizes for x of this shape; empty if it does not fit."""
@@ -84,7 +70,7 @@ class Network:
             shapes = plan.shapes(shape)
             if not shapes:
                 return []
-            N, *size = max(shapes[1:] if plan is self.plans[0] else shapes, key=math.prod)
+            N, *size = max(shapes, key=math.prod)
             images = N
             if plan.weight.device.type == "cpu":
                 most = _MICRO_BATCH_BYTES // (math.prod(size) * plan.dtype.itemsize)
@@ -96,38 +82,79 @@ class Network:
                 stages.append(_Stage([], images))
             stages[-1].plans.append(plan)
             shape = shapes[-1]
-            if plan is self.plans[0] and self._pool is not None:
-                pooled = pool_shape(self._pool, shape)
-                if pooled is None:
-                    return []
-                shape = pooled
         return stages
 
-    def _run_stages(self, stages: Sequence[_Stage], x: Tensor) -> Flow | None:
-        """Runs x (N, C, H, W): for each micro-batch of the last stage, the stages before it run
-        first (recursively), then the blocks of the last stage."""
-        *before, stage = stages
-        parts: list[Flow] = []
-        for images in x.split(_even_size(len(x), stage.images)):
-            flow = self._run_stages(before, images) if before else enter(images, self.plans[0])
-            for plan in stage.plans:
-                if plan is self.plans[0] and self._pool is not None:
-                    flow = None if flow is None else run_stem(plan, self._pool, flow)
-                else:
-                    flow = None if flow is None else plan.run(flow)
-            if flow is None:
-                return None
-            parts.append(flow)
-        if len(parts) == 1:
-            return parts[0]
-        bounds = [part.bound for part in parts if part.bound is not None]
-        bound = max(bounds) if len(bounds) == len(parts) else None
-        return Flow(torch.cat([part.x for part in parts]), bound, True)
+
+def _run_stages(stages: Sequence[_Stage], x: Tensor) -> Tensor:
+    """Runs x (N, C, H, W): for each micro-batch of the last stage, the stages before it run first
+    (recursively), then the plans of the last stage."""
+    *before, stage = stages
+    parts: list[Tensor] = []
+    size = -(-len(x) // -(-len(x) // stage.images))  # even parts
+    for images in x.split(size) if size < len(x) else (x,):
+        if before:
+            y, owned = _run_stages(before, images), True
+        else:
+            y, owned = enter(images, stage.plans[0])
+        for plan in stage.plans:
+            y, owned = plan.run(y, owned), True
+        parts.append(y)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _even_size(total: int, most: int) -> int:
-    """The part size when `total` is split evenly into the fewest parts of at most `most`."""
-    return -(-total // -(-total // most))
+class Network:
+    """The chains of plans of a network and the modules between them, valid while `guard` holds."""
+
+    def __init__(self, model: Any, names: NetworkNames, x: Tensor) -> None:
+        self.generation = store.generation()
+        stem, stages, places = members_of(model, names)
+        average = model._modules.get("avgpool")
+        if type(average) is nn.AdaptiveAvgPool2d:
+            places.append(Place(model._modules, "avgpool", average, nn.AdaptiveAvgPool2d))
+        on_cpu = x.device.type == "cpu" and native.load() is None
+        self._averages = on_cpu and names.norm is None and averages_all(average)
+        self.segments: list[_Chain | Member] = []
+        self.plans: list[Plan] = []
+        for member in (stem, *chain.from_iterable(stages)):
+            plan: Plan | str = "not a block"
+            if member.names is not None:
+                plan = plan_for(member.module(model), member.names, x.dtype, x.device)
+            last = self.segments[-1] if self.segments else None
+            if isinstance(plan, Plan):
+                if not isinstance(last, _Chain):
+                    last = _Chain()
+                    self.segments.append(last)
+                last.plans.append(plan)
+                last.members.append(member)
+                self.plans.append(plan)
+                if member is stem and not plan.pools and stem.names.pool is not None:
+                    last.members[0] = stem._replace(target=stem.target[:-1])
+                    self.segments.append(Member(stem.target[-1:], None))
+            else:
+                self.segments.append(member)
+        self.guard = Guard.combined([Guard([], places), *(plan.guard for plan in self.plans)])
+        self.holds = self.guard.holds
+
+    def run(self, model: Any, names: NetworkNames, x: Tensor) -> Tensor:
+        """The output of `model.avgpool`, for x (N, C, H, W) of any layout."""
+        for segment in self.segments:
+            if isinstance(segment, Member):
+                x = segment.call(model, x)
+                continue
+            fits = segment is self.segments[0] or segment.accepts(x)
+            y = segment.run(x) if fits else None
+            if y is None:
+                for member in segment.members:
+                    x = member.call(model, x)
+            elif segment is self.segments[-1] and self._averages:
+                y = torch.ops.fused_resnet_native.mean_pool(y)
+                return y.to(output_dtype(x.dtype, "cpu"))
+            else:
+                x = leave(y, x.dtype, layout.memory_format(x))
+        if names.norm is not None:
+            norm, relu = names.norm
+            x = getattr(model, relu)(getattr(model, norm)(x))
+        return model.avgpool(x)
 
 
 def averages_all(pool: Any) -> bool:
@@ -136,40 +163,13 @@ def averages_all(pool: Any) -> bool:
     return plain and patched(pool) is None
 
 
-# model -> (compute dtype, device, forced backend) -> network
-_networks: WeakKeyDictionary[nn.Module, dict[Any, Network]] = WeakKeyDictionary()
-
-
-def network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Network | None:
-    """The model's `Network` for an x of `dtype` on `device`, cached or built now; None if not
-    everything in it is fused: use a `Walk`."""
-    conv_dtype = compute_dtype(dtype, device.type)
-    cached = _networks.get(model, {})
-    key = (conv_dtype, device, registry.forced())
-    network = None if conv_dtype is None else cached.get(key)
-    if network is not None:
-        if network.holds() and weights_fit(dtype, network.plans[0].weight):
-            return network
-        _networks.pop(model, None)
-    if conv_dtype is None or not has_stem(model):
-        return None
-    if not registry.gpu_kernels(device.type) and (registry.forced() or native.load()):
-        return None  # on the CPU the pooling after the stem runs in the native extension
-    parsed = whole(model)
-    if parsed is None:
-        return None
-    parts, members = parsed
-    member_plans: list[Plan] = []
-    for module, names in members:
-        plan = plan_cache.plan_for(module, names, dtype, device)
-        if isinstance(plan, str):
-            return None
-        member_plans.append(plan)
-    network = Network(Guard(parts), member_plans, model)
-    # During capture the packed weights belong to the graph's memory pool; FSDP rewrites weights
-    # without changing their version counters.
-    if cache.capturing(member_plans[0].weight) or any(is_fsdps(conv) for conv, _ in parts.pairs):
-        return network
-    others = {k: n for k, n in cached.items() if k != key and n.holds()}
-    _networks[model] = {**others, key: network}
-    return network
+def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
+    """The network's logits (N, classes), by its plan, cached or made now."""
+    device = x.device
+    key = ("network", x.dtype, output_dtype(x.dtype, device.type), device, registry.forced())
+    network = store.lookup(model, key)
+    if network is None or network.generation != store.generation():
+        network = Network(model, names, x)
+        if all(plan.is_cached for plan in network.plans) and network.holds():
+            store.insert(model, key, network)
+    return model.fc(torch.flatten(network.run(model, names, x), 1))

@@ -1,221 +1,190 @@
-"""Inference plans of blocks: packed convolutions with folded batch norm, residual and ReLU."""
+"""Inference plans: a description's convolutions, packed with folded norms, and how to run them.
+
+The dtype, the kernels and the layout are decided when a plan is made; it is valid while its guard
+holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm
 
+from fused_resnet.fusion import pooling
+from fused_resnet.fusion.description import Description
 from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.fold import scale_and_shift
-from fused_resnet.fusion.structure import Guard, Parts
-from fused_resnet.kernels import native
-from fused_resnet.kernels.convolution import BOUND_LIMIT, FusedConv, max_abs
+from fused_resnet.fusion.guard import Guard
+from fused_resnet.kernels import native, registry
+from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.cpu.convolution import NativeConv
+from fused_resnet.kernels.cuda.convolution import GpuConv
 from fused_resnet.kernels.dispatch import conv_kind
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
 
 
-def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
-    """Packs conv with bn folded into it, or conv alone where bn is None."""
+def _pack(conv: Any, norm: Any, dtype: torch.dtype) -> FusedConv:
+    """Packs conv with the norm folded into it, or conv alone where norm is None."""
     shape, device = conv.weight.shape, conv.weight.device.type
     kind = conv_kind(shape, dtype, conv.dilation, conv.groups, device)
     assert kind is not None  # checked by reason_against
-    with torch.no_grad():
-        if bn is None:
-            scale = torch.ones(shape[0], dtype=torch.float64, device=conv.weight.device)
-            shift = scale.new_zeros(shape[0]) if conv.bias is None else conv.bias.double()
-        else:
-            scale, shift = scale_and_shift(conv, bn, torch.float64)
-        return kind(
-            conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+    if norm is None:
+        scale = torch.ones(shape[0], dtype=torch.float64, device=conv.weight.device)
+        shift = scale.new_zeros(shape[0]) if conv.bias is None else conv.bias.double()
+    else:
+        scale, shift = scale_and_shift(conv, norm, torch.float64)
+    return kind(
+        conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
 
 
-class Flow(NamedTuple):
-    """An activation between fused blocks.
-
-    x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan with
-    takes_any). bound: an upper bound for |x|, or None if unknown. owned: x has no other user, so a
-    block may overwrite it.
-    """
-
-    x: Tensor
-    bound: float | None
-    owned: bool
+def _folds(description: Description) -> list[tuple[Any, Any]]:
+    """Each convolution with the norm to fold into it, or None. Where norms come first, those are
+    the norms of the next units."""
+    if not description.norm_first:
+        return description.units
+    norms = [unit.norm for unit in description.main[1:]] + [None, None]
+    return [(unit.conv, norm) for unit, norm in zip(description.units, norms, strict=False)]
 
 
 class Plan:
-    """One block's folded, packed convolutions in one compute dtype."""
+    """One description's folded, packed convolutions in one compute dtype.
 
-    def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype) -> None:
-        self.guard = guard
-        self.dtype = dtype
-        convs = [_pack(conv, bn, dtype) for conv, bn in self._folds(parts)]
-        self.downsample = convs.pop() if parts.downsample else None
-        self.pad = parts.pad
-        self.convs = convs
-        self.shortcut = parts.shortcut
-        self.all_convs = [*convs, self.downsample] if self.downsample else convs
-        self._needs_bound = any(conv.needs_bound for conv in self.all_convs)
-        self.takes_any = self.shortcut == "none" and convs[0].takes_any
-        self.weight = parts.pairs[0][0].weight
+    is_cached: whether later calls use it. takes_any: whether `run` accepts x of any layout and
+    dtype, not only channels_last of `dtype`. pools: whether it includes the stem's pooling."""
+
+    is_cached = False
+
+    def __init__(self, description: Description, guard: Guard, dtype: torch.dtype) -> None:
+        self.guard, self.holds = guard, guard.holds
+        self.dtype, self._description = dtype, description
+        with torch.no_grad():
+            convs = [_pack(conv, norm, dtype) for conv, norm in _folds(description)]
+        self.all_convs = convs
+        self._projection = convs[-1] if description.shortcut == "projection" else None
+        self._convs = convs[: len(description.main)]
+        self.weight = description.units[0].conv.weight
+        first = description.norm_first
+        self.takes_any = not first and description.shortcut == "none" and convs[0].takes_any
+        self._on_gpu = registry.gpu_kernels(self.weight.device.type)
+        on_cpu = native.load() is None and registry.forced() is None
+        self.pools = description.pool is not None and (self._on_gpu or on_cpu)
+        self._window = pooling.window(description.pool) if self.pools else None
+        self._norm = self._norm_operands() if first and native.load() is None else None
+        self._one_op = self._block_operands()
+        self._op = self._one_op and torch.ops.fused_resnet_native.block_inference.default
         self._shapes: list[Sequence[int]] = []
-        self._one_op = self._operands()
 
-    def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
-        """Each convolution with the norm to fold into it, or None."""
-        return parts.pairs
+    def _norm_operands(self) -> tuple[Any, ...] | None:
+        """The first norm of a norm_first block, as the CPU's ops take it."""
+        norm = self._description.units[0].norm
+        if norm.running_mean.device.type != "cpu":
+            return None
+        statistics = torch.stack([norm.running_mean.double(), norm.running_var.double()])
+        vectors = (None if t is None else t.detach().float() for t in (norm.weight, norm.bias))
+        return (statistics, *vectors, norm.eps)
 
-    def _operands(self) -> tuple[Any, ...] | None:
+    def _block_operands(self) -> tuple[Any, ...] | None:
         """The arguments of the CPU's block_inference op; None if it does not support the block."""
-        if self.shortcut == "none" and len(self.convs) == 1:  # a stem is not a block
+        d = self._description
+        if d.pool is not None or (d.shortcut == "none" and len(d.units) == 1):
+            return None  # a stem is not a block
+        if d.norm_first and self._norm is None:
             return None
-        if not all(isinstance(conv, NativeConv) for conv in self.all_convs):
-            return None
-        per_conv = [conv.operands() for conv in self.all_convs if isinstance(conv, NativeConv)]
         tensors: list[Tensor] = []
         geometry: list[int] = []
-        for operands in per_conv:
+        for conv in self.all_convs:
+            operands = conv.operands() if isinstance(conv, NativeConv) else None
             if operands is None:
                 return None
             tensors += operands[0]
             geometry += operands[1]
-        stride = 1 if self.pad is None else self.pad.stride
-        return tensors, geometry, SHORTCUTS[self.shortcut], stride
+        stride = 1 if d.pad is None else d.pad.stride
+        norm = self._norm or (None, None, None, 0.0)
+        return (*norm, tensors, geometry, SHORTCUTS[d.shortcut], stride, d.shared)
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
-        """The shapes of x and of every convolution's output on the main path. Empty if x does not
-        fit the block: stock then raises the error."""
+        """The shapes of x, of every convolution's output on the main path and of the pooling's.
+        Empty if x does not fit: stock then raises the error."""
         cached = self._shapes  # read once: another thread may replace it for another shape
         if not cached or cached[0] != shape:
             cached = self._shapes = self._find_shapes(shape)
         return cached
 
     def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
-        shapes = [shape]
-        for conv in self.convs:
+        d, shapes = self._description, [shape]
+        for conv in self._convs:
             out = conv.output_shape(shapes[-1])
             if out is None:
                 return []
             shapes.append(out)
         branch: Sequence[int] | None = tuple(shape)
-        if self.downsample is not None:
-            branch = self.downsample.output_shape(shape)
-        elif self.pad is not None:
-            branch = self.pad.output_shape(shape)
-        if self.shortcut != "none" and branch != shapes[-1]:
+        if self._projection is not None:
+            branch = self._projection.output_shape(shape)
+        elif d.pad is not None:
+            branch = d.pad.output_shape(shape)
+        if d.shortcut != "none" and branch != shapes[-1]:
             return []
+        if self.pools:
+            pooled = pooling.pool_shape(d.pool, shapes[-1])
+            return [] if pooled is None else [*shapes, pooled]
         return shapes
 
-    def bound(self, x_bound: float | None) -> float | None:
-        """A bound for every value the block computes; None if there is none or none is needed
-        (see kernels/convolution.py)."""
-        if x_bound is None or not self._needs_bound:
-            return None
-        bound = x_bound
-        for conv in self.convs:
-            bound = conv.bound(bound)
-            if not bound <= BOUND_LIMIT:  # not >, so that NaN fails
-                return None
-        if self.shortcut != "none":
-            bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
-        return bound if bound <= BOUND_LIMIT else None
-
-    def run(self, flow: Flow) -> Flow | None:
-        """The block's output; None if NaN must be ruled out by a bound and none does."""
-        bound = self.bound(flow.bound)
-        if bound is None and self._needs_bound:
-            bound = self.bound(max_abs(flow.x))
-            if bound is None:
-                return None
-        return Flow(self._run(flow.x, flow.owned), bound, True)
-
-    def _run(self, x: Tensor, owned: bool) -> Tensor:
-        """x: (N, C, H, W); overwritten if owned."""
+    def run(self, x: Tensor, owned: bool) -> Tensor:
+        """x: (N, C, H, W), which may be overwritten if `owned` -> (N, K, P, Q), channels_last of
+        `dtype`."""
         if self._one_op is not None:
-            op = torch.ops.fused_resnet_native.block_inference.default
-            return op(x, None, None, None, 0.0, *self._one_op, False, owned)
-        y = x
-        for conv in self.convs[:-1]:
-            y = conv.run(y, None, True)
-        residual, owned = self._residual(x, owned)
-        return self.convs[-1].run(y, residual, True, overwrite=owned)
+            return self._op(x, *self._one_op, owned)
+        d = self._description
+        if self.pools:
+            return self._run_pooled(x)
+        source = x
+        if d.norm_first:
+            x = self._normed(x)
+            if d.shared:
+                source, owned = x, True
+        for conv in self._convs[:-1]:
+            x = conv.run(x, None, True)
+        residual: Tensor | None = source
+        if self._projection is not None:
+            residual, owned = self._projection.run(source, None, False), True
+        elif d.pad is not None:
+            residual, owned = padded(source, d.pad.out_channels, d.pad.stride), True
+        elif d.shortcut == "none":
+            residual = None
+        return self._convs[-1].run(x, residual, not d.norm_first, overwrite=owned)
 
-    def _residual(self, x: Tensor, owned: bool) -> tuple[Tensor | None, bool]:
-        """The shortcut's output for x, and whether it may be overwritten."""
-        if self.downsample is not None:
-            return self.downsample.run(x, None, False), True
-        if self.pad is not None:
-            return padded(x, self.pad.out_channels, self.pad.stride), True
-        return (None, False) if self.shortcut == "none" else (x, owned)
-
-
-class PreactPlan(Plan):
-    """The plan of a norm_first block: each norm but the first is folded into the convolution
-    before it."""
-
-    def __init__(self, parts: Parts, guard: Guard, dtype: torch.dtype, shared: bool) -> None:
-        super().__init__(parts, guard, dtype)
-        self.takes_any = False
-        self._shared = shared  # whether the shortcut starts from the first ReLU
-        self._norm = bn = parts.pairs[0][1]
-        mean, var = bn.running_mean.double(), bn.running_var.double()
-        weight, bias = (None if t is None else t.detach() for t in (bn.weight, bn.bias))
-        gain = torch.rsqrt(var + bn.eps) * (1 if weight is None else weight.double())
-        shift = (0 if bias is None else bias.double()) - mean * gain
-        self._gain, self._shift = max_abs(gain) * (1 + 2**-7), max_abs(shift)
-        self._native: tuple[Any, ...] | None = None
-        if mean.device.type == "cpu" and native.load() is None:
-            vectors = (None if t is None else t.float() for t in (weight, bias))
-            self._native = (torch.stack([mean, var]), *vectors, bn.eps)
-
-    def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
-        norms = [bn for _, bn in parts.main[1:]] + [None, None]
-        return [(conv, bn) for (conv, _), bn in zip(parts.pairs, norms, strict=False)]
-
-    def bound(self, x_bound: float | None) -> float | None:
-        if x_bound is None or not self._needs_bound:
-            return None
-        normed = x_bound * self._gain + self._shift
-        bound = super().bound(normed)
-        # The shortcut may start from x itself.
-        return None if bound is None or not bound + x_bound <= BOUND_LIMIT else bound + x_bound
-
-    def _run(self, x: Tensor, owned: bool) -> Tensor:
-        if self._one_op is not None and self._native is not None:
-            op = torch.ops.fused_resnet_native.block_inference.default
-            return op(x, *self._native, *self._one_op, self._shared, owned)
-        h = y = self._normed(x)
-        for conv in self.convs[:-1]:
-            y = conv.run(y, None, True)
-        residual, owned = self._residual(*((h, True) if self._shared else (x, owned)))
-        return self.convs[-1].run(y, residual, False, overwrite=owned)
+    def _run_pooled(self, x: Tensor) -> Tensor:
+        """A stem with its pooling, as one kernel if there is one."""
+        (conv,) = self._convs
+        if isinstance(conv, GpuConv) and self._window == [[3, 3], [2, 2], [1, 1]] and conv.pools(x):
+            return conv.run_pooled(x)
+        pool = torch.max_pool2d if self._on_gpu else torch.ops.fused_resnet_native.max_pool2d
+        return pool(conv.run(x, None, True), *self._window)
 
     def _normed(self, x: Tensor) -> Tensor:
         """relu(norm(x)) with the running statistics."""
-        if self._native is not None:
+        if self._norm is not None:
             none = (None, None, None, None, 0.0)
-            return torch.ops.fused_resnet_native.bn_apply(x, *self._native, *none, True)
-        bn = self._norm
+            return torch.ops.fused_resnet_native.bn_apply(x, *self._norm, *none, True)
+        bn = self._description.units[0].norm
         with torch.no_grad():
             y = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
             return torch.relu_(y)
 
 
-def enter(x: Tensor, plan: Plan) -> Flow:
-    """Converts x (N, C, H, W) of any layout and dtype for `plan`; only a copy is owned."""
+def enter(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:
+    """x (N, C, H, W) of any layout and dtype, converted for `plan`, and whether that is a copy."""
     if plan.takes_any:
-        return Flow(x, None, False)
+        return x, False
     converted = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
-    return Flow(converted, None, converted.data_ptr() != x.data_ptr())
+    return converted, converted.data_ptr() != x.data_ptr()
 
 
 def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """Converts a fused block's output to stock's dtype and layout for an x of `dtype` and
+    """Converts a plan's output to stock's dtype and layout for an x of `dtype` and
     `memory_format`."""
     stock_dtype = output_dtype(dtype, y.device.type)
     return y.to(stock_dtype).contiguous(memory_format=memory_format)

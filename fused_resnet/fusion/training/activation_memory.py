@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar, Token
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,13 +40,8 @@ from fused_resnet.layers.planned import Planned
 LEVELS = ("full", "low", "lower", "minimal")
 CHOICES = ("auto", *LEVELS)
 
-_in_segment: ContextVar[bool] = ContextVar("fused_resnet_in_segment", default=False)
-
-
-def level_of(module: nn.Module) -> str:
-    """The level of a block: inside a segment "minimal" becomes "low"."""
-    level: str = getattr(module, "activation_memory", "auto")
-    return "low" if level == "minimal" and _in_segment.get() else level
+in_segment: ContextVar[bool] = ContextVar("fused_resnet_in_segment", default=False)
+"""Whether a segment runs, of which only the input is saved: within it "minimal" is "low"."""
 
 
 def set_activation_memory(model: nn.Module, level: str) -> None:
@@ -99,11 +95,11 @@ def run_segment(run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn
     recomputation = _Recomputation(_SegmentState(modules))
 
     def segment(x: Tensor) -> Tensor:
-        token = _in_segment.set(True)
+        token = in_segment.set(True)
         try:
             return run(x)
         finally:
-            _in_segment.reset(token)
+            in_segment.reset(token)
 
     return checkpoint(
         segment, x, use_reentrant=False, preserve_rng_state=False,
@@ -111,33 +107,29 @@ def run_segment(run: Callable[[Tensor], Tensor], x: Tensor, modules: Iterable[nn
     )  # fmt: skip
 
 
-Run = Callable[[Tensor], Tensor]
-
-
-def run_stages(stages: list[list[Run]], x: Tensor) -> Tensor:
-    """Runs all stages in segments. stages: the blocks of each, or methods of them. The first block
-    of a stage makes the activation smaller, so it ends the previous segment: its output is saved,
-    not its input."""
+def run_stages(
+    stages: Sequence[Sequence[Any]], x: Tensor, run: Callable[[Any, Tensor], Tensor]
+) -> Tensor:
+    """Runs all stages in segments. stages: the blocks of each, or methods of them; run(block, x).
+    The first block of a stage makes the activation smaller, so it ends the previous segment: its
+    output is saved, not its input."""
     firsts = [stage[:1] for stage in stages[1:]] + [[]]
-    rests = stages[:1] + [stage[1:] for stage in stages[1:]]
-    for blocks in (rest + first for rest, first in zip(rests, firsts, strict=True)):
+    rests = [*stages[:1], *(stage[1:] for stage in stages[1:])]
+    for rest, first in zip(rests, firsts, strict=True):
+        blocks = [*rest, *first]
         count = segments(len(blocks))
         for i in range(count):
             segment = blocks[len(blocks) * i // count : len(blocks) * (i + 1) // count]
             if segment:
-                modules: list[Any] = [getattr(run, "__self__", run) for run in segment]
-                x = run_segment(_Chain(segment), x, modules)
+                modules: list[Any] = [getattr(block, "__self__", block) for block in segment]
+                x = run_segment(partial(_run_each, run, segment), x, modules)
     return x
 
 
-class _Chain:
-    def __init__(self, blocks: list[Run]) -> None:
-        self._blocks = blocks
-
-    def __call__(self, x: Tensor) -> Tensor:
-        for block in self._blocks:
-            x = block(x)
-        return x
+def _run_each(run: Callable[[Any, Tensor], Tensor], blocks: list[Any], x: Tensor) -> Tensor:
+    for block in blocks:
+        x = run(block, x)
+    return x
 
 
 class _SegmentState:

@@ -1,51 +1,110 @@
-"""A whole network in training: its stem, its head, and its stages in recomputed segments."""
+"""A whole network in training: one guard covers the steps of all its blocks; at the level "minimal"
+its stages run in recomputed segments."""
 
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_resnet.fusion import store
 from fused_resnet.fusion.call import call_reason, wants_grad
-from fused_resnet.fusion.members import has_stem, stages, whole
+from fused_resnet.fusion.guard import Guard
+from fused_resnet.fusion.network import NetworkNames, members_of
 
-from . import activation_memory
-from .stem import stem_and_pool
-from .units import counts_once, run_norm
-
-
-def enter_stages(model: Any, x: Tensor) -> Tensor:
-    """The input of the first stage: a network's stem and pooling, or its first convolution."""
-    return stem_and_pool(model, x) if has_stem(model) else model.conv1(x)
+from .activation_memory import run_segment, run_stages
+from .prepare import Step, setting, step_for
+from .units import counts_once, run_norm, run_step
 
 
-def head(model: Any, x: Tensor) -> Tensor:
-    """The last stage's output (N, C, H, W) -> logits (N, classes)."""
-    if not has_stem(model):
-        y = run_norm(model.bn, model.relu, x)
-        x = model.relu(model.bn(x)) if y is None else y
-    return model.fc(torch.flatten(model.avgpool(x), 1))
+class NetworkStep:
+    """The steps of a network's stem and blocks, valid while their structure holds."""
 
+    def __init__(self, model: Any, names: NetworkNames, x: Tensor) -> None:
+        self.generation = store.generation()
+        self._first, stages, places = members_of(model, names)
+        found = None if self._first.names is None else step_for(model, self._first.names, x)
+        self._stem = found if isinstance(found, Step) else None
+        # A stem whose pooling is no part of its step: after it.
+        pool = self._first.names and self._first.names.pool
+        described = self._stem is None or self._stem.description.pool is not None
+        self._pool = None if described else pool
+        self._stages = [[member.target for member in stage] for stage in stages]
+        # Block -> its step. If any has none, every block decides for itself, by what reaches it.
+        self._steps: dict[Any, Step] = {}
+        for member in chain.from_iterable(stages):
+            step = "not a block"
+            if member.names is not None:
+                step = step_for(member.module(model), member.names, x)
+            if isinstance(step, str):
+                self._steps = {}
+                break
+            self._steps[member.target] = step
+        steps = [*([] if self._stem is None else [self._stem]), *self._steps.values()]
+        self.is_cached = all(step.is_cached for step in steps)
+        self._descriptions = [step.description for step in steps]
+        self.guard = Guard.combined([Guard([], places), *(step.guard for step in steps)])
+        self.holds = self.guard.structure_holds
 
-def run_in_segments(model: Any, x: Tensor) -> Tensor | None:
-    """A network's forward (N, classes) that saves only the inputs of segments of blocks.
+    def run(self, model: Any, names: NetworkNames, x: Tensor) -> Tensor:
+        """The output of the last stage."""
+        stages = self._stages if names.running is None else getattr(model, names.running)()
+        segmented = self._segmented(model, x)
+        if segmented and self._stem is not None:
+            modules = [module for unit in self._stem.description.units for module in unit]
+            x = run_segment(partial(self.run_stem, model), x, modules)
+        else:
+            x = self.run_stem(model, x)
+        run = self._run_block
+        if self._stem is None and call_reason(x, model.training) is not None:
+            run, segmented = _call, False
+        if segmented:
+            return run_stages(stages, x, run)
+        for block in chain.from_iterable(stages):
+            x = run(block, x)
+        return x
 
-    None where its activation memory is not "minimal", or where recomputing a segment would call
-    hooks twice or update the statistics of norms that PyTorch computes twice."""
-    if getattr(model, "activation_memory", "auto") != "minimal":
-        return None
-    if call_reason(x, model.training) is not None or not wants_grad(model, x):
-        return None
-    members = whole(model)
-    if members is None or not counts_once(members[0], x):
-        return None
-    if has_stem(model):
-        y = activation_memory.run_segment(
-            partial(stem_and_pool, model), x, [model.conv1, model.bn1]
+    def _segmented(self, model: Any, x: Tensor) -> bool:
+        """Whether only the inputs of segments are saved: at "minimal", unless recomputing a segment
+        would call hooks twice or update the statistics of norms that PyTorch computes twice."""
+        minimal = getattr(model, "activation_memory", "auto") == "minimal"
+        return (
+            minimal
+            and bool(self._steps)
+            and wants_grad(model, x)
+            and all(counts_once(description, x) for description in self._descriptions)
         )
-    else:
-        y = model.conv1(x)
-    blocks = model.running() if hasattr(model, "running") else map(list, stages(model))
-    return head(model, activation_memory.run_stages(list(blocks), y))
+
+    def run_stem(self, model: Any, x: Tensor) -> Tensor:
+        y = None if self._stem is None else run_step(self._stem, x)
+        if y is None:
+            return self._first.call(model, x)
+        return y if self._pool is None else getattr(model, self._pool)(y)
+
+    def _run_block(self, block: Any, x: Tensor) -> Tensor:
+        step = self._steps.get(block)
+        y = None if step is None else run_step(step, x)
+        return block(x) if y is None else y
+
+
+def _call(block: Any, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
+    """The network's logits (N, classes), differentiably, by its steps, cached or made now."""
+    key = ("network step", *setting(x), getattr(model, "activation_memory", "auto"))
+    step = store.lookup(model, key)
+    if step is None or step.generation != store.generation():
+        step = NetworkStep(model, names, x)
+        if step.is_cached:
+            store.insert(model, key, step)
+    y = step.run(model, names, x)
+    if names.norm is not None:
+        norm, relu = (getattr(model, name) for name in names.norm)
+        normed = run_norm(norm, relu, y)
+        y = relu(norm(y)) if normed is None else normed
+    return model.fc(torch.flatten(model.avgpool(y), 1))

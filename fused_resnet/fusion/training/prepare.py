@@ -1,167 +1,200 @@
-"""Prepares a block's training step: whether it can be one node of autograd's graph, by which
-function, and how running statistics are updated.
+"""Prepares the training step of a block or stem: whether it can be one node of autograd's graph, by
+which function, and how running statistics are updated.
 
-The result is cached per block and used while nothing that it depends on has changed: preparing
-takes as long as the ops of a narrow block."""
+The result is used while nothing that it depends on has changed: preparing takes as long as the ops
+of a narrow block."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
+from fused_resnet.fusion import pooling, store
+from fused_resnet.fusion.description import Description, Names, attributes_of, describe
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
-from fused_resnet.fusion.structure import Names, Parts, Structure
+from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
 from fused_resnet.kernels.training.native import Native
 from fused_resnet.kernels.training.protocol import Geometry
+from fused_resnet.layers.hooks import is_fsdps
 from fused_resnet.layers.norms import is_frozen_bn, recomputing, track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
 from . import one_op
-from .activation_memory import level_of
+from .activation_memory import in_segment
 from .block import BlockFunction
 from .preact import PreactFunction
 from .spec import Spec
+from .stem import StemFunction
 
 
 class Prepared(NamedTuple):
-    """A prepared training step. fused: the arguments of the CPU's ops for whole blocks, or None."""
+    """A training step as one node of autograd's graph, for one shape and dtype of x.
+
+    fused: the arguments of the CPU's ops for whole blocks, or None. window: kernel, stride and
+    padding of a stem's pooling within the node, or None."""
 
     spec: Spec
-    parts: Parts
-    norm_first: bool
+    description: Description
+    tensors: list[Any]
     memory_format: torch.memory_format  # of the activations
-    survival: float
     fused: one_op.Layout | None
+    window: list[int] | None
 
-    def tensors(self) -> list[Any]:
-        """Convolution weight, norm weight and bias of each convolution, None where absent.
-
-        Stochastic depth's division by `survival` is applied to the last tensors of the main path:
-        the convolution's weight if norms come first, else the norm's weight and bias."""
-        tensors = [
-            t
-            for conv, bn in self.parts.pairs
-            for t in (conv.weight, *((bn.weight, bn.bias) if bn is not None else (None, None)))
-        ]
-        if self.survival < 1:
-            last = 3 * (len(self.parts.main) - 1)
-            for i in (last,) if self.norm_first else (last + 1, last + 2):
-                tensors[i] = tensors[i] / self.survival
+    def operands(self) -> list[Any]:
+        """`tensors`, with stochastic depth's division by `survival` applied to the last ones of the
+        main path: the convolution's weight if norms come first, else the norm's parameters."""
+        if self.description.survival == 1:
+            return self.tensors
+        tensors, last = list(self.tensors), 3 * (len(self.description.main) - 1)
+        for i in (last,) if self.description.norm_first else (last + 1, last + 2):
+            tensors[i] = tensors[i] / self.description.survival
         return tensors
 
-    def enter(self, x: Tensor) -> Tensor:
-        """x in the dtype and memory format that the kernels require."""
-        return x.to(self.spec.dtype).contiguous(memory_format=self.memory_format)
-
     def run(self, x: Tensor) -> Tensor:
-        """The block's output, in the step's dtype and memory format."""
+        """The output in the step's dtype and memory format, which the next blocks also use."""
+        x = x.to(self.spec.dtype).contiguous(memory_format=self.memory_format)
         states: list[Any] = []
-        function: Any = one_op.NativeBlockFunction
-        description: Any = self.fused
-        tensors = self.tensors()
-        if description is None:
-            function = PreactFunction if self.norm_first else BlockFunction
-            description = self.spec
-        elif tensors[-1] is None:
-            del tensors[-2:]  # of a projection without a norm
-        y = function.apply(description, states, self.enter(x), *tensors)
+        tensors = self.operands()
+        if self.window is not None:
+            y = StemFunction.apply(self.spec, self.window, states, x, *tensors)
+        elif self.fused is not None:
+            if tensors[-1] is None:
+                tensors = tensors[:-2]  # of a projection without a norm
+            y = one_op.NativeBlockFunction.apply(self.fused, states, x, *tensors)
+        else:
+            function = PreactFunction if self.description.norm_first else BlockFunction
+            y = function.apply(self.spec, states, x, *tensors)
         self.track(states)
-        return y
+        pool = self.description.pool
+        return y if pool is None or self.window is not None else pool(y)
 
     def track(self, states: list[Any]) -> None:
         """Updates running statistics as BatchNorm2d does; states: (statistics, number of values per
         channel) of each norm."""
         if recomputing.get():
             return
-        norms = self.parts.norms
+        norms = self.description.norms
         if self.fused is None or not one_op.track(norms, states):
             for bn, (state, count) in zip(norms, states, strict=True):
                 track(bn, state, count, self.spec.kernels.update_running)
 
 
-def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
-    """The block's training step; None where it cannot be one node of autograd's graph.
+class Step:
+    """A block's or stem's training step, prepared for the last input's shape and dtype."""
+
+    def __init__(self, module: nn.Module, description: Description) -> None:
+        self.guard = Guard([description])
+        self.holds = self.guard.structure_holds  # weights are written by every step
+        self.description = description
+        # FSDP gathers other tensors for every step.
+        self.is_cached = not any(is_fsdps(unit.conv) for unit in description.units)
+        self._level: str = getattr(module, "activation_memory", "auto")
+        self._prepared: tuple[Any, Prepared | None] = (None, None)
+
+    def prepared(self, x: Tensor) -> Prepared | None:
+        """The step for x; None where it cannot be one node of autograd's graph."""
+        key = (x.shape, x.dtype, in_segment.get())
+        cached = self._prepared  # read once: another thread may replace it for another shape
+        if cached[0] != key:
+            # Inside a segment "minimal" is "low".
+            level = "low" if self._level == "minimal" and key[2] else self._level
+            cached = self._prepared = (key, prepare(self.description, level, x))
+        return cached[1]
+
+
+def step_for(module: nn.Module, names: Names, x: Tensor) -> Step | str:
+    """The step of a block or stem for x, cached or made now; or the reason why there is none."""
+    key = ("step", *setting(x), attributes_of(module))
+    step = store.lookup(module, key)
+    if step is not None:
+        return step
+    description = describe(module, names)
+    if isinstance(description, str):
+        return description
+    if any(unit.conv.weight.device != x.device for unit in description.units):
+        return f"x is on {x.device}, a weight is not"
+    if not any(serves(uses_batch_statistics(norm), x) for norm in description.norms):
+        return "no kernel is faster than stock's operations"
+    step = Step(module, description)
+    if step.is_cached:
+        store.insert(module, key, step)
+    return step
+
+
+def setting(x: Tensor) -> tuple[Any, ...]:
+    """What a step depends on, other than modules, tensors and x's shape."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    return (
+        x.device, x.dtype, output_dtype(x.dtype, device), autocast,
+        registry.choose("bn_add_relu", device), registry.forced(),
+    )  # fmt: skip
+
+
+def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
+    """The step for x; None where it cannot be one node of autograd's graph.
 
     "auto" is "low" where measurements show that it takes no longer: with the CPU's kernels. On a
     GPU "low" recomputes activations but does not write those that a 1x1 convolution normalises as
     it reads (kernels/training/cuda.py); this has not been measured."""
     device = x.device.type
     dtype = output_dtype(x.dtype, device)
-    if not trains_whole(parts, names, x.shape, dtype, x.dtype):
+    if not trains_whole(description, x.shape, dtype, x.dtype):
         return None
     kernels = passes_for(device, registry.choose("bn_add_relu", device))
     if x.shape[0] == 0:
         kernels = empty()
-    level = level_of(module)
     if level == "auto":
         level = "low" if isinstance(kernels, Native) else "full"
-    geometries = tuple(
-        Geometry(conv.stride, conv.padding, conv.dilation, conv.groups) for conv, _ in parts.pairs
-    )
+    units, norms = description.units, description.norms
     spec = Spec(
-        kernels, geometries, tuple(bn.eps for bn in parts.norms), parts.shortcut,
-        level, dtype,
-        tuple(group_of(bn) for bn in parts.norms),
-        1 if parts.pad is None else parts.pad.stride,
-        names.norm_first and module.activation_shared,
+        kernels,
+        tuple(Geometry(c.stride, c.padding, c.dilation, c.groups) for c, _ in units),
+        tuple(norm.eps for norm in norms), description.shortcut, level, dtype,
+        tuple(group_of(norm) for norm in norms),
+        1 if description.pad is None else description.pad.stride, description.shared,
     )  # fmt: skip
+    tensors = [
+        t
+        for conv, norm in units
+        for t in (conv.weight, *((None, None) if norm is None else (norm.weight, norm.bias)))
+    ]
     memory_format = torch.channels_last if device == "cpu" else layout.memory_format(x)
-    survival = getattr(module, "survival", 1.0)
-    prepared = Prepared(spec, parts, names.norm_first, memory_format, survival, None)
-    fused = one_op.layout_of(spec, prepared.tensors(), names.norm_first, x.shape)
+    prepared = Prepared(
+        spec, description, tensors, memory_format, None, _window(description, kernels, spec, x),
+    )  # fmt: skip
+    fused = None
+    if description.pool is None:
+        operands = prepared.operands()
+        fused = one_op.layout_of(spec, operands, description.norm_first, x.shape)
     return prepared._replace(fused=fused)
 
 
-class _CacheEntry(NamedTuple):
-    key: Any
-    structure: Structure
-    prepared: Prepared
-
-
-_cache: WeakKeyDictionary[nn.Module, _CacheEntry] = WeakKeyDictionary()
-
-
-def _key(block: Any, x: Tensor) -> Any:
-    """What the training step depends on, other than the block's modules and tensors."""
-    device = x.device.type
-    attributes = block.__dict__
-    return (
-        x.shape, x.dtype, output_dtype(x.dtype, device), torch.is_autocast_enabled(device),
-        registry.choose("bn_add_relu", device), level_of(block),
-        attributes.get("survival"), attributes.get("activation_shared"),
-    )  # fmt: skip
-
-
-def cached(block: nn.Module, x: Tensor) -> Prepared | None:
-    """The cached step of the block for such an x, or None if it is not valid; CPU only."""
-    entry = _cache.get(block)
-    if entry is None or x.device.type != "cpu" or entry.key != _key(block, x):
+def _window(description: Description, kernels: Any, spec: Spec, x: Tensor) -> list[int] | None:
+    """Kernel, stride and padding of a stem's pooling where the kernels compute it."""
+    pool = description.pool
+    if pool is None or not kernels.pools:
         return None
-    return entry.prepared if entry.structure.holds() else None
-
-
-def prepare_block(block: nn.Module, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
-    """`prepare`; caches the result if it uses the CPU's ops for whole blocks."""
-    prepared = prepare(block, names, parts, x)
-    if prepared is not None and prepared.fused is not None:
-        _cache[block] = _CacheEntry(_key(block, x), Structure(parts), prepared)
-    return prepared
+    conv_shape = output_shape(x.shape, description.units[0].conv.weight.shape, *spec.geometries[0])
+    window = [n for sizes in pooling.window(pool) for n in sizes]
+    if conv_shape is None or pooling.pool_shape(pool, conv_shape) is None:
+        return None
+    return window if window[0] * window[1] <= 256 else None  # a tap's index is one byte
 
 
 def trains_whole(
-    parts: Parts, names: Names, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
+    description: Description, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> bool:
     """Whether the block trains as one node: every norm uses batch statistics, and stock would
     accept every unit's shapes and dtypes."""
-    weight = parts.pairs[0][0].weight
-    groups = [group_of(bn) for bn in parts.norms]
+    weight = description.units[0].conv.weight
+    groups = [group_of(bn) for bn in description.norms]
     synchronised = groups[0] is not None
     if not serves(True, weight) or any(group is not groups[0] for group in groups):
         return False
@@ -170,8 +203,9 @@ def trains_whole(
     if synchronised:
         shape = (max(1, shape[0]), *shape[1:])  # an empty batch: other processes may have images
     main_shape = tuple(shape)
-    for i, (conv, bn) in enumerate(parts.pairs):
-        branch = parts.downsample and i == len(parts.pairs) - 1
+    projects = description.shortcut == "projection"
+    for i, (conv, bn) in enumerate(description.units):
+        branch = projects and i == len(description.units) - 1
         out = output_shape(
             shape if branch else main_shape, conv.weight.shape, conv.stride, conv.padding,
             conv.dilation, conv.groups,
@@ -181,7 +215,7 @@ def trains_whole(
         if branch and out != main_shape:
             return False
         if bn is not None:
-            normed = main_shape if names.norm_first else out
+            normed = main_shape if description.norm_first else out
             if normed[0] * normed[2] * normed[3] < 2 and not synchronised:
                 return False
             if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
@@ -189,6 +223,6 @@ def trains_whole(
             if not bn.eps > 0 or not norm_fits(bn, dtype):
                 return False
         main_shape = out
-    if parts.pad is not None:
-        return parts.pad.output_shape(shape) == main_shape
-    return parts.shortcut != "identity" or main_shape == tuple(shape)
+    if description.pad is not None:
+        return description.pad.output_shape(shape) == main_shape
+    return description.shortcut != "identity" or main_shape == tuple(shape)

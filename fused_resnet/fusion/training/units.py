@@ -10,31 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_resnet import layout, ops
+from fused_resnet import ops
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.fusion.call import call_reason, wants_grad
+from fused_resnet.fusion.description import Description, Names
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
 from fused_resnet.fusion.fold import cached_scale_and_shift
-from fused_resnet.fusion.structure import Names, Parts, parse_block
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
-from . import prepare
+from .prepare import Step, step_for
 
 
-def counts_once(parts: Parts, x: Tensor) -> bool:
+def counts_once(description: Description, x: Tensor) -> bool:
     """Whether recomputing a segment updates no running statistics twice: `track`, which skips
     recomputation, updates those of every norm that uses batch statistics."""
     dtype = output_dtype(x.dtype, x.device.type)
     if not serves(True, x):
         return False
-    groups = [group_of(bn) for bn in parts.norms]
+    groups = [group_of(bn) for bn in description.norms]
     # A synchronised norm updates by `track` only in a block that trains as one node.
     whole = (
-        all(map(uses_batch_statistics, parts.norms))
-        and all(conv.bias is None for conv, _ in parts.pairs)
+        all(map(uses_batch_statistics, description.norms))
+        and all(conv.bias is None for conv, _ in description.units)
         and all(group is groups[0] for group in groups)
         and (groups[0] is None or x.device.type == "cpu")
     )
@@ -46,7 +46,7 @@ def counts_once(parts: Parts, x: Tensor) -> bool:
             and bn.num_features in (conv.in_channels, conv.out_channels)
             and norm_fits(bn, dtype)
         )
-        for conv, bn in parts.pairs
+        for conv, bn in description.units
         if bn is not None
     )
 
@@ -65,43 +65,33 @@ def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     last; None: use PyTorch's operations."""
     if call_reason(x) is not None or not wants_grad(block, x):
         return None
-    parts = parse_block(block, names)
-    if isinstance(parts, str) or not units_pay(parts, x):
-        return None
-    return run_unit(*parts.pairs[-1], x, None, True)
+    step = step_for(block, names, x)
+    return None if isinstance(step, str) else run_unit(*step.description.units[-1], x, None, True)
 
 
-def run_units(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
-    """The block as one node or unit by unit, differentiably; None: use torchvision's forward."""
-    prepared = prepare.cached(block, x)
-    if prepared is not None:
-        return prepared.run(x).contiguous(memory_format=layout.memory_format(x))
-    parts = parse_block(block, names)
-    if isinstance(parts, str) or not units_pay(parts, x):
-        return None
-    prepared = prepare.prepare_block(block, names, parts, x)
-    if prepared is not None:
-        return prepared.run(x).contiguous(memory_format=layout.memory_format(x))
-    if names.norm_first:
+def run_step(step: Step, x: Tensor) -> Tensor | None:
+    """A block or stem as one node of autograd's graph or unit by unit; None: use torchvision's
+    path."""
+    prepared = step.prepared(x)
+    return run_units(step.description, x) if prepared is None else prepared.run(x)
+
+
+def run_units(description: Description, x: Tensor) -> Tensor | None:
+    """A block or stem unit by unit, differentiably; None where norms come first."""
+    if description.norm_first:
         return None
     y = x
-    for conv, bn in parts.main[:-1]:
+    for conv, bn in description.main[:-1]:
         y = run_unit(conv, bn, y, None, True)
     residual: Tensor | None = x
-    if parts.shortcut == "projection":
-        residual = run_unit(*parts.pairs[-1], x, None, False)
-    elif parts.pad is not None:
-        residual = parts.pad(x)
-    elif parts.shortcut == "none":
+    if description.shortcut == "projection":
+        residual = run_unit(*description.units[-1], x, None, False)
+    elif description.pad is not None:
+        residual = description.pad(x)
+    elif description.shortcut == "none":
         residual = None
-    return run_unit(*parts.main[-1], y, residual, True)
-
-
-def units_pay(parts: Parts, x: Tensor) -> bool:
-    """Whether some unit of the block has a kernel faster than stock's operations."""
-    if any(conv.weight.device != x.device for conv, _ in parts.pairs):
-        return False
-    return any(serves(uses_batch_statistics(bn), x) for bn in parts.norms)
+    y = run_unit(*description.main[-1], y, residual, True)
+    return y if description.pool is None else description.pool(y)
 
 
 def run_unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:

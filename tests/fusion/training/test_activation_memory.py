@@ -513,7 +513,7 @@ def test_segments_end_at_stage_boundaries():
     original = activation_memory.run_segment
     activation_memory.run_segment = segment
     try:
-        y = activation_memory.run_stages(stages, torch.zeros(1))
+        y = activation_memory.run_stages(stages, torch.zeros(1), lambda block, x: block(x))
     finally:
         activation_memory.run_segment = original
     assert y == 6

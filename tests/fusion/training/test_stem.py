@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.training.stem import stem_and_pool
+from fused_resnet.fusion.training.network import NetworkStep
+from fused_resnet.models.resnet import NETWORK
 from tests.fusion.training.training_helpers import DTYPES, LAST, needs_native
 
 
@@ -60,13 +61,15 @@ def test_stem_is_one_node_and_differentiable_twice():
     for backend in ("native", "reference"):
         net = copy.deepcopy(model)
         with fr.use_backend(backend):
-            stem = stem_and_pool(net, x)
+            stem = NetworkStep(net, NETWORK, x).run_stem(net, x)
         assert (type(stem.grad_fn).__name__ == "StemFunctionBackward") == (backend == "native")
         inputs = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
         grads = torch.autograd.grad(stem.square().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
         with fr.use_backend(backend):
-            plain = torch.autograd.grad(stem_and_pool(net, x).square().sum(), inputs)
+            plain = torch.autograd.grad(
+                NetworkStep(net, NETWORK, x).run_stem(net, x).square().sum(), inputs
+            )
         results.append([stem.detach(), *grads, *second, *plain])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
-from fused_resnet.fusion import members, structure
+from fused_resnet.fusion.description import describe, recipe_of
 from fused_resnet.fusion.training import block as block_training
 from fused_resnet.fusion.training import one_op
 from fused_resnet.fusion.training import preact as preact_training
@@ -441,10 +441,10 @@ def test_portable_passes_match_the_formula():
     """A block on the portable passes, those of GPUs, on the CPU against PyTorch's operations."""
     for name in BLOCKS:
         block, x = make(name, torch.float64)
-        parts = structure.parse_block(block, members.FORWARDS[type(block).forward])
+        parts: Any = describe(block, recipe_of(block)[0])
         tensors = [
             t
-            for c, b in parts.pairs
+            for c, b in parts.units
             for t in (c.weight, *((b.weight, b.bias) if b else 2 * (None,)))
         ]
         geometries = tuple(

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion import members
-from fused_resnet.fusion.inference import plan_cache
-from fused_resnet.fusion.inference.plan import Flow
+from fused_resnet.fusion.description import recipe_of
+from fused_resnet.fusion.inference.make import plan_for
 from fused_resnet.fusion.training import one_op
 from fused_resnet.fusion.training.activation_memory import LEVELS
 from tests.fusion.training.training_helpers import (
@@ -120,14 +119,14 @@ def test_inference_op_equals_separate_convolutions(name, owned, dtype):
     block, x = make(name, dtype)
     block.eval()
     x = x.detach()
-    plan: Any = plan_cache.plan_for(block, members.FORWARDS[type(block).forward], dtype, x.device)
+    plan: Any = plan_for(block, recipe_of(block)[0], dtype, x.device)
     assert (plan._one_op is None) == ("odd channels" in name or "groups" in name)
     results = []
     for op in (plan._one_op, None):
         plan._one_op = op
-        flow = Flow(x.clone(memory_format=LAST), None, owned)
-        results.append(plan.run(flow).x)
-        assert owned or torch.equal(flow.x, x)
+        given = x.clone(memory_format=LAST)
+        results.append(plan.run(given, owned))
+        assert owned or torch.equal(given, x)
     assert torch.equal(*results)
     assert results[0].is_contiguous(memory_format=LAST)
 

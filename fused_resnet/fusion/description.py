@@ -1,0 +1,193 @@
+"""The description of what can be fused, made once from modules, or the reason why it cannot be.
+
+A `Description` is a chain of units (convolution, norm, activation) with a shortcut; a stem ends
+with a pooling. The executors of inference and training read it, and so does `explain`. It
+does not depend on where the modules were found: `describe` finds those of a module by `Names`.
+
+Modules are fused only while they are exactly Conv2d, BatchNorm2d (SyncBatchNorm, FrozenBatchNorm2d)
+and ReLU, unhooked and unpatched, so that surgery on a model and feature extraction keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fused_resnet.layers.hooks import patched
+from fused_resnet.layers.norms import is_frozen_bn
+from fused_resnet.layers.shortcut import PadShortcut
+from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
+
+from . import pooling
+
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+# What executors depend on besides submodules and tensors. `self.downsample = None` in __init__ sets
+# a plain attribute, not a child module.
+ATTRIBUTES = ("activation_shared", "survival", "activation_memory", "downsample")
+_SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
+
+
+class Names(NamedTuple):
+    """The names of a block's submodules. pairs: (convolution, norm) in order.
+
+    downsample: the submodule that changes the shortcut's shape; None: there is no shortcut.
+    norm_first: norm and ReLU come before each convolution, and none after the addition. pool: the
+    pooling after a stem."""
+
+    pairs: tuple[tuple[str, str], ...]
+    relu: str = "relu"
+    downsample: str | None = "downsample"
+    norm_first: bool = False
+    pool: str | None = None
+
+
+class Place(NamedTuple):
+    """One module: `home[name] is module`, whose type must be exactly `kind`."""
+
+    home: dict[str, Any]
+    name: str
+    module: Any
+    kind: type
+
+
+class Unit(NamedTuple):
+    """A convolution and its norm, which comes first in a norm_first block; None: it has no norm."""
+
+    conv: Any
+    norm: Any
+
+
+class Description(NamedTuple):
+    """y = relu(chain(x) + shortcut(x)), or, norm first, y = chain(x) + shortcut(x).
+
+    units: in order, a projecting shortcut's last; the projection of a norm_first block has no norm.
+    shortcut: "none", "identity", "projection" or "pad" (by the module `pad`). shared: the shortcut
+    starts from the first ReLU's output. survival: the probability that a training step runs the
+    block, by which its branch is divided. pool: the MaxPool2d after the last ReLU, or None."""
+
+    units: list[Unit]
+    shortcut: str
+    places: list[Place]
+    pad: PadShortcut | None = None
+    norm_first: bool = False
+    shared: bool = False
+    survival: float = 1.0
+    pool: Any = None
+
+    @property
+    def norms(self) -> list[Any]:
+        return [unit.norm for unit in self.units if unit.norm is not None]
+
+    @property
+    def main(self) -> list[Unit]:
+        """The units of the residual branch."""
+        return self.units[:-1] if self.shortcut == "projection" else self.units
+
+
+def attributes_of(module: nn.Module) -> tuple[Any, ...]:
+    """The values of `ATTRIBUTES`, None where absent."""
+    return tuple(map(module.__dict__.get, ATTRIBUTES))
+
+
+# A class whose forward asks for fusion -> the names of its submodules; filled by `register`.
+_recipes: dict[type, Any] = {}
+
+
+def register(recipes: dict[type, Any]) -> None:
+    """Registers classes of blocks with their `Names`, and of networks with their `NetworkNames`."""
+    _recipes.update(recipes)
+
+
+def recipe_of(module: nn.Module) -> tuple[Any, type] | tuple[None, None]:
+    """The names registered for the module's class or its nearest base, and that class."""
+    cls = next((cls for cls in type(module).__mro__ if cls in _recipes), None)
+    return (None, None) if cls is None else (_recipes[cls], cls)
+
+
+def own_recipe(block: nn.Module) -> Any:
+    """The names of a block whose call is exactly the registered forward; None for any other."""
+    names, cls = recipe_of(block)
+    exact = cls is not None and type(block).forward is cls.forward and patched(block) is None
+    return names if exact else None
+
+
+def describe(module: nn.Module, names: Names) -> Description | str:
+    """What `module` computes, or a one-line reason why it cannot be fused."""
+    children, places = module._modules, []
+
+    def child(home: dict[str, Any], name: str, kind: type) -> Any:
+        places.append(Place(home, name, home.get(name), kind))
+        return places[-1].module
+
+    units = [
+        Unit(child(children, conv, nn.Conv2d), child(children, norm, nn.BatchNorm2d))
+        for conv, norm in names.pairs
+    ]
+    child(children, names.relu, nn.ReLU)
+    shortcut, pad = "none", None
+    if names.downsample is not None:
+        branch = children.get(names.downsample)
+        shortcut = "projection"
+        plain = module.__dict__.get(names.downsample)
+        if plain is not None:
+            return f"{names.downsample} is a {type(plain).__name__}, not a submodule"
+        if branch is None:
+            shortcut = "identity"
+            child(children, names.downsample, type(None))
+        elif type(branch) is PadShortcut:
+            shortcut, pad = "pad", child(children, names.downsample, PadShortcut)
+        elif names.norm_first:
+            units.append(Unit(child(children, names.downsample, nn.Conv2d), None))
+        elif type(branch) is not nn.Sequential or len(branch) != 2:
+            return f"{names.downsample} is not a Sequential of a convolution and a norm"
+        else:
+            child(children, names.downsample, nn.Sequential)
+            layers = branch._modules
+            conv, norm = layers
+            units.append(Unit(child(layers, conv, nn.Conv2d), child(layers, norm, nn.BatchNorm2d)))
+    pool = None if names.pool is None else children.get(names.pool)
+    if pooling.is_plain(pool):
+        places.append(Place(children, str(names.pool), pool, nn.MaxPool2d))
+    else:
+        pool = None  # runs as a module
+    shared, survival, *_ = attributes_of(module)
+    description = Description(
+        units, shortcut, places, pad, names.norm_first, names.norm_first and bool(shared),
+        1.0 if survival is None else survival, pool,
+    )  # fmt: skip
+    return _reason_against(description) or description
+
+
+def _reason_against(description: Description) -> str | None:
+    for _, name, module, kind in description.places:
+        norm = kind is nn.BatchNorm2d and (type(module) in _SYNCHRONISED or is_frozen_bn(module))
+        if type(module) is not kind and not norm:
+            return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
+        why = None if module is None else patched(module)
+        if why is not None:
+            return f"{name} {why}"
+    for conv, norm in description.units:
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            return "a convolution's padding is not a number of zeros"
+        for name, t in tensors_of(conv, norm):
+            if t is None:
+                continue
+            if type(t) not in (Tensor, nn.Parameter):
+                return f"{name} is a {type(t).__name__}"
+            first = description.norm_first and name != "conv.bias"
+            channels = conv.in_channels if first else conv.out_channels
+            if name != "conv.weight" and t.shape != (channels,):
+                return f"{name} has shape {tuple(t.shape)} for {channels} channels"
+            if t.device != conv.weight.device:
+                return f"{name} is on {t.device}, conv.weight on {conv.weight.device}"
+    return None
+
+
+def tensors_of(conv: Any, norm: Any) -> Iterator[tuple[str, Tensor | None]]:
+    """(name, tensor) of every parameter and running statistic of the unit."""
+    yield "conv.weight", conv.weight
+    yield "conv.bias", conv.bias
+    for name in NORM_TENSORS if norm is not None else ():
+        yield f"bn.{name}", getattr(norm, name)

@@ -1,0 +1,82 @@
+"""Makes inference plans, or says why there is none."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fused_resnet.fusion import store
+from fused_resnet.fusion.description import Description, Names, attributes_of, describe
+from fused_resnet.fusion.dtype_rules import compute_dtype, norm_fits, output_dtype, weights_fit
+from fused_resnet.fusion.guard import Guard
+from fused_resnet.kernels import registry
+from fused_resnet.kernels.cache import cacheable
+from fused_resnet.kernels.dispatch import conv_kind
+from fused_resnet.layers.hooks import is_fsdps
+from fused_resnet.layers.norms import uses_batch_statistics
+
+from .plan import Plan
+
+
+def reason_against(
+    description: Description, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why this cannot be folded and packed for an x of `dtype` on `device` now, or None."""
+    conv_dtype = compute_dtype(dtype, device.type)
+    if conv_dtype is None:
+        return f"no fused convolution supports {dtype}"
+    backend = registry.choose("conv_bn_relu", device.type)
+    if backend == "reference":
+        missing = registry.missing("conv_bn_relu", "vendor", device.type)
+        return missing or "another backend is forced"
+    if backend == "triton" and device.type == "cpu":
+        return "on the CPU Triton's interpreter runs its own kernels only"
+    norm_dtype = output_dtype(dtype, device.type)
+    for conv, norm in description.units:
+        if norm is not None:
+            if uses_batch_statistics(norm):
+                return "batch norm uses batch statistics"
+            if norm.running_mean is None or norm.running_var is None:
+                return "a norm has no running statistics"
+            if not norm_fits(norm, norm_dtype):
+                return f"a norm's tensors are neither {norm_dtype} nor float32"
+        if conv.weight.device != device:
+            return f"x is on {device}, a weight on {conv.weight.device}"
+        if not weights_fit(dtype, conv.weight):
+            return f"x is {dtype} and a weight is {conv.weight.dtype}"
+        shape = conv.weight.shape
+        if conv_kind(shape, conv_dtype, conv.dilation, conv.groups, device.type) is None:
+            return f"no fused convolution supports a weight of shape {tuple(shape)}"
+    return None
+
+
+def plan_for(
+    module: nn.Module, names: Names, dtype: torch.dtype, device: torch.device
+) -> Plan | str:
+    """The inference plan of a block or stem for an x of `dtype` on `device`, cached or made now; or
+    the reason why there is none."""
+    conv_dtype = compute_dtype(dtype, device.type)
+    backend = registry.choose("conv_bn_relu", device.type)
+    key = ("plan", conv_dtype, device, backend, attributes_of(module))
+    plan = store.lookup(module, key)
+    if plan is not None and weights_fit(dtype, plan.weight):
+        return plan
+    description = describe(module, names)
+    if isinstance(description, str):
+        return description
+    guard = Guard([description])  # before any value is read
+    reason = reason_against(description, dtype, device)
+    if reason is not None or conv_dtype is None:
+        return reason or f"no fused convolution supports {dtype}"
+    if not guard.has_versions:
+        return "weights created in inference mode have no version counter"
+    plan = Plan(description, guard, conv_dtype)
+    # Valid for this call only if FSDP rewrites weights unnoticed, if the packed weights belong to a
+    # CUDA graph, or if another thread wrote to the weights meanwhile.
+    fsdp = any(is_fsdps(unit.conv) for unit in description.units)
+    if not fsdp and cacheable(plan.weight) and plan.holds():
+        plan.is_cached = True
+        for conv in plan.all_convs:
+            conv.is_cached = True
+        store.insert(module, key, plan)
+    return plan
