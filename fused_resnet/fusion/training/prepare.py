@@ -25,8 +25,7 @@ from fused_resnet.layers.sync_batch_norm import group_of
 
 from . import one_op
 from .activation_memory import level_of
-from .block import BlockFunction
-from .preact import PreactFunction
+from .block import StepFunction
 from .spec import Spec
 
 
@@ -67,8 +66,7 @@ class Prepared(NamedTuple):
         description: Any = self.fused
         tensors = self.tensors()
         if description is None:
-            function = PreactFunction if self.norm_first else BlockFunction
-            description = self.spec
+            function, description = StepFunction, self.spec
         elif tensors[-1] is None:
             del tensors[-2:]  # of a projection without a norm
         y = function.apply(description, states, self.enter(x), *tensors)
@@ -76,14 +74,19 @@ class Prepared(NamedTuple):
         return y
 
     def track(self, states: list[Any]) -> None:
-        """Updates running statistics as BatchNorm2d does; states: (statistics, number of values per
-        channel) of each norm."""
+        """Updates running statistics as BatchNorm2d does; states: as the step's function appended
+        them."""
         if recomputing.get():
             return
         norms = self.parts.norms
-        if self.fused is None or not one_op.track(norms, states):
-            for bn, (state, count) in zip(norms, states, strict=True):
-                track(bn, state, count, self.spec.kernels.update_running)
+        if self.fused is not None:
+            tracking = one_op.prepare_tracking(norms, self.fused.counts)
+            if tracking is not None:
+                tracking.run(states)
+                return
+            states = [((s,), n) for s, n in zip(states, self.fused.counts, strict=True)]
+        for bn, (state, count) in zip(norms, states, strict=True):
+            track(bn, state, count, self.spec.kernels.update_running)
 
 
 def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | None:
@@ -111,11 +114,12 @@ def prepare(module: Any, names: Names, parts: Parts, x: Tensor) -> Prepared | No
         tuple(group_of(bn) for bn in parts.norms),
         1 if parts.pad is None else parts.pad.stride,
         names.norm_first and module.activation_shared,
+        names.norm_first,
     )  # fmt: skip
     memory_format = torch.channels_last if device == "cpu" else layout.memory_format(x)
     survival = getattr(module, "survival", 1.0)
     prepared = Prepared(spec, parts, names.norm_first, memory_format, survival, None)
-    fused = one_op.layout_of(spec, prepared.tensors(), names.norm_first, x.shape)
+    fused = one_op.layout_of(spec, prepared.tensors(), x.shape)
     return prepared._replace(fused=fused)
 
 
