@@ -70,8 +70,6 @@ py::list kernels() {
                            "mean_pool",
                            "narrow_weight_gradient",
                            "pad_rows",
-                           "preact_backward",
-                           "preact_forward",
                            "strided_input_gradient"}) {
     py::dict entry;
     entry["name"] = name;

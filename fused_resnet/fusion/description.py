@@ -25,7 +25,7 @@ from . import pooling
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 # What executors depend on besides submodules and tensors. `self.downsample = None` in __init__ sets
 # a plain attribute, not a child module.
-ATTRIBUTES = ("activation_shared", "survival", "activation_memory", "downsample")
+ATTRIBUTES = ("activation_shared", "survival", "activation_memory", "downsample", "training")
 _SYNCHRONISED = (nn.SyncBatchNorm, SyncBatchNorm)
 
 
@@ -65,7 +65,8 @@ class Description(NamedTuple):
     units: in order, a projecting shortcut's last; the projection of a norm_first block has no norm.
     shortcut: "none", "identity", "projection" or "pad" (by the module `pad`). shared: the shortcut
     starts from the first ReLU's output. survival: the probability that a training step runs the
-    block, by which its branch is divided. pool: the MaxPool2d after the last ReLU, or None."""
+    block, by which its branch is divided; 1 in eval mode. pool: the MaxPool2d after the last ReLU,
+    or None."""
 
     units: list[Unit]
     shortcut: str
@@ -152,10 +153,10 @@ def describe(module: nn.Module, names: Names) -> Description | str:
         places.append(Place(children, str(names.pool), pool, nn.MaxPool2d))
     else:
         pool = None  # runs as a module
-    shared, survival, *_ = attributes_of(module)
+    shared, survival, *_, training = attributes_of(module)
     description = Description(
         units, shortcut, places, pad, names.norm_first, names.norm_first and bool(shared),
-        1.0 if survival is None else survival, pool,
+        survival if training and survival is not None else 1.0, pool,
     )  # fmt: skip
     return _reason_against(description) or description
 

@@ -6,7 +6,6 @@ y = relu((x - mean[c]) / sqrt(var[c] + eps) * weight[c] + bias[c] + residual)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,14 @@ from fused_resnet.dtypes import accumulate_dtype
 
 from .add_relu import add_relu_backward_reference
 from .checks import check_channel, check_same, check_x, require
-from .library import in_transform, kernels_for, per_channel, register, vector
+from .library import (
+    differentiable_gradients,
+    in_transform,
+    kernels_for,
+    per_channel,
+    register,
+    vector,
+)
 
 
 def bn_add_relu_reference(
@@ -228,14 +234,13 @@ def _bn_grad(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Any, ...]:
         bias = None
         if need_bias:
             bias = torch.zeros_like(mean, dtype=ctx.bias_dtype).requires_grad_()
-        pairs = ((x, need_x), (weight, need_weight), (bias, need_bias))
-        inputs: list[Any] = [t for t, needed in pairs if needed]
-        grads: Iterator[Any] = iter(())
-        if inputs:
-            recomputed = bn_add_relu_reference(x, weight, bias, None, ctx.eps, relu=False)[0]
-            grads = iter(torch.autograd.grad(recomputed, inputs, g, create_graph=True))
-        needed_grads = [next(grads) if n else None for n in (need_x, need_weight, need_bias)]
-        return (*needed_grads, g if need_residual else None, None, None)
+        grads = differentiable_gradients(
+            lambda x, weight, bias: bn_add_relu_reference(
+                x, weight, bias, None, ctx.eps, relu=False
+            )[0],
+            (x, weight, bias), (need_x, need_weight, need_bias), g,
+        )  # fmt: skip
+        return (*grads, g if need_residual else None, None, None)
     if not (need_x or need_weight or need_bias):
         g = ops.add_relu_backward(dy, y) if ctx.relu else dy
         return None, None, None, g, None, None

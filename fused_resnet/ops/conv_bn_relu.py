@@ -5,7 +5,7 @@ y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fused_resnet.kernels.convolution import BOUND_LIMIT, max_abs
 from fused_resnet.kernels.dispatch import conv_dtype, conv_kind
 
 from .checks import check_channel, check_same, check_x, describe, pair, require
-from .library import LIBRARY, in_transform, per_channel, register
+from .library import LIBRARY, differentiable_gradients, in_transform, per_channel, register
 
 
 def conv_bn_relu_reference(
@@ -216,12 +216,13 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():
         # create_graph=True: compute the gradients by differentiable operations.
         needs = (need_x, need_weight, need_scale, need_shift)
-        inputs = [t for t, n in zip((x, weight, scale, shift), needs, strict=True) if n]
-        grads: Iterator[Any] = iter(())
-        if inputs:
-            recomputed = conv_bn_relu_reference(x, weight, scale, shift, None, False, *ctx.geometry)
-            grads = iter(torch.autograd.grad(recomputed, inputs, g, create_graph=True))
-        return (*(next(grads) if n else None for n in needs), g if need_residual else None, *rest)
+        grads = differentiable_gradients(
+            lambda x, weight, scale, shift: conv_bn_relu_reference(
+                x, weight, scale, shift, None, False, *ctx.geometry
+            ),
+            (x, weight, scale, shift), needs, g,
+        )  # fmt: skip
+        return (*grads, g if need_residual else None, *rest)
     dx = dweight = dscale = dshift = None
     acc = accumulate_dtype(x.dtype)
     gain = scale.to(acc).view(-1, 1, 1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,22 @@ def in_transform() -> bool:
         torch._C._functorch.maybe_current_level() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def differentiable_gradients(
+    formula: Callable[..., Tensor], operands: Sequence[Any], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """Differentiable gradients for dy of y = formula(*operands), None where not needed. formula
+    consists of differentiable operations.
+
+    They are partial derivatives, with respect to aliases of the operands: gradients with respect to
+    the operands themselves would include those through other operands computed from them."""
+    aliases = [t.view_as(t) if need else t for t, need in zip(operands, needs, strict=True)]
+    inputs = [t for t, need in zip(aliases, needs, strict=True) if need]
+    if not inputs:
+        return [None] * len(needs)
+    grads = iter(torch.autograd.grad(formula(*aliases), inputs, dy, create_graph=True))
+    return [next(grads) if need else None for need in needs]
 
 
 def vector(t: Tensor | None, x: Tensor) -> Tensor | None:

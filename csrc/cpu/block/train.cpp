@@ -1,8 +1,16 @@
 // A residual block's training step on the CPU, forward and backward as one op each: the passes of
-// fused_resnet/fusion/training, without the Python interpreter between them, which takes a third of
-// a step on the narrow, small feature maps of very deep networks.
+// fused_resnet/fusion/training/block.py, without the Python interpreter between them, which takes a
+// third of a step on the narrow, small feature maps of very deep networks.
 //
 // The passes are the same functions, so the results are bitwise equal.
+//
+// A block is a chain of convolutions with norm and ReLU after each, or before each (norm_first):
+//
+//   y = relu(norm_n(conv_n(... relu(norm_1(conv_1(x))))) + shortcut(x))
+//   y = conv_n(relu(norm_n(... conv_1(relu(norm_1(x)))))) + shortcut
+//
+// With norms first, a projection shortcut has no norm, and the shortcut reads x or, if `shared`,
+// the first ReLU's output. Below, z[j] is the input of norm j and h[j] the output of its ReLU.
 #include "cpu/convolution/train.h"
 
 #include <cstring>
@@ -102,13 +110,6 @@ NormGradients norm_gradients_from_sums(const Tensor& sums, int64_t row, const Te
   return {dx, dweight, dbias};
 }
 
-// Weight gradient of `conv`, whose input relu(norm(x)) of `before` was not saved and is recomputed.
-Tensor weight_gradient_through(const Conv& conv, const Tensor& dy, const Normed& before) {
-  return weight_gradient_of_normed(dy, before.x, conv.weight.size(2), conv.weight.size(3),
-                                   conv.stride, conv.padding, conv.dilation, before.statistics,
-                                   before.norm->weight, before.norm->bias, before.norm->eps);
-}
-
 // Gradients of `before`, whose ReLU's output is the input of `conv`; dy is the gradient of the
 // output of `conv`.
 NormGradients norm_gradients_through(const Conv& conv, Tensor dy, const Normed& before) {
@@ -125,13 +126,12 @@ struct BlockEndGradients {
   std::optional<Tensor> g;  // dy masked by the ReLU
 };
 
-// Gradients of y = relu(norm(x) + other). has_residual: whether anything is added. `masked`: g is
-// required. Without either, y is recomputed from x rather than read.
+// Gradients of y = relu(norm(x) + other + residual). y: the output, or nullopt where nothing was
+// added: the mask is then recomputed from x. `masked`: g is required.
 BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Normed& n,
-                                 const Normed* other, bool has_residual, bool masked) {
+                                 const Normed* other, bool masked) {
   masked = masked || other;
-  const bool recompute_mask = !has_residual && !masked;
-  if (recompute_mask) y.reset();
+  const bool recompute_mask = !y;
   std::optional<Tensor> x2, statistics2;
   if (other) x2 = other->x, statistics2 = other->statistics;
   auto [sums, g] = bn_reduce(dy, y, n.x, n.statistics, n.norm->weight, n.norm->bias, n.norm->eps,
@@ -143,34 +143,38 @@ BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Norme
   return {first, second, masked ? std::optional<Tensor>(dy) : std::nullopt};
 }
 
-// dx[:, :, ::stride, ::stride] += dy[:, :C], in place: the gradient of `padded`. dx (N, C, H, W),
-// dy (N, K, P, Q)
-void add_padding_gradient(Tensor& dx, const Tensor& dy, int64_t stride, DtypeIndex dtype) {
+// dx[:, :, ::stride, ::stride] += dy[:, :C], in place: the gradient of `padded`, and of the
+// identity where stride is 1 and K = C. dx (N, C, H, W), dy (N, K, P, Q)
+void add_shortcut_gradient(Tensor& dx, const Tensor& dy, int64_t stride) {
   const int64_t N = dx.size(0), C = dx.size(1), H = dx.size(2), W = dx.size(3);
   const int64_t K = dy.size(1), P = dy.size(2), Q = dy.size(3);
+  const int64_t run = stride == 1 && C == K ? Q : 1;  // adjacent pixels in both
+  const DtypeIndex dtype = dtype_index("block_backward", "x", dx);
   const auto size = static_cast<int64_t>(dx.element_size());
   auto* to = static_cast<char*>(dx.mutable_data_ptr());
   const auto* from = static_cast<const char*>(dy.const_data_ptr());
   Split(N * P, 1, std::max<int64_t>(kMinTaskElements / (Q * C), 1))
       .run([&](int64_t, int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row)
-          for (int64_t q = 0; q < Q; ++q) {
+          for (int64_t q = 0; q < Q; q += run) {
             const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
-            cpu_kernels().add[dtype](from + (row * Q + q) * K * size, to + pixel * C * size, C);
+            cpu_kernels().add[dtype](from + (row * Q + q) * K * size, to + pixel * C * size,
+                                     run * C);
           }
       });
 }
 
-void add_in_place(Tensor& to, const Tensor& from, DtypeIndex dtype) {
-  const auto size = static_cast<int64_t>(to.element_size());
-  auto* to_ptr = static_cast<char*>(to.mutable_data_ptr());
-  const auto* from_ptr = static_cast<const char*>(from.const_data_ptr());
-  Split(to.numel(), kLineBytes, kMinTaskElements).run([&](int64_t, int64_t begin, int64_t end) {
-    cpu_kernels().add[dtype](from_ptr + begin * size, to_ptr + begin * size, end - begin);
-  });
+// weight, channels_last as the convolutions require it.
+Tensor channels_last(const Tensor& weight) {
+  if (weight.dim() != 4) return weight;  // the convolution reports it
+  const int64_t C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  const bool taps_last = weight.stride(2) == S * C && weight.stride(3) == C;
+  if (weight.stride(0) == R * S * C && weight.stride(1) == 1 && (R * S == 1 || taps_last))
+    return weight;
+  return torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-// A block's operands, in the order of the ops' arguments. operands: weight, norm weight and norm
+// A block without its activations, from the ops' arguments. operands: weight, norm weight and norm
 // bias of every convolution, or only the weight for a convolution without a norm. geometry: stride,
 // padding and dilation, (height, width) each, of every convolution. The shortcut's come last.
 struct Block {
@@ -178,99 +182,150 @@ struct Block {
   std::vector<Parameters> norms;
   Shortcut shortcut;
   int64_t pad_stride;  // of a shortcut that pads
-  size_t main;         // convolutions of the residual branch
+  bool norm_first, shared;
+  size_t main;  // convolutions of the residual branch
 
   Block(const char* op, const std::vector<Tensor>& operands, const std::vector<int64_t>& geometry,
-        const std::vector<double>& eps, int64_t kind, int64_t pad_stride)
-      : shortcut(static_cast<Shortcut>(kind)), pad_stride(pad_stride) {
+        const std::vector<double>& eps, int64_t kind, int64_t pad_stride, bool norm_first,
+        bool shared)
+      : shortcut(static_cast<Shortcut>(kind)),
+        pad_stride(pad_stride),
+        norm_first(norm_first),
+        shared(shared) {
     const size_t n = geometry.size() / 6;
     check(kind >= kNone && kind <= kPad, op, ": no such shortcut: ", kind);
     main = n - (shortcut == kProjection ? 1 : 0);
     check(geometry.size() % 6 == 0 && main >= 1 && n <= 64 &&
-              (eps.size() == n || eps.size() == main) && operands.size() == n + 2 * eps.size(),
+              eps.size() == (norm_first ? main : n) && operands.size() == n + 2 * eps.size() &&
+              (norm_first || !shared),
           op, ": got ", operands.size(), " operands, ", geometry.size(), " sizes and ", eps.size(),
           " eps, which do not describe a block");
     const auto pair = [&](size_t at) {
       return std::vector<int64_t>{geometry[at], geometry[at + 1]};
     };
     for (size_t i = 0; i < n; ++i) {
-      convs.push_back({operands[3 * i], pair(6 * i), pair(6 * i + 2), pair(6 * i + 4)});
+      convs.push_back(
+          {channels_last(operands[3 * i]), pair(6 * i), pair(6 * i + 2), pair(6 * i + 4)});
       if (i < eps.size()) norms.push_back({operands[3 * i + 1], operands[3 * i + 2], eps[i]});
     }
   }
 
-  // A shortcut without parameters, (N, K, P, Q).
-  std::optional<Tensor> parameterless_shortcut(const Tensor& x) const {
-    if (shortcut == kPad) return padded(x, convs[main - 1].weight.size(0), pad_stride);
-    return shortcut == kIdentity ? std::optional<Tensor>(x) : std::nullopt;
+  // The norm whose ReLU's output convolution i reads; nullopt: it reads x.
+  std::optional<size_t> norm_before(size_t i) const {
+    if (i == main) return shared ? std::optional<size_t>(0) : std::nullopt;
+    if (norm_first) return i;
+    return i > 0 ? std::optional<size_t>(i - 1) : std::nullopt;
   }
+
+  // The convolution that computes z[j]; z[0] of norm_first is x.
+  size_t conv_before(size_t j) const { return norm_first ? j - 1 : j; }
 };
 
-// The tensors of `from` in order; entries that were not saved stay empty.
-std::vector<std::optional<Tensor>> unpack(const std::vector<Tensor>& from, size_t& next,
-                                          const std::vector<int64_t>& saved) {
-  std::vector<std::optional<Tensor>> found(saved.size());
-  for (size_t i = 0; i < saved.size(); ++i)
-    if (saved[i]) found[i] = from.at(next++);
-  return found;
-}
+// The activations of one step. Each is computed from those before it when it is first asked for: in
+// forward, and in backward if it was not saved.
+struct Activations {
+  const Block& block;
+  const Tensor x;
+  std::vector<std::optional<Tensor>> z, h;        // the last h, if norms come last, is y
+  std::vector<std::optional<Tensor>> statistics;  // of norms; if absent, computed with z
+  std::vector<int64_t> keep;  // z, then h: whether they stay after the next one is computed
 
-// Tensors that forward saves for backward.
-struct Saved {
-  std::vector<std::optional<Tensor>> outputs;  // of convolutions
-  std::vector<std::optional<Tensor>> inner;    // of ReLUs inside the block
-  std::vector<Tensor> statistics;
+  Activations(const char* op, const Block& block, Tensor x, std::vector<int64_t> flags)
+      : block(block),
+        x(x),
+        z(block.norms.size()),
+        h(block.norms.size()),
+        statistics(block.norms.size()),
+        keep(std::move(flags)) {
+    check(keep.size() == z.size() + block.main, op, ": keep must have ", z.size() + block.main,
+          " values, got ", keep.size());
+    if (block.norm_first) z[0] = x;
+  }
+
+  // The input of convolution i.
+  Tensor input(size_t i) {
+    const auto j = block.norm_before(i);
+    return j ? relu(*j) : x;
+  }
+
+  Normed normed(size_t j) {
+    if (!z[j]) {
+      const size_t i = block.conv_before(j);
+      const auto before = block.norm_before(i);
+      const Tensor source = input(i);
+      if (statistics[j])
+        z[j] = block.convs[i].run(source);
+      else
+        std::tie(z[j], statistics[j]) = block.convs[i].run_with_statistics(source);
+      if (before && !keep[z.size() + *before]) h[*before].reset();
+    }
+    return {*z[j], *statistics[j], &block.norms[j]};
+  }
+
+  // h[j]
+  Tensor relu(size_t j) {
+    if (h[j]) return *h[j];
+    const Normed n = normed(j);
+    if (block.norm_first || j + 1 < block.main)
+      h[j] = normalised(n);
+    else
+      h[j] = block.shortcut == kProjection ? normalised(n, normed(block.main))
+                                           : normalised(n, shortcut());
+    if (!keep[j]) z[j].reset();
+    return *h[j];
+  }
+
+  // The output (N, K, P, Q) of a shortcut without a norm.
+  std::optional<Tensor> shortcut() {
+    const size_t main = block.main;
+    if (block.shortcut == kNone) return {};
+    const Tensor source = input(main);
+    if (block.shortcut == kProjection) return block.convs[main].run(source);
+    if (block.shortcut == kIdentity) return source;
+    return padded(source, block.convs[main - 1].weight.size(0), block.pad_stride);
+  }
+
+  // Of convolution i. An input that was not saved is recomputed range by range.
+  Tensor weight_gradient(size_t i, const Tensor& dy) {
+    const Conv& conv = block.convs[i];
+    const auto j = block.norm_before(i);
+    if (!j || h[*j]) return conv.weight_gradient(dy, input(i));
+    const Normed n = normed(*j);
+    return weight_gradient_of_normed(dy, n.x, conv.weight.size(2), conv.weight.size(3), conv.stride,
+                                     conv.padding, conv.dilation, n.statistics, n.norm->weight,
+                                     n.norm->bias, n.norm->eps);
+  }
+
+  void release(size_t j) { z[j].reset(), h[j].reset(); }
 };
 
-// y, the statistics of every norm, then the outputs of convolutions and ReLUs that `keep` selects:
-// one flag per convolution output, then one per ReLU inside the block.
-std::vector<Tensor> packed(const Tensor& y, const Saved& saved) {
-  std::vector<Tensor> found{y};
-  found.insert(found.end(), saved.statistics.begin(), saved.statistics.end());
-  for (const auto* tensors : {&saved.outputs, &saved.inner})
-    for (const auto& t : *tensors)
-      if (t) found.push_back(*t);
-  return found;
-}
-
-// y = relu(norm_n(conv_n(... relu(norm_1(conv_1(x))))) + shortcut(x)), batch statistics.
-// x (N, C, H, W) channels_last, float32 or bfloat16; every convolution has a norm. keep: (2n - 1,)
-// or (2n - 2,): n convolutions, and the ReLUs inside the branch.
+// x (N, C, H, W) channels_last, float32 or bfloat16. keep: which z, then which h to save for
+// backward -> the statistics of every norm, the kept z and h except y, then y.
 std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
                                   std::vector<int64_t> geometry, std::vector<double> eps,
-                                  int64_t shortcut, int64_t pad_stride, std::vector<int64_t> keep) {
+                                  int64_t shortcut, int64_t pad_stride, bool norm_first,
+                                  bool shared, std::vector<int64_t> keep) {
   constexpr const char* op = "block_forward";
-  const Block block(op, operands, geometry, eps, shortcut, pad_stride);
-  const size_t n = block.convs.size(), main = block.main;
-  check(keep.size() == n + main - 1 && eps.size() == n, op, ": keep must have ", n + main - 1,
-        " values, got ", keep.size());
-  Saved saved{{}, std::vector<std::optional<Tensor>>(main - 1), {}};
-  saved.outputs.resize(n);
-  const auto normed = [&](size_t i, const Tensor& source) {
-    auto [z, found] = block.convs[i].run_with_statistics(source);
-    if (keep[i]) saved.outputs[i] = z;
-    return Normed{z, found, &block.norms[i]};
-  };
-  std::vector<std::optional<Tensor>> statistics(n);
-  Tensor h = x;
-  for (size_t i = 0; i + 1 < main; ++i) {
-    const Normed found = normed(i, h);
-    statistics[i] = found.statistics;
-    h = normalised(found);
-    if (keep[n + i]) saved.inner[i] = h;
-  }
-  const Normed last = normed(main - 1, h);
-  statistics[main - 1] = last.statistics;
+  const Block block(op, operands, geometry, eps, shortcut, pad_stride, norm_first, shared);
+  Activations step(op, block, x, keep);
+  const size_t n = block.norms.size(), last = block.main - 1;
+  std::vector<Tensor> found;
   std::optional<Tensor> y;
-  if (block.shortcut == kProjection) {
-    const Normed branch = normed(main, x);
-    statistics[main] = branch.statistics;
-    y = normalised(last, branch);
+  if (norm_first) {
+    step.statistics[0] = bn_statistics(x);
+    if (shared) step.keep[n] = 1;  // for the shortcut
+    const Tensor h = step.input(last);
+    y = block.convs[last].run(h, step.shortcut());
   } else {
-    y = normalised(last, block.parameterless_shortcut(x));
+    y = step.relu(last);
   }
-  for (auto& s : statistics) saved.statistics.push_back(*s);
-  return packed(*y, saved);
+  for (const auto& s : step.statistics) found.push_back(*s);
+  for (size_t j = 0; j < n; ++j)
+    if (keep[j]) found.push_back(*step.z[j]);
+  for (size_t j = 0; j < last + norm_first; ++j)
+    if (keep[n + j]) found.push_back(*step.h[j]);
+  found.push_back(*y);
+  return found;
 }
 
 // The gradients of the operands that require one, in order, x's first.
@@ -282,17 +337,17 @@ struct Gradients {
 
   bool requires_x() const { return needs[0]; }
   bool requires_gradient(size_t operand) const { return needs[1 + operand]; }
-  bool requires_any(size_t begin, size_t end) const {
-    for (size_t i = begin; i < end; ++i)
-      if (requires_gradient(i)) return true;
-    return false;
+  // Whether x or an operand before `end` requires one.
+  bool requires_any(size_t end) const {
+    return std::any_of(needs.begin(), needs.begin() + static_cast<int64_t>(end) + 1,
+                       [](int64_t need) { return need != 0; });
   }
   void set(size_t operand, const Tensor& t) {
     if (requires_gradient(operand)) found[1 + operand] = t;
   }
-  // Of unit i's norm; its parameters follow the weight.
-  void set_norm(size_t i, const NormGradients& norm) {
-    set(3 * i + 1, norm.dweight), set(3 * i + 2, norm.dbias);
+  // Of norm j; its parameters follow the weight.
+  void set_norm(size_t j, const NormGradients& norm) {
+    set(3 * j + 1, norm.dweight), set(3 * j + 2, norm.dbias);
   }
   std::vector<Tensor> packed(const char* op) const {
     std::vector<Tensor> all;
@@ -305,187 +360,83 @@ struct Gradients {
   }
 };
 
-// dy, y? (N, K, P, Q), x (N, C, H, W), channels_last; kept: the outputs of block_forward after y,
-// in that order -> the required gradients, in the order of x and operands. y, if not given, and
-// outputs that were not saved are recomputed.
-std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::optional<Tensor> y,
-                                   std::vector<Tensor> operands, std::vector<Tensor> kept,
-                                   std::vector<int64_t> geometry, std::vector<double> eps,
-                                   int64_t shortcut, int64_t pad_stride, std::vector<int64_t> keep,
+// dy (N, K, P, Q), x (N, C, H, W), channels_last; kept: the outputs of block_forward without y,
+// then y if it was kept -> the required gradients, in the order of x and operands.
+std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::vector<Tensor> operands,
+                                   std::vector<Tensor> kept, std::vector<int64_t> geometry,
+                                   std::vector<double> eps, int64_t shortcut, int64_t pad_stride,
+                                   bool norm_first, bool shared, std::vector<int64_t> keep,
                                    std::vector<int64_t> needs) {
   constexpr const char* op = "block_backward";
-  const Block block(op, operands, geometry, eps, shortcut, pad_stride);
-  const size_t n = block.convs.size(), main = block.main, last = main - 1;
-  check(keep.size() == n + main - 1 && eps.size() == n && needs.size() == operands.size() + 1, op,
-        ": keep must have ", n + main - 1, " values and needs ", operands.size() + 1, ", got ",
-        keep.size(), " and ", needs.size());
-  size_t next = n;
-  const std::vector<int64_t> keep_outputs(keep.begin(), keep.begin() + static_cast<int64_t>(n));
-  const std::vector<int64_t> keep_inner(keep.begin() + static_cast<int64_t>(n), keep.end());
-  auto outputs = unpack(kept, next, keep_outputs), inner = unpack(kept, next, keep_inner);
-  check(next == kept.size(), op, ": got ", kept.size(), " saved tensors instead of ", next);
-
-  const auto normed_from = [&](size_t i, const Tensor& source) {
-    if (!outputs[i]) outputs[i] = block.convs[i].run(source);
-    return Normed{*outputs[i], kept[i], &block.norms[i]};
-  };
-  // Input of convolution i of the branch, recomputed if it was not saved.
-  const auto input_of = [&](size_t i) {
-    // Recompute forward from the last saved one.
-    size_t from = i;
-    while (from > 0 && !inner[from - 1]) --from;
-    for (size_t j = from; j < i; ++j)
-      inner[j] = normalised(normed_from(j, j == 0 ? x : *inner[j - 1]));
-    return i == 0 ? x : *inner[i - 1];
-  };
-  const auto normed = [&](size_t i) {
-    if (outputs[i]) return Normed{*outputs[i], kept[i], &block.norms[i]};
-    return normed_from(i, i >= main ? x : input_of(i));
-  };
+  const Block block(op, operands, geometry, eps, shortcut, pad_stride, norm_first, shared);
+  // What is recomputed stays until it is released.
+  Activations step(op, block, x, std::vector<int64_t>(keep.size(), 1));
+  const size_t n = block.norms.size(), main = block.main;
+  check(needs.size() == operands.size() + 1, op, ": needs must have ", operands.size() + 1,
+        " values, got ", needs.size());
+  const auto count = n + static_cast<size_t>(std::count_if(keep.begin(), keep.end(),
+                                                           [](int64_t flag) { return flag != 0; }));
+  check(kept.size() == count, op, ": got ", kept.size(), " saved tensors instead of ", count);
+  size_t next = 0;
+  for (auto& s : step.statistics) s = kept[next++];
+  for (size_t j = 0; j < keep.size(); ++j)
+    if (keep[j]) (j < n ? step.z[j] : step.h[j - n]) = kept[next++];
 
   Gradients grads(needs);
-  std::optional<Normed> other;
-  if (block.shortcut == kProjection) other = normed(main);
-  if (!y)
-    y = other ? normalised(normed(last), *other)
-              : normalised(normed(last), block.parameterless_shortcut(x));
-  // The first unit of the branch that requires gradients; nothing is propagated before it.
-  size_t first = 0;
-  if (!grads.requires_x())
-    while (first < main && !grads.requires_any(3 * first, 3 * first + 3)) ++first;
-  const bool masked = (block.shortcut == kIdentity || block.shortcut == kPad) && grads.requires_x();
-  BlockEndGradients end = norm_gradients(dy, y, normed(last), other ? &*other : nullptr,
-                                         block.shortcut != kNone, masked);
-  y.reset();
-  outputs[last].reset();
-  std::optional<Tensor> dx;
-  if (block.shortcut == kIdentity && grads.requires_x()) dx = end.g;
-  if (end.other) {
-    grads.set_norm(main, *end.other);
-    if (grads.requires_gradient(3 * main))
-      grads.set(3 * main, block.convs[main].weight_gradient(end.other->dx, x));
-    outputs[main].reset(), other.reset();
-  }
-  std::optional<Tensor> g;
-  if (block.shortcut == kPad) g = end.g;
-  end.g.reset();
-  std::optional<NormGradients> found = std::move(end.main);
-  for (size_t i = last; i + 1 > first; --i) {
-    grads.set_norm(i, *found);
-    if (i == 0) {
-      if (grads.requires_gradient(0)) grads.set(0, block.convs[0].weight_gradient(found->dx, x));
-      if (grads.requires_x()) dx = block.convs[0].input_gradient(found->dx, x, dx);
-      break;
+  Tensor dz = dy;                 // of the output of convolution i below
+  std::optional<Tensor> ds = dy;  // of the shortcut's output
+  std::optional<Tensor> added;    // to the input gradient of the first convolution
+  if (!norm_first) {
+    const size_t last = main - 1;
+    std::optional<Tensor> y;
+    if (block.shortcut != kNone) y = step.relu(last);
+    std::optional<Normed> other;
+    if (block.shortcut == kProjection) other = step.normed(main);
+    const BlockEndGradients end =
+        norm_gradients(dy, y, step.normed(last), other ? &*other : nullptr,
+                       block.shortcut != kNone && grads.requires_x());
+    grads.set_norm(last, end.main);
+    dz = end.main.dx, ds = end.g;
+    step.release(last);
+    if (other) {
+      grads.set_norm(main, *end.other);
+      ds = end.other->dx;
+      step.release(main);
     }
-    const Normed before = normed(i - 1);
-    if (grads.requires_gradient(3 * i))
-      grads.set(3 * i, inner[i - 1] ? block.convs[i].weight_gradient(found->dx, *inner[i - 1])
-                                    : weight_gradient_through(block.convs[i], found->dx, before));
-    if (i == first) break;
-    found = norm_gradients_through(block.convs[i], std::move(found->dx), before);
-    inner[i - 1].reset(), outputs[i - 1].reset();
+    if (block.shortcut == kIdentity) added.swap(ds);
   }
-  if (end.other && grads.requires_x()) dx = block.convs[main].input_gradient(end.other->dx, x, dx);
-  if (dx && g) add_padding_gradient(*dx, *g, pad_stride, dtype_index(op, "x", x));
-  if (dx) grads.found[0] = dx;
-  return grads.packed(op);
-}
-
-// y = conv_n(relu(norm_n(... conv_1(relu(norm_1(x)))))) + shortcut, batch statistics. The shortcut,
-// of which a projection has no norm, starts from x or, if `shared`, from the first ReLU. keep: (2n
-// - 1,) for n norms: the outputs of all convolutions but the last, and of all ReLUs.
-std::vector<Tensor> preact_forward(Tensor x, std::vector<Tensor> operands,
-                                   std::vector<int64_t> geometry, std::vector<double> eps,
-                                   int64_t shortcut, int64_t pad_stride, bool shared,
-                                   std::vector<int64_t> keep) {
-  constexpr const char* op = "preact_forward";
-  const Block block(op, operands, geometry, eps, shortcut, pad_stride);
-  const size_t main = block.main;
-  check(keep.size() == 2 * main - 1 && eps.size() == main, op, ": keep must have ", 2 * main - 1,
-        " values, got ", keep.size());
-  Saved saved{
-      std::vector<std::optional<Tensor>>(main - 1), std::vector<std::optional<Tensor>>(main), {}};
-  Tensor z = x, h = x, source = x, statistics = bn_statistics(x);
-  for (size_t i = 0; i < main; ++i) {
-    const Normed normed{z, statistics, &block.norms[i]};
-    saved.statistics.push_back(normed.statistics);
-    h = normalised(normed);
-    if (keep[main - 1 + i]) saved.inner[i] = h;
-    if (i == 0 && shared) source = h;
-    if (i + 1 < main) {
-      std::tie(z, statistics) = block.convs[i].run_with_statistics(h);
-      if (keep[i]) saved.outputs[i] = z;
-    }
-  }
-  std::optional<Tensor> residual = block.parameterless_shortcut(source);
-  if (block.shortcut == kProjection) residual = block.convs[main].run(source);
-  return packed(block.convs[main - 1].run(h, residual), saved);
-}
-
-// As block_backward, for preact_forward.
-std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> operands,
-                                    std::vector<Tensor> kept, std::vector<int64_t> geometry,
-                                    std::vector<double> eps, int64_t shortcut, int64_t pad_stride,
-                                    bool shared, std::vector<int64_t> keep,
-                                    std::vector<int64_t> needs) {
-  constexpr const char* op = "preact_backward";
-  const Block block(op, operands, geometry, eps, shortcut, pad_stride);
-  const size_t main = block.main;
-  check(keep.size() == 2 * main - 1 && eps.size() == main && needs.size() == operands.size() + 1,
-        op, ": keep must have ", 2 * main - 1, " values and needs ", operands.size() + 1, ", got ",
-        keep.size(), " and ", needs.size());
-  const DtypeIndex dtype = dtype_index(op, "x", x);
-  size_t next = main;
-  const auto middle = keep.begin() + static_cast<int64_t>(main) - 1;
-  auto outputs = unpack(kept, next, {keep.begin(), middle});
-  auto inner = unpack(kept, next, {middle, keep.end()});
-  check(next == kept.size(), op, ": got ", kept.size(), " saved tensors instead of ", next);
-  outputs.insert(outputs.begin(), x);
-
-  const auto normed = [&](size_t i) { return Normed{*outputs[i], kept[i], &block.norms[i]}; };
-  // Input of convolution i, recomputed if it was not saved.
-  const auto input_of = [&](size_t i) {
-    size_t from = i;
-    while (!inner[from] && !outputs[from]) --from;
-    for (size_t j = from; j <= i; ++j) {
-      if (!outputs[j] && !inner[j]) outputs[j] = block.convs[j - 1].run(*inner[j - 1]);
-      if (!inner[j]) inner[j] = normalised(normed(j));
-    }
-    return *inner[i];
-  };
-  // `added`, which may be overwritten, plus the gradient of the shortcut's source.
-  const auto shortcut_gradient = [&](const Tensor& from, Tensor added) {
-    if (block.shortcut == kProjection) return block.convs[main].input_gradient(dy, from, added);
-    if (block.shortcut == kPad) add_padding_gradient(added, dy, pad_stride, dtype);
-    if (block.shortcut == kIdentity) add_in_place(added, dy, dtype);
-    return added;
-  };
-
-  Gradients grads(needs);
-  // The first unit that requires gradients; nothing is propagated before it.
-  size_t first = 0;
-  if (!grads.requires_x())
-    while (first < main && !grads.requires_any(3 * first, 3 * first + 3)) ++first;
-  std::optional<Tensor> dz = dy;
-  for (size_t i = main; i-- > first;) {
-    const Tensor h = input_of(i);
-    if (grads.requires_gradient(3 * i)) grads.set(3 * i, block.convs[i].weight_gradient(*dz, h));
-    if (i == first && !grads.requires_x() && !grads.requires_any(3 * i + 1, 3 * i + 3)) break;
-    std::optional<NormGradients> norm;
-    if (i == 0 && shared) {
-      const Tensor dh = shortcut_gradient(h, block.convs[i].input_gradient(*dz, h));
-      norm = norm_gradients(dh, h, normed(i), nullptr, false, false).main;
-    } else {
-      norm = norm_gradients_through(block.convs[i], std::move(*dz), normed(i));
-    }
-    const NormGradients& found = *norm;
-    grads.set_norm(i, found);
-    dz = found.dx;
-    if (i > 0) inner[i].reset(), outputs[i].reset();
-  }
-  if (grads.requires_x()) grads.found[0] = shared ? *dz : shortcut_gradient(x, *dz);
   if (block.shortcut == kProjection && grads.requires_gradient(3 * main))
-    grads.set(3 * main, block.convs[main].weight_gradient(dy, shared ? input_of(0) : x));
+    grads.set(3 * main, step.weight_gradient(main, *ds));
+  const auto with_shortcut = [&](Tensor dx) {
+    if (!ds || block.shortcut == kNone) return dx;
+    if (block.shortcut == kProjection) return block.convs[main].input_gradient(*ds, x, dx);
+    add_shortcut_gradient(dx, *ds, block.shortcut == kPad ? pad_stride : 1);
+    return dx;
+  };
+  for (size_t i = main; i-- > 0;) {
+    const Conv& conv = block.convs[i];
+    if (grads.requires_gradient(3 * i)) grads.set(3 * i, step.weight_gradient(i, dz));
+    const bool own_norm =
+        norm_first && (grads.requires_gradient(3 * i + 1) || grads.requires_gradient(3 * i + 2));
+    if (!own_norm && !grads.requires_any(3 * i)) break;  // nothing before requires a gradient
+    const auto j = block.norm_before(i);
+    if (!j) {
+      dz = conv.input_gradient(dz, x, added);
+      continue;
+    }
+    std::optional<NormGradients> found;
+    if (shared && i == 0) {
+      dz = with_shortcut(conv.input_gradient(dz, x));
+      ds.reset();
+      found = norm_gradients(dz, {}, step.normed(0), nullptr, false).main;
+    } else {
+      found = norm_gradients_through(conv, std::move(dz), step.normed(*j));
+    }
+    grads.set_norm(*j, *found);
+    dz = found->dx;
+    step.release(*j);
+  }
+  if (grads.requires_x()) grads.found[0] = with_shortcut(dz);
   return grads.packed(op);
 }
 
@@ -495,23 +446,14 @@ std::vector<Tensor> preact_backward(Tensor dy, Tensor x, std::vector<Tensor> ope
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "block_forward(Tensor x, Tensor[] operands, int[] geometry, float[] eps, int shortcut, "
-      "int pad_stride, int[] keep) -> Tensor[]");
+      "int pad_stride, bool norm_first, bool shared, int[] keep) -> Tensor[]");
   m.def(
-      "block_backward(Tensor dy, Tensor x, Tensor? y, Tensor[] operands, Tensor[] kept, "
-      "int[] geometry, float[] eps, int shortcut, int pad_stride, int[] keep, int[] needs) -> "
-      "Tensor[]");
-  m.def(
-      "preact_forward(Tensor x, Tensor[] operands, int[] geometry, float[] eps, int shortcut, "
-      "int pad_stride, bool shared, int[] keep) -> Tensor[]");
-  m.def(
-      "preact_backward(Tensor dy, Tensor x, Tensor[] operands, Tensor[] kept, int[] geometry, "
-      "float[] eps, int shortcut, int pad_stride, bool shared, int[] keep, int[] needs) -> "
-      "Tensor[]");
+      "block_backward(Tensor dy, Tensor x, Tensor[] operands, Tensor[] kept, int[] geometry, "
+      "float[] eps, int shortcut, int pad_stride, bool norm_first, bool shared, int[] keep, "
+      "int[] needs) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("block_forward", TORCH_BOX(fused_resnet::block_forward));
   m.impl("block_backward", TORCH_BOX(fused_resnet::block_backward));
-  m.impl("preact_forward", TORCH_BOX(fused_resnet::preact_forward));
-  m.impl("preact_backward", TORCH_BOX(fused_resnet::preact_backward));
 }

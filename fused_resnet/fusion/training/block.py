@@ -1,17 +1,19 @@
-"""A residual block's training step as one node of autograd's graph.
+"""A residual block's training step as one node of autograd's graph, pass by pass.
 
 One node for all convolutions, norms, additions and ReLUs allows fusion across them: the two norms
-of a downsampling block are applied and added in one pass and reduced in one, and the gradient of
-the identity shortcut is added inside the convolution's input gradient. The level of activation
-memory sets what is saved for backward:
+of a downsampling block are applied and added in one pass and reduced in one, the gradient of the
+identity shortcut is added inside the convolution's input gradient, and a shortcut that follows no
+norm inside the last convolution. The level of activation memory sets what is saved for backward
+besides x:
 
     full     the outputs of all convolutions and ReLUs
     low      the outputs of all convolutions and of the block; the outputs of the inner ReLUs are
              recomputed from the convolutions', in one elementwise pass each
     lower    as low, but the outputs of widening 1x1 convolutions and of the shortcut's convolution
-             are also recomputed from their inputs
-    minimal  only the block's input: everything is recomputed
+             are also recomputed from their inputs; with norms first as low
+    minimal  nothing: everything is recomputed
 
+With norms first, the block's output and what is added to it are not needed and never saved.
 Recomputed tensors are bitwise equal. A double backward runs the block's formula by PyTorch's
 operations."""
 
@@ -22,240 +24,206 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fused_resnet.kernels.training.protocol import Normed
-from fused_resnet.layers.shortcut import PadShortcut, add_padded_gradient
+from fused_resnet.layers.shortcut import add_padded_gradient, padded
 
-from .spec import Spec, Units, differentiable, free_shortcut, recomputed, units_of
-
-
-def _convolve_next(
-    spec: Spec, fused: Any, z: Tensor, units: Units, i: int
-) -> tuple[Tensor | None, tuple[Any, ...], tuple[Tensor, Any]]:
-    """h = relu(norm(z)) of the unit before main unit i, and the convolution of unit i on h.
-
-    fused: the fused statistics of z, or None. Returns h, or None where it is not saved and was not
-    written; the norm's state; what `convolve` returns."""
-    kernels, norm = spec.kernels, units[i - 1][1]
-    weight, g = units[i][0], spec.geometries[i]
-    if fused is None:
-        h, state = kernels.normalise(z, norm, None, True)
-        return h, state, kernels.convolve(h, weight, g)
-    state = kernels.statistics(z, norm.group, fused)
-    normed = Normed(z, norm, state)
-    convolved = kernels.convolve_normed(normed, weight, g) if spec.level != "full" else None
-    if convolved is not None:
-        return None, state, convolved
-    h = kernels.apply(normed, None, True)
-    return h, state, kernels.convolve(h, weight, g)
+from .spec import Spec, differentiable, kept, norms_of
 
 
-class BlockFunction(torch.autograd.Function):
-    """y = relu(bn_n(conv_n(... relu(bn_1(conv_1(x))))) + shortcut(x)), batch statistics.
+class StepFunction(torch.autograd.Function):
+    """A block's output (N, K, P, Q) by batch statistics; see `spec`.
 
     apply(spec, states, x, *tensors): x (N, C, H, W) of spec.dtype, in the layout that the kernels
-    require; tensors as for `units_of`. Appends each unit's statistics and number of values per
-    channel to `states`.
+    require; tensors: weight, norm weight and norm bias of each convolution, None where absent.
+    Appends each norm's statistics and number of values per channel to `states`.
     """
 
     @staticmethod
     def forward(ctx: Any, spec: Spec, states: list[Any], x: Tensor, *tensors: Any) -> Tensor:
-        kernels = spec.kernels
-        units = units_of(spec, tensors)
-        projection = spec.shortcut == "projection"
-        main = len(units) - projection
-        outputs: list[Tensor] = []  # of convolutions
-        inner: list[Tensor | None] = []  # outputs of the inner ReLUs; None: not written
-        moments: list[tuple[Tensor, ...]] = []
-        z, fused = kernels.convolve(x, units[0][0], spec.geometries[0])
-        outputs.append(z)
-        for i in range(1, main):
-            h, state, (z, fused) = _convolve_next(spec, fused, z, units, i)
-            outputs.append(z)
-            inner.append(h)
-            moments.append(state)
-        weight, norm = units[main - 1]
-        residual: Tensor | Normed | None = free_shortcut(spec, x, weight)
-        if projection:
-            branch, branch_stats = kernels.convolve(x, units[-1][0], spec.geometries[-1])
-            branch_stats = kernels.statistics(branch, units[-1][1].group, branch_stats)
-            residual = Normed(branch, units[-1][1], branch_stats)
-        y, state = kernels.normalise_with(fused, z, norm, residual, True)
-        moments.append(state)
-        if isinstance(residual, Normed):
-            outputs.append(residual.x)
-            moments.append(residual.state)
-        for z, (_, norm), state in zip(outputs, units, moments, strict=True):
-            states.append((state, kernels.count(Normed(z, norm, state))))
-
-        dropped = recomputed(spec, [weight for weight, _ in units])
-        saved = [None if drop else z for drop, z in zip(dropped, outputs, strict=True)]
-        ctx.spec = spec
-        ctx.state_size = len(moments[0])
+        step, kernels, last = _Step(spec, x, tensors), spec.kernels, spec.main - 1
+        index = None
+        if spec.window is not None:
+            y, index = kernels.pool(step.normed(0), spec.window)
+            step.h[0] = y
+        elif spec.norm_first:
+            h = step.input(last)
+            y = kernels.convolution(h, *step.convolution(last), step.shortcut())
+        else:
+            y = step.relu(last)
+        states.extend((s, kernels.count(step.normed(j))) for j, s in enumerate(step.states))
+        flags = kept(spec, step.weights)
+        saved = [t if keep else None for t, keep in zip((*step.z, *step.h), flags, strict=True)]
+        ctx.spec, ctx.strides, ctx.state_size = spec, y.stride(), len(step.states[0])
         ctx.save_for_backward(
-            x, None if spec.level == "minimal" else y, *tensors, *saved,
-            *(inner if spec.level == "full" else []), *(t for state in moments for t in state),
-        )  # fmt: skip
+            x, index, *tensors, *saved, *(t for state in step.states for t in state)
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         spec: Spec = ctx.spec
-        x, y, *rest = ctx.saved_tensors
-        n = len(spec.eps)
-        tensors, rest = rest[: 3 * n], rest[3 * n :]
+        x, index, *rest = ctx.saved_tensors
+        count, n = 3 * len(spec.geometries), len(spec.eps)
+        tensors, rest = rest[:count], rest[count:]
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            needs = ctx.needs_input_grad[2:]
-            return None, None, *differentiable(spec, x, tensors, dy, needs, formula)
-        return _Backward(ctx, x, y, tensors, rest).run(dy)
+            return None, None, *differentiable(spec, x, tensors, dy, needs)
+        if dy.stride() != ctx.strides:
+            dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
+        step = _Step(spec, x, tensors)
+        step.z[spec.norm_first :] = rest[spec.norm_first : n]
+        step.h, rest, size = rest[n : n + spec.main], rest[n + spec.main :], ctx.state_size
+        step.states = [tuple(rest[j * size : (j + 1) * size]) for j in range(n)]
+        return None, None, *step.gradients(dy, index, needs)
 
 
-class _Backward:
-    """One call of `BlockFunction.backward`, on what forward saved."""
+class _Step:
+    """The activations of one step. Each is computed from those before it when it is first needed,
+    in forward, and in backward if it was not saved."""
 
-    def __init__(
-        self, ctx: Any, x: Tensor, y: Tensor | None, tensors: Any, rest: Sequence[Any]
-    ) -> None:
-        self.spec: Spec = ctx.spec
-        self.kernels = self.spec.kernels
-        self.x = x
-        self.units = units_of(self.spec, tensors)
-        n = len(self.units)
-        self.main = n - (self.spec.shortcut == "projection")
-        self.outputs = list(rest[:n])
-        rest = rest[n:]
-        self.inner: list[Tensor | None] = [None] * (self.main - 1)
-        if self.spec.level == "full":
-            self.inner, rest = list(rest[: self.main - 1]), rest[self.main - 1 :]
-        size = ctx.state_size
-        self.states = [tuple(rest[i * size : (i + 1) * size]) for i in range(n)]
-        _, _, self.need_x, *self.needs = ctx.needs_input_grad
-        self.y = self.output() if y is None else y
+    def __init__(self, spec: Spec, x: Tensor, tensors: Sequence[Any]) -> None:
+        self.spec, self.kernels, self.x = spec, spec.kernels, x
+        self.weights, self.norms = tensors[::3], norms_of(spec, tensors)
+        n = len(self.norms)
+        self.z: list[Any] = [x if spec.norm_first else None, *[None] * (n - 1)]
+        self.h: list[Any] = [None] * spec.main
+        self.states: list[Any] = [None] * n  # of norms; None until computed in forward
+        self.fused: list[Any] = [None] * n  # the statistics that z's convolution computed
 
-    def normed(self, i: int) -> Normed:
-        """Unit i's norm of its convolution output, which is recomputed if not saved."""
-        if self.outputs[i] is None:
-            self.outputs[i] = self.convolved(i)
-        return Normed(self.outputs[i], self.units[i][1], self.states[i])
+    def convolution(self, i: int) -> tuple[Tensor, Any]:
+        """Weight and geometry of convolution i."""
+        return self.weights[i], self.spec.geometries[i]
 
-    def convolved(self, i: int) -> Tensor:
-        """Unit i's convolution output, recomputed by the same kernels as in forward."""
-        weight, g = self.units[i][0], self.spec.geometries[i]
-        if 0 < i < self.main and self.inner[i - 1] is None:
-            convolved = self.kernels.convolve_normed(self.normed(i - 1), weight, g)
-            if convolved is not None:
-                return convolved[0]
-        source = self.x if i >= self.main else self.unit_input(i)
-        return self.kernels.convolution(source, weight, g)
+    def input(self, i: int) -> Tensor:
+        """The input of convolution i."""
+        j = self.spec.norm_before(i)
+        return self.x if j is None else self.relu(j)
 
-    def unit_input(self, i: int) -> Tensor:
-        """The input of main unit i: x, or the previous ReLU's output, recomputed if not saved."""
-        if i == 0:
-            return self.x
-        h = self.inner[i - 1]
-        if h is None:
-            h = self.inner[i - 1] = self.kernels.apply(self.normed(i - 1), None, relu=True)
-        return h
+    def output(self, j: int) -> Tensor:
+        """z[j]"""
+        if self.z[j] is None:
+            kernels, i = self.kernels, self.spec.conv_before(j)
+            before, found = self.spec.norm_before(i), None
+            if before is not None and self.h[before] is None and self.spec.level != "full":
+                self.output(before)
+                # Statistics that are not fused are computed together with h.
+                if (self.states[before] or self.fused[before]) is not None:
+                    normed = self.normed(before)
+                    found = kernels.convolve_normed(normed, *self.convolution(i))
+            if found is None and self.states[j] is None:
+                found = kernels.convolve(self.input(i), *self.convolution(i))
+            elif found is None:
+                found = kernels.convolution(self.input(i), *self.convolution(i)), None
+            self.z[j], self.fused[j] = found
+        return self.z[j]
 
-    def output(self) -> Tensor:
-        """The block's output, recomputed."""
-        weight = self.units[self.main - 1][0]
-        residual: Tensor | Normed | None = free_shortcut(self.spec, self.x, weight)
-        if self.spec.shortcut == "projection":
-            residual = self.normed(self.main)
-        return self.kernels.apply(self.normed(self.main - 1), residual, relu=True)
+    def normed(self, j: int) -> Normed:
+        z, norm = self.output(j), self.norms[j]
+        if self.states[j] is None:
+            self.states[j] = self.kernels.statistics(z, norm.group, self.fused[j])
+        return Normed(z, norm, self.states[j])
 
-    def run(self, dy: Tensor) -> tuple[Any, ...]:
-        spec, kernels = self.spec, self.kernels
-        if dy.stride() != self.y.stride():
-            dy = torch.empty_like(self.y).copy_(dy)
-        grads: list[Any] = [None] * len(self.needs)
+    def relu(self, j: int) -> Tensor:
+        """h[j]"""
+        if self.h[j] is None:
+            z, last = self.output(j), not self.spec.norm_first and j == self.spec.main - 1
+            residual = self.shortcut() if last else None
+            if self.states[j] is None:
+                self.h[j], self.states[j] = self.kernels.normalise_with(
+                    self.fused[j], z, self.norms[j], residual, True
+                )
+            else:
+                self.h[j] = self.kernels.apply(self.normed(j), residual, True)
+        return self.h[j]
+
+    def shortcut(self) -> Any:
+        """What is added to the residual branch: a tensor (N, K, P, Q), a `Normed`, or None."""
+        spec, main = self.spec, self.spec.main
+        if spec.shortcut == "none":
+            return None
+        if spec.shortcut == "projection" and not spec.norm_first:
+            return self.normed(main)
+        source = self.input(main)
+        if spec.shortcut == "projection":
+            return self.kernels.convolution(source, *self.convolution(main))
+        if spec.shortcut == "pad":
+            return padded(source, self.weights[main - 1].shape[0], spec.stride)
+        return source
+
+    def add_shortcut_gradient(self, dx: Tensor, ds: Tensor | None) -> Tensor:
+        """dx (N, C, H, W), which may be overwritten, plus the gradient of the shortcut's input for
+        ds (N, K, P, Q) of its output; None: there is none."""
+        shortcut, main = self.spec.shortcut, self.spec.main
+        if ds is None or shortcut == "none":
+            return dx
+        if shortcut == "projection":
+            return self.kernels.input_gradient(ds, self.x, *self.convolution(main), dx)
+        return add_padded_gradient(dx, ds, self.spec.stride) if shortcut == "pad" else dx.add_(ds)
+
+    def gradients(self, dy: Tensor, index: Any, needs: Sequence[bool]) -> list[Any]:
+        """The gradients of x and of every tensor for dy (N, K, P, Q), None where not needed."""
+        spec, kernels, main = self.spec, self.kernels, self.spec.main
         projection = spec.shortcut == "projection"
-        # The first main unit that needs a gradient; nothing is propagated to those before it.
-        first = 0 if self.need_x else next(
-            (i for i in range(self.main) if any(self.needs[3 * i : 3 * i + 3])), self.main
-        )  # fmt: skip
-        masked = spec.shortcut in ("identity", "pad") and self.need_x
-        last = self.main - 1
-        other = self.normed(last + 1) if projection else None
-        norm_grads: Any
-        norm_grads, branch, g = kernels.norm_gradients(
-            dy, self.y, self.normed(last), other, has_residual=spec.shortcut != "none",
-            masked=masked,
-        )  # fmt: skip
-        del dy
-        self.outputs[last] = None
-        dx = g if spec.shortcut == "identity" and self.need_x else None
-        if branch is not None:
-            self.store_norm_gradients(grads, last + 1, branch)
-            if self.needs[3 * (last + 1)]:
-                grads[3 * (last + 1)] = self.weight_gradient(last + 1, branch.dx, self.x)
-            self.outputs[last + 1] = other = None
-        g = g if spec.shortcut == "pad" else None
-        for i in range(last, first - 1, -1):
-            self.store_norm_gradients(grads, i, norm_grads)
-            source = self.unit_input(i)
-            if self.needs[3 * i]:
-                grads[3 * i] = self.weight_gradient(i, norm_grads.dx, source)
-            if i == 0:
-                if self.need_x:
-                    dx = kernels.input_gradient(
-                        norm_grads.dx, source, self.units[0][0], spec.geometries[0], dx
-                    )
+        grads: list[Any] = [None] * len(needs)  # of x, then three per convolution
+
+        def store_norm(j: int, found: Any) -> None:
+            for k, t, d in zip((2, 3), self.norms[j], found[1:], strict=False):
+                if needs[3 * j + k]:
+                    grads[3 * j + k] = d.to(t.dtype)
+
+        def store_weight(i: int, dz: Tensor) -> None:
+            if needs[3 * i + 1]:
+                source = self.input(i)
+                grads[3 * i + 1] = kernels.weight_gradient(dz, source, *self.convolution(i))
+
+        # Gradients of a convolution's output, the shortcut's output, and (identity, norms last) the
+        # shortcut's input, to which the first convolution's input gradient is added.
+        dz: Any
+        ds: Any
+        dz, ds, added = dy, dy, None
+        if not spec.norm_first:
+            y: Any = self.relu(main - 1)
+            if spec.window is not None:
+                dy, y = kernels.pool_gradient(dy, y, index, self.output(0), spec.window), None
+            first, second, ds = kernels.norm_gradients(
+                dy, y, self.normed(main - 1), self.normed(main) if projection else None,
+                has_residual=spec.shortcut != "none",
+                masked=spec.shortcut in ("identity", "pad") and needs[0],
+            )  # fmt: skip
+            del dy, y
+            store_norm(main - 1, first)
+            dz = first.dx
+            self.z[main - 1] = self.h[main - 1] = None
+            if second is not None:
+                store_norm(main, second)
+                ds, self.z[main] = second.dx, None
+            if spec.shortcut == "identity":
+                added, ds = ds, None
+            del first, second
+        for i in reversed(range(main)):
+            store_weight(i, dz)
+            own_norm = spec.norm_first and any(needs[3 * i + 2 : 3 * i + 4])
+            if not own_norm and not any(needs[: 3 * i + 1]):
+                break  # nothing before requires a gradient
+            j, convolution = spec.norm_before(i), self.convolution(i)
+            if j is None:
+                dz = kernels.input_gradient(dz, self.x, *convolution, added)
                 break
-            if i == first:
-                break
-            before = self.normed(i - 1)
-            dh, sums = kernels.relu_gradient(
-                norm_grads.dx, source, self.units[i][0], spec.geometries[i], before
-            )
-            norm_grads = None  # frees its memory before the next allocation
-            norm_grads = kernels.norm_gradients_from_sums(sums, dh, source, before)
-            del dh, sums, source, before
-            self.inner[i - 1] = self.outputs[i - 1] = None
-        if branch is not None and self.need_x:
-            dx = kernels.input_gradient(
-                branch.dx, self.x, self.units[-1][0], spec.geometries[-1], dx
-            )
-        if dx is not None and g is not None:
-            dx = add_padded_gradient(dx, g, spec.stride)
-        return None, None, dx, *grads
-
-    def store_norm_gradients(self, grads: list[Any], i: int, norm_grads: Any) -> None:
-        norm = self.units[i][1]
-        if norm.weight is not None and self.needs[3 * i + 1]:
-            grads[3 * i + 1] = norm_grads.dweight.to(norm.weight.dtype)
-        if norm.bias is not None and self.needs[3 * i + 2]:
-            grads[3 * i + 2] = norm_grads.dbias.to(norm.bias.dtype)
-
-    def weight_gradient(self, i: int, dy: Tensor, x: Tensor) -> Tensor:
-        return self.kernels.weight_gradient(dy, x, self.units[i][0], self.spec.geometries[i])
-
-
-def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
-    """The block's output by PyTorch's differentiable operations."""
-
-    def unit(i: int, h: Tensor) -> Tensor:
-        weight, norm = units[i]
-        g = spec.geometries[i]
-        z = functional.conv2d(
-            h, weight.to(spec.dtype), None, g.stride, g.padding, g.dilation, g.groups
-        )
-        return functional.batch_norm(
-            z, None, None, norm.weight, norm.bias, training=True, eps=norm.eps
-        )
-
-    units = units_of(spec, tensors)
-    main = len(units) - (spec.shortcut == "projection")
-    h = x
-    for i in range(main - 1):
-        h = torch.relu(unit(i, h))
-    y = unit(main - 1, h)
-    if spec.shortcut == "projection":
-        y = y + unit(main, x)
-    elif spec.shortcut == "pad":
-        y = y + PadShortcut(x.shape[1], y.shape[1], spec.stride)(x)
-    elif spec.shortcut == "identity":
-        y = y + x
-    return torch.relu(y)
+            h, normed, sums = self.relu(j), self.normed(j), None
+            if spec.shared and i == 0:
+                dz = kernels.input_gradient(dz, h, *convolution)
+                dz = self.add_shortcut_gradient(dz, ds)
+            else:
+                dz, sums = kernels.relu_gradient(dz, h, *convolution, normed)
+            found = kernels.norm_gradients_from_sums(sums, dz, h, normed)
+            store_norm(j, found)
+            dz = found.dx
+            del h, normed, sums, found
+            if i > 0:
+                self.z[j] = self.h[j] = None
+        if needs[0]:
+            grads[0] = dz if spec.shared else self.add_shortcut_gradient(dz, ds)
+        if projection:
+            store_weight(main, ds)
+        return grads

@@ -1,10 +1,9 @@
 """A residual block's training step on the CPU with one op for forward and one for backward.
 
-The ops (csrc/cpu/block/train.cpp) run the passes of block.py and preact.py, save the same tensors
-at every level of activation memory, and give bitwise equal results. They remove the interpreter's
-overhead between the passes, a third of a step where feature maps are narrow and small. Blocks whose
-passes need anything else (statistics of other processes, a convolution of PyTorch's) run pass by
-pass.
+The ops (csrc/cpu/block/train.cpp) run the passes of block.py, save the same tensors at every level
+of activation memory, and give bitwise equal results. They remove the interpreter's overhead between
+the passes, a third of a step where feature maps are narrow and small. Blocks whose passes need
+anything else (statistics of other processes, a convolution of PyTorch's) run pass by pass.
 """
 
 from __future__ import annotations
@@ -18,38 +17,29 @@ from torch import Tensor
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.native import (
     Native,
-    channels_last,
     has_input_gradient,
     plain,
     update_running_together,
 )
 from fused_resnet.layers.shortcut import SHORTCUTS
 
-from . import block, preact
-from .spec import Spec, differentiable, recomputed
+from .spec import Spec, differentiable, kept
 
 
 class Layout(NamedTuple):
-    """The arguments of the ops except the tensors. keep: 1 for each output of a convolution, then
-    of an inner ReLU, that is saved for backward; keep_output: whether the block's output is."""
+    """The arguments of the ops except the tensors."""
 
     spec: Spec
-    sizes: tuple[Any, ...]  # geometry, eps, shortcut, pad_stride and, if norm_first, shared
-    keep: list[int]
-    keep_output: bool
-    norm_first: bool
+    arguments: tuple[Any, ...]  # geometry, eps, shortcut, pad_stride, norm_first, shared, keep
+    keep_output: bool  # whether the block's output is saved for backward
     counts: list[float]  # number of values per channel of each norm
 
 
-def layout_of(
-    spec: Spec, tensors: Sequence[Any], norm_first: bool, shape: Sequence[int]
-) -> Layout | None:
+def layout_of(spec: Spec, tensors: Sequence[Any], shape: Sequence[int]) -> Layout | None:
     """The block's `Layout`; None where the ops do not support the block. tensors: as for
-    `block.BlockFunction`; shape: of the input (N, C, H, W)."""
-    weights = tensors[::3]
+    `block.StepFunction`; shape: of the input (N, C, H, W)."""
+    weights, kernels = tensors[::3], spec.kernels
     vectors = [t for i, t in enumerate(tensors) if i % 3]
-    norms = len(spec.eps)
-    kernels = spec.kernels
     if not isinstance(kernels, Native) or any(group is not None for group in spec.groups):
         return None
     if not all(map(kernels.supports, weights, [spec.dtype] * len(weights), spec.geometries)):
@@ -58,103 +48,92 @@ def layout_of(
         return None
     if not all(map(has_input_gradient, weights, spec.geometries)):
         return None
-    if not all(plain(t) for t in vectors[: 2 * norms]):
+    if not all(plain(t) for t in vectors[: 2 * len(spec.eps)]):
         return None
-    full = spec.level == "full"
-    if norm_first:
-        keep = [int(spec.level != "minimal")] * (norms - 1) + [int(full)] * norms
-    else:
-        main = norms - (spec.shortcut == "projection")
-        keep = [int(not drop) for drop in recomputed(spec, weights)] + [int(full)] * (main - 1)
-    sizes: tuple[Any, ...] = (
-        [n for g in spec.geometries for n in (*g.stride, *g.padding, *g.dilation)],
-        list(spec.eps), SHORTCUTS[spec.shortcut], spec.stride,
-    )  # fmt: skip
+    keep = kept(spec, weights)
+    geometry = [n for g in spec.geometries for n in (*g.stride, *g.padding, *g.dilation)]
+    shortcut = SHORTCUTS[spec.shortcut], spec.stride, spec.norm_first, spec.shared
     return Layout(
-        spec, (*sizes, spec.shared) if norm_first else sizes, keep,
-        not norm_first and spec.level != "minimal", norm_first,
-        _counts(spec, weights, norm_first, shape),
+        spec, (geometry, list(spec.eps), *shortcut, list(map(int, keep))),
+        keep[-1] and not spec.norm_first, _counts(spec, weights, shape),
     )  # fmt: skip
 
 
-def _counts(
-    spec: Spec, weights: Sequence[Tensor], norm_first: bool, shape: Sequence[int]
-) -> list[float]:
-    """The number of values per channel of each norm."""
-    counts = []
-    for i, (weight, g) in enumerate(zip(weights, spec.geometries, strict=True)):
-        before = shape
-        if not (spec.shortcut == "projection" and i == len(weights) - 1):
-            shape = output_shape(shape, weight.shape, *g) or shape
-        N, _, H, W = before if norm_first else shape
-        counts.append(float(N * H * W))
-    return counts[: len(spec.eps)]
+def _counts(spec: Spec, weights: Sequence[Tensor], shape: Sequence[int]) -> list[float]:
+    """The number of values per channel of each norm. A projection's output has the shape of the
+    residual branch's."""
+    shapes = [shape]
+    for weight, g in zip(weights[: spec.main], spec.geometries, strict=False):
+        shapes.append(output_shape(shapes[-1], weight.shape, *g) or shapes[-1])
+    normed = shapes if spec.norm_first else [*shapes[1:], shapes[-1]]
+    return [float(N * H * W) for N, _, H, W in normed[: len(spec.eps)]]
 
 
 class NativeBlockFunction(torch.autograd.Function):
-    """`block.BlockFunction`, or for norm_first `preact.PreactFunction`, by one op per direction.
+    """`block.StepFunction` by one op per direction.
 
-    apply(layout, states, x, *operands): operands are the tensors of these that are not None."""
+    apply(layout, states, x, *operands): operands are those of its tensors that are not None.
+    Appends mean and biased variance, (2, C) float64, of each norm to `states`. Both directions run
+    for every block in every step, so they call few Python functions: the op, and what autograd
+    requires."""
 
     @staticmethod
     def forward(ctx: Any, layout: Layout, states: list[Any], x: Tensor, *operands: Any) -> Tensor:
-        ops = torch.ops.fused_resnet_native
-        op = ops.preact_forward if layout.norm_first else ops.block_forward
-        y, *saved = op.default(x, _channels_last_weights(operands), *layout.sizes, layout.keep)
-        # saved begins with the norms' statistics.
-        states.extend(((s,), n) for s, n in zip(saved, layout.counts, strict=False))
-        ctx.save_for_backward(x, y if layout.keep_output else None, *operands, *saved)
+        op = torch.ops.fused_resnet_native.block_forward.default
+        *saved, y = op(x, operands, *layout.arguments)
+        states += saved[: len(layout.counts)]
+        if layout.keep_output:
+            saved.append(y)
         ctx.layout, ctx.strides, ctx.operands = layout, y.stride(), len(operands)
+        ctx.save_for_backward(x, *operands, *saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         layout: Layout = ctx.layout
-        x, y, *rest = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
         operands, saved = rest[: ctx.operands], rest[ctx.operands :]
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
-            formula = preact.formula if layout.norm_first else block.formula
-            grads = differentiable(layout.spec, x, operands, dy, needs, formula)
-            return None, None, *grads
+            return None, None, *differentiable(layout.spec, x, operands, dy, needs)
         if dy.stride() != ctx.strides:
             dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
-        ops = torch.ops.fused_resnet_native
-        op = ops.preact_backward if layout.norm_first else ops.block_backward
-        outputs = () if layout.norm_first else (y,)
-        needed_grads = op.default(
-            dy, x, *outputs, _channels_last_weights(operands), saved, *layout.sizes, layout.keep,
-            list(needs),
-        )  # fmt: skip
-        grads = iter(needed_grads)
-        return None, None, *[next(grads) if need else None for need in needs]
+        op = torch.ops.fused_resnet_native.block_backward.default
+        grads = op(dy, x, operands, saved, *layout.arguments, needs)
+        if len(grads) < len(needs):
+            needed = iter(grads)
+            grads = [next(needed) if need else None for need in needs]
+        return None, None, *grads
 
 
-def track(norms: Sequence[Any], states: Sequence[Any]) -> bool:
-    """Updates the running statistics of all norms by one op. Returns False, without an update, if
-    the op does not support one of the norms. states: (statistics, number of values per channel) of
-    each norm."""
-    counters = [bn.num_batches_tracked for bn in norms]
-    supported = all(
-        bn.training and bn.track_running_stats and bn.momentum is not None for bn in norms
-    ) and not any(
-        counter is None or counter.dtype != torch.int64 or counter.is_inference()
-        for counter in counters
-    )
-    means, variances = [bn.running_mean for bn in norms], [bn.running_var for bn in norms]
-    if not supported or not all(map(plain, (*means, *variances))):
-        return False
-    update_running_together(
-        means, variances, counters, [state for (state,), _ in states],
-        [bn.momentum for bn in norms], [count for _, count in states],
+class Tracking(NamedTuple):
+    """The running statistics of several norms, which one op updates."""
+
+    means: list[Tensor]  # (C,) float32 each, as the variances
+    variances: list[Tensor]
+    counters: list[Tensor]  # num_batches_tracked
+    momenta: list[float]
+    counts: list[float]  # number of values per channel
+
+    def run(self, states: Sequence[Tensor]) -> None:
+        """states: mean and biased variance of the batch, (2, C) float64, of each norm."""
+        update_running_together(
+            self.means, self.variances, self.counters, states, self.momenta, self.counts
+        )
+
+
+def prepare_tracking(norms: Sequence[Any], counts: list[float]) -> Tracking | None:
+    """The update of the norms' running statistics by one op; None if it does not support one of
+    them. Valid while neither the norms' attributes nor their buffers are replaced."""
+    for bn in norms:
+        counter = bn.num_batches_tracked
+        if not (bn.training and bn.track_running_stats) or bn.momentum is None:
+            return None
+        if counter is None or counter.dtype != torch.int64 or counter.is_inference():
+            return None
+        if not plain(bn.running_mean) or not plain(bn.running_var):
+            return None
+    return Tracking(
+        [bn.running_mean for bn in norms], [bn.running_var for bn in norms],
+        [bn.num_batches_tracked for bn in norms], [bn.momentum for bn in norms], counts,
     )  # fmt: skip
-    return True
-
-
-def _channels_last_weights(operands: Sequence[Tensor]) -> list[Tensor]:
-    """The operands with weights channels_last, as the ops require."""
-    return [
-        t if t.dim() == 1 or t.is_contiguous(memory_format=torch.channels_last)
-        else channels_last(t)
-        for t in operands
-    ]  # fmt: skip

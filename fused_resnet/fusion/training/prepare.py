@@ -27,62 +27,52 @@ from fused_resnet.layers.sync_batch_norm import group_of
 
 from . import one_op
 from .activation_memory import in_segment
-from .block import BlockFunction
-from .preact import PreactFunction
+from .block import StepFunction
 from .spec import Spec
-from .stem import StemFunction
 
 
 class Prepared(NamedTuple):
     """A training step as one node of autograd's graph, for one shape and dtype of x.
 
-    fused: the arguments of the CPU's ops for whole blocks, or None. window: kernel, stride and
-    padding of a stem's pooling within the node, or None."""
+    fused: the arguments of the CPU's ops for whole blocks, or None. tracking: the update of running
+    statistics by one op, or None."""
 
     spec: Spec
     description: Description
     tensors: list[Any]
     memory_format: torch.memory_format  # of the activations
     fused: one_op.Layout | None
-    window: list[int] | None
-
-    def operands(self) -> list[Any]:
-        """`tensors`, with stochastic depth's division by `survival` applied to the last ones of the
-        main path: the convolution's weight if norms come first, else the norm's parameters."""
-        if self.description.survival == 1:
-            return self.tensors
-        tensors, last = list(self.tensors), 3 * (len(self.description.main) - 1)
-        for i in (last,) if self.description.norm_first else (last + 1, last + 2):
-            tensors[i] = tensors[i] / self.description.survival
-        return tensors
+    tracking: one_op.Tracking | None
 
     def run(self, x: Tensor) -> Tensor:
         """The output in the step's dtype and memory format, which the next blocks also use."""
         x = x.to(self.spec.dtype).contiguous(memory_format=self.memory_format)
         states: list[Any] = []
-        tensors = self.operands()
-        if self.window is not None:
-            y = StemFunction.apply(self.spec, self.window, states, x, *tensors)
-        elif self.fused is not None:
-            if tensors[-1] is None:
-                tensors = tensors[:-2]  # of a projection without a norm
+        tensors = self.tensors if self.description.survival == 1 else self.scaled()
+        if self.fused is not None:
             y = one_op.NativeBlockFunction.apply(self.fused, states, x, *tensors)
         else:
-            function = PreactFunction if self.description.norm_first else BlockFunction
-            y = function.apply(self.spec, states, x, *tensors)
-        self.track(states)
+            y = StepFunction.apply(self.spec, states, x, *tensors)
+        if not recomputing.get():
+            self.track(states) if self.tracking is None else self.tracking.run(states)
         pool = self.description.pool
-        return y if pool is None or self.window is not None else pool(y)
+        return y if pool is None or self.spec.window is not None else pool(y)
+
+    def scaled(self) -> list[Any]:
+        """`tensors`, with stochastic depth's division by `survival` applied to the last ones of the
+        main path: the convolution's weight if norms come first, else the norm's parameters."""
+        tensors, last = list(self.tensors), 3 * (len(self.description.main) - 1)
+        for i in (last,) if self.description.norm_first else (last + 1, last + 2):
+            tensors[i] = tensors[i] / self.description.survival
+        return tensors
 
     def track(self, states: list[Any]) -> None:
-        """Updates running statistics as BatchNorm2d does; states: (statistics, number of values per
-        channel) of each norm."""
-        if recomputing.get():
-            return
-        norms = self.description.norms
-        if self.fused is None or not one_op.track(norms, states):
-            for bn, (state, count) in zip(norms, states, strict=True):
-                track(bn, state, count, self.spec.kernels.update_running)
+        """Updates running statistics as BatchNorm2d does; states: as the step's function appended
+        them."""
+        if self.fused is not None:
+            states = [((s,), n) for s, n in zip(states, self.fused.counts, strict=True)]
+        for bn, (state, count) in zip(self.description.norms, states, strict=True):
+            track(bn, state, count, self.spec.kernels.update_running)
 
 
 class Step:
@@ -158,7 +148,8 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
         tuple(Geometry(c.stride, c.padding, c.dilation, c.groups) for c, _ in units),
         tuple(norm.eps for norm in norms), description.shortcut, level, dtype,
         tuple(group_of(norm) for norm in norms),
-        1 if description.pad is None else description.pad.stride, description.shared,
+        1 if description.pad is None else description.pad.stride,
+        description.shared, description.norm_first,
     )  # fmt: skip
     tensors = [
         t
@@ -166,20 +157,23 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
         for t in (conv.weight, *((None, None) if norm is None else (norm.weight, norm.bias)))
     ]
     memory_format = torch.channels_last if device == "cpu" else layout.memory_format(x)
-    prepared = Prepared(
-        spec, description, tensors, memory_format, None, _window(description, kernels, spec, x),
-    )  # fmt: skip
-    fused = None
-    if description.pool is None:
-        operands = prepared.operands()
-        fused = one_op.layout_of(spec, operands, description.norm_first, x.shape)
-    return prepared._replace(fused=fused)
+    if description.pool is not None:
+        spec = spec._replace(window=_window(description, spec, x))
+        return Prepared(spec, description, tensors, memory_format, None, None)
+    prepared = Prepared(spec, description, tensors, memory_format, None, None)
+    fused = one_op.layout_of(spec, tensors, x.shape)
+    if fused is None:
+        return prepared
+    if tensors[-1] is None:
+        del tensors[-2:]  # of a projection without a norm
+    tracking = one_op.prepare_tracking(norms, fused.counts)
+    return prepared._replace(fused=fused, tracking=tracking)
 
 
-def _window(description: Description, kernels: Any, spec: Spec, x: Tensor) -> list[int] | None:
+def _window(description: Description, spec: Spec, x: Tensor) -> list[int] | None:
     """Kernel, stride and padding of a stem's pooling where the kernels compute it."""
     pool = description.pool
-    if pool is None or not kernels.pools:
+    if not spec.kernels.pools:
         return None
     conv_shape = output_shape(x.shape, description.units[0].conv.weight.shape, *spec.geometries[0])
     window = [n for sizes in pooling.window(pool) for n in sizes]

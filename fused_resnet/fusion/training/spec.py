@@ -1,21 +1,32 @@
-"""The description of a block's training step without its tensors, and helpers for its executors."""
+"""The description of a block's training step without its tensors, and its formula.
+
+A block is a chain of convolutions with norm and ReLU after each, or before each (norm_first: He et
+al. 2016, "Identity Mappings in Deep Residual Networks", 1603.05027):
+
+    y = relu(norm_n(conv_n(... relu(norm_1(conv_1(x))))) + shortcut(x))
+    y = conv_n(relu(norm_n(... conv_1(relu(norm_1(x)))))) + shortcut
+
+A stem is the first with one convolution, no shortcut, and max pooling at its end. z[j] is the input
+of norm j and h[j] the output of its ReLU, so that the last h of the first kind is y."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Passes
-from fused_resnet.layers.shortcut import padded
+from fused_resnet.layers.shortcut import PadShortcut
+from fused_resnet.ops.library import differentiable_gradients
 
 
 class Spec(NamedTuple):
-    """A block without its tensors. geometries, eps: one per unit (convolution and norm), the
-    shortcut's last. shortcut: "identity", "projection" (one more unit), "pad" (a PadShortcut of
-    `stride`) or "none"."""
+    """A block without its tensors. geometries: one per convolution, the shortcut's last; eps and
+    groups: one per norm. shortcut: "identity", "projection" (one more convolution, with a norm
+    unless norm_first), "pad" (a PadShortcut of `stride`) or "none"."""
 
     kernels: Passes
     geometries: tuple[Geometry, ...]
@@ -25,46 +36,84 @@ class Spec(NamedTuple):
     dtype: torch.dtype  # of the activations
     groups: tuple[Any, ...]  # the norms' process groups; None if not synchronised
     stride: int = 1  # of a PadShortcut
-    shared: bool = False  # pre-activation: the shortcut reads the first ReLU's output, not x
+    shared: bool = False  # norm_first: the shortcut reads the first ReLU's output, not x
+    norm_first: bool = False
+    window: list[int] | None = None  # of max pooling: kernel, stride, padding, (height, width) each
+
+    @property
+    def main(self) -> int:
+        """The number of convolutions of the residual branch."""
+        return len(self.geometries) - (self.shortcut == "projection")
+
+    def norm_before(self, i: int) -> int | None:
+        """The norm whose ReLU's output convolution i reads; None: it reads x."""
+        if i == self.main:
+            return 0 if self.shared else None
+        if self.norm_first:
+            return i
+        return i - 1 if i else None
+
+    def conv_before(self, j: int) -> int:
+        """The convolution that computes z[j]; z[0] of norm_first is x."""
+        return j - 1 if self.norm_first else j
 
 
-Units = list[tuple[Tensor, Norm]]
-
-
-def units_of(spec: Spec, tensors: Sequence[Any]) -> Units:
-    """Weight and norm of each unit. tensors: weight (K, C/groups, R, S), norm weight and bias (K,)
-    or None, for each unit."""
+def norms_of(spec: Spec, tensors: Sequence[Any]) -> list[Norm]:
+    """tensors: weight (K, C/groups, R, S), norm weight and bias (K,) or None, per convolution."""
     return [
-        (tensors[3 * i], Norm(tensors[3 * i + 1], tensors[3 * i + 2], eps, group))
-        for i, (eps, group) in enumerate(zip(spec.eps, spec.groups, strict=True))
+        Norm(tensors[3 * j + 1], tensors[3 * j + 2], eps, group)
+        for j, (eps, group) in enumerate(zip(spec.eps, spec.groups, strict=True))
     ]
 
 
-def recomputed(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
-    """For each unit, whether backward recomputes its convolution's output."""
-    flags = [spec.level == "minimal"] * len(weights)
+def kept(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
+    """Which z, then which h of the residual branch, are saved for backward."""
+    z = [spec.level != "minimal"] * len(spec.eps)
+    h = [spec.level == "full"] * spec.main
+    if spec.norm_first:
+        z[0] = False  # x, which always is
+        return z + h
+    h[-1] = spec.level != "minimal" or spec.window is not None
+    last = spec.main - 1
     if spec.level == "lower":
-        last = len(weights) - 1
-        if spec.shortcut == "projection":
-            flags[last] = True
-            last -= 1
-        pointwise = tuple(weights[last].shape[2:]) == (1, 1)
-        flags[last] = pointwise and last > 0
-    return flags
+        z[last + 1 :] = [False] * (spec.shortcut == "projection")
+        z[last] = last == 0 or tuple(weights[last].shape[2:]) != (1, 1)
+    return z + h
 
 
-def free_shortcut(spec: Spec, x: Tensor, weight: Tensor) -> Tensor | None:
-    """The output (N, K, P, Q) of a shortcut without parameters, or None if there is none. weight:
-    the last one, of K output channels."""
-    if spec.shortcut == "pad":
-        return padded(x, weight.shape[0], spec.stride)
-    return x if spec.shortcut == "identity" else None
+def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:
+    """The block's output by PyTorch's differentiable operations."""
+    norms, main, shortcut = norms_of(spec, tensors), spec.main, spec.shortcut
+
+    def convolve(i: int, h: Tensor) -> Tensor:
+        return functional.conv2d(h, tensors[3 * i].to(spec.dtype), None, *spec.geometries[i])
+
+    def normalise(j: int, z: Tensor) -> Tensor:
+        weight, bias, eps, _ = norms[j]
+        return functional.batch_norm(z, None, None, weight, bias, training=True, eps=eps)
+
+    y = source = x  # source: what the shortcut reads
+    for i in range(main):
+        before = spec.norm_before(i)
+        if before is not None:
+            y = torch.relu(normalise(before, y))
+        source = y if i == 0 and spec.shared else source
+        y = convolve(i, y)
+    y = y if spec.norm_first else normalise(main - 1, y)
+    if shortcut == "projection":
+        source = convolve(main, source)
+        source = source if spec.norm_first else normalise(main, source)
+    elif shortcut == "pad":
+        source = PadShortcut(x.shape[1], y.shape[1], spec.stride)(source)
+    y = y if shortcut == "none" else y + source
+    y = y if spec.norm_first else torch.relu(y)
+    window = spec.window
+    return functional.max_pool2d(y, window[:2], window[2:4], window[4:]) if window else y
 
 
 def differentiable(
-    spec: Spec, x: Tensor, tensors: Sequence[Any], dy: Tensor, needs: Sequence[bool],
-    formula: Callable[[Spec, Tensor, Sequence[Any]], Tensor],
-) -> list[Tensor | None]:  # fmt: skip
+    spec: Spec, x: Tensor, tensors: Sequence[Any], dy: Tensor, needs: Sequence[bool]
+) -> list[Tensor | None]:
     """A differentiable backward, for double backward: the gradients of x and tensors by autograd
     through `formula`, None where not needed."""
     if any(group is not None for group in spec.groups):
@@ -72,7 +121,6 @@ def differentiable(
             "fused_resnet: a synchronised batch norm is not differentiable twice; "
             "differentiate it in one process, or freeze it (eval)"
         )
-    inputs = [t for t, need in zip((x, *tensors), needs, strict=True) if need]
-    y = formula(spec, x, tensors)
-    grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=True))
-    return [next(grads) if need else None for need in needs]
+    return differentiable_gradients(
+        lambda x, *tensors: formula(spec, x, tensors), (x, *tensors), needs, dy
+    )

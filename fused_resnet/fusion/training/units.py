@@ -77,8 +77,9 @@ def run_step(step: Step, x: Tensor) -> Tensor | None:
 
 
 def run_units(description: Description, x: Tensor) -> Tensor | None:
-    """A block or stem unit by unit, differentiably; None where norms come first."""
-    if description.norm_first:
+    """A block or stem unit by unit, differentiably; None where norms come first, or where
+    stochastic depth divides the branch."""
+    if description.norm_first or description.survival != 1:
         return None
     y = x
     for conv, bn in description.main[:-1]:

@@ -62,7 +62,7 @@ def test_stem_is_one_node_and_differentiable_twice():
         net = copy.deepcopy(model)
         with fr.use_backend(backend):
             stem = NetworkStep(net, NETWORK, x).run_stem(net, x)
-        assert (type(stem.grad_fn).__name__ == "StemFunctionBackward") == (backend == "native")
+        assert (type(stem.grad_fn).__name__ == "StepFunctionBackward") == (backend == "native")
         inputs = [x, net.conv1.weight, net.bn1.weight, net.bn1.bias]
         grads = torch.autograd.grad(stem.square().sum(), inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import gc
 import threading
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fused_resnet as fr
-from fused_resnet.fusion.description import describe, recipe_of
-from fused_resnet.fusion.training import block as block_training
+from fused_resnet.fusion.description import Description, describe, recipe_of
 from fused_resnet.fusion.training import one_op
-from fused_resnet.fusion.training import preact as preact_training
+from fused_resnet.fusion.training.block import StepFunction
+from fused_resnet.fusion.training.spec import Spec, formula
 from fused_resnet.kernels import native
 from fused_resnet.kernels.training.native import Native
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
@@ -441,7 +440,8 @@ def test_portable_passes_match_the_formula():
     """A block on the portable passes, those of GPUs, on the CPU against PyTorch's operations."""
     for name in BLOCKS:
         block, x = make(name, torch.float64)
-        parts: Any = describe(block, recipe_of(block)[0])
+        parts = describe(block, recipe_of(block)[0])
+        assert isinstance(parts, Description)
         tensors = [
             t
             for c, b in parts.units
@@ -452,16 +452,12 @@ def test_portable_passes_match_the_formula():
         )
         eps = tuple(bn.eps for bn in parts.norms)
         for level in ("full", "low", "lower", "minimal"):
-            spec = block_training.Spec(
+            spec = Spec(
                 Portable(), geometries, eps, parts.shortcut, level, torch.float64,
                 (None,) * len(eps), 1 if parts.pad is None else parts.pad.stride,
-                getattr(block, "activation_shared", False),
+                getattr(block, "activation_shared", False), name.startswith("preact"),
             )  # fmt: skip
-            function: Any = block_training.BlockFunction
-            formula = block_training.formula
-            if name.startswith("preact"):
-                function, formula = preact_training.PreactFunction, preact_training.formula
-            y = function.apply(spec, [], x, *tensors)
+            y = StepFunction.apply(spec, [], x, *tensors)
             want = formula(spec, x, tensors)
             torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
             dy = torch.randn_like(y)

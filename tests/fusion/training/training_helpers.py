@@ -115,9 +115,7 @@ def is_whole(y: Tensor) -> bool:
     node = y.grad_fn
     while type(node).__name__ == "CloneBackward0":
         node = node.next_functions[0][0]
-    return type(node).__name__ in (
-        "BlockFunctionBackward", "PreactFunctionBackward", "NativeBlockFunctionBackward",
-    )  # fmt: skip
+    return type(node).__name__ in ("StepFunctionBackward", "NativeBlockFunctionBackward")
 
 
 class Passes:

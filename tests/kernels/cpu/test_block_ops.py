@@ -131,42 +131,41 @@ def test_inference_op_equals_separate_convolutions(name, owned, dtype):
     assert results[0].is_contiguous(memory_format=LAST)
 
 
-@pytest.mark.parametrize("op", ["block_forward", "preact_forward", "block_inference"])
-def test_errors_name_the_operands(op):
+def test_errors_name_the_operands():
+    ops = torch.ops.fused_resnet_native
     x = torch.zeros(2, 16, 4, 4).contiguous(memory_format=LAST)
-    run = getattr(torch.ops.fused_resnet_native, op).default
+    run, back = ops.block_forward.default, ops.block_backward.default
     weight = torch.zeros(16, 16, 3, 3).contiguous(memory_format=LAST)
     weights = [weight, torch.ones(16), torch.zeros(16)]
     geometry = [1, 1, 1, 1, 1, 1]
-    if op == "block_inference":
-        with pytest.raises(
-            RuntimeError, match="block_inference: got 3 tensors and 6 geometry values"
+    with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 geometry values"):
+        ops.block_inference(x, None, None, None, 0.0, weights, geometry, 1, 1, False, False)
+    for norm_first in (False, True):
+        block = (geometry, [1e-5], 1, 1, norm_first, False)
+        for operands, kind, shared in ((weights[:2], 1, False), (weights, 2, False)) + (
+            () if norm_first else ((weights, 1, True),)
         ):
-            run(x, None, None, None, 0.0, weights, geometry, 1, 1, False, False)
-        return
-    rest = (False, [0]) if op == "preact_forward" else ([0],)
-    with pytest.raises(RuntimeError, match=f"{op}: got 2 operands, 6 sizes and 1 eps"):
-        run(x, weights[:2], geometry, [1e-5], 1, 1, *rest)
-    with pytest.raises(RuntimeError, match=f"{op}: no such shortcut: 4"):
-        run(x, weights, geometry, [1e-5], 4, 1, *rest)
-    with pytest.raises(RuntimeError, match=f"{op}: keep must have 1 values, got 2"):
-        run(x, weights, geometry, [1e-5], 1, 1, *rest[:-1], [0, 0])
-    with pytest.raises(
-        RuntimeError,
-        match="x must have 16 channels, got 8"
-        if op == "block_forward"
-        else "weight must be float32",
-    ):
-        run(x[:, :8].contiguous(memory_format=LAST), weights, geometry, [1e-5], 1, 1, *rest)
-    y = run(x, weights, geometry, [1e-5], 1, 1, *rest)[0]
-    assert torch.equal(y, x)
-    back = getattr(torch.ops.fused_resnet_native, op.replace("forward", "backward")).default
-    outputs = () if op == "preact_forward" else (None,)
-    statistics = [torch.zeros(2, 16, dtype=torch.float64)]
-    with pytest.raises(RuntimeError, match="needs 4, got 1 and 3"):
-        back(y, x, *outputs, weights, statistics, geometry, [1e-5], 1, 1, *rest, [1, 1, 1])
-    with pytest.raises(RuntimeError, match="got 2 saved tensors instead of 1"):
-        back(y, x, *outputs, weights, [*statistics, y], geometry, [1e-5], 1, 1, *rest, [1] * 4)
+            with pytest.raises(
+                RuntimeError, match=r"block_forward: got \d operands, 6 sizes and 1"
+            ):
+                run(x, operands, geometry, [1e-5], kind, 1, norm_first, shared, [0, 0])
+        with pytest.raises(RuntimeError, match="block_forward: no such shortcut: 4"):
+            run(x, weights, geometry, [1e-5], 4, 1, norm_first, False, [0, 0])
+        with pytest.raises(RuntimeError, match="block_forward: keep must have 2 values, got 1"):
+            run(x, weights, *block, [0])
+        with pytest.raises(
+            RuntimeError,
+            match="weight must be float32" if norm_first else "x must have 16 channels, got 8",
+        ):
+            run(x[:, :8].contiguous(memory_format=LAST), weights, *block, [0, 0])
+        statistics, y = run(x, weights, *block, [0, 0])
+        assert torch.equal(y, x)
+        with pytest.raises(RuntimeError, match="block_backward: keep must have 2 values, got 1"):
+            back(y, x, weights, [statistics], *block, [0], [1] * 4)
+        with pytest.raises(RuntimeError, match="block_backward: needs must have 4 values, got 3"):
+            back(y, x, weights, [statistics], *block, [0, 0], [1, 1, 1])
+        with pytest.raises(RuntimeError, match="got 2 saved tensors instead of 1"):
+            back(y, x, weights, [statistics, y], *block, [0, 0], [1] * 4)
 
 
 def test_norms_with_cumulative_or_no_running_statistics():
