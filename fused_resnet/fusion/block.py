@@ -24,5 +24,4 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
         return run_units(block, names, x)
     if not plan.shapes(x.shape):
         return None
-    flow = plan.run(enter(x, plan))
-    return None if flow is None else leave(flow.x, x.dtype, layout.memory_format(x))
+    return leave(plan.run(enter(x, plan)).x, x.dtype, layout.memory_format(x))

@@ -63,15 +63,14 @@ class Network:
         return None if self._pool is None else _pool_state(self._pool)
 
     def run(self, model: Any, x: Tensor) -> Tensor | None:
-        """The output of `model.avgpool`; None if x does not fit, or if NaN must be ruled out by a
-        bound and none does."""
+        """The output of `model.avgpool`; None if x does not fit."""
         cached = self._stages  # read once: another thread may replace it for another shape
         if cached is None or cached[0] != x.shape:
             cached = self._stages = (x.shape, self._find_stages(x.shape))
         stages = cached[1]
-        flow = self._run_stages(stages, x) if stages else None
-        if flow is None:
+        if not stages:
             return None
+        flow = self._run_stages(stages, x)
         if x.device.type == "cpu" and averages_all(model.avgpool) and native.load() is None:
             y = torch.ops.fused_resnet_native.mean_pool(flow.x)
             return y.to(output_dtype(x.dtype, "cpu"))
@@ -103,7 +102,7 @@ class Network:
                 shape = pooled
         return stages
 
-    def _run_stages(self, stages: Sequence[_Stage], x: Tensor) -> Flow | None:
+    def _run_stages(self, stages: Sequence[_Stage], x: Tensor) -> Flow:
         """Runs x (N, C, H, W): for each micro-batch of the last stage, the stages before it run
         first (recursively), then the blocks of the last stage."""
         *before, stage = stages
@@ -111,18 +110,14 @@ class Network:
         for images in x.split(_even_size(len(x), stage.images)):
             flow = self._run_stages(before, images) if before else enter(images, self.plans[0])
             for plan in stage.plans:
-                if plan is self.plans[0] and self._pool is not None:
-                    flow = None if flow is None else run_stem(plan, self._pool, flow)
-                else:
-                    flow = None if flow is None else plan.run(flow)
-            if flow is None:
-                return None
+                pools = plan is self.plans[0] and self._pool is not None
+                after = run_stem(plan, self._pool, flow) if pools else plan.run(flow)
+                assert after is not None  # `_find_stages` has checked the pooling
+                flow = after
             parts.append(flow)
         if len(parts) == 1:
             return parts[0]
-        bounds = [part.bound for part in parts if part.bound is not None]
-        bound = max(bounds) if len(bounds) == len(parts) else None
-        return Flow(torch.cat([part.x for part in parts]), bound, True)
+        return Flow(torch.cat([part.x for part in parts]), True)
 
 
 def _even_size(total: int, most: int) -> int:

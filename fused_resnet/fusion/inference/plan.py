@@ -13,7 +13,7 @@ from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.structure import Guard, Parts
 from fused_resnet.kernels import native
-from fused_resnet.kernels.convolution import BOUND_LIMIT, FusedConv, max_abs
+from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from fused_resnet.kernels.dispatch import conv_kind
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
@@ -39,12 +39,10 @@ class Flow(NamedTuple):
     """An activation between fused blocks.
 
     x: (N, C, H, W) channels_last in the compute dtype (any layout and dtype for a plan with
-    takes_any). bound: an upper bound for |x|, or None if unknown. owned: x has no other user, so a
-    block may overwrite it.
+    takes_any). owned: x has no other user, so a block may overwrite it.
     """
 
     x: Tensor
-    bound: float | None
     owned: bool
 
 
@@ -60,7 +58,6 @@ class Plan:
         self.convs = convs
         self.shortcut = parts.shortcut
         self.all_convs = [*convs, self.downsample] if self.downsample else convs
-        self._needs_bound = any(conv.needs_bound for conv in self.all_convs)
         self.takes_any = self.shortcut == "none" and convs[0].takes_any
         self.weight = parts.pairs[0][0].weight
         self._shapes: list[Sequence[int]] = []
@@ -111,28 +108,9 @@ class Plan:
             return []
         return shapes
 
-    def bound(self, x_bound: float | None) -> float | None:
-        """A bound for every value the block computes; None if there is none or none is needed
-        (see kernels/convolution.py)."""
-        if x_bound is None or not self._needs_bound:
-            return None
-        bound = x_bound
-        for conv in self.convs:
-            bound = conv.bound(bound)
-            if not bound <= BOUND_LIMIT:  # not >, so that NaN fails
-                return None
-        if self.shortcut != "none":
-            bound += x_bound if self.downsample is None else self.downsample.bound(x_bound)
-        return bound if bound <= BOUND_LIMIT else None
-
-    def run(self, flow: Flow) -> Flow | None:
-        """The block's output; None if NaN must be ruled out by a bound and none does."""
-        bound = self.bound(flow.bound)
-        if bound is None and self._needs_bound:
-            bound = self.bound(max_abs(flow.x))
-            if bound is None:
-                return None
-        return Flow(self._run(flow.x, flow.owned), bound, True)
+    def run(self, flow: Flow) -> Flow:
+        """The block's output."""
+        return Flow(self._run(flow.x, flow.owned), True)
 
     def _run(self, x: Tensor, owned: bool) -> Tensor:
         """x: (N, C, H, W); overwritten if owned."""
@@ -163,27 +141,15 @@ class PreactPlan(Plan):
         self.takes_any = False
         self._shared = shared  # whether the shortcut starts from the first ReLU
         self._norm = bn = parts.pairs[0][1]
-        mean, var = bn.running_mean.double(), bn.running_var.double()
-        weight, bias = (None if t is None else t.detach() for t in (bn.weight, bn.bias))
-        gain = torch.rsqrt(var + bn.eps) * (1 if weight is None else weight.double())
-        shift = (0 if bias is None else bias.double()) - mean * gain
-        self._gain, self._shift = max_abs(gain) * (1 + 2**-7), max_abs(shift)
         self._native: tuple[Any, ...] | None = None
-        if mean.device.type == "cpu" and native.load() is None:
-            vectors = (None if t is None else t.float() for t in (weight, bias))
-            self._native = (torch.stack([mean, var]), *vectors, bn.eps)
+        if bn.running_mean.device.type == "cpu" and native.load() is None:
+            stats = torch.stack([bn.running_mean.double(), bn.running_var.double()])
+            vectors = (None if t is None else t.detach().float() for t in (bn.weight, bn.bias))
+            self._native = (stats, *vectors, bn.eps)
 
     def _folds(self, parts: Parts) -> list[tuple[Any, Any]]:
         norms = [bn for _, bn in parts.main[1:]] + [None, None]
         return [(conv, bn) for (conv, _), bn in zip(parts.pairs, norms, strict=False)]
-
-    def bound(self, x_bound: float | None) -> float | None:
-        if x_bound is None or not self._needs_bound:
-            return None
-        normed = x_bound * self._gain + self._shift
-        bound = super().bound(normed)
-        # The shortcut may start from x itself.
-        return None if bound is None or not bound + x_bound <= BOUND_LIMIT else bound + x_bound
 
     def _run(self, x: Tensor, owned: bool) -> Tensor:
         if self._one_op is not None and self._native is not None:
@@ -209,13 +175,14 @@ class PreactPlan(Plan):
 def enter(x: Tensor, plan: Plan) -> Flow:
     """Converts x (N, C, H, W) of any layout and dtype for `plan`; only a copy is owned."""
     if plan.takes_any:
-        return Flow(x, None, False)
+        return Flow(x, False)
     converted = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
-    return Flow(converted, None, converted.data_ptr() != x.data_ptr())
+    return Flow(converted, converted.data_ptr() != x.data_ptr())
 
 
 def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """Converts a fused block's output to stock's dtype and layout for an x of `dtype` and
-    `memory_format`."""
+    `memory_format`. Always another tensor: providers may store what they know of an output with it
+    (see kernels/cpu/onednn.py), and the caller may write to what it gets."""
     stock_dtype = output_dtype(dtype, y.device.type)
-    return y.to(stock_dtype).contiguous(memory_format=memory_format)
+    return y.detach().to(stock_dtype).contiguous(memory_format=memory_format)

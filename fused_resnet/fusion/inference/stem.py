@@ -20,8 +20,7 @@ def max_pool(pool: Any, flow: Flow) -> Flow | None:
     kernel, stride, padding = window(pool)
     gpu = registry.gpu_kernels(flow.x.device.type)
     run = torch.max_pool2d if gpu else torch.ops.fused_resnet_native.max_pool2d
-    y = run(flow.x, kernel, stride, padding)
-    return Flow(y, flow.bound, True)
+    return Flow(run(flow.x, kernel, stride, padding), True)
 
 
 def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
@@ -31,6 +30,5 @@ def run_stem(plan: Plan, pool: Any, flow: Flow) -> Flow | None:
         pool, plan.shapes(flow.x.shape)[-1]
     )
     if plain and isinstance(conv, GpuConv) and conv.pools(flow.x):
-        return Flow(conv.run_pooled(flow.x), None, True)
-    after = plan.run(flow)
-    return None if after is None else max_pool(pool, after)
+        return Flow(conv.run_pooled(flow.x), True)
+    return max_pool(pool, plan.run(flow))

@@ -56,10 +56,9 @@ class Walk:
             return False
         if flow is None:
             flow = enter(x, plan)
-        after = plan.run(flow) if plan.shapes(flow.x.shape) else None
-        if after is None:
+        if not plan.shapes(flow.x.shape):
             return False
-        self._plain, self._flow = None, after
+        self._plain, self._flow = None, plan.run(flow)
         return True
 
     def max_pool(self, pool: nn.Module) -> bool:

@@ -136,7 +136,6 @@ class NativeConv(FusedConv):
         groups: int,
     ) -> None:
         super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
-        self.measure_gain(weight, scale, shift)
         K, C_per_group, R, S = weight.shape
         weight = _padded(weight.detach().to(dtype), 0, _LANES)
         if widens(dtype):

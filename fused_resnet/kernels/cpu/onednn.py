@@ -5,22 +5,62 @@ once into its own blocked layout. Batch normalisation is folded into weights and
 Two properties of that primitive determine this implementation:
 
 * Its ReLU turns NaN into 0, while PyTorch's keeps NaN. A fused convolution therefore runs only if
-  no NaN can arise: with |x| <= B for all of x, every |output| and every partial sum is at most
-  B * G + |bias|, G = max over output channels of the sum of |weight|. While that bound is below the
-  largest float, finite inputs give finite outputs, and the two ReLUs agree. `PackedConv` stores G;
-  callers measure B with `max_abs` and use another implementation beyond the limit.
+  no NaN can arise: with |x| <= B and |residual| <= D, every |output| and every partial sum is at
+  most B * G + max |shift| + D, G = max over k of |scale[k]| * sum |weight[k]|. While that bound is
+  below the largest float, finite inputs give finite outputs, and the two ReLUs agree. Beyond it
+  `PackedConv` runs PyTorch's separate operations. B and D are measured, or known: the bound of an
+  output is stored with it for the convolution that reads it next.
 * Its 16-bit float support depends on the processor: see `supports`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels import native
 from fused_resnet.kernels.convolution import FusedConv
+
+# A factor of ten below the largest float32 and bfloat16, 3.4e38, so that the rounding of the bound
+# itself does not matter.
+_LIMIT = 1e37
+# The attribute of an output of `PackedConv` that holds (upper bound of |output|, version counter).
+_BOUND = "_fused_resnet_bound"
+
+
+def max_abs(x: Tensor) -> float:
+    """The largest |x| of a tensor of any shape; NaN if x contains a NaN, 0 if it is empty."""
+    if x.numel() == 0:
+        return 0.0
+    if native.load() is None and (
+        x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.ops.fused_resnet_native.abs_max(x)
+    low, high = map(float, torch.aminmax(x))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _store_bound(y: Tensor, bound: float) -> None:
+    setattr(y, _BOUND, (bound, _version(y)))
+
+
+def _bound_of(x: Tensor, measure: bool) -> float:
+    """An upper bound of |x|, measured if there is none stored or if `measure`; NaN for NaN."""
+    bound, version = getattr(x, _BOUND, (math.nan, None))
+    if not measure and version == _version(x):
+        return bound
+    bound = max_abs(x)
+    if version is not None:  # an output of `PackedConv`, not a tensor of the caller's
+        _store_bound(x, bound)
+    return bound
 
 
 @functools.cache
@@ -65,9 +105,11 @@ class PackedConv(FusedConv):
 
     The folded weights are rounded to `dtype` (float32 or bfloat16). The bias stays float32, except
     when a residual is added, for which oneDNN's binding requires a bias of the same dtype.
-    """
 
-    needs_bound = True
+    A stored bound is valid until the output is written to, which its version counter shows except
+    in inference mode and for writes through `.data` or NumPy. So `run`'s callers never pass an
+    output on to the user itself, but `detach()` it: the new tensor has no bound.
+    """
 
     def __init__(
         self,
@@ -81,9 +123,14 @@ class PackedConv(FusedConv):
         groups: int,
     ) -> None:
         super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
-        self.measure_gain(weight, scale, shift)
-        folded = weight.detach().float() * scale.detach().float().view(-1, 1, 1, 1)
+        # For the unfused operations: no copies if `weight` is a parameter.
+        self._original = weight.detach()
+        self._scale = scale.detach().float()
         self._bias = shift.detach().float().contiguous()
+        sums = self._original.float().abs().sum((1, 2, 3)) * self._scale.abs()
+        self._gain = float(sums.max()) * (1 + 2**-7)  # 2^-8: rounding to bfloat16
+        self._shift_max = max_abs(self._bias)
+        folded = self._original.float() * self._scale.view(-1, 1, 1, 1)
         self._add_bias = self._bias.to(dtype)
         self._geometry = (self.padding, self.stride, self.dilation, groups)
         self._folded: Tensor | None = folded.to(dtype)
@@ -115,9 +162,36 @@ class PackedConv(FusedConv):
         self._folded = None
         return packed
 
+    def _bound(self, x: Tensor, residual: Tensor | None, measure: bool) -> float:
+        """An upper bound of every |output| and partial sum; NaN or inf if there is none."""
+        bound = _bound_of(x, measure) * self._gain + self._shift_max
+        return bound if residual is None else bound + _bound_of(residual, measure)
+
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
+        bound = self._bound(x, residual, False)
+        if not bound <= _LIMIT:  # not >, so that NaN fails
+            # Stored bounds exceed the values more with every convolution.
+            bound = self._bound(x, residual, True)
+        if not bound <= _LIMIT:
+            return self._unfused(x, residual, relu)
+        y = self._fused(x, residual, relu, overwrite)
+        _store_bound(y, bound)
+        return y
+
+    def _unfused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """`run` by separate operations in float32, rounded once; they keep NaN."""
+        y = torch.conv2d(
+            x.float(), self._original.float(), None, self.stride, self.padding, self.dilation,
+            self.groups,
+        )  # fmt: skip
+        y = y * self._scale.view(1, -1, 1, 1) + self._bias.view(1, -1, 1, 1)
+        y = y if residual is None else y + residual.float()
+        y = (y.relu() if relu else y).to(self.dtype)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def _fused(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
         padding, stride, dilation, groups = self._geometry
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
