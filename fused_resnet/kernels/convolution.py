@@ -11,39 +11,28 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .problem import output_shape
+from .problem import Problem, output_shape
 
 
 class FusedConv:
-    """One convolution with folded batch normalisation and its weights packed in `dtype`.
+    """One convolution with folded batch normalisation and its weights packed in `problem.dtype`.
 
     weight: (K, C/groups, R, S); scale, shift: (K,).
     """
 
     # Whether `run` accepts x in any layout and floating dtype, not only channels_last of `dtype`.
     takes_any = False
-
     is_cached = False  # whether the convolution is reused by later calls
 
-    def __init__(
-        self,
-        weight_shape: Sequence[int],
-        dtype: torch.dtype,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        self.dtype = dtype
-        self.stride, self.padding, self.dilation = list(stride), list(padding), list(dilation)
-        self.groups = groups
-        self.weight_shape = tuple(weight_shape)
+    def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        assert problem.dtype is not None
+        self.problem = problem
+        self.dtype: torch.dtype = problem.dtype
+        self.geometry = problem.geometry
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """(N, C, H, W) of x -> (N, K, P, Q); None if x is empty or does not fit."""
-        return output_shape(
-            shape, self.weight_shape, self.stride, self.padding, self.dilation, self.groups
-        )
+        return output_shape(shape, self.problem.weight_shape, *self.geometry)
 
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
@@ -53,5 +42,5 @@ class FusedConv:
         raise NotImplementedError
 
 
-# A subclass of `FusedConv`: weight, scale, shift, dtype, stride, padding, dilation, groups -> it.
-Kind = Callable[..., FusedConv]
+# A subclass of `FusedConv`: problem, weight, scale, shift -> it.
+Kind = Callable[[Problem, Tensor, Tensor, Tensor], FusedConv]

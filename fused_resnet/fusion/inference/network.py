@@ -148,7 +148,8 @@ def network_for(model: Any, dtype: torch.dtype, device: torch.device) -> Network
         _networks.pop(model, None)
     if conv_dtype is None or not has_stem(model):
         return None
-    if not registry.gpu_kernels(device.type) and (registry.forced() or native.load()):
+    on_cpu = registry.target(device).vendor == "cpu"
+    if on_cpu and (registry.forced() or native.load()):
         return None  # on the CPU the pooling after the stem runs in the native extension
     parsed = whole(model)
     if parsed is None:

@@ -12,17 +12,19 @@ from torch.nn.functional import batch_norm
 from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.structure import Guard, Parts
-from fused_resnet.kernels import native
+from fused_resnet.kernels import native, registry
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.cpu.convolution import NativeConv
-from fused_resnet.kernels.dispatch import conv_kind
+from fused_resnet.kernels.problem import convolution
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
 
 
 def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
     """Packs conv with bn folded into it, or conv alone where bn is None."""
     shape, device = conv.weight.shape, conv.weight.device.type
-    kind = conv_kind(shape, dtype, conv.dilation, conv.groups, device)
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    problem = convolution(shape, dtype, *geometry)
+    kind = registry.convolution(problem, device)
     assert kind is not None  # checked by reason_against
     with torch.no_grad():
         if bn is None:
@@ -30,9 +32,7 @@ def _pack(conv: Any, bn: Any, dtype: torch.dtype) -> FusedConv:
             shift = scale.new_zeros(shape[0]) if conv.bias is None else conv.bias.double()
         else:
             scale, shift = scale_and_shift(conv, bn, torch.float64)
-        return kind(
-            conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
-        )
+        return kind(problem, conv.weight, scale, shift)
 
 
 class Flow(NamedTuple):

@@ -15,7 +15,7 @@ from fused_resnet.fusion.dtype_rules import compute_dtype, norm_fits, output_dty
 from fused_resnet.fusion.structure import Guard, Names, Parts, parse_block
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import cacheable
-from fused_resnet.kernels.dispatch import conv_kind
+from fused_resnet.kernels.problem import convolution
 from fused_resnet.layers.hooks import is_fsdps
 from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import on_mode_switch
@@ -32,8 +32,9 @@ def reason_against(parts: Parts, dtype: torch.dtype, device: torch.device) -> st
     if backend == "reference":
         missing = registry.missing("conv_bn_relu", "vendor", device.type)
         return missing or "another backend is forced"
-    if backend == "triton" and device.type == "cpu":
-        return "on the CPU Triton's interpreter runs its own kernels only"
+    no_blocks = registry.provider(backend, device.type).no_blocks
+    if no_blocks is not None:
+        return no_blocks
     for conv, bn in parts.pairs:
         if bn is not None and uses_batch_statistics(bn):
             return "batch norm uses batch statistics"
@@ -47,7 +48,9 @@ def reason_against(parts: Parts, dtype: torch.dtype, device: torch.device) -> st
         if bn is not None and not norm_fits(bn, norm_dtype):
             return f"a norm's tensors are neither {norm_dtype} nor float32"
         shape = conv.weight.shape
-        if conv_kind(shape, conv_dtype, conv.dilation, conv.groups, device.type) is None:
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        problem = convolution(shape, conv_dtype, *geometry)
+        if registry.convolution(problem, device.type) is None:
             return f"no fused convolution supports a weight of shape {tuple(shape)}"
     return None
 

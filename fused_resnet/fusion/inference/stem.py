@@ -18,7 +18,7 @@ def max_pool(pool: Any, flow: Flow) -> Flow | None:
     if pool_shape(pool, flow.x.shape) is None:
         return None
     kernel, stride, padding = window(pool)
-    gpu = registry.gpu_kernels(flow.x.device.type)
+    gpu = registry.target(flow.x.device).vendor != "cpu"
     run = torch.max_pool2d if gpu else torch.ops.fused_resnet_native.max_pool2d
     return Flow(run(flow.x, kernel, stride, padding), True)
 

@@ -65,7 +65,7 @@ class Walk:
         """Runs `pool` by this package's kernel; False, and nothing has run, if it cannot."""
         if self._flow is None or not is_plain(pool):
             return False
-        gpu = registry.gpu_kernels(self._flow.x.device.type)
+        gpu = registry.target(self._flow.x.device).vendor != "cpu"
         if not gpu and (native.load() is not None or registry.forced() is not None):
             return False
         after = max_pool(pool, self._flow)

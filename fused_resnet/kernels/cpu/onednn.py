@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
 from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.problem import Problem, convolution
 
 # A factor of ten below the largest float32 and bfloat16, 3.4e38, so that the rounding of the bound
 # itself does not matter.
@@ -63,24 +63,24 @@ def _bound_of(x: Tensor, measure: bool) -> float:
     return bound
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """None if oneDNN's fused convolution works, else the reason in one line."""
+def supports(problem: Problem) -> str | None:
+    """None if oneDNN's fused convolution works in the problem's dtype, else the reason in one
+    line."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
-    try:
-        return _probe(torch.float32)
-    except Exception as error:  # treat any failure as unavailable
-        return f"oneDNN's fused convolution failed its probe: {str(error).splitlines()[0]}"
+    if problem.dtype not in (None, torch.float32, torch.bfloat16):
+        return f"oneDNN's fused convolution does not compute {str(problem.dtype)[6:]}"
+    reason = _failure(torch.float32)
+    return reason if problem.dtype in (None, torch.float32) else reason or _failure(torch.bfloat16)
 
 
 @functools.cache
-def supports(dtype: torch.dtype) -> bool:
-    """Whether oneDNN supports convolutions in `dtype` on this processor."""
+def _failure(dtype: torch.dtype) -> str | None:
+    """None if convolutions in `dtype` work on this processor, else the reason in one line."""
     try:
-        return dtype in (torch.float32, torch.bfloat16) and _probe(dtype) is None
-    except Exception:  # a processor without bfloat16 instructions raises here
-        return False
+        return _probe(dtype)
+    except Exception as error:  # a processor without bfloat16 instructions raises here
+        return f"oneDNN's fused convolution failed its probe: {str(error).splitlines()[0]}"
 
 
 def _probe(dtype: torch.dtype) -> str | None:
@@ -90,7 +90,8 @@ def _probe(dtype: torch.dtype) -> str | None:
     b = torch.arange(16, dtype=torch.float32).remainder(4).sub(2)
     x = x.contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, w, b)
-    conv = PackedConv(w, torch.ones(16), b, dtype, (1, 1), (0, 0), (1, 1), 1)
+    problem = convolution(w.shape, dtype, (1, 1), (0, 0), (1, 1), 1)
+    conv = PackedConv(problem, w, torch.ones(16), b)
     result = conv.run(x.to(dtype), None, relu=True).float()
     if not torch.equal(result, expected.relu()):
         return f"oneDNN's fused convolution gives wrong results in {dtype}"
@@ -111,18 +112,8 @@ class PackedConv(FusedConv):
     output on to the user itself, but `detach()` it: the new tensor has no bound.
     """
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        dtype: torch.dtype,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
+    def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__(problem, weight, scale, shift)
         # For the unfused operations: no copies if `weight` is a parameter.
         self._original = weight.detach()
         self._scale = scale.detach().float()
@@ -131,9 +122,8 @@ class PackedConv(FusedConv):
         self._gain = float(sums.max()) * (1 + 2**-7)  # 2^-8: rounding to bfloat16
         self._shift_max = max_abs(self._bias)
         folded = self._original.float() * self._scale.view(-1, 1, 1, 1)
-        self._add_bias = self._bias.to(dtype)
-        self._geometry = (self.padding, self.stride, self.dilation, groups)
-        self._folded: Tensor | None = folded.to(dtype)
+        self._add_bias = self._bias.to(self.dtype)
+        self._folded: Tensor | None = folded.to(self.dtype)
         self._packed: dict[tuple[bool, int, int], Tensor] = {}
         self._missed: tuple[bool, int, int] | None = None
 
@@ -155,7 +145,10 @@ class PackedConv(FusedConv):
         if len(self._packed) == 2 and key != self._missed:
             self._missed = key
             return plain
-        packed = torch.ops.mkldnn._reorder_convolution_weight(plain, *self._geometry, list(shape))
+        stride, padding, dilation, groups = self.geometry
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            plain, padding, stride, dilation, groups, list(shape)
+        )
         # Replace the dict in one assignment, so that other threads see either the old or the new.
         newest = list(self._packed.items())[-1:]
         self._packed = dict([*newest, (key, packed)])
@@ -182,17 +175,14 @@ class PackedConv(FusedConv):
 
     def _unfused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`run` by separate operations in float32, rounded once; they keep NaN."""
-        y = torch.conv2d(
-            x.float(), self._original.float(), None, self.stride, self.padding, self.dilation,
-            self.groups,
-        )  # fmt: skip
+        y = torch.conv2d(x.float(), self._original.float(), None, *self.geometry)
         y = y * self._scale.view(1, -1, 1, 1) + self._bias.view(1, -1, 1, 1)
         y = y if residual is None else y + residual.float()
         y = (y.relu() if relu else y).to(self.dtype)
         return y.contiguous(memory_format=torch.channels_last)
 
     def _fused(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
-        padding, stride, dilation, groups = self._geometry
+        stride, padding, dilation, groups = self.geometry
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self._weight(x.shape), self._bias, padding, stride, dilation, groups,

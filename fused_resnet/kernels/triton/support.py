@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels.target import Target, target_of
+
 MIN_VERSION = (3, 6)  # of Triton
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies; Triton's own minimum for both
 
@@ -40,7 +42,8 @@ _INTERPRETER_LOCK = threading.Lock()
 
 def at_most(registers: int) -> dict[str, int]:
     """The launch option that limits a thread's registers; AMD's compiler has none."""
-    return {} if torch.version.hip else {"maxnreg": registers}
+    amd = target_of(torch.device("cuda")).vendor == "amd"
+    return {} if amd else {"maxnreg": registers}
 
 
 if IMPORT_ERROR is None:
@@ -76,24 +79,21 @@ if IMPORT_ERROR is None:
 
 
 @functools.cache
-def unavailable(device_type: str) -> str | None:
-    """None if the Triton kernels support tensors on the device, else the reason in one line."""
+def unavailable(target: Target, device_type: str) -> str | None:
+    """None if Triton compiles for the target and its kernels run on tensors on `device_type`, else
+    the reason in one line."""
     if IMPORT_ERROR is not None:
         return f"Triton cannot be imported ({IMPORT_ERROR}): pip install triton"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < MIN_VERSION:
         required = ".".join(map(str, MIN_VERSION))
         return f"Triton {triton.__version__} is too old: {required} or later is required"
-    if interpreting():
-        return None
-    if device_type != "cuda":
-        return "Triton kernels need a GPU or Triton's interpreter (TRITON_INTERPRET=1)"
-    if not torch.cuda.is_available():
+    if target.vendor not in ("nvidia", "amd"):
+        return "Triton kernels need a GPU"
+    if target.architecture == "none":
         return "no CUDA device is available"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < MIN_CAPABILITY:
-        name = "sm_{}{}".format(*capability)
-        return f"Triton kernels need a GPU of sm_80 or later, this is {name}"
+    if target.vendor == "nvidia" and target.capability < MIN_CAPABILITY:
+        return f"Triton kernels need a GPU of sm_80 or later, this is {target.architecture}"
     return probe(device_type)
 
 

@@ -7,18 +7,29 @@ import torch
 from torch import Tensor
 
 import fused_resnet as fr
+from fused_resnet.kernels import registry
 from fused_resnet.kernels.cpu import onednn
 from tests.models.model_helpers import images, pair
+from tests.ops.op_cases import fused_conv
 
-pytestmark = pytest.mark.skipif(onednn.unavailable() is not None, reason=str(onednn.unavailable()))
+REASON = registry.missing("conv_bn_relu", "vendor", "cpu")
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LAST, NAN = torch.channels_last, float("nan")
 
 
 def convolution(gain: float = 1.0) -> tuple[onednn.PackedConv, Tensor]:
     """A 1x1 convolution that multiplies by `gain`, and an x (2, 16, 5, 5) with |x| <= 1."""
     weight = torch.eye(16).view(16, 16, 1, 1) * gain
-    conv = onednn.PackedConv(
-        weight, torch.ones(16), torch.zeros(16), torch.float32, (1, 1), (0, 0), (1, 1), 1
+    conv = fused_conv(
+        onednn.PackedConv,
+        weight,
+        torch.ones(16),
+        torch.zeros(16),
+        torch.float32,
+        (1, 1),
+        (0, 0),
+        (1, 1),
+        1,
     )
     return conv, (torch.rand(2, 16, 5, 5) * 2 - 1).contiguous(memory_format=LAST)
 
@@ -58,7 +69,8 @@ def test_a_bound_is_measured_again_beyond_the_limit_and_after_writes(measured):
     y[0, 3, 2, 2] = NAN
     assert shrink.run(y, None, True)[0, 3, 2, 2].isnan() and measured[-1] is y
     # Every output is 0, but its bound is 16 times its input's.
-    spread = onednn.PackedConv(
+    spread = fused_conv(
+        onednn.PackedConv,
         torch.ones(16, 16, 1, 1) / 16, torch.full((16,), 16.0), torch.zeros(16), torch.float32,
         (1, 1), (0, 0), (1, 1), 1,
     )  # fmt: skip
