@@ -101,6 +101,7 @@ def convolution(
     groups: int,
 ) -> Problem:
     """The `Problem` of conv_bn_relu with these arguments, computed in `dtype`."""
-    pairs = [(int(size[0]), int(size[1])) for size in (stride, padding, dilation)]
-    geometry = Geometry(pairs[0], pairs[1], pairs[2], int(groups))
+    geometry = Geometry(
+        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
+    )
     return Problem("conv_bn_relu", dtype, tuple(weight_shape), geometry)

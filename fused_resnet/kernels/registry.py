@@ -180,14 +180,17 @@ def choose(problem: Problem | str, device_type: str) -> str:
 def candidates(problem: Problem | str, device_type: str) -> tuple[str, ...]:
     """The backends that may compute the problem, in order of preference; only the first, if one is
     forced. The last resort is "reference"."""
-    # A provider's answer may depend on this switch (see `operands_of`).
-    tf32 = isinstance(problem, Problem) and torch.backends.cudnn.allow_tf32
-    key = (problem, device_type, forced(), tf32)
+    name = forced()
+    # The answer of providers for GPUs depends on this switch (see `operands_of`).
+    float32 = isinstance(problem, Problem) and problem.dtype == torch.float32
+    on_gpu = device_type != "cpu" or name is not None
+    tf32 = float32 and on_gpu and torch.backends.cudnn.allow_tf32
+    key = (problem, device_type, name, tf32)
     found = _candidates.get(key)
     if found is None:
         found = _find(problem, device_type)
-        op = problem.op if isinstance(problem, Problem) else problem
-        if forced() is None or found[0] != forced():
+        if found[0] != name:
+            op = problem.op if isinstance(problem, Problem) else problem
             _warn_if_missing(op, device_type)
         if len(_candidates) >= _MAX_CANDIDATES:
             _candidates.clear()
@@ -240,12 +243,17 @@ def conv_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
     A 16-bit dtype that no provider supports is computed in float32. On the CPU that is more
     accurate and, on processors without instructions for the dtype, far faster.
     """
-    wider = (torch.float32,) if dtype in (torch.float16, torch.bfloat16) else ()
-    for compute in (dtype, *wider):
-        common = Problem("conv_bn_relu", compute, (64, 64, 1, 1))
-        if choose(common, device_type) != "reference":
-            return compute
+    for problem in _common_convolutions(dtype):
+        if choose(problem, device_type) != "reference":
+            return problem.dtype
     return None
+
+
+@functools.cache
+def _common_convolutions(dtype: torch.dtype) -> list[Problem]:
+    """A convolution that every provider of its dtype supports, in `dtype` and in a wider one."""
+    wider = [torch.float32] if dtype in (torch.float16, torch.bfloat16) else []
+    return [Problem("conv_bn_relu", compute, (64, 64, 1, 1)) for compute in (dtype, *wider)]
 
 
 def target(device: torch.device) -> Target:

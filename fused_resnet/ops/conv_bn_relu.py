@@ -148,8 +148,7 @@ def _conv_fused(
     problem = convolution(weight.shape, dtype, *geometry)
     kind = None
     if dtype is not None and x.numel() > 0:
-        asked = problem._replace(x_shape=tuple(x.shape), relu=relu)
-        kind = registry.convolution(asked, x.device.type)
+        kind = registry.convolution(problem, x.device.type)
     if kind is None or dtype is None:
         return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
     conv = cache.cached_convolution(kind, problem, weight, scale, shift)

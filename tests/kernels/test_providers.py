@@ -251,13 +251,14 @@ def test_problems_that_a_forced_backend_does_not_support_fall_back(restored):
 
 
 def test_an_answer_may_depend_on_tf32(restored, monkeypatch):
-    registry.register(
-        "native", "cpu",
-        Answers(lambda p: None if p.dtype is None or p.gemm().operands == "tf32" else "no"),
-    )  # fmt: skip
-    for allowed in (True, False, True):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert (registry.choose(conv(), "cpu") == "native") == allowed
+    def answer(problem: Problem) -> str | None:
+        return None if problem.dtype is None or problem.gemm().operands == "tf32" else "no"
+
+    registry.register("trial", "cpu", Answers(answer))
+    with fr.use_backend("trial"):
+        for allowed in (True, False, True):
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+            assert (registry.choose(conv(), "cpu") == "trial") == allowed
 
 
 def test_amx_is_preferred_for_bfloat16_alone(restored, monkeypatch):

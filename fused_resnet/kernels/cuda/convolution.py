@@ -52,7 +52,7 @@ class GpuConv(FusedConv):
 
     def choice(self, x: Tensor, relu: bool) -> tuning.Choice:
         """The backend and configuration for this x."""
-        return tuning.choice_for(self.problem._replace(x_shape=x.shape, relu=relu), x.device)
+        return tuning.choice_for(Problem(*self.problem[:4], x.shape, relu), x.device)
 
     def pools(self, x: Tensor) -> bool:
         """Whether this is a stem whose kernel also computes the max pooling that follows."""
@@ -81,12 +81,11 @@ class GpuConv(FusedConv):
         overwrite: bool = False,
     ) -> Tensor:
         """`run` with the given backend and configuration."""
-        x_shape = x.shape
         if backend == "native":
             stem = config.tile == implicit_gemm.STEM
             if stem and self.stem and residual is None and relu:
                 return implicit_gemm.run_stem(self, x, False)
-            problem = self.problem._replace(x_shape=x_shape)
+            problem = Problem(*self.problem[:4], x.shape)
             target = implicit_gemm.target(x.device)
             config = implicit_gemm.fitting(config, problem, target, multiprocessors(x.device))
         x = channels_last(x.to(self.dtype))

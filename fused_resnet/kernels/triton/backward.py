@@ -27,7 +27,7 @@ from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
 from .convolution import precision_of, run
-from .support import INTERPRETED, at_most, index_type, launch, launch_on, widened
+from .support import ON_HOST, at_most, index_type, launch, launch_on, widened
 
 BLOCK_K, BLOCK_C = 64, 64
 REGISTERS = 255
@@ -113,7 +113,7 @@ def conv_dweight_kernel(
             mask=(in_group < outputs)[:, None] & inside[None, :],
             other=0.0,
         )
-        if INTERPRETED and x.dtype == tl.bfloat16:
+        if ON_HOST and x.dtype == tl.bfloat16:
             x, g = widened(x, tl.float32), widened(g, tl.float32)
         acc = tl.dot(g, x, acc, input_precision=PRECISION)
     at = ((part.to(INDEX) * K + k)[:, None] * (R * S) + tap) * C + c[None, :]

@@ -37,7 +37,7 @@ from fused_resnet.layout import channels_last
 
 from . import configs
 from .configs import Config
-from .support import INTERPRETED, at_most, index_type, launch, launch_on, rounded, widened
+from .support import ON_HOST, at_most, index_type, launch, launch_on, rounded, widened
 
 EPILOGUE_BITS = tl.constexpr(512)  # of one row of a tile per epilogue: two sectors
 
@@ -135,7 +135,7 @@ def _sums(
         b = tl.load(
             weight_ptr + weight_row[None, :] + (tap * C + weight_c)[:, None], mask=in_b, other=0.0
         )
-        if INTERPRETED and a.dtype == tl.bfloat16:
+        if ON_HOST and a.dtype == tl.bfloat16:
             a, b = widened(a, tl.float32), widened(b, tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc

@@ -159,8 +159,8 @@ def test_nan_stays_in_its_group():
 
 
 def test_the_interpreter_still_multiplies_bfloat16_wrongly():
-    """When this fails, INTERPRETED can be removed from the kernels."""
-    if not support.interpreting():
+    """When this fails, ON_HOST can be removed from the kernels."""
+    if not support.on_host():
         pytest.skip("on a GPU")
 
     @triton.jit
