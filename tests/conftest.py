@@ -27,6 +27,10 @@ from fused_resnet.kernels import registry
 from tests import pairwise
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
+from tests.kernels.triton import interpreter
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.register()
 
 # Ops whose CUDA kernels also run on CPU tensors, in the emulator (tests/emulator/emulator.h).
 EMULATED_OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from common import Case, copy_of, main, under_pytest
 
-from fused_resnet.kernels import dispatch
+from fused_resnet.kernels import registry
+from fused_resnet.kernels.problem import convolution
 
 # (C, H = W, K, R = S, stride, groups) of ResNet-18, ResNet-50 and ResNeXt-50
 LAYERS = {
@@ -47,9 +48,10 @@ def make_case(title: str, variant: str) -> Case:
     weight = weight.contiguous(memory_format=torch.channels_last)
     scale, shift, mean, var = torch.rand(4, K)  # (K,)
     geometry = ((stride, stride), (R // 2, R // 2), (1, 1), groups)
-    kind = dispatch.conv_kind(weight.shape, dtype, (1, 1), groups, "cpu")
+    problem = convolution(weight.shape, dtype, *geometry)
+    kind = registry.convolution(problem, "cpu")
     assert kind is not None, "no fused convolution on this machine"
-    conv = kind(weight, scale, shift, dtype, *geometry)
+    conv = kind(problem, weight, scale, shift)
 
     def eager() -> None:
         y = F.conv2d(x, weight, None, *geometry)

@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels.problem import Geometry, Layer
+from fused_resnet.kernels.problem import Problem, convolution
 from fused_resnet.models.resnet import get_model
 
 
-def layers_of(model: str, batch: int, size: int = 224) -> list[Layer]:
-    """Every convolution of the named model, in order, for `batch` images of size x size."""
-    layers: list[Layer] = []
+def layers_of(model: str, batch: int, dtype: torch.dtype, size: int = 224) -> list[Problem]:
+    """Every convolution of the named model in `dtype`, in order, for `batch` images of size x
+    size."""
+    layers: list[Problem] = []
 
     def hook(conv: Any, inputs: Any, output: Tensor) -> None:
-        geometry = Geometry(conv.stride, conv.padding, conv.dilation)
-        x_shape, y_shape = tuple(inputs[0].shape), tuple(output.shape)
-        layers.append(Layer(x_shape, tuple(conv.weight.shape), y_shape, geometry, conv.groups))
+        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        problem = convolution(conv.weight.shape, dtype, *geometry)
+        layers.append(problem._replace(x_shape=tuple(inputs[0].shape)))
 
     with torch.device("meta"), torch.no_grad():
         net = get_model(model).eval()

@@ -46,37 +46,37 @@ def tune(
         check_device(device)
         if torch.device(device).type != "cuda":
             raise ValueError("tune requires a GPU: --device cuda")
-        providers = registry.gpu_conv_backends()
-        if not providers:
+        names = [b for b in registry.candidates("conv_bn_relu", "cuda") if b != "reference"]
+        if not names:
             raise ValueError(f"tune: {registry.missing('conv_bn_relu', 'triton', 'cuda')}")
     from fused_resnet.bench.report import tuned_table
     from fused_resnet.kernels.measure import problems
 
     target = torch.device(device)
+    providers = [registry.provider(name, "cuda") for name in names]
     for name, size, kind in itertools.product(models, batches, dtypes):
-        as_dtype = getattr(torch, kind)
-        layers = problems(layers_of(name, size), target, providers, as_dtype)
-        winners, not_cached = _tune(layers, target, providers, as_dtype, console)
+        layers = problems(layers_of(name, size, getattr(torch, kind)), target, providers)
+        winners, not_cached = _tune(layers, target, providers, console)
         console.print(tuned_table(winners, f"{name}, batch {size}, {kind}"))
         if not_cached:
             console.print(f"cached for this process only: {not_cached}", soft_wrap=True)
 
 
 def _tune(
-    layers: Any, device: Any, providers: tuple[str, ...], dtype: Any, console: Console
+    layers: list[Any], device: Any, providers: list[Any], console: Console
 ) -> tuple[Any, str | None]:
     from rich.progress import Progress
 
     from fused_resnet.kernels import tuning
     from fused_resnet.kernels.measure import measure_on
 
-    total = sum(len(tuning.candidates(problem, device, providers)) for problem in layers)
+    total = sum(len(tuning.configurations(layer, device, providers)) for layer in layers)
     with Progress(console=console) as progress:
         task = progress.add_task("tiles", total=total)
         return tuning.tune(
             layers,
             device,
             providers,
-            measure_on(layers, device, dtype),
+            measure_on(device),
             lambda problem, backend, config, time_s: progress.advance(task),
         )

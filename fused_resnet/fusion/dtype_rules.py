@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import registry
-from fused_resnet.kernels.dispatch import conv_dtype
 
 
 def output_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -20,7 +19,7 @@ def output_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 def compute_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
     """The dtype in which a convolution of a tensor of `dtype` runs now; None: not supported."""
-    return conv_dtype(output_dtype(dtype, device_type), device_type)
+    return registry.conv_dtype(output_dtype(dtype, device_type), device_type)
 
 
 def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
@@ -41,7 +40,6 @@ def serves(batch_statistics: bool, x: Tensor) -> bool:
     device = x.device.type
     op = "bn_add_relu" if batch_statistics else "conv_bn_relu"
     backend = registry.choose(op, device)
-    if backend == "reference" or (backend == "triton" and device == "cpu"):
+    if backend == "reference" or registry.provider(backend, device).no_blocks is not None:
         return False
-    dtype = output_dtype(x.dtype, device)
-    return batch_statistics or conv_dtype(dtype, device) is not None
+    return batch_statistics or compute_dtype(x.dtype, device) is not None

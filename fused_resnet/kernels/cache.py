@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .convolution import FusedConv, Kind
+from .problem import Problem
 
 _noted: ContextVar[list[FusedConv] | None] = ContextVar("fused_resnet_noted", default=None)
 
@@ -98,17 +99,12 @@ def same_stamp(old: Any, new: Any) -> bool:
     )
 
 
-# id(weight) -> its weak reference, stamp of the operands, kind and geometry, and the convolution.
+# id(weight) -> its weak reference, stamp of the operands, kind and problem, and the convolution.
 _cached: dict[int, tuple[weakref.ref[Tensor], Any, Any, FusedConv | None]] = {}
 
 
 def cached_convolution(
-    kind: Kind,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    dtype: torch.dtype,
-    *geometry: Any,
+    kind: Kind, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor
 ) -> FusedConv:
     """The convolution of these operands by `kind`, cached while the weight is alive.
 
@@ -120,7 +116,7 @@ def cached_convolution(
     now = stamp((scale, shift))
     state = None
     if not weight.is_inference():
-        state = (weight._version, weight.data_ptr(), kind, dtype, geometry)
+        state = (weight._version, weight.data_ptr(), kind, problem)
     key = id(weight)
     entry = _cached.get(key)
     unchanged = (
@@ -133,7 +129,7 @@ def cached_convolution(
     )
     if unchanged and entry is not None and entry[3] is not None:
         return entry[3]
-    conv = kind(weight, scale, shift, dtype, *geometry)
+    conv = kind(problem, weight, scale, shift)
     if now is not None and state is not None:
         alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
         conv.is_cached = unchanged and cacheable(weight)

@@ -1,4 +1,4 @@
-"""A convolution described as a matrix product, by which GPU kernels are chosen."""
+"""What a provider of kernels is asked: an op and, for a convolution, dtype, shapes and geometry."""
 
 from __future__ import annotations
 
@@ -9,60 +9,12 @@ import torch
 
 
 class Geometry(NamedTuple):
-    """Stride, padding and dilation in pixels, each (height, width)."""
+    """A convolution's stride, padding and dilation in pixels, (height, width), and its groups."""
 
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-
-
-def geometry_of(*sizes: Sequence[int]) -> Geometry:
-    """A `Geometry` from the stride, padding and dilation arguments of an op."""
-    pairs = [(int(size[0]), int(size[1])) for size in sizes]
-    return Geometry(*pairs)
-
-
-class Problem(NamedTuple):
-    """One convolution as a matrix product.
-
-    M = N * P * Q pixels, K output channels, C * R * S products per output in each of `groups`
-    groups. stride: over the width, which determines what a row of a tile reads. operands: the type
-    that is multiplied.
-    """
-
-    M: int
-    K: int
-    C: int  # per group
-    R: int
-    S: int
-    groups: int
-    stride: int
-    operands: str  # "bfloat16", "float16", "tf32" or "float32"
-
-
-def operands_of(dtype: torch.dtype) -> str:
-    """`Problem.operands` for `dtype`: TF32 only if torch.backends.cudnn.allow_tf32 is set."""
-    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
-        return "tf32"
-    return str(dtype).removeprefix("torch.")
-
-
-class Layer(NamedTuple):
-    """A convolution of a model: the shapes of x, weight and y, the geometry and the groups."""
-
-    x_shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    y_shape: tuple[int, ...]
-    geometry: Geometry
-    groups: int
-
-
-def problem_of(layer: Layer, dtype: torch.dtype) -> Problem:
-    """The matrix product of a layer with operands of `dtype`."""
-    K, C, R, S = layer.weight_shape
-    N, _, P, Q = layer.y_shape
-    stride = layer.geometry.stride[1]
-    return Problem(N * P * Q, K, C, R, S, layer.groups, stride, operands_of(dtype))
+    groups: int = 1
 
 
 def output_shape(
@@ -83,3 +35,73 @@ def output_shape(
         )
     )
     return None if min(sizes) < 1 else (shape[0], weight_shape[0], *sizes)
+
+
+class Gemm(NamedTuple):
+    """One convolution as a matrix product, by which the kernels of GPUs are measured and chosen.
+
+    M = N * P * Q pixels, K output channels, C * R * S products per output in each of `groups`
+    groups. stride: over the width, which determines what a row of a tile reads. operands: the type
+    that is multiplied.
+    """
+
+    M: int
+    K: int
+    C: int  # per group
+    R: int
+    S: int
+    groups: int
+    stride: int
+    operands: str  # "bfloat16", "float16", "tf32" or "float32"
+
+
+def operands_of(dtype: torch.dtype) -> str:
+    """`Gemm.operands` for `dtype`: TF32 only if torch.backends.cudnn.allow_tf32 is set."""
+    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+class Problem(NamedTuple):
+    """One op, in general (only `op` is given), or one convolution.
+
+    dtype: in which the convolution computes. weight_shape: (K, C/groups, R, S). x_shape: (N, C, H,
+    W), or empty if it is not known yet; for the CPU's kernels it does not matter.
+    """
+
+    op: str
+    dtype: torch.dtype | None = None
+    weight_shape: tuple[int, ...] = ()
+    geometry: Geometry = Geometry((1, 1), (0, 0), (1, 1))
+    x_shape: tuple[int, ...] = ()
+    relu: bool = True
+
+    @property
+    def y_shape(self) -> tuple[int, ...]:
+        """(N, K, P, Q)."""
+        shape = output_shape(self.x_shape, self.weight_shape, *self.geometry)
+        assert shape is not None, self
+        return shape
+
+    def gemm(self) -> Gemm:
+        """The convolution as a matrix product; of one pixel if x's shape is not known."""
+        assert self.dtype is not None
+        N, _, P, Q = self.y_shape if self.x_shape else (1, 0, 1, 1)
+        K, C, R, S = self.weight_shape
+        g = self.geometry
+        return Gemm(N * P * Q, K, C, R, S, g.groups, g.stride[1], operands_of(self.dtype))
+
+
+def convolution(
+    weight_shape: Sequence[int],
+    dtype: torch.dtype | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Problem:
+    """The `Problem` of conv_bn_relu with these arguments, computed in `dtype`."""
+    geometry = Geometry(
+        (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
+    )
+    return Problem("conv_bn_relu", dtype, tuple(weight_shape), geometry)

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from . import native
+from .convolution import Kind
 from .cpu import convolution as cpu_convolution
 from .cpu import onednn
+from .cuda import implicit_gemm
+from .cuda.convolution import GpuConv
+from .problem import Problem
 from .registry import Provider, register
-
-
-def _native_ops() -> Any:
-    return torch.ops.fused_resnet_native
+from .target import Target, target_of
+from .training import cuda as cuda_training
+from .training import native as native_training
 
 
 def _has_native(op: str, key: str) -> str | None:
@@ -30,75 +33,114 @@ def _has_native(op: str, key: str) -> str | None:
     return reason
 
 
-def _native_on_cpu(op: str) -> str | None:
-    reason = _has_native(op, "CPU")
-    if reason is None and op == "conv_bn_relu" and not cpu_convolution.supports(torch.float32):
-        reason = "the native convolution needs a processor with AVX2"
-    return reason
+class NativeCpu(Provider):
+    """The C++ kernels, with convolutions for AVX2 and AVX-512."""
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        reason = _has_native(problem.op, "CPU")
+        if reason is None and problem.op == "conv_bn_relu":
+            return cpu_convolution.supports(problem, target)
+        return reason
+
+    def kernels(self) -> Any:
+        return torch.ops.fused_resnet_native
+
+    def convolution(self) -> Kind:
+        return cpu_convolution.NativeConv
+
+    def passes(self) -> native_training.Native:
+        return native_training.passes()
 
 
-def _native_on_cuda(op: str) -> str | None:
-    reason = _has_native("implicit_gemm" if op == "conv_bn_relu" else op, "CUDA")
-    if reason is None and torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        if not native.runs_on(capability):
+class OneDnn(Provider):
+    ops = ("conv_bn_relu",)
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        return onednn.supports(problem)
+
+    def convolution(self) -> Kind:
+        return onednn.PackedConv
+
+
+class GpuProvider(Provider):
+    """Convolutions on a GPU by tiles, chosen by `tuning`."""
+
+    def convolution(self) -> Kind:
+        return GpuConv
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        if problem.op != "conv_bn_relu" or problem.dtype is None:
+            return None
+        return self.gpu_convolution().supports(problem, target)
+
+
+class NativeCuda(GpuProvider):
+    name = "native"
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        op = "implicit_gemm" if problem.op == "conv_bn_relu" else problem.op
+        reason = _has_native(op, "CUDA")
+        there = target.architecture != "none"
+        if reason is None and there and not native.runs_on(target.capability):
             archs = native.build_info()["cuda_archs"]
-            return f"the native build ({archs}) has no code for sm_{capability[0]}{capability[1]}"
-    return reason
+            return f"the native build ({archs}) has no code for {target.architecture}"
+        return reason or super().supports(problem, target)
+
+    def target(self, device: torch.device) -> Target:
+        target = target_of(device)
+        # In a build for sm_90 (without "a") Hopper's own kernels consist of a trap only.
+        if target == ("nvidia", "sm_90") and native.built_for("9.0a"):
+            return target._replace(architecture="sm_90a")
+        return target
+
+    def kernels(self) -> Any:
+        return torch.ops.fused_resnet_native
+
+    def gpu_convolution(self) -> Any:
+        return implicit_gemm
+
+    def passes(self) -> cuda_training.Cuda:
+        return cuda_training.CUDA
 
 
-def _implicit_gemm() -> Any:
-    from .cuda import implicit_gemm
+class Triton(GpuProvider):
+    name = "triton"
 
-    return implicit_gemm
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
 
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        from .triton import support
 
-def _triton_on(device_type: str) -> str | None:
-    from .triton import support
+        reason = support.unavailable(target, self.device_type)
+        return reason or super().supports(problem, target)
 
-    return support.unavailable(device_type)
+    def kernels(self) -> Any:
+        from .triton import launchers
 
+        return launchers
 
-def _triton_kernels() -> Any:
-    from .triton import launchers
+    def gpu_convolution(self) -> Any:
+        from .triton import convolution
 
-    return launchers
-
-
-def _triton_convolution() -> Any:
-    from .triton import convolution
-
-    return convolution
-
-
-def _cudnn() -> Any:
-    from .cuda import cudnn
-
-    return cudnn
+        return convolution
 
 
-register("native", "cpu", Provider(_native_on_cpu, _native_ops))
-register(
-    "native",
-    "cuda",
-    Provider(
-        _native_on_cuda,
-        _native_ops,
-        _implicit_gemm,
-        for_gpus=True,
-        built_for=lambda architecture: native.built_for(architecture),
-    ),
-)
-for _device in ("cpu", "cuda"):
-    register(
-        "triton",
-        _device,
-        Provider(
-            lambda op, device=_device: _triton_on(device),  # type: ignore[misc]
-            _triton_kernels,
-            _triton_convolution,
-            for_gpus=True,
-        ),
-    )
-register("vendor", "cpu", Provider(lambda op: onednn.unavailable()))
-register("vendor", "cuda", Provider(lambda op: _cudnn().unavailable(), convolution=_cudnn))
+class Cudnn(GpuProvider):
+    name, ops = "vendor", ("conv_bn_relu",)
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        return self.gpu_convolution().unavailable() or super().supports(problem, target)
+
+    def gpu_convolution(self) -> Any:
+        from .cuda import cudnn
+
+        return cudnn
+
+
+register("native", "cpu", NativeCpu())
+register("native", "cuda", NativeCuda())
+register("triton", "cpu", Triton("cpu"))
+register("triton", "cuda", Triton("cuda"))
+register("vendor", "cpu", OneDnn())
+register("vendor", "cuda", Cudnn())

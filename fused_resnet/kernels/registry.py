@@ -1,12 +1,12 @@
-"""The registry of kernel providers, and the choice of a backend for an op.
+"""The registry of kernel providers, and the choice among them.
 
-A provider is one backend's kernels for one device type. `providers` registers this package's
+A provider is one backend's kernels for tensors of one device type. It is asked one question:
+whether it supports a problem on a target, else why not. `providers` registers this package's
 providers; tests register more. `PREFERENCE` orders the backends per device type and op. The first
-available backend is used, unless `use_backend` or FUSED_RESNET_BACKEND forces one.
+one that supports a problem computes it, unless `use_backend` or FUSED_RESNET_BACKEND forces one.
 
     native      this package's C++ and CUDA kernels; unsupported convolutions fall back to vendor
-    triton      this package's Triton kernels: on GPUs; on the CPU, in Triton's interpreter, only
-                if forced
+    triton      this package's Triton kernels, on GPUs
     vendor      fused ops of PyTorch: oneDNN's on the CPU, cuDNN's on GPUs
     reference   the eager specification; if forced, every block of the ResNet family also runs
                 exactly torchvision's path
@@ -18,9 +18,15 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any
+
+import torch
+
+from .convolution import Kind
+from .problem import Problem
+from .target import Target, target_of
 
 OPS = ("add_relu", "bn_add_relu", "conv_bn_relu")
 
@@ -39,33 +45,52 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-class Provider(NamedTuple):
-    """One backend's kernels for one device type.
+class Provider:
+    """One backend's kernels for tensors of one device type; the base class of all providers."""
 
-    missing: op -> None if it is available, else the reason in one line. kernels: a namespace of
-    functions named after the ops, or None if only convolutions are provided. convolution: the
-    module of the GPU convolution (see `tuning`), imported on first use. for_gpus: the kernels are
-    written for GPUs, regardless of the device of their tensors. built_for: whether CUDA kernels
-    were built for an architecture, named as in TORCH_CUDA_ARCH_LIST. emulates: the backend
-    whose kernels these are, if they run on a device other than theirs.
-    """
+    ops: tuple[str, ...] = OPS
+    # Of GPU kernels: what the measured winners of `tuning` are stored under.
+    name = ""
+    # Why this provider's convolutions run in the ops alone and not in blocks of models, or None.
+    no_blocks: str | None = None
 
-    missing: Callable[[str], str | None]
-    kernels: Callable[[], Any] | None = None
-    convolution: Callable[[], Any] | None = None
-    for_gpus: bool = False
-    built_for: Callable[[str], bool] = lambda architecture: False
-    emulates: str | None = None
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        """None if it computes the problem, one of `ops`, on the target, else the reason in one
+        line. Must be cheap or cached: it is asked once per problem."""
+        raise NotImplementedError
+
+    def target(self, device: torch.device) -> Target:
+        """What its kernels run on for tensors on `device`."""
+        return target_of(device)
+
+    def kernels(self) -> Any:
+        """A namespace of functions named after `ops`, or None if only convolutions are provided."""
+        return None
+
+    def convolution(self) -> Kind | None:
+        """The class of its fused convolutions, for conv_bn_relu and inference."""
+        return None
+
+    def gpu_convolution(self) -> Any:
+        """The module of its convolution on GPUs (see `tuning`), imported on first use, or None."""
+        return None
+
+    def passes(self) -> Any:
+        """Its passes of a training step (training/protocol.py); None: those of the ops."""
+        return None
 
 
 _providers: dict[tuple[str, str], Provider] = {}
 _forced: ContextVar[str | None] = ContextVar("fused_resnet_backend", default=None)
+_candidates: dict[Any, tuple[str, ...]] = {}
+_MAX_CANDIDATES = 4096
 
 
 def register(backend: str, device_type: str, provider: Provider) -> None:
     """Adds a provider. A backend that `PREFERENCE` does not list is used only if forced."""
     _providers[backend, device_type] = provider
-    missing.cache_clear()
+    _candidates.clear()
+    gpu_provider.cache_clear()
 
 
 def names() -> tuple[str, ...]:
@@ -73,50 +98,47 @@ def names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(backend for backend, _ in _providers))
 
 
-def provider(backend: str, device_type: str) -> Provider | None:
-    """The provider of `backend` for tensors on `device_type`, or None."""
-    return _providers.get((backend, device_type))
+def provider(backend: str, device_type: str) -> Provider:
+    """The provider of `backend` for tensors on `device_type`."""
+    return _providers[backend, device_type]
 
 
 def kernels(backend: str, device_type: str) -> Any:
     """The kernels of `backend` in a namespace named after the ops, or None."""
-    entry = provider(backend, device_type)
-    return None if entry is None or entry.kernels is None else entry.kernels()
-
-
-def emulated(backend: str) -> str:
-    """The backend that `backend` emulates; `backend` itself if it is not an emulator."""
-    backends = (p.emulates for (name, _), p in _providers.items() if name == backend)
-    return next(filter(None, backends), backend)
+    return provider(backend, device_type).kernels()
 
 
 @functools.cache
-def missing(op: str, backend: str, device_type: str) -> str | None:
-    """None if `backend` supports `op` on `device_type`, else the reason in one line."""
+def gpu_provider(name: str, device_type: str) -> Provider:
+    """The provider of the GPU kernels called `name`, for tensors on `device_type`."""
+    return next(p for (_, d), p in _providers.items() if (p.name, d) == (name, device_type))
+
+
+def gpu_convolution(name: str) -> Any:
+    """The module of the GPU convolution called `name` (see `tuning`)."""
+    return gpu_provider(name, "cuda").gpu_convolution()
+
+
+def missing(problem: Problem | str, backend: str, device_type: str) -> str | None:
+    """None if `backend` supports the problem, or an op in general, for tensors on `device_type`,
+    else the reason in one line."""
+    problem = Problem(problem) if isinstance(problem, str) else problem
     if backend == "reference":
         return None
-    entry = provider(backend, device_type)
-    if entry is None or not _may_provide(backend, op, device_type):
-        return f"{backend} has no {op} for {device_type}"
-    return entry.missing(op)
-
-
-def _may_provide(backend: str, op: str, device_type: str) -> bool:
-    """Whether `PREFERENCE` lists the backend for the op, or does not list it for any op."""
-    orders = PREFERENCE.get(device_type, {})
-    return backend in orders.get(op, ()) or not any(backend in o for o in orders.values())
+    entry = _providers.get((backend, device_type))
+    if entry is None or problem.op not in entry.ops:
+        return f"{backend} has no {problem.op} for {device_type}"
+    return entry.supports(problem, entry.target(torch.device(device_type)))
 
 
 def _validate(name: str) -> str:
     if name not in names():
         raise ValueError(f"use_backend: name must be one of {', '.join(names())}, got {name!r}")
-    if name == "reference":
-        return name
     reasons = [
         missing(op, name, device)
-        for backend, device in _providers
-        for op in OPS
-        if backend == name and _may_provide(name, op, device)
+        for (backend, device), entry in _providers.items()
+        for op in entry.ops
+        if backend == name
     ]
     if all(reasons):
         raise RuntimeError(f"use_backend: {name!r} is not available: {reasons[0]}")
@@ -150,32 +172,59 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def choose(op: str, device_type: str) -> str:
-    """The name of the backend in use for `op` on `device_type`."""
-    return _forced_for(op, device_type) or _preferred_with_warning(op, device_type)
+def choose(problem: Problem | str, device_type: str) -> str:
+    """The name of the backend that computes the problem, or an op in general, on `device_type`."""
+    return candidates(problem, device_type)[0]
 
 
-def _forced_for(op: str, device_type: str) -> str | None:
+def candidates(problem: Problem | str, device_type: str) -> tuple[str, ...]:
+    """The backends that may compute the problem, in order of preference; only the first, if one is
+    forced. The last resort is "reference"."""
     name = forced()
-    return name if name is not None and missing(op, name, device_type) is None else None
+    # The answer of providers for GPUs depends on this switch (see `operands_of`).
+    float32 = isinstance(problem, Problem) and problem.dtype == torch.float32
+    on_gpu = device_type != "cpu" or name is not None
+    tf32 = float32 and on_gpu and torch.backends.cudnn.allow_tf32
+    key = (problem, device_type, name, tf32)
+    found = _candidates.get(key)
+    if found is None:
+        found = _find(problem, device_type)
+        if found[0] != name:
+            op = problem.op if isinstance(problem, Problem) else problem
+            _warn_if_missing(op, device_type)
+        if len(_candidates) >= _MAX_CANDIDATES:
+            _candidates.clear()
+        _candidates[key] = found
+    return found
 
 
-@functools.cache
-def _preferred(op: str, device_type: str) -> str:
-    """The first available backend in `PREFERENCE`."""
-    order = PREFERENCE.get(device_type, {}).get(op, ("reference",))
-    return next(name for name in order if missing(op, name, device_type) is None)
+def _find(problem: Problem | str, device_type: str) -> tuple[str, ...]:
+    problem = Problem(problem) if isinstance(problem, str) else problem
+    order = _order(problem.op, device_type)
+    name = forced()
+    if name is not None and missing(problem.op, name, device_type) is None:
+        # A problem that it does not support falls back to those after it.
+        order = order[order.index(name) :] if name in order else (name,)
+        order = (*order, "reference")
+        return (next(b for b in order if missing(problem, b, device_type) is None),)
+    # oneDNN uses AMX tiles for bfloat16 where the processor has them; the native kernel does not.
+    amx = problem.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    if device_type == "cpu" and amx and "vendor" in order:
+        order = tuple(dict.fromkeys(("vendor", *order)))
+    order = order[: order.index("reference") + 1]
+    return tuple(b for b in order if missing(problem, b, device_type) is None)
 
 
-@functools.cache
-def _preferred_with_warning(op: str, device_type: str) -> str:
-    """`_preferred`, with one warning if the first choice is unavailable."""
-    first = PREFERENCE.get(device_type, {}).get(op, ("reference",))[0]
-    reason = missing(op, first, device_type)
+def _order(op: str, device_type: str) -> tuple[str, ...]:
+    return PREFERENCE.get(device_type, {}).get(op, ("reference",))
+
+
+def _warn_if_missing(op: str, device_type: str) -> None:
+    """Warns once if the preferred backend of the op is unavailable."""
+    reason = missing(op, _order(op, device_type)[0], device_type)
     if reason is not None:
         # The message does not name the fallback, so that each reason is reported once.
         _warn_once(f"fused_resnet: {reason}; falling back to PyTorch's or other kernels")
-    return _preferred(op, device_type)
 
 
 @functools.cache
@@ -183,61 +232,46 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
+def convolution(problem: Problem, device_type: str) -> Kind | None:
+    """The class of the fused convolution that computes the problem; None: the reference."""
+    return provider(choose(problem, device_type), device_type).convolution()
+
+
+def conv_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:
+    """The dtype in which fused convolutions of `dtype` tensors compute; None if unsupported.
+
+    A 16-bit dtype that no provider supports is computed in float32. On the CPU that is more
+    accurate and, on processors without instructions for the dtype, far faster.
+    """
+    for problem in _common_convolutions(dtype):
+        if choose(problem, device_type) != "reference":
+            return problem.dtype
+    return None
+
+
+@functools.cache
+def _common_convolutions(dtype: torch.dtype) -> list[Problem]:
+    """A convolution that every provider of its dtype supports, in `dtype` and in a wider one."""
+    wider = [torch.float32] if dtype in (torch.float16, torch.bfloat16) else []
+    return [Problem("conv_bn_relu", compute, (64, 64, 1, 1)) for compute in (dtype, *wider)]
+
+
+def target(device: torch.device) -> Target:
+    """What the kernels for tensors on `device` run on: the forced provider's target, if it has
+    kernels for the device, else the device itself."""
+    entry = _providers.get((forced() or "", device.type))
+    return target_of(device) if entry is None else entry.target(device)
+
+
 def table(device_type: str) -> list[dict[str, str | None]]:
     """One row per op and backend: whether it is in use on `device_type`, and why it is missing."""
-    serving = {op: _forced_for(op, device_type) or _preferred(op, device_type) for op in OPS}
     return [
         {
             "op": op,
             "backend": backend,
-            "serves": "yes" if backend == serving[op] else "no",
+            "serves": "yes" if backend == _find(op, device_type)[0] else "no",
             "missing": missing(op, backend, device_type),
         }
         for op in OPS
-        for backend in PREFERENCE.get(device_type, {}).get(op, ("reference",))
+        for backend in _order(op, device_type)
     ]
-
-
-# --- GPU kernels ----------------------------------------------------------------------------------
-
-
-def gpu_kernels(device_type: str) -> bool:
-    """Whether GPU kernels process tensors on `device_type`: CUDA tensors, and CPU tensors if a
-    provider that runs GPU kernels on the CPU (an interpreter or emulator) is forced."""
-    if device_type == "cuda":
-        return True
-    name = forced()
-    entry = None if name is None else provider(name, device_type)
-    return entry is not None and entry.for_gpus
-
-
-def gpu_conv_backends() -> tuple[str, ...]:
-    """The backends allowed to compute a GPU convolution, in order of preference."""
-    name = forced()
-    if name is None:
-        return _preferred_gpu_conv_backends()
-    return () if name == "reference" else (emulated(name),)
-
-
-@functools.cache
-def _preferred_gpu_conv_backends() -> tuple[str, ...]:
-    op, device = "conv_bn_relu", "cuda"
-    available = (b for b in PREFERENCE[device][op] if missing(op, b, device) is None)
-    return tuple(b for b in available if b != "reference")
-
-
-def gpu_convolution(backend: str) -> Any:
-    """The module of the GPU convolution of `backend`: CONFIG, covers, candidates, choose and
-    run_conv (see `tuning`)."""
-    entry = provider(backend, "cuda")
-    assert entry is not None and entry.convolution is not None, backend
-    return entry.convolution()
-
-
-def cuda_kernels() -> Provider:
-    """The provider of this package's CUDA kernels: the forced one if it emulates them."""
-    name = forced()
-    for (backend, _), entry in _providers.items():
-        if backend == name and entry.emulates == "native":
-            return entry
-    return _providers["native", "cuda"]

@@ -1,22 +1,62 @@
-"""Properties of the GPU that kernels are chosen for."""
+"""The processor that kernels are chosen for: vendor and architecture, not PyTorch's device string.
+
+PyTorch's HIP builds call AMD's GPUs "cuda" too, and report compute capabilities for them that
+resemble those of NVIDIA's.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
+from typing import NamedTuple
 
 import torch
 
+from . import native
+
+
+class Target(NamedTuple):
+    """vendor: "nvidia" or "amd" for GPUs, else PyTorch's device type ("cpu"). architecture:
+    "sm_90", "gfx942"; for the CPU the instruction set of its kernels, "avx512", "avx2" or
+    "generic"; "none" without a device."""
+
+    vendor: str
+    architecture: str
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability of an NVIDIA GPU, (9, 0) for "sm_90"; (0, 0) of all others."""
+        match = re.fullmatch(r"sm_(\d+)(\d)a?", self.architecture)
+        return (int(match[1]), int(match[2])) if match and self.vendor == "nvidia" else (0, 0)
+
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors of a GPU. 3 for CPU tensors, whose kernels run in an
-    interpreter or emulator, so that tests need more than one wave of tiles."""
+def target_of(device: torch.device) -> Target:
+    """The target of kernels that run on `device` itself."""
+    if device.type == "cpu":
+        return Target("cpu", str(native.build_info().get("cpu_isa", "generic")))
     if device.type != "cuda":
-        return 3
+        return Target(device.type, "none")
+    vendor = "nvidia" if torch.version.hip is None else "amd"
+    if not torch.cuda.is_available():
+        return Target(vendor, "none")
+    properties = torch.cuda.get_device_properties(device)
+    if vendor == "amd":
+        return Target(vendor, properties.gcnArchName.split(":")[0])  # "gfx942:sramecc+:xnack-"
+    return Target(vendor, f"sm_{properties.major}{properties.minor}")
+
+
+# Of device types that are no GPUs, for providers whose GPU kernels run on them.
+MULTIPROCESSORS: dict[str, int] = {}
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU; (9, 0), Hopper's, for CPU tensors."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def multiprocessors(device: torch.device) -> int:
+    """The number of multiprocessors of the GPU that kernels for `device` are launched for."""
+    if device.type == "cuda":
+        return _multiprocessors(device)
+    return MULTIPROCESSORS.get(device.type, 1)

@@ -1,8 +1,9 @@
 """Chooses the backend and configuration of a GPU convolution, from measurements cached on disk.
 
 A provider's convolution module (`registry.gpu_convolution`) implements one backend's convolution:
-cuda/implicit_gemm.py, triton/convolution.py and cuda/cudnn.py. It states which problems it covers,
-which configurations are worth measuring, and which one its heuristic chooses without measurements.
+cuda/implicit_gemm.py, triton/convolution.py and cuda/cudnn.py. It states which convolutions it
+supports, which configurations are worth measuring, and which one its heuristic chooses without
+measurements.
 
 `choice` runs at every call and never measures: it returns the fastest measured configuration of the
 problem, else the first backend in order of preference with its heuristic. `tune` measures; only
@@ -30,10 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_resnet.kernels.target import capability, multiprocessors
-
-from .problem import Problem
-from .registry import gpu_convolution
+from .problem import Gemm, Problem
+from .registry import Provider, candidates, gpu_convolution, provider
+from .target import multiprocessors
 
 SHIPPED = Path(__file__).parent / "tuned"
 
@@ -66,7 +66,7 @@ def file_name(device: torch.device) -> str:
 
 
 # The fastest configuration per problem and backend.
-Winners = dict[Problem, dict[str, Choice]]
+Winners = dict[Gemm, dict[str, Choice]]
 
 
 def read(path: Path) -> Winners:
@@ -79,7 +79,7 @@ def read(path: Path) -> Winners:
             if config.label() != row["label"]:
                 continue  # written by a version with other tile indices
             choice = Choice(backend, config, float(row["time_s"]))
-            loaded.setdefault(Problem(**row["problem"]), {})[backend] = choice
+            loaded.setdefault(Gemm(**row["problem"]), {})[backend] = choice
         return loaded
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -97,13 +97,13 @@ def write(path: Path, winners: Winners) -> str | None:
     """None if written, else the reason in one line."""
     rows = [
         {
-            "problem": problem._asdict(),
+            "problem": gemm._asdict(),
             "backend": choice.backend,
             "config": asdict(choice.config),
             "label": choice.config.label(),
             "time_s": choice.time_s,
         }
-        for problem, by_backend in sorted(winners.items())
+        for gemm, by_backend in sorted(winners.items())
         for choice in by_backend.values()
     ]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -136,42 +136,50 @@ def winners(device: torch.device) -> Winners:
     return _winners[name]
 
 
+def choice_for(problem: Problem, device: torch.device) -> Choice:
+    """The backend and configuration for a convolution on `device`, by the providers that support
+    it."""
+    names = candidates(problem, device.type)
+    return choice(problem.gemm(), device, tuple(provider(b, device.type) for b in names))
+
+
 @functools.lru_cache(maxsize=4096)
-def choice(problem: Problem, device: torch.device, allowed: tuple[str, ...]) -> Choice | None:
-    """The backend and configuration for `problem` on `device`, among the `allowed` backends in
-    order of preference; None if none of them covers it."""
-    measured = winners(device).get(problem, {})
-    known = [measured[backend] for backend in allowed if backend in measured]
+def choice(gemm: Gemm, device: torch.device, allowed: tuple[Provider, ...]) -> Choice:
+    """The fastest measured backend and configuration among the `allowed` providers; without
+    measurements the first of them, in order of preference."""
+    measured = winners(device).get(gemm, {})
+    known = [measured[p.name] for p in allowed if p.name in measured]
     if known:
         return min(known, key=lambda c: c.time_s)
-    for backend in allowed:
-        module = gpu_convolution(backend)
-        if module.covers(problem, capability(device)):
-            config = module.choose(problem, capability(device), multiprocessors(device))
-            return Choice(backend, config)
-    return None
+    first = allowed[0]
+    module = first.gpu_convolution()
+    if module is None:
+        return Choice("reference", None)
+    return Choice(first.name, module.choose(gemm, first.target(device), multiprocessors(device)))
 
 
-def candidates(
-    problem: Problem, device: torch.device, backends: Sequence[str]
+def configurations(
+    problem: Problem, device: torch.device, backends: Sequence[Provider]
 ) -> list[tuple[str, Any]]:
-    """Every backend and configuration worth measuring for this problem."""
+    """Every backend and configuration worth measuring for a convolution."""
+    gemm = problem.gemm()
     return [
-        (backend, config)
-        for backend in backends
-        if gpu_convolution(backend).covers(problem, capability(device))
-        for config in gpu_convolution(backend).candidates(problem, capability(device))
+        (p.name, config)
+        for p in backends
+        if p.supports(problem, p.target(device)) is None
+        for config in p.gpu_convolution().candidates(gemm, p.target(device))
     ]
 
 
 def tune(
     problems: Iterable[Problem],
     device: torch.device,
-    backends: Sequence[str],
+    backends: Sequence[Provider],
     measure: Callable[[Problem, str, Any], float],
     on_progress: Callable[[Problem, str, Any, float], None] | None = None,
 ) -> tuple[Winners, str | None]:
-    """Finds the fastest configuration per problem and backend; `measure` returns seconds.
+    """Finds the fastest configuration per problem, of different `Gemm`s, and backend; `measure`
+    returns seconds.
 
     Each problem's winners are written to the cache folder at once, so that an interrupted run keeps
     its results. Returns the new winners, and the reason why they could not be written, or None. A
@@ -182,8 +190,8 @@ def tune(
     name = file_name(device) if device.type == "cuda" else device.type
     path, write_error = cache_folder() / name, None
     for problem in problems:
-        best = tuned.setdefault(problem, {})
-        for backend, config in candidates(problem, device, backends):
+        best = tuned.setdefault(problem.gemm(), {})
+        for backend, config in configurations(problem, device, backends):
             try:
                 time_s = measure(problem, backend, config)
             except Exception:  # too much shared memory or too many registers for this device
@@ -192,7 +200,7 @@ def tune(
                 best[backend] = Choice(backend, config, time_s)
             if on_progress is not None:
                 on_progress(problem, backend, config, time_s)
-        write_error = write(path, merged(read(path), {problem: best}))
+        write_error = write(path, merged(read(path), {problem.gemm(): best}))
     _winners[name] = merged(winners(device), tuned)
     choice.cache_clear()
     return tuned, write_error

@@ -4,7 +4,11 @@ All tensors are (N, C, H, W); the output has the layout of x. `kernels` chooses 
 op. This module registers the reference and the portable training passes with it.
 """
 
+from typing import Any
+
+from fused_resnet.kernels.problem import Problem
 from fused_resnet.kernels.registry import Provider, register
+from fused_resnet.kernels.target import Target
 from fused_resnet.kernels.training.choice import register_portable
 
 from . import reference
@@ -15,6 +19,19 @@ from .portable import Portable
 
 __all__ = ["add_relu", "bn_add_relu", "conv_bn_relu"]
 
+
+class Reference(Provider):
+    """The last resort for every problem."""
+
+    name = "reference"
+
+    def supports(self, problem: Problem, target: Target) -> None:
+        return None
+
+    def kernels(self) -> Any:
+        return reference
+
+
 for _device in ("cpu", "cuda"):
-    register("reference", _device, Provider(lambda op: None, lambda: reference))
+    register("reference", _device, Reference())
 register_portable(Portable())

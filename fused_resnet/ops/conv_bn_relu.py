@@ -15,8 +15,7 @@ from torch import Tensor
 from fused_resnet import layout
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels import cache, registry
-from fused_resnet.kernels.convolution import BOUND_LIMIT, max_abs
-from fused_resnet.kernels.dispatch import conv_dtype, conv_kind
+from fused_resnet.kernels.problem import convolution
 
 from .checks import check_channel, check_same, check_x, describe, pair, require
 from .library import LIBRARY, differentiable_gradients, in_transform, per_channel, register
@@ -145,25 +144,20 @@ def _conv_fused(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    arguments = (x, weight, scale, shift, residual, relu, *geometry)
-    device = x.device.type
-    dtype = conv_dtype(x.dtype, device)
+    dtype = registry.conv_dtype(x.dtype, x.device.type)
+    problem = convolution(weight.shape, dtype, *geometry)
     kind = None
     if dtype is not None and x.numel() > 0:
-        kind = conv_kind(weight.shape, dtype, geometry[2], geometry[3], device)
+        kind = registry.convolution(problem, x.device.type)
     if kind is None or dtype is None:
-        return conv_bn_relu_reference(*arguments)
-    conv = cache.cached_convolution(kind, weight, scale, shift, dtype, *geometry)
-    if conv.needs_bound:
-        added = 0.0 if residual is None else max_abs(residual)
-        if not conv.bound(max_abs(x)) + added <= BOUND_LIMIT:
-            return conv_bn_relu_reference(*arguments)
+        return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
+    conv = cache.cached_convolution(kind, problem, weight, scale, shift)
     last = torch.channels_last
     if not conv.takes_any:
         x = x.to(dtype).contiguous(memory_format=last)
     if residual is not None:
         residual = residual.to(dtype).contiguous(memory_format=last)
-    return conv.run(x, residual, relu).to(weight.dtype)
+    return conv.run(x, residual, relu).detach().to(weight.dtype)
 
 
 def _conv_bn_relu(
@@ -256,8 +250,9 @@ def _conv_backward_triton(
     if g.numel() == 0:
         return dx.zero_(), dweight.zero_()
     kernels = registry.kernels("triton", x.device.type)
+    sizes_of_kernel = convolution(weight.shape, x.dtype, *sizes).geometry
     if mask[0]:
-        computed = kernels.convolution_dx(g, weight, x.shape, *sizes)
+        computed = kernels.convolution_dx(g, weight, x.shape, sizes_of_kernel)
         if computed is None:
             stride, padding, dilation, groups = sizes
             computed = torch.ops.aten.convolution_backward(
@@ -266,7 +261,7 @@ def _conv_backward_triton(
             )[0]  # fmt: skip
         dx = layout.like(computed, dx)
     if mask[1]:
-        dweight = kernels.convolution_dweight(g, x, weight.shape, *sizes)
+        dweight = kernels.convolution_dweight(g, x, weight.shape, sizes_of_kernel)
     return dx, dweight
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet.kernels import native, tuning
+from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.problem import Problem
 from tests import ROOT
 from tests.emulator import emulation
 
@@ -38,15 +39,14 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def kernels_on_the_cpu(quick_interpreter, monkeypatch):
+def kernels_on_the_cpu(quick_interpreter):
     if emulation.unavailable() is not None:
         pytest.skip(str(emulation.unavailable()))
-    support = pytest.importorskip("fused_resnet.kernels.triton.support")
-    if support.unavailable("cpu") is not None:
-        pytest.skip(support.unavailable("cpu"))
+    reason = registry.missing("conv_bn_relu", "triton", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
     emulation.load()
     emulation.seed(0)
-    monkeypatch.setattr(native, "built_for", lambda arch: True)  # the emulator runs all tiles
 
 
 def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
@@ -138,7 +138,10 @@ def test_winners_are_saved_one_by_one(monkeypatch, tmp_path):
     """An interrupted run has saved the winners measured before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_winners", {})
-    problems = [tuning.Problem(64, 64, c, 1, 1, 1, 1, "bfloat16") for c in (64, 128)]
+    problems = [
+        Problem("conv_bn_relu", torch.bfloat16, (64, c, 1, 1), x_shape=(1, c, 8, 8))
+        for c in (64, 128)
+    ]
 
     def measure(problem, backend, config):
         if problem == problems[1]:
@@ -146,8 +149,9 @@ def test_winners_are_saved_one_by_one(monkeypatch, tmp_path):
         return 1.0
 
     with pytest.raises(KeyboardInterrupt):
-        tuning.tune(problems, torch.device("cpu"), ("triton",), measure)
-    assert list(tuning.read(tmp_path / "fused_resnet" / "cpu")) == problems[:1]
+        triton = registry.provider("triton", "cpu")
+        tuning.tune(problems, torch.device("cpu"), (triton,), measure)
+    assert list(tuning.read(tmp_path / "fused_resnet" / "cpu")) == [problems[0].gemm()]
 
 
 def day(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

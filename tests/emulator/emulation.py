@@ -23,11 +23,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fused_resnet.kernels import native, registry
+from fused_resnet.kernels import native, providers, registry, target
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.target import Target
 from tests import ROOT
 
 SANITIZER = os.environ.get("FUSED_RESNET_EMULATION", "")
@@ -139,6 +141,22 @@ def unavailable() -> str | None:
     return None
 
 
+_architecture = 90
+
+
+class Emulated(providers.NativeCuda):
+    """The CUDA kernels for CPU tensors, on the GPU that `device` sets."""
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        return providers.GpuProvider.supports(self, problem, target)
+
+    def target(self, device: torch.device) -> Target:
+        return Target("nvidia", "sm_90a" if _architecture == 90 else f"sm_{_architecture}")
+
+    def kernels(self) -> Any:
+        return torch.ops.fused_resnet_emulated
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
     """Builds and loads the library and registers the backend "emulated"."""
@@ -151,14 +169,8 @@ def load() -> ctypes.CDLL:
             packet = getattr(torch.ops.fused_resnet_native, name.split("::")[1])
             schemas.define(str(packet.default._schema).split("::")[1])
     torch.ops.load_library(str(library))
-    provider = registry.Provider(
-        missing=lambda op: None,
-        kernels=lambda: torch.ops.fused_resnet_emulated,
-        for_gpus=True,
-        built_for=lambda architecture: True,
-        emulates="native",
-    )
-    registry.register("emulated", "cpu", provider)
+    registry.register("emulated", "cpu", Emulated())
+    target.MULTIPROCESSORS["cpu"] = 3  # more than one wave of tiles
     return ctypes.CDLL(str(library))
 
 
@@ -170,11 +182,14 @@ def seed(number: int) -> None:
 @contextmanager
 def device(multiprocessors: int = 3, architecture: int = 90) -> Iterator[None]:
     """Sets the GPU that host code sees: multiprocessors and architecture (80, 86, 90)."""
+    global _architecture
     load().emulated_device(multiprocessors, architecture)
+    _architecture = architecture
     try:
         yield
     finally:
         load().emulated_device(3, 90)
+        _architecture = 90
 
 
 class Launch(NamedTuple):

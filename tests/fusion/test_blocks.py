@@ -16,6 +16,7 @@ from fused_resnet.fusion.inference import network, plan
 from fused_resnet.fusion.training.prepare import Prepared
 from fused_resnet.kernels import convolution, registry
 from fused_resnet.kernels.cpu import onednn
+from fused_resnet.kernels.problem import Problem
 from tests.models.model_helpers import (
     clone,
     fused,
@@ -38,9 +39,8 @@ TRAINS = registry.choose("bn_add_relu", "cpu") == "native"
 def runs(monkeypatch):
     """The fused convolutions run since the list was last cleared, by class name."""
     seen: list[str] = []
-    onednn.unavailable()  # its probes run convolutions, once per process
-    for dtype in (torch.float32, torch.bfloat16):
-        onednn.supports(dtype)
+    for dtype in (torch.float32, torch.bfloat16):  # its probes run convolutions, once per process
+        onednn.supports(Problem("conv_bn_relu", dtype))
     for kind in convolution.FusedConv.__subclasses__():
 
         def run(self, *args, _run=kind.run, **kwargs):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.kernels import cache, tuning
-from fused_resnet.kernels.cuda import convolution, implicit_gemm
+from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.ops import reference
 from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.emulator import emulation
@@ -221,8 +221,6 @@ def test_another_stream_uses_complete_weights():
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU's architecture is fixed")
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_tiles_of_the_architecture_are_used(architecture, monkeypatch):
-    monkeypatch.setattr(convolution, "capability", lambda device: divmod(architecture, 10))
-    monkeypatch.setattr(tuning, "capability", lambda device: divmod(architecture, 10))
     tuning.choice.cache_clear()
     used, run_conv = set(), implicit_gemm.run_conv
 

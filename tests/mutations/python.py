@@ -35,7 +35,9 @@ EXPERIMENT = "fused_resnet/depth/experiment.py"
 DEPTH_REPORT = "fused_resnet/depth/report.py"
 DEPTH = "tests/depth/test_depth.py"
 CIFAR10, EMPTY = "tests/train/test_cifar10.py", "fused_resnet/kernels/training/empty.py"
-ULTRA, CONVOLUTION = "fused_resnet/depth/ultra.py", "fused_resnet/kernels/convolution.py"
+REGISTRY, PROVIDERS = "fused_resnet/kernels/registry.py", "tests/kernels/test_providers.py"
+ONEDNN = "fused_resnet/kernels/cpu/onednn.py"
+ULTRA = "fused_resnet/depth/ultra.py"
 LOOKS = "tests/depth/test_profiles.py"
 
 PYTHON = [
@@ -216,7 +218,7 @@ PYTHON = [
     ("input overwritten", "fused_resnet/fusion/inference/plan.py", "converted.data_ptr() != x.data_ptr()",
      "True", f"{FAULTS} -k edited"),
     ("output left in the compute dtype", "fused_resnet/fusion/inference/plan.py",
-     "y.to(stock_dtype).contiguous", "y.contiguous",
+     "y.detach().to(stock_dtype).contiguous", "y.detach().contiguous",
      f"{STALE} -k another_dtype tests/models/test_resnet.py -k autocast"),
     ("sizes not checked", "fused_resnet/fusion/inference/plan.py", "and branch != shapes[-1]:", "and False:",
      f"{BLOCKS} -k broadcasts"),
@@ -261,14 +263,36 @@ PYTHON = [
      "ops.bn_add_relu(x, bn.weight, bn.bias, residual, bn.eps, relu)",
      "ops.bn_add_relu(x, bn.weight, bn.bias, None, bn.eps, relu)",
      f"{BLOCKS} -k frozen_norms"),
-    ("NaN let into oneDNN's ReLU", "fused_resnet/ops/conv_bn_relu.py",
-     "if not conv.bound(max_abs(x)) + added <= BOUND_LIMIT:",
-     "if False:", f"{CONV} -k special_values"),
+    ("NaN let into oneDNN's ReLU", ONEDNN, "return self._unfused(", "pass  # (", f"{CONV} -k special_values"),
+    ("the residual's NaN let into oneDNN's ReLU", ONEDNN, "return bound if residual is None else bound", "return bound if True else bound",
+     "tests/kernels/cpu/test_onednn.py -k separate"),
+    ("a stored bound used after a write", ONEDNN, "version == _version(x)", "version is not None",
+     "tests/kernels/cpu/test_onednn.py -k after_writes"),
+    ("bounds beyond the limit not measured again", ONEDNN, "self._bound(x, residual, True)", "self._bound(x, residual, False)",
+     "tests/kernels/cpu/test_onednn.py -k after_writes"),
+    ("a bound stored with a block's output", "fused_resnet/fusion/inference/plan.py", "y.detach().to(", "y.to(",
+     "tests/kernels/cpu/test_onednn.py -k version_counter"),
+    ("a bound stored with an op's output", "fused_resnet/ops/conv_bn_relu.py", ".detach().to(weight.dtype)", ".to(weight.dtype)",
+     "tests/kernels/cpu/test_onednn.py -k version_counter"),
     ("stale packed weights used", "fused_resnet/kernels/cache.py",
-     "state = (weight._version, weight.data_ptr(), kind, dtype, geometry)",
-     "state = (kind, dtype, geometry)", f"{CONV} -k stale"),
+     "state = (weight._version, weight.data_ptr(), kind, problem)",
+     "state = (kind, problem)", f"{CONV} -k stale"),
+    ("an AMD GPU taken for NVIDIA's", "fused_resnet/kernels/target.py", 'vendor = "nvidia" if torch.version.hip is None else "amd"', 'vendor = "nvidia"',
+     f"{PROVIDERS} -k amd"),
+    ("a compute capability read from any vendor's name", "fused_resnet/kernels/target.py", 'if match and self.vendor == "nvidia" else', "if match else",
+     f"{PROVIDERS} -k capability"),
+    ("an answer kept after a provider was registered", REGISTRY, "    _candidates.clear()\n    gpu", "    gpu", f"{PROVIDERS} -k instruction_set"),
+    ("an answer kept for another backend", REGISTRY, "key = (problem, device_type, name, tf32)", "key = (problem, device_type, tf32)",
+     f"{PROVIDERS} -k once"),
+    ("an answer kept for other operands", REGISTRY, "key = (problem, device_type, name, tf32)", "key = (problem, device_type, name)",
+     f"{PROVIDERS} -k tf32"),
+    ("a forced backend that does not support the problem", REGISTRY, "order = (*order, \"reference\")\n", "return (name,)\n", f"{PROVIDERS} -k fall_back"),
+    ("a forced backend's problems fall back to all others", REGISTRY, "order[order.index(name) :] if name in order", "order if name in order",
+     f"{PROVIDERS} -k fall_back"),
+    ("AMX not preferred", REGISTRY, 'tuple(dict.fromkeys(("vendor", *order)))', "order", f"{PROVIDERS} -k amx"),
+    ("16-bit dtypes that no provider supports", REGISTRY, "for compute in (dtype, *wider)", "for compute in (dtype,)", f"{PROVIDERS} -k compute_dtype"),
     ("stride and padding exchanged", "fused_resnet/kernels/cpu/convolution.py",
-     "[*taps, *self.stride, *pad, *dilate", "[*taps, *pad, *self.stride, *dilate",
+     "[*taps, *stride, *pad, *dilate", "[*taps, *pad, *stride, *dilate",
      f"{CONV} -k integers"),
     ("an odd run's last weight not halved", "fused_resnet/kernels/cpu/convolution.py",
      "weight[:, -1:] / 2, weight[:, -1:] / 2", "weight[:, -1:], weight[:, -1:]",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels.problem import convolution
 from fused_resnet.tolerance import TOLERANCE, assert_close, measure_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -168,3 +170,11 @@ def skip_if_too_large(backend: str, device: str) -> None:
     if interpreted(backend, device):
         pytest.skip("takes hours when interpreted; test_triton.py checks the index type")
     need_memory(12)
+
+
+def fused_conv(
+    kind: Any, weight: Tensor, scale: Tensor, shift: Tensor, dtype: Any, *geometry: Any
+) -> Any:
+    """A fused convolution of class `kind`. geometry: stride, padding and dilation, each (height,
+    width), and the number of groups."""
+    return kind(convolution(weight.shape, dtype, *geometry), weight, scale, shift)

@@ -1,6 +1,6 @@
 """Cases of bench_gpu_ops.py: one for each op and layer of a network, and its contenders.
 
-    fused      this package as models use it: the kernels that dispatch and tuning choose
+    fused      this package as models use it: the kernels that the registry and tuning choose
     native     its CUDA kernels, convolutions with the fastest tile ("native TILE": a given tile)
     apart      the same tile, with the prologue or epilogue of "native" as a separate pass
     triton     its Triton kernels
@@ -44,10 +44,11 @@ from gpu_train_cases import (
 from torch import Tensor, nn
 
 import fused_resnet as fr
-from fused_resnet.kernels import registry, target, tuning
+from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.cuda import cudnn
 from fused_resnet.kernels.cuda.convolution import GpuConv
-from fused_resnet.kernels.problem import Geometry, Layer, problem_of
+from fused_resnet.kernels.problem import Problem, convolution
+from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.kernels.training.cuda import gradient_layer
 
 CHECKED_IMAGES = 32  # per convolution, evenly spaced: images are independent
@@ -75,9 +76,9 @@ def places(model: str, batch: int, size: int) -> Counter[Place]:
                     relu: bool = conv in inside,
                     later: bool = block is not net and conv in inside[1:],
                 ) -> None:
-                    geometry = Geometry(conv.stride, conv.padding, conv.dilation)
-                    shapes = (inputs[0].shape, conv.weight.shape, output.shape)
-                    layer = Layer(*map(tuple, shapes), geometry, conv.groups)
+                    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+                    layer = convolution(conv.weight.shape, None, *geometry)
+                    layer = layer._replace(x_shape=tuple(inputs[0].shape))
                     convolutions.append(Place(layer, ends, relu, later))
 
                 conv.register_forward_hook(hook)
@@ -247,8 +248,8 @@ def conv_case(
     gamma, beta, mean, var = torch.rand(4, K, device=like.device).add_(0.5).unbind()
     scale = gamma / torch.sqrt(var + EPS)
     shift = beta - mean * scale
-    geometry = (*layer.geometry, layer.groups)
-    device, problem = like.device, problem_of(layer, like.dtype)
+    geometry, device = layer.geometry, like.device
+    problem = layer._replace(dtype=like.dtype, relu=relu)
     native_on_cpu = device.type == "cpu" and "emulated" in registry.names()
 
     def chain(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -261,7 +262,7 @@ def conv_case(
         y = y if residual is None else y.add_(residual)
         return [y.relu_() if relu else y]
 
-    conv = GpuConv(weight, scale, shift, like.dtype, *geometry)
+    conv = GpuConv(problem, weight, scale, shift)
     conv.is_cached = True
 
     def run_config(backend: str, config: Any) -> Prepared:
@@ -280,27 +281,27 @@ def conv_case(
             arguments = (x, weight, scale, shift, residual, relu, *geometry)
             return Prepared(lambda: [fr.conv_bn_relu(*arguments)])
         choice = conv.choice(x, relu)
-        if choice is None:
+        if choice.backend == "reference":
             raise Absent("no kernel supports this convolution")
         how = f"{choice.backend} {choice.config.label()}"
         return Prepared(lambda: [conv.run(x, residual, relu)], how)
 
     def candidates(backend: str) -> list[Any]:
         kernels("conv_bn_relu", backend, device)
-        module = registry.gpu_convolution(backend)
-        if not module.covers(problem, target.capability(device)):
-            raise Absent("it does not support this convolution")
-        return module.candidates(problem, target.capability(device))
+        provider = registry.gpu_provider(backend, device.type)
+        reason = provider.supports(problem, provider.target(device))
+        if reason is not None:
+            raise Absent(reason)
+        return provider.gpu_convolution().candidates(problem.gemm(), provider.target(device))
 
     def measured(backend: str) -> Any:
-        best = tuning.winners(device).get(problem, {}).get(backend)
+        best = tuning.winners(device).get(problem.gemm(), {}).get(backend)
         return None if best is None else best.config
 
     def unmeasured(backend: str) -> Any:
-        processors = target.multiprocessors(device)
-        return registry.gpu_convolution(backend).choose(
-            problem, target.capability(device), processors
-        )
+        provider = registry.gpu_provider(backend, device.type)
+        choose = provider.gpu_convolution().choose
+        return choose(problem.gemm(), provider.target(device), multiprocessors(device))
 
     def native() -> Prepared:
         configs = candidates("native")
@@ -325,11 +326,9 @@ def conv_case(
         return run_config("triton", measured("triton") or unmeasured("triton"))
 
     def by_cudnn() -> Prepared:
-        reason = cudnn.unavailable()
-        if device.type != "cuda" or reason is not None:
-            raise Absent(reason or "cuDNN requires a GPU")
-        if not relu or not cudnn.covers(problem, target.capability(device)):
-            raise Absent("cuDNN only fuses 16-bit convolutions with a ReLU")
+        reason = registry.missing(problem, "vendor", "cuda")
+        if reason is not None:
+            raise Absent(reason)
         folded = (weight.float() * scale.view(-1, 1, 1, 1)).to(like.dtype)
         folded = folded.contiguous(memory_format=torch.channels_last)
         bias = shift.to(like.dtype)
@@ -400,7 +399,7 @@ def cases(
     if selected("norm_conv_train"):
         for place, times in convolutions.items():
             layer = place.layer
-            if place.residual and layer.weight_shape[2:] == (1, 1) and layer.groups == 1:
+            if place.residual and layer.weight_shape[2:] == (1, 1) and layer.geometry.groups == 1:
                 yield lambda p=place, n=times: prologue_case(p, n, like, seconds, each_tile)
     norms: Counter[Any] = Counter()
     for place, times in convolutions.items():
@@ -414,13 +413,13 @@ def cases(
                 if ends:
                     yield lambda s=shape, n=times, b=backward: add_relu_case(s, n, like, b)
     if selected("conv_backward"):
-        layers: Counter[Layer] = Counter()
+        layers: Counter[Problem] = Counter()
         for place, times in convolutions.items():
             layers[place.layer] += times
         for layer, times in layers.items():
             yield lambda x=layer, n=times: conv_backward_case(x, n, like)
     if selected("conv_norm_backward"):
-        inside: Counter[Layer] = Counter()
+        inside: Counter[Problem] = Counter()
         for place, times in convolutions.items():
             if place.inside and gradient_layer(place.layer) is not None:
                 inside[place.layer] += times

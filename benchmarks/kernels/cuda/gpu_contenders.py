@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import registry
-from fused_resnet.kernels.problem import Layer
+from fused_resnet.kernels.problem import Problem
 
 EPS = 1e-5
 Call = Callable[[], list[Tensor]]
@@ -53,7 +53,7 @@ class Place(NamedTuple):
     """A convolution in a network. residual, relu: what follows its batch norm; inside: its input is
     the ReLU output of another norm in the block."""
 
-    layer: Layer
+    layer: Problem
     residual: bool
     relu: bool
     inside: bool
@@ -93,10 +93,11 @@ def inference(prepare: Callable[[], Prepared]) -> Callable[[], Prepared]:
     return without_grad
 
 
-def title(layer: Layer) -> str:
+def title(layer: Problem) -> str:
     K, _, R, S = layer.weight_shape
-    groups = f", {layer.groups} groups" if layer.groups > 1 else ""
-    return f"{layer.x_shape} -> {K}, {R}x{S}/{layer.geometry.stride[0]}{groups}"
+    g = layer.geometry
+    groups = f", {g.groups} groups" if g.groups > 1 else ""
+    return f"{layer.x_shape} -> {K}, {R}x{S}/{g.stride[0]}{groups}"
 
 
 def bn_chain(

@@ -28,27 +28,29 @@ from gpu_contenders import (
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet.kernels import registry, target
 from fused_resnet.kernels.cuda import implicit_gemm
-from fused_resnet.kernels.problem import Layer, problem_of
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.kernels.training import choice, cuda
-from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
+from fused_resnet.kernels.training.protocol import Norm, Normed
 
 Seconds = Callable[[Callable[[], Any]], float] | None
 
 
-def tiles_of(layer: Layer, like: Tensor) -> list[Any]:
+def tiles_of(layer: Problem, like: Tensor) -> list[Any]:
     """The configurations of the CUDA kernels that support fused statistics for this layer."""
     kernels("conv_bn_relu", "native", like.device)
-    module, problem = registry.gpu_convolution("native"), problem_of(layer, like.dtype)
-    capability = target.capability(like.device)
-    if layer.weight_shape[1] < 8 or not module.covers(problem, capability):
-        raise Absent("it does not support this convolution")
-    return [c for c in module.candidates(problem, capability) if c.tile != module.STEM]
+    problem = layer._replace(dtype=like.dtype)
+    target = implicit_gemm.target(like.device)
+    reason = implicit_gemm.supports(problem, target)
+    if layer.weight_shape[1] < 8 or reason is not None:
+        raise Absent(reason or "it does not support this convolution")
+    configs = implicit_gemm.candidates(problem.gemm(), target)
+    return [c for c in configs if c.tile != implicit_gemm.STEM]
 
 
 def fastest(
-    layer: Layer, like: Tensor, seconds: Seconds, configs: list[Any], call: Callable[[Any], Call]
+    layer: Problem, like: Tensor, seconds: Seconds, configs: list[Any], call: Callable[[Any], Call]
 ) -> Prepared:
     """call(config) of the fastest of `configs`, or of the heuristic's choice without a timer."""
 
@@ -60,10 +62,8 @@ def fastest(
             return math.inf
 
     if seconds is None or like.device.type == "cpu":  # times of the emulator are meaningless
-        module, problem = registry.gpu_convolution("native"), problem_of(layer, like.dtype)
-        capability, processors = target.capability(like.device), target.multiprocessors(like.device)
-        reached = module.reaches(problem, layer.geometry)
-        configs = [module.choose_tile(problem, capability, processors, reached)]
+        problem, target = layer._replace(dtype=like.dtype), implicit_gemm.target(like.device)
+        configs = [implicit_gemm.choose_tile(problem, target, multiprocessors(like.device))]
     best = configs[0] if len(configs) == 1 else min(configs, key=time_s)
     return Prepared(call(best), best.label())
 
@@ -89,7 +89,7 @@ def conv_train_case(
     weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
     residual = randn(layer.y_shape, like) if place.residual else None
     norm = Norm(*(torch.rand(2, K, device=like.device) + 0.5).unbind(), EPS)
-    geometry = Geometry(*layer.geometry, layer.groups)
+    geometry = layer.geometry
 
     def run_with(passes: Any, convolve: Callable[[], Any]) -> list[Tensor]:
         z, state = convolve()
@@ -166,7 +166,7 @@ def prologue_case(
     before, after = (
         Norm(*(torch.rand(2, n, device=like.device) + 0.5).unbind(), EPS) for n in (C, K)
     )
-    geometry = Geometry(*layer.geometry, layer.groups)
+    geometry = layer.geometry
     var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     normed = Normed(x, before, (mean, var, torch.zeros_like(mean)))
     passes = cuda.CUDA
@@ -233,12 +233,12 @@ def prologue_case(
     )
 
 
-def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
+def conv_backward_case(layer: Problem, times: int, like: Tensor) -> Case:
     """Both gradients of a convolution: this package's Triton kernels, and cuDNN's."""
     _, C, R, S = layer.weight_shape
     x, g = randn(layer.x_shape, like), randn(layer.y_shape, like)
     weight = randn(layer.weight_shape, like) / math.sqrt(C * R * S)
-    geometry, mask = (*map(list, layer.geometry), layer.groups), [True, True, False]
+    geometry, mask = layer.geometry, [True, True, False]
 
     def stock(g: Tensor, x: Tensor, weight: Tensor) -> list[Tensor]:
         *sizes, groups = geometry
@@ -269,7 +269,7 @@ def conv_backward_case(layer: Layer, times: int, like: Tensor) -> Case:
 
 
 def conv_norm_backward_case(
-    layer: Layer,
+    layer: Problem,
     times: int,
     like: Tensor,
     seconds: Seconds,
@@ -280,9 +280,9 @@ def conv_norm_backward_case(
     measured)."""
     K, C, R, S = layer.weight_shape
     x, dy = randn(layer.x_shape, like), randn(layer.y_shape, like)
-    weight = randn(layer.weight_shape, like) / math.sqrt(K * R * S / layer.groups)
+    weight = randn(layer.weight_shape, like) / math.sqrt(K * R * S / layer.geometry.groups)
     norm = Norm(*torch.rand(2, x.shape[1], device=like.device).unbind(), EPS)
-    geometry = Geometry(*layer.geometry, layer.groups)
+    geometry = layer.geometry
     gradient = cuda.gradient_layer(layer)
     assert gradient is not None
     y, (mean, var) = choice.portable().normalise(x, norm, None, True)
@@ -307,14 +307,14 @@ def conv_norm_backward_case(
         return run
 
     def call_apart(config: Any) -> Call:
-        rows = cuda.turned_rows(weight, layer.groups, like.dtype)
+        rows = cuda.turned_rows(weight, geometry.groups, like.dtype)
         ones, zeros = torch.ones_like(mean), torch.zeros_like(mean)
 
         def run() -> list[Tensor]:
             dh = torch.empty_like(x)
             with cuda_kernels(like):
-                implicit_gemm.ops().implicit_gemm(
-                    dy, rows, ones, zeros, None, dh, False, *gradient.geometry, layer.groups,
+                implicit_gemm.ops(dy).implicit_gemm(
+                    dy, rows, ones, zeros, None, dh, False, *gradient.geometry,
                     config.tile, config.splits,
                 )  # fmt: skip
             return norm_backward(dh)

@@ -23,16 +23,17 @@ import torch
 from fused_resnet.bench.harness import save
 from fused_resnet.bench.layers import layers_of
 from fused_resnet.bench.machine import provenance
-from fused_resnet.kernels.problem import Layer, problem_of
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.target import Target
 from fused_resnet.kernels.triton import configs, convolution
 
 # One H200, measured: dense bfloat16 products and copies; multiprocessors.
 GPU = {"flops": 790e12, "bytes_per_s": 4.3e12, "multiprocessors": 132}
-CAPABILITY = (9, 0)
+TARGET = Target("nvidia", "sm_90")
 SIZE = 2  # bytes of bfloat16
 
 
-def floor_s(layer: Layer, flops: float, bytes_per_s: float) -> tuple[float, str, int, int]:
+def floor_s(layer: Problem, flops: float, bytes_per_s: float) -> tuple[float, str, int, int]:
     """Lower bound of the time of a layer, what limits it, its operations and bytes."""
     K, C, R, S = layer.weight_shape
     N, _, P, Q = layer.y_shape
@@ -43,21 +44,22 @@ def floor_s(layer: Layer, flops: float, bytes_per_s: float) -> tuple[float, str,
     return max(by_compute, by_memory), limit, operations, moved
 
 
-def title(layer: Layer) -> str:
+def title(layer: Problem) -> str:
     K, _, R, S = layer.weight_shape
     _, C, H, W = layer.x_shape
-    groups = f", {layer.groups} groups" if layer.groups > 1 else ""
-    return f"{C}x{H}x{W} -> {K}, {R}x{S}/{layer.geometry.stride[0]}{groups}"
+    g = layer.geometry
+    groups = f", {g.groups} groups" if g.groups > 1 else ""
+    return f"{C}x{H}x{W} -> {K}, {R}x{S}/{g.stride[0]}{groups}"
 
 
-def estimate(layer: Layer) -> dict[str, Any]:
-    problem = convolution.kernel_problem(problem_of(layer, torch.bfloat16))
+def estimate(layer: Problem) -> dict[str, Any]:
+    gemm = convolution.kernel_gemm(layer.gemm())
     processors = GPU["multiprocessors"]
-    config = configs.choose(problem, CAPABILITY, processors)
-    tiles = configs.tiles(config, problem) * config.splits
+    config = configs.choose(gemm, TARGET, processors)
+    tiles = configs.tiles(config, gemm) * config.splits
     waves = tiles / processors
     floor, limit, operations, moved = floor_s(layer, GPU["flops"], GPU["bytes_per_s"])
-    steps = math.ceil(configs.steps(config, problem) / config.splits)
+    steps = math.ceil(configs.steps(config, gemm) / config.splits)
     in_tile = 2 * config.block_m * config.block_n * config.block_k * steps
     in_tiles = in_tile * math.ceil(waves) * processors
     expected = max(in_tiles / GPU["flops"], moved / GPU["bytes_per_s"])
@@ -83,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for batch in args.batch:
-        for layer, times in Counter(layers_of("resnet50", batch)).items():
+        for layer, times in Counter(layers_of("resnet50", batch, torch.bfloat16)).items():
             rows.append({**estimate(layer), "times": times})
     print(" | ".join(rows[0]))
     for row in rows:

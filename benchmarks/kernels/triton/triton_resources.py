@@ -34,7 +34,8 @@ from triton.compiler import ASTSource
 
 from fused_resnet.bench.harness import save
 from fused_resnet.bench.machine import provenance
-from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.problem import Gemm
+from fused_resnet.kernels.target import Target
 from fused_resnet.kernels.triton import (
     backward,
     batch_norm,
@@ -146,15 +147,16 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
              "units_of_x_w", "y_n", "y_p", "y_q", "stride_h", "stride_w", "pad_h", "pad_w",
              "dilation_h", "dilation_w", "tiles_m", "tiles_n", "tiles_per_group")  # fmt: skip
     operands = ("tf32", "float32") if dtype == "float32" else (dtype,)
-    candidates = [(o, c) for o in operands for c in configs.configs(o, (arch // 10, arch % 10))]
+    target = Target("nvidia", f"sm_{arch}")
+    candidates = [(o, c) for o in operands for c in configs.configs(o, target)]
     for kind, config in candidates:
         for name, (R, S, pointwise, outputs, unit) in SHAPES.items():
             groups = 1
             if name == "groups of 4":
                 if config.block_n != 32:
                     continue  # narrow groups use narrow tiles
-                problem = Problem(0, 32 * outputs, 4, R, S, 32, 1, kind)
-                groups = configs.groups_per_tile(problem, config.block_n, config.block_k)
+                gemm = Gemm(0, 32 * outputs, 4, R, S, 32, 1, kind)
+                groups = configs.groups_per_tile(gemm, config.block_n, config.block_k)
             if name == "stem" and config.block_k != 32:
                 continue
             for splits in (1, 4):

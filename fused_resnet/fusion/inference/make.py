@@ -11,11 +11,10 @@ from fused_resnet.fusion.dtype_rules import compute_dtype, norm_fits, output_dty
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import cacheable
-from fused_resnet.kernels.dispatch import conv_kind
 from fused_resnet.layers.hooks import is_fsdps
 from fused_resnet.layers.norms import uses_batch_statistics
 
-from .plan import Plan
+from .plan import Plan, problem_of
 
 
 def reason_against(
@@ -29,8 +28,9 @@ def reason_against(
     if backend == "reference":
         missing = registry.missing("conv_bn_relu", "vendor", device.type)
         return missing or "another backend is forced"
-    if backend == "triton" and device.type == "cpu":
-        return "on the CPU Triton's interpreter runs its own kernels only"
+    no_blocks = registry.provider(backend, device.type).no_blocks
+    if no_blocks is not None:
+        return no_blocks
     norm_dtype = output_dtype(dtype, device.type)
     for conv, norm in description.units:
         if norm is not None:
@@ -44,9 +44,8 @@ def reason_against(
             return f"x is on {device}, a weight on {conv.weight.device}"
         if not weights_fit(dtype, conv.weight):
             return f"x is {dtype} and a weight is {conv.weight.dtype}"
-        shape = conv.weight.shape
-        if conv_kind(shape, conv_dtype, conv.dilation, conv.groups, device.type) is None:
-            return f"no fused convolution supports a weight of shape {tuple(shape)}"
+        if registry.convolution(problem_of(conv, conv_dtype), device.type) is None:
+            return f"no fused convolution supports a weight of shape {tuple(conv.weight.shape)}"
     return None
 
 

@@ -21,23 +21,28 @@ from fused_resnet.kernels import native, registry
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from fused_resnet.kernels.cuda.convolution import GpuConv
-from fused_resnet.kernels.dispatch import conv_kind
+from fused_resnet.kernels.problem import Problem, convolution
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
+
+
+def problem_of(conv: Any, dtype: torch.dtype) -> Problem:
+    """What a provider of fused convolutions is asked for `conv`, computed in `dtype`."""
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return convolution(conv.weight.shape, dtype, *geometry)
 
 
 def _pack(conv: Any, norm: Any, dtype: torch.dtype) -> FusedConv:
     """Packs conv with the norm folded into it, or conv alone where norm is None."""
-    shape, device = conv.weight.shape, conv.weight.device.type
-    kind = conv_kind(shape, dtype, conv.dilation, conv.groups, device)
+    problem = problem_of(conv, dtype)
+    kind = registry.convolution(problem, conv.weight.device.type)
     assert kind is not None  # checked by reason_against
     if norm is None:
-        scale = torch.ones(shape[0], dtype=torch.float64, device=conv.weight.device)
-        shift = scale.new_zeros(shape[0]) if conv.bias is None else conv.bias.double()
+        K, device = conv.out_channels, conv.weight.device
+        scale = torch.ones(K, dtype=torch.float64, device=device)
+        shift = scale.new_zeros(K) if conv.bias is None else conv.bias.double()
     else:
         scale, shift = scale_and_shift(conv, norm, torch.float64)
-    return kind(
-        conv.weight, scale, shift, dtype, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+    return kind(problem, conv.weight, scale, shift)
 
 
 def _folds(description: Description) -> list[tuple[Any, Any]]:
@@ -68,7 +73,7 @@ class Plan:
         self.weight = description.units[0].conv.weight
         first = description.norm_first
         self.takes_any = not first and description.shortcut == "none" and convs[0].takes_any
-        self._on_gpu = registry.gpu_kernels(self.weight.device.type)
+        self._on_gpu = registry.target(self.weight.device).vendor != "cpu"
         on_cpu = native.load() is None and registry.forced() is None
         self.pools = description.pool is not None and (self._on_gpu or on_cpu)
         self._window = pooling.window(description.pool) if self.pools else None
@@ -185,6 +190,7 @@ def enter(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:
 
 def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """Converts a plan's output to stock's dtype and layout for an x of `dtype` and
-    `memory_format`."""
+    `memory_format`. Always another tensor: providers may store what they know of an output with it
+    (see kernels/cpu/onednn.py), and the caller may write to what it gets."""
     stock_dtype = output_dtype(dtype, y.device.type)
-    return y.to(stock_dtype).contiguous(memory_format=memory_format)
+    return y.detach().to(stock_dtype).contiguous(memory_format=memory_format)

@@ -11,13 +11,14 @@ csrc/cpu/convolution/conv_bn_relu.cpp chooses by the input size.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
 from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.target import Target
 
 # As in csrc/cpu/convolution/direct_kernels.h.
 _LANES, _BLOCK_VECTORS, _MAX_TAPS, _CHAIN_STEPS = 16, 4, 128, 256
@@ -37,10 +38,24 @@ _WINOGRAD_G = {
 }  # fmt: skip
 
 
-@functools.cache
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the kernel supports `dtype` on this processor."""
-    return str(dtype)[6:] in native.build_info().get("conv_dtypes", ())  # type: ignore[operator]
+def supports(problem: Problem, target: Target) -> str | None:
+    """None if the kernel computes the convolution, else the reason in one line."""
+    if target.architecture not in ("avx2", "avx512"):
+        return "the native convolution needs a processor with AVX2"
+    dtype = problem.dtype
+    if dtype is None:
+        return None
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the native convolution computes float32 and bfloat16, not {str(dtype)[6:]}"
+    K, C_per_group, R, S = problem.weight_shape
+    groups = problem.geometry.groups
+    if R * S > _MAX_TAPS:
+        return f"the native convolution has at most {_MAX_TAPS} taps, not {R}x{S}"
+    if groups > 1 and K // groups % _LANES:
+        return f"the outputs of a group must be a multiple of {_LANES}, the length of a vector"
+    if dtype == torch.bfloat16 and not widens(dtype) and C_per_group % 2 and not _merges(problem):
+        return "the bfloat16 dot product needs an even number of channels"
+    return None
 
 
 def widens(dtype: torch.dtype) -> bool:
@@ -48,35 +63,20 @@ def widens(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and native.widens_bfloat16()
 
 
-def covers(
-    weight_shape: Sequence[int], dtype: torch.dtype, dilation: Sequence[int], groups: int
-) -> bool:
-    """Whether the kernel supports the convolution: the bfloat16 dot product needs an even number
-    of channels, and the outputs of a group must be a multiple of 16, the length of a vector."""
-    K, C_per_group, R, S = weight_shape
-    paired = dtype != torch.bfloat16 or widens(dtype) or C_per_group % 2 == 0
-    whole = groups == 1 or K // groups % _LANES == 0
-    return R * S <= _MAX_TAPS and whole and (paired or _merges(weight_shape, dilation, groups))
-
-
-def _merges(weight_shape: Sequence[int], dilation: Sequence[int], groups: int) -> bool:
+def _merges(problem: Problem) -> bool:
     """Whether a row of taps is read as one contiguous run: with few channels, single taps are too
     short."""
-    return groups == 1 and weight_shape[1] < _FEW_CHANNELS and dilation[1] == 1
+    g = problem.geometry
+    return g.groups == 1 and problem.weight_shape[1] < _FEW_CHANNELS and g.dilation[1] == 1
 
 
-def winograd_tile(
-    weight_shape: Sequence[int],
-    dtype: torch.dtype,
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> int:
+def winograd_tile(problem: Problem) -> int:
     """m of the Winograd algorithm F(m x m, 3x3) for the convolution, or 0. Instead of 9
     multiplications per output, m = 2 needs 4 and m = 4 needs 2.25, but the error of m = 4 is hidden
     only by bfloat16's rounding."""
-    K, C, R, S = weight_shape
-    if (R, S, groups) != (3, 3, 1) or (*stride, *dilation) != (1, 1, 1, 1):
+    (K, C, R, S), g, dtype = problem.weight_shape, problem.geometry, problem.dtype
+    assert dtype is not None
+    if (R, S, g.groups) != (3, 3, 1) or (*g.stride, *g.dilation) != (1, 1, 1, 1):
         return 0
     if C % _LANES or K % _LANES:
         return 0
@@ -122,30 +122,21 @@ def _padded(t: Tensor, dim: int, multiple: int) -> Tensor:
 
 
 class NativeConv(FusedConv):
-    """A convolution packed for the native kernel; `covers` must be True for it."""
+    """A convolution packed for the native kernel; `supports` must return None for it."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        dtype: torch.dtype,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
-        self.measure_gain(weight, scale, shift)
+    def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__(problem, weight, scale, shift)
+        stride, padding, dilation, groups = self.geometry
+        dtype = self.dtype
         K, C_per_group, R, S = weight.shape
         weight = _padded(weight.detach().to(dtype), 0, _LANES)
         if widens(dtype):
             weight = weight.float()
         pair = 2 if weight.dtype == torch.bfloat16 else 1
         self._first_channel: Tensor | None = None
-        self.takes_any = _merges(self.weight_shape, dilation, groups)
+        self.takes_any = _merges(problem)
         self._channels = C_per_group
-        taps, pad, dilate = [R, S], self.padding, self.dilation
+        taps, pad, dilate = [R, S], padding, dilation
         run = C_per_group
         if self.takes_any:
             # (K, C, R, S) -> (K, S * C, R, 1): `run` pads x, so that a row of taps is one run.
@@ -156,14 +147,14 @@ class NativeConv(FusedConv):
             weight = weight.permute(0, 3, 1, 2).reshape(-1, run, R, 1)
             if run % pair:  # the last value is multiplied twice by half of its weight
                 weight = torch.cat([weight[:, :-1], weight[:, -1:] / 2, weight[:, -1:] / 2], 1)
-            taps, pad, dilate = [R, 1], [0, 0], [dilation[0], 1]
+            taps, pad, dilate = [R, 1], (0, 0), (dilation[0], 1)
         elif groups > 1:
             group = torch.arange(0, K, _LANES) // (K // groups)
             self._first_channel = _padded(group * C_per_group, 0, _BLOCK_VECTORS)
         # With groups, the kernel processes one vector at a time, so each is a block of its own.
         self._weight = _pack(weight, pair, _BLOCK_VECTORS if groups == 1 else 1)
         self._winograd: Tensor | None = None
-        if m := winograd_tile(self.weight_shape, dtype, self.stride, self.dilation, groups):
+        if m := winograd_tile(problem):
             # One block at a time: the transform needs several times the memory of its result.
             blocks = weight.split(_LANES * _BLOCK_VECTORS)
             packed = [_pack(_winograd(block, m), 1, _BLOCK_VECTORS) for block in blocks]
@@ -171,7 +162,7 @@ class NativeConv(FusedConv):
         block = _LANES * _BLOCK_VECTORS
         self._scale = _padded(scale.detach().float(), 0, block).contiguous()
         self._shift = _padded(shift.detach().float(), 0, block).contiguous()
-        self._geometry = [*taps, *self.stride, *pad, *dilate, K, run]
+        self._sizes = [*taps, *stride, *pad, *dilate, K, run]
 
     def operands(self) -> tuple[list[Tensor], list[int]] | None:
         """Packed weight, Winograd weight (empty if none), scale and shift, and the geometry, as the
@@ -179,18 +170,18 @@ class NativeConv(FusedConv):
         if self.takes_any or self._first_channel is not None:
             return None
         winograd = self._scale.new_empty(0) if self._winograd is None else self._winograd
-        return [self._weight, winograd, self._scale, self._shift], self._geometry
+        return [self._weight, winograd, self._scale, self._shift], self._sizes
 
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
         if self.takes_any:
             x = torch.ops.fused_resnet_native.pad_rows(
-                x.to(self.dtype), self._channels, self.padding
+                x.to(self.dtype), self._channels, self.geometry.padding
             )
         elif x.dtype != self.dtype:
             raise RuntimeError(f"conv_bn_relu: x must be {self.dtype}, got {x.dtype}")
         return torch.ops.fused_resnet_native.conv_bn_relu(
             x, self._weight, self._winograd, self._scale, self._shift, self._first_channel,
-            residual, overwrite, relu, False, self._geometry,
+            residual, overwrite, relu, False, self._sizes,
         )  # fmt: skip

@@ -5,42 +5,82 @@ once into its own blocked layout. Batch normalisation is folded into weights and
 Two properties of that primitive determine this implementation:
 
 * Its ReLU turns NaN into 0, while PyTorch's keeps NaN. A fused convolution therefore runs only if
-  no NaN can arise: with |x| <= B for all of x, every |output| and every partial sum is at most
-  B * G + |bias|, G = max over output channels of the sum of |weight|. While that bound is below the
-  largest float, finite inputs give finite outputs, and the two ReLUs agree. `PackedConv` stores G;
-  callers measure B with `max_abs` and use another implementation beyond the limit.
+  no NaN can arise: with |x| <= B and |residual| <= D, every |output| and every partial sum is at
+  most B * G + max |shift| + D, G = max over k of |scale[k]| * sum |weight[k]|. While that bound is
+  below the largest float, finite inputs give finite outputs, and the two ReLUs agree. Beyond it
+  `PackedConv` runs PyTorch's separate operations. B and D are measured, or known: the bound of an
+  output is stored with it for the convolution that reads it next.
 * Its 16-bit float support depends on the processor: see `supports`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels import native
 from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.problem import Problem, convolution
+
+# A factor of ten below the largest float32 and bfloat16, 3.4e38, so that the rounding of the bound
+# itself does not matter.
+_LIMIT = 1e37
+# The attribute of an output of `PackedConv` that holds (upper bound of |output|, version counter).
+_BOUND = "_fused_resnet_bound"
 
 
-@functools.cache
-def unavailable() -> str | None:
-    """None if oneDNN's fused convolution works, else the reason in one line."""
+def max_abs(x: Tensor) -> float:
+    """The largest |x| of a tensor of any shape; NaN if x contains a NaN, 0 if it is empty."""
+    if x.numel() == 0:
+        return 0.0
+    if native.load() is None and (
+        x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return torch.ops.fused_resnet_native.abs_max(x)
+    low, high = map(float, torch.aminmax(x))
+    return math.nan if math.isnan(low) or math.isnan(high) else max(-low, high)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _store_bound(y: Tensor, bound: float) -> None:
+    setattr(y, _BOUND, (bound, _version(y)))
+
+
+def _bound_of(x: Tensor, measure: bool) -> float:
+    """An upper bound of |x|, measured if there is none stored or if `measure`; NaN for NaN."""
+    bound, version = getattr(x, _BOUND, (math.nan, None))
+    if not measure and version == _version(x):
+        return bound
+    bound = max_abs(x)
+    if version is not None:  # an output of `PackedConv`, not a tensor of the caller's
+        _store_bound(x, bound)
+    return bound
+
+
+def supports(problem: Problem) -> str | None:
+    """None if oneDNN's fused convolution works in the problem's dtype, else the reason in one
+    line."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch was built without oneDNN"
-    try:
-        return _probe(torch.float32)
-    except Exception as error:  # treat any failure as unavailable
-        return f"oneDNN's fused convolution failed its probe: {str(error).splitlines()[0]}"
+    if problem.dtype not in (None, torch.float32, torch.bfloat16):
+        return f"oneDNN's fused convolution does not compute {str(problem.dtype)[6:]}"
+    reason = _failure(torch.float32)
+    return reason if problem.dtype in (None, torch.float32) else reason or _failure(torch.bfloat16)
 
 
 @functools.cache
-def supports(dtype: torch.dtype) -> bool:
-    """Whether oneDNN supports convolutions in `dtype` on this processor."""
+def _failure(dtype: torch.dtype) -> str | None:
+    """None if convolutions in `dtype` work on this processor, else the reason in one line."""
     try:
-        return dtype in (torch.float32, torch.bfloat16) and _probe(dtype) is None
-    except Exception:  # a processor without bfloat16 instructions raises here
-        return False
+        return _probe(dtype)
+    except Exception as error:  # a processor without bfloat16 instructions raises here
+        return f"oneDNN's fused convolution failed its probe: {str(error).splitlines()[0]}"
 
 
 def _probe(dtype: torch.dtype) -> str | None:
@@ -50,7 +90,8 @@ def _probe(dtype: torch.dtype) -> str | None:
     b = torch.arange(16, dtype=torch.float32).remainder(4).sub(2)
     x = x.contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, w, b)
-    conv = PackedConv(w, torch.ones(16), b, dtype, (1, 1), (0, 0), (1, 1), 1)
+    problem = convolution(w.shape, dtype, (1, 1), (0, 0), (1, 1), 1)
+    conv = PackedConv(problem, w, torch.ones(16), b)
     result = conv.run(x.to(dtype), None, relu=True).float()
     if not torch.equal(result, expected.relu()):
         return f"oneDNN's fused convolution gives wrong results in {dtype}"
@@ -65,28 +106,24 @@ class PackedConv(FusedConv):
 
     The folded weights are rounded to `dtype` (float32 or bfloat16). The bias stays float32, except
     when a residual is added, for which oneDNN's binding requires a bias of the same dtype.
+
+    A stored bound is valid until the output is written to, which its version counter shows except
+    in inference mode and for writes through `.data` or NumPy. So `run`'s callers never pass an
+    output on to the user itself, but `detach()` it: the new tensor has no bound.
     """
 
-    needs_bound = True
-
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        dtype: torch.dtype,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
-        self.measure_gain(weight, scale, shift)
-        folded = weight.detach().float() * scale.detach().float().view(-1, 1, 1, 1)
+    def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__(problem, weight, scale, shift)
+        # For the unfused operations: no copies if `weight` is a parameter.
+        self._original = weight.detach()
+        self._scale = scale.detach().float()
         self._bias = shift.detach().float().contiguous()
-        self._add_bias = self._bias.to(dtype)
-        self._geometry = (self.padding, self.stride, self.dilation, groups)
-        self._folded: Tensor | None = folded.to(dtype)
+        sums = self._original.float().abs().sum((1, 2, 3)) * self._scale.abs()
+        self._gain = float(sums.max()) * (1 + 2**-7)  # 2^-8: rounding to bfloat16
+        self._shift_max = max_abs(self._bias)
+        folded = self._original.float() * self._scale.view(-1, 1, 1, 1)
+        self._add_bias = self._bias.to(self.dtype)
+        self._folded: Tensor | None = folded.to(self.dtype)
         self._packed: dict[tuple[bool, int, int], Tensor] = {}
         self._missed: tuple[bool, int, int] | None = None
 
@@ -108,17 +145,44 @@ class PackedConv(FusedConv):
         if len(self._packed) == 2 and key != self._missed:
             self._missed = key
             return plain
-        packed = torch.ops.mkldnn._reorder_convolution_weight(plain, *self._geometry, list(shape))
+        stride, padding, dilation, groups = self.geometry
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            plain, padding, stride, dilation, groups, list(shape)
+        )
         # Replace the dict in one assignment, so that other threads see either the old or the new.
         newest = list(self._packed.items())[-1:]
         self._packed = dict([*newest, (key, packed)])
         self._folded = None
         return packed
 
+    def _bound(self, x: Tensor, residual: Tensor | None, measure: bool) -> float:
+        """An upper bound of every |output| and partial sum; NaN or inf if there is none."""
+        bound = _bound_of(x, measure) * self._gain + self._shift_max
+        return bound if residual is None else bound + _bound_of(residual, measure)
+
     def run(
         self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
     ) -> Tensor:
-        padding, stride, dilation, groups = self._geometry
+        bound = self._bound(x, residual, False)
+        if not bound <= _LIMIT:  # not >, so that NaN fails
+            # Stored bounds exceed the values more with every convolution.
+            bound = self._bound(x, residual, True)
+        if not bound <= _LIMIT:
+            return self._unfused(x, residual, relu)
+        y = self._fused(x, residual, relu, overwrite)
+        _store_bound(y, bound)
+        return y
+
+    def _unfused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """`run` by separate operations in float32, rounded once; they keep NaN."""
+        y = torch.conv2d(x.float(), self._original.float(), None, *self.geometry)
+        y = y * self._scale.view(1, -1, 1, 1) + self._bias.view(1, -1, 1, 1)
+        y = y if residual is None else y + residual.float()
+        y = (y.relu() if relu else y).to(self.dtype)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    def _fused(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
+        stride, padding, dilation, groups = self.geometry
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self._weight(x.shape), self._bias, padding, stride, dilation, groups,

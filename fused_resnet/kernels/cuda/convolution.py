@@ -4,7 +4,7 @@ for each input size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.cache import cacheable, note
 from fused_resnet.kernels.convolution import FusedConv
-from fused_resnet.kernels.problem import Problem, geometry_of, operands_of
-from fused_resnet.kernels.target import capability, multiprocessors
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
 from . import implicit_gemm
@@ -29,29 +29,17 @@ class GpuConv(FusedConv):
 
     takes_any = True
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        dtype: torch.dtype,
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> None:
-        super().__init__(weight.shape, dtype, stride, padding, dilation, groups)
-        self.geometry = geometry_of(stride, padding, dilation)
-        self.weight = channels_last(weight.detach().to(dtype))
+    def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
+        super().__init__(problem, weight, scale, shift)
+        self.weight = channels_last(weight.detach().to(self.dtype))
         # Kernels read pairs of values, but a row of the caller's tensor may be unaligned.
         self.scale = implicit_gemm.aligned(scale.detach().float().contiguous())
         self.shift = implicit_gemm.aligned(shift.detach().float().contiguous())
         self._cached: dict[str, Tensor] = {}
         # The stem's kernel converts x itself.
-        self.stem = (
-            self.geometry == ((2, 2), (3, 3), (1, 1)) and implicit_gemm.is_stem(self._problem(1))
-        )  # fmt: skip
-        self._reached = implicit_gemm.reaches(self._problem(1), self.geometry)
+        self.stem = implicit_gemm.is_stem(problem.gemm()) and (
+            self.geometry == ((2, 2), (3, 3), (1, 1), 1)
+        )
 
     def cached(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         """A tensor derived from the weights, computed once if the convolution itself is cached."""
@@ -62,28 +50,14 @@ class GpuConv(FusedConv):
                 self._cached[name] = derived
         return derived
 
-    def problem(self, shape: Sequence[int]) -> Problem:
-        """The matrix product for an x of this shape (N, C, H, W)."""
-        out = self.output_shape(shape)
-        assert out is not None, shape
-        return self._problem(out[0] * out[2] * out[3])
-
-    def _problem(self, pixels: int) -> Problem:
-        K, C, R, S = self.weight_shape
-        stride, operands = self.stride[1], operands_of(self.dtype)
-        return Problem(pixels, K, C, R, S, self.groups, stride, operands)
-
-    def choice(self, x: Tensor, relu: bool) -> tuning.Choice | None:
-        """The backend and configuration for this x by `tuning.choice`; None: the reference."""
-        allowed = registry.gpu_conv_backends()
-        if not relu:  # cuDNN's fused convolutions always apply a ReLU
-            allowed = tuple(b for b in allowed if b != "vendor")
-        return tuning.choice(self.problem(x.shape), x.device, allowed)
+    def choice(self, x: Tensor, relu: bool) -> tuning.Choice:
+        """The backend and configuration for this x."""
+        return tuning.choice_for(Problem(*self.problem[:4], x.shape, relu), x.device)
 
     def pools(self, x: Tensor) -> bool:
         """Whether this is a stem whose kernel also computes the max pooling that follows."""
-        choice = self.choice(x, True) if self.stem else None
-        return choice is not None and choice.config == implicit_gemm.CudaConfig(implicit_gemm.STEM)
+        stem = implicit_gemm.CudaConfig(implicit_gemm.STEM)
+        return self.stem and self.choice(x, True).config == stem
 
     def run_pooled(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any layout -> relu, then 3x3 max pooling of stride 2 and padding 1."""
@@ -95,12 +69,6 @@ class GpuConv(FusedConv):
     ) -> Tensor:
         note(self)
         choice = self.choice(x, relu)
-        if choice is None:
-            geometry = (*self.geometry, self.groups)
-            x = x.to(self.dtype)
-            reference = registry.kernels("reference", x.device.type)
-            operands = (self.weight, self.scale, self.shift, residual, relu)
-            return channels_last(reference.conv_bn_relu(x, *operands, *geometry))
         return self.run_by(choice.backend, choice.config, x, residual, relu, overwrite)
 
     def run_by(
@@ -117,9 +85,14 @@ class GpuConv(FusedConv):
             stem = config.tile == implicit_gemm.STEM
             if stem and self.stem and residual is None and relu:
                 return implicit_gemm.run_stem(self, x, False)
-            device = capability(x.device), multiprocessors(x.device)
-            config = implicit_gemm.fitting(config, self.problem(x.shape), *device, self._reached)
+            problem = Problem(*self.problem[:4], x.shape)
+            target = implicit_gemm.target(x.device)
+            config = implicit_gemm.fitting(config, problem, target, multiprocessors(x.device))
         x = channels_last(x.to(self.dtype))
+        if backend == "reference":  # e.g. more pixels than the kernels can index
+            operands = (self.weight, self.scale, self.shift, residual, relu)
+            reference = registry.kernels(backend, x.device.type)
+            return channels_last(reference.conv_bn_relu(x, *operands, *self.geometry))
         y = residual if overwrite and residual is not None else None
         if y is None:
             out = self.output_shape(x.shape)

@@ -1,9 +1,9 @@
-"""The "vendor" provider of GPU convolutions (see kernels/tuning.py): PyTorch's semi-private
+"""The "vendor" convolution on GPUs (see kernels/tuning.py): PyTorch's semi-private
 cudnn_convolution_relu and cudnn_convolution_add_relu, which are probed before use.
 
 Batch normalisation is folded into the weights, which are rounded to their dtype, and the bias. The
-ReLU is always applied, so `GpuConv.choice` excludes this provider for convolutions without one. The
-provider is unavailable if cuDNN's ReLU turns NaN into zero, unlike PyTorch's.
+ReLU is always applied, so convolutions without one are not supported; and none at all if cuDNN's
+ReLU turns NaN into zero, unlike PyTorch's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.problem import Gemm, Problem
+from fused_resnet.kernels.target import Target
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,18 @@ def _fused(
     )
 
 
-def covers(problem: Problem, capability: tuple[int, int]) -> bool:
-    return problem.operands != "float32" and unavailable() is None
+def supports(problem: Problem, target: Target) -> str | None:
+    """None if cuDNN computes the convolution, else the reason in one line."""
+    if problem.gemm().operands not in ("bfloat16", "float16", "tf32"):
+        return f"cuDNN fuses 16-bit and TF32 convolutions, not {problem.gemm().operands}"
+    return None if problem.relu else "cuDNN's fused convolutions always apply a ReLU"
 
 
-def candidates(problem: Problem, capability: tuple[int, int]) -> list[CudnnConfig]:
+def candidates(gemm: Gemm, target: Target) -> list[CudnnConfig]:
     return [CudnnConfig()]
 
 
-def choose(problem: Problem, capability: tuple[int, int], processors: int) -> CudnnConfig:
+def choose(gemm: Gemm, target: Target, processors: int) -> CudnnConfig:
     return CudnnConfig()
 
 
@@ -97,4 +101,4 @@ def run_conv(
 
     weight = conv.cached("vendor", fold)
     bias = conv.cached("vendor bias", lambda: conv.shift.to(conv.dtype))
-    return _fused(x, weight, bias, residual, *conv.geometry, conv.groups)
+    return _fused(x, weight, bias, residual, *conv.geometry)

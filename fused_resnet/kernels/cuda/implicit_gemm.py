@@ -1,5 +1,5 @@
-"""The "native" provider of GPU convolutions (see kernels/tuning.py): the kernels of
-csrc/cuda/convolution/, the problems they cover, tiles worth measuring, and a heuristic.
+"""The "native" convolution on GPUs (see kernels/tuning.py): the kernels of csrc/cuda/convolution/,
+the problems they support, tiles worth measuring, and a heuristic.
 
 The channels and the outputs of a group must be multiples of 16 bytes. Without groups, the channels
 of x are padded; outputs are not. Operands: 16-bit, and float32 if PyTorch allows TF32.
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import native, registry
-from fused_resnet.kernels.problem import Geometry, Problem
+from fused_resnet.kernels.problem import Gemm, Problem
+from fused_resnet.kernels.target import Target
 
 STEM = -1
 _STEP_BYTES = 128  # of channels per step (csrc/cuda/convolution/tiles.h)
@@ -57,33 +58,37 @@ def _itemsize(operands: str) -> int:
     return 4 if operands in ("tf32", "float32") else 2
 
 
-def is_stem(problem: Problem) -> bool:
-    """Whether this is a 7x7 convolution of stride 2, 3 channels and 64 outputs in 16 bits. A
-    problem has no padding and dilation; `GpuConv` checks those."""
-    shape = (problem.K, problem.C, problem.R, problem.S, problem.groups, problem.stride)
-    return shape == (64, 3, 7, 7, 1, 2) and problem.operands in ("bfloat16", "float16")
+def is_stem(gemm: Gemm) -> bool:
+    """Whether this is a 7x7 convolution of stride 2, 3 channels and 64 outputs in 16 bits. A `Gemm`
+    has no padding and dilation; `GpuConv` checks those."""
+    shape = (gemm.K, gemm.C, gemm.R, gemm.S, gemm.groups, gemm.stride)
+    return shape == (64, 3, 7, 7, 1, 2) and gemm.operands in ("bfloat16", "float16")
 
 
-def covers(problem: Problem, capability: tuple[int, int]) -> bool:
-    elements = 16 // _itemsize(problem.operands)
-    aligned = problem.groups == 1 or problem.C % elements == 0
-    return (
-        problem.operands != "float32"
-        and capability >= (8, 0)
-        and aligned
-        and problem.K // problem.groups % elements == 0
-        and problem.M < 2**31 - 1025  # the end of the last tile must fit in an int
-        and bool(tiles())
-    )
+def supports(problem: Problem, target: Target) -> str | None:
+    """None if a tile computes the convolution, else the reason in one line."""
+    gemm = problem.gemm()
+    elements = 16 // _itemsize(gemm.operands)
+    if gemm.operands not in ("bfloat16", "float16", "tf32"):
+        return f"the CUDA convolution multiplies 16-bit and TF32 operands, not {gemm.operands}"
+    if target.capability < (8, 0):
+        return f"the CUDA convolution needs a GPU of sm_80 or later, not {target.architecture}"
+    if gemm.groups > 1 and gemm.C % elements:
+        return f"the channels of a group must be a multiple of {elements}, got {gemm.C}"
+    if gemm.K // gemm.groups % elements:
+        return f"the outputs of a group must be a multiple of {elements}, got {gemm.K}"
+    if gemm.M >= 2**31 - 1025:  # the end of the last tile must fit in an int
+        return "the output has more than 2^31 pixels"
+    return None if tiles() else "the native build has no tiles of the CUDA convolution"
 
 
-def reaches(problem: Problem, geometry: Geometry) -> bool:
+def reaches(problem: Problem) -> bool:
     """Whether the TMA can address this convolution in Hopper's kernel; same conditions as
     covers_sm90 in csrc/cuda/convolution/sm90/launch.cu."""
-    kernel = problem.R, problem.S
-    if (kernel, geometry.stride, geometry.padding) == ((1, 1), (1, 1), (0, 0)):
+    (_, C, *kernel), g = problem.weight_shape, problem.geometry
+    if (kernel, g.stride, g.padding) == ([1, 1], (1, 1), (0, 0)):
         return True
-    if problem.groups > 1 and problem.C % (_STEP_BYTES // 2) != 0:
+    if g.groups > 1 and C % (_STEP_BYTES // 2) != 0:
         return False
 
     def fits(size: int, stride: int, padding: int, dilation: int) -> bool:
@@ -91,40 +96,38 @@ def reaches(problem: Problem, geometry: Geometry) -> bool:
         corners = padding <= _MAX_CORNER and -_MAX_CORNER <= padding - reach < _MAX_CORNER
         return corners and reach < 2 * _MAX_CORNER and stride <= 8
 
-    return all(map(fits, kernel, *geometry))
+    return all(map(fits, kernel, *g[:3]))
 
 
-def _hopper(problem: Problem, capability: tuple[int, int]) -> bool:
-    """Whether Hopper's tiles support this problem; `reaches` checks padding and dilation."""
-    size, stride, groups = max(problem.R, problem.S), problem.stride, problem.groups
+def _hopper(gemm: Gemm, target: Target) -> bool:
+    """Whether Hopper's tiles support this; `reaches` checks padding and dilation."""
+    size, stride, groups = max(gemm.R, gemm.S), gemm.stride, gemm.groups
     return (
-        capability == (9, 0)
-        # In a build for sm_90 (without "a") these kernels consist of a trap only.
-        and registry.cuda_kernels().built_for("9.0a")
-        and _itemsize(problem.operands) == 2
-        and (groups == 1 or problem.C % (_STEP_BYTES // 2) == 0 or size == stride == 1)
+        target.architecture == "sm_90a"
+        and _itemsize(gemm.operands) == 2
+        and (groups == 1 or gemm.C % (_STEP_BYTES // 2) == 0 or size == stride == 1)
         and size <= _MAX_CORNER
         and stride <= 8
     )
 
 
-def _steps(problem: Problem) -> int:
-    elements = 16 // _itemsize(problem.operands)
-    channels = math.ceil(problem.C / elements) * 16
-    return math.ceil(problem.R * problem.S * channels / _STEP_BYTES)
+def _steps(gemm: Gemm) -> int:
+    elements = 16 // _itemsize(gemm.operands)
+    channels = math.ceil(gemm.C / elements) * 16
+    return math.ceil(gemm.R * gemm.S * channels / _STEP_BYTES)
 
 
-def _tiles_of(tile: dict[str, int], problem: Problem) -> int:
-    over_n = math.ceil(problem.K // problem.groups / tile["block_n"])
-    return math.ceil(problem.M / tile["block_m"]) * over_n * problem.groups
+def _tiles_of(tile: dict[str, int], gemm: Gemm) -> int:
+    over_n = math.ceil(gemm.K // gemm.groups / tile["block_n"])
+    return math.ceil(gemm.M / tile["block_m"]) * over_n * gemm.groups
 
 
-def candidates(problem: Problem, capability: tuple[int, int]) -> list[CudaConfig]:
-    stem = [CudaConfig(STEM)] if is_stem(problem) else []
-    return stem + _tile_configs(problem, _hopper(problem, capability))
+def candidates(gemm: Gemm, target: Target) -> list[CudaConfig]:
+    stem = [CudaConfig(STEM)] if is_stem(gemm) else []
+    return stem + _tile_configs(gemm, _hopper(gemm, target))
 
 
-def _tile_configs(problem: Problem, hopper: bool) -> list[CudaConfig]:
+def _tile_configs(gemm: Gemm, hopper: bool) -> list[CudaConfig]:
     configs = []
     for index, tile in enumerate(tiles()):
         if tile["architecture"] == 90 and not hopper:
@@ -135,43 +138,37 @@ def _tile_configs(problem: Problem, hopper: bool) -> list[CudaConfig]:
             tile["architecture"] == 80
             and tile["block_m"] <= _MAX_SPLIT_ROWS
             and splits <= _MAX_SPLITS
-            and _steps(problem) >= 4 * splits
+            and _steps(gemm) >= 4 * splits
         ):
             configs.append(CudaConfig(index, splits))
             splits *= 2
     return configs
 
 
-def choose(problem: Problem, capability: tuple[int, int], processors: int) -> CudaConfig:
+def choose(gemm: Gemm, target: Target, processors: int) -> CudaConfig:
     """For a problem without measurements: the stem's kernel for the stem, else a tile."""
-    return CudaConfig(STEM) if is_stem(problem) else choose_tile(problem, capability, processors)
+    return CudaConfig(STEM) if is_stem(gemm) else _cheapest(gemm, processors, _hopper(gemm, target))
 
 
-def choose_tile(
-    problem: Problem, capability: tuple[int, int], processors: int, reached: bool = True
-) -> CudaConfig:
-    """The tile with the least estimated time; `reached` is the result of `reaches`, without which
-    only sm_80's tiles are used."""
-    return _cheapest(problem, processors, reached and _hopper(problem, capability))
+def choose_tile(problem: Problem, target: Target, processors: int) -> CudaConfig:
+    """The tile with the least estimated time for a convolution of any padding and dilation."""
+    gemm = problem.gemm()
+    return _cheapest(gemm, processors, reaches(problem) and _hopper(gemm, target))
 
 
-def fitting(
-    config: CudaConfig,
-    problem: Problem,
-    capability: tuple[int, int],
-    processors: int,
-    reached: bool,
-) -> CudaConfig:
+@functools.lru_cache(maxsize=4096)
+def fitting(config: CudaConfig, problem: Problem, target: Target, processors: int) -> CudaConfig:
     """`config` if its kernel supports this convolution, else a tile that does. Winners are stored
-    per `Problem`, which has no padding and dilation, and per GPU, regardless of the build."""
+    per `Gemm`, which has no padding and dilation, and per GPU, regardless of the build."""
     hopper = config.tile != STEM and tiles()[config.tile]["architecture"] == 90
-    if config.tile == STEM or (hopper and not (reached and _hopper(problem, capability))):
-        return choose_tile(problem, capability, processors, reached)
+    fits = not hopper or (reaches(problem) and _hopper(problem.gemm(), target))
+    if config.tile == STEM or not fits:
+        return choose_tile(problem, target, processors)
     return config
 
 
 @functools.lru_cache(maxsize=4096)
-def _cheapest(problem: Problem, processors: int, hopper: bool) -> CudaConfig:
+def _cheapest(gemm: Gemm, processors: int, hopper: bool) -> CudaConfig:
     """The tile with the least estimated time, in products per multiprocessor.
 
     A step of a wave of tiles takes the longer of the times of its products and of its loads; 64
@@ -185,14 +182,14 @@ def _cheapest(problem: Problem, processors: int, hopper: bool) -> CudaConfig:
         tile = tiles()[config.tile]
         m, n = tile["block_m"], tile["block_n"]
         bulk = tile["architecture"] == 90
-        waves = math.ceil(_tiles_of(tile, problem) * config.splits / processors)
+        waves = math.ceil(_tiles_of(tile, gemm) * config.splits / processors)
         per_step = max(m * n / (1.6 if bulk else 1.0), 64 * (m + n))
-        steps = math.ceil(_steps(problem) / config.splits)
+        steps = math.ceil(_steps(gemm) / config.splits)
         extra = 4 + waves * steps if bulk else waves * (steps + 4)
         # Splits write and read partial sums, estimated at 10 %.
         return extra * per_step * (1.0 if config.splits == 1 else 1.1)
 
-    return min(_tile_configs(problem, hopper), key=cost)
+    return min(_tile_configs(gemm, hopper), key=cost)
 
 
 def pack_stem(weight: Tensor) -> Tensor:
@@ -205,7 +202,7 @@ def run_stem(conv: Any, x: Tensor, pool: bool) -> Tensor:
     if x.dtype not in (torch.float32, conv.dtype):
         x = x.to(conv.dtype)
     weight = conv.cached("stem", lambda: pack_stem(conv.weight))
-    return ops().stem(x, weight, conv.scale, conv.shift, pool)
+    return ops(x).stem(x, weight, conv.scale, conv.shift, pool)
 
 
 def run_conv(
@@ -223,9 +220,9 @@ def run_conv(
     rows = weight.as_strided((K, R, S, C), (R * S * C, S * C, C, 1))
     if residual is not None:
         residual = aligned(residual)
-    ops().implicit_gemm(
+    ops(x).implicit_gemm(
         x, rows, conv.scale, conv.shift, residual, y, relu,
-        *conv.geometry, conv.groups, config.tile, config.splits,
+        *conv.geometry, config.tile, config.splits,
     )  # fmt: skip
 
 
@@ -239,8 +236,11 @@ def aligned(t: Tensor) -> Tensor:
     return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
 
 
-def ops() -> Any:
-    """The CUDA kernels of the provider in use."""
-    kernels = registry.cuda_kernels().kernels
-    assert kernels is not None
-    return kernels()
+def ops(x: Tensor) -> Any:
+    """The CUDA kernels for x's device."""
+    return registry.gpu_provider("native", x.device.type).kernels()
+
+
+def target(device: torch.device) -> Target:
+    """What the CUDA kernels for tensors on `device` run on."""
+    return registry.gpu_provider("native", device.type).target(device)

@@ -6,9 +6,7 @@ import functools
 
 from fused_resnet.kernels import registry
 
-from .cuda import CUDA
 from .empty import Empty
-from .native import Native
 from .protocol import Passes
 
 _portable: list[Passes] = []
@@ -24,20 +22,12 @@ def portable() -> Passes:
 
 
 @functools.cache
-def _native() -> Native:
-    return Native()
-
-
-@functools.cache
 def empty() -> Empty:
     """The passes of an empty batch on one of several processes with synchronised norms."""
     return Empty()
 
 
-def passes_for(device_type: str, backend: str) -> Passes:
-    """The passes for tensors on such a device, where `backend` computes bn_add_relu."""
-    if registry.gpu_kernels(device_type) and registry.emulated(backend) == "native":
-        return CUDA
-    if device_type != "cpu" or backend != "native":
-        return portable()
-    return _native()
+def passes_for(device_type: str) -> Passes:
+    """The passes for tensors on such a device, by the provider that computes bn_add_relu."""
+    backend = registry.choose("bn_add_relu", device_type)
+    return registry.provider(backend, device_type).passes() or portable()

@@ -10,7 +10,7 @@ the ReLU's mask and computes the sums of the norm's gradient, so no pass reads d
 
     dx = conv's gradient,   g = dx * !(relu(norm(z)) <= 0),   sum g, sum g * (z - mean)
 
-This gradient is itself a convolution of stride 1 (`turned`), with its own `Problem`.
+This gradient is itself a convolution of stride 1 (`turned`), with its own `Gemm`.
 
 `tuning` selects the provider of each convolution from the measurements of `fused-resnet tune`.
 These kernels are used where native was fastest, with the tile that was. Convolutions without a
@@ -40,11 +40,11 @@ from torch import Tensor
 from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig, aligned
-from fused_resnet.kernels.problem import Layer, Problem, geometry_of, operands_of, output_shape
-from fused_resnet.kernels.target import capability, multiprocessors
+from fused_resnet.kernels.problem import Geometry, Problem, output_shape
+from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last_empty, channels_last_strides, dense, like
 
-from .protocol import Geometry, Norm, Normed, NormGradients, Passes, gradient_padding, vector
+from .protocol import Norm, Normed, NormGradients, Passes, gradient_padding, vector
 
 
 class Cuda(Passes):
@@ -58,14 +58,14 @@ class Cuda(Passes):
         x = dense(x)
         residual = None if residual is None else like(residual, x)
         norm = vector(weight, x), vector(bias, x)
-        return implicit_gemm.ops().bn_add_relu(x, *norm, residual, eps, relu)
+        return implicit_gemm.ops(x).bn_add_relu(x, *norm, residual, eps, relu)
 
     def bn_add_relu_backward(
         self, dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x = dense(x)
         y = None if y is None else like(y, x)
-        op = implicit_gemm.ops().bn_add_relu_backward
+        op = implicit_gemm.ops(x).bn_add_relu_backward
         return op(like(dy, x), x, y, vector(weight, x), *rest)
 
     def _config(self, x: Tensor, weight: Tensor, g: Geometry) -> Any:
@@ -73,20 +73,16 @@ class Cuda(Passes):
         out = output_shape(x.shape, weight.shape, *g)
         if out is None or x.stride() != channels_last_strides(x.shape):
             return None
-        K, C, R, S = weight.shape
-        if C * x.element_size() % 16 or not registry.gpu_kernels(x.device.type):
+        on_gpu = registry.target(x.device).vendor != "cpu"
+        if weight.shape[1] * x.element_size() % 16 or not on_gpu:
             return None
-        pixels = out[0] * out[2] * out[3]
-        problem = Problem(pixels, K, C, R, S, g.groups, g.stride[1], operands_of(x.dtype))
-        choice = tuning.choice(problem, x.device, registry.gpu_conv_backends())
+        problem = Problem("conv_bn_relu", x.dtype, weight.shape, g, x.shape)
+        choice = tuning.choice_for(problem, x.device)
         forced = registry.forced() is not None
-        if choice is None or choice.backend != "native":
+        if choice.backend != "native" or (not forced and math.isinf(choice.time_s)):
             return None
-        if not forced and math.isinf(choice.time_s):
-            return None
-        reached = implicit_gemm.reaches(problem, geometry_of(*g[:3]))
-        device = capability(x.device), multiprocessors(x.device)
-        config = implicit_gemm.fitting(choice.config, problem, *device, reached)
+        target = implicit_gemm.target(x.device)
+        config = implicit_gemm.fitting(choice.config, problem, target, multiprocessors(x.device))
         # The stem's kernel computes no statistics, and the tile that replaces it was not measured.
         return config if forced or config == choice.config else None
 
@@ -106,7 +102,7 @@ class Cuda(Passes):
         assert out is not None
         z = channels_last_empty(out, x)
         rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, R, S, C)
-        statistics, pixels = implicit_gemm.ops().convolution_statistics(
+        statistics, pixels = implicit_gemm.ops(x).convolution_statistics(
             aligned(x), aligned(rows), z, g.stride, g.padding, g.dilation,
             g.groups, config.tile, config.splits,
         )  # fmt: skip
@@ -132,7 +128,7 @@ class Cuda(Passes):
         x, norm, (mean, var, rest) = normed
         z = channels_last_empty((x.shape[0], weight.shape[0], *x.shape[2:]), x)
         rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, 1, 1, C)
-        statistics, pixels = implicit_gemm.ops().normalised_convolution_statistics(
+        statistics, pixels = implicit_gemm.ops(x).normalised_convolution_statistics(
             aligned(x), mean, var, rest, vector(norm.weight, x), vector(norm.bias, x),
             norm.eps, aligned(rows), z, config.tile,
         )  # fmt: skip
@@ -140,7 +136,7 @@ class Cuda(Passes):
 
     def _merged(self, statistics: Tensor, z: Tensor, pixels: int) -> tuple[Tensor, ...]:
         count = z.numel() // z.shape[1]
-        return tuple(implicit_gemm.ops().bn_merge_statistics(statistics, count, pixels))
+        return tuple(implicit_gemm.ops(z).bn_merge_statistics(statistics, count, pixels))
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
@@ -167,7 +163,7 @@ class Cuda(Passes):
             return super().apply(normed, residual, relu)
         if isinstance(residual, Normed):
             residual = self.apply(residual, None, relu=False)
-        return implicit_gemm.ops().bn_normalise(
+        return implicit_gemm.ops(x).bn_normalise(
             x, mean, var, rest, vector(norm.weight, x), vector(norm.bias, x), residual, norm.eps,
             relu,
         )  # fmt: skip
@@ -219,7 +215,7 @@ class Cuda(Passes):
         x, norm, (mean, var, rest) = normed
         rows = turned_rows(weight, g.groups, dy.dtype)
         dx = channels_last_empty(x.shape, dy)
-        sums = implicit_gemm.ops().convolution_gradient_sums(
+        sums = implicit_gemm.ops(x).convolution_gradient_sums(
             aligned(dy), rows, dx, aligned(x), mean, var, rest,
             vector(norm.weight, x), vector(norm.bias, x), norm.eps, padding, g.dilation, g.groups,
             config.tile, config.splits,
@@ -232,7 +228,7 @@ class Cuda(Passes):
         if sums is None:
             return super().norm_gradients_from_sums(sums, dy, y, normed)
         x, norm, (mean, var, _) = normed
-        gradients = implicit_gemm.ops().bn_gradient_by_sums(
+        gradients = implicit_gemm.ops(x).bn_gradient_by_sums(
             dy, x, sums, vector(norm.weight, x), mean, var, norm.eps
         )
         return NormGradients(*gradients)
@@ -260,16 +256,16 @@ def _turned_geometry(g: Geometry, padding: list[int]) -> Geometry:
     return Geometry((1, 1), (padding[0], padding[1]), g.dilation, g.groups)
 
 
-def gradient_layer(layer: Layer) -> Layer | None:
+def gradient_layer(layer: Problem) -> Problem | None:
     """The convolution that is a layer's input gradient; None if it is not a convolution."""
-    weight = torch.empty(layer.weight_shape, device="meta")
-    g = Geometry(*layer.geometry, layer.groups)
+    weight, g = torch.empty(layer.weight_shape, device="meta"), layer.geometry
     padding = gradient_padding(weight, g)
     if padding is None:
         return None
-    shape = tuple(turned(weight, layer.groups).shape)
-    geometry = geometry_of(*_turned_geometry(g, padding)[:3])
-    return Layer(layer.y_shape, shape, layer.x_shape, geometry, layer.groups)
+    shape = tuple(turned(weight, g.groups).shape)
+    return layer._replace(
+        weight_shape=shape, geometry=_turned_geometry(g, padding), x_shape=layer.y_shape
+    )
 
 
 CUDA = Cuda()

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels.problem import Geometry
 
 from . import collectives
 from .native import Native
-from .protocol import Geometry, Normed, NormGradients
+from .protocol import Normed, NormGradients
 
 
 class Empty(Native):

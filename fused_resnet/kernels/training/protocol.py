@@ -16,15 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.dtypes import accumulate_dtype
-
-
-class Geometry(NamedTuple):
-    """A convolution's stride, padding and dilation in pixels, (height, width), and its groups."""
-
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
+from fused_resnet.kernels.problem import Geometry
 
 
 class Norm(NamedTuple):

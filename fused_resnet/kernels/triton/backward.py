@@ -27,7 +27,7 @@ from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
 from .convolution import precision_of, run
-from .support import INTERPRETED, at_most, index_type, launch, launch_on, widened
+from .support import ON_HOST, at_most, index_type, launch, launch_on, widened
 
 BLOCK_K, BLOCK_C = 64, 64
 REGISTERS = 255
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
 
 
 def tile_for(operands: str) -> Tile:
-    """operands: as in `Problem`. Steps of float32 are short because, without tensor cores, a thread
+    """operands: as in `Gemm`. Steps of float32 are short because, without tensor cores, a thread
     holds its operands of a whole step in registers."""
     if operands == "float32":
         return Tile(16, 8, 3)
@@ -113,7 +113,7 @@ def conv_dweight_kernel(
             mask=(in_group < outputs)[:, None] & inside[None, :],
             other=0.0,
         )
-        if INTERPRETED and x.dtype == tl.bfloat16:
+        if ON_HOST and x.dtype == tl.bfloat16:
             x, g = widened(x, tl.float32), widened(g, tl.float32)
         acc = tl.dot(g, x, acc, input_precision=PRECISION)
     at = ((part.to(INDEX) * K + k)[:, None] * (R * S) + tap) * C + c[None, :]
@@ -121,12 +121,13 @@ def conv_dweight_kernel(
 
 
 def convolution_dweight(
-    g: Tensor, x: Tensor, weight_shape: torch.Size, geometry: Geometry, groups: int
+    g: Tensor, x: Tensor, weight_shape: torch.Size, geometry: Geometry
 ) -> Tensor:
     """g: (N, K, P, Q), x: (N, C, H, W), any strides -> dweight (K, C / groups, R, S) float32."""
     g, x = channels_last(g), channels_last(x)
     N, K, P, Q = g.shape
     _, C, R, S = weight_shape
+    groups = geometry.groups
     M, outputs = N * P * Q, K // groups
     block_k = max(16, min(BLOCK_K, triton.next_power_of_2(outputs)))
     block_c = max(16, min(BLOCK_C, triton.next_power_of_2(C)))
@@ -162,7 +163,7 @@ def _taps(size: int, remainder: int, stride: int, padding: int) -> tuple[slice, 
 
 
 def convolution_dx(
-    g: Tensor, weight: Tensor, x_shape: torch.Size, geometry: Geometry, groups: int
+    g: Tensor, weight: Tensor, x_shape: torch.Size, geometry: Geometry
 ) -> Tensor | None:
     """g: (N, K, P, Q), weight: (K, C / groups, R, S), any strides -> dx, x_shape, channels_last;
     None if both stride and dilation exceed 1."""
@@ -170,13 +171,13 @@ def convolution_dx(
         return None
     g = channels_last(g)
     K, C, R, S = weight.shape
+    (step_h, step_w), (pad_h, pad_w), dilation, groups = geometry
     # Exchange inputs and outputs of every group: (K, C, R, S) -> (groups * C, K / groups, R, S)
     exchanged = weight.view(groups, K // groups, C, R, S).transpose(1, 2)
     exchanged = exchanged.reshape(groups * C, K // groups, R, S)
     dx = channels_last_empty(x_shape, g)
     one = torch.ones(groups * C, dtype=torch.float32, device=g.device)
     zero = torch.zeros_like(one)
-    (step_h, step_w), (pad_h, pad_w), dilation = geometry
     for a in range(min(step_h, x_shape[2])):
         for b in range(min(step_w, x_shape[3])):
             part = dx[:, :, a::step_h, b::step_w]
@@ -191,5 +192,6 @@ def convolution_dx(
                 part.zero_()
                 continue
             taps = channels_last(taps)
-            run(g, taps, one, zero, None, part, False, Geometry((1, 1), padding, dilation), groups)
+            stride_1 = Geometry((1, 1), padding, dilation, groups)
+            run(g, taps, one, zero, None, part, False, stride_1)
     return dx

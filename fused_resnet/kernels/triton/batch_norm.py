@@ -37,7 +37,7 @@ from torch import Tensor
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels.target import multiprocessors
 
-from .support import INTERPRETED, accumulate, index_type, launch, launch_on, rounded, widened
+from .support import ON_HOST, accumulate, index_type, launch, launch_on, rounded, widened
 
 TILE = 4096  # elements per tile: 16 per thread of 8 warps
 WARPS = 8
@@ -68,8 +68,8 @@ def _expand_channels(v, CHANNELS_LAST: tl.constexpr):
 def _sum_over_pixels(tile, CHANNELS_LAST: tl.constexpr):
     """The sums of a tile over its pixels: (BLOCK_C,)."""
     if CHANNELS_LAST:
-        # The interpreter adds rows sequentially, a GPU in a tree.
-        if INTERPRETED and tile.shape[0] >= 16:
+        # On the host Triton adds rows sequentially, on a GPU in a tree.
+        if ON_HOST and tile.shape[0] >= 16:
             tile = tl.sum(tl.reshape(tile, (16, tile.shape[0] // 16, tile.shape[1])), 1)
         return tl.sum(tile, 0)
     else:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.problem import Gemm
+from fused_resnet.kernels.target import Target
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ _FLOAT32 = (
     Config(64, 32, 16, 8, 3, resident=1),  # narrow groups, small grids
 )
 SMALL_SHARED_BYTES = 99 * 1024  # limit per program on sm_86, sm_89 and sm_120
+AMD_SHARED_BYTES = 64 * 1024
 
 
 def shared_bytes(config: Config, operands: str) -> int:
@@ -95,55 +97,57 @@ def shared_bytes(config: Config, operands: str) -> int:
     return (config.block_m + config.block_n) * config.block_k * element_bytes * config.stages
 
 
-def configs(operands: str, capability: tuple[int, int]) -> list[Config]:
-    """The configurations for operands (see `Problem`) on a GPU of the compute capability."""
+def configs(operands: str, target: Target) -> list[Config]:
+    """The configurations for operands (see `Gemm`) on the target."""
     if operands == "float32":
         return list(_FLOAT32)
+    capability = target.capability
     if capability[0] in (9, 10):
         return list(_WARPGROUP_TF32 if operands == "tf32" else _WARPGROUP)
     table = _MMA_SYNC_TF32 if operands == "tf32" else _MMA_SYNC
     if capability[0] == 8 and capability not in ((8, 6), (8, 9)):
         return list(table)
     fitting = []
+    limit = AMD_SHARED_BYTES if target.vendor == "amd" else SMALL_SHARED_BYTES
     for c in table:
         stages = c.stages
-        while shared_bytes(replace(c, stages=stages), operands) > SMALL_SHARED_BYTES:
+        while shared_bytes(replace(c, stages=stages), operands) > limit:
             stages -= 1
         fitting.append(replace(c, stages=stages))
     return fitting
 
 
-def groups_per_tile(problem: Problem, block_n: int, block_k: int) -> int:
+def groups_per_tile(gemm: Gemm, block_n: int, block_k: int) -> int:
     """The number of whole groups per tile; 1 if groups are wide or do not divide a tile."""
-    outputs = problem.K // problem.groups
-    if problem.groups == 1 or outputs >= block_n or block_k <= problem.C:
+    outputs = gemm.K // gemm.groups
+    if gemm.groups == 1 or outputs >= block_n or block_k <= gemm.C:
         return 1
-    max_groups = min(block_n // outputs, block_k // problem.C, problem.groups)
-    return math.gcd(1 << (max_groups.bit_length() - 1), problem.groups)
+    max_groups = min(block_n // outputs, block_k // gemm.C, gemm.groups)
+    return math.gcd(1 << (max_groups.bit_length() - 1), gemm.groups)
 
 
-def fitted(config: Config, problem: Problem) -> Config:
+def fitted(config: Config, gemm: Gemm) -> Config:
     """`config` with as many groups per tile as this problem allows."""
-    groups = groups_per_tile(problem, config.block_n, config.block_k)
+    groups = groups_per_tile(gemm, config.block_n, config.block_k)
     return replace(config, groups_per_tile=groups)
 
 
-def tiles(config: Config, problem: Problem) -> int:
-    over_m = math.ceil(problem.M / config.block_m)
+def tiles(config: Config, gemm: Gemm) -> int:
+    over_m = math.ceil(gemm.M / config.block_m)
     if config.groups_per_tile > 1:
-        return over_m * math.ceil(problem.groups / config.groups_per_tile)
-    return over_m * problem.groups * math.ceil(problem.K // problem.groups / config.block_n)
+        return over_m * math.ceil(gemm.groups / config.groups_per_tile)
+    return over_m * gemm.groups * math.ceil(gemm.K // gemm.groups / config.block_n)
 
 
-def steps(config: Config, problem: Problem) -> int:
-    channels = problem.C * config.groups_per_tile
-    return problem.R * problem.S * math.ceil(channels / config.block_k)
+def steps(config: Config, gemm: Gemm) -> int:
+    channels = gemm.C * config.groups_per_tile
+    return gemm.R * gemm.S * math.ceil(channels / config.block_k)
 
 
-def work(config: Config, problem: Problem, processors: int) -> float:
+def work(config: Config, gemm: Gemm, processors: int) -> float:
     """The estimated time, in products per multiprocessor, for comparing configurations: waves of
     tiles, each of whose steps takes the longer of the times of its products and of its loads."""
-    waves = math.ceil(tiles(config, problem) * config.splits / processors)
+    waves = math.ceil(tiles(config, gemm) * config.splits / processors)
     per_step = (
         max(
             config.block_m * config.block_n,
@@ -154,40 +158,40 @@ def work(config: Config, problem: Problem, processors: int) -> float:
         * config.block_k
     )
     # Filling the pipeline and the epilogue of a tile take about as long as four steps.
-    return waves * (math.ceil(steps(config, problem) / config.splits) + 4) * per_step
+    return waves * (math.ceil(steps(config, gemm) / config.splits) + 4) * per_step
 
 
 MAX_SPLITS = 8
 MAX_SPLIT_ROWS = 64  # of a tile: with too few tiles, smaller tiles are preferred to splits
 
 
-def takes_splits(config: Config, problem: Problem, splits: int) -> bool:
+def takes_splits(config: Config, gemm: Gemm, splits: int) -> bool:
     """Whether a tile may be split among `splits` programs, of at least four steps each."""
     allowed = splits <= MAX_SPLITS and config.block_m <= MAX_SPLIT_ROWS
-    return allowed and steps(config, problem) >= 4 * splits
+    return allowed and steps(config, gemm) >= 4 * splits
 
 
-def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
+def candidates(gemm: Gemm, target: Target) -> list[Config]:
     """Every configuration worth measuring for this problem."""
     result = []
-    for listed in configs(problem.operands, capability):
-        config = fitted(listed, problem)
+    for listed in configs(gemm.operands, target):
+        config = fitted(listed, gemm)
         result.append(config)
         splits = 2
-        while takes_splits(config, problem, splits):
+        while takes_splits(config, gemm, splits):
             result.append(replace(config, splits=splits))
             splits *= 2
-        if capability >= (9, 0):
+        if target.capability >= (9, 0):
             # The epilogue of a tile overlaps the first loads of the next.
             result.append(replace(config, persistent=True))
     return result
 
 
-def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Config:
+def choose(gemm: Gemm, target: Target, processors: int) -> Config:
     """The configuration for a problem without measurements: the one with the least `work`."""
 
     def cost(config: Config) -> float:
         # Splits write and read partial sums, estimated at 10 %.
-        return work(config, problem, processors) * (1.0 if config.splits == 1 else 1.1)
+        return work(config, gemm, processors) * (1.0 if config.splits == 1 else 1.1)
 
-    return min((c for c in candidates(problem, capability) if not c.persistent), key=cost)
+    return min((c for c in candidates(gemm, target) if not c.persistent), key=cost)

@@ -30,14 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_resnet.kernels import tuning
-from fused_resnet.kernels.problem import Geometry, Problem, operands_of
-from fused_resnet.kernels.target import multiprocessors
+from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.problem import Gemm, Geometry, Problem, operands_of
+from fused_resnet.kernels.target import Target, multiprocessors
 from fused_resnet.layout import channels_last
 
 from . import configs
 from .configs import Config
-from .support import INTERPRETED, at_most, index_type, launch, launch_on, rounded, widened
+from .support import ON_HOST, at_most, index_type, launch, launch_on, rounded, widened
 
 EPILOGUE_BITS = tl.constexpr(512)  # of one row of a tile per epilogue: two sectors
 
@@ -135,7 +135,7 @@ def _sums(
         b = tl.load(
             weight_ptr + weight_row[None, :] + (tap * C + weight_c)[:, None], mask=in_b, other=0.0
         )
-        if INTERPRETED and a.dtype == tl.bfloat16:
+        if ON_HOST and a.dtype == tl.bfloat16:
             a, b = widened(a, tl.float32), widened(b, tl.float32)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
@@ -334,7 +334,6 @@ def run(
     y: Tensor,
     relu: bool,
     geometry: Geometry,
-    groups: int,
     config: Config | None = None,
 ) -> Tensor:
     """Writes y and returns it. x: (N, C, H, W); y, residual: (N, K, P, Q), with the same strides.
@@ -343,12 +342,12 @@ def run(
     N, K, P, Q = y.shape
     H, W = x.shape[2:]
     C, R, S = weight.shape[1:]
-    problem = Problem(N * P * Q, K, C, R, S, groups, geometry.stride[1], operands_of(x.dtype))
+    groups = geometry.groups
+    M, outputs = N * P * Q, K // groups
     if config is None:
-        choice = tuning.choice(problem, x.device, ("triton",))
-        assert choice is not None  # Triton covers every problem
-        config = choice.config
-    M, outputs = problem.M, K // groups
+        gemm = Gemm(M, K, C, R, S, groups, geometry.stride[1], operands_of(x.dtype))
+        provider = registry.gpu_provider("triton", x.device.type)
+        config = tuning.choice(gemm, x.device, (provider,)).config
     # x is then an (M, C) matrix.
     pointwise = (
         R * S == 1
@@ -417,24 +416,27 @@ def run_length(C: int, S: int) -> int:
 CONFIG = Config
 
 
-def covers(problem: Problem, capability: tuple[int, int]) -> bool:
-    return True
+def supports(problem: Problem, target: Target) -> str | None:
+    """None if the kernel computes the convolution, else the reason in one line."""
+    if problem.dtype == torch.float64:
+        return "the Triton convolution accumulates in float32, too little for float64"
+    return None
 
 
-def kernel_problem(problem: Problem) -> Problem:
-    """The problem as the kernel computes it, with a row of taps as one run if `takes_runs`."""
-    C, S = problem.C, problem.S
-    if not takes_runs(C, S, 1, problem.groups):
-        return problem
-    return problem._replace(C=run_length(C, S), S=1)
+def kernel_gemm(gemm: Gemm) -> Gemm:
+    """`gemm` as the kernel computes it, with a row of taps as one run if `takes_runs`."""
+    C, S = gemm.C, gemm.S
+    if not takes_runs(C, S, 1, gemm.groups):
+        return gemm
+    return gemm._replace(C=run_length(C, S), S=1)
 
 
-def candidates(problem: Problem, capability: tuple[int, int]) -> list[Config]:
-    return configs.candidates(kernel_problem(problem), capability)
+def candidates(gemm: Gemm, target: Target) -> list[Config]:
+    return configs.candidates(kernel_gemm(gemm), target)
 
 
-def choose(problem: Problem, capability: tuple[int, int], processors: int) -> Config:
-    return configs.choose(kernel_problem(problem), capability, processors)
+def choose(gemm: Gemm, target: Target, processors: int) -> Config:
+    return configs.choose(kernel_gemm(gemm), target, processors)
 
 
 def run_conv(
@@ -447,10 +449,10 @@ def run_conv(
 ) -> None:
     """Writes the output of a `GpuConv` to y. x, residual, y: channels_last."""
     geometry, weight = conv.geometry, conv.weight
-    if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], conv.groups):
+    if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], geometry.groups):
         weight = conv.cached("triton", lambda: taps_in_runs(weight))
         x, geometry = in_runs(x, conv.weight.shape, geometry)
-    run(x, weight, conv.scale, conv.shift, residual, y, relu, geometry, conv.groups, config)
+    run(x, weight, conv.scale, conv.shift, residual, y, relu, geometry, config)
 
 
 def in_runs(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels.target import Target, target_of
+
 MIN_VERSION = (3, 6)  # of Triton
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies; Triton's own minimum for both
 
@@ -26,33 +28,34 @@ except Exception as error:  # not installed, or incompatible with this torch
     IMPORT_ERROR = f"{type(error).__name__}: {error}"
 
 
-def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 at its import)."""
+def on_host() -> bool:
+    """Whether Triton runs kernels on the host (triton.knobs.runtime.interpret)."""
     return IMPORT_ERROR is None and bool(triton.knobs.runtime.interpret)
 
 
 # Options of every launch. As everywhere in this package, a product and a sum may be fused into one
 # rounding. Without the option, Triton 3.9 warns, and 3.10 will not fuse.
 OPTIONS = {"enable_fp_fusion": True}
-# The interpreter patches functions of triton.language while a kernel runs: one thread at a time.
-_INTERPRETER_LOCK = threading.Lock()
+# On the host Triton patches its own functions while a kernel runs: one thread at a time.
+_HOST_LOCK = threading.Lock()
 
 
 def at_most(registers: int) -> dict[str, int]:
     """The launch option that limits a thread's registers; AMD's compiler has none."""
-    return {} if torch.version.hip else {"maxnreg": registers}
+    amd = target_of(torch.device("cuda")).vendor == "amd"
+    return {} if amd else {"maxnreg": registers}
 
 
 if IMPORT_ERROR is None:
-    # Triton's interpreter (3.6 to 3.9) truncates float32 to bfloat16, loses bfloat16's subnormal
+    # On the host Triton (3.6 to 3.9) truncates float32 to bfloat16, loses bfloat16's subnormal
     # values in both directions, and multiplies bfloat16 matrices wrongly. The kernels work around
     # all three there.
-    INTERPRETED = tl.constexpr(interpreting())
+    ON_HOST = tl.constexpr(on_host())
 
     @triton.jit
     def widened(v, dtype: tl.constexpr):
         """v, of any floating dtype, converted to float32 or float64."""
-        if INTERPRETED and v.dtype == tl.bfloat16:
+        if ON_HOST and v.dtype == tl.bfloat16:
             bits = v.to(tl.int16, bitcast=True).to(tl.int32) << 16
             return bits.to(tl.float32, bitcast=True)
         else:
@@ -61,7 +64,7 @@ if IMPORT_ERROR is None:
     @triton.jit
     def rounded(v, dtype: tl.constexpr):
         """v, float32 or float64, rounded to dtype: to nearest, ties to even."""
-        if INTERPRETED and dtype == tl.bfloat16:
+        if ON_HOST and dtype == tl.bfloat16:
             bits = v.to(tl.int32, bitcast=True)
             even = bits + 0x7FFF + ((bits >> 16) & 1)
             bits = tl.where(v == v, even, 0x7FC00000) >> 16
@@ -76,24 +79,21 @@ if IMPORT_ERROR is None:
 
 
 @functools.cache
-def unavailable(device_type: str) -> str | None:
-    """None if the Triton kernels support tensors on the device, else the reason in one line."""
+def unavailable(target: Target, device_type: str) -> str | None:
+    """None if Triton compiles for the target and its kernels run on tensors on `device_type`, else
+    the reason in one line."""
     if IMPORT_ERROR is not None:
         return f"Triton cannot be imported ({IMPORT_ERROR}): pip install triton"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < MIN_VERSION:
         required = ".".join(map(str, MIN_VERSION))
         return f"Triton {triton.__version__} is too old: {required} or later is required"
-    if interpreting():
-        return None
-    if device_type != "cuda":
-        return "Triton kernels need a GPU or Triton's interpreter (TRITON_INTERPRET=1)"
-    if not torch.cuda.is_available():
+    if target.vendor not in ("nvidia", "amd"):
+        return "Triton kernels need a GPU"
+    if target.architecture == "none":
         return "no CUDA device is available"
-    capability = torch.cuda.get_device_capability()
-    if torch.version.hip is None and capability < MIN_CAPABILITY:
-        name = "sm_{}{}".format(*capability)
-        return f"Triton kernels need a GPU of sm_80 or later, this is {name}"
+    if target.vendor == "nvidia" and target.capability < MIN_CAPABILITY:
+        return f"Triton kernels need a GPU of sm_80 or later, this is {target.architecture}"
     return probe(device_type)
 
 
@@ -113,8 +113,8 @@ def probe(device_type: str) -> str | None:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Runs kernel[grid](*args, **constants), which compiles the kernel at the first launch."""
-    if interpreting():
-        with _INTERPRETER_LOCK:
+    if on_host():
+        with _HOST_LOCK:
             kernel[grid](*args, **constants)
         return
     with_fallback_cache(lambda: kernel[grid](*args, **constants, **OPTIONS))

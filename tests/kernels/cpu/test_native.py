@@ -11,13 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_resnet.kernels import native
+from fused_resnet.kernels import native, registry
 from fused_resnet.kernels.cpu import convolution
-from tests.ops.op_cases import DTYPES, randn, same
+from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.problem import convolution as problem_of
+from tests.ops.op_cases import DTYPES, fused_conv, randn, same
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
 ops = torch.ops.fused_resnet_native
 LAST = torch.channels_last
+
+
+def supported(dtype: torch.dtype) -> bool:
+    """Whether this processor has convolutions of `dtype`."""
+    common = Problem("conv_bn_relu", dtype, (64, 64, 1, 1))
+    return registry.missing(common, "native", "cpu") is None
 
 
 def channels_last(shape, dtype) -> torch.Tensor:
@@ -116,9 +124,10 @@ def test_pad_rows(dtype):
 
 
 def test_convolution_rejects_invalid_operands():
-    if not convolution.supports(torch.float32):
+    if not supported(torch.float32):
         pytest.skip("the native convolution needs a processor with AVX2")
-    conv = convolution.NativeConv(
+    conv = fused_conv(
+            convolution.NativeConv,
         torch.randn(70, 32, 3, 3), torch.ones(70), torch.zeros(70), torch.float32,
         (1, 1), (1, 1), (1, 1), 1,
     )  # fmt: skip
@@ -134,7 +143,8 @@ def test_convolution_rejects_invalid_operands():
             conv.run(bad, None, True)
     with pytest.raises(RuntimeError, match="residual must be float32 of shape"):
         conv.run(x, x, True)
-    strided = convolution.NativeConv(
+    strided = fused_conv(
+            convolution.NativeConv,
         torch.randn(64, 32, 3, 3), torch.ones(64), torch.zeros(64), torch.float32,
         (2, 2), (1, 1), (1, 1), 1,
     )  # fmt: skip
@@ -164,7 +174,7 @@ CASES = {
 def test_bfloat16_by_dot_product_and_in_float32(case, widened):
     """relu(conv * scale + shift + residual) is within one rounding of float64, also when it
     overwrites the residual."""
-    if not convolution.supports(torch.bfloat16):
+    if not supported(torch.bfloat16):
         pytest.skip("the native convolution needs a processor with AVX2")
     shape, K, kernel, *geometry = CASES[case]
     try:
@@ -173,11 +183,15 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
             pytest.skip("this processor has no dot product of bfloat16")
         weight = torch.randn(K, shape[1] // geometry[-1], *kernel) / 8
         scale, shift = torch.rand(K) + 0.5, torch.randn(K)
-        if not convolution.covers(weight.shape, torch.bfloat16, (geometry[2],) * 2, geometry[3]):
-            assert not widened
-            pytest.skip("unsupported by the native convolution")
         pairs = [(n, n) for n in geometry[:3]]
-        conv = convolution.NativeConv(weight, scale, shift, torch.bfloat16, *pairs, geometry[3])
+        problem = problem_of(weight.shape, torch.bfloat16, *pairs, geometry[3])
+        reason = registry.missing(problem, "native", "cpu")
+        if reason is not None:
+            assert not widened
+            pytest.skip(reason)
+        conv = fused_conv(
+            convolution.NativeConv, weight, scale, shift, torch.bfloat16, *pairs, geometry[3]
+        )
         winograd = case.startswith("Winograd") and (widened or "4 x 4" in case)
         assert (conv._winograd is not None) == winograd
         x = channels_last(shape, torch.bfloat16)
@@ -200,14 +214,22 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
 @pytest.mark.parametrize(("C", "K"), [(32, 48), (16, 16), (64, 64)])
 def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
     """Winograd sums may overflow where the convolution's do not: 3e38 - (-3e38) is Inf."""
-    if not convolution.supports(dtype):
+    if not supported(dtype):
         pytest.skip("the native convolution needs a processor with AVX2")
     weight = torch.zeros(K, C, 3, 3)
     weight[:, :, 1, 1] = torch.eye(K, C)
     native.widen_bfloat16(True)
     try:
-        conv = convolution.NativeConv(
-            weight, torch.ones(K), torch.zeros(K), dtype, (1, 1), (1, 1), (1, 1), 1
+        conv = fused_conv(
+            convolution.NativeConv,
+            weight,
+            torch.ones(K),
+            torch.zeros(K),
+            dtype,
+            (1, 1),
+            (1, 1),
+            (1, 1),
+            1,
         )
     finally:
         native.widen_bfloat16(None)
@@ -232,11 +254,12 @@ def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
 
 
 def test_overwriting_the_residual_gives_equal_results():
-    if not convolution.supports(torch.float32):
+    if not supported(torch.float32):
         pytest.skip("the native convolution needs a processor with AVX2")
-    for dtype in filter(convolution.supports, (torch.float32, torch.bfloat16)):
+    for dtype in filter(supported, (torch.float32, torch.bfloat16)):
         for groups in (1, 5):
-            conv = convolution.NativeConv(
+            conv = fused_conv(
+            convolution.NativeConv,
                 torch.randn(80, 60 // groups, 3, 3), torch.rand(80), torch.randn(80), dtype,
                 (1, 1), (1, 1), (1, 1), groups,
             )  # fmt: skip
@@ -254,11 +277,19 @@ def test_result_does_not_depend_on_thread_count():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         outputs = [ops.add_relu(x, x), ops.max_pool2d(x, [3], [2], [1]), ops.mean_pool(x)]
-        if convolution.supports(torch.float32):
+        if supported(torch.float32):
             g = torch.Generator().manual_seed(0)
             w = torch.randn(96, 64, 3, 3, generator=g)
-            conv = convolution.NativeConv(
-                w, torch.ones(96), torch.zeros(96), torch.float32, (1, 1), (1, 1), (1, 1), 1
+            conv = fused_conv(
+                convolution.NativeConv,
+                w,
+                torch.ones(96),
+                torch.zeros(96),
+                torch.float32,
+                (1, 1),
+                (1, 1),
+                (1, 1),
+                1,
             )
             outputs.append(conv.run(x, None, False))
         results.append(outputs)

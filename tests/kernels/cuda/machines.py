@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.cuda import cudnn
 from tests.emulator import emulation
 
 _device = "cpu"
@@ -47,6 +49,18 @@ def to_device(t: Tensor | None) -> Tensor | None:
         return t
     memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(_device)
     return memory.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def as_if_on_a_gpu(monkeypatch: Any, backends: tuple[str, ...]) -> None:
+    """For CPU tensors, `backends` support every convolution, "native" by the emulator."""
+    emulation.load()
+    native = registry.provider("emulated", "cpu")
+    vendor = registry.provider("vendor", "cuda")
+    monkeypatch.setitem(registry._providers, ("native", "cpu"), native)
+    monkeypatch.setitem(registry._providers, ("vendor", "cpu"), vendor)
+    monkeypatch.setattr(registry, "target", native.target)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: backends)
+    monkeypatch.setattr(cudnn, "choose", lambda *_: None)
 
 
 def seed(number: int) -> None:

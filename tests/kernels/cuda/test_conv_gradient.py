@@ -15,9 +15,9 @@ from torch import Tensor
 
 import fused_resnet as fr
 from fused_resnet.bench.layers import layers_of
-from fused_resnet.kernels import measure, native, registry, tuning
+from fused_resnet.kernels import measure, registry, tuning
 from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
-from fused_resnet.kernels.problem import Problem, problem_of
+from fused_resnet.kernels.problem import Gemm
 from fused_resnet.kernels.training.cuda import CUDA, Cuda
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 from fused_resnet.ops import reference
@@ -483,13 +483,9 @@ def test_only_measured_winners_of_the_gradient_are_used_unless_forced(monkeypatc
     normed = Normed(torch.empty(2, 16, 9, 7), Norm(None, None, 1e-5), (vector, vector, vector))
     ours = tuning.Choice("native", CudaConfig(SMALLEST.number), 1e-5)
     vendor = tuning.Choice("vendor", None, 1e-6)
-    forward = Problem(2 * 9 * 7, 24, 16, 3, 3, 1, 1, "bfloat16")
+    forward = Gemm(2 * 9 * 7, 24, 16, 3, 3, 1, 1, "bfloat16")
     turned = forward._replace(K=16, C=24)
-    monkeypatch.setattr(registry, "gpu_kernels", lambda kind: True)
-    monkeypatch.setattr(registry, "gpu_conv_backends", lambda: ("vendor", "native"))
-    monkeypatch.setattr(registry.gpu_convolution("vendor"), "covers", lambda *_: True)
-    monkeypatch.setattr(registry.gpu_convolution("vendor"), "choose", lambda *_: None)
-    monkeypatch.setattr(native, "built_for", lambda arch: True)
+    machines.as_if_on_a_gpu(monkeypatch, ("vendor", "native"))
 
     def config(measured: Any, normed: Normed = normed, g: Geometry = g) -> Any:
         monkeypatch.setattr(tuning, "winners", lambda device: measured)
@@ -512,24 +508,29 @@ MODELS = ("resnet50", "resnext50_32x4d")
 
 def test_gradients_are_tuned():
     """The input gradient of every convolution of stride 1 of a network, if native supports it."""
-    layers = [layer for name in MODELS for layer in layers_of(name, 2, 64)]
+    emulation.load()
     device, dtype = torch.device("cpu"), torch.bfloat16
-    problems = measure.problems(layers, device, ("native", "vendor"), dtype)
-    forward = {problem_of(layer, dtype) for layer in layers}
+    layers = [layer for name in MODELS for layer in layers_of(name, 2, dtype, 64)]
+    native, vendor = registry.provider("emulated", "cpu"), registry.provider("vendor", "cuda")
+    problems = measure.problems(layers, device, (native, vendor))
+    forward = {layer.gemm() for layer in layers}
     want = set()
-    for (N, C, H, W), (K, each, R, S), _, geometry, groups in layers:
-        if geometry.stride == (1, 1) and not (each % 8 or K // groups % 8):
-            want.add(Problem(N * H * W, C, K // groups, R, S, groups, 1, "bfloat16"))
+    for layer in layers:
+        (N, C, H, W), (K, each, R, S) = layer.x_shape, layer.weight_shape
+        groups = layer.geometry.groups
+        if layer.geometry.stride == (1, 1) and not (each % 8 or K // groups % 8):
+            want.add(Gemm(N * H * W, C, K // groups, R, S, groups, 1, "bfloat16"))
             assert each == C // groups
-    assert set(problems) == forward | want and want - forward
-    for problem, layer in problems.items():
-        x, weight = (torch.empty(shape, device="meta") for shape in layer[:2])
-        assert F.conv2d(x, weight, None, *layer.geometry, layer.groups).shape == layer.y_shape
-        assert problem_of(layer, dtype) == problem
-    for backends, kind in ((("vendor",), dtype), (("native",), torch.float32)):
-        assert set(measure.problems(layers, device, backends, kind)) == {
-            problem_of(layer, kind) for layer in layers
-        }
+    assert {problem.gemm() for problem in problems} == forward | want and want - forward
+    assert len(problems) == len(forward | want)
+    for problem in problems:
+        shapes = (problem.x_shape, problem.weight_shape)
+        x, weight = (torch.empty(shape, device="meta") for shape in shapes)
+        assert F.conv2d(x, weight, None, *problem.geometry).shape == problem.y_shape
+    for backend, kind in ((vendor, dtype), (native, torch.float32)):
+        of_kind = [layer._replace(dtype=kind) for layer in layers]
+        found = measure.problems(of_kind, device, (backend,))
+        assert {p.gemm() for p in found} == {layer.gemm() for layer in of_kind}
 
 
 @also_on_gpu

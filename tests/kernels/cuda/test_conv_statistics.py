@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import fused_resnet as fr
-from fused_resnet.kernels import native, registry, tuning
+from fused_resnet.kernels import tuning
 from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
-from fused_resnet.kernels.problem import Problem, operands_of
+from fused_resnet.kernels.problem import Gemm, operands_of
+from fused_resnet.kernels.target import Target
 from fused_resnet.kernels.training.cuda import CUDA, Cuda
 from fused_resnet.kernels.training.protocol import Geometry
 from fused_resnet.tolerance import measure_error
@@ -438,9 +439,9 @@ def test_running_statistics_are_those_of_z(fused_statistics):
         torch.testing.assert_close(got.cpu().float(), want, rtol=1e-2, atol=1e-2)
 
 
-def problem_of_block(x: Tensor, weight: Tensor) -> Problem:
+def problem_of_block(x: Tensor, weight: Tensor) -> Gemm:
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return Problem(pixels, *weight.shape, 1, 1, operands_of(x.dtype))
+    return Gemm(pixels, *weight.shape, 1, 1, operands_of(x.dtype))
 
 
 def test_only_measured_winners_are_used_unless_forced(monkeypatch, fused_statistics):
@@ -464,14 +465,12 @@ def test_only_measured_winners_are_used_unless_forced(monkeypatch, fused_statist
         "stem": ({"native": ours._replace(config=CudaConfig(implicit_gemm.STEM))}, False),
         "ours": ({"native": ours, "vendor": tuning.Choice("vendor", None, 1e-4)}, True),
     }
-    monkeypatch.setattr(registry, "gpu_kernels", lambda kind: True)
-    monkeypatch.setattr(registry, "gpu_conv_backends", lambda: ("vendor", "native"))
-    monkeypatch.setattr(registry.gpu_convolution("vendor"), "covers", lambda *_: True)
-    monkeypatch.setattr(registry.gpu_convolution("vendor"), "choose", lambda *_: None)
+    machines.as_if_on_a_gpu(monkeypatch, ("vendor", "native"))
     geometry = Geometry((1, 1), (1, 1), (1, 1), 1)
     for name, (measured, used) in rows.items():
         monkeypatch.setattr(tuning, "winners", lambda device, m=measured: {problem: m})
-        monkeypatch.setattr(native, "built_for", lambda arch, n=name: "not built" not in n)
+        hopper = Target("nvidia", "sm_90" if "not built" in name else "sm_90a")
+        monkeypatch.setattr(emulation.Emulated, "target", lambda self, device, t=hopper: t)
         tuning.choice.cache_clear()
         config = CUDA._config(x.detach(), weight, geometry)
         assert (config is not None) == used, name
@@ -482,7 +481,8 @@ def test_only_measured_winners_are_used_unless_forced(monkeypatch, fused_statist
     H, W = x.shape[2] + 2 * 129 - 2, x.shape[3]
     far = problem._replace(M=x.shape[0] * H * W)
     monkeypatch.setattr(tuning, "winners", lambda device: {far: measured})
-    monkeypatch.setattr(native, "built_for", lambda arch: True)
+    hopper = Target("nvidia", "sm_90a")
+    monkeypatch.setattr(emulation.Emulated, "target", lambda self, device: hopper)
     tuning.choice.cache_clear()
     assert CUDA._config(x.detach(), weight, geometry) is None
     with fr.use_backend("emulated"):

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.kernels import cache, native, registry
+from fused_resnet.kernels import cache, native, providers, registry
 from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.kernels.cuda.convolution import GpuConv
-from fused_resnet.kernels.problem import Problem, geometry_of
+from fused_resnet.kernels.problem import Problem, convolution
+from fused_resnet.kernels.target import Target
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.kernels.cuda.gemm_cases import tiles
-from tests.ops.op_cases import close, integers, randn, same
+from tests.ops.op_cases import close, fused_conv, integers, randn, same
 from tests.ops.test_conv_bn_relu import exact, stock
 
 pytestmark = pytest.mark.skipif(
@@ -257,12 +258,14 @@ def test_float32_and_misaligned_scale_raise():
 
 
 def test_scale_and_shift_of_a_module_may_be_misaligned():
+    emulation.load()
     tensors, geometry = operands("3x3", FLOAT16, integers)
     x, weight, scale, shift, residual = tensors
     table = torch.stack([scale, shift]).flatten()
     scale, shift = torch.cat([table[:1], table])[1:].split(len(scale))
     with registry.use_backend("emulated"):
-        net = GpuConv(weight, scale, shift, FLOAT16, *map(pair, geometry[:3]), geometry[3])
+        sizes = (*map(pair, geometry[:3]), geometry[3])
+        net = fused_conv(GpuConv, weight, scale, shift, FLOAT16, *sizes)
         config = implicit_gemm.CudaConfig(row_of("64x64"))
         with cache.noting() as used:
             y = net.run_by("native", config, x, residual, True)
@@ -385,9 +388,9 @@ def test_covers(values):
     """In C++ and in Python (`implicit_gemm.reaches`)."""
     assert emulation.load().hopper_covers((ctypes.c_int * 10)(*values)) == COVERS[values]
     R, S, *sizes, groups, C = values
-    geometry = geometry_of(sizes[:2], sizes[2:4], sizes[4:])
-    problem = Problem(64, 64, C, R, S, groups, sizes[1], "float16")
-    assert implicit_gemm.reaches(problem, geometry) == COVERS[values]
+    geometry = (sizes[:2], sizes[2:4], sizes[4:], groups)
+    problem = convolution((64, C, R, S), FLOAT16, *geometry)
+    assert implicit_gemm.reaches(problem) == COVERS[values]
 
 
 def chosen(monkeypatch, *arguments) -> list[int]:
@@ -395,7 +398,8 @@ def chosen(monkeypatch, *arguments) -> list[int]:
     x, weight, scale, shift, geometry = arguments
     used = []
     with registry.use_backend("emulated"):
-        net = GpuConv(weight, scale, shift, x.dtype, *map(pair, geometry[:3]), geometry[3])
+        sizes = (*map(pair, geometry[:3]), geometry[3])
+        net = fused_conv(GpuConv, weight, scale, shift, x.dtype, *sizes)
         for config in (
             net.choice(x, True).config,
             *map(implicit_gemm.CudaConfig, map(row_of, TILES)),
@@ -425,11 +429,14 @@ def test_fallback_to_sm_80_tiles(case, monkeypatch):
 
 
 def test_builds_without_sm_90a_do_not_use_hopper_tiles(monkeypatch):
-    problem = Problem(3136, 256, 64, 1, 1, 1, 1, "float16")
+    problem = Problem("conv_bn_relu", FLOAT16, (256, 64, 1, 1), x_shape=(1, 64, 56, 56))
+    provider, device = registry.provider("native", "cuda"), torch.device("cuda")
+    monkeypatch.setattr(providers, "target_of", lambda device: Target("nvidia", "sm_90"))
     hopper = implicit_gemm.CudaConfig(row_of("128x128"))
     for archs, built in (("8.0+PTX;9.0a", True), ("8.0 9.0", False), (None, False)):
         native.built_for.cache_clear()
         monkeypatch.setattr(native, "build_info", lambda archs=archs: {"cuda_archs": archs})
-        assert (hopper in implicit_gemm.candidates(problem, (9, 0))) == built
-        assert (implicit_gemm.fitting(hopper, problem, (9, 0), 132, True) == hopper) == built
+        target = provider.target(device)
+        assert (hopper in implicit_gemm.candidates(problem.gemm(), target)) == built
+        assert (implicit_gemm.fitting(hopper, problem, target, 132) == hopper) == built
     native.built_for.cache_clear()

@@ -9,9 +9,9 @@ import itertools
 import pytest
 import torch
 
-from fused_resnet.kernels import native
 from fused_resnet.kernels.cuda import implicit_gemm
-from fused_resnet.kernels.problem import Problem
+from fused_resnet.kernels.problem import Gemm
+from fused_resnet.kernels.target import Target
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
 from tests.ops.op_cases import close, integers, randn, same
@@ -261,26 +261,28 @@ def test_accumulator_offsets_are_distinct(tile):
     assert emulation.load().wrong_sum_offsets(tile.block_m, tile.block_n) == 0
 
 
-def test_tiles_are_chosen_for_the_device_and_the_problem(monkeypatch):
+def test_tiles_are_chosen_for_the_device_and_the_problem():
     """Large tiles for many pixels, splits for few pixels; tiles for Hopper only on Hopper."""
-    monkeypatch.setattr(native, "built_for", lambda arch: True)  # for any build
-    many = Problem(100352, 256, 64, 3, 3, 1, 1, "float16")
+    ampere, hopper = Target("nvidia", "sm_80"), Target("nvidia", "sm_90a")
+    many = Gemm(100352, 256, 64, 3, 3, 1, 1, "float16")
     few, far = many._replace(M=49, C=2048), many._replace(stride=9)
-    for capability, problem in (
-        ((8, 0), many),
-        ((9, 0), far),
-        ((9, 0), many._replace(operands="tf32")),
+    for target, gemm in (
+        (ampere, many),
+        (Target("nvidia", "sm_90"), many),  # not built for Hopper
+        (Target("amd", "gfx90a"), many),
+        (hopper, far),
+        (hopper, many._replace(operands="tf32")),
     ):
-        for config in implicit_gemm.candidates(problem, capability):
+        for config in implicit_gemm.candidates(gemm, target):
             assert implicit_gemm.tiles()[config.tile]["architecture"] == 80
-    for capability in ((8, 0), (9, 0)):
-        tile = implicit_gemm.tiles()[implicit_gemm.choose(many, capability, 108).tile]
-        assert tile["architecture"] == 10 * capability[0]
+    for target, architecture in ((ampere, 80), (hopper, 90)):
+        tile = implicit_gemm.tiles()[implicit_gemm.choose(many, target, 108).tile]
+        assert tile["architecture"] == architecture
         assert tile["block_m"] * tile["block_n"] >= 128 * 128
-    assert implicit_gemm.choose(few, (8, 0), 108).splits > 1
+    assert implicit_gemm.choose(few, ampere, 108).splits > 1
     stem = many._replace(K=64, C=3, R=7, S=7, stride=2)
-    assert implicit_gemm.choose(stem, (8, 0), 108).tile == implicit_gemm.STEM
-    assert implicit_gemm.choose(stem._replace(stride=1), (8, 0), 108).tile != implicit_gemm.STEM
+    assert implicit_gemm.choose(stem, ampere, 108).tile == implicit_gemm.STEM
+    assert implicit_gemm.choose(stem._replace(stride=1), ampere, 108).tile != implicit_gemm.STEM
 
 
 @also_on_gpu

@@ -12,7 +12,7 @@ from fused_resnet.kernels import registry
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
-from tests.ops.op_cases import LAYOUTS, close, integers, lifted, randn, same
+from tests.ops.op_cases import LAYOUTS, close, fused_conv, integers, lifted, randn, same
 
 pytestmark = pytest.mark.skipif(
     emulation.unavailable() is not None, reason=str(emulation.unavailable())
@@ -160,9 +160,9 @@ def test_stem_with_any_number_of_channels(C):
     emulation.load()
     weight, x = integers((64, C, 7, 7), torch.bfloat16), integers((1, C, 30, 30), torch.bfloat16)
     with registry.use_backend("emulated"):
-        conv = GpuConv(
-            weight, torch.ones(64), torch.zeros(64), torch.bfloat16, (2, 2), (3, 3), (1, 1), 1
-        )
+        ones, zeros = torch.ones(64), torch.zeros(64)
+        geometry = ((2, 2), (3, 3), (1, 1), 1)
+        conv = fused_conv(GpuConv, weight, ones, zeros, torch.bfloat16, *geometry)
         assert conv.stem == (C == 3)
         y = conv.run(x, None, True)
     want = F.conv2d(x.float(), weight.float(), None, 2, 3).relu().bfloat16()

@@ -25,9 +25,11 @@ from fused_resnet.bench import machine
 from fused_resnet.bench.layers import layers_of
 from fused_resnet.kernels import measure, registry, target, tuning
 from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
-from fused_resnet.kernels.problem import Geometry, Problem, problem_of
+from fused_resnet.kernels.problem import Gemm, Geometry, Problem
+from fused_resnet.kernels.target import Target
 from fused_resnet.ops import reference
 from tests import ROOT
+from tests.emulator import emulation
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,21 +55,19 @@ SMALL = Config(32, 32, 16, 4, 2)
 def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = None, **where):
     """The results of `config` and of the reference for integers: products and sums are exact."""
     sizes = {"stride": 1, "padding": 0, "dilation": 1, **where}
-    geometry = Geometry(*((v, v) for v in sizes.values()))
+    geometry = Geometry(*((v, v) for v in sizes.values()), groups)
     g = torch.Generator().manual_seed(0)
     if x is None:
         x = torch.randint(-2, 3, shape, generator=g).float().to(DEVICE)
     weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel), generator=g).float().to(DEVICE)
     scale = torch.randint(1, 3, (K,), generator=g).float().to(DEVICE)
     shift = torch.randint(-5, 6, (K,), generator=g).float().to(DEVICE)
-    want = reference.conv_bn_relu(x, weight, scale, shift, None, True, *geometry, groups)
+    want = reference.conv_bn_relu(x, weight, scale, shift, None, True, *geometry)
     y = layout.channels_last_empty(want.shape, x).fill_(torch.nan)
     x, weight = layout.channels_last(x), layout.channels_last(weight)
-    problem = Problem(
-        y.numel() // K, K, shape[1] // groups, *kernel, groups, sizes["stride"], "float32"
-    )
-    config = configs.fitted(config, problem) if config else None
-    convolution.run(x, weight, scale, shift, None, y, True, geometry, groups, config)
+    gemm = Gemm(y.numel() // K, K, shape[1] // groups, *kernel, groups, sizes["stride"], "float32")
+    config = configs.fitted(config, gemm) if config else None
+    convolution.run(x, weight, scale, shift, None, y, True, geometry, config)
     return y, want
 
 
@@ -83,8 +83,8 @@ def test_every_tile_is_computed_once(splits, persistent, group_m):
 LISTED = {
     config
     for operands in ("bfloat16", "tf32", "float32")
-    for capability in ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
-    for config in configs.configs(operands, capability)
+    for architecture in (80, 86, 90, 100, 120)
+    for config in configs.configs(operands, Target("nvidia", f"sm_{architecture}"))
 }
 
 
@@ -117,16 +117,16 @@ BACKWARD = {
 @pytest.mark.parametrize("case", BACKWARD)
 def test_gradients_of_integers_are_exact(case):
     shape, K, kernel, *sizes, groups = BACKWARD[case]
-    geometry = Geometry(*sizes)
+    geometry = Geometry(*sizes, groups)
     x = torch.randint(-2, 3, shape).float().to(DEVICE)
     weight = torch.randint(-2, 3, (K, shape[1] // groups, *kernel)).float().to(DEVICE)
-    y = torch.nn.functional.conv2d(x, weight, None, *geometry, groups)
+    y = torch.nn.functional.conv2d(x, weight, None, *geometry)
     g = torch.randint(-2, 3, y.shape).float().to(DEVICE)
     want_dx, want_dweight, _ = torch.ops.aten.convolution_backward(
-        g, x, weight, None, *geometry, False, [0, 0], groups, [True, True, False]
+        g, x, weight, None, *geometry[:3], False, [0, 0], groups, [True, True, False]
     )
-    assert torch.equal(backward.convolution_dx(g, weight, x.shape, geometry, groups), want_dx)
-    dweight = backward.convolution_dweight(g, x, weight.shape, geometry, groups)
+    assert torch.equal(backward.convolution_dx(g, weight, x.shape, geometry), want_dx)
+    dweight = backward.convolution_dweight(g, x, weight.shape, geometry)
     assert torch.equal(dweight, want_dweight)
 
 
@@ -154,13 +154,13 @@ def test_nan_stays_in_its_group():
     x = torch.ones(1, 32, 5, 5, device=DEVICE)
     x[0, 9, 2, 2], x[0, 21, 0, 0] = torch.nan, torch.inf
     got, want = conv(SMALL, (1, 32, 5, 5), 32, (3, 3), 8, x=x, padding=1)
-    assert configs.groups_per_tile(Problem(25, 32, 4, 3, 3, 8, 1, "float32"), 32, 16) == 4
+    assert configs.groups_per_tile(Gemm(25, 32, 4, 3, 3, 8, 1, "float32"), 32, 16) == 4
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_interpreter_still_multiplies_bfloat16_wrongly():
-    """When this fails, INTERPRETED can be removed from the kernels."""
-    if not support.interpreting():
+    """When this fails, ON_HOST can be removed from the kernels."""
+    if not support.on_host():
         pytest.skip("on a GPU")
 
     @triton.jit
@@ -176,7 +176,7 @@ def test_the_interpreter_still_multiplies_bfloat16_wrongly():
 
 
 RESNET50 = [
-    Problem(batch * P * P, K, C, R, S, 1, 1, "bfloat16")
+    Gemm(batch * P * P, K, C, R, S, 1, 1, "bfloat16")
     for batch in (1, 32, 256)
     for P, K, C, R, S in (
         (112, 64, 28, 7, 1), (56, 64, 256, 1, 1), (56, 64, 64, 3, 3), (28, 512, 128, 1, 1),
@@ -185,16 +185,30 @@ RESNET50 = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)], ids=str)
-def test_the_heuristic_fits_the_device(capability):
-    shared = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) * 1024
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_the_heuristic_fits_the_device(architecture):
+    shared = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}.get(architecture, 99) * 1024
+    target = Target("nvidia" if architecture.startswith("sm") else "amd", architecture)
     for problem in RESNET50:
-        config = configs.choose(problem, capability, 132)
+        config = configs.choose(problem, target, 132)
         assert configs.shared_bytes(config, "bfloat16") <= shared
         tiles = configs.tiles(config, problem) * config.splits
         # Small grids are split until half of the multiprocessors have work, if possible.
         most = configs.steps(config, problem) // 4
         assert tiles >= 66 or config.splits >= min(most, configs.MAX_SPLITS) / 2, (problem, config)
+
+
+HOPPER = Target("nvidia", "sm_90")
+
+
+def problem_of(gemm: Gemm) -> Problem:
+    """A convolution with this matrix product, of one row of pixels."""
+    padding = ((gemm.R - 1) // 2, (gemm.S - 1) // 2)
+    geometry = Geometry((1, 1), padding, (1, 1))
+    dtype = getattr(torch, gemm.operands)
+    problem = Problem("conv_bn_relu", dtype, gemm[1:5], geometry, (1, gemm.C, 1, gemm.M))
+    assert problem.gemm() == gemm
+    return problem
 
 
 WINNERS = {
@@ -232,38 +246,42 @@ def test_tune_selects_the_fastest_and_skips_failures(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "file_name", lambda device: "here.json")
     monkeypatch.setattr(tuning, "_winners", {})
-    device, problem, failing = torch.device("cpu"), RESNET50[2], RESNET50[5]
-    both = ("triton", "native")
-    listed = tuning.candidates(problem, device, both)
-    assert {backend for backend, _ in listed} == set(both)
+    emulation.load()  # only its configurations are asked for
+    device = torch.device("cpu")
+    gemm, failing = RESNET50[2], RESNET50[5]
+    problem, failing_problem, other_problem = map(problem_of, (gemm, failing, RESNET50[4]))
+    triton_only = (registry.provider("triton", "cpu"),)
+    both = (*triton_only, registry.provider("emulated", "cpu"))
+    listed = tuning.configurations(problem, device, both)
+    assert {backend for backend, _ in listed} == {"triton", "native"}
     best, broken = listed[-1], listed[3]
-    assert math.isinf(tuning.choice(problem, device, both).time_s)  # cached; tuning clears it
+    assert math.isinf(tuning.choice(gemm, device, both).time_s)  # cached; tuning clears it
 
     def measure(problem: Problem, backend: str, config: Any) -> float:
-        if (backend, config) == broken or problem == failing:
+        if (backend, config) == broken or problem == failing_problem:
             raise RuntimeError("out of resources")
         return 1.0 if (backend, config) == best else 2.0
 
     seen = []
     winners, file_error = tuning.tune(
-        [problem, failing], device, both, measure, lambda p, b, c, t: seen.append((b, c))
+        [problem, failing_problem], device, both, measure, lambda p, b, c, t: seen.append((b, c))
     )
     assert broken in seen, "the progress bar would not complete"
     assert file_error is None and winners[failing] == {}
-    assert winners[problem] == {
+    assert winners[gemm] == {
         "triton": tuning.Choice("triton", listed[0][1], 2.0),
         best[0]: tuning.Choice(*best, 1.0),
     }
-    assert tuning.choice(problem, device, both) == tuning.Choice(*best, 1.0)
-    assert tuning.choice(problem, device, ("triton",)).backend == "triton"  # forced
-    assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {problem: winners[problem]}
+    assert tuning.choice(gemm, device, both) == tuning.Choice(*best, 1.0)
+    assert tuning.choice(gemm, device, triton_only).backend == "triton"  # forced
+    assert tuning.read(tmp_path / "fused_resnet" / "cpu") == {gemm: winners[gemm]}
     # Not measured, or no candidate runs: the heuristic of the first backend.
     for other in (RESNET50[4], failing):
-        config = configs.choose(other, (9, 0), target.multiprocessors(device))
+        config = configs.choose(other, HOPPER, target.multiprocessors(device))
         assert tuning.choice(other, device, both) == tuning.Choice("triton", config)
     # Earlier measurements are preserved.
-    tuning.tune([RESNET50[4]], device, both, measure)
-    assert set(tuning.read(tmp_path / "fused_resnet" / "cpu")) == {problem, RESNET50[4]}
+    tuning.tune([other_problem], device, both, measure)
+    assert set(tuning.read(tmp_path / "fused_resnet" / "cpu")) == {gemm, RESNET50[4]}
 
 
 def test_user_winners_override_shipped_ones(tmp_path, monkeypatch):
@@ -336,13 +354,26 @@ def test_unknown_gpu_is_reported_in_one_line(monkeypatch):
     [
         ("IMPORT_ERROR", "ModuleNotFoundError: triton", "cannot be imported .*pip install triton"),
         ("MIN_VERSION", (99, 0), "is too old: 99.0 or later is required"),
-        ("interpreting", lambda: False, "Triton kernels need a GPU or Triton's interpreter"),
+        ("probe", lambda device_type: "no compiler", "no compiler"),
     ],
-    ids=["absent", "too old", "no GPU"],
+    ids=["absent", "too old", "probe"],
 )
 def test_reasons_why_triton_is_unavailable(monkeypatch, attribute, value, words):
     monkeypatch.setattr(support, attribute, value)
-    assert re.search(words, support.unavailable.__wrapped__("cpu"))
+    assert re.search(words, support.unavailable.__wrapped__(HOPPER, "cuda"))
+
+
+@pytest.mark.parametrize(
+    "target, words",
+    [
+        (Target("cpu", "avx2"), "need a GPU$"),
+        (Target("nvidia", "none"), "no CUDA device is available"),
+        (Target("nvidia", "sm_75"), "need a GPU of sm_80 or later, this is sm_75"),
+    ],
+    ids=str,
+)
+def test_targets_that_triton_does_not_support(target, words):
+    assert re.search(words, support.unavailable.__wrapped__(target, "cuda"))
 
 
 WITHOUT_TRITON = """
@@ -378,13 +409,15 @@ def test_grids_of_large_batches_fit(monkeypatch, memory_format):
     ).contiguous(memory_format=memory_format)  # fmt: skip
     weight, vector = x.new_empty(64, 64, 3, 3), x.new_empty(64, dtype=torch.float32)
     geometry = Geometry((1, 1), (1, 1), (1, 1))
+    on_meta = registry.provider("triton", DEVICE)
+    monkeypatch.setitem(registry._providers, ("triton", "meta"), on_meta)
     elementwise.add_relu(x, x)
     batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
     flags = (1e-5, True, True, True)
     batch_norm.bn_add_relu_backward(x, x, x, None, vector, vector, *flags)
-    convolution.run(x, layout.channels_last(weight), vector, vector, x, x, True, geometry, 1)
-    backward.convolution_dx(x, weight, x.shape, geometry, 1)
-    backward.convolution_dweight(x, x, weight.shape, geometry, 1)
+    convolution.run(x, layout.channels_last(weight), vector, vector, x, x, True, geometry)
+    backward.convolution_dx(x, weight, x.shape, geometry)
+    backward.convolution_dweight(x, x, weight.shape, geometry)
     assert len(grids) >= 9 and max(grid[0] for grid in grids.values()) > 65535
     assert all(max((0, *grid[1:])) <= 65535 for grid in grids.values()), grids
 
@@ -402,11 +435,12 @@ def test_offsets_are_64_bit_for_large_tensors():
 def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
     """Simulates a GPU on which larger tiles are faster; yields the cache folder of winners."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(registry, "gpu_conv_backends", lambda: ("triton", "native"))
+    emulation.load()
+    for name, on_cpu in (("triton", "triton"), ("native", "emulated")):
+        monkeypatch.setitem(registry._providers, (name, "cuda"), registry.provider(on_cpu, "cpu"))
+    monkeypatch.setattr(registry, "candidates", lambda *_: ("triton", "native", "reference"))
     monkeypatch.setattr(machine, "check_device", lambda name: None)
     monkeypatch.setattr(tuning, "_winners", {})
-    for module in (tuning, measure):
-        monkeypatch.setattr(module, "capability", lambda device: (9, 0))
     monkeypatch.setattr(tuning, "file_name", lambda device: "a_gpu.json")
 
     def time_s(problem: Problem, backend: str, config: Any) -> float:
@@ -435,7 +469,7 @@ def test_the_tune_command(as_if_on_a_gpu):
     winners = tuning.read(as_if_on_a_gpu / "a_gpu.json")
     for name in ("cuda", "cuda:0"):  # a tensor's device, and the command's option
         assert tuning.winners(torch.device(name)) == winners
-    layers = {problem_of(x, torch.bfloat16) for x in layers_of("resnet18", 32)}
+    layers = {x.gemm() for x in layers_of("resnet18", 32, torch.bfloat16)}
     assert layers < winners.keys() and len(layers) == 11
     triton_configs = [by_backend["triton"].config for by_backend in winners.values()]
     assert {c.block_m * c.block_n for c in triton_configs if c.splits == 1} == {128 * 256}
@@ -469,4 +503,4 @@ def test_hopper_code_uses_tensor_cores_without_spills(tmp_path):
     products = [row for row in products if row["variant"] != "sizes of one"]
     assert all(row["found"]["tensor"] > 0 for row in products)
     tiles = {row["variant"].split(",")[0] for row in products}
-    assert len(tiles) == len(configs.configs("bfloat16", (9, 0)))
+    assert len(tiles) == len(configs.configs("bfloat16", HOPPER))

@@ -1,0 +1,313 @@
+"""What providers answer: one question, a problem on a target; None or the reason in one line."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fused_resnet as fr
+from fused_resnet.kernels import providers, registry, target, tuning
+from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.cuda import cudnn, implicit_gemm
+from fused_resnet.kernels.problem import Geometry, Problem, convolution
+from fused_resnet.kernels.registry import OPS, Provider
+from fused_resnet.kernels.target import Target, target_of
+from tests.emulator import emulation
+
+CPU, AMPERE, CDNA3 = (
+    Target("cpu", "avx512"), Target("nvidia", "sm_80"), Target("amd", "gfx942")
+)  # fmt: skip
+UNIT = ((1, 1), (0, 0), (1, 1))
+
+
+def conv(dtype=torch.float32, K=64, C=64, taps=(1, 1), groups=1, **more: Any) -> Problem:
+    return convolution((K, C // groups, *taps), dtype, *UNIT, groups)._replace(**more)
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """Providers registered by a test are removed after it."""
+    monkeypatch.setattr(registry, "_providers", dict(registry._providers))
+    registry._candidates.clear()
+    yield
+    registry._candidates.clear()
+
+
+# --- targets --------------------------------------------------------------------------------------
+
+
+def gpu(monkeypatch, hip: str | None, **properties: Any) -> Target:
+    """The target of a machine with such a GPU."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**properties)
+    )
+    return target_of.__wrapped__(torch.device("cuda"))
+
+
+def test_an_amd_gpu_is_not_nvidias(monkeypatch):
+    """HIP reports (9, 4) for a gfx942, beyond Hopper's (9, 0)."""
+    name = "gfx942:sramecc+:xnack-"
+    found = gpu(monkeypatch, "6.4", major=9, minor=4, gcnArchName=name)
+    assert found == CDNA3
+    assert found.capability < (8, 0)
+    assert implicit_gemm.supports(conv(torch.float16), found) is not None
+    hopper = gpu(monkeypatch, None, major=9, minor=0)
+    assert hopper == ("nvidia", "sm_90") and hopper.capability == (9, 0)
+
+
+def test_compute_capability():
+    for architecture, capability in (("sm_86", (8, 6)), ("sm_90a", (9, 0)), ("sm_120", (12, 0))):
+        assert Target("nvidia", architecture).capability == capability
+        assert Target("amd", architecture).capability == (0, 0)
+    assert CPU.capability == CDNA3.capability == Target("nvidia", "none").capability == (0, 0)
+
+
+def test_targets_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert target_of.__wrapped__(torch.device("cuda")).architecture == "none"
+    assert target_of(torch.device("cpu")).architecture in ("avx512", "avx2", "generic")
+    assert target.multiprocessors(torch.device("meta")) == 1
+
+
+# --- reasons --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "problem, on, words",
+    [
+        (conv(), CPU, None),
+        (conv(), Target("cpu", "generic"), "needs a processor with AVX2"),
+        (Problem("conv_bn_relu"), Target("cpu", "generic"), "needs a processor with AVX2"),
+        (conv(torch.float64), CPU, "computes float32 and bfloat16, not float64"),
+        (conv(taps=(12, 11)), CPU, "at most 128 taps, not 12x11"),
+        (conv(K=40, groups=4), CPU, "outputs of a group must be a multiple of 16"),
+        (conv(K=40), CPU, None),
+    ],
+)
+def test_the_native_convolutions_reasons(problem, on, words):
+    reason = registry.provider("native", "cpu").supports(problem, on)
+    if registry.missing("add_relu", "native", "cpu") is None:
+        assert reason == words if words is None else words in reason
+
+
+def test_an_odd_number_of_bfloat16_channels(monkeypatch):
+    if registry.missing("add_relu", "native", "cpu") is not None:
+        pytest.skip("the extension is not built")
+    native = registry.provider("native", "cpu")
+    for widened, words in ((True, None), (False, "an even number of channels")):
+        monkeypatch.setattr(providers.cpu_convolution, "widens", lambda dtype, w=widened: w)
+        reason = native.supports(conv(torch.bfloat16, C=33), CPU)
+        assert reason is None if words is None else words in reason
+        assert native.supports(conv(torch.bfloat16, C=3), CPU) is None  # a row of taps is one run
+
+
+@pytest.mark.parametrize(
+    "problem, on, words",
+    [
+        (conv(torch.float16), AMPERE, None),
+        (conv(), AMPERE, "multiplies 16-bit and TF32 operands, not float32"),
+        (conv(torch.float64), AMPERE, "not float64"),
+        (
+            conv(torch.float16),
+            Target("nvidia", "sm_75"),
+            "needs a GPU of sm_80 or later, not sm_75",
+        ),
+        (conv(torch.float16), CDNA3, "not gfx942"),
+        (conv(torch.float16, C=12), AMPERE, None),  # padded
+        (
+            conv(torch.float16, C=12, groups=3),
+            AMPERE,
+            "channels of a group must be a multiple of 8",
+        ),
+        (conv(torch.float16, K=12), AMPERE, "outputs of a group must be a multiple of 8, got 12"),
+        (conv(torch.float16, x_shape=(2**13, 64, 512, 512)), AMPERE, "more than 2^31 pixels"),
+    ],
+)
+def test_the_cuda_convolutions_reasons(monkeypatch, problem, on, words):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(implicit_gemm, "tiles", lambda: [{}])
+    reason = implicit_gemm.supports(problem, on)
+    assert reason is None if words is None else words in reason
+
+
+def test_the_other_providers_reasons(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert "not float32" in cudnn.supports(conv(), AMPERE)
+    assert "always apply a ReLU" in cudnn.supports(conv(torch.float16, relu=False), AMPERE)
+    assert cudnn.supports(conv(torch.float16), AMPERE) is None
+    vendor = registry.provider("vendor", "cpu")
+    assert "does not compute float64" in vendor.supports(conv(torch.float64), CPU)
+    assert registry.missing("add_relu", "vendor", "cpu") == "vendor has no add_relu for cpu"
+    # Registered by the package; tests replace it where Triton's interpreter runs.
+    assert providers.Triton("cpu").supports(Problem("add_relu"), CPU).startswith("Triton")
+    for device in ("cpu", "cuda"):
+        reference = registry.provider("reference", device)
+        assert all(reference.supports(Problem(op), CPU) is None for op in OPS)
+    for provider in registry._providers.values():
+        for op in provider.ops:
+            for on in (CPU, CDNA3, Target("nvidia", "sm_70"), Target("nvidia", "none")):
+                reason = provider.supports(Problem(op), on)
+                assert reason is None or (reason and "\n" not in reason)
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+class Doubling(FusedConv):
+    """As PyTorch computes it, times two, so that a test notices who ran."""
+
+    def __init__(self, problem, weight, scale, shift):
+        super().__init__(problem, weight, scale, shift)
+        self.operands = weight, scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+
+    def run(self, x, residual, relu, overwrite=False):
+        weight, scale, shift = self.operands
+        y = torch.conv2d(x, weight, None, *self.geometry) * scale + shift
+        y = y if residual is None else y + residual
+        return 2 * (y.relu() if relu else y)
+
+
+class Neon(Provider):
+    """A trial: 3x3 convolutions for another instruction set."""
+
+    ops = ("conv_bn_relu",)
+    asked = 0
+
+    def target(self, device: torch.device) -> Target:
+        return Target("cpu", "neon")
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        self.asked += 1
+        if target.architecture != "neon":
+            return f"the trial needs neon, this is {target.architecture}"
+        if problem.dtype is not None and problem.weight_shape[2:] != (3, 3):
+            return "the trial computes 3x3 convolutions only"
+        return None
+
+    def convolution(self) -> Any:
+        return Doubling
+
+
+def test_a_provider_for_another_instruction_set(restored):
+    x, weight = torch.randn(1, 8, 6, 6), torch.randn(16, 8, 3, 3)
+    arguments = (x, weight, torch.ones(16), torch.zeros(16))
+    want = fr.conv_bn_relu(*arguments, padding=1)
+    registry.register("native", "cpu", Neon())
+    torch.testing.assert_close(fr.conv_bn_relu(*arguments, padding=1), 2 * want)
+    assert registry.choose(convolution(weight.shape, x.dtype, *UNIT, 1), "cpu") == "native"
+    pointwise = convolution((16, 8, 1, 1), x.dtype, *UNIT, 1)
+    assert registry.choose(pointwise, "cpu") != "native"
+    with pytest.warns(RuntimeWarning, match="native has no add_relu for cpu"):
+        registry._warn_once.cache_clear()
+        assert registry.choose("add_relu", "cpu") == "reference"
+
+
+def test_a_provider_is_asked_once(restored):
+    neon = Neon()
+    registry.register("neon", "cpu", neon)
+    for _ in range(3):
+        assert registry.choose(conv(), "cpu") != "neon"
+    assert neon.asked == 0  # not in the order of preference
+    with fr.use_backend("neon"):
+        for _ in range(3):
+            assert registry.choose(conv(taps=(3, 3)), "cpu") == "neon"
+            asked = neon.asked
+        assert registry.choose(conv(taps=(3, 3)), "cpu") == "neon" and neon.asked == asked
+        assert registry.convolution(conv(taps=(3, 3)), "cpu") is Doubling
+        assert registry.convolution(conv(), "cpu") is None  # the reference
+        assert registry.choose("add_relu", "cpu") != "neon"
+    assert registry.choose(conv(taps=(3, 3)), "cpu") != "neon"
+
+
+class Answers(Provider):
+    """Supports what `answer` returns None for."""
+
+    def __init__(self, answer: Any) -> None:
+        self.answer = answer
+
+    def supports(self, problem: Problem, target: Target) -> str | None:
+        return self.answer(problem)
+
+
+def test_problems_that_a_forced_backend_does_not_support_fall_back(restored):
+    """To those after it in the order of preference."""
+    wide = conv(K=128)
+    for name, answer in (("native", "no"), ("vendor", None)):
+        registry.register(
+            name, "cpu", Answers(lambda p, a=answer: a if p.dtype is not None else None)
+        )
+    with fr.use_backend("native"):
+        assert registry.candidates(wide, "cpu") == ("vendor",)
+    registry.register("vendor", "cpu", Answers(lambda p: "no" if p.dtype is not None else None))
+    registry.register("native", "cpu", Answers(lambda p: None))
+    with fr.use_backend("vendor"):
+        assert registry.candidates(wide, "cpu") == ("reference",)
+    assert registry.candidates(wide, "cpu") == ("native", "reference")
+
+
+def test_an_answer_may_depend_on_tf32(restored, monkeypatch):
+    def answer(problem: Problem) -> str | None:
+        return None if problem.dtype is None or problem.gemm().operands == "tf32" else "no"
+
+    registry.register("trial", "cpu", Answers(answer))
+    with fr.use_backend("trial"):
+        for allowed in (True, False, True):
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+            assert (registry.choose(conv(), "cpu") == "trial") == allowed
+
+
+def test_amx_is_preferred_for_bfloat16_alone(restored, monkeypatch):
+    for name in ("native", "vendor"):
+        registry.register(name, "cpu", Answers(lambda p: None))
+    for amx, first in ((True, "vendor"), (False, "native")):
+        registry._candidates.clear()
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda a=amx: a)
+        assert registry.choose(conv(torch.bfloat16), "cpu") == first
+        assert registry.choose(conv(), "cpu") == "native"
+        with fr.use_backend("native"):
+            assert registry.choose(conv(torch.bfloat16), "cpu") == "native"
+
+
+def test_the_compute_dtype_is_one_that_a_provider_supports(restored):
+    for supported in ((torch.float32,), (torch.float32, torch.bfloat16), ()):
+        for name in ("native", "vendor"):
+            registry.register(name, "cpu", Answers(
+                lambda p, s=supported: None if p.dtype is None or p.dtype in s else "no"
+            ))  # fmt: skip
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            wider = supported and dtype != torch.float64
+            want = dtype if dtype in supported else torch.float32 if wider else None
+            assert registry.conv_dtype(dtype, "cpu") == want
+
+
+def test_only_supported_convolutions_are_measured():
+    if emulation.unavailable() is not None:
+        pytest.skip(str(emulation.unavailable()))
+    emulation.load()
+    native = registry.provider("emulated", "cpu")
+    device = torch.device("cpu")
+    narrow = conv(torch.float16, K=12, x_shape=(1, 64, 8, 8))
+    assert tuning.configurations(narrow, device, (native,)) == []
+    assert tuning.configurations(narrow._replace(weight_shape=(16, 64, 1, 1)), device, (native,))
+
+
+def test_the_reference_is_the_last_resort_on_gpus():
+    """Of problems that depend on x's size or on what follows."""
+    if emulation.unavailable() is not None:
+        pytest.skip(str(emulation.unavailable()))
+    emulation.load()
+    device, weight = torch.device("cpu"), torch.randn(12, 16, 1, 1, dtype=torch.float16)
+    problem = Problem("conv_bn_relu", torch.float16, (12, 16, 1, 1), Geometry(*UNIT))
+    x = torch.randn(1, 16, 3, 3, dtype=torch.float16)
+    with fr.use_backend("emulated"):
+        assert registry.convolution(problem, "cpu") is None
+        module = providers.GpuConv(problem, weight, torch.ones(12), torch.zeros(12))
+        assert tuning.choice_for(problem._replace(x_shape=x.shape), device).backend == "reference"
+        y = module.run(x, None, True)
+    want = torch.conv2d(x.float(), weight.float()).relu().half()
+    torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-3)
