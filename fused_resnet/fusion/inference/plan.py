@@ -72,18 +72,13 @@ class Plan:
 
     def _operands(self) -> tuple[Any, ...] | None:
         """The arguments of the CPU's block_inference op; None if it does not support the block."""
-        if self.shortcut == "none" and len(self.convs) == 1:  # a stem is not a block
-            return None
-        if not all(isinstance(conv, NativeConv) for conv in self.all_convs):
-            return None
-        per_conv = [conv.operands() for conv in self.all_convs if isinstance(conv, NativeConv)]
         tensors: list[Tensor] = []
         geometry: list[int] = []
-        for operands in per_conv:
-            if operands is None:
+        for conv in self.all_convs:
+            if self.takes_any or not isinstance(conv, NativeConv):
                 return None
-            tensors += operands[0]
-            geometry += operands[1]
+            tensors += conv.tensors
+            geometry += conv.geometry
         stride = 1 if self.pad is None else self.pad.stride
         return tensors, geometry, SHORTCUTS[self.shortcut], stride
 
