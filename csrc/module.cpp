@@ -2,7 +2,9 @@
 // kernels. Importing it registers the ops, which the other files do through the dispatcher; no
 // tensor passes through this module.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cpu/convolution/conv_bn_relu.h"
 #include "cpu/convolution/train.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/memory_pool.h"
@@ -12,6 +14,16 @@
 namespace py = pybind11;
 
 namespace {
+
+// In the order of DtypeIndex.
+constexpr const char* kDtypeNames[] = {"float32", "bfloat16", "float16", "float64"};
+
+// kDtypes for any other name
+int dtype_index(const std::string& name) {
+  int i = 0;
+  while (i < fused_resnet::kDtypes && name != kDtypeNames[i]) ++i;
+  return i;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -34,9 +46,8 @@ py::dict build_info() {
 #endif
   info["cpu_isa"] = fused_resnet::cpu_kernels().isa;
   py::list conv_dtypes;
-  const char* const dtypes[] = {"float32", "bfloat16", "float16", "float64"};
-  for (int i = 0; i < 4; ++i)
-    if (fused_resnet::conv_bn_relu_supports(i)) conv_dtypes.append(dtypes[i]);
+  for (int i = 0; i < fused_resnet::kDtypes; ++i)
+    if (fused_resnet::conv_bn_relu_supports(i)) conv_dtypes.append(kDtypeNames[i]);
   info["conv_dtypes"] = conv_dtypes;
   info["conv_bfloat16"] = fused_resnet::widens_bfloat16() ? "in float32" : "by dot product";
   return info;
@@ -69,7 +80,7 @@ py::list kernels() {
                            "max_pool2d",
                            "mean_pool",
                            "narrow_weight_gradient",
-                           "pad_rows",
+                           "pack_convolution",
                            "strided_input_gradient"}) {
     py::dict entry;
     entry["name"] = name;
@@ -148,6 +159,16 @@ PYBIND11_MODULE(_C, m) {
       "conv_passes", &conv_passes,
       "Numbers of convolutions, input gradients and weight gradients that the CPU training kernels "
       "have run in this process.");
+  m.def(
+      "convolution_reason",
+      [](const std::vector<int64_t>& weight_shape, const std::string& dtype,
+         const std::vector<int64_t>& dilation, int64_t groups) -> const char* {
+        const int index = dtype_index(dtype);
+        if (index == fused_resnet::kDtypes) return "no kernel for this dtype";
+        return fused_resnet::convolution_reason(static_cast<fused_resnet::DtypeIndex>(index),
+                                                weight_shape, dilation, groups);
+      },
+      "Why no CPU kernel computes a convolution with weight (K, C / groups, R, S), or None.");
   m.def("widens_bfloat16", &fused_resnet::widens_bfloat16,
         "Whether bfloat16 convolutions on the CPU are computed in float32 instead of with the "
         "processor's dot product, because that is slower or unavailable.");

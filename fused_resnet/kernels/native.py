@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import re
+from collections.abc import Sequence
 from types import ModuleType
 
 _HOW_TO_BUILD = (
@@ -72,6 +73,17 @@ def runs_on(capability: tuple[int, int]) -> bool:
         if match[4] and not match[3] and built <= capability:
             return True
     return False
+
+
+def convolution_reason(
+    weight_shape: Sequence[int], dtype: object, dilation: Sequence[int], groups: int
+) -> str | None:
+    """Why no CPU kernel computes a convolution with packed weights (K, C / groups, R, S) of tensors
+    of `dtype`, a torch.dtype; None if one does."""
+    module, missing = _import_extension()
+    if module is None:
+        return missing
+    return module.convolution_reason(weight_shape, str(dtype)[6:], dilation, groups)
 
 
 def widens_bfloat16() -> bool:

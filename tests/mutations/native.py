@@ -9,6 +9,7 @@ STEP = "tests/fusion/training/test_training.py"
 STEM = "tests/fusion/training/test_stem.py"
 OPS = "tests/kernels/cpu/test_block_ops.py"
 BLOCK = "csrc/cpu/block/train.cpp"
+PACK = "csrc/cpu/convolution/pack.cpp"
 CONVOLUTIONS = "tests/kernels/cpu/test_train_convolution.py"
 SUMS = "tests/kernels/cpu/test_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
@@ -155,6 +156,16 @@ CPP = [
      "return dy;", f"{NATIVE} -k elementwise"),
     ("the convolution drops its residual", "csrc/cpu/convolution/direct_kernels.h",
      "if (c.residual) value += D::load(residual + j);", "", f"{CONV} -k values"),
+    ("stride and padding exchanged", PACK,
+     "stride[0], stride[1], padding[0], padding[1], dilation[0],",
+     "padding[0], padding[1], stride[0], stride[1], dilation[0],", f"{CONV} -k integers"),
+    ("a group's channels off by one", PACK,
+     "first_channel[k / 16] = k / (K / groups) * C;",
+     "first_channel[k / 16] = k / (K / groups) * C + 1;", f"{CONV} -k integers"),
+    ("a factor of G", PACK, "{1.0 / 24, -1.0 / 12, 1.0 / 6},", "{1.0 / 24, 1.0 / 12, 1.0 / 6},",
+     f"{NATIVE} -k dot_product"),
+    ("the image's padding dropped", PACK, "conv.geometry[kCopiedChannels] = channels;",
+     "conv.geometry[kCopiedChannels] = channels, conv.geometry[kPadH] = 0;", f"{CONV} -k integers"),
     ("one row of taps too many skipped", "csrc/cpu/convolution/direct_kernels.h",
      "lowest + *begin * c.dilation_h < 0", "lowest + *begin * c.dilation_h <= 0",
      f"{CONV} -k integers"),
@@ -180,6 +191,10 @@ CPP = [
 
 # Code for AVX-512 only.
 AVX512 = [
+    ("an odd run's last weight not halved", PACK, "? value / 2 : value", "? value : value",
+     f"{CONV} -k integers"),
+    ("an odd run's last value paired with zero", PACK, "? value / 2 : value",
+     "? (i == run ? 0 : value) : value", f"{CONV} -k special"),
     ("training: odd columns not shifted", "csrc/cpu/convolution/weight_gradient_kernels.h",
      "const int64_t odd = column % pair;", "const int64_t odd = 0;", CONVOLUTIONS),
     ("training: 16 channels: blocks of the gradient lost", "csrc/cpu/convolution/winograd_16_kernels.h",

@@ -7,13 +7,13 @@
 namespace fused_resnet {
 namespace {
 
-constexpr size_t kConvTensors = 4;  // weight, winograd (empty if unused), scale, shift
+constexpr size_t kConvTensors = 5;  // weight, winograd, scale, shift, first_channel
 
 // y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), with every norm folded into its convolution.
 // With `statistics`, (2, C) float64, the block is pre-activated: conv_1 reads relu(norm(x)), the
 // shortcut starts from there if `shared`, and no ReLU follows the addition.
 // x (N, C, H, W) channels_last, which may be overwritten if `overwrite`. convs: packed as for
-// conv_bn_relu, four tensors each, a projection shortcut last; geometry: ten values each.
+// conv_bn_relu, five tensors each, a projection shortcut last; geometry: kCount values each.
 Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional<Tensor> weight,
                        std::optional<Tensor> bias, double eps, std::vector<Tensor> convs,
                        std::vector<int64_t> geometry, int64_t shortcut, int64_t pad_stride,
@@ -29,9 +29,8 @@ Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional
                        const std::optional<Tensor>& residual = {}, bool in_place = false) {
     const Tensor* conv = &convs[kConvTensors * i];
     const auto values = geometry.begin() + static_cast<int64_t>(kCount * i);
-    return conv_bn_relu(from, conv[0],
-                        conv[1].numel() ? std::optional<Tensor>(conv[1]) : std::nullopt, conv[2],
-                        conv[3], {}, residual, in_place, relu, false, {values, values + kCount});
+    return conv_bn_relu(from, conv[0], conv[1], conv[2], conv[3], conv[4], residual, in_place, relu,
+                        {values, values + kCount});
   };
   Tensor h = x;
   if (statistics) h = bn_apply(x, *statistics, weight, bias, eps, {}, {}, {}, {}, 0, true);

@@ -1,5 +1,5 @@
 // conv_bn_relu on the CPU: checks, allocation, splitting over threads. The kernel is in
-// cpu/convolution/direct_kernels.h; fused_resnet/kernels/cpu/convolution.py packs the weights.
+// cpu/convolution/direct_kernels.h; cpu/convolution/pack.cpp packs the weights.
 #include "cpu/convolution/conv_bn_relu.h"
 
 #include <atomic>
@@ -218,13 +218,19 @@ int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
   return best;
 }
 
-int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4) {
+int64_t largest_winograd_tile(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4) {
   const int64_t strides = c.stride_h * c.stride_w * c.dilation_h * c.dilation_w;
   const int64_t weights = c.C * c.K;
-  if (c.R != 3 || c.S != 3 || strides != 1 || weights > kMaxWinogradWeights) return 0;
-  // With fewer channels the transforms outweigh the products.
+  if (c.R != 3 || c.S != 3 || strides != 1 || c.C % 16 || c.K % 16) return 0;
   const bool wide = c.C >= 64 && c.K >= 64 && weights <= max_weights_4;
-  return wide ? winograd_tile(c, variant, {2, 4}) : winograd_tile(c, variant, {2});
+  if (wide && winograd_supported(variant, 4)) return 4;
+  return weights <= kMaxWinogradWeights && winograd_supported(variant, 2) ? 2 : 0;
+}
+
+int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4) {
+  const int64_t largest = largest_winograd_tile(c, variant, max_weights_4);
+  if (largest == 0) return 0;
+  return largest == 4 ? winograd_tile(c, variant, {2, 4}) : winograd_tile(c, variant, {2});
 }
 
 void run_convolution(const ConvBnRelu& conv, ConvVariant variant) {
@@ -278,24 +284,56 @@ void copy_row(const T* from, T* to, int64_t C, int64_t W, int64_t step_c, int64_
     for (int64_t c = 0; c < C; ++c) to[w * channels + c] = from[w * step_w + c * step_c];
 }
 
+// x (N, C, H, W), of any strides -> (N, channels, H + 2 padding, W + 2 padding), channels_last,
+// with zeros around the image and in the channels from C on
+Tensor with_padding(const Tensor& x, int64_t channels, int64_t pad_h, int64_t pad_w) {
+  check(x.dim() == 4 && channels >= x.size(1),
+        "conv_bn_relu: x must have shape (N, C, H, W) with C at most ", channels, ", got ",
+        shape_of(x));
+  const int64_t N = x.size(0), H = x.size(2) + 2 * pad_h, W = x.size(3) + 2 * pad_w;
+  Tensor y = torch::stable::empty({N, channels, H, W}, x.scalar_type(), std::nullopt, x.device(),
+                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const auto copy = [&](auto element) {
+    using T = decltype(element);
+    const T* from = static_cast<const T*>(x.const_data_ptr());
+    T* to = static_cast<T*>(y.mutable_data_ptr());
+    Split(N * H, 1, std::max<int64_t>(16384 / (W * channels), 1))
+        .run([&](int64_t, int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            T* out = to + row * W * channels;
+            const int64_t h = row % H - pad_h;
+            std::fill_n(out, W * channels, T{});
+            if (h < 0 || h >= x.size(2)) continue;
+            const T* image = from + row / H * x.stride(0) + h * x.stride(2);
+            copy_row(image, out + pad_w * channels, x.size(1), x.size(3), x.stride(1), x.stride(3),
+                     channels);
+          }
+        });
+  };
+  x.element_size() == 2 ? copy(uint16_t{}) : copy(uint32_t{});
+  return y;
+}
+
 }  // namespace
 
-// x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype. weight
-// and winograd? (of F(2x2, 3x3) or F(4x4, 3x3)): flat, packed by
-// fused_resnet/kernels/cpu/convolution.py. scale, shift: float32, (K,), zero-padded to a multiple
-// of 64. first_channel: int64, (K / 16,), padded to a multiple of 4, if groups != 1. The result
-// overwrites the residual if `overwrite`, and comes from the memory pool (cpu/memory_pool.h) if
-// `pooled`.
-Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
-                    Tensor shift, std::optional<Tensor> first_channel,
-                    std::optional<Tensor> residual, bool overwrite, bool relu, bool pooled,
+// x (N, C, H, W), residual and result (N, K, P, Q): channels_last in memory, of one dtype; x of any
+// strides if it is copied with its padding. weight and winograd (of F(2x2, 3x3) or F(4x4, 3x3), or
+// empty): flat, packed by cpu/convolution/pack.cpp. scale, shift: float32, (K,), zero-padded to a
+// multiple of 64. first_channel: int64, (K / 16,), padded to a multiple of 4, or empty for one
+// group. The result overwrites the residual if `overwrite`.
+Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
+                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite, bool relu,
                     std::vector<int64_t> g) {
   constexpr const char* op = "conv_bn_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
         " on this processor");
-  check(g.size() == kCount && g[kR] * g[kS] <= 128, op, ": geometry must hold ", int{kCount},
-        " values and at most 128 taps");
+  check(g.size() == kCount && g[kR] * g[kS] <= kMaxTaps, op, ": geometry must hold ", int{kCount},
+        " values and at most ", kMaxTaps, " taps");
+  if (g[kCopiedChannels] > 0) {
+    x = with_padding(x, g[kCopiedChannels], g[kPadH], g[kPadW]);
+    g[kPadH] = g[kPadW] = 0;
+  }
   const Layout4d layout = layout_of(op, x);
   const int64_t C = layout.C, H = x.size(2), W = x.size(3), K = g[kK];
   check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
@@ -310,39 +348,40 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
             weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
         op, ": weight must be packed in x's dtype or float32 for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));
-  const int64_t m = !winograd                                           ? 0
-                    : winograd->numel() == winograd_products(2) * C * K ? 2
-                    : winograd->numel() == winograd_products(4) * C * K ? 4
-                                                                        : 0;
-  if (winograd)
+  const bool grouped = first_channel.numel() > 0;
+  const int64_t m = winograd.numel() == 0                              ? 0
+                    : winograd.numel() == winograd_products(2) * C * K ? 2
+                                                                       : 4;
+  if (m > 0)
     check(
-        m > 0 && winograd_supported(variant, m) && winograd->scalar_type() == ScalarType::Float &&
-            winograd->dim() == 1 && is_dense(*winograd) && !first_channel && g[kR] == 3 &&
-            g[kS] == 3 && g[kStrideH] == 1 && g[kStrideW] == 1 && g[kDilationH] == 1 &&
-            g[kDilationW] == 1 && C % 16 == 0 && K % 16 == 0,
+        winograd.numel() == winograd_products(m) * C * K && winograd_supported(variant, m) &&
+            winograd.scalar_type() == ScalarType::Float && winograd.dim() == 1 &&
+            is_dense(winograd) && !grouped && g[kR] == 3 && g[kS] == 3 && g[kStrideH] == 1 &&
+            g[kStrideW] == 1 && g[kDilationH] == 1 && g[kDilationW] == 1 && C % 16 == 0 &&
+            K % 16 == 0,
         op,
         ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with multiples of "
         "16 channels and outputs, got ",
-        name_of(winograd->scalar_type()), " of shape ", shape_of(*winograd));
+        name_of(winograd.scalar_type()), " of shape ", shape_of(winograd));
   check_channel_vector(op, "scale", scale, padded, ScalarType::Float, x);
   check_channel_vector(op, "shift", shift, padded, ScalarType::Float, x);
-  if (first_channel)
-    check(first_channel->scalar_type() == ScalarType::Long && is_dense(*first_channel) &&
-              first_channel->numel() == padded / 16 && g[kRun] <= C,
+  if (grouped)
+    check(first_channel.scalar_type() == ScalarType::Long && is_dense(first_channel) &&
+              first_channel.numel() == padded / 16 && g[kRun] <= C,
           op, ": first_channel must be int64, one per 16 outputs, got shape ",
-          shape_of(*first_channel));
+          shape_of(first_channel));
   else
     check(g[kRun] == C * (g[kS] == 1 && g[kRun] > C ? g[kRun] / C : 1), op, ": x must have ",
           g[kRun], " channels, got ", C);
   const int64_t P = out_size(H, g[kR], g[kStrideH], g[kPadH], g[kDilationH]);
   // A run longer than a pixel covers several: a row of taps at once.
-  const int64_t reach = first_channel ? 1 : g[kRun] / C;
+  const int64_t reach = grouped ? 1 : g[kRun] / C;
   const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
-  Tensor y = overwrite && residual ? *residual
-             : pooled ? pooled_channels_last(x.size(0), K, P, Q, x.scalar_type())
-                      : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt,
-                                             x.device(), std::nullopt,
-                                             torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor y =
+      overwrite && residual
+          ? *residual
+          : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt, x.device(),
+                                 std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   if (residual) {
     const Layout4d other = layout_of(op, *residual);
     check(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
@@ -352,17 +391,16 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
           ", ", P, ", ", Q, ") and channels_last, got ", name_of(residual->scalar_type()),
           " of shape ", shape_of(*residual));
   }
-  if (!(overwrite && residual) && !pooled)
+  if (!(overwrite && residual))
     advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
   if (y.numel() == 0) return y;
   const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(variant)), 0);
   ConvBnRelu conv{};
   conv.weight = weight.const_data_ptr();
-  if (winograd) conv.winograd = winograd->const_data_ptr(), conv.winograd_tile = m;
+  if (m > 0) conv.winograd = winograd.const_data_ptr(), conv.winograd_tile = m;
   conv.scale = static_cast<const float*>(scale.const_data_ptr());
   conv.shift = static_cast<const float*>(shift.const_data_ptr());
-  if (first_channel)
-    conv.first_channel = static_cast<const int64_t*>(first_channel->const_data_ptr());
+  if (grouped) conv.first_channel = static_cast<const int64_t*>(first_channel.const_data_ptr());
   if (residual) conv.residual = residual->const_data_ptr();
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
@@ -378,64 +416,17 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Ten
   return y;
 }
 
-namespace {
-
-// x (N, C, H, W), of any strides -> (N, channels, H + 2 padding, W + 2 padding), channels_last,
-// with zeros around the image and in the channels from C on
-Tensor pad_rows(Tensor x, int64_t channels, std::vector<int64_t> padding) {
-  constexpr const char* op = "pad_rows";
-  dtype_index(op, "x", x);
-  check(x.dim() == 4 && channels >= x.size(1) && padding.size() == 2, op,
-        ": x must have shape (N, C, H, W) with C at most ", channels, ", got ", shape_of(x));
-  const int64_t N = x.size(0), H = x.size(2) + 2 * padding[0], W = x.size(3) + 2 * padding[1];
-  Tensor y = torch::stable::empty({N, channels, H, W}, x.scalar_type(), std::nullopt, x.device(),
-                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  const auto copy = [&](auto element) {
-    using T = decltype(element);
-    const T* from = static_cast<const T*>(x.const_data_ptr());
-    T* to = static_cast<T*>(y.mutable_data_ptr());
-    Split(N * H, 1, std::max<int64_t>(16384 / (W * channels), 1))
-        .run([&](int64_t, int64_t begin, int64_t end) {
-          for (int64_t row = begin; row < end; ++row) {
-            T* out = to + row * W * channels;
-            const int64_t h = row % H - padding[0];
-            std::fill_n(out, W * channels, T{});
-            if (h < 0 || h >= x.size(2)) continue;
-            const T* image = from + row / H * x.stride(0) + h * x.stride(2);
-            copy_row(image, out + padding[1] * channels, x.size(1), x.size(3), x.stride(1),
-                     x.stride(3), channels);
-          }
-        });
-  };
-  switch (x.element_size()) {
-    case 2:
-      copy(uint16_t{});
-      break;
-    case 4:
-      copy(uint32_t{});
-      break;
-    default:
-      copy(uint64_t{});
-  }
-  return y;
-}
-
-}  // namespace
-
 bool conv_bn_relu_supports(int dtype) { return conv_supported(static_cast<DtypeIndex>(dtype)); }
 
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
-      "conv_bn_relu(Tensor x, Tensor weight, Tensor? winograd, Tensor scale, Tensor shift, "
-      "Tensor? first_channel, Tensor? residual, bool overwrite, bool relu, bool pooled, "
-      "int[] geometry) -> "
+      "conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift, "
+      "Tensor first_channel, Tensor? residual, bool overwrite, bool relu, int[] geometry) -> "
       "Tensor");
-  m.def("pad_rows(Tensor x, int channels, int[] padding) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("conv_bn_relu", TORCH_BOX(fused_resnet::conv_bn_relu));
-  m.impl("pad_rows", TORCH_BOX(fused_resnet::pad_rows));
 }

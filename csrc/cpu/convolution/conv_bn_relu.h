@@ -5,7 +5,8 @@
 
 namespace fused_resnet {
 
-// R, S, stride, padding, dilation, K and the number of input channels that a tap reads
+// R, S, stride, padding, dilation, K, the number of input channels that a tap reads, and, if x is
+// copied with its padding first, the number of channels of the copy, else 0
 enum Geometry {
   kR,
   kS,
@@ -17,12 +18,22 @@ enum Geometry {
   kDilationW,
   kK,
   kRun,
+  kCopiedChannels,
   kCount
 };
 
-Tensor conv_bn_relu(Tensor x, Tensor weight, std::optional<Tensor> winograd, Tensor scale,
-                    Tensor shift, std::optional<Tensor> first_channel,
-                    std::optional<Tensor> residual, bool overwrite, bool relu, bool pooled,
+// A convolution as conv_bn_relu reads it; winograd and first_channel are empty if unused.
+struct PackedConvolution {
+  Tensor weight, winograd, scale, shift, first_channel;
+  std::vector<int64_t> geometry;
+};
+
+Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
+                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite, bool relu,
                     std::vector<int64_t> geometry);
+
+// Why no kernel computes a convolution with weight (K, C / groups, R, S); nullptr if one does.
+const char* convolution_reason(DtypeIndex dtype, const std::vector<int64_t>& weight_shape,
+                               const std::vector<int64_t>& dilation, int64_t groups);
 
 }  // namespace fused_resnet

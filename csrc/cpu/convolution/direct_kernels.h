@@ -22,9 +22,6 @@
 
 #include "cpu/isa/vec.h"
 
-constexpr int64_t kMaxTaps = 128;     // maximum R * S
-constexpr int64_t kChainSteps = 256;  // steps in one chain of additions
-
 constexpr int kLanes = Float32::lanes;  // of a vector
 constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 7 : 6;
 constexpr int kSums = 64 * kTilePixels;  // of a tile: (pixel, 4, 16) = (pixel, vector, lane)

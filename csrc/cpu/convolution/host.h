@@ -74,12 +74,16 @@ class Source {
 int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
                       std::initializer_list<int64_t> tiles);
 
-// The same for a pass of a training step with up to kMaxWinogradWeights weights (outputs *
-// inputs); F(4x4, 3x3) with up to `max_weights_4`.
+// The largest m of F(m x m, 3x3) for which to transform the weights of a convolution: its geometry,
+// C and K allow it, and it has at most kMaxWinogradWeights weights (C * K), with m = 4 at most
+// `max_weights_4` and not few channels, with which the transforms outweigh the products. Else 0.
+int64_t largest_winograd_tile(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4);
+
+// For a pass of a training step: the m up to that with the fewest products.
 int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4);
 
-// Above these, transforming the weights of a layer with few pixels costs more than it saves: they
-// are 16/9 and 4 times the weights, and are repacked at every step.
+// Above these, transforming the weights of a layer with few pixels, or reading them for every
+// image, costs more than it saves: they are 16/9 and 4 times the weights, 8 times in bfloat16.
 constexpr int64_t kMaxWinogradWeights = 256 * 256, kMaxWinogradWeights4 = 128 * 128;
 
 // All of y, by the faster of the two kernels.

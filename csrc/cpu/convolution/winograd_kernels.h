@@ -17,7 +17,7 @@
 //                 0  4  0 -5  0  1          0    0    1
 //
 // Layout: x (N, H, W, C) in memory, the transformed weights (blocks of K, products, C, vectors, 16)
-// as fused_resnet/kernels/cpu/convolution.py packs them. For some groups of kTilePixels tiles at a
+// as cpu/convolution/pack.cpp packs them. For some groups of kTilePixels tiles at a
 // time: the transformed x, (products, tiles, C), then per block of 64 outputs as many matrix
 // products by the assembly of the direct convolution, their sums (groups, products, 7, 4 vectors),
 // and the inverse transform with scale, shift, residual, ReLU. Both buffers and one product's

@@ -120,7 +120,9 @@ struct ConvBnRelu {
   bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
 };
 
+constexpr int64_t kMaxTaps = 128;      // maximum R * S
 constexpr int64_t kMaxPackedTaps = 9;  // R * S of weights that conv_pack packs
+constexpr int64_t kChainSteps = 256;   // steps in one chain of additions
 
 // Weights to pack: inputs and outputs of the convolution that reads them, both multiples of 16, and
 // their strides in floats, one of which is 1. Tap i begins at tap_offset[i] floats.

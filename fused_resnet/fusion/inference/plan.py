@@ -99,16 +99,15 @@ class Plan:
         if d.norm_first and self._norm is None:
             return None
         tensors: list[Tensor] = []
-        geometry: list[int] = []
+        sizes: list[int] = []
         for conv in self.all_convs:
-            operands = conv.operands() if isinstance(conv, NativeConv) else None
-            if operands is None:
+            if conv.takes_any or not isinstance(conv, NativeConv):
                 return None
-            tensors += operands[0]
-            geometry += operands[1]
+            tensors += conv.tensors
+            sizes += conv.sizes
         stride = 1 if d.pad is None else d.pad.stride
         norm = self._norm or (None, None, None, 0.0)
-        return (*norm, tensors, geometry, SHORTCUTS[d.shortcut], stride, d.shared)
+        return (*norm, tensors, sizes, SHORTCUTS[d.shortcut], stride, d.shared)
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The shapes of x, of every convolution's output on the main path and of the pooling's.

@@ -120,7 +120,7 @@ def test_inference_op_equals_separate_convolutions(name, owned, dtype):
     block.eval()
     x = x.detach()
     plan: Any = plan_for(block, recipe_of(block)[0], dtype, x.device)
-    assert (plan._one_op is None) == ("odd channels" in name or "groups" in name)
+    assert (plan._one_op is None) == ("odd channels" in name)
     results = []
     for op in (plan._one_op, None):
         plan._one_op = op

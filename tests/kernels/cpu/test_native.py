@@ -112,15 +112,43 @@ def test_mean_pool_and_abs_max(dtype):
     assert ops.mean_pool(x)[0, 0].item() == -float("inf")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pad_rows(dtype):
-    x = randn((2, 3, 4, 5), dtype)
-    for view in (x, x.contiguous(memory_format=LAST), x.transpose(2, 3), x[:, :, 1:, ::2]):
-        got = ops.pad_rows(view, 4, [2, 3])
-        same(got, F.pad(view, (3, 3, 2, 2, 0, 1)))
-        assert got.is_contiguous(memory_format=LAST)
-    with pytest.raises(RuntimeError, match=r"pad_rows: x must have shape .* C at most 2"):
-        ops.pad_rows(x, 2, [1, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_channels_in_any_layout(dtype):
+    """A convolution of fewer than 16 channels copies x with its padding, from any strides."""
+    if registry.missing(Problem("conv_bn_relu"), "native", "cpu") is not None:
+        pytest.skip("the native convolution needs a processor with AVX2")
+    for C in (1, 3, 5):
+        weight, scale, shift = torch.randn(20, C, 3, 4), torch.rand(20), torch.randn(20)
+        problem = problem_of(weight.shape, dtype, (2, 1), (2, 3), (1, 1), 1)
+        conv = convolution.NativeConv(problem, weight, scale, shift)
+        x = randn((2, C, 9, 8), dtype)
+        for view in (x, x.transpose(2, 3), x[:, :, 1:, ::2], x.double()):
+            want = conv.run(view.to(dtype).contiguous(memory_format=LAST), None, True)
+            assert torch.equal(conv.run(view, None, True), want)
+            assert torch.equal(conv.run(view.contiguous(memory_format=LAST), None, True), want)
+        with pytest.raises(RuntimeError, match=rf"x must have shape .* C at most {C}"):
+            conv.run(torch.cat([x, x], 1), None, True)
+
+
+@pytest.mark.parametrize(
+    ("weight", "dilation", "groups", "words"),
+    [
+        ((16, 16, 9, 15), (1, 1), 1, "more than 128 taps"),
+        ((24, 4, 3, 3), (1, 1), 2, "groups whose outputs"),
+        ((16, 16, 3, 3), (2, 2), 1, None),
+    ],
+)
+def test_why_a_convolution_is_not_packed(weight, dilation, groups, words):
+    if registry.missing(Problem("conv_bn_relu"), "native", "cpu") is not None:
+        pytest.skip("the native convolution needs a processor with AVX2")
+    reason = native.convolution_reason(weight, torch.float32, dilation, groups)
+    assert words in reason if words else reason is None
+    assert "no kernel" in native.convolution_reason(weight, torch.float64, dilation, groups)
+    assert "no kernel" in native.convolution_reason(weight, torch.int64, dilation, groups)
+    if words:
+        vector, pair = torch.ones(weight[0]), (1, 1)
+        with pytest.raises(RuntimeError, match=f"pack_convolution: {words}"):
+            ops.pack_convolution(torch.ones(weight), vector, vector, pair, pair, dilation, groups)
 
 
 def test_convolution_rejects_invalid_operands():
@@ -148,8 +176,8 @@ def test_convolution_rejects_invalid_operands():
         torch.randn(64, 32, 3, 3), torch.ones(64), torch.zeros(64), torch.float32,
         (2, 2), (1, 1), (1, 1), 1,
     )  # fmt: skip
-    assert strided._winograd is None
-    strided._winograd = torch.zeros(16 * 32 * 64)
+    assert strided.tensors[1].numel() == 0
+    strided.tensors[1] = torch.zeros(16 * 32 * 64)
     with pytest.raises(RuntimeError, match="winograd must be packed in float32 for a 3x3"):
         strided.run(x, None, True)
 
@@ -193,7 +221,7 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
             convolution.NativeConv, weight, scale, shift, torch.bfloat16, *pairs, geometry[3]
         )
         winograd = case.startswith("Winograd") and (widened or "4 x 4" in case)
-        assert (conv._winograd is not None) == winograd
+        assert (conv.tensors[1].numel() > 0) == winograd
         x = channels_last(shape, torch.bfloat16)
         rounded = weight.bfloat16().double()
         sums = torch.nn.functional.conv2d(x.double(), rounded, None, *geometry)
@@ -233,7 +261,7 @@ def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
         )
     finally:
         native.widen_bfloat16(None)
-    assert conv._winograd is not None
+    assert conv.tensors[1].numel() > 0
     x = channels_last((2, C, 12, 12), dtype)
     x[1, 3, 4, 4], x[1, 3, 4, 6] = 3e38, -3e38
     residual = channels_last((2, K, 12, 12), dtype)
