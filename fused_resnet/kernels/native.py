@@ -12,6 +12,7 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _HOW_TO_BUILD = (
     "to build them, run `pip install --no-build-isolation .` in an environment that has "
@@ -38,19 +39,23 @@ def load() -> str | None:
     return _import_extension()[1]
 
 
+def _ask(name: str, otherwise: Any, *arguments: Any) -> Any:
+    """What the extension's function `name` returns; `otherwise` without the extension."""
+    module = _import_extension()[0]
+    return otherwise if module is None else getattr(module, name)(*arguments)
+
+
 def build_info() -> dict[str, object]:
     """Build details: compiler, flags, torch and CUDA versions, CUDA architectures, and the
     instruction set that the CPU kernels use on this machine. Empty without the extension."""
-    module = _import_extension()[0]
-    return dict(module.build_info()) if module is not None else {}
+    return dict(_ask("build_info", {}))
 
 
 def gemm_tiles() -> list[dict[str, int]]:
     """The tiles of the CUDA convolutions in the build, in the order of their indices:
     architecture, block_m, block_n, warps, stages, and whether kernels exist that apply a norm and
     a ReLU to their input as they read it. Empty without the extension."""
-    module = _import_extension()[0]
-    return list(module.gemm_tiles()) if module is not None else []
+    return list(_ask("gemm_tiles", []))
 
 
 @functools.cache
@@ -89,38 +94,31 @@ def convolution_reason(
 def widens_bfloat16() -> bool:
     """Whether bfloat16 convolutions on the CPU multiply in float32: where the processor has no
     bfloat16 dot product, or a slower one."""
-    module = _import_extension()[0]
-    return module is not None and bool(module.widens_bfloat16())
+    return bool(_ask("widens_bfloat16", False))
 
 
 def widen_bfloat16(choice: bool | None) -> None:
     """Makes bfloat16 convolutions on the CPU multiply in float32 (True), by the bfloat16 dot
     product where available (False), or by the faster of the two (None). Weights that are already
     packed are unaffected."""
-    module = _import_extension()[0]
-    if module is not None:
-        module.widen_bfloat16(choice)
+    _ask("widen_bfloat16", None, choice)
 
 
 def kernels() -> list[dict[str, object]]:
     """One entry per kernel: name, device, architecture. On a machine with a GPU, entries of CUDA
     kernels also hold registers and shared memory; querying those initialises CUDA."""
-    module = _import_extension()[0]
-    return list(module.kernels()) if module is not None else []
+    return list(_ask("kernels", []))
 
 
 def memory() -> dict[str, int]:
     """Bytes of the CPU memory pool that training steps reuse: `used_bytes` by live tensors,
     `free_bytes`, and `peak_bytes`, the maximum of `used_bytes` since `reset_memory_peak`. Empty
     without the extension."""
-    module = _import_extension()[0]
-    return dict(module.memory()) if module is not None else {}
+    return dict(_ask("memory", {}))
 
 
 def reset_memory_peak() -> None:
-    module = _import_extension()[0]
-    if module is not None:
-        module.reset_memory_peak()
+    _ask("reset_memory_peak", None)
 
 
 def release_memory() -> int:
@@ -130,5 +128,4 @@ def release_memory() -> int:
     page fault per 4 KiB. Memory unused for several steps is released automatically. Call this when
     training is over and the process continues. Returns the number of bytes released.
     """
-    module = _import_extension()[0]
-    return int(module.release_memory()) if module is not None else 0
+    return int(_ask("release_memory", 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 import fused_resnet as fr
 from fused_resnet.kernels import cache, tuning
 from fused_resnet.kernels.cuda import implicit_gemm
-from fused_resnet.ops import reference
 from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.emulator import emulation
 from tests.models.model_helpers import KINDS, pair, randomise
@@ -69,7 +69,8 @@ def count(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[st
     """The number of calls of each convolution kernel."""
     calls = {"gemm": 0, "stem": 0, "stem and pool": 0, "reference": 0}
     run_conv, run_stem = implicit_gemm.run_conv, implicit_gemm.run_stem
-    by_reference = reference.conv_bn_relu
+    op = importlib.import_module("fused_resnet.ops.conv_bn_relu")
+    by_reference = op.conv_bn_relu_reference
 
     def counted(name, function):
         def call(*arguments):
@@ -84,7 +85,7 @@ def count(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> dict[st
 
     monkeypatch.setattr(implicit_gemm, "run_conv", counted("gemm", run_conv))
     monkeypatch.setattr(implicit_gemm, "run_stem", stem)
-    monkeypatch.setattr(reference, "conv_bn_relu", counted("reference", by_reference))
+    monkeypatch.setattr(op, "conv_bn_relu_reference", counted("reference", by_reference))
     with torch.no_grad(), fr.use_backend(BACKEND):
         run()
     return calls
@@ -131,11 +132,15 @@ def test_autocast(monkeypatch):
 
 
 def test_unsupported_convolutions_use_the_reference(monkeypatch):
-    """Groups of 4 channels."""
+    """Groups of 4 channels: the block's convolutions run one by one."""
     model = randomise(fr.resnext50_32x4d(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     x = images(1, 32).to(torch.bfloat16)
     calls = count(lambda: model(x), monkeypatch)
     assert calls["reference"] == 3 and calls["gemm"] == 49
+    with fr.use_backend(BACKEND):
+        unfused = [row for row in fr.explain(model) if not row.fused]
+    assert [row.name for row in unfused] == [f"layer1.{i}" for i in range(3)]
+    assert all("supports a weight of shape (128, 4, 3, 3)" in row.reason for row in unfused)
 
 
 CHANGES = {
