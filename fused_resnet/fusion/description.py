@@ -10,7 +10,6 @@ and ReLU, unhooked and unpatched, so that surgery on a model and feature extract
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -22,7 +21,6 @@ from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
 
 from . import pooling
 
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 # What executors depend on besides submodules and tensors. `self.downsample = None` in __init__ sets
 # a plain attribute, not a child module.
 ATTRIBUTES = ("activation_shared", "survival", "activation_memory", "downsample", "training")
@@ -103,8 +101,10 @@ def register(recipes: dict[type, Any]) -> None:
 
 def recipe_of(module: nn.Module) -> tuple[Any, type] | tuple[None, None]:
     """The names registered for the module's class or its nearest base, and that class."""
-    cls = next((cls for cls in type(module).__mro__ if cls in _recipes), None)
-    return (None, None) if cls is None else (_recipes[cls], cls)
+    for cls in type(module).__mro__:
+        if cls in _recipes:
+            return _recipes[cls], cls
+    return None, None
 
 
 def own_recipe(block: nn.Module) -> Any:
@@ -186,9 +186,10 @@ def _reason_against(description: Description) -> str | None:
     return None
 
 
-def tensors_of(conv: Any, norm: Any) -> Iterator[tuple[str, Tensor | None]]:
+def tensors_of(conv: Any, norm: Any) -> list[tuple[str, Tensor | None]]:
     """(name, tensor) of every parameter and running statistic of the unit."""
-    yield "conv.weight", conv.weight
-    yield "conv.bias", conv.bias
-    for name in NORM_TENSORS if norm is not None else ():
-        yield f"bn.{name}", getattr(norm, name)
+    tensors = [("conv.weight", conv.weight), ("conv.bias", conv.bias)]
+    if norm is not None:
+        tensors += [("bn.weight", norm.weight), ("bn.bias", norm.bias)]
+        tensors += [("bn.running_mean", norm.running_mean), ("bn.running_var", norm.running_var)]
+    return tensors

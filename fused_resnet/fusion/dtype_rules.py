@@ -31,8 +31,10 @@ def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
 
 def norm_fits(bn: Any, dtype: torch.dtype) -> bool:
     """Whether stock's batch norm would accept an input of `dtype` with the tensors of `bn`."""
-    tensors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-    return all(t is None or t.dtype in (dtype, torch.float32) for t in tensors)
+    for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
+        if t is not None and t.dtype != dtype and t.dtype != torch.float32:
+            return False
+    return True
 
 
 def serves(batch_statistics: bool, x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from fused_resnet.layers.sync_batch_norm import group_of
 from .call import call_reason
 from .description import Description, Names, describe, recipe_of
 from .dtype_rules import serves
-from .inference.make import reason_against
+from .inference.make import kernels_for
 from .network import NetworkNames
 from .training.prepare import trains_whole
 
@@ -61,8 +61,8 @@ def _explain(module: nn.Module, names: Names) -> tuple[bool, str, str]:
         reason = _reason_against_training(description)
         return (False, "stock", reason) if reason else (True, "training", "batch statistics")
     weight = description.units[0].conv.weight
-    reason = reason_against(description, weight.dtype, weight.device)
-    return (False, "stock", reason) if reason else (True, "inference", "")
+    kernels = kernels_for(description, weight.dtype, weight.device)
+    return (False, "stock", kernels) if isinstance(kernels, str) else (True, "inference", "")
 
 
 def _reason_against_training(description: Description) -> str | None:

@@ -15,16 +15,15 @@ from fused_resnet.layers.shortcut import PadShortcut
 from .description import Description, Place
 
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
-_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = ("eps", "training", "momentum", "track_running_stats", "process_group")
-_OTHERS = {
-    PadShortcut: ("in_channels", "out_channels", "stride"),
+_SETTINGS = {
+    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: ("eps", "training", "momentum", "track_running_stats", "process_group"),
     nn.MaxPool2d: (
         "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
     ),
     nn.AdaptiveAvgPool2d: ("output_size",),
+    PadShortcut: ("in_channels", "out_channels", "stride"),
 }  # fmt: skip
-_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class Guard:
@@ -41,33 +40,36 @@ class Guard:
     """
 
     def __init__(self, descriptions: Sequence[Description], places: Sequence[Place] = ()) -> None:
-        places = [*places, *chain.from_iterable(d.places for d in descriptions)]
-        self._homes = [place.home for place in places]
-        self._names = [place.name for place in places]
-        self._modules = [place.module for place in places]
-        modules = [m for m in self._modules if isinstance(m, nn.Module)]
-        # A module with hooks or a patched forward is not fused, and may keep them.
-        plain = [m for m in modules if "forward" not in m.__dict__ and not any(hooks_of(m))]
-        self._hooks = list(chain.from_iterable(map(hooks_of, plain)))
-        self._dicts = [m.__dict__ for m in plain]
-        self._children = [m._modules for m in modules]
-        convs = [unit.conv for d in descriptions for unit in d.units]
-        norms = [norm for d in descriptions for norm in d.norms]
-        settings = [(m.__dict__, _CONV) for m in convs] + [(m.__dict__, _NORM) for m in norms]
-        settings += [(m.__dict__, _OTHERS[type(m)]) for m in modules if type(m) in _OTHERS]
-        self._settings = [home for home, names in settings for _ in names]
-        self._setting_names = [name for _, names in settings for name in names]
-        slots = [
-            (home, name)
-            for module in (*convs, *norms)
-            for home in (module._parameters, module._buffers)
-            for name in _TENSORS
-            if name in home
-        ]
-        self._slots, self._keys = [h for h, _ in slots], [k for _, k in slots]
-        self._values = [h[k] for h, k in slots]
+        self._homes: list[Any] = []
+        self._names: list[str] = []
+        self._modules: list[Any] = []
+        self._children: list[Any] = []
+        self._dicts: list[Any] = []
+        self._hooks: list[Any] = []
+        self._settings: list[Any] = []
+        self._setting_names: list[str] = []
+        self._slots: list[Any] = []
+        self._keys: list[str] = []
+        for home, name, module, kind in chain(places, *(d.places for d in descriptions)):
+            self._homes.append(home)
+            self._names.append(name)
+            self._modules.append(module)
+            if not isinstance(module, nn.Module):
+                continue
+            attributes, settings = module.__dict__, _SETTINGS.get(kind, ())
+            self._children.append(module._modules)
+            # A module with hooks or a patched forward is not fused, and may keep them.
+            if "forward" not in attributes and not any(hooks_of(module)):
+                self._dicts.append(attributes)
+                self._hooks += hooks_of(module)
+            self._settings += repeat(attributes, len(settings))
+            self._setting_names += settings
+            for tensors in (module._parameters, module._buffers):
+                self._slots += repeat(tensors, len(tensors))
+                self._keys += tensors
+        self._values = list(map(getitem, self._slots, self._keys))
         self._tensors = [t for t in self._values if t is not None]
-        self._alive = [t.detach() for t in self._tensors]
+        self._alive = list(map(Tensor.detach, self._tensors))
         # A tensor created in inference mode has no version counter: writes go undetected.
         self.has_versions = not any(map(Tensor.is_inference, self._tensors))
         self._versions = list(map(_version, self._tensors)) if self.has_versions else []
@@ -77,11 +79,11 @@ class Guard:
     def combined(guards: Sequence[Guard]) -> Guard:
         """One guard for everything that `guards` hold, by their snapshots."""
         all_of = Guard.__new__(Guard)
-        states = [guard._state for guard in guards]
+        states = map(attrgetter("_state"), guards)
         for name in vars(guards[0]).keys() - {"has_versions", "_state"}:
-            setattr(all_of, name, list(chain.from_iterable(getattr(g, name) for g in guards)))
-        all_of.has_versions = all(guard.has_versions for guard in guards)
-        all_of._state = tuple(list(chain(*lists)) for lists in zip(*states, strict=True))
+            setattr(all_of, name, list(chain.from_iterable(map(attrgetter(name), guards))))
+        all_of.has_versions = all(map(attrgetter("has_versions"), guards))
+        all_of._state = tuple(map(list, map(chain.from_iterable, zip(*states, strict=True))))
         return all_of
 
     def _current_state(self) -> tuple[list[Any], ...]:

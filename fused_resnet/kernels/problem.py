@@ -28,13 +28,10 @@ def output_shape(
     """(N, C, H, W) -> (N, K, P, Q) of a convolution; None if x is empty or does not fit."""
     if len(shape) != 4 or shape[1] != weight_shape[1] * groups or 0 in shape:
         return None
-    sizes = tuple(
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(
-            shape[2:], weight_shape[2:], stride, padding, dilation, strict=True
-        )
-    )
-    return None if min(sizes) < 1 else (shape[0], weight_shape[0], *sizes)
+    _, _, R, S = weight_shape
+    P = (shape[2] + 2 * padding[0] - dilation[0] * (R - 1) - 1) // stride[0] + 1
+    Q = (shape[3] + 2 * padding[1] - dilation[1] * (S - 1) - 1) // stride[1] + 1
+    return None if min(P, Q) < 1 else (shape[0], weight_shape[0], P, Q)
 
 
 class Gemm(NamedTuple):

@@ -189,8 +189,8 @@ def candidates(problem: Problem | str, device_type: str) -> tuple[str, ...]:
     found = _candidates.get(key)
     if found is None:
         found = _find(problem, device_type)
-        if found[0] != name:
-            op = problem.op if isinstance(problem, Problem) else problem
+        op = problem.op if isinstance(problem, Problem) else problem
+        if found[0] not in (name, _order(op, device_type)[0]):
             _warn_if_missing(op, device_type)
         if len(_candidates) >= _MAX_CANDIDATES:
             _candidates.clear()
@@ -205,14 +205,14 @@ def _find(problem: Problem | str, device_type: str) -> tuple[str, ...]:
     if name is not None and missing(problem.op, name, device_type) is None:
         # A problem that it does not support falls back to those after it.
         order = order[order.index(name) :] if name in order else (name,)
-        order = (*order, "reference")
-        return (next(b for b in order if missing(problem, b, device_type) is None),)
+        found = [b for b in (*order, "reference") if missing(problem, b, device_type) is None]
+        return (found[0],)
     # oneDNN uses AMX tiles for bfloat16 where the processor has them; the native kernel does not.
     amx = problem.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     if device_type == "cpu" and amx and "vendor" in order:
         order = tuple(dict.fromkeys(("vendor", *order)))
     order = order[: order.index("reference") + 1]
-    return tuple(b for b in order if missing(problem, b, device_type) is None)
+    return tuple([b for b in order if missing(problem, b, device_type) is None])
 
 
 def _order(op: str, device_type: str) -> tuple[str, ...]:

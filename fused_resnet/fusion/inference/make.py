@@ -11,16 +11,19 @@ from fused_resnet.fusion.dtype_rules import compute_dtype, norm_fits, output_dty
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import cacheable
+from fused_resnet.kernels.convolution import Kind
+from fused_resnet.kernels.problem import Problem, convolution
 from fused_resnet.layers.hooks import is_fsdps
 from fused_resnet.layers.norms import uses_batch_statistics
 
-from .plan import Plan, problem_of
+from .plan import Plan
 
 
-def reason_against(
+def kernels_for(
     description: Description, dtype: torch.dtype, device: torch.device
-) -> str | None:
-    """Why this cannot be folded and packed for an x of `dtype` on `device` now, or None."""
+) -> list[tuple[Problem, Kind]] | str:
+    """What computes each convolution of the description for an x of `dtype` on `device`, or the
+    reason why it cannot be folded and packed now."""
     conv_dtype = compute_dtype(dtype, device.type)
     if conv_dtype is None:
         return f"no fused convolution supports {dtype}"
@@ -31,8 +34,9 @@ def reason_against(
     no_blocks = registry.provider(backend, device.type).no_blocks
     if no_blocks is not None:
         return no_blocks
-    norm_dtype = output_dtype(dtype, device.type)
+    norm_dtype, kernels, fits = output_dtype(dtype, device.type), [], None
     for conv, norm in description.units:
+        weight = conv.weight
         if norm is not None:
             if uses_batch_statistics(norm):
                 return "batch norm uses batch statistics"
@@ -40,13 +44,18 @@ def reason_against(
                 return "a norm has no running statistics"
             if not norm_fits(norm, norm_dtype):
                 return f"a norm's tensors are neither {norm_dtype} nor float32"
-        if conv.weight.device != device:
-            return f"x is on {device}, a weight on {conv.weight.device}"
-        if not weights_fit(dtype, conv.weight):
-            return f"x is {dtype} and a weight is {conv.weight.dtype}"
-        if registry.convolution(problem_of(conv, conv_dtype), device.type) is None:
-            return f"no fused convolution supports a weight of shape {tuple(conv.weight.shape)}"
-    return None
+        if weight.device != device:
+            return f"x is on {device}, a weight on {weight.device}"
+        if weight.dtype is not fits and not weights_fit(dtype, weight):
+            return f"x is {dtype} and a weight is {weight.dtype}"
+        fits = weight.dtype
+        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
+        problem = convolution(weight.shape, conv_dtype, *geometry)
+        kind = registry.convolution(problem, device.type)
+        if kind is None:
+            return f"no fused convolution supports a weight of shape {tuple(weight.shape)}"
+        kernels.append((problem, kind))
+    return kernels
 
 
 def plan_for(
@@ -64,15 +73,15 @@ def plan_for(
     if isinstance(description, str):
         return description
     guard = Guard([description])  # before any value is read
-    reason = reason_against(description, dtype, device)
-    if reason is not None or conv_dtype is None:
-        return reason or f"no fused convolution supports {dtype}"
+    kernels = kernels_for(description, dtype, device)
+    if isinstance(kernels, str):
+        return kernels
     if not guard.has_versions:
         return "weights created in inference mode have no version counter"
-    plan = Plan(description, guard, conv_dtype)
+    plan = Plan(description, guard, kernels)
     # Valid for this call only if FSDP rewrites weights unnoticed, if the packed weights belong to a
     # CUDA graph, or if another thread wrote to the weights meanwhile.
-    fsdp = any(is_fsdps(unit.conv) for unit in description.units)
+    fsdp = any(map(is_fsdps, [unit.conv for unit in description.units]))
     if not fsdp and cacheable(plan.weight) and plan.holds():
         plan.is_cached = True
         for conv in plan.all_convs:

@@ -18,24 +18,15 @@ from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import native, registry
-from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.convolution import FusedConv, Kind
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from fused_resnet.kernels.cuda.convolution import GpuConv
-from fused_resnet.kernels.problem import Problem, convolution
+from fused_resnet.kernels.problem import Problem
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
 
 
-def problem_of(conv: Any, dtype: torch.dtype) -> Problem:
-    """What a provider of fused convolutions is asked for `conv`, computed in `dtype`."""
-    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return convolution(conv.weight.shape, dtype, *geometry)
-
-
-def _pack(conv: Any, norm: Any, dtype: torch.dtype) -> FusedConv:
+def _pack(conv: Any, norm: Any, problem: Problem, kind: Kind) -> FusedConv:
     """Packs conv with the norm folded into it, or conv alone where norm is None."""
-    problem = problem_of(conv, dtype)
-    kind = registry.convolution(problem, conv.weight.device.type)
-    assert kind is not None  # checked by reason_against
     if norm is None:
         K, device = conv.out_channels, conv.weight.device
         scale = torch.ones(K, dtype=torch.float64, device=device)
@@ -62,11 +53,14 @@ class Plan:
 
     is_cached = False
 
-    def __init__(self, description: Description, guard: Guard, dtype: torch.dtype) -> None:
-        self.guard, self.holds = guard, guard.holds
-        self.dtype, self._description = dtype, description
+    def __init__(
+        self, description: Description, guard: Guard, kernels: Sequence[tuple[Problem, Kind]]
+    ) -> None:
+        self.guard, self.holds, self._description = guard, guard.holds, description
+        folds = zip(_folds(description), kernels, strict=True)
         with torch.no_grad():
-            convs = [_pack(conv, norm, dtype) for conv, norm in _folds(description)]
+            convs = [_pack(*fold, *kernel) for fold, kernel in folds]
+        self.dtype = convs[0].dtype
         self.all_convs = convs
         self._projection = convs[-1] if description.shortcut == "projection" else None
         self._convs = convs[: len(description.main)]

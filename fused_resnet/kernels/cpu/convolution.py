@@ -37,10 +37,10 @@ class NativeConv(FusedConv):
 
     def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
         super().__init__(problem, weight, scale, shift)
-        vectors = (v.detach().float().contiguous() for v in (scale, shift))
         *self.tensors, self.sizes = torch.ops.fused_resnet_native.pack_convolution(
-            weight.detach().to(self.dtype), *vectors, *self.geometry
-        )
+            weight.detach().to(self.dtype), scale.detach().float().contiguous(),
+            shift.detach().float().contiguous(), *self.geometry,
+        )  # fmt: skip
         self.takes_any = self.sizes[-1] > 0
 
     def run(
