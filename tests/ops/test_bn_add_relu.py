@@ -326,6 +326,12 @@ def test_first_and_second_derivatives(device, backend, relu, layout):
     assert gradcheck(y_of, inputs)
     assert gradgradcheck(y_of, inputs)
 
+    def of_x(x):  # every operand is computed from one tensor
+        weight = x.square().mean((0, 2, 3))
+        return y_of(x, weight, weight * 2, x * 3)
+
+    assert gradgradcheck(of_x, inputs[:1])
+
 
 def test_backward_op_is_not_differentiable(device, backend):
     x = randn(ODD, torch.float32, device).requires_grad_()

@@ -263,6 +263,12 @@ def test_first_and_second_derivatives(device, backend, relu):
     assert gradcheck(y_of, inputs)
     assert gradgradcheck(y_of, inputs)
 
+    def of_weight(weight):  # every operand is computed from one tensor
+        scale = weight.sum((1, 2, 3))
+        return y_of(inputs[0] * scale.view(-1, 1, 1), weight, scale, scale * 2, None)
+
+    assert gradgradcheck(of_weight, inputs[1:2])
+
 
 def test_in_place_edit_of_the_output_raises(device, backend):
     tensors, geometry = operands("3x3", torch.float32, device)

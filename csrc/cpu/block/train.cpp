@@ -239,7 +239,7 @@ struct Activations {
         keep(std::move(flags)) {
     check(keep.size() == z.size() + block.main, op, ": keep must have ", z.size() + block.main,
           " values, got ", keep.size());
-    if (block.norm_first) z[0] = x;
+    if (block.norm_first) z[0] = x, keep[0] = 1;
   }
 
   // The input of convolution i.
@@ -313,7 +313,7 @@ std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
   std::optional<Tensor> y;
   if (norm_first) {
     step.statistics[0] = bn_statistics(x);
-    if (shared) step.keep[n] = 1;  // for the shortcut
+    if (shared) step.keep[n] = 1;  // the shortcut reads it
     const Tensor h = step.input(last);
     y = block.convs[last].run(h, step.shortcut());
   } else {

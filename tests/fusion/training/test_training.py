@@ -158,6 +158,34 @@ def test_double_backward_matches_stock(name):
 
 
 @needs_native
+@pytest.mark.parametrize("name", BLOCKS)
+def test_double_backward_of_operands_computed_from_each_other(name):
+    """Every operand is computed from the first weight, and the norms' weights are one tensor."""
+    results = []
+    for backend in ("native", "reference"):
+        block, x = make(name, torch.float64)
+        base = block.conv1.weight
+        offset = base.sum() / base.numel()
+        parameters = {
+            n: p.detach() + offset.expand_as(p)
+            for n, p in block.named_parameters()
+            if p is not base
+        }
+        norms = [n for n, p in block.named_parameters() if n.startswith("bn") and "weight" in n]
+        for n in norms:
+            if parameters[n].shape == parameters[norms[0]].shape:
+                parameters[n] = parameters[norms[0]]
+        with fr.use_backend(backend):
+            y = torch.func.functional_call(block, parameters, (x * (1 + offset),))
+        assert is_whole(y) == (backend == "native")
+        grads = torch.autograd.grad(y.square().sum(), [x, base], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), [x, base])
+        results.append([*grads, *second])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.abs().max().item())
+
+
+@needs_native
 @pytest.mark.parametrize(
     "name",
     ["basic", "bottleneck, projection", "basic, padding", "preact", "preact bottleneck, padding"],

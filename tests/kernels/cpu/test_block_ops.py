@@ -4,6 +4,7 @@ error messages."""
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -166,6 +167,55 @@ def test_errors_name_the_operands():
             back(y, x, weights, [statistics], *block, [0, 0], [1, 1, 1])
         with pytest.raises(RuntimeError, match="got 2 saved tensors instead of 1"):
             back(y, x, weights, [statistics, y], *block, [0, 0], [1] * 4)
+
+
+@pytest.mark.parametrize("name", sorted(ONE_OP))
+def test_weights_of_any_strides(name):
+    """Results by weights that are not channels_last are bitwise equal."""
+    results = []
+    block, x = make(name)
+    dy = randn(block(x).shape, x.dtype).contiguous(memory_format=LAST)
+    for strides in ("channels_last", "contiguous", "every second filter", "transposed"):
+        block, x = make(name)
+        for p in block.parameters():
+            if strides == "contiguous":
+                p.data = p.data.contiguous()
+            elif strides == "every second filter" and p.dim() == 4:
+                wide = p.data.repeat_interleave(2, 0).contiguous(memory_format=LAST)
+                p.data = wide[::2]
+            elif strides == "transposed" and p.dim() == 4:
+                p.data = p.data.mT.contiguous(memory_format=LAST).mT
+        results.append(step(block, x, dy))
+    for got in results[1:]:
+        assert all(torch.equal(got[key], want) for key, want in results[0].items())
+
+
+@pytest.mark.parametrize("name", ["basic, projection", "preact bottleneck, projection"])
+def test_few_python_calls(name):
+    """Both directions run for every block in every step: at most two Python functions are called in
+    each, the op and one more."""
+    block, x = make(name)
+    calls: list[str] = []
+    functions = {
+        getattr(one_op.NativeBlockFunction, direction).__code__: direction
+        for direction in ("forward", "backward")
+    }
+
+    def profile(frame: Any, event: str, _: Any) -> None:
+        caller = frame.f_back
+        while event == "call" and caller is not None:
+            if caller.f_code in functions:
+                calls.append(functions[caller.f_code])
+            caller = caller.f_back
+
+    block.conv1.weight.requires_grad_(False)
+    sys.setprofile(profile)
+    try:
+        y = block(x)
+        y.backward(y)
+    finally:
+        sys.setprofile(None)
+    assert calls.count("forward") <= 2 and calls.count("backward") == 2
 
 
 def test_norms_with_cumulative_or_no_running_statistics():
