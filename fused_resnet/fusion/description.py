@@ -99,8 +99,9 @@ def register(recipes: dict[type, Any]) -> None:
     _recipes.update(recipes)
 
 
-def recipe_of(module: nn.Module) -> tuple[Any, type] | tuple[None, None]:
-    """The names registered for the module's class or its nearest base, and that class."""
+def recipe_of(module: nn.Module) -> tuple[Any, Any]:
+    """The names registered for the module's class or its nearest base, and that class; None, None
+    if there are none."""
     for cls in type(module).__mro__:
         if cls in _recipes:
             return _recipes[cls], cls

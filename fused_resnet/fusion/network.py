@@ -63,12 +63,12 @@ def members_of(model: Any, names: NetworkNames) -> tuple[Member, list[list[Membe
             stages.append([Member(stage, None)])
             continue
         blocks = stage._modules
-        places += [Place(blocks, key, block, type(block)) for key, block in blocks.items()]
-        stages.append([Member(block, own_recipe(block)) for block in blocks.values()])
-        places += [
-            Place(block.__dict__, name, value, object)
-            for block, recipe in stages[-1]
-            if recipe is not None
-            for name, value in zip(ATTRIBUTES, attributes_of(block), strict=True)
-        ]
+        stages.append([])
+        for key, block in blocks.items():
+            recipe = own_recipe(block)
+            stages[-1].append(Member(block, recipe))
+            places.append(Place(blocks, key, block, type(block)))
+            if recipe is not None:
+                settings = zip(ATTRIBUTES, attributes_of(block), strict=True)
+                places += [Place(block.__dict__, *setting, object) for setting in settings]
     return first, stages, places

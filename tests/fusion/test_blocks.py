@@ -108,9 +108,9 @@ def test_large_batches_run_in_micro_batches(dilate, runs, monkeypatch):
 def test_every_norm_of_a_training_network_is_fused(monkeypatch):
     stock, mine = pair("bottleneck")
     calls: list[nn.Module] = []
-    track = Prepared.track
+    run = Prepared.run
     monkeypatch.setattr(
-        Prepared, "track", lambda self, s: (calls.extend(self.description.norms), track(self, s))[1]
+        Prepared, "run", lambda self, x: (calls.extend(self.description.norms), run(self, x))[1]
     )
     assert {e.path for e in fr.explain(mine.train())} == {"training"}
     same_step(stock.train(), mine, images())
@@ -405,6 +405,27 @@ def test_copies_pickles_and_saved_models(tmp_path):
     assert len(pickle.dumps(mine)) < 1.1 * len(pickle.dumps(stock))
 
 
+def test_explain_lists_subclasses():
+    """Whatever would be asked: a subclass whose forward calls that of this package."""
+
+    class Doubled(fr.BasicBlock):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Network(fr.ResNet):
+        def forward(self, x):
+            return super().forward(x + 1)
+
+    mine = Network(Doubled, [1, 1, 1, 1], num_classes=4).eval()
+    assert [e.name for e in fr.explain(mine)] == ["stem", *(f"layer{i}.0" for i in range(1, 5))]
+    assert all(fused(mine)) and not fr.explain(tv.resnet18())
+    with torch.no_grad():
+        got = mine(images())
+        assert all(map(store.made_from, (mine.layer1[0], mine.layer4[0], mine)))
+        with fr.use_backend("reference"):
+            torch.testing.assert_close(got, mine(images()), rtol=1e-4, atol=1e-4)
+
+
 def test_explain_names_every_block_and_changes_nothing():
     _, mine = pair("bottleneck")
     explanations = fr.explain(mine)
@@ -418,4 +439,4 @@ def test_explain_names_every_block_and_changes_nothing():
     ]
     assert not store.made_from(mine.layer1[0]) and not store.made_from(mine)
     outer = nn.Sequential(mine, tv.resnet18())
-    assert [e.name for e in fr.explain(outer)][:2] == ["0.stem", "0.layer1.0"]
+    assert [e.name for e in fr.explain(outer)] == [f"0.{e.name}" for e in explanations]

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 import fused_resnet as fr
+from fused_resnet.fusion.inference import plan
 from fused_resnet.fusion.store import made_from
 from fused_resnet.kernels import cache, native
 from tests.models.model_helpers import (
@@ -251,6 +252,44 @@ def test_a_stale_plan_is_freed_immediately():
         mine(images())
     gc.collect()
     assert old() is None
+
+
+def test_an_address_is_not_reused():
+    """`p.data` of the same parameter at the same version: memory that a plan was made from must not
+    be freed, or the next tensor may lie where it lay."""
+    stock, mine = pair("basic")
+    convs = [model.layer1[0].conv1 for model in (stock, mine)]
+    addresses = set()
+    for seed in range(12):
+        for conv in convs:
+            conv.weight.data = torch.randn(
+                conv.weight.shape, generator=torch.Generator().manual_seed(seed)
+            )
+        addresses.add(convs[1].weight.data_ptr())
+        same_outputs(stock, mine, images())
+    assert convs[1].weight._version == 0 and len(addresses) > 1
+
+
+def test_plans_of_weights_written_meanwhile(monkeypatch):
+    """A write between the guard and the packing, as by another thread: the plan serves this call,
+    and none after it."""
+    stock, mine = pair("basic")
+    packed = plan._pack
+
+    def pack(conv, *rest):
+        packs = packed(conv, *rest)
+        if conv is mine.layer2[0].conv1 and not written:
+            written.append(True)
+            conv.weight.mul_(2)
+        return packs
+
+    written: list[bool] = []
+    monkeypatch.setattr(plan, "_pack", pack)
+    with torch.no_grad():
+        mine(images())
+        assert written and not made_from(mine.layer2[0]) and not made_from(mine)
+        stock.layer2[0].conv1.weight.mul_(2)
+    same_outputs(stock, mine, images())
 
 
 def test_train_mode_drops_plans():

@@ -4,6 +4,7 @@ stochastic depth."""
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -303,6 +304,27 @@ def test_a_dropped_block_costs_nothing(block, shortcut, level, monkeypatch):
         drop(monkeypatch, set(range(count)) - {2})
         one = saved_bytes(Step(lambda: model(x).sum(), model))
         assert few < one
+
+
+@pytest.mark.parametrize("level", ["full", "minimal"])
+def test_survivors_are_scaled_where_stock_divides(level):
+    """In training mode also with a frozen norm, unit by unit; in eval mode never, also by batch
+    statistics."""
+    torch.manual_seed(0)
+    norm = functools.partial(nn.BatchNorm2d, track_running_stats=False)
+    block = fr.models.cifar.CifarBlock(16, 16, norm_layer=norm).double()
+    x = images()[:, :1].repeat(1, 16, 1, 1).double()
+    frozen = fr.models.cifar.CifarBlock(16, 16).double()
+    frozen.bn1.eval()
+    for b, training in ((block, True), (block, False), (frozen, True)):
+        b.survival = 0.5
+        fr.set_activation_memory(b, level)
+        norms = [b.bn1.training, b.bn2.training]
+        b.train(training)
+        b.bn1.train(norms[0] and training)
+        y = b(lifted(x))
+        with fr.use_backend("reference"):
+            torch.testing.assert_close(y, copy.deepcopy(b)(lifted(x)), rtol=1e-9, atol=1e-9)
 
 
 def test_inference_drops_no_block():

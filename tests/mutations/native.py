@@ -145,7 +145,7 @@ CPP = [
     ("training: a thread's sums lost", "csrc/cpu/convolution/weight_gradient.cpp",
      "out[i] += from[i];", "out[i] = from[i];", CONVOLUTIONS),
     ("one op: pixels scattered without their stride", BLOCK,
-     "to + pixel * C * size, C);", "to + (pixel - q) * C * size, C);", OPS),
+     "K * size, to + pixel * C * size,", "K * size, to + (pixel - q) * C * size,", OPS),
     ("training: the second norm's mean", "csrc/cpu/batch_norm/bn_add_relu_kernels.h",
      "(memory.load(residual + base + j) - load_any<V>(mean2 + j))",
      "memory.load(residual + base + j)", STEP),

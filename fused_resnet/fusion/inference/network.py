@@ -127,9 +127,11 @@ class Network:
                 last.plans.append(plan)
                 last.members.append(member)
                 self.plans.append(plan)
-                if member is stem and not plan.pools and stem.names.pool is not None:
+                pool = member.names.pool if member.names else None
+                if pool is not None and not plan.pools:
+                    assert isinstance(stem.target, tuple)
                     last.members[0] = stem._replace(target=stem.target[:-1])
-                    self.segments.append(Member(stem.target[-1:], None))
+                    self.segments.append(Member((pool,), None))
             else:
                 self.segments.append(member)
         self.guard = Guard.combined([Guard([], places), *(plan.guard for plan in self.plans)])

@@ -40,7 +40,7 @@ def _folds(description: Description) -> list[tuple[Any, Any]]:
     """Each convolution with the norm to fold into it, or None. Where norms come first, those are
     the norms of the next units."""
     if not description.norm_first:
-        return description.units
+        return [*description.units]
     norms = [unit.norm for unit in description.main[1:]] + [None, None]
     return [(unit.conv, norm) for unit, norm in zip(description.units, norms, strict=False)]
 
@@ -70,10 +70,10 @@ class Plan:
         self._on_gpu = registry.target(self.weight.device).vendor != "cpu"
         on_cpu = native.load() is None and registry.forced() is None
         self.pools = description.pool is not None and (self._on_gpu or on_cpu)
-        self._window = pooling.window(description.pool) if self.pools else None
+        self._window = pooling.window(description.pool) if self.pools else []
         self._norm = self._norm_operands() if first and native.load() is None else None
         self._one_op = self._block_operands()
-        self._op = self._one_op and torch.ops.fused_resnet_native.block_inference.default
+        self._op: Any = self._one_op and torch.ops.fused_resnet_native.block_inference.default
         self._shapes: list[Sequence[int]] = []
 
     def _norm_operands(self) -> tuple[Any, ...] | None:
@@ -160,7 +160,8 @@ class Plan:
         if isinstance(conv, GpuConv) and self._window == [[3, 3], [2, 2], [1, 1]] and conv.pools(x):
             return conv.run_pooled(x)
         pool = torch.max_pool2d if self._on_gpu else torch.ops.fused_resnet_native.max_pool2d
-        return pool(conv.run(x, None, True), *self._window)
+        kernel, stride, padding = self._window
+        return pool(conv.run(x, None, True), kernel, stride, padding)
 
     def _normed(self, x: Tensor) -> Tensor:
         """relu(norm(x)) with the running statistics."""

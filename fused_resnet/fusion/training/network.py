@@ -36,7 +36,7 @@ class NetworkStep:
         # Block -> its step. If any has none, every block decides for itself, by what reaches it.
         self._steps: dict[Any, Step] = {}
         for member in chain.from_iterable(stages):
-            step = "not a block"
+            step: Step | str = "not a block"
             if member.names is not None:
                 step = step_for(member.module(model), member.names, x)
             if isinstance(step, str):

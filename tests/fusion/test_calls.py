@@ -1,0 +1,62 @@
+"""How many functions of this package a forward and a training step call: a forward asks once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import fused_resnet as fr
+from fused_resnet.kernels import native
+
+PACKAGE = str(Path(fr.__file__).parent)
+
+pytestmark = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
+
+
+def calls(run: Callable[[], object]) -> list[str]:
+    """The file of each call of a function of this package, comprehensions included."""
+    seen: list[str] = []
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            seen.append(frame.f_code.co_filename)
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return seen
+
+
+def test_inference_of_resnet50():
+    """Measured: 2,845 and 39 calls in 8 files, each entered once but for the plans of blocks."""
+    model, x = fr.resnet50().eval(), torch.randn(1, 3, 64, 64)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    assert len(calls(forward)) <= 3000
+    later = calls(forward)
+    assert len(later) <= 60
+    blocks = str(Path("fusion", "inference", "plan.py"))
+    assert sum(file.endswith(blocks) for file in later) == 17 + 2  # and enter, the pooled stem
+
+
+def test_training_step_of_resnet50():
+    """Measured: 234 calls, 17 blocks and the stem, forward and backward."""
+    model, x = fr.resnet50().train(), torch.randn(2, 3, 64, 64)
+
+    def step() -> None:
+        model(x).sum().backward()
+
+    step()
+    assert len(calls(step)) <= 500
