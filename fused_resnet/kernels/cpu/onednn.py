@@ -175,7 +175,8 @@ class PackedConv(FusedConv):
 
     def _unfused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`run` by separate operations in float32, rounded once; they keep NaN."""
-        y = torch.conv2d(x.float(), self._original.float(), None, *self.geometry)
+        weight = self._original.to(self.dtype).float()
+        y = torch.conv2d(x.float(), weight, None, *self.geometry)
         y = y * self._scale.view(1, -1, 1, 1) + self._bias.view(1, -1, 1, 1)
         y = y if residual is None else y + residual.float()
         y = (y.relu() if relu else y).to(self.dtype)
