@@ -1,10 +1,11 @@
 """Benchmark of another checkout of this project against this one: whole models, interleaved.
 
     python benchmarks/models/compare_checkouts.py DIR [--model resnet18 resnet50] [--batch 1 8]
-        [--dtype float32 bfloat16] [--mode infer train] [--rounds 15] [--out FOLDER]
+        [--dtype float32 bfloat16] [--mode infer train] [--rounds 15] [--size 32] [--out FOLDER]
 
 DIR: the other checkout, with its extension built in place. Each side is the contender "fused" of
-its `fused-resnet bench`, in a separate process with the same number of threads. Every round times
+its `fused-resnet bench`, in a separate process with the same number of threads; with --size, small
+images and CIFAR's networks, as small_worker.py runs them in both checkouts. Every round times
 both in alternating order. Prints the ratio of the times, this over other, per round with half its
 interquartile range, and the medians; --out writes checkouts-cpu-torch<version>.json.
 """
@@ -34,9 +35,12 @@ class Side:
     def __init__(self, checkout: Path, case: dict[str, Any], threads: int) -> None:
         package = checkout / "fused_resnet"
         module = "bench.worker" if (package / "bench" / "worker.py").exists() else "bench_worker"
+        worker = ["-m", f"fused_resnet.{module}"]
+        if "size" in case:
+            worker = [str(HERE / "benchmarks" / "models" / "small_worker.py")]
         request = json.dumps({"name": "fused", "case": case, "threads": threads})
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"fused_resnet.{module}", request],
+            [sys.executable, *worker, request],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -96,6 +100,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--mode", nargs="+", default=["infer", "train"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--size", type=int, help="pixels, instead of 224")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     results = []
@@ -104,6 +109,8 @@ def main() -> None:
             for batch in args.batch if mode == "infer" else args.batch[-1:]:
                 for dtype in args.dtype:
                     case = {"model": model, "batch": batch, "dtype": dtype, "mode": mode}
+                    if args.size:
+                        case["size"] = args.size
                     row = compare(args.other.resolve(), {**case, "device": "cpu"}, args.rounds)
                     results.append(row)
                     print(
