@@ -259,15 +259,14 @@ def test_an_address_is_not_reused():
     be freed, or the next tensor may lie where it lay."""
     stock, mine = pair("basic")
     convs = [model.layer1[0].conv1 for model in (stock, mine)]
-    addresses = set()
-    for seed in range(12):
+    version = convs[1].weight._version
+    for seed in range(4):
         for conv in convs:
-            conv.weight.data = torch.randn(
-                conv.weight.shape, generator=torch.Generator().manual_seed(seed)
-            )
-        addresses.add(convs[1].weight.data_ptr())
+            for _ in range(2):  # the second lies where the one before the first lay
+                g = torch.Generator().manual_seed(seed)
+                conv.weight.data = torch.randn(conv.weight.shape, generator=g)
         same_outputs(stock, mine, images())
-    assert convs[1].weight._version == 0 and len(addresses) > 1
+    assert convs[1].weight._version == version
 
 
 def test_plans_of_weights_written_meanwhile(monkeypatch):
@@ -287,7 +286,8 @@ def test_plans_of_weights_written_meanwhile(monkeypatch):
     monkeypatch.setattr(plan, "_pack", pack)
     with torch.no_grad():
         mine(images())
-        assert written and not made_from(mine.layer2[0]) and not made_from(mine)
+        assert written and not made_from(mine.layer2[0])
+        assert "network" not in [kind for kind, *_ in made_from(mine)]
         stock.layer2[0].conv1.weight.mul_(2)
     same_outputs(stock, mine, images())
 

@@ -120,16 +120,11 @@ NormGradients norm_gradients_through(const Conv& conv, Tensor dy, const Normed& 
   return norm_gradients_from_sums(sums, 1, dx, {}, before, true);
 }
 
-struct BlockEndGradients {
-  NormGradients main;
-  std::optional<NormGradients> other;
-  std::optional<Tensor> g;  // dy masked by the ReLU
-};
-
-// Gradients of y = relu(norm(x) + other + residual). y: the output, or nullopt where nothing was
-// added: the mask is then recomputed from x. `masked`: g is required.
-BlockEndGradients norm_gradients(Tensor dy, std::optional<Tensor> y, const Normed& n,
-                                 const Normed* other, bool masked) {
+// Gradients of y = relu(norm(x) + other + residual): of n, of other, and, if `masked` or if there
+// is other, g, dy masked by the ReLU. y: nullopt where nothing was added: the mask is then
+// recomputed.
+std::tuple<NormGradients, std::optional<NormGradients>, std::optional<Tensor>> norm_gradients(
+    Tensor dy, std::optional<Tensor> y, const Normed& n, const Normed* other, bool masked) {
   masked = masked || other;
   const bool recompute_mask = !y;
   std::optional<Tensor> x2, statistics2;
@@ -176,7 +171,8 @@ Tensor channels_last(const Tensor& weight) {
 
 // A block without its activations, from the ops' arguments. operands: weight, norm weight and norm
 // bias of every convolution, or only the weight for a convolution without a norm. geometry: stride,
-// padding and dilation, (height, width) each, of every convolution. The shortcut's come last.
+// padding and dilation, (height, width) each, of every convolution. The shortcut's come last. keep:
+// 1 for z of every norm, then for h of the residual branch's, where they are saved for backward.
 struct Block {
   std::vector<Conv> convs;
   std::vector<Parameters> norms;
@@ -187,7 +183,7 @@ struct Block {
 
   Block(const char* op, const std::vector<Tensor>& operands, const std::vector<int64_t>& geometry,
         const std::vector<double>& eps, int64_t kind, int64_t pad_stride, bool norm_first,
-        bool shared)
+        bool shared, const std::vector<int64_t>& keep)
       : shortcut(static_cast<Shortcut>(kind)),
         pad_stride(pad_stride),
         norm_first(norm_first),
@@ -200,6 +196,8 @@ struct Block {
               (norm_first || !shared),
           op, ": got ", operands.size(), " operands, ", geometry.size(), " sizes and ", eps.size(),
           " eps, which do not describe a block");
+    check(keep.size() == eps.size() + main, op, ": keep must have ", eps.size() + main,
+          " values, got ", keep.size());
     const auto pair = [&](size_t at) {
       return std::vector<int64_t>{geometry[at], geometry[at + 1]};
     };
@@ -226,19 +224,12 @@ struct Block {
 struct Activations {
   const Block& block;
   const Tensor x;
-  std::vector<std::optional<Tensor>> z, h;        // the last h, if norms come last, is y
+  std::vector<int64_t> keep;                // whether z, h stay after the next one is computed
+  std::vector<std::optional<Tensor>> z, h;  // the last h, if norms come last, is y
   std::vector<std::optional<Tensor>> statistics;  // of norms; if absent, computed with z
-  std::vector<int64_t> keep;  // z, then h: whether they stay after the next one is computed
 
-  Activations(const char* op, const Block& block, Tensor x, std::vector<int64_t> flags)
-      : block(block),
-        x(x),
-        z(block.norms.size()),
-        h(block.norms.size()),
-        statistics(block.norms.size()),
-        keep(std::move(flags)) {
-    check(keep.size() == z.size() + block.main, op, ": keep must have ", z.size() + block.main,
-          " values, got ", keep.size());
+  Activations(const Block& block, const Tensor& x, const std::vector<int64_t>& flags)
+      : block(block), x(x), keep(flags), z(block.norms.size()), h(z), statistics(z) {
     if (block.norm_first) z[0] = x, keep[0] = 1;
   }
 
@@ -299,15 +290,15 @@ struct Activations {
   void release(size_t j) { z[j].reset(), h[j].reset(); }
 };
 
-// x (N, C, H, W) channels_last, float32 or bfloat16. keep: which z, then which h to save for
-// backward -> the statistics of every norm, the kept z and h except y, then y.
+// x (N, C, H, W) channels_last, float32 or bfloat16 -> the statistics of every norm, (2, C)
+// float64, the kept z and h except y, then y.
 std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
                                   std::vector<int64_t> geometry, std::vector<double> eps,
                                   int64_t shortcut, int64_t pad_stride, bool norm_first,
                                   bool shared, std::vector<int64_t> keep) {
-  constexpr const char* op = "block_forward";
-  const Block block(op, operands, geometry, eps, shortcut, pad_stride, norm_first, shared);
-  Activations step(op, block, x, keep);
+  const Block block("block_forward", operands, geometry, eps, shortcut, pad_stride, norm_first,
+                    shared, keep);
+  Activations step(block, x, keep);
   const size_t n = block.norms.size(), last = block.main - 1;
   std::vector<Tensor> found;
   std::optional<Tensor> y;
@@ -328,38 +319,6 @@ std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
   return found;
 }
 
-// The gradients of the operands that require one, in order, x's first.
-struct Gradients {
-  const std::vector<int64_t>& needs;  // of x and of every operand
-  std::vector<std::optional<Tensor>> found;
-
-  explicit Gradients(const std::vector<int64_t>& needs) : needs(needs), found(needs.size()) {}
-
-  bool requires_x() const { return needs[0]; }
-  bool requires_gradient(size_t operand) const { return needs[1 + operand]; }
-  // Whether x or an operand before `end` requires one.
-  bool requires_any(size_t end) const {
-    return std::any_of(needs.begin(), needs.begin() + static_cast<int64_t>(end) + 1,
-                       [](int64_t need) { return need != 0; });
-  }
-  void set(size_t operand, const Tensor& t) {
-    if (requires_gradient(operand)) found[1 + operand] = t;
-  }
-  // Of norm j; its parameters follow the weight.
-  void set_norm(size_t j, const NormGradients& norm) {
-    set(3 * j + 1, norm.dweight), set(3 * j + 2, norm.dbias);
-  }
-  std::vector<Tensor> packed(const char* op) const {
-    std::vector<Tensor> all;
-    for (size_t i = 0; i < needs.size(); ++i) {
-      if (!needs[i]) continue;
-      check(found[i].has_value(), op, ": operand ", i, " has no gradient");
-      all.push_back(*found[i]);
-    }
-    return all;
-  }
-};
-
 // dy (N, K, P, Q), x (N, C, H, W), channels_last; kept: the outputs of block_forward without y,
 // then y if it was kept -> the required gradients, in the order of x and operands.
 std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::vector<Tensor> operands,
@@ -368,21 +327,26 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::vector<Tensor> oper
                                    bool norm_first, bool shared, std::vector<int64_t> keep,
                                    std::vector<int64_t> needs) {
   constexpr const char* op = "block_backward";
-  const Block block(op, operands, geometry, eps, shortcut, pad_stride, norm_first, shared);
+  const Block block(op, operands, geometry, eps, shortcut, pad_stride, norm_first, shared, keep);
   // What is recomputed stays until it is released.
-  Activations step(op, block, x, std::vector<int64_t>(keep.size(), 1));
+  Activations step(block, x, std::vector<int64_t>(keep.size(), 1));
   const size_t n = block.norms.size(), main = block.main;
   check(needs.size() == operands.size() + 1, op, ": needs must have ", operands.size() + 1,
         " values, got ", needs.size());
-  const auto count = n + static_cast<size_t>(std::count_if(keep.begin(), keep.end(),
-                                                           [](int64_t flag) { return flag != 0; }));
+  const size_t count = n + static_cast<size_t>(std::count(keep.begin(), keep.end(), 1));
   check(kept.size() == count, op, ": got ", kept.size(), " saved tensors instead of ", count);
   size_t next = 0;
   for (auto& s : step.statistics) s = kept[next++];
   for (size_t j = 0; j < keep.size(); ++j)
     if (keep[j]) (j < n ? step.z[j] : step.h[j - n]) = kept[next++];
 
-  Gradients grads(needs);
+  std::vector<std::optional<Tensor>> grads(needs.size());  // of x, then of every operand
+  const auto set = [&](size_t i, const Tensor& t) {
+    if (needs[i]) grads[i] = t;
+  };
+  const auto set_norm = [&](size_t j, const NormGradients& found) {
+    set(3 * j + 2, found.dweight), set(3 * j + 3, found.dbias);
+  };
   Tensor dz = dy;                 // of the output of convolution i below
   std::optional<Tensor> ds = dy;  // of the shortcut's output
   std::optional<Tensor> added;    // to the input gradient of the first convolution
@@ -392,21 +356,20 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::vector<Tensor> oper
     if (block.shortcut != kNone) y = step.relu(last);
     std::optional<Normed> other;
     if (block.shortcut == kProjection) other = step.normed(main);
-    const BlockEndGradients end =
-        norm_gradients(dy, y, step.normed(last), other ? &*other : nullptr,
-                       block.shortcut != kNone && grads.requires_x());
-    grads.set_norm(last, end.main);
-    dz = end.main.dx, ds = end.g;
+    const auto [first, second, g] = norm_gradients(
+        dy, y, step.normed(last), other ? &*other : nullptr, block.shortcut != kNone && needs[0]);
+    set_norm(last, first);
+    dz = first.dx, ds = g;
     step.release(last);
-    if (other) {
-      grads.set_norm(main, *end.other);
-      ds = end.other->dx;
+    if (second) {
+      set_norm(main, *second);
+      ds = second->dx;
       step.release(main);
     }
     if (block.shortcut == kIdentity) added.swap(ds);
   }
-  if (block.shortcut == kProjection && grads.requires_gradient(3 * main))
-    grads.set(3 * main, step.weight_gradient(main, *ds));
+  if (block.shortcut == kProjection && needs[3 * main + 1])
+    grads[3 * main + 1] = step.weight_gradient(main, *ds);
   const auto with_shortcut = [&](Tensor dx) {
     if (!ds || block.shortcut == kNone) return dx;
     if (block.shortcut == kProjection) return block.convs[main].input_gradient(*ds, x, dx);
@@ -415,10 +378,11 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::vector<Tensor> oper
   };
   for (size_t i = main; i-- > 0;) {
     const Conv& conv = block.convs[i];
-    if (grads.requires_gradient(3 * i)) grads.set(3 * i, step.weight_gradient(i, dz));
-    const bool own_norm =
-        norm_first && (grads.requires_gradient(3 * i + 1) || grads.requires_gradient(3 * i + 2));
-    if (!own_norm && !grads.requires_any(3 * i)) break;  // nothing before requires a gradient
+    if (needs[3 * i + 1]) grads[3 * i + 1] = step.weight_gradient(i, dz);
+    // Stops where nothing before requires a gradient.
+    const bool own_norm = norm_first && (needs[3 * i + 2] || needs[3 * i + 3]);
+    const auto end = needs.begin() + static_cast<int64_t>(3 * i + 1);
+    if (!own_norm && std::find(needs.begin(), end, 1) == end) break;
     const auto j = block.norm_before(i);
     if (!j) {
       dz = conv.input_gradient(dz, x, added);
@@ -428,16 +392,19 @@ std::vector<Tensor> block_backward(Tensor dy, Tensor x, std::vector<Tensor> oper
     if (shared && i == 0) {
       dz = with_shortcut(conv.input_gradient(dz, x));
       ds.reset();
-      found = norm_gradients(dz, {}, step.normed(0), nullptr, false).main;
+      found = std::get<0>(norm_gradients(dz, {}, step.normed(0), nullptr, false));
     } else {
       found = norm_gradients_through(conv, std::move(dz), step.normed(*j));
     }
-    grads.set_norm(*j, *found);
+    set_norm(*j, *found);
     dz = found->dx;
     step.release(*j);
   }
-  if (grads.requires_x()) grads.found[0] = with_shortcut(dz);
-  return grads.packed(op);
+  if (needs[0]) grads[0] = with_shortcut(dz);
+  std::vector<Tensor> required;
+  for (size_t i = 0; i < needs.size(); ++i)
+    if (needs[i]) required.push_back(grads[i].value());
+  return required;
 }
 
 }  // namespace

@@ -1,21 +1,21 @@
 """A residual block's training step as one node of autograd's graph, pass by pass.
 
 One node for all convolutions, norms, additions and ReLUs allows fusion across them: the two norms
-of a downsampling block are applied and added in one pass and reduced in one, the gradient of the
-identity shortcut is added inside the convolution's input gradient, and a shortcut that follows no
-norm inside the last convolution. The level of activation memory sets what is saved for backward
-besides x:
+of a downsampling block are applied and added in one pass and reduced in one, and the gradient of
+the identity shortcut is added inside the convolution's input gradient. With norms first, the
+shortcut is added inside the last convolution. The level of activation memory sets what is saved
+for backward besides x:
 
     full     the outputs of all convolutions and ReLUs
     low      the outputs of all convolutions and of the block; the outputs of the inner ReLUs are
              recomputed from the convolutions', in one elementwise pass each
     lower    as low, but the outputs of widening 1x1 convolutions and of the shortcut's convolution
-             are also recomputed from their inputs; with norms first as low
+             are also recomputed from their inputs; with norms first, the same as low
     minimal  nothing: everything is recomputed
 
-With norms first, the block's output and what is added to it are not needed and never saved.
-Recomputed tensors are bitwise equal. A double backward runs the block's formula by PyTorch's
-operations."""
+With norms first, backward reads neither the block's output nor the shortcut's, and neither is
+saved. Recomputed tensors are bitwise equal. A double backward runs the block's formula by
+PyTorch's operations."""
 
 from __future__ import annotations
 

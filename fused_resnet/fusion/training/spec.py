@@ -76,7 +76,8 @@ def kept(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
     h[-1] = spec.level != "minimal" or spec.window is not None
     last = spec.main - 1
     if spec.level == "lower":
-        z[last + 1 :] = [False] * (spec.shortcut == "projection")
+        if spec.shortcut == "projection":
+            z[-1] = False
         z[last] = last == 0 or tuple(weights[last].shape[2:]) != (1, 1)
     return z + h
 
