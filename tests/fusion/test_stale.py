@@ -254,6 +254,23 @@ def test_a_stale_plan_is_freed_immediately():
     assert old() is None
 
 
+def test_frozen_norms_are_folded_again():
+    """With gradients, in eval mode: after in-place writes to a norm, and to a convolution alone."""
+    stock, mine = pair("basic")
+    for model in (stock, mine):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.requires_grad_(False)
+    for edited in ("bn1.running_mean", "bn1.bias", "conv1.weight", "bn1.running_var"):
+        same_step(stock, mine, images())
+        with torch.no_grad():
+            for model in (stock, mine):
+                block = model.layer2[1]
+                name, _, tensor = edited.partition(".")
+                getattr(getattr(block, name), tensor).mul_(1.5).add_(0.1)
+        same_step(stock, mine, images())
+
+
 def test_an_address_is_not_reused():
     """`p.data` of the same parameter at the same version: memory that a plan was made from must not
     be freed, or the next tensor may lie where it lay."""

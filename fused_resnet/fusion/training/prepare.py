@@ -13,10 +13,19 @@ from torch import Tensor, nn
 
 from fused_resnet import layout
 from fused_resnet.fusion import pooling, store
-from fused_resnet.fusion.description import Description, Names, attributes_of, describe
+from fused_resnet.fusion.description import (
+    Description,
+    Names,
+    Place,
+    Unit,
+    attributes_of,
+    describe,
+)
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
+from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
+from fused_resnet.kernels.cache import cacheable
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
 from fused_resnet.kernels.training.native import Native
@@ -86,6 +95,7 @@ class Step:
         self.is_cached = not any(is_fsdps(unit.conv) for unit in description.units)
         self._level: str = getattr(module, "activation_memory", "auto")
         self._prepared: tuple[Any, Prepared | None] = (None, None)
+        self._folded: dict[Any, tuple[Guard, Tensor, Tensor]] = {}
 
     def prepared(self, x: Tensor) -> Prepared | None:
         """The step for x; None where it cannot be one node of autograd's graph."""
@@ -96,6 +106,25 @@ class Step:
             level = "low" if self._level == "minimal" and key[2] else self._level
             cached = self._prepared = (key, prepare(self.description, level, x))
         return cached[1]
+
+    def scale_and_shift(self, unit: Unit, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Those of a frozen norm (see `fold`), kept while its tensors are unchanged, unless they
+        require a gradient: a convolution is packed per scale and shift."""
+        conv, norm = unit
+        tensors = (conv.bias, norm.weight, norm.bias)
+        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+            return scale_and_shift(conv, norm, dtype)
+        folded = self._folded.get((norm, dtype))
+        if folded is None or not folded[0].holds():
+            places = [Place({"norm": norm}, "norm", norm, nn.BatchNorm2d)]
+            if conv.bias is not None:
+                places.append(Place({"conv": conv}, "conv", conv, nn.Conv2d))
+            guard = Guard([], places)
+            with torch.no_grad():
+                folded = (guard, *scale_and_shift(conv, norm, dtype))
+            if cacheable(folded[1]) and guard.holds():
+                self._folded[norm, dtype] = folded
+        return folded[1:]
 
 
 def step_for(module: nn.Module, names: Names, x: Tensor) -> Step | str:

@@ -15,7 +15,6 @@ from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.fusion.call import call_reason, wants_grad
 from fused_resnet.fusion.description import Description, Names
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
-from fused_resnet.fusion.fold import cached_scale_and_shift
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import track, uses_batch_statistics
@@ -66,44 +65,47 @@ def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     if call_reason(x) is not None or not wants_grad(block, x):
         return None
     step = step_for(block, names, x)
-    return None if isinstance(step, str) else run_unit(*step.description.units[-1], x, None, True)
+    return None if isinstance(step, str) else run_unit(step, -1, x, None, True)
 
 
 def run_step(step: Step, x: Tensor) -> Tensor | None:
     """A block or stem as one node of autograd's graph or unit by unit; None: use torchvision's
     path."""
     prepared = step.prepared(x)
-    return run_units(step.description, x) if prepared is None else prepared.run(x)
+    return run_units(step, x) if prepared is None else prepared.run(x)
 
 
-def run_units(description: Description, x: Tensor) -> Tensor | None:
+def run_units(step: Step, x: Tensor) -> Tensor | None:
     """A block or stem unit by unit, differentiably; None where norms come first, or where
     stochastic depth divides the branch."""
+    description = step.description
     if description.norm_first or description.survival != 1:
         return None
-    y = x
-    for conv, bn in description.main[:-1]:
-        y = run_unit(conv, bn, y, None, True)
+    y, last = x, len(description.main) - 1
+    for i in range(last):
+        y = run_unit(step, i, y, None, True)
     residual: Tensor | None = x
     if description.shortcut == "projection":
-        residual = run_unit(*description.units[-1], x, None, False)
+        residual = run_unit(step, -1, x, None, False)
     elif description.pad is not None:
         residual = description.pad(x)
     elif description.shortcut == "none":
         residual = None
-    y = run_unit(*description.main[-1], y, residual, True)
+    y = run_unit(step, last, y, residual, True)
     return y if description.pool is None else description.pool(y)
 
 
-def run_unit(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu(bn(conv(x)) + residual), differentiably. x: (N, C, H, W), residual: (N, K, P, Q)."""
+def run_unit(step: Step, i: int, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """relu(bn(conv(x)) + residual) of unit i, differentiably. x: (N, C, H, W), residual: (N, K, P,
+    Q)."""
+    conv, bn = unit = step.description.units[i]
     if uses_batch_statistics(bn):
         y = conv(x)
         if serves(True, y) and _bn_fits(bn, y, residual):
             return _train_bn(bn, y, residual, relu)
         y = bn(y)
     elif serves(False, x) and _conv_fits(conv, bn, x, residual):
-        scale, shift = cached_scale_and_shift(conv, bn, accumulate_dtype(x.dtype))
+        scale, shift = step.scale_and_shift(unit, accumulate_dtype(x.dtype))
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         return ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
     else:
