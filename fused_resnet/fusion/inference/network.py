@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
-from fused_resnet.fusion.dtype_rules import compute_dtype, output_dtype, weights_fit
+from fused_resnet.fusion.dtype_rules import compute_dtype, weights_fit
 from fused_resnet.fusion.members import has_stem, whole
 from fused_resnet.fusion.pooling import pool_shape
 from fused_resnet.fusion.structure import Guard
 from fused_resnet.kernels import cache, native, registry
-from fused_resnet.layers.hooks import is_fsdps, patched
+from fused_resnet.layers.hooks import is_fsdps
 
 from . import plan_cache
 from .plan import Flow, Plan, enter, leave
@@ -72,9 +72,6 @@ class Network:
         flow = self._run_stages(stages, x) if stages else None
         if flow is None:
             return None
-        if x.device.type == "cpu" and averages_all(model.avgpool) and native.load() is None:
-            y = torch.ops.fused_resnet_native.mean_pool(flow.x)
-            return y.to(output_dtype(x.dtype, "cpu"))
         return model.avgpool(leave(flow.x, x.dtype, layout.memory_format(x)))
 
     def _find_stages(self, shape: Sequence[int]) -> list[_Stage]:
@@ -128,12 +125,6 @@ class Network:
 def _even_size(total: int, most: int) -> int:
     """The part size when `total` is split evenly into the fewest parts of at most `most`."""
     return -(-total // -(-total // most))
-
-
-def averages_all(pool: Any) -> bool:
-    """Whether this module is exactly the mean over all pixels, without hooks or patches."""
-    plain = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
-    return plain and patched(pool) is None
 
 
 # model -> (compute dtype, device, forced backend) -> network
