@@ -5,9 +5,8 @@
 #include <pybind11/stl.h>
 
 #include "cpu/convolution/conv_bn_relu.h"
+#include "cpu/convolution/host.h"
 #include "cpu/convolution/train.h"
-#include "cpu/isa/kernels.h"
-#include "cpu/memory_pool.h"
 #include "cuda/convolution/tiles.h"
 #include "cuda/kernel_list.h"
 
@@ -47,54 +46,19 @@ py::dict build_info() {
   info["cpu_isa"] = fused_resnet::cpu_kernels().isa;
   py::list conv_dtypes;
   for (int i = 0; i < fused_resnet::kDtypes; ++i)
-    if (fused_resnet::conv_bn_relu_supports(i)) conv_dtypes.append(kDtypeNames[i]);
+    if (fused_resnet::conv_supported(static_cast<fused_resnet::DtypeIndex>(i)))
+      conv_dtypes.append(kDtypeNames[i]);
   info["conv_dtypes"] = conv_dtypes;
   info["conv_bfloat16"] = fused_resnet::widens_bfloat16() ? "in float32" : "by dot product";
   return info;
 }
 
-py::list kernels() {
+py::list cuda_kernels() {
   py::list list;
-  for (const char* name : {"abs_max",
-                           "add_relu",
-                           "add_relu_backward",
-                           "add_relu_out",
-                           "block_backward",
-                           "block_forward",
-                           "block_inference",
-                           "bn_add_relu",
-                           "bn_add_relu_backward",
-                           "bn_apply",
-                           "bn_gradient",
-                           "bn_parameter_gradients",
-                           "bn_pool",
-                           "bn_pool_gradient",
-                           "bn_reduce",
-                           "bn_statistics",
-                           "bn_update_running",
-                           "conv_bn_relu",
-                           "convolution",
-                           "convolution_and_statistics",
-                           "convolution_weight_gradient",
-                           "input_gradient_and_sums",
-                           "max_pool2d",
-                           "mean_pool",
-                           "narrow_weight_gradient",
-                           "pack_convolution",
-                           "strided_input_gradient"}) {
-    py::dict entry;
-    entry["name"] = name;
-    entry["device"] = "cpu";
-    entry["arch"] = fused_resnet::cpu_kernels().isa;
-    entry["registers"] = py::none();
-    entry["shared_bytes"] = py::none();
-    list.append(entry);
-  }
 #if defined(FUSED_RESNET_WITH_CUDA)
   for (const fused_resnet::CudaKernel& kernel : fused_resnet::cuda_kernels()) {
     py::dict entry;
     entry["name"] = kernel.name;
-    entry["device"] = "cuda";
     entry["arch"] = kernel.binary_version < 0 ? py::object(py::str(FUSED_RESNET_CUDA_ARCHS))
                                               : py::object(py::int_(kernel.binary_version));
     entry["registers"] =
@@ -169,6 +133,21 @@ PYBIND11_MODULE(_C, m) {
                                                 weight_shape, dilation, groups);
       },
       "Why no CPU kernel computes a convolution with weight (K, C / groups, R, S), or None.");
+  m.def(
+      "training_reason",
+      [](const std::string& pass, const std::vector<int64_t>& weight_shape,
+         const std::string& dtype, const std::vector<int64_t>& geometry,
+         int64_t groups) -> const char* {
+        const int index = dtype_index(dtype);
+        if (index == fused_resnet::kDtypes) return "no kernel for this dtype";
+        const auto which = pass == "convolution"      ? fused_resnet::Pass::kConvolution
+                           : pass == "input_gradient" ? fused_resnet::Pass::kInputGradient
+                                                      : fused_resnet::Pass::kWeightGradient;
+        return fused_resnet::training_reason(which, static_cast<fused_resnet::DtypeIndex>(index),
+                                             weight_shape, geometry, groups);
+      },
+      "Why no CPU kernel computes a pass of a training step (convolution, input_gradient or "
+      "weight_gradient) of a convolution with weight (K, C / groups, R, S), or None.");
   m.def("widens_bfloat16", &fused_resnet::widens_bfloat16,
         "Whether bfloat16 convolutions on the CPU are computed in float32 instead of with the "
         "processor's dot product, because that is slower or unavailable.");
@@ -180,7 +159,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("choice"),
       "Compute later bfloat16 convolutions in float32 (True), with the dot product if available "
       "(False), or with the faster of the two (None).");
-  m.def("kernels", &kernels,
-        "One dict per kernel: name, device, arch, registers, shared_bytes. On a machine with a GPU "
+  m.def("cuda_kernels", &cuda_kernels,
+        "One dict per CUDA kernel: name, device, arch, registers, shared_bytes. On a machine with "
+        "a GPU "
         "this initialises the CUDA runtime.");
 }

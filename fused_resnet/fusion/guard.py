@@ -21,7 +21,6 @@ _SETTINGS = {
     nn.MaxPool2d: (
         "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
     ),
-    nn.AdaptiveAvgPool2d: ("output_size",),
     PadShortcut: ("in_channels", "out_channels", "stride"),
 }  # fmt: skip
 

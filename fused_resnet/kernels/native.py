@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
+
+_OPS = "fused_resnet_native::"
 _HOW_TO_BUILD = (
     "to build them, run `pip install --no-build-isolation .` in an environment that has "
     "torch >= 2.11 and a C++ compiler"
@@ -25,8 +28,6 @@ def _import_extension() -> tuple[ModuleType | None, str | None]:
     if importlib.util.find_spec("fused_resnet._C") is None:
         return None, f"the native kernels were not built; {_HOW_TO_BUILD}"
     try:
-        # The extension links against libtorch, which importing torch loads.
-        importlib.import_module("torch")
         return importlib.import_module("fused_resnet._C"), None
     except (ImportError, OSError, RuntimeError) as error:
         lines = str(error).strip().splitlines()
@@ -91,6 +92,18 @@ def convolution_reason(
     return module.convolution_reason(weight_shape, str(dtype)[6:], dilation, groups)
 
 
+def training_reason(
+    work: str, weight_shape: Sequence[int], dtype: object, geometry: Sequence[int], groups: int
+) -> str | None:
+    """Why no CPU kernel computes a pass of a training step ("convolution", "input_gradient" or
+    "weight_gradient") of a convolution with weight (K, C / groups, R, S) of tensors of `dtype`, a
+    torch.dtype; None if one does. geometry: stride, padding and dilation, (height, width) each."""
+    module, missing = _import_extension()
+    if module is None:
+        return missing
+    return module.training_reason(work, weight_shape, str(dtype)[6:], geometry, groups)
+
+
 def widens_bfloat16() -> bool:
     """Whether bfloat16 convolutions on the CPU multiply in float32: where the processor has no
     bfloat16 dot product, or a slower one."""
@@ -107,7 +120,16 @@ def widen_bfloat16(choice: bool | None) -> None:
 def kernels() -> list[dict[str, object]]:
     """One entry per kernel: name, device, architecture. On a machine with a GPU, entries of CUDA
     kernels also hold registers and shared memory; querying those initialises CUDA."""
-    return list(_ask("kernels", []))
+    if load() is not None:
+        return []
+    ops = {op.split(".")[0] for op in torch._C._dispatch_get_all_op_names()}
+    on_cpu = [
+        op.removeprefix(_OPS) for op in sorted(ops)
+        if op.startswith(_OPS) and torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
+    ]  # fmt: skip
+    common = {"device": "cpu", "arch": build_info()["cpu_isa"]}
+    cpu = [{"name": name, **common, "registers": None, "shared_bytes": None} for name in on_cpu]
+    return [*cpu, *({"device": "cuda", **kernel} for kernel in _ask("cuda_kernels", []))]
 
 
 def memory() -> dict[str, int]:

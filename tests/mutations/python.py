@@ -132,8 +132,6 @@ PYTHON = [
     ("training: version counters not incremented", "fused_resnet/kernels/training/native.py",
      "torch.autograd.graph.increment_version([*means, *variances, *counters])", "pass",
      f"{STEP} -k versions"),
-    ("training: strided pixels' gradient overwritten", "fused_resnet/kernels/training/native.py",
-     "sizes = *x.shape[2:], added,", "sizes = *x.shape[2:], None,", f"{CONVOLUTIONS} -k added"),
     ("training: momentum None ignored", "fused_resnet/layers/norms.py",
      "momentum = 1.0 / float(bn.num_batches_tracked)", "momentum = 0.1",
      f"{STEP} -k running"),

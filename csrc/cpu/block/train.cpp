@@ -47,28 +47,25 @@ namespace {
 constexpr int64_t kMinTaskElements = 16384;  // elements that justify another task
 
 struct Conv {
-  Tensor weight;  // (K, C, R, S) float32, channels_last
-  std::vector<int64_t> stride, padding, dilation;
+  Tensor weight;   // (K, C, R, S) float32, channels_last
+  Sizes geometry;  // stride, padding, dilation
 
   Tensor run(const Tensor& x, const std::optional<Tensor>& residual = {}) const {
-    return convolution(x, weight, false, residual, false, stride, padding, dilation);
+    return convolution(x, weight, residual, geometry);
   }
 
   std::tuple<Tensor, Tensor> run_with_statistics(const Tensor& x) const {
-    return convolution_and_statistics(x, weight, stride, padding, dilation);
+    return convolution_and_statistics(x, weight, geometry);
   }
 
   Tensor weight_gradient(const Tensor& dy, const Tensor& x) const {
-    return convolution_weight_gradient(dy, x, weight.size(2), weight.size(3), stride, padding,
-                                       dilation);
+    return fused_resnet::weight_gradient(dy, x, weight.size(2), weight.size(3), geometry);
   }
 
   // (N, C, H, W) of x's shape, plus `added`, which it overwrites
   Tensor input_gradient(const Tensor& dy, const Tensor& x,
                         const std::optional<Tensor>& added = {}) const {
-    if (const auto around = gradient_padding(weight, stride, padding, dilation))
-      return convolution(dy, weight, true, added, added.has_value(), {1, 1}, *around, dilation);
-    return strided_input_gradient(dy, weight, x.size(2), x.size(3), added, stride, padding);
+    return fused_resnet::input_gradient(dy, weight, x.size(2), x.size(3), added, geometry);
   }
 };
 
@@ -114,9 +111,9 @@ NormGradients norm_gradients_from_sums(const Tensor& sums, int64_t row, const Te
 // output of `conv`.
 NormGradients norm_gradients_through(const Conv& conv, Tensor dy, const Normed& before) {
   // Moved, so that the memory of dy is free for later passes.
-  const auto [dx, sums] = input_gradient_and_sums(
-      std::move(dy), conv.weight, conv.stride, conv.padding, conv.dilation, before.x,
-      before.statistics, before.norm->weight, before.norm->bias, before.norm->eps);
+  const auto [dx, sums] = input_gradient_and_sums(std::move(dy), conv.weight, conv.geometry,
+                                                  before.x, before.statistics, before.norm->weight,
+                                                  before.norm->bias, before.norm->eps);
   return norm_gradients_from_sums(sums, 1, dx, {}, before, true);
 }
 
@@ -198,12 +195,9 @@ struct Block {
           " eps, which do not describe a block");
     check(keep.size() == eps.size() + main, op, ": keep must have ", eps.size() + main,
           " values, got ", keep.size());
-    const auto pair = [&](size_t at) {
-      return std::vector<int64_t>{geometry[at], geometry[at + 1]};
-    };
     for (size_t i = 0; i < n; ++i) {
-      convs.push_back(
-          {channels_last(operands[3 * i]), pair(6 * i), pair(6 * i + 2), pair(6 * i + 4)});
+      const auto sizes = geometry.begin() + static_cast<int64_t>(6 * i);
+      convs.push_back({channels_last(operands[3 * i]), {sizes, sizes + 6}});
       if (i < eps.size()) norms.push_back({operands[3 * i + 1], operands[3 * i + 2], eps[i]});
     }
   }
@@ -282,9 +276,9 @@ struct Activations {
     const auto j = block.norm_before(i);
     if (!j || h[*j]) return conv.weight_gradient(dy, input(i));
     const Normed n = normed(*j);
-    return weight_gradient_of_normed(dy, n.x, conv.weight.size(2), conv.weight.size(3), conv.stride,
-                                     conv.padding, conv.dilation, n.statistics, n.norm->weight,
-                                     n.norm->bias, n.norm->eps);
+    return weight_gradient_of_normed(dy, n.x, conv.weight.size(2), conv.weight.size(3),
+                                     conv.geometry, n.statistics, n.norm->weight, n.norm->bias,
+                                     n.norm->eps);
   }
 
   void release(size_t j) { z[j].reset(), h[j].reset(); }

@@ -17,10 +17,10 @@ constexpr int64_t kMinTaskTiles = 4;  // tiles that justify another task
 constexpr int64_t kSliceBytes = 256 * 1024;
 
 int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
-int64_t tiles_of(const ConvBnRelu& conv) {
+int64_t tiles_of(const ConvShape& conv) {
   return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
 }
-int64_t blocks_of(const ConvBnRelu& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
+int64_t blocks_of(const ConvShape& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
 
 // Tiles of a superblock of pixels: all blocks of channels process one superblock before the next.
 // Its part of x should stay in the second-level cache, together with the weights if those fit as
@@ -68,7 +68,7 @@ void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int6
   }
 }
 
-int64_t winograd_tiles_of(const ConvBnRelu& conv, int64_t m) {
+int64_t winograd_tiles_of(const ConvShape& conv, int64_t m) {
   return winograd_tiles(conv.N, conv.P, conv.Q, m);
 }
 bool has_16_channels(const ConvBnRelu& conv) {
@@ -76,19 +76,23 @@ bool has_16_channels(const ConvBnRelu& conv) {
          cpu_kernels().conv_winograd_16[kFloat];
 }
 
-// run: all channels of groups [begin, end) of tiles or, for 16 channels, of tiles [begin, end).
-// run_blocks: only blocks [block_begin, block_end) of channels of the groups.
 class Winograd {
  public:
-  Winograd(const ConvBnRelu& conv, ConvVariant variant) : conv_(conv), variant_(variant) {}
+  Winograd(const ConvBnRelu& conv, ConvVariant variant)
+      : group(has_16_channels(conv) ? kTilesOf16 : tile_pixels()),
+        at_once(has_16_channels(conv) ? 4 : winograd_groups(conv.winograd_tile, group, conv.C)),
+        conv_(conv),
+        variant_(variant) {}
 
+  // All channels of tiles [begin, end), whole groups but for the last.
   void run(int64_t begin, int64_t end) const {
     if (has_16_channels(conv_))
       cpu_kernels().conv_winograd_16[variant_](conv_, begin, end);
     else
-      run_blocks(0, blocks_of(conv_), begin, end);
+      run_blocks(0, blocks_of(conv_), begin / group, (end + group - 1) / group);
   }
 
+  // Blocks [block_begin, block_end) of channels of groups [begin, end), unless there are 16.
   void run_blocks(int64_t block_begin, int64_t block_end, int64_t begin, int64_t end) const {
     thread_local std::vector<char> memory;
     memory.resize(static_cast<size_t>(
@@ -99,55 +103,47 @@ class Winograd {
                                                   end);
   }
 
+  const int64_t group;    // tiles that are computed together
+  const int64_t at_once;  // groups whose buffers fit the cache
+
  private:
   const ConvBnRelu& conv_;
   ConvVariant variant_;
 };
 
 void run_winograd(const ConvBnRelu& conv, ConvVariant variant) {
-  const int64_t tiles = winograd_tiles_of(conv, conv.winograd_tile);
   const Winograd winograd(conv, variant);
-  if (has_16_channels(conv)) {
-    Split(tiles, kTilesOf16, 4 * kTilesOf16).run([&](int64_t, int64_t begin, int64_t end) {
-      winograd.run(begin, end);
-    });
-    return;
-  }
-  const int64_t groups = (tiles + tile_pixels() - 1) / tile_pixels(), blocks = blocks_of(conv);
+  const int64_t tiles = winograd_tiles_of(conv, conv.winograd_tile), blocks = blocks_of(conv);
+  const int64_t groups = (tiles + winograd.group - 1) / winograd.group;
   const int64_t threads = torch::stable::get_num_threads();
   // Split by groups or, if there are too few to balance, by blocks; every thread then transforms x.
-  const bool by_blocks = groups < 8 * threads && blocks % threads == 0;
-  Split(by_blocks ? blocks : groups, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
-    if (by_blocks)
+  if (groups < 8 * threads && blocks % threads == 0 && !has_16_channels(conv))
+    Split(blocks, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
       winograd.run_blocks(begin, end, 0, groups);
-    else
+    });
+  else
+    Split(tiles, winograd.group, winograd.group).run([&](int64_t, int64_t begin, int64_t end) {
       winograd.run(begin, end);
-  });
+    });
 }
 
 // Tasks cover whole rows of tiles, that is, whole rows of y.
 bool run_winograd_with_callback(const ConvBnRelu& conv, ConvVariant variant,
                                 const TileCallback& callback) {
+  const Winograd winograd(conv, variant);
   const int64_t m = conv.winograd_tile, tiles = winograd_tiles_of(conv, m);
   const int64_t tiles_h = (conv.P + m - 1) / m, tiles_w = (conv.Q + m - 1) / m;
-  // Tiles that are computed together.
-  const int64_t group = has_16_channels(conv) ? kTilesOf16 : tile_pixels();
-  const int64_t granule = std::lcm(group, tiles_w);
+  const int64_t granule = std::lcm(winograd.group, tiles_w);
+  const int64_t step = winograd.at_once * winograd.group;
   if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
-  const int64_t at_once = has_16_channels(conv) ? 4 : winograd_groups(m, tile_pixels(), conv.C);
   const auto first_pixel = [&](int64_t row) {  // of a row of tiles
     return (row / tiles_h * conv.P + row % tiles_h * m) * conv.Q;
   };
-  const Winograd winograd(conv, variant);
   Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
     int64_t reported = begin / tiles_w;
-    for (int64_t tile = begin; tile < end; tile += at_once * group) {
-      const int64_t stop = std::min(tile + at_once * group, end);
-      if (has_16_channels(conv))
-        winograd.run(tile, stop);
-      else
-        winograd.run(tile / group, (stop + group - 1) / group);
-      const int64_t done = stop / tiles_w;
+    for (int64_t tile = begin; tile < end; tile += step) {
+      const int64_t stop = std::min(tile + step, end), done = stop / tiles_w;
+      winograd.run(tile, stop);
       if (done > reported) callback(task, first_pixel(reported), first_pixel(done));
       reported = std::max(reported, done);
     }
@@ -171,10 +167,6 @@ bool run_direct_with_callback(const ConvBnRelu& conv, ConvVariant variant,
   });
   return true;
 }
-
-}  // namespace
-
-namespace {
 
 std::atomic<int> bfloat16_choice{-1};  // -1: automatic
 
@@ -205,7 +197,7 @@ bool widens_bfloat16() { return conv_variant(kBFloat16) == kBFloatWidened; }
 
 void widen_bfloat16(int choice) { bfloat16_choice = choice; }
 
-int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
+int64_t winograd_tile(const ConvShape& c, ConvVariant variant,
                       std::initializer_list<int64_t> tiles) {
   const auto rounded = [](int64_t n) { return static_cast<double>(round_up(n, tile_pixels())); };
   int64_t best = 0;
@@ -218,7 +210,7 @@ int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
   return best;
 }
 
-int64_t largest_winograd_tile(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4) {
+int64_t largest_winograd_tile(const ConvShape& c, ConvVariant variant, int64_t max_weights_4) {
   const int64_t strides = c.stride_h * c.stride_w * c.dilation_h * c.dilation_w;
   const int64_t weights = c.C * c.K;
   if (c.R != 3 || c.S != 3 || strides != 1 || c.C % 16 || c.K % 16) return 0;
@@ -227,7 +219,7 @@ int64_t largest_winograd_tile(const ConvBnRelu& c, ConvVariant variant, int64_t 
   return weights <= kMaxWinogradWeights && winograd_supported(variant, 2) ? 2 : 0;
 }
 
-int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4) {
+int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t max_weights_4) {
   const int64_t largest = largest_winograd_tile(c, variant, max_weights_4);
   if (largest == 0) return 0;
   return largest == 4 ? winograd_tile(c, variant, {2, 4}) : winograd_tile(c, variant, {2});
@@ -415,8 +407,6 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   run_convolution(conv, variant);
   return y;
 }
-
-bool conv_bn_relu_supports(int dtype) { return conv_supported(static_cast<DtypeIndex>(dtype)); }
 
 }  // namespace fused_resnet
 

@@ -22,12 +22,6 @@ enum Geometry {
   kCount
 };
 
-// A convolution as conv_bn_relu reads it; winograd and first_channel are empty if unused.
-struct PackedConvolution {
-  Tensor weight, winograd, scale, shift, first_channel;
-  std::vector<int64_t> geometry;
-};
-
 Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
                     Tensor first_channel, std::optional<Tensor> residual, bool overwrite, bool relu,
                     std::vector<int64_t> geometry);

@@ -71,16 +71,16 @@ class Source {
 // Of these tile sizes m, that of the Winograd algorithm F(m x m, 3x3) with the fewest products, or
 // 0 if none saves any: (m + 2)^2 products per tile, plus a fifth for the transforms, against 9 per
 // pixel, of which the dot product does two at once. All are rounded up to tiles of the kernel.
-int64_t winograd_tile(const ConvBnRelu& c, ConvVariant variant,
+int64_t winograd_tile(const ConvShape& c, ConvVariant variant,
                       std::initializer_list<int64_t> tiles);
 
 // The largest m of F(m x m, 3x3) for which to transform the weights of a convolution: its geometry,
 // C and K allow it, and it has at most kMaxWinogradWeights weights (C * K), with m = 4 at most
 // `max_weights_4` and not few channels, with which the transforms outweigh the products. Else 0.
-int64_t largest_winograd_tile(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4);
+int64_t largest_winograd_tile(const ConvShape& c, ConvVariant variant, int64_t max_weights_4);
 
 // For a pass of a training step: the m up to that with the fewest products.
-int64_t winograd_tile_of_step(const ConvBnRelu& c, ConvVariant variant, int64_t max_weights_4);
+int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t max_weights_4);
 
 // Above these, transforming the weights of a layer with few pixels, or reading them for every
 // image, costs more than it saves: they are 16/9 and 4 times the weights, 8 times in bfloat16.

@@ -7,6 +7,12 @@
 namespace fused_resnet {
 namespace {
 
+// A convolution as conv_bn_relu reads it; winograd and first_channel are empty if unused.
+struct PackedConvolution {
+  Tensor weight, winograd, scale, shift, first_channel;
+  std::vector<int64_t> geometry;
+};
+
 // With fewer channels, single taps are too short: a row of taps is read as one contiguous run.
 constexpr int64_t kFewChannels = 16;
 
@@ -126,11 +132,9 @@ PackedConvolution pack(const Tensor& weight, const Tensor& scale, const Tensor& 
     for (int64_t k = 0; k < K; k += 16) first_channel[k / 16] = k / (K / groups) * C;
     return conv;
   }
-  ConvBnRelu problem{};
-  problem.C = C, problem.K = K, problem.R = R, problem.S = S;
-  problem.stride_h = stride[0], problem.stride_w = stride[1];
-  problem.dilation_h = dilation[0], problem.dilation_w = dilation[1];
-  const int64_t m = largest_winograd_tile(problem, variant, kMaxWinogradWeights4);
+  const ConvShape shape{0, C,         0,         0,          K,          0,           0,          R,
+                        S, stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
+  const int64_t m = largest_winograd_tile(shape, variant, kMaxWinogradWeights4);
   if (m == 0) return conv;
   const int64_t products = winograd_products(m);
   std::vector<float> transformed(static_cast<size_t>(K * C * products));

@@ -17,6 +17,74 @@ ConvPasses& conv_passes() {
 
 namespace {
 
+// The convolution of stride 1 that is the input gradient of c, by weights with reversed taps;
+// nullopt if there is none.
+std::optional<ConvShape> turned(const ConvShape& c) {
+  const int64_t down = c.dilation_h * (c.R - 1) - c.pad_h;
+  const int64_t right = c.dilation_w * (c.S - 1) - c.pad_w;
+  if (c.stride_h * c.stride_w != 1 || down < 0 || right < 0) return std::nullopt;
+  return ConvShape{c.N, c.K, c.P, c.Q,  c.C,   c.H,          c.W,         c.R,
+                   c.S, 1,   1,   down, right, c.dilation_h, c.dilation_w};
+}
+
+std::vector<int64_t> sizes_of(const Tensor& weight) {
+  return {weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
+}
+
+// Checks x (N, C, H, W) or dy (N, K, P, Q), `name`, and the weight of a pass.
+void check_operands(const char* op, Pass pass, const char* name, const Tensor& t,
+                    const Tensor& weight, const Sizes& geometry) {
+  const DtypeIndex dtype = dtype_index(op, name, t);
+  const Layout4d layout = layout_of(op, t);
+  check(layout.channels_last, op, ": ", name, " must be channels_last, got strides ", strides_of(t),
+        " for shape ", shape_of(t));
+  check(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
+        ": weight must be float32 of shape (K, C, R, S), got ", name_of(weight.scalar_type()),
+        " of shape ", shape_of(weight));
+  const int64_t C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  check(is_dense(weight) && (C <= 1 || weight.stride(1) == 1) &&
+            (R * S == 1 || R == 1 || weight.stride(2) == S * C),
+        op, ": weight must be channels_last, got strides ", strides_of(weight));
+  const int64_t channels = pass == Pass::kConvolution ? C : weight.size(0);
+  check(layout.C == channels, op, ": ", name, " must have ", channels, " channels, got ", layout.C);
+  conv_shape(op, 0, 0, 0, sizes_of(weight), geometry);  // checks geometry
+  const char* reason = training_reason(pass, dtype, sizes_of(weight), geometry, 1);
+  check(!reason, op, ": ", reason ? reason : "", ", got ", name_of(t.scalar_type()), " ", name,
+        " and weight of shape ", shape_of(weight));
+}
+
+// Checks that t has x's dtype and shape (N, C, H, W), and is channels_last.
+void check_added(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t C,
+                 int64_t H, int64_t W) {
+  const Layout4d layout = layout_of(op, t);
+  check(t.scalar_type() == x.scalar_type() && layout.N == x.size(0) && layout.C == C &&
+            t.size(2) == H && t.size(3) == W && layout.channels_last,
+        op, ": ", name, " must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", C,
+        ", ", H, ", ", W, ") and channels_last, got ", name_of(t.scalar_type()), " of shape ",
+        shape_of(t), " and strides ", strides_of(t));
+}
+
+// The checked operands of an input gradient.
+ConvShape input_gradient_of(const char* op, const Tensor& dy, const Tensor& weight, int64_t H,
+                            int64_t W, const Sizes& geometry) {
+  check_operands(op, Pass::kInputGradient, "dy", dy, weight, geometry);
+  const ConvShape c = conv_shape(op, dy.size(0), H, W, sizes_of(weight), geometry);
+  check(dy.size(2) == c.P && dy.size(3) == c.Q, op, ": dy of shape ", shape_of(dy),
+        " does not match a ", H, " x ", W, " image convolved with weight ", shape_of(weight));
+  ++conv_passes().input_gradients;
+  return c;
+}
+
+// The checked operands of a convolution.
+ConvShape convolution_of(const char* op, const Tensor& x, const Tensor& weight,
+                         const Sizes& geometry) {
+  check_operands(op, Pass::kConvolution, "x", x, weight, geometry);
+  const ConvShape c = conv_shape(op, x.size(0), x.size(2), x.size(3), sizes_of(weight), geometry);
+  check(c.P > 0 && c.Q > 0, op, ": x of size ", c.H, " x ", c.W, " is smaller than the kernel");
+  ++conv_passes().convolutions;
+  return c;
+}
+
 // TileCallback, with the address of the first of y's pixels [begin, end).
 using RowCallback = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
 
@@ -53,57 +121,22 @@ struct Convolved {
   bool callback_done;  // whether `callback` was called for all of y
 };
 
-// `convolution`, with `callback` after each tile range if y is large enough.
-Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
-                   bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                   std::vector<int64_t> dilation, const RowCallback& callback = {}) {
-  constexpr const char* op = "convolution";
-  const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
-        " on this processor");
-  const Layout4d layout = layout_of(op, x);
-  check(layout.channels_last, op, ": x must be channels_last, got strides ", strides_of(x),
-        " for shape ", shape_of(x));
-  check(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
-        ": weight must be float32 of shape (K, C, R, S), got ", name_of(weight.scalar_type()),
-        " of shape ", shape_of(weight));
-  const int64_t rows = weight.size(0), columns = weight.size(1);
-  const int64_t R = weight.size(2), S = weight.size(3), taps = R * S;
-  const int64_t C = transposed ? rows : columns, K = transposed ? columns : rows;
-  check(is_dense(weight) && (columns <= 1 || weight.stride(1) == 1) &&
-            (taps == 1 || (weight.stride(2) == S * columns || R == 1)),
-        op, ": weight must be channels_last, got strides ", strides_of(weight));
-  check(layout.C == C, op, ": x must have ", C, " channels, got ", layout.C);
-  check(C % 16 == 0 && K % 16 == 0 && taps <= kMaxPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMaxPackedTaps,
-        ", got weight of shape ", shape_of(weight));
-  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-        ": stride, padding and dilation must be pairs");
-  ConvBnRelu conv{};
-  conv.N = x.size(0), conv.C = C, conv.H = x.size(2), conv.W = x.size(3), conv.K = K;
-  conv.R = R, conv.S = S, conv.run = C;
-  conv.stride_h = stride[0], conv.stride_w = stride[1];
-  conv.pad_h = padding[0], conv.pad_w = padding[1];
-  conv.dilation_h = dilation[0], conv.dilation_w = dilation[1];
-  conv.P = out_size(conv.H, R, stride[0], padding[0], dilation[0]);
-  conv.Q = out_size(conv.W, S, stride[1], padding[1], dilation[1]);
-  check(conv.P > 0 && conv.Q > 0, op, ": x of size ", conv.H, " x ", conv.W,
-        " is smaller than the kernel");
-  conv.pointwise = taps * stride[0] * stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
-  if (residual) {
-    const Layout4d other = layout_of(op, *residual);
-    check(residual->scalar_type() == x.scalar_type() && other.N == conv.N && other.C == K &&
-              residual->size(2) == conv.P && residual->size(3) == conv.Q && other.channels_last,
-          op, ": residual must be ", name_of(x.scalar_type()), " of shape (", conv.N, ", ", K, ", ",
-          conv.P, ", ", conv.Q, ") and channels_last, got ", name_of(residual->scalar_type()),
-          " of shape ", shape_of(*residual));
-  }
-  Tensor y = overwrite && residual
-                 ? *residual
-                 : pooled_channels_last(conv.N, K, conv.P, conv.Q, x.scalar_type());
+// y (N, K, P, Q): the convolution of x plus `added`, with `callback` after each tile range if y is
+// large enough. `transposed`: weight is (C, K, R, S) and its taps are reversed, and y overwrites
+// `added`.
+Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bool transposed,
+                   const std::optional<Tensor>& added, const RowCallback& callback = {}) {
+  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
+  const int64_t taps = R * S, columns = transposed ? K : C;  // of the weight
+  const bool overwrite = transposed && added;
+  if (added) check_added("convolution", transposed ? "added" : "residual", *added, x, K, P, Q);
+  Tensor y = overwrite ? *added : pooled_channels_last(N, K, P, Q, x.scalar_type());
   if (y.numel() == 0) return {y, false};
-  ++(transposed ? conv_passes().input_gradients : conv_passes().convolutions);
-  const ConvVariant variant = *conv_variant(dtype);
+  const ConvVariant variant = *conv_variant(dtype_index("convolution", "x", x));
+  ConvBnRelu conv{};
+  static_cast<ConvShape&>(conv) = c;
+  conv.run = C;
+  conv.pointwise = taps * stride_h * stride_w == 1 && pad_h == 0 && pad_w == 0;
   const int64_t size = operand_bytes(variant);
 
   conv.winograd_tile = winograd_tile_of_step(conv, variant, kMaxWinogradWeights4);
@@ -131,7 +164,7 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
     if (by_winograd) conv.winograd = pack.winograd;
   };
   const std::vector<char> zeros(static_cast<size_t>(C * size), 0);
-  if (residual) conv.residual = residual->const_data_ptr();
+  if (added) conv.residual = added->const_data_ptr();
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
   if (!winograd && packs_block_by_block(conv)) {
@@ -145,7 +178,7 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
   // that occurs, or beforehand if y overwrites the residual, which is then lost.
   bool skipped_pixels = false;
   conv.skipped_pixels = &skipped_pixels;
-  pack_for(!winograd || (overwrite && residual), winograd);
+  pack_for(!winograd || overwrite, winograd);
   const Source source(conv, x, variant);
   const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
   const int64_t pixel_bytes = K * static_cast<int64_t>(y.element_size());
@@ -164,80 +197,84 @@ Convolved convolve(Tensor x, Tensor weight, bool transposed, std::optional<Tenso
 
 }  // namespace
 
-// x (N, C, H, W) channels_last, float32 or bfloat16; weight (K, C, R, S) float32, channels_last ->
-// y (N, K, P, Q) channels_last of x's dtype: convolution plus residual. With `transposed`, weight
-// is (C, K, R, S) in that notation and its taps are reversed: the input gradient of a convolution
-// of stride 1. residual (N, K, P, Q), overwritten by y if `overwrite`.
-// K and C multiples of 16; padding and dilation (2,), stride (2,).
-Tensor convolution(Tensor x, Tensor weight, bool transposed, std::optional<Tensor> residual,
-                   bool overwrite, std::vector<int64_t> stride, std::vector<int64_t> padding,
-                   std::vector<int64_t> dilation) {
-  return convolve(x, weight, transposed, residual, overwrite, stride, padding, dilation).y;
+ConvShape conv_shape(const char* op, int64_t N, int64_t H, int64_t W,
+                     const std::vector<int64_t>& weight_shape, const Sizes& g) {
+  check(g.size() == 6, op, ": geometry must be stride, padding and dilation, two values each, got ",
+        g.size(), " values");
+  const int64_t R = weight_shape[2], S = weight_shape[3];
+  const int64_t P = out_size(H, R, g[0], g[2], g[4]), Q = out_size(W, S, g[1], g[3], g[5]);
+  return {N,   weight_shape[1], H, W, weight_shape[0], P, Q, R, S, g[0], g[1], g[2], g[3], g[4],
+          g[5]};
 }
 
-std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight,
-                                                      std::vector<int64_t> stride,
-                                                      std::vector<int64_t> padding,
-                                                      std::vector<int64_t> dilation) {
+const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64_t>& weight_shape,
+                            const Sizes& geometry, int64_t groups) {
+  const ConvShape c = conv_shape("training_reason", 0, 0, 0, weight_shape, geometry);
+  const bool dilated = c.dilation_h * c.dilation_w != 1;
+  if (!conv_supported(dtype)) return "no kernel for this dtype on this processor";
+  if (groups != 1) return "no kernel for groups";
+  if (c.K % 16) return "channels must be multiples of 16";
+  if (pass == Pass::kWeightGradient && c.C < 16) {
+    // The kernel of cpu/convolution/weight_gradient_narrow_kernels.h
+    const bool wide = c.S * c.C >= cpu_kernels().tile_pixels;
+    if (c.R <= kMaxNarrowRows && wide && !dilated) return nullptr;
+  }
+  if (c.C % 16) return "channels must be multiples of 16";
+  if (c.R * c.S > kMaxPackedTaps) return "a kernel may have at most 9 taps";
+  if (pass == Pass::kInputGradient && dilated && !turned(c))
+    return "no kernel for dilation with stride";
+  return nullptr;
+}
+
+Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> residual, Sizes geometry) {
+  const ConvShape c = convolution_of("convolution", x, weight, geometry);
+  return convolve(c, x, weight, false, residual).y;
+}
+
+std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight, Sizes geometry) {
+  constexpr const char* op = "convolution_and_statistics";
+  const ConvShape c = convolution_of(op, x, weight, geometry);
   // The statistics are accumulated while y is in cache, which saves one read of y from memory.
-  const int64_t K = weight.dim() == 4 ? weight.size(0) : 0;
-  RowStatistics sums(K, dtype_index("convolution", "x", x), torch::stable::get_num_threads());
-  const auto [y, callback_done] =
-      convolve(x, weight, false, {}, false, stride, padding, dilation,
-               [&](int64_t task, const char* y_rows, int64_t begin, int64_t end) {
-                 sums.add(task, y_rows, end - begin);
-               });
+  RowStatistics sums(c.K, dtype_index(op, "x", x), torch::stable::get_num_threads());
+  const auto [y, callback_done] = convolve(
+      c, x, weight, false, {}, [&](int64_t task, const char* y_rows, int64_t begin, int64_t end) {
+        sums.add(task, y_rows, end - begin);
+      });
   const auto found = callback_done ? sums.finish() : std::nullopt;
-  return {y, found ? to_rows(y, {&found->mean, &found->var}, K) : bn_statistics(y)};
+  return {y, found ? to_rows(y, {&found->mean, &found->var}, c.K) : bn_statistics(y)};
 }
 
-std::optional<std::vector<int64_t>> gradient_padding(const Tensor& weight,
-                                                     const std::vector<int64_t>& stride,
-                                                     const std::vector<int64_t>& padding,
-                                                     const std::vector<int64_t>& dilation) {
-  const int64_t down = dilation[0] * (weight.size(2) - 1) - padding[0];
-  const int64_t right = dilation[1] * (weight.size(3) - 1) - padding[1];
-  if (stride[0] * stride[1] != 1 || down < 0 || right < 0) return std::nullopt;
-  return std::vector<int64_t>{down, right};
+Tensor input_gradient(Tensor dy, Tensor weight, int64_t H, int64_t W, std::optional<Tensor> added,
+                      Sizes geometry) {
+  constexpr const char* op = "input_gradient";
+  const ConvShape c = input_gradient_of(op, dy, weight, H, W, geometry);
+  if (added) check_added(op, "added", *added, dy, c.C, H, W);
+  const auto direct = turned(c);
+  return direct ? convolve(*direct, dy, weight, true, added).y
+                : strided_input_gradient(c, dy, weight, added);
 }
 
-std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
-                                                   std::vector<int64_t> stride,
-                                                   std::vector<int64_t> padding,
-                                                   std::vector<int64_t> dilation, Tensor x,
-                                                   Tensor stats, std::optional<Tensor> norm_weight,
+std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight, Sizes geometry,
+                                                   Tensor x, Tensor stats,
+                                                   std::optional<Tensor> norm_weight,
                                                    std::optional<Tensor> norm_bias, double eps) {
   constexpr const char* op = "input_gradient_and_sums";
-  check(weight.dim() == 4 && x.dim() == 4 && dy.dim() == 4 && x.size(1) == weight.size(1) &&
-            x.scalar_type() == dy.scalar_type(),
-        op, ": x must be ", name_of(dy.scalar_type()),
-        " and have as many channels as weight has inputs, got ", name_of(x.scalar_type()),
-        " of shape ", shape_of(x), " and weight of shape ", shape_of(weight));
-  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-        ": stride, padding and dilation must be pairs");
-  const auto around = gradient_padding(weight, stride, padding, dilation);
+  layout_of(op, x);
+  const ConvShape c = input_gradient_of(op, dy, weight, x.size(2), x.size(3), geometry);
+  check_added(op, "x", x, dy, c.C, c.H, c.W);
   const auto summed = [&](const Tensor& dx) {
-    check_same_layout(op, "dx", dx, "x", x);
     return std::get<0>(
         bn_reduce(dx, {}, x, stats, norm_weight, norm_bias, eps, true, {}, {}, false));
   };
-  if (!around) {
-    check(dilation[0] * dilation[1] == 1, op, ": no kernel for dilation with stride");
-    const Tensor dx = strided_input_gradient(dy, weight, x.size(2), x.size(3), {}, stride, padding);
+  const auto direct = turned(c);
+  if (!direct) {
+    const Tensor dx = strided_input_gradient(c, dy, weight, {});
     return {dx, summed(dx)};
   }
-  const auto size = [&](size_t i) {
-    const auto d = static_cast<int64_t>(i) + 2;
-    return out_size(dy.size(d), weight.size(d), 1, around->at(i), dilation[i]);
-  };
-  check(layout_of(op, x).channels_last && layout_of(op, dy).N == x.size(0) &&
-            x.size(2) == size(0) && x.size(3) == size(1),
-        op, ": x must be channels_last and of shape (", dy.size(0), ", ", weight.size(1), ", ",
-        size(0), ", ", size(1), "), got strides ", strides_of(x), " for shape ", shape_of(x));
   const Norm norm = norm_of<float>(op, stats, norm_weight, norm_bias, eps, x.size(1), x);
   RowGradientSums sums(x, norm, torch::stable::get_num_threads());
   const auto [dx, callback_done] =
-      convolve(dy, weight, true, {}, false, {1, 1}, *around, dilation,
+      convolve(*direct, dy, weight, true, {},
                [&](int64_t task, const char* dx_rows, int64_t begin, int64_t end) {
                  sums.add(task, dx_rows, begin, end);
                });
@@ -249,20 +286,19 @@ std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight,
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
+  m.def("convolution(Tensor x, Tensor weight, Tensor? residual, int[] geometry) -> Tensor");
+  m.def("convolution_and_statistics(Tensor x, Tensor weight, int[] geometry) -> (Tensor, Tensor)");
   m.def(
-      "convolution(Tensor x, Tensor weight, bool transposed, Tensor? residual, bool overwrite, "
-      "int[] stride, int[] padding, int[] dilation) -> Tensor");
+      "input_gradient(Tensor dy, Tensor weight, int H, int W, Tensor? added, int[] geometry) -> "
+      "Tensor");
   m.def(
-      "convolution_and_statistics(Tensor x, Tensor weight, int[] stride, int[] padding, "
-      "int[] dilation) -> (Tensor, Tensor)");
-  m.def(
-      "input_gradient_and_sums(Tensor dy, Tensor weight, int[] stride, int[] padding, "
-      "int[] dilation, Tensor x, Tensor stats, Tensor? norm_weight, Tensor? norm_bias, float eps) "
-      "-> (Tensor, Tensor)");
+      "input_gradient_and_sums(Tensor dy, Tensor weight, int[] geometry, Tensor x, Tensor stats, "
+      "Tensor? norm_weight, Tensor? norm_bias, float eps) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
   m.impl("convolution_and_statistics", TORCH_BOX(fused_resnet::convolution_and_statistics));
+  m.impl("input_gradient", TORCH_BOX(fused_resnet::input_gradient));
   m.impl("input_gradient_and_sums", TORCH_BOX(fused_resnet::input_gradient_and_sums));
 }

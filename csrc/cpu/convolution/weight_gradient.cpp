@@ -107,43 +107,25 @@ bool sum_winograd_gradient(const WeightGradient& g, ConvVariant variant, float* 
 
 // The checked operands of a weight gradient.
 WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor& x, int64_t R,
-                                  int64_t S, const std::vector<int64_t>& stride,
-                                  const std::vector<int64_t>& padding,
-                                  const std::vector<int64_t>& dilation) {
+                                  int64_t S, const Sizes& geometry) {
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
-        " on this processor");
   const Layout4d in = layout_of(op, x), out = layout_of(op, dy);
   check((in.channels_last || in.C == 1) && out.channels_last && dy.scalar_type() == x.scalar_type(),
         op, ": x and dy must be channels_last and of one dtype, got strides ", strides_of(x),
         " and ", strides_of(dy));
-  check(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, op,
-        ": stride, padding and dilation must be pairs");
+  const std::vector<int64_t> weight_shape{out.C, in.C, R, S};
   WeightGradient g{};
+  static_cast<ConvShape&>(g) =
+      conv_shape(op, x.size(0), x.size(2), x.size(3), weight_shape, geometry);
+  const char* reason = training_reason(Pass::kWeightGradient, dtype, weight_shape, geometry, 1);
+  check(!reason, op, ": ", reason ? reason : "", ", got x of shape ", shape_of(x), ", dy of shape ",
+        shape_of(dy), ", taps ", R, " x ", S);
+  check(dy.size(0) == g.N && g.P == dy.size(2) && g.Q == dy.size(3), op, ": dy of shape ",
+        shape_of(dy), " does not match x of shape ", shape_of(x), " convolved");
   g.x = x.const_data_ptr(), g.dy = dy.const_data_ptr();
-  g.N = x.size(0), g.C = in.C, g.H = x.size(2), g.W = x.size(3), g.K = out.C;
-  g.P = dy.size(2), g.Q = dy.size(3), g.R = R, g.S = S;
-  g.stride_h = stride[0], g.stride_w = stride[1], g.pad_h = padding[0], g.pad_w = padding[1];
-  g.dilation_h = dilation[0], g.dilation_w = dilation[1];
   g.pixels = g.N * g.P * g.Q, g.x_pixels = g.N * g.H * g.W;
-  check(dy.size(0) == g.N && g.P == out_size(g.H, R, g.stride_h, g.pad_h, g.dilation_h) &&
-            g.Q == out_size(g.W, S, g.stride_w, g.pad_w, g.dilation_w),
-        op, ": dy of shape ", shape_of(dy), " does not match x of shape ", shape_of(x),
-        " convolved");
+  ++conv_passes().weight_gradients;
   return g;
-}
-
-}  // namespace
-
-namespace {
-
-// m of the Winograd algorithm F(m x m, 3x3) that computes a gradient, or 0.
-int64_t winograd_tile_of(const WeightGradient& g, ConvVariant variant) {
-  ConvBnRelu conv{};
-  conv.N = g.N, conv.C = g.C, conv.K = g.K, conv.P = g.P, conv.Q = g.Q, conv.R = g.R, conv.S = g.S;
-  conv.stride_h = g.stride_h, conv.stride_w = g.stride_w;
-  conv.dilation_h = g.dilation_h, conv.dilation_w = g.dilation_w;
-  return winograd_tile_of_step(conv, variant, kMaxWinogradWeights);
 }
 
 // How a gradient is computed and split over threads.
@@ -159,7 +141,7 @@ struct GradientAlgorithm {
     pointwise = nonempty && !strides && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
     // The transposed operand costs more to lay out: use the one with fewer channels.
     swapped = pointwise && g.K > g.C;
-    winograd_tile = nonempty ? winograd_tile_of(g, variant) : 0;
+    winograd_tile = nonempty ? winograd_tile_of_step(g, variant, kMaxWinogradWeights) : 0;
     by_outputs = splits_outputs(g, swapped ? g.C : g.K);
   }
 };
@@ -168,7 +150,6 @@ Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, 
                           const Tensor& x) {
   const ConvVariant variant = algorithm.variant;
   Tensor dweight = pooled_channels_last(g.K, g.C, g.R, g.S, ScalarType::Float);
-  ++conv_passes().weight_gradients;
   if (algorithm.pointwise) {
     // Rows as long as one chain of additions, or slightly shorter for equal shares of the threads.
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
@@ -203,17 +184,6 @@ Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, 
     transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
               static_cast<float*>(dweight.mutable_data_ptr()));
   return dweight;
-}
-
-WeightGradient packed_weight_gradient_of(const char* op, const Tensor& dy, const Tensor& x,
-                                         int64_t R, int64_t S, const std::vector<int64_t>& stride,
-                                         const std::vector<int64_t>& padding,
-                                         const std::vector<int64_t>& dilation) {
-  const WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
-  check(g.C % 16 == 0 && g.K % 16 == 0 && R * S <= kMaxPackedTaps, op,
-        ": channels must be multiples of 16 and taps at most ", kMaxPackedTaps, ", got x of shape ",
-        shape_of(x), ", dy of shape ", shape_of(dy));
-  return g;
 }
 
 // Computes relu(norm(x)), x (N, C, H, W) channels_last, not float64, for a range of pixels at a
@@ -258,82 +228,65 @@ class NormedPixels {
   int64_t pixel_bytes_;
 };
 
-}  // namespace
-
-// dy (N, K, P, Q), x (N, C, H, W), channels_last, float32 or bfloat16 -> dweight (K, C, R, S) of
-// the convolution, float32, channels_last. K and C multiples of 16.
-Tensor convolution_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
-                                   std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                   std::vector<int64_t> dilation) {
-  const WeightGradient g = packed_weight_gradient_of("convolution_weight_gradient", dy, x, R, S,
-                                                     stride, padding, dilation);
-  return weight_gradient_by(
-      g, GradientAlgorithm(g, dtype_index("convolution_weight_gradient", "x", x)), dy, x);
+// The same for few input channels.
+Tensor narrow_weight_gradient(WeightGradient g, ConvVariant variant, const Tensor& dy,
+                              const Tensor& x) {
+  Tensor dweight = pooled_channels_last(g.K, g.C, g.R, g.S, ScalarType::Float);
+  auto* out = static_cast<float*>(dweight.mutable_data_ptr());
+  const int64_t values = g.S * g.C, weights = g.R * values * g.K;
+  if (g.pixels == 0) {
+    std::fill_n(out, weights, 0.0f);
+    return dweight;
+  }
+  const Operand wide_x(x, variant), wide_dy(dy, variant);
+  g.x = wide_x.data(), g.dy = wide_dy.data();
+  const auto kernel = cpu_kernels().narrow_gradient[variant == kBFloatPairs ? variant : kFloat];
+  const Scratch memory(weights * 4);  // (R, S C, K)
+  auto* sums = reinterpret_cast<float*>(memory.data());
+  sum_over_rows(g.N * g.P, weights, sums, [&](int64_t begin, int64_t end, float* part) {
+    const Scratch scratch(cpu_kernels().narrow_gradient_scratch(g));
+    kernel(g, scratch.data(), begin, end, part);
+  });
+  for (int64_t k = 0; k < g.K; ++k)
+    for (int64_t i = 0; i < g.R * values; ++i) *out++ = sums[i * g.K + k];
+  return dweight;
 }
 
-Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S,
-                                 std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                 std::vector<int64_t> dilation, Tensor stats, Tensor norm_weight,
-                                 Tensor norm_bias, double eps) {
+}  // namespace
+
+Tensor weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry) {
+  constexpr const char* op = "weight_gradient";
+  const WeightGradient g = weight_gradient_of(op, dy, x, R, S, geometry);
+  const DtypeIndex dtype = dtype_index(op, "x", x);
+  return g.C < 16 ? narrow_weight_gradient(g, *conv_variant(dtype), dy, x)
+                  : weight_gradient_by(g, GradientAlgorithm(g, dtype), dy, x);
+}
+
+Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry,
+                                 Tensor stats, Tensor norm_weight, Tensor norm_bias, double eps) {
   constexpr const char* op = "weight_gradient_of_normed";
-  WeightGradient g = packed_weight_gradient_of(op, dy, x, R, S, stride, padding, dilation);
+  WeightGradient g = weight_gradient_of(op, dy, x, R, S, geometry);
   const GradientAlgorithm algorithm(g, dtype_index(op, "x", x));
   // Each thread recomputes what it reads of relu(norm(x)), which is all of it if outputs are split.
   // Then, and for the Winograd kernel for 16 channels, which reads only tensors, it is computed
   // once as a tensor.
   const bool needs_tensor = algorithm.winograd_tile > 0 && has_16_channels(g);
-  if (g.pixels == 0 || algorithm.by_outputs || needs_tensor)
-    return convolution_weight_gradient(
-        dy, bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, true), R, S, stride,
-        padding, dilation);
+  if (g.pixels == 0 || algorithm.by_outputs || needs_tensor) {
+    const Tensor normed = bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, true);
+    g.x = normed.const_data_ptr();
+    return weight_gradient_by(g, algorithm, dy, normed);
+  }
   const NormedPixels source(x, norm_of<float>(op, stats, norm_weight, norm_bias, eps, g.C, x));
   g.recompute = NormedPixels::recompute, g.context = &source;
   return weight_gradient_by(g, algorithm, dy, x);
 }
 
-namespace {
-
-// dy (N, K, P, Q), x (N, C, H, W) with few channels, channels_last, float32 or bfloat16 -> (R, S C,
-// K), float32: dweight of a convolution without dilation, (K, C, R, S) in another order.
-Tensor narrow_weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S,
-                              std::vector<int64_t> stride, std::vector<int64_t> padding) {
-  constexpr const char* op = "narrow_weight_gradient";
-  const DtypeIndex dtype = dtype_index(op, "x", x);
-  WeightGradient g = weight_gradient_of(op, dy, x, R, S, stride, padding, {1, 1});
-  check(g.K % 16 == 0 && R <= kMaxNarrowRows && S * g.C >= cpu_kernels().tile_pixels, op,
-        ": dy must have a multiple of 16 channels, S * C must be at least ",
-        cpu_kernels().tile_pixels, " and R at most ", kMaxNarrowRows, ", got dy of shape ",
-        shape_of(dy), ", x of shape ", shape_of(x), ", taps ", R, " x ", S);
-  Tensor sums = torch::stable::new_empty(x, {R, S * g.C, g.K}, ScalarType::Float);
-  auto* sums_ptr = static_cast<float*>(sums.mutable_data_ptr());
-  if (g.pixels == 0) {
-    std::fill_n(sums_ptr, sums.numel(), 0.0f);
-    return sums;
-  }
-  const ConvVariant variant = *conv_variant(dtype);
-  const Operand wide_x(x, variant), wide_dy(dy, variant);
-  g.x = wide_x.data(), g.dy = wide_dy.data();
-  const auto kernel = cpu_kernels().narrow_gradient[variant == kBFloatPairs ? variant : kFloat];
-  sum_over_rows(g.N * g.P, sums.numel(), sums_ptr, [&](int64_t begin, int64_t end, float* out) {
-    const Scratch scratch(cpu_kernels().narrow_gradient_scratch(g));
-    kernel(g, scratch.data(), begin, end, out);
-  });
-  return sums;
-}
-
-}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
-  m.def(
-      "convolution_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, "
-      "int[] padding, int[] dilation) -> Tensor");
-  m.def(
-      "narrow_weight_gradient(Tensor dy, Tensor x, int R, int S, int[] stride, int[] padding) -> "
-      "Tensor");
+  m.def("weight_gradient(Tensor dy, Tensor x, int R, int S, int[] geometry) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
-  m.impl("narrow_weight_gradient", TORCH_BOX(fused_resnet::narrow_weight_gradient));
-  m.impl("convolution_weight_gradient", TORCH_BOX(fused_resnet::convolution_weight_gradient));
+  m.impl("weight_gradient", TORCH_BOX(fused_resnet::weight_gradient));
 }

@@ -244,6 +244,20 @@ FR_INLINE GradientReads gradient_reads(const WeightGradient& g, int64_t first, i
   return reads;
 }
 
+// out (end, pitch) = or, with `accumulate`, += the sums of outputs [begin, end) of a tile; zeros if
+// it has none
+template <int vectors>
+FR_INLINE void store_sums(const float* sum, bool has_sums, int64_t begin, int64_t end,
+                          bool accumulate, float* out, int64_t pitch) {
+  for (int64_t i = begin; i < end; ++i)
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < vectors * 16; j += kLanes) {
+      vf value = has_sums ? load_any<vf>(sum + 64 * i + j) : vf{};
+      if (accumulate) value += load_any<vf>(out + i * pitch + j);
+      store_any(out + i * pitch + j, value);
+    }
+}
+
 // Adds the contribution of the panel's rows to `vectors` vectors of channels from c on. table: 8
 // pointers per row of every tap, as sum_rows reads them; those of the last pixel are set to null.
 template <typename Dot, int vectors>
@@ -284,14 +298,7 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
           sum_rows<Dot, vectors>(pointers + row * 8, chunk, steps, channel, offset, row > 0, fetch,
                                  sum);
         }
-        for (int64_t i = k - start; i < width; ++i) {
-#pragma GCC unroll 8
-          for (int64_t j = 0; j < vectors * 16; j += kLanes) {
-            vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + j) : vf{};
-            if (accumulate) value += load_any<vf>(to + i * pitch + j);
-            store_any(to + i * pitch + j, value);
-          }
-        }
+        store_sums<vectors>(sum, entries[r] > 0, k - start, width, accumulate, to, pitch);
       }
     }
   }

@@ -78,15 +78,8 @@ FR_INLINE void narrow_block(const WeightGradient& g, const NarrowPanel& panel, i
         sum_rows<Dot, vectors>(table + (r * panel.rows + row) * 8, chunk, steps,
                                start * panel.pitch * size, 0, row > 0, none, sum);
       }
-      for (int64_t i = j - start; i < kTilePixels; ++i) {
-        float* to = out + (r * panel.values + start + i) * g.K + k;
-#pragma GCC unroll 8
-        for (int64_t lane = 0; lane < vectors * 16; lane += kLanes) {
-          vf value = entries[r] > 0 ? load_any<vf>(sum + 64 * i + lane) : vf{};
-          if (accumulate) value += load_any<vf>(to + lane);
-          store_any(to + lane, value);
-        }
-      }
+      store_sums<vectors>(sum, entries[r] > 0, j - start, kTilePixels, accumulate,
+                          out + (r * panel.values + start) * g.K + k, g.K);
     }
 }
 

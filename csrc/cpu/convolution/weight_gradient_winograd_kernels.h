@@ -44,17 +44,8 @@ FR_INLINE void winograd_input_row(const WeightGradient& g, int64_t tile, int64_t
                                   float* v, int64_t pitch) {
   typedef typename D::T T;
   constexpr int size = WinogradTransform<m>::size;
-  const TilePlace at = TilePlace::of(g.P, g.Q, m, tile);
-  const int64_t top = at.p - g.pad_h, left = at.q - g.pad_w;
-  const auto* x = static_cast<const T*>(g.x) + at.n * g.H * g.W * g.C;
   const T* d[size][size];
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = 0; j < size; ++j) {
-      const int64_t h = top + i, w = left + j;
-      const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(g.H) &&
-                          static_cast<uint64_t>(w) < static_cast<uint64_t>(g.W);
-      d[i][j] = inside ? x + (h * g.W + w) * g.C : static_cast<const T*>(g.zeros);
-    }
+  locate_tile(g, g.x, g.zeros, tile, d);
   for (int64_t channel = begin; channel < end; channel += kLanes) {
     vf t[size], out[size];
 #pragma GCC unroll 6
@@ -126,14 +117,7 @@ FR_INLINE void winograd_gradient_block(const WeightGradient& g, const char* x, c
       sum_rows<DotFloat32, vectors>(table, 1, steps, channel + t * 4, t * vectors * 64, t > 0,
                                     fetch, sum);
     }
-    for (int64_t i = k - start; i < width; ++i) {
-#pragma GCC unroll 8
-      for (int64_t j = 0; j < vectors * 16; j += kLanes) {
-        vf value = load_any<vf>(sum + 64 * i + j);
-        if (accumulate) value += load_any<vf>(to + i * products * g.C + j);
-        store_any(to + i * products * g.C + j, value);
-      }
-    }
+    store_sums<vectors>(sum, true, k - start, width, accumulate, to, products * g.C);
     k = start + width;
   }
 }

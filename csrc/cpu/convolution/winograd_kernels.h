@@ -126,27 +126,16 @@ struct WinogradTransform<4> {
   }
 };
 
-// t[i * step] = element i of B^T d, of A d
-template <int m, typename Load>
+// t[i * step] = element i of B^T d, of A d, from `row` on
+template <int m, int row = 0, typename Load>
 FR_INLINE void transform_input(const Load& d, vf* t, int step) {
-  t[0] = WinogradTransform<m>::template input<0>(d),
-  t[step] = WinogradTransform<m>::template input<1>(d);
-  t[2 * step] = WinogradTransform<m>::template input<2>(d),
-        t[3 * step] = WinogradTransform<m>::template input<3>(d);
-  if constexpr (m == 4) {
-    t[4 * step] = WinogradTransform<m>::template input<4>(d);
-    t[5 * step] = WinogradTransform<m>::template input<5>(d);
-  }
+  t[row * step] = WinogradTransform<m>::template input<row>(d);
+  if constexpr (row < m + 1) transform_input<m, row + 1>(d, t, step);
 }
-template <int m, typename Load>
+template <int m, int row = 0, typename Load>
 FR_INLINE void transform_dy(const Load& d, vf* t, int step) {
-  t[0] = WinogradTransform<m>::template dy<0>(d), t[step] = WinogradTransform<m>::template dy<1>(d);
-  t[2 * step] = WinogradTransform<m>::template dy<2>(d),
-        t[3 * step] = WinogradTransform<m>::template dy<3>(d);
-  if constexpr (m == 4) {
-    t[4 * step] = WinogradTransform<m>::template dy<4>(d),
-          t[5 * step] = WinogradTransform<m>::template dy<5>(d);
-  }
+  t[row * step] = WinogradTransform<m>::template dy<row>(d);
+  if constexpr (row < m + 1) transform_dy<m, row + 1>(d, t, step);
 }
 
 // The first pixel of a tile of m x m pixels.
@@ -158,23 +147,30 @@ struct TilePlace {
   }
 };
 
+// Pointers to the (m + 2)^2 pixels of x (N, H, W, C) that a tile reads, or to zeros.
+template <int size, typename T>
+FR_INLINE void locate_tile(const ConvShape& c, const void* x, const void* zeros, int64_t tile,
+                           const T* (&d)[size][size]) {
+  const TilePlace at = TilePlace::of(c.P, c.Q, size - 2, tile);
+  const int64_t top = at.p - c.pad_h, left = at.q - c.pad_w;
+  const T* image = static_cast<const T*>(x) + at.n * c.H * c.W * c.C;
+  for (int64_t i = 0; i < size; ++i)
+    for (int64_t j = 0; j < size; ++j) {
+      const int64_t h = top + i, w = left + j;
+      const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(c.H) &&
+                          static_cast<uint64_t>(w) < static_cast<uint64_t>(c.W);
+      d[i][j] = inside ? image + (h * c.W + w) * c.C : static_cast<const T*>(zeros);
+    }
+}
+
 // B^T d B of one tile; the results for channels [begin, end) go to v, `pitch` floats apart.
 template <typename Dot, int m>
 FR_INLINE void winograd_input(const ConvBnRelu& c, int64_t tile, int64_t begin, int64_t end,
                               float* v, int64_t pitch) {
   typedef typename Dot::X X;
   constexpr int size = WinogradTransform<m>::size;
-  const TilePlace at = TilePlace::of(c.P, c.Q, m, tile);
-  const int64_t top = at.p - c.pad_h, left = at.q - c.pad_w;
-  const auto* x = static_cast<const typename X::T*>(c.x) + at.n * c.H * c.W * c.C;
   const typename X::T* d_ptr[size][size];
-  for (int64_t i = 0; i < size; ++i)
-    for (int64_t j = 0; j < size; ++j) {
-      const int64_t h = top + i, w = left + j;
-      const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(c.H) &&
-                          static_cast<uint64_t>(w) < static_cast<uint64_t>(c.W);
-      d_ptr[i][j] = inside ? x + (h * c.W + w) * c.C : static_cast<const typename X::T*>(c.zeros);
-    }
+  locate_tile(c, c.x, c.zeros, tile, d_ptr);
   for (int64_t channel = begin; channel < end; channel += kLanes) {
     vf t[size * size];
 #pragma GCC unroll 6

@@ -69,7 +69,6 @@ const CpuKernels kernels = {
     {max_pool2d_float32, max_pool2d_bfloat16, max_pool2d_float16, max_pool2d_float64},
     FR_ALL_DTYPES(bn_pool),
     FR_ALL_DTYPES(bn_pool_gradient),
-    FR_ALL_DTYPES(mean_pool),
     {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
 #if FR_VECTOR_BYTES >= 32
     kTilePixels,

@@ -75,12 +75,6 @@ struct BnPool {
   void* dx;        // (N, H, W, C) in memory
 };
 
-struct MeanPool {
-  const void* x;  // (N, pixels, C) in memory
-  void* y;        // (N, C)
-  int64_t C, pixels;
-};
-
 // How the products of a convolution are computed (cpu/convolution/direct_kernels.h): float32;
 // bfloat16 by the processor's dot product of pairs; bfloat16 in float32.
 enum ConvVariant : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
@@ -97,7 +91,13 @@ constexpr bool winograd_supported(ConvVariant variant, int64_t m) {
   return m == 2 ? variant != kBFloatPairs : variant != kFloat;
 }
 
-struct ConvBnRelu {
+// The sizes of a convolution: x (N, C, H, W), weight (K, C, R, S), y (N, K, P, Q).
+struct ConvShape {
+  int64_t N, C, H, W, K, P, Q, R, S;
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+struct ConvBnRelu : ConvShape {
   const void* x;          // (N, H, W, C) in memory; widened: float32
   const void* weight;     // packed, see cpu/convolution/direct_kernels.h; null: see skipped_pixels
   const void* winograd;   // packed, see cpu/convolution/winograd_kernels.h, or null
@@ -110,8 +110,6 @@ struct ConvBnRelu {
   void* y;                       // (N, P, Q, K) in memory
   const void* zeros;             // C zeros of x's dtype
   const void* narrow;            // pointwise: bfloat16 x, yet to be widened to x, else null
-  int64_t N, C, H, W, K, P, Q, R, S;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   // Pixels between the images, rows and columns of y (and the residual) inside a larger tensor; all
   // 0 if y is dense.
   int64_t y_image, y_row, y_column;
@@ -140,12 +138,10 @@ struct ConvPack {
 
 // Operands of a weight gradient. The pixels of a pointwise convolution are given as rows of Q of
 // one image: P rows, H = P, W = Q, of which the last may be shorter.
-struct WeightGradient {
-  const void* x;      // (N, H, W, C) in memory
-  const void* dy;     // (N, P, Q, K) in memory
-  const void* zeros;  // C zeros
-  int64_t N, C, H, W, K, P, Q, R, S;
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+struct WeightGradient : ConvShape {
+  const void* x;             // (N, H, W, C) in memory
+  const void* dy;            // (N, P, Q, K) in memory
+  const void* zeros;         // C zeros
   int64_t pixels, x_pixels;  // of dy and x
   int64_t winograd_tile;     // m of F(m x m, 3x3), or 0: direct
   // Null, or: x (dy if `recomputes_dy`) is the input of this function, which computes the operand
@@ -209,8 +205,6 @@ struct CpuKernels {
   // rows [begin, end) of the N*P rows of y, of the N*H rows of x
   void (*bn_pool[4])(const BnPool&, int64_t begin, int64_t end);
   void (*bn_pool_gradient[4])(const BnPool&, int64_t begin, int64_t end);
-  // images [begin, end): the mean over each one's pixels
-  void (*mean_pool[4])(const MeanPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);
   // Convolutions; null if the instruction set has none.
   int64_t tile_pixels = 0;                     // pixels of a tile; Winograd: tiles of a group
@@ -253,9 +247,6 @@ struct CpuKernels {
   void (*conv_winograd_16[kConvVariants])(const ConvBnRelu&, int64_t begin, int64_t end) = {};
   void (*winograd_gradient_16)(const WeightGradient&, int64_t begin, int64_t end, float* sums) = {};
 };
-
-// Whether conv_bn_relu supports this dtype (a column of the table) on this machine.
-bool conv_bn_relu_supports(int dtype);
 
 // Whether bfloat16 convolutions are computed in float32 (cpu/convolution/host.h).
 bool widens_bfloat16();

@@ -1,5 +1,5 @@
-// max_pool2d, mean_pool (both for inference) and abs_max on the CPU: checks, allocation, splitting
-// over threads. The kernels are in cpu/pooling/max_pool2d_kernels.h.
+// max_pool2d (for inference) and abs_max on the CPU: checks, allocation, splitting over threads.
+// The kernels are in cpu/pooling/max_pool2d_kernels.h.
 #include "common.h"
 #include "cpu/isa/kernels.h"
 
@@ -68,23 +68,6 @@ Tensor max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_
   return y;
 }
 
-// x (N, C, H, W), channels_last in memory -> the mean over H and W, (N, C, 1, 1)
-Tensor mean_pool(Tensor x) {
-  constexpr const char* op = "mean_pool";
-  const DtypeIndex dtype = dtype_index(op, "x", x);
-  const Layout4d layout = layout_of(op, x);
-  check((layout.channels_last || layout.C == 1) && layout.HW > 0, op,
-        ": x must be channels_last with at least one pixel, got strides ", strides_of(x),
-        " for shape ", shape_of(x));
-  Tensor y =
-      torch::stable::empty({layout.N, layout.C, 1, 1}, x.scalar_type(), std::nullopt, x.device());
-  const MeanPool pool{x.const_data_ptr(), y.mutable_data_ptr(), layout.C, layout.HW};
-  const auto run = cpu_kernels().mean_pool[dtype];
-  Split(layout.N, 1, std::max<int64_t>(4 * kMinTaskElements / (layout.C * layout.HW + 1), 1))
-      .run([&](int64_t, int64_t begin, int64_t end) { run(pool, begin, end); });
-  return y;
-}
-
 // max |x| over a dense tensor of any shape
 double abs_max(Tensor x) {
   const DtypeIndex dtype = dtype_index("abs_max", "x", x);
@@ -109,12 +92,10 @@ double abs_max(Tensor x) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def("max_pool2d(Tensor x, int[] kernel_size, int[] stride, int[] padding) -> Tensor");
-  m.def("mean_pool(Tensor x) -> Tensor");
   m.def("abs_max(Tensor x) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("max_pool2d", TORCH_BOX(fused_resnet::max_pool2d));
-  m.impl("mean_pool", TORCH_BOX(fused_resnet::mean_pool));
   m.impl("abs_max", TORCH_BOX(fused_resnet::abs_max));
 }

@@ -1,12 +1,11 @@
 // Max pooling of a channels_last tensor, x (N, H, W, C) in memory -> y (N, P, Q, C): for every
 // output pixel the maximum over its window, vectorised over C; NaN propagates; padding never wins.
-// Mean pooling over all pixels, (N, H, W, C) -> (N, C), sums in float32 (double for float64). And
-// max |x|: the largest of the absolute values' bit patterns, which order as the values do, with Inf
-// above all finite values and NaN above Inf.
-// Maxima are taken over integers that order as the values do: the magnitude bits of negative values
-// inverted, NaN above everything. A row of windows is first reduced over its lines, into `lines`
-// (one line of x, in cache), then over the columns of each window.
-// Bytes: x read once from memory (its windows overlap in cache), y written; abs_max reads x.
+// And max |x|: the largest of the absolute values' bit patterns, which order as the values do, with
+// Inf above all finite values and NaN above Inf. Maxima are taken over integers that order as the
+// values do: the magnitude bits of negative values inverted, NaN above everything. A row of windows
+// is first reduced over its lines, into `lines` (one line of x, in cache), then over the columns of
+// each window. Bytes: x read once from memory (its windows overlap in cache), y written; abs_max
+// reads x.
 #pragma once
 
 #include "cpu/isa/vec.h"
@@ -129,18 +128,4 @@ void max_pool2d_float16(const MaxPool& pool, int64_t begin, int64_t end) {
 }
 void max_pool2d_float64(const MaxPool& pool, int64_t begin, int64_t end) {
   max_pool2d(pool, begin, end, Ordered<int64_t>{0x7fffffffffffffff, 0x7ff0000000000000});
-}
-
-template <typename D>
-void mean_pool(const MeanPool& pool, int64_t begin, int64_t end) {
-  typedef typename D::V V;
-  for (int64_t n = begin; n < end; ++n) {
-    const auto* x = static_cast<const typename D::T*>(pool.x) + n * pool.pixels * pool.C;
-    auto* y = static_cast<typename D::T*>(pool.y) + n * pool.C;
-    for_vectors<D>(pool.C, [&](int64_t j, auto memory) FR_LAMBDA {
-      V sum = {};
-      for (int64_t i = 0; i < pool.pixels; ++i) sum += memory.load(x + i * pool.C + j);
-      memory.store(y + j, sum / static_cast<typename D::A>(pool.pixels), false);
-    });
-  }
 }

@@ -12,17 +12,15 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_resnet import layout
 from fused_resnet.fusion import store
 from fused_resnet.fusion.call import call_reason
-from fused_resnet.fusion.description import Place
 from fused_resnet.fusion.dtype_rules import compute_dtype, output_dtype, weights_fit
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.network import Member, NetworkNames, members_of
-from fused_resnet.kernels import native, registry
-from fused_resnet.layers.hooks import patched
+from fused_resnet.kernels import registry
 
 from .make import plan_for
 from .plan import Plan, enter, leave
@@ -108,11 +106,6 @@ class Network:
     def __init__(self, model: Any, names: NetworkNames, x: Tensor) -> None:
         self.generation = store.generation()
         stem, stages, places = members_of(model, names)
-        average = model._modules.get("avgpool")
-        if type(average) is nn.AdaptiveAvgPool2d:
-            places.append(Place(model._modules, "avgpool", average, nn.AdaptiveAvgPool2d))
-        on_cpu = x.device.type == "cpu" and native.load() is None
-        self._averages = on_cpu and names.norm is None and averages_all(average)
         self.segments: list[_Chain | Member] = []
         self.plans: list[Plan] = []
         for member in (stem, *chain.from_iterable(stages)):
@@ -148,21 +141,12 @@ class Network:
             if y is None:
                 for member in segment.members:
                     x = member.call(model, x)
-            elif segment is self.segments[-1] and self._averages:
-                y = torch.ops.fused_resnet_native.mean_pool(y)
-                return y.to(output_dtype(x.dtype, "cpu"))
             else:
                 x = leave(y, x.dtype, layout.memory_format(x))
         if names.norm is not None:
             norm, relu = names.norm
             x = getattr(model, relu)(getattr(model, norm)(x))
         return model.avgpool(x)
-
-
-def averages_all(pool: Any) -> bool:
-    """Whether this module is exactly the mean over all pixels, without hooks or patches."""
-    plain = type(pool) is nn.AdaptiveAvgPool2d and pool.output_size in (1, (1, 1))
-    return plain and patched(pool) is None
 
 
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from fused_resnet.kernels import native
 from fused_resnet.kernels.problem import Geometry
 
 from . import collectives
-from .protocol import Norm, Normed, NormGradients, Passes, gradient_padding, vector
+from .protocol import Norm, Normed, NormGradients, Passes, vector
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -25,9 +25,19 @@ def operand(weight: Tensor) -> Tensor:
     return channels_last(weight.detach().float())
 
 
+def sizes(g: Geometry) -> list[int]:
+    """Stride, padding and dilation as the ops take them."""
+    return [*g.stride, *g.padding, *g.dilation]
+
+
+def computes(work: str, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
+    """Whether a C++ kernel computes this pass: see `native.training_reason`."""
+    return native.training_reason(work, weight.shape, dtype, sizes(g), g.groups) is None
+
+
 def has_input_gradient(weight: Tensor, g: Geometry) -> bool:
     """Whether a C++ kernel computes the input gradient of such a convolution."""
-    return gradient_padding(weight, g) is not None or g.dilation == (1, 1)
+    return computes("input_gradient", weight, torch.float32, g)
 
 
 class Native(Passes):
@@ -37,62 +47,48 @@ class Native(Passes):
 
     def __init__(self) -> None:
         self._ops = torch.ops.fused_resnet_native
-        names: Any = native.build_info()["conv_dtypes"]
-        self._dtypes = [getattr(torch, name) for name in names]
 
     def supports(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
         """Whether a C++ kernel computes such a convolution."""
-        K, C, R, S = weight.shape
-        return dtype in self._dtypes and g.groups == 1 and not (K % 16 or C % 16) and R * S <= 9
-
-    def _convolve(
-        self, x: Tensor, weight: Tensor, transposed: bool, residual: Tensor | None,
-        stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    ) -> Tensor:  # fmt: skip
-        """conv(x, weight) + residual; a transposed one writes to the residual's memory."""
-        overwrite = transposed and residual is not None
-        return self._ops.convolution(
-            x, operand(weight), transposed, residual, overwrite, stride, padding, dilation
-        )
+        return computes("convolution", weight, dtype, g)
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
     ) -> Tensor:
         if not self.supports(weight, x.dtype, g):
             return channels_last(super().convolution(x, weight, g, residual))
-        return self._convolve(x, weight, False, residual, g.stride, g.padding, g.dilation)
+        return self._ops.convolution(x, operand(weight), residual, sizes(g))
 
     def convolve(
         self, x: Tensor, weight: Tensor, g: Geometry
     ) -> tuple[Tensor, tuple[Any, ...] | None]:
         if not self.supports(weight, x.dtype, g):
             return super().convolve(x, weight, g)
-        geometry = g.stride, g.padding, g.dilation
-        y, stats = self._ops.convolution_and_statistics(x, operand(weight), *geometry)
+        y, stats = self._ops.convolution_and_statistics(x, operand(weight), sizes(g))
         return y, (stats,)
 
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
-        padding = gradient_padding(weight, g)
-        supported = self.supports(weight, dy.dtype, g)
-        if supported and padding is not None:
-            return self._convolve(dy, weight, True, added, [1, 1], padding, g.dilation)
-        if supported and g.dilation == (1, 1):
-            sizes = *x.shape[2:], added, g.stride, g.padding
-            return self._ops.strided_input_gradient(dy, operand(weight), *sizes)
-        return channels_last(super().input_gradient(dy, x, weight, g, added))
+        if not computes("input_gradient", weight, dy.dtype, g):
+            return channels_last(super().input_gradient(dy, x, weight, g, added))
+        return self._ops.input_gradient(dy, operand(weight), *x.shape[2:], added, sizes(g))
 
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
-        if not (has_input_gradient(weight, g) and self.supports(weight, dy.dtype, g)):
+        if not computes("input_gradient", weight, dy.dtype, g):
             return super().relu_gradient(dy, y, weight, g, normed)
         x, norm, (stats, *_) = normed
         return self._ops.input_gradient_and_sums(
-            dy, operand(weight), g.stride, g.padding, g.dilation,
-            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps,
+            dy, operand(weight), sizes(g), x, stats, vector(norm.weight, x), vector(norm.bias, x),
+            norm.eps,
         )  # fmt: skip
+
+    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
+        if not computes("weight_gradient", weight, dy.dtype, g):
+            return super().weight_gradient(dy, x, weight, g)
+        return self._ops.weight_gradient(dy, x, *weight.shape[2:], sizes(g)).to(weight.dtype)
 
     def norm_gradients_from_sums(
         self, sums: Any, dy: Tensor, y: Tensor, normed: Normed
@@ -101,18 +97,6 @@ class Native(Passes):
             return super().norm_gradients_from_sums(sums, dy, y, normed)
         total = self._all_reduced(sums, normed.norm)
         return self._gradients(sums, total, 1, normed, dy, None, recompute_mask=True)
-
-    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-        K, C, R, S = weight.shape
-        narrow = C < 16 and S * C >= 7 and R <= 16 and K % 16 == 0 and g.dilation == (1, 1)
-        if narrow and g.groups == 1 and dy.dtype in self._dtypes:
-            sums = self._ops.narrow_weight_gradient(dy, x, R, S, g.stride, g.padding)
-            return sums.view(R, S, C, K).permute(3, 2, 0, 1).to(weight.dtype)
-        if not self.supports(weight, dy.dtype, g):
-            return super().weight_gradient(dy, x, weight, g)
-        return self._ops.convolution_weight_gradient(
-            dy, x, R, S, g.stride, g.padding, g.dilation
-        ).to(weight.dtype)
 
     def statistics(
         self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None

@@ -554,13 +554,13 @@ def test_out_of_memory_and_after():
     x = torch.zeros(1, 16, 1, 1).expand(1 << 12, 16, 1 << 12, 1 << 12)
     assert huge.numel() == 1 << 44
     with pytest.raises(RuntimeError, match=r"channels_last|not enough memory"):
-        ops.convolution(x, weight, False, None, False, [1, 1], [0, 0], [1, 1])
-    padding = [1 << 20, 1 << 20]
+        ops.convolution(x, weight, None, [1, 1, 0, 0, 1, 1])
+    geometry = [1, 1, 1 << 20, 1 << 20, 1, 1]
     tiny = torch.zeros(1, 16, 1, 1)
     with pytest.raises(
         RuntimeError, match=r"not enough memory: fused_resnet tried to allocate \d+"
     ):
-        ops.convolution(tiny, weight, False, None, False, [1, 1], padding, [1, 1])
+        ops.convolution(tiny, weight, None, geometry)
     block, x = make("basic")
     block(x).sum().backward()
     assert block.conv1.weight.grad.isfinite().all()

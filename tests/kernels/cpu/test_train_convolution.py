@@ -317,42 +317,56 @@ def test_errors_name_the_argument() -> None:
     implementations()
     ops = torch.ops.fused_resnet_native
     x, weight, dy, _ = operands("3x3", torch.float32)
-    pair = [1, 1]
+    ones = [1] * 6
     with pytest.raises(RuntimeError, match="convolution: x must be channels_last"):
-        ops.convolution(x.contiguous(), weight, False, None, False, pair, pair, pair)
+        ops.convolution(x.contiguous(), weight, None, ones)
     with pytest.raises(RuntimeError, match="convolution: x must have 32 channels, got 16"):
-        ops.convolution(x[:, :16].contiguous(memory_format=LAST), weight, False, None, False,
-                        pair, pair, pair)  # fmt: skip
-    with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
-        ops.convolution(x, weight.double(), False, None, False, pair, pair, pair)
-    with pytest.raises(RuntimeError, match="weight must be channels_last"):
-        ops.convolution(x, weight.contiguous(), False, None, False, pair, pair, pair)
-    with pytest.raises(RuntimeError, match="no kernel for float16"):
-        ops.convolution(x.half(), weight, False, None, False, pair, pair, pair)
+        ops.convolution(x[:, :16].contiguous(memory_format=LAST), weight, None, ones)
+    with pytest.raises(RuntimeError, match="convolution: geometry must be stride, padding and"):
+        ops.convolution(x, weight, None, [1])
     with pytest.raises(RuntimeError, match=r"residual must be float32 of shape \(2, 80, 9, 11\)"):
-        ops.convolution(x, weight, False, x, True, pair, pair, pair)
+        ops.convolution(x, weight, x, ones)
     with pytest.raises(RuntimeError, match="smaller than the kernel"):
-        ops.convolution(x, weight, False, None, False, pair, [0, 0], [9, 9])
-    with pytest.raises(RuntimeError, match="does not match x of shape"):
-        ops.convolution_weight_gradient(dy[:1], x, 3, 3, pair, pair, pair)
-    with pytest.raises(RuntimeError, match="channels must be multiples of 16"):
-        ops.convolution_weight_gradient(
-            dy[:, :9].contiguous(memory_format=LAST), x, 3, 3, pair, pair, pair
-        )
-    with pytest.raises(RuntimeError, match="strided_input_gradient: dy must be channels_last"):
-        ops.strided_input_gradient(dy.contiguous(), weight, 9, 11, None, pair, pair)
+        ops.convolution(x, weight, None, [1, 1, 0, 0, 9, 9])
+    with pytest.raises(RuntimeError, match="input_gradient: dy must be channels_last"):
+        ops.input_gradient(dy.contiguous(), weight, 9, 11, None, ones)
     with pytest.raises(RuntimeError, match="does not match a 9 x 12 image"):
-        ops.strided_input_gradient(dy, weight, 9, 12, None, pair, pair)
-    with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
-        ops.strided_input_gradient(dy, weight.double(), 9, 11, None, pair, pair)
-    with pytest.raises(RuntimeError, match="weight must be channels_last"):
-        ops.strided_input_gradient(dy, weight.contiguous(), 9, 11, None, pair, pair)
+        ops.input_gradient(dy, weight, 9, 12, None, ones)
     with pytest.raises(RuntimeError, match=r"added must be float32 of shape \(2, 32, 9, 11\)"):
-        ops.strided_input_gradient(dy, weight, 9, 11, dy, pair, pair)
-    with pytest.raises(RuntimeError, match="no kernel for float16"):
-        ops.strided_input_gradient(dy.half(), weight, 9, 11, None, pair, pair)
-    with pytest.raises(RuntimeError, match="narrow_weight_gradient: dy must have"):
-        ops.narrow_weight_gradient(x[:, :9].contiguous(memory_format=LAST), x, 1, 1, pair, [0, 0])
+        ops.input_gradient(dy, weight, 9, 11, dy, ones)
+    for op, t, sizes in ((ops.convolution, x, ()), (ops.input_gradient, dy, (9, 11))):
+        with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
+            op(t, weight.double(), *sizes, None, ones)
+        with pytest.raises(RuntimeError, match="weight must be channels_last"):
+            op(t, weight.contiguous(), *sizes, None, ones)
+        with pytest.raises(RuntimeError, match=r"no kernel for this dtype .* got float16"):
+            op(t.half(), weight, *sizes, None, ones)
+    with pytest.raises(RuntimeError, match=r"weight_gradient: dy of shape .* does not match x of"):
+        ops.weight_gradient(dy[:1], x, 3, 3, ones)
+    for outputs, inputs in ((9, 32), (16, 18), (9, 3)):
+        few = [t[:, :n].contiguous(memory_format=LAST) for t, n in ((dy, outputs), (x, inputs))]
+        with pytest.raises(RuntimeError, match="channels must be multiples of 16"):
+            ops.weight_gradient(*few, 3, 3, ones)
+
+
+@pytest.mark.parametrize("work", ["convolution", "input_gradient", "weight_gradient"])
+def test_which_passes_are_computed(work: str) -> None:
+    implementations()
+    reasons = {
+        case: native.training_reason(
+            work, (K, shape[1], *kernel), torch.float32, [*stride, *padding, *dilation], 1
+        )
+        for case, (shape, K, kernel, stride, padding, dilation) in CASES.items()
+    }
+    refused = {case for case, reason in reasons.items() if reason is not None}
+    stems = {case for case in CASES if case.startswith("stem")}
+    by_pytorch = {"odd channels", "many taps"}
+    if work == "input_gradient":
+        by_pytorch |= {"3x3, dilated, stride 2", "1x5"}
+    assert refused == (by_pytorch if work == "weight_gradient" else by_pytorch | stems)
+    for dtype, groups in ((torch.float16, 1), (torch.int64, 1), (torch.float32, 2)):
+        reason = native.training_reason(work, (32, 32, 3, 3), dtype, [1] * 6, groups)
+        assert reason is not None and "no kernel for" in reason
 
 
 def test_empty_batch() -> None:
