@@ -50,11 +50,16 @@ def runs(monkeypatch):
         monkeypatch.setattr(kind, "run", run)
 
     def run_block(self, *args, _run=plan.Plan.run):
-        if self._one_op is not None:  # one op runs all convolutions
+        if self.one_op is not None:  # one op runs all convolutions
             seen.extend(type(conv).__name__ for conv in self.all_convs)
         return _run(self, *args)
 
+    def run_blocks(self, *args, _run=plan.Blocks.run):
+        seen.extend(type(conv).__name__ for p in self.plans for conv in p.all_convs)
+        return _run(self, *args)
+
     monkeypatch.setattr(plan.Plan, "run", run_block)
+    monkeypatch.setattr(plan.Blocks, "run", run_blocks)
     return seen
 
 
@@ -79,6 +84,27 @@ def test_every_convolution_of_an_eval_network_is_fused(kind, runs):
             runs.clear()
             assert torch.equal(mine(x), stock(x)) and not runs
             assert reasons(mine)["stem"] == "the reference backend is forced"
+
+
+@pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
+@pytest.mark.parametrize(
+    ("depth", "block"), [(20, "basic"), (20, "preact"), (29, "preact_bottleneck")]
+)
+def test_consecutive_blocks_by_one_op(depth, block):
+    """Bitwise equal to one after the other, each with other weights, norms and shapes."""
+    torch.manual_seed(0)
+    model = randomise(fr.cifar_resnet(depth, block=block)).eval()
+    with torch.no_grad():
+        model(torch.randn(2, 3, 16, 16))
+        (whole,) = (e for key, e in store.made_from(model).items() if key[0] == "network")
+        plans = [p for p in whole.plans if p.one_op is not None]
+        assert len(plans) == 9 and len({p.one_op[4][1] for p in plans}) > 1
+        x = torch.randn(2, 16, 16, 16).contiguous(memory_format=torch.channels_last)
+        got = plan.Blocks(plans).run(x, False)
+        y, owned = x, False
+        for each in plans:
+            y, owned = each.run(y, owned), True
+    assert torch.equal(got, y)
 
 
 @pytest.mark.skipif(not TRAINS, reason="needs the native kernels")

@@ -37,7 +37,7 @@ def calls(run: Callable[[], object]) -> list[str]:
 
 
 def test_inference_of_resnet50():
-    """Measured: 2,845 and 39 calls in 8 files, each entered once but for the plans of blocks."""
+    """Measured: 2,853 and 26 calls; all blocks run by one op."""
     model, x = fr.resnet50().eval(), torch.randn(1, 3, 64, 64)
 
     def forward() -> None:
@@ -47,12 +47,10 @@ def test_inference_of_resnet50():
     assert len(calls(forward)) <= 3000
     later = calls(forward)
     assert len(later) <= 60
-    blocks = str(Path("fusion", "inference", "plan.py"))
-    assert sum(file.endswith(blocks) for file in later) == 17 + 2  # and enter, the pooled stem
 
 
 def test_training_step_of_resnet50():
-    """Measured: 234 calls, 17 blocks and the stem, forward and backward."""
+    """Measured: 244 calls, 17 blocks and the stem, forward and backward."""
     model, x = fr.resnet50().train(), torch.randn(2, 3, 64, 64)
 
     def step() -> None:

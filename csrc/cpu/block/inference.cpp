@@ -1,4 +1,4 @@
-// A residual block's inference on the CPU as one op: the convolutions that
+// Inference of consecutive residual blocks on the CPU as one op: the convolutions that
 // fused_resnet/fusion/inference runs one by one, without the Python interpreter between them.
 #include "cpu/batch_norm/passes.h"
 #include "cpu/block/block.h"
@@ -8,41 +8,86 @@ namespace fused_resnet {
 namespace {
 
 constexpr size_t kConvTensors = 5;  // weight, winograd, scale, shift, first_channel
+constexpr size_t kNormTensors = 3;  // statistics, weight and bias (empty if none)
 
-// y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), with every norm folded into its convolution.
-// With `statistics`, (2, C) float64, the block is pre-activated: conv_1 reads relu(norm(x)), the
-// shortcut starts from there if `shared`, and no ReLU follows the addition.
-// x (N, C, H, W) channels_last, which may be overwritten if `overwrite`. convs: packed as for
-// conv_bn_relu, five tensors each, a projection shortcut last; geometry: kCount values each.
-Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional<Tensor> weight,
-                       std::optional<Tensor> bias, double eps, std::vector<Tensor> convs,
-                       std::vector<int64_t> geometry, int64_t shortcut, int64_t pad_stride,
-                       bool shared, bool overwrite) {
-  constexpr const char* op = "block_inference";
-  const size_t n = convs.size() / kConvTensors;
-  const size_t main = n - (shortcut == kProjection ? 1 : 0);
-  check(shortcut >= kNone && shortcut <= kPad && n * kConvTensors == convs.size() &&
-            geometry.size() == n * kCount && n <= 64 && main >= 1,
-        op, ": got ", convs.size(), " tensors and ", geometry.size(),
-        " geometry values, which do not describe a block");
-  const auto run = [&](size_t i, const Tensor& from, bool relu,
-                       const std::optional<Tensor>& residual = {}, bool in_place = false) {
-    const Tensor* conv = &convs[kConvTensors * i];
-    const auto values = geometry.begin() + static_cast<int64_t>(kCount * i);
+// What a block's description holds besides tensors.
+enum BlockValue : size_t { kConvs, kShortcut, kPadStride, kNormFirst, kShared, kBlockValues };
+
+struct Convs {  // packed as for conv_bn_relu, and their geometry: kCount values each
+  const Tensor* tensors;
+  const int64_t* geometry;
+
+  Tensor run(size_t i, const Tensor& from, bool relu, const std::optional<Tensor>& residual = {},
+             bool in_place = false) const {
+    const Tensor* conv = tensors + kConvTensors * i;
+    const int64_t* values = geometry + kCount * i;
     return conv_bn_relu(from, conv[0], conv[1], conv[2], conv[3], conv[4], residual, in_place, relu,
                         {values, values + kCount});
-  };
+  }
+};
+
+std::optional<Tensor> unless_empty(const Tensor& t) {
+  return t.numel() ? std::optional<Tensor>(t) : std::nullopt;
+}
+
+// y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), with every norm folded into its convolution.
+// With a norm, the block is pre-activated: conv_1 reads relu(norm(x)), the shortcut starts from
+// there if shared, and no ReLU follows the addition. x may be overwritten if `overwrite`.
+Tensor run_block(const Tensor& x, const Convs& convs, const int64_t* block, const Tensor* norm,
+                 double eps, bool overwrite) {
+  const int64_t shortcut = block[kShortcut];
+  const auto main = static_cast<size_t>(block[kConvs]) - (shortcut == kProjection ? 1 : 0);
   Tensor h = x;
-  if (statistics) h = bn_apply(x, *statistics, weight, bias, eps, {}, {}, {}, {}, 0, true);
-  const bool from_norm = statistics && shared;
+  if (norm)
+    h = bn_apply(x, norm[0], unless_empty(norm[1]), unless_empty(norm[2]), eps, {}, {}, {}, {}, 0,
+                 true);
+  const bool from_norm = norm && block[kShared];
   const Tensor source = from_norm ? h : x;
-  for (size_t i = 0; i + 1 < main; ++i) h = run(i, h, true);
+  for (size_t i = 0; i + 1 < main; ++i) h = convs.run(i, h, true);
   std::optional<Tensor> residual;
-  if (shortcut == kProjection) residual = run(main, source, false);
-  if (shortcut == kPad) residual = padded(source, geometry[kCount * (main - 1) + kK], pad_stride);
+  if (shortcut == kProjection) residual = convs.run(main, source, false);
+  if (shortcut == kPad)
+    residual = padded(source, convs.geometry[kCount * (main - 1) + kK], block[kPadStride]);
   const bool identity = shortcut == kIdentity;
   if (identity) residual = source;
-  return run(main - 1, h, !statistics, residual, !identity || overwrite || from_norm);
+  return convs.run(main - 1, h, !norm, residual, !identity || overwrite || from_norm);
+}
+
+// The blocks' output for x (N, C, H, W) channels_last, which may be overwritten if `overwrite`.
+// blocks: kBlockValues each; convs: kConvTensors per convolution, a projecting shortcut's last in
+// its block; geometry: kCount values per convolution; norms: kNormTensors, and eps one value, per
+// pre-activated block.
+Tensor block_inference(Tensor x, std::vector<Tensor> convs, std::vector<int64_t> geometry,
+                       std::vector<Tensor> norms, std::vector<double> eps,
+                       std::vector<int64_t> blocks, bool overwrite) {
+  constexpr const char* op = "block_inference";
+  size_t conv = 0, norm = 0;
+  bool valid = blocks.size() % kBlockValues == 0;
+  for (size_t at = 0; valid && at < blocks.size(); at += kBlockValues) {
+    const int64_t* block = &blocks[at];
+    valid = block[kShortcut] >= kNone && block[kShortcut] <= kPad && block[kConvs] <= 64 &&
+            block[kConvs] > (block[kShortcut] == kProjection ? 1 : 0) && block[kPadStride] >= 1;
+    conv += valid ? static_cast<size_t>(block[kConvs]) : 0;
+    norm += block[kNormFirst] ? 1 : 0;
+  }
+  check(valid && convs.size() == conv * kConvTensors && geometry.size() == conv * kCount &&
+            norms.size() == norm * kNormTensors && eps.size() == norm,
+        op, ": got ", convs.size(), " tensors and ", geometry.size(), " geometry values of ", conv,
+        " convolutions, and ", norms.size(), " tensors of ", norm, " norms, which do not describe ",
+        blocks.size() / kBlockValues, " blocks");
+  Convs rest{convs.data(), geometry.data()};
+  norm = 0;
+  for (size_t at = 0; at < blocks.size(); at += kBlockValues) {
+    const int64_t* block = &blocks[at];
+    const bool first = block[kNormFirst];
+    x = run_block(x, rest, block, first ? &norms[kNormTensors * norm] : nullptr,
+                  first ? eps[norm] : 0, overwrite);
+    overwrite = true;
+    norm += first ? 1 : 0;
+    rest.tensors += kConvTensors * static_cast<size_t>(block[kConvs]);
+    rest.geometry += kCount * block[kConvs];
+  }
+  return x;
 }
 
 }  // namespace
@@ -50,9 +95,8 @@ Tensor block_inference(Tensor x, std::optional<Tensor> statistics, std::optional
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
-      "block_inference(Tensor x, Tensor? statistics, Tensor? weight, Tensor? bias, float eps, "
-      "Tensor[] convs, int[] geometry, int shortcut, int pad_stride, bool shared, bool overwrite) "
-      "-> Tensor");
+      "block_inference(Tensor x, Tensor[] convs, int[] geometry, Tensor[] norms, float[] eps, "
+      "int[] blocks, bool overwrite) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from fused_resnet.fusion.network import Member, NetworkNames, members_of
 from fused_resnet.kernels import registry
 
 from .make import plan_for
-from .plan import Plan, enter, leave
+from .plan import Blocks, Plan, enter, leave
 
 # Largest activation of a micro-batch on the CPU, in bytes. A convolution reads one or two
 # activations and writes one, which should fit a last-level cache of 32 MiB. It also lowers the peak
@@ -32,10 +32,12 @@ _MICRO_BATCH_BYTES = 8 * 2**20
 
 
 class _Stage(NamedTuple):
-    """Consecutive plans (not a ResNet stage) that run on micro-batches of at most `images`."""
+    """Consecutive plans (not a ResNet stage) that run on micro-batches of at most `images`, and how
+    they run: by one op where that supports them."""
 
     plans: list[Plan]
     images: int
+    steps: list[Plan | Blocks]
 
 
 class _Chain:
@@ -77,9 +79,13 @@ class _Chain:
             # A new stage concatenates micro-batches, which is a copy: not worth it for fewer than
             # twice as many images.
             if not (last == images or last < images < min(2 * last, N)):
-                stages.append(_Stage([], images))
+                stages.append(_Stage([], images, []))
             stages[-1].plans.append(plan)
             shape = shapes[-1]
+        for plans, _, steps in stages:
+            for alone, group in groupby(plans, key=lambda plan: plan.one_op is None):
+                consecutive = list(group)
+                steps += consecutive if alone else [Blocks(consecutive)]
         return stages
 
 
@@ -94,8 +100,8 @@ def _run_stages(stages: Sequence[_Stage], x: Tensor) -> Tensor:
             y, owned = _run_stages(before, images), True
         else:
             y, owned = enter(images, stage.plans[0])
-        for plan in stage.plans:
-            y, owned = plan.run(y, owned), True
+        for step in stage.steps:
+            y, owned = step.run(y, owned), True
         parts.append(y)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

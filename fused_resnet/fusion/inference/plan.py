@@ -6,6 +6,7 @@ holds."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,12 +73,11 @@ class Plan:
         self.pools = description.pool is not None and (self._on_gpu or on_cpu)
         self._window = pooling.window(description.pool) if self.pools else []
         self._norm = self._norm_operands() if first and native.load() is None else None
-        self._one_op = self._block_operands()
-        self._op: Any = self._one_op and torch.ops.fused_resnet_native.block_inference.default
+        self.one_op = self._block_operands()
         self._shapes: list[Sequence[int]] = []
 
     def _norm_operands(self) -> tuple[Any, ...] | None:
-        """The first norm of a norm_first block, as the CPU's ops take it."""
+        """The first norm of a norm_first block, as the CPU's ops take it, and its eps."""
         norm = self._description.units[0].norm
         if norm.running_mean.device.type != "cpu":
             return None
@@ -85,8 +85,9 @@ class Plan:
         vectors = (None if t is None else t.detach().float() for t in (norm.weight, norm.bias))
         return (statistics, *vectors, norm.eps)
 
-    def _block_operands(self) -> tuple[Any, ...] | None:
-        """The arguments of the CPU's block_inference op; None if it does not support the block."""
+    def _block_operands(self) -> tuple[list[Any], ...] | None:
+        """The lists that the CPU's block_inference op takes of the block; None if it does not
+        support it."""
         d = self._description
         if d.pool is not None or (d.shortcut == "none" and len(d.units) == 1):
             return None  # a stem is not a block
@@ -95,13 +96,17 @@ class Plan:
         tensors: list[Tensor] = []
         sizes: list[int] = []
         for conv in self.all_convs:
-            if conv.takes_any or not isinstance(conv, NativeConv):
+            if self.takes_any or not isinstance(conv, NativeConv):
                 return None
             tensors += conv.tensors
             sizes += conv.sizes
+        norms: list[Tensor] = []
+        if self._norm is not None:
+            empty = self._norm[0].new_empty(0)
+            norms = [empty if t is None else t for t in self._norm[:3]]
         stride = 1 if d.pad is None else d.pad.stride
-        norm = self._norm or (None, None, None, 0.0)
-        return (*norm, tensors, sizes, SHORTCUTS[d.shortcut], stride, d.shared)
+        kind = [len(d.units), SHORTCUTS[d.shortcut], stride, int(d.norm_first), int(d.shared)]
+        return tensors, sizes, norms, [self._norm[3]] if self._norm else [], kind
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The shapes of x, of every convolution's output on the main path and of the pooling's.
@@ -133,8 +138,8 @@ class Plan:
     def run(self, x: Tensor, owned: bool) -> Tensor:
         """x: (N, C, H, W), which may be overwritten if `owned` -> (N, K, P, Q), channels_last of
         `dtype`."""
-        if self._one_op is not None:
-            return self._op(x, *self._one_op, owned)
+        if self.one_op is not None:
+            return torch.ops.fused_resnet_native.block_inference.default(x, *self.one_op, owned)
         d = self._description
         if self.pools:
             return self._run_pooled(x)
@@ -172,6 +177,19 @@ class Plan:
         with torch.no_grad():
             y = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
             return torch.relu_(y)
+
+
+class Blocks:
+    """Consecutive plans that the CPU computes by one op."""
+
+    def __init__(self, plans: Sequence[Plan]) -> None:
+        self.plans = plans
+        lists = zip(*[plan.one_op for plan in plans if plan.one_op is not None], strict=True)
+        self._operands: list[list[Any]] = [list(chain.from_iterable(parts)) for parts in lists]
+
+    def run(self, x: Tensor, owned: bool) -> Tensor:
+        """As `Plan.run`, of one after the other."""
+        return torch.ops.fused_resnet_native.block_inference.default(x, *self._operands, owned)
 
 
 def enter(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:

@@ -123,11 +123,11 @@ def test_inference_op_equals_separate_convolutions(name, owned, dtype):
     x = x.detach()
     plan: Any = plan_for(block, recipe_of(block)[0], dtype, x.device)
     native_convs = all(isinstance(conv, NativeConv) for conv in plan.all_convs)
-    assert (plan._one_op is not None) == native_convs
+    assert (plan.one_op is not None) == native_convs
     assert native_convs or "odd channels" in name
     results = []
-    for op in (plan._one_op, None):
-        plan._one_op = op
+    for op in (plan.one_op, None):
+        plan.one_op = op
         given = x.clone(memory_format=LAST)
         results.append(plan.run(given, owned))
         assert owned or torch.equal(given, x)
@@ -142,8 +142,15 @@ def test_errors_name_the_operands():
     weight = torch.zeros(16, 16, 3, 3).contiguous(memory_format=LAST)
     weights = [weight, torch.ones(16), torch.zeros(16)]
     geometry = [1, 1, 1, 1, 1, 1]
-    with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 geometry values"):
-        ops.block_inference(x, None, None, None, 0.0, weights, geometry, 1, 1, False, False)
+    for blocks in (
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1],
+        [1, 9, 1, 0, 0],
+        [0, 1, 1, 0, 0],
+        [1, 2, 1, 0, 0],
+    ):
+        with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 geometry"):
+            ops.block_inference(x, weights, geometry, [], [], blocks, False)
     for norm_first in (False, True):
         block = (geometry, [1e-5], 1, 1, norm_first, False)
         for operands, kind, shared in ((weights[:2], 1, False), (weights, 2, False)) + (
