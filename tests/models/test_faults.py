@@ -25,6 +25,17 @@ def _outcome(model, x):
         return error
 
 
+def test_bfloat16_under_and_without_autocast():
+    """A plan that serves bfloat16 under autocast does not accept it without: stock raises then."""
+    stock, mine = pair("basic")
+    x = images().bfloat16()
+    for model in (stock, mine):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert isinstance(_outcome(model, x), torch.Tensor)
+            assert isinstance(_outcome(model, x), RuntimeError)
+
+
 def _train_with(**settings):
     def edit(model):
         model.train()

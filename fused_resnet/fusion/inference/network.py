@@ -157,8 +157,11 @@ class Network:
 
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
     """The network's logits (N, classes), by its plan, cached or made now."""
-    device = x.device
-    key = ("network", x.dtype, output_dtype(x.dtype, device.type), device, registry.forced())
+    kind = x.device.type
+    # Autocast also decides which weights stock accepts.
+    autocast = torch.is_autocast_enabled(kind)
+    dtypes = x.dtype, output_dtype(x.dtype, kind), autocast
+    key = ("network", *dtypes, x.device, registry.forced())
     network = store.lookup(model, key)
     if network is None or network.generation != store.generation():
         network = Network(model, names, x)
