@@ -7,7 +7,8 @@ DIR: the other checkout, with its extension built in place. Each side is the con
 its `fused-resnet bench`, in a separate process with the same number of threads; with --size, small
 images and CIFAR's networks, as small_worker.py runs them in both checkouts. Every round times
 both in alternating order. Prints the ratio of the times, this over other, per round with half its
-interquartile range, and the medians; --out writes checkouts-cpu-torch<version>.json.
+interquartile range, and the medians; --out writes checkouts-cpu-torch<version>.json, with --size
+small_checkouts-cpu-torch<version>.json.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def main() -> None:
                         flush=True,
                     )
     if args.out:
-        head = provenance("checkouts", "cpu")
+        head = provenance("small_checkouts" if args.size else "checkouts", "cpu")
         print(save({**head, "other commit": commit_of(args.other), "cases": results}, args.out))
 
 
