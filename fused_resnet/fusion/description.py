@@ -90,29 +90,31 @@ def attributes_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(map(module.__dict__.get, ATTRIBUTES))
 
 
-# A class whose forward asks for fusion -> the names of its submodules; filled by `register`.
-_recipes: dict[type, Any] = {}
+# A class whose forward asks for fusion -> the names of its submodules, and that forward; filled by
+# `register`.
+_recipes: dict[type, tuple[Any, Any]] = {}
 
 
-def register(recipes: dict[type, Any]) -> None:
+def register(recipes: dict[Any, Any]) -> None:
     """Registers classes of blocks with their `Names`, and of networks with their `NetworkNames`."""
-    _recipes.update(recipes)
+    _recipes.update({cls: (names, cls.forward) for cls, names in recipes.items()})
 
 
 def recipe_of(module: nn.Module) -> tuple[Any, Any]:
-    """The names registered for the module's class or its nearest base, and that class; None, None
-    if there are none."""
+    """The names registered for the module's class or its nearest base, and the forward that asks;
+    None, None if there are none."""
     for cls in type(module).__mro__:
         if cls in _recipes:
-            return _recipes[cls], cls
+            return _recipes[cls]
     return None, None
 
 
 def own_recipe(block: nn.Module) -> Any:
     """The names of a block whose call is exactly the registered forward; None for any other."""
-    names, cls = recipe_of(block)
-    exact = cls is not None and type(block).forward is cls.forward and patched(block) is None
-    return names if exact else None
+    names, forward = recipe_of(block)
+    cls: Any = type(block)
+    exact = cls.forward is forward and cls.__call__ is nn.Module.__call__
+    return names if exact and patched(block) is None else None
 
 
 def describe(module: nn.Module, names: Names) -> Description | str:

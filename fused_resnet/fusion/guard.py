@@ -33,9 +33,7 @@ class Guard:
     parameter and buffer. The tensors' memory is kept alive, so that no address is reused while the
     guard exists. The comparisons run in C (`map` with builtins), since they run in every forward.
 
-    places: further modules, as those between blocks, and attributes. A guard must not hold a
-    reference to the module it belongs to, which is a key in a WeakKeyDictionary, nor to that
-    module's dict, where hooks may.
+    places: further modules, as those between blocks, and attributes.
     """
 
     def __init__(self, descriptions: Sequence[Description], places: Sequence[Place] = ()) -> None:
@@ -64,6 +62,10 @@ class Guard:
             self._settings += repeat(attributes, len(settings))
             self._setting_names += settings
             for tensors in (module._parameters, module._buffers):
+                if tensors and settings:  # __setstate__ replaces the dict itself
+                    self._homes.append(attributes)
+                    self._names.append("_buffers" if tensors is module._buffers else "_parameters")
+                    self._modules.append(tensors)
                 self._slots += repeat(tensors, len(tensors))
                 self._keys += tensors
         self._values = list(map(getitem, self._slots, self._keys))
@@ -94,7 +96,7 @@ class Guard:
             list(map(Tensor.size, tensors)),
             list(map(Tensor.stride, tensors)),
             list(map(type, self._modules)),
-            list(map(len, self._children)),
+            list(map(tuple, self._children)),
             list(map(dict.get, self._settings, self._setting_names)),
         )
 

@@ -25,16 +25,14 @@ class NetworkNames(NamedTuple):
 
 class Member(NamedTuple):
     """One part of a network's forward: a block or another module, or the names of the network's
-    submodules that run one after the other. names: as for `describe`, None if it is not fused.
-
-    Members do not reference the network, in whose entry of the store they are kept."""
+    submodules that run one after the other. names: as for `describe`, None if it is not fused."""
 
     target: nn.Module | tuple[str, ...]
     names: Names | None
 
     def call(self, model: Any, x: Tensor) -> Tensor:
         """Runs the modules as torchvision does; a block then decides for itself."""
-        if isinstance(self.target, nn.Module):
+        if not isinstance(self.target, tuple):
             return self.target(x)
         for name in self.target:
             x = getattr(model, name)(x)

@@ -1,36 +1,42 @@
 """The one cache of what was made from modules: plans of inference and prepared training steps.
 
-Entries are kept outside the modules, so that state_dict, deepcopy and pickle do not see them. Each
-has a `guard` and `holds()`, is dropped as soon as that is False, and with its module."""
+Entries are kept on the module that they are for, but left out of state_dict, deepcopy and pickle.
+So a module that its own parts refer to, as a hook may, is freed with its entries. Each entry has a
+`guard` and `holds()`, and is dropped as soon as that is False."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from fused_resnet.layers.planned import on_mode_switch
+from fused_resnet.layers.planned import MADE, on_mode_switch
 
-# module -> what it was made for (dtype, device, ...) -> entry
-_entries: WeakKeyDictionary[nn.Module, dict[Any, Any]] = WeakKeyDictionary()
 _generation = 0
+
+
+def _entries(module: nn.Module) -> dict[Any, Any]:
+    """What is cached for `module`, by what it was made for (dtype, device, ...)."""
+    owner, entries = module.__dict__.get(MADE, (None, {}))
+    # A copy of the module's dict, as DataParallel's replicas have, is another module's.
+    return entries if owner is not None and owner() is module else {}
 
 
 def lookup(module: nn.Module, key: Any) -> Any:
     """The entry of `module` for `key`, or None. If it no longer holds, all of the module's are
     dropped: they were made from the same tensors."""
-    entry = _entries.get(module, {}).get(key)
+    entry = _entries(module).get(key)
     if entry is None or entry.holds():
         return entry
-    _entries.pop(module, None)
+    module.__dict__.pop(MADE, None)
     return None
 
 
 def insert(module: nn.Module, key: Any, entry: Any) -> None:
     """Adds an entry. Valid ones for other keys stay: autocast may alternate from call to call."""
-    others = {k: e for k, e in _entries.get(module, {}).items() if k != key and e.holds()}
-    _entries[module] = {**others, key: entry}
+    others = {k: e for k, e in _entries(module).items() if k != key and e.holds()}
+    module.__dict__[MADE] = (weakref.ref(module), {**others, key: entry})
 
 
 def forget(module: nn.Module) -> None:
@@ -38,7 +44,7 @@ def forget(module: nn.Module) -> None:
     global _generation
     _generation += 1
     for m in module.modules():
-        _entries.pop(m, None)
+        m.__dict__.pop(MADE, None)
 
 
 def generation() -> int:
@@ -48,7 +54,7 @@ def generation() -> int:
 
 def made_from(module: nn.Module) -> dict[Any, Any]:
     """A copy of what is cached for `module` itself, by what it was made for."""
-    return dict(_entries.get(module, {}))
+    return dict(_entries(module))
 
 
 on_mode_switch(forget)

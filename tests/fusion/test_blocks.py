@@ -431,6 +431,47 @@ def test_copies_pickles_and_saved_models(tmp_path):
     assert len(pickle.dumps(mine)) < 1.1 * len(pickle.dumps(stock))
 
 
+@pytest.mark.parametrize("where", ["maxpool", "layer2"])
+def test_gradients_that_begin_inside_a_frozen_model(where):
+    """As Grad-CAM's hooks do: the model's input needs no gradient, an activation does."""
+    results = []
+    for model in pair("basic"):
+        model.requires_grad_(False)
+        begun: list[torch.Tensor] = []
+
+        def hook(module, inputs, output, begun=begun):
+            begun.append(output.detach().clone().requires_grad_())
+            return begun[-1]
+
+        model.get_submodule(where).register_forward_hook(hook)
+        for _ in range(2):
+            begun.clear()
+            model(images()).square().sum().backward()
+        results.append(begun[0].grad)
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3 * results[0].abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_patched_classes_are_called(mode, monkeypatch):
+    """A class's forward replaced after it was registered, and a subclass with its own call."""
+    calls = []
+
+    class Counted(fr.BasicBlock):
+        def __call__(self, x):
+            calls.append(x)
+            return super().__call__(x)
+
+    original = fr.BasicBlock.forward
+    with torch.set_grad_enabled(mode == "training"):
+        fr.ResNet(Counted, [1, 1, 1, 1], num_classes=4).train(mode == "training")(images())
+        assert len(calls) == 4
+        monkeypatch.setattr(
+            fr.BasicBlock, "forward", lambda self, x: calls.append(x) or original(self, x)
+        )
+        pair("basic")[1].train(mode == "training")(images())
+    assert len(calls) == 4 + 5
+
+
 def test_explain_lists_subclasses():
     """Whatever would be asked: a subclass whose forward calls that of this package."""
 

@@ -420,3 +420,49 @@ def test_fused_optimizers(kind, needs_grad):
         mine(images()).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("where", ["fc", "layer2", "layer1.0", "layer1.0.conv1", "maxpool"])
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_a_model_that_a_hook_refers_to_is_freed(where, training):
+    _, mine = pair("basic")
+    mine.train(training)
+    for hooked in (False, True):
+        if hooked:
+            mine.get_submodule(where).register_forward_hook(lambda *_, model=mine: None)
+        with torch.set_grad_enabled(training):
+            mine(images())
+    alive = weakref.ref(mine)
+    del mine
+    gc.collect()
+    assert alive() is None
+
+
+def test_replicas_do_not_share_what_was_made():
+    """DataParallel's replicas copy a module's dict."""
+    _, mine = pair("basic")
+    with torch.no_grad():
+        mine(images())
+        replica = mine._replicate_for_data_parallel()
+    assert made_from(mine) and not made_from(replica)
+
+
+def test_replaced_dicts_and_reordered_blocks():
+    stock, mine = pair("bottleneck")
+    same_outputs(stock, mine, images())
+    for model in (stock, mine):
+        blocks = model.layer2._modules
+        blocks["2"] = clone(blocks["1"])
+        with torch.no_grad():
+            blocks["2"].conv1.weight.mul_(-2)
+    same_outputs(stock, mine, images())
+    for model in (stock, mine):
+        blocks = model.layer2._modules
+        blocks["1"] = blocks.pop("1")
+    same_outputs(stock, mine, images())
+    for model in (stock, mine):
+        other = clone(model.layer1[0].conv1)
+        with torch.no_grad():
+            other.weight.mul_(2)
+        model.layer1[0].conv1.__setstate__(other.__dict__.copy())
+    same_outputs(stock, mine, images())

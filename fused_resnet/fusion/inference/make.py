@@ -65,7 +65,8 @@ def plan_for(
     the reason why there is none."""
     conv_dtype = compute_dtype(dtype, device.type)
     backend = registry.choose("conv_bn_relu", device.type)
-    key = ("plan", conv_dtype, device, backend, attributes_of(module))
+    autocast = torch.is_autocast_enabled(device.type)  # decides which weights stock accepts
+    key = ("plan", conv_dtype, autocast, device, backend, attributes_of(module))
     plan = store.lookup(module, key)
     if plan is not None and weights_fit(dtype, plan.weight):
         return plan

@@ -52,6 +52,8 @@ class _Chain:
         """Whether the plans are for such an x; the modules before may return anything."""
         if call_reason(x) is not None or x.device != self.plans[0].weight.device:
             return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
         same = compute_dtype(x.dtype, x.device.type) == self.plans[0].dtype
         return same and weights_fit(x.dtype, self.plans[0].weight)
 

@@ -53,11 +53,7 @@ class NetworkStep:
         """The output of the last stage."""
         stages = self._stages if names.running is None else getattr(model, names.running)()
         segmented = self._segmented(model, x)
-        if segmented and self._stem is not None:
-            modules = [module for unit in self._stem.description.units for module in unit]
-            x = run_segment(partial(self.run_stem, model), x, modules)
-        else:
-            x = self.run_stem(model, x)
+        x = self.run_stem(model, x, segmented)
         run = self._run_block
         if self._stem is None and call_reason(x, model.training) is not None:
             run, segmented = _call, False
@@ -78,8 +74,14 @@ class NetworkStep:
             and all(counts_once(description, x) for description in self._descriptions)
         )
 
-    def run_stem(self, model: Any, x: Tensor) -> Tensor:
-        y = None if self._stem is None else run_step(self._stem, x)
+    def run_stem(self, model: Any, x: Tensor, segmented: bool = False) -> Tensor:
+        """The stem with its pooling; `segmented` recomputes its step, and no other module, in
+        backward."""
+        if self._stem is None:
+            return self._first.call(model, x)
+        run: Any = partial(run_step, self._stem)
+        modules = [module for unit in self._stem.description.units for module in unit]
+        y = run_segment(run, x, modules) if segmented else run(x)
         if y is None:
             return self._first.call(model, x)
         return y if self._pool is None else getattr(model, self._pool)(y)

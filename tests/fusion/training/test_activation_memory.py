@@ -519,6 +519,20 @@ def test_segments_end_at_stage_boundaries():
     assert order == [[0, 1], [2, 3], [4, 5]]
 
 
+def test_a_replaced_pooling_is_not_recomputed():
+    """Another module in the place of the pooling draws random numbers and counts batches once."""
+    grads = []
+    for level in ("full", "minimal"):
+        model = make("basic", level)
+        model.maxpool = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Dropout(0.5), nn.BatchNorm2d(64))
+        torch.manual_seed(1)
+        model(images()).square().mean().backward()
+        assert model.maxpool[2].num_batches_tracked == 1
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_recomputing_flag_is_reset_after_the_segment(monkeypatch):
     model = make("basic", "minimal")
     assert not recomputing.get()
