@@ -93,13 +93,16 @@ class Step:
         self.description = description
         # FSDP gathers other tensors for every step.
         self.is_cached = not any(is_fsdps(unit.conv) for unit in description.units)
+        self._synchronised = [n for n in description.norms if type(n) is not nn.BatchNorm2d]
         self._level: str = getattr(module, "activation_memory", "auto")
         self._prepared: tuple[Any, Prepared | None] = (None, None)
         self._folded: dict[Any, tuple[Guard, Tensor, Tensor]] = {}
 
     def prepared(self, x: Tensor) -> Prepared | None:
         """The step for x; None where it cannot be one node of autograd's graph."""
-        key = (x.shape, x.dtype, in_segment.get())
+        # Processes may be joined or left between two steps.
+        groups = tuple(map(group_of, self._synchronised))
+        key = (x.shape, x.dtype, in_segment.get(), groups)
         cached = self._prepared  # read once: another thread may replace it for another shape
         if cached[0] != key:
             # Inside a segment "minimal" is "low".

@@ -272,6 +272,23 @@ def autocast(rank: int, out: dict) -> None:
     out["grads", rank] = grads
 
 
+def left_and_joined(rank: int, out: dict) -> None:
+    """A step prepared in a group of processes, used after that is left and after another is joined,
+    beside a copy whose step is prepared then."""
+    block = _convert(make("bottleneck, projection"))
+    x, dy = (t[2 * rank : 2 * rank + 2] for t in batch("bottleneck, projection", 4))
+    store = dist.PrefixStore("joined again", dist.distributed_c10d._get_default_store())
+    for when in ("joined", "left", "joined again"):
+        if when == "left":
+            dist.destroy_process_group()
+        elif when == "joined again":
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=TIMEOUT)
+        fresh = copy.deepcopy(block)
+        block.zero_grad()
+        got, want = result(block, x, dy), result(fresh, x, dy)
+        out[when, rank] = all(torch.equal(got[name], want[name]) for name in want)
+
+
 def peer_exited(rank: int, out: dict) -> None:
     """The other process has exited: an error in bounded time, no hang."""
     block = _convert(make("basic"))
@@ -286,7 +303,8 @@ def peer_exited(rank: int, out: dict) -> None:
 
 JOBS = (
     every_case, collective_calls, groups, explained, empty_batch, preact, standalone,
-    whole_networks, network, double_backward, autocast, peer_exited,
+    whole_networks, network, double_backward, autocast, left_and_joined,
+    peer_exited,
 )  # fmt: skip
 
 
@@ -501,6 +519,11 @@ def test_under_autocast(outputs):
     for name, p in block.named_parameters():
         # Statistics differ in the last bit, which sometimes changes the rounding to bfloat16.
         assert (outputs["grads", 0][name] - p.grad).norm() <= 0.02 * p.grad.norm(), name
+
+
+def test_processes_left_and_joined(outputs):
+    outputs = outputs["left_and_joined"]
+    assert len(outputs) == 6 and all(outputs.values()), outputs
 
 
 def test_exited_process_raises(outputs):
