@@ -29,6 +29,8 @@
 #include <string>
 #include <vector>
 
+#include "activation.h"
+
 namespace fused_resnet {
 
 using torch::headeronly::ScalarType;
@@ -43,6 +45,12 @@ inline void check(bool condition, const Parts&... parts) {
     (message << ... << parts);
     throw std::runtime_error(message.str());
   }
+}
+
+inline Activation activation_of(const char* op, int64_t value) {
+  check(0 <= value && value < kActivations, op, ": activation must be 0 (none) or 1 (ReLU), got ",
+        value);
+  return static_cast<Activation>(value);
 }
 
 inline std::string shape_of(const Tensor& t) {

@@ -4,7 +4,8 @@
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, "
-      "Tensor(a!) y, bool relu, int[] stride, int[] padding, int[] dilation, int groups, int tile, "
+      "Tensor(a!) y, int activation, int[] stride, int[] padding, int[] dilation, int groups, int "
+      "tile, "
       "int splits) -> ()");
   m.def(
       "convolution_statistics(Tensor x, Tensor weight, Tensor(a!) z, int[] stride, int[] padding, "
@@ -19,7 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
       "(Tensor, Tensor, Tensor)");
   m.def(
       "bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, Tensor? weight, Tensor? bias, "
-      "Tensor? residual, float eps, bool relu) -> Tensor");
+      "Tensor? residual, float eps, int activation) -> Tensor");
   m.def(
       "convolution_gradient_sums(Tensor dy, Tensor weight, Tensor(a!) g, Tensor x, Tensor mean, "
       "Tensor var, Tensor rest, Tensor? norm_weight, Tensor? norm_bias, float eps, int[] padding, "

@@ -39,6 +39,12 @@ def call_reason(x: Any, training: bool = False) -> str | None:
     return None
 
 
+def asked(module: nn.Module, x: Any) -> tuple[str | None, bool]:
+    """`call_reason` for a module's input, and whether autograd would record the call."""
+    reason = call_reason(x, module.training)
+    return reason, reason is None and wants_grad(module, x)
+
+
 def wants_grad(block: nn.Module, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fused_resnet.kernels.activation import OF_MODULE, Activation
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import is_frozen_bn
 from fused_resnet.layers.shortcut import PadShortcut
@@ -51,19 +52,22 @@ class Place(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A convolution and its norm, which comes first in a norm_first block; None: it has no norm."""
+    """A convolution, its norm (None: it has none), and the activation of the norm's output; in a
+    norm_first block norm and activation come before the convolution."""
 
     conv: Any
     norm: Any
+    activation: Activation
 
 
 class Description(NamedTuple):
-    """y = relu(chain(x) + shortcut(x)), or, norm first, y = chain(x) + shortcut(x).
+    """y = activation(chain(x) + shortcut(x)), or, norm first, y = chain(x) + shortcut(x).
 
     units: in order, a projecting shortcut's last; the projection of a norm_first block has no norm.
     shortcut: "none", "identity", "projection" or "pad" (by the module `pad`). shared: the shortcut
-    starts from the first ReLU's output. survival: the probability that a training step runs the
-    block, by which its branch is divided; 1 in eval mode. pool: the MaxPool2d after the last ReLU,
+    starts from the first activation. survival: the probability that a training step runs the
+    block, by which its branch is divided; 1 in eval mode. pool: the MaxPool2d after the last
+    activation,
     or None."""
 
     units: list[Unit]
@@ -83,6 +87,18 @@ class Description(NamedTuple):
     def main(self) -> list[Unit]:
         """The units of the residual branch."""
         return self.units[:-1] if self.shortcut == "projection" else self.units
+
+    @property
+    def folds(self) -> list[Unit]:
+        """The units of inference: each convolution with the norm and activation of its output."""
+        if not self.norm_first:
+            return self.units
+        nothing = Unit(None, None, Activation.NONE)
+        after = [*self.main[1:], nothing, nothing]
+        return [
+            Unit(unit.conv, *following[1:])
+            for unit, following in zip(self.units, after, strict=False)
+        ]
 
 
 def attributes_of(module: nn.Module) -> tuple[Any, ...]:
@@ -125,11 +141,16 @@ def describe(module: nn.Module, names: Names) -> Description | str:
         places.append(Place(home, name, home.get(name), kind))
         return places[-1].module
 
+    kind = type(children.get(names.relu))
+    activation = OF_MODULE.get(kind)
     units = [
-        Unit(child(children, conv, nn.Conv2d), child(children, norm, nn.BatchNorm2d))
+        Unit(
+            child(children, conv, nn.Conv2d), child(children, norm, nn.BatchNorm2d),
+            activation or Activation.NONE,
+        )
         for conv, norm in names.pairs
-    ]
-    child(children, names.relu, nn.ReLU)
+    ]  # fmt: skip
+    child(children, names.relu, nn.ReLU if activation is None else kind)
     shortcut, pad = "none", None
     if names.downsample is not None:
         branch = children.get(names.downsample)
@@ -143,14 +164,16 @@ def describe(module: nn.Module, names: Names) -> Description | str:
         elif type(branch) is PadShortcut:
             shortcut, pad = "pad", child(children, names.downsample, PadShortcut)
         elif names.norm_first:
-            units.append(Unit(child(children, names.downsample, nn.Conv2d), None))
+            conv = child(children, names.downsample, nn.Conv2d)
+            units.append(Unit(conv, None, Activation.NONE))
         elif type(branch) is not nn.Sequential or len(branch) != 2:
             return f"{names.downsample} is not a Sequential of a convolution and a norm"
         else:
             child(children, names.downsample, nn.Sequential)
             layers = branch._modules
             conv, norm = layers
-            units.append(Unit(child(layers, conv, nn.Conv2d), child(layers, norm, nn.BatchNorm2d)))
+            conv, norm = child(layers, conv, nn.Conv2d), child(layers, norm, nn.BatchNorm2d)
+            units.append(Unit(conv, norm, Activation.NONE))
     pool = None if names.pool is None else children.get(names.pool)
     if pooling.is_plain(pool):
         places.append(Place(children, str(names.pool), pool, nn.MaxPool2d))
@@ -172,7 +195,7 @@ def _reason_against(description: Description) -> str | None:
         why = None if module is None else patched(module)
         if why is not None:
             return f"{name} {why}"
-    for conv, norm in description.units:
+    for conv, norm, _ in description.units:
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return "a convolution's padding is not a number of zeros"
         for name, t in tensors_of(conv, norm):

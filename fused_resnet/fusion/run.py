@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from fused_resnet import layout
 
-from .call import call_reason, wants_grad
+from .call import asked
 from .description import Names
 from .inference import network as inference
+from .inference.chain import run_plan
 from .inference.make import plan_for
-from .inference.plan import enter, leave
 from .network import NetworkNames
 from .training import network as training
 from .training.prepare import step_for
@@ -28,14 +28,13 @@ from .training.units import run_step
 
 def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """A residual block's output (N, K, P, Q), or None: the caller runs torchvision's path."""
-    if call_reason(x, block.training) is not None:
+    reason, differentiable = asked(block, x)
+    if reason is not None:
         return None
-    if not wants_grad(block, x):
+    if not differentiable:
         plan = plan_for(block, names, x.dtype, x.device)
         if not isinstance(plan, str):
-            if not plan.shapes(x.shape):
-                return None
-            return leave(plan.run(*enter(x, plan)), x.dtype, layout.memory_format(x))
+            return run_plan(plan, x)
     step = step_for(block, names, x)
     y = None if isinstance(step, str) else run_step(step, x)
     return None if y is None else y.contiguous(memory_format=layout.memory_format(x))
@@ -44,8 +43,9 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor | None:
     """A network's logits (N, classes), fused as far as possible, or None: the caller runs
     torchvision's path. x: (N, C, H, W) of any layout."""
-    if call_reason(x, model.training) is not None:
+    reason, differentiable = asked(model, x)
+    if reason is not None:
         return None
-    if model.training or wants_grad(model, x):
+    if model.training or differentiable:
         return training.run_network(model, names, x)
     return inference.run_network(model, names, x)

@@ -1,7 +1,7 @@
 """The base class of fused convolutions. Weights are packed once; batch normalisation, residual and
-ReLU are applied as the result is stored.
+activation are applied as the result is stored.
 
-    y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
+    y = activation(conv(x, weight) * scale[k] + shift[k] + residual)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .activation import Activation
 from .problem import Problem, output_shape
 
 
@@ -35,7 +36,7 @@ class FusedConv:
         return output_shape(shape, self.problem.weight_shape, *self.geometry)
 
     def run(
-        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+        self, x: Tensor, residual: Tensor | None, activation: Activation, overwrite: bool = False
     ) -> Tensor:
         """x: (N, C, H, W), residual: None or (N, K, P, Q), both channels_last of `dtype` ->
         (N, K, P, Q) channels_last. `overwrite` allows writing to the residual's memory."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .activation import Activation
 from .cuda.convolution import GpuConv
 from .problem import Gemm, Problem
 from .registry import Provider
@@ -42,9 +43,9 @@ def measure_on(device: torch.device) -> Callable[[Problem, str, Any], float]:
         scale, shift = torch.rand(2, problem.weight_shape[0], device=device)
         conv = GpuConv(problem, weight, scale, shift)
         conv.is_cached = True
-        conv.run_by(backend, config, x, None, True)  # packs, compiles
+        conv.run_by(backend, config, x, None, Activation.RELU)  # packs, compiles
         return do_bench(
-            lambda: conv.run_by(backend, config, x, None, True), return_mode="median"
+            lambda: conv.run_by(backend, config, x, None, Activation.RELU), return_mode="median"
         ) / 1e3  # fmt: skip
 
     return measure

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .activation import Activation
+
 
 class Geometry(NamedTuple):
     """A convolution's stride, padding and dilation in pixels, (height, width), and its groups."""
@@ -71,7 +73,7 @@ class Problem(NamedTuple):
     weight_shape: tuple[int, ...] = ()
     geometry: Geometry = Geometry((1, 1), (0, 0), (1, 1))
     x_shape: tuple[int, ...] = ()
-    relu: bool = True
+    activation: Activation = Activation.RELU
 
     @property
     def y_shape(self) -> tuple[int, ...]:
@@ -96,9 +98,10 @@ def convolution(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    activation: Activation = Activation.RELU,
 ) -> Problem:
     """The `Problem` of conv_bn_relu with these arguments, computed in `dtype`."""
     geometry = Geometry(
         (stride[0], stride[1]), (padding[0], padding[1]), (dilation[0], dilation[1]), groups
     )
-    return Problem("conv_bn_relu", dtype, tuple(weight_shape), geometry)
+    return Problem("conv_bn_relu", dtype, tuple(weight_shape), geometry, (), activation)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from .activation import Activation
 from .convolution import Kind
 from .problem import Problem
 from .target import Target, target_of
@@ -49,6 +50,7 @@ class Provider:
     """One backend's kernels for tensors of one device type; the base class of all providers."""
 
     ops: tuple[str, ...] = OPS
+    activations: tuple[Activation, ...] = (Activation.NONE, Activation.RELU)
     # Of GPU kernels: what the measured winners of `tuning` are stored under.
     name = ""
     # Why this provider's convolutions run in the ops alone and not in blocks of models, or None.
@@ -128,6 +130,8 @@ def missing(problem: Problem | str, backend: str, device_type: str) -> str | Non
     entry = _providers.get((backend, device_type))
     if entry is None or problem.op not in entry.ops:
         return f"{backend} has no {problem.op} for {device_type}"
+    if problem.activation not in entry.activations:
+        return f"{backend} does not compute {problem.activation.name} for {device_type}"
     return entry.supports(problem, entry.target(torch.device(device_type)))
 
 

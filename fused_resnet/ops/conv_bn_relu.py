@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_resnet import layout
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels import cache, registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import convolution
 
 from .checks import check_channel, check_same, check_x, describe, pair, require
@@ -145,10 +146,11 @@ def _conv_fused(
     *geometry: Any,
 ) -> Tensor:
     dtype = registry.conv_dtype(x.dtype, x.device.type)
-    problem = convolution(weight.shape, dtype, *geometry)
+    activation = Activation(relu)
+    problem = convolution(weight.shape, dtype, *geometry)  # packed alike for every activation
     kind = None
     if dtype is not None and x.numel() > 0:
-        kind = registry.convolution(problem, x.device.type)
+        kind = registry.convolution(problem._replace(activation=activation), x.device.type)
     if kind is None or dtype is None:
         return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
     conv = cache.cached_convolution(kind, problem, weight, scale, shift)
@@ -157,7 +159,7 @@ def _conv_fused(
         x = x.to(dtype).contiguous(memory_format=last)
     if residual is not None:
         residual = residual.to(dtype).contiguous(memory_format=last)
-    return conv.run(x, residual, relu).detach().to(weight.dtype)
+    return conv.run(x, residual, activation).detach().to(weight.dtype)
 
 
 def _conv_bn_relu(

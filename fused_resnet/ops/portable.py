@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.training.protocol import Passes
 
 
@@ -15,9 +16,9 @@ class Portable(Passes):
 
     def bn_add_relu(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        eps: float, relu: bool,
+        eps: float, activation: Activation,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return torch.ops.fused_resnet.bn_add_relu(x, weight, bias, residual, eps, relu)
+        return torch.ops.fused_resnet.bn_add_relu(x, weight, bias, residual, eps, bool(activation))
 
     def bn_add_relu_backward(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return torch.ops.fused_resnet.bn_add_relu_backward(*arguments)

@@ -12,7 +12,7 @@ from torch import nn
 
 import fused_resnet as fr
 from fused_resnet.fusion import store
-from fused_resnet.fusion.inference import network, plan
+from fused_resnet.fusion.inference import chain, plan
 from fused_resnet.fusion.training.prepare import Prepared
 from fused_resnet.kernels import convolution, registry
 from fused_resnet.kernels.cpu import onednn
@@ -98,7 +98,7 @@ def test_consecutive_blocks_by_one_op(depth, block):
         model(torch.randn(2, 3, 16, 16))
         (whole,) = (e for key, e in store.made_from(model).items() if key[0] == "network")
         plans = [p for p in whole.plans if p.one_op is not None]
-        assert len(plans) == 9 and len({p.one_op[4][1] for p in plans}) > 1
+        assert len(plans) == 9 and len({p.one_op[-1][1] for p in plans}) > 1
         x = torch.randn(2, 16, 16, 16).contiguous(memory_format=torch.channels_last)
         got = plan.Blocks(plans).run(x, False)
         y, owned = x, False
@@ -123,7 +123,7 @@ def test_large_batches_run_in_micro_batches(dilate, runs, monkeypatch):
     # large, layer2's half and layer3's a quarter of it: the 9 convolutions up to layer2.0 run on
     # 2 + 2 + 3 images, the next 7 on 4 + 3 and layer4's 4 on all. Dilated, layer4's output is
     # 2048 x 8 x 8 values: two images at a time, one per thread.
-    monkeypatch.setattr(network, "_MICRO_BATCH_BYTES", 3 * 64 * 32 * 32 * 4)
+    monkeypatch.setattr(chain, "_MICRO_BATCH_BYTES", 3 * 64 * 32 * 32 * 4)
     runs.clear()
     split = same_outputs(stock, mine.eval(), x)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -58,3 +58,34 @@ def test_training_step_of_resnet50():
 
     step()
     assert len(calls(step)) <= 500
+
+
+def test_the_way_of_x_through_inference():
+    """Following x from `ResNet.forward`: at most 8 files, each entered from one place in the code
+    (a loop over blocks enters it again from there)."""
+    model, x = fr.resnet50().eval(), torch.randn(1, 3, 64, 64)
+    entered: dict[str, set[tuple[str, int]]] = {}
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        code, caller = frame.f_code, frame.f_back
+        if event != "call" or not code.co_filename.startswith(PACKAGE) or caller is None:
+            return
+        arguments = [frame.f_locals[n] for n in code.co_varnames[: code.co_argcount]]
+        if not any(isinstance(a, torch.Tensor) for a in arguments):
+            return
+        where = caller.f_code.co_filename, caller.f_lineno
+        places = entered.setdefault(code.co_filename.removeprefix(PACKAGE), set())
+        if where[0] != code.co_filename:
+            places.add(where)
+
+    with torch.no_grad():
+        model(x)
+        before = sys.getprofile()
+        sys.setprofile(profile)
+        try:
+            model(x)
+        finally:
+            sys.setprofile(before)
+    assert len(entered) <= 8, sorted(entered)
+    twice = {file: places for file, places in entered.items() if len(places) > 1}
+    assert not twice, twice

@@ -33,8 +33,8 @@ CUDA = [
     # --- sm_80 convolution
     ("sm80: residual dropped", S80, "v = add ? v + widen(added.values[i]) : v;", "(void)added;",
      f"{GEMM} small_integers"),
-    ("sm80: ReLU replaces NaN by 0", S80,
-     "relu && v <= 0 ? 0.0f : v", "relu && !(v > 0) ? 0.0f : v",
+    ("sm80: ReLU replaces NaN by 0", "csrc/cuda/device/activation.cuh",
+     "v <= 0 ? A{0} : v", "!(v > 0) ? A{0} : v",
      f"{GEMM} special"),
     ("sm80: rounded twice", S80, "float v = sums[i] * scale[i] + shift[i];",
      "float v = widen(narrow<T>(sums[i] * scale[i] + shift[i]));", f"{GEMM} one_rounding"),

@@ -121,7 +121,7 @@ GPU_PYTHON = [
      "y = residual if overwrite and residual is not None else None", "y = residual",
      f"{CONV} -k 'emulated and values'"),
     ("gpu: the stem's kernel with a residual", GPU,
-     "if stem and self.stem and residual is None and relu:", "if stem and self.stem:",
+     "if stem and self.stem and residual is None and activation == Activation.RELU:", "if stem and self.stem:",
      f"{CONV} -k 'emulated and values and stem'"),
     ("gpu: the stem's kernel with any padding", GPU,
      "self.geometry == ((2, 2), (3, 3), (1, 1), 1)", "True",

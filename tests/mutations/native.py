@@ -80,7 +80,7 @@ CPP = [
     ("recomputed ranges: the wrong operand", "csrc/cpu/convolution/weight_gradient.cpp",
      "g.recomputes_dy = true;", "", f"{OPS} -k recomputed_in_ranges"),
     ("recomputed ranges: no ReLU", "csrc/cpu/convolution/weight_gradient.cpp",
-     "bn.walk = walk, bn.relu = true;", "bn.walk = walk;", f"{OPS} -k recomputed_in_ranges"),
+     "bn.walk = walk, bn.activation = kRelu;", "bn.walk = walk;", f"{OPS} -k recomputed_in_ranges"),
     ("widened: weights not rounded", "csrc/cpu/convolution/pack_kernels.h",
      "if (p.variant == kBFloatWidened ||", "if (false ||", f"{CONVOLUTIONS} -k rounded"),
     ("widened: pixels of the previous superblock", "csrc/cpu/convolution/conv_bn_relu.cpp",
@@ -119,7 +119,7 @@ CPP = [
     ("one op: a batch not counted", "csrc/cpu/batch_norm/passes.cpp",
      "if (counters[i].numel() == 1) ++", "if (false) ++", f"{STEP} {OPS} -k statistics"),
     ("one op: a ReLU after a pre-activation block", "csrc/cpu/block/inference.cpp",
-     "return convs.run(main - 1, h, !norm,", "return convs.run(main - 1, h, true,", OPS),
+     "activation[i], {values, values + kCount}", "kRelu, {values, values + kCount}", OPS),
     ("one op: inference overwrites its caller's x", "csrc/cpu/block/inference.cpp",
      "!identity || overwrite || from_norm", "true", OPS),
     ("one op: every block reads the first norm", "csrc/cpu/block/inference.cpp",
@@ -178,7 +178,7 @@ CPP = [
     ("no mask in the backward kernels", "csrc/cpu/isa/vec.h", "return y <= 0 ? V{} : dy;",
      "return dy;", f"{NATIVE} -k elementwise"),
     ("the convolution drops its residual", "csrc/cpu/convolution/direct_kernels.h",
-     "if (c.residual) value += D::load(residual + j);", "", f"{CONV} -k values"),
+     "return D::load(residual + j);", "return vf{};", f"{CONV} -k values"),
     ("stride and padding exchanged", PACK,
      "stride[0], stride[1], padding[0], padding[1], dilation[0],",
      "padding[0], padding[1], stride[0], stride[1], dilation[0],", f"{CONV} -k integers"),
@@ -239,7 +239,9 @@ AVX512 = [
     ("16 channels: non-finite tiles not recomputed", "csrc/cpu/convolution/winograd_16_kernels.h",
      "_CMP_UNORD_Q", "_CMP_FALSE_OQ", f"{NATIVE} -k overflow"),
     ("16 channels: the residual dropped", "csrc/cpu/convolution/winograd_16_kernels.h",
-     "if (c.residual) value +=", "if (false) value +=", f"{CONVOLUTIONS} -k added"),
+     "finished(c, value, 0, load)",
+     "finished({c.scale, c.shift, nullptr, c.activation}, value, 0, load)",
+     f"{CONVOLUTIONS} -k added"),
 ]  # fmt: skip
 
 # Code for AVX2 only.

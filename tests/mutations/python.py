@@ -10,7 +10,8 @@ BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
 MAKE, PLAN = "fused_resnet/fusion/inference/make.py", "fused_resnet/fusion/inference/plan.py"
 GUARD = "fused_resnet/fusion/guard.py"
-CHAINS = "fused_resnet/fusion/inference/network.py"
+CHAINS = "fused_resnet/fusion/inference/chain.py"
+INFER = "fused_resnet/fusion/inference/network.py"
 TRAINING = "fused_resnet/fusion/training/block.py"
 KERNELS_PY = "fused_resnet/kernels/training/protocol.py"
 MEMORY = "fused_resnet/fusion/training/activation_memory.py"
@@ -59,8 +60,8 @@ PYTHON = [
      f"{STEP} -k against_float64"),
     ("cifar: padding's gradient of the wrong channels", SHORTCUT, "dy[:, : dx.shape[1]]",
      "dy[:, -dx.shape[1] :]", f"{STEP} -k against_float64"),
-    ("cifar: norms folded into the wrong convolution", PLAN,
-     "for unit in description.main[1:]] + [None, None]", "for unit in description.main] + [None]",
+    ("cifar: norms folded into the wrong convolution", "fused_resnet/fusion/description.py",
+     "after = [*self.main[1:], nothing, nothing]", "after = [*self.main, nothing]",
      f"{CIFAR} -k papers_formula"),
     ("cifar: survivors not scaled", READY,
      "tensors[i] = tensors[i] / self.description.survival", "pass", f"{CIFAR} -k costs_nothing"),
@@ -120,10 +121,10 @@ PYTHON = [
     ("training: total derivatives instead of partial ones", OPS, "t.view_as(t) if need else t", "t",
      f"{STEP} -k computed_from"),
     ("training: recomputed without its ReLU", TRAINING,
-     "apply(self.normed(j), residual, True)", "apply(self.normed(j), residual, False)",
+     "apply(self.normed(j), residual, Activation.RELU)", "apply(self.normed(j), residual, Activation.NONE)",
      f"{STEP} -k portable"),
     ("training: recomputed without its shortcut", TRAINING,
-     "apply(self.normed(j), residual, True)", "apply(self.normed(j), None, True)",
+     "apply(self.normed(j), residual, Activation.RELU)", "apply(self.normed(j), None, Activation.RELU)",
      f"{STEP} -k portable"),
     ("training: widening convolution saved", SPEC,
      "last == 0 or tuple(weights[last].shape[2:]) != (1, 1)", "True", f"{LEVELS} -k saves_less"),
@@ -220,10 +221,10 @@ PYTHON = [
      "if cacheable(plan.weight)", f"{STALE} -k fsdp"),
     ("plans made from weights written meanwhile", MAKE, " and plan.holds():", ":",
      f"{STALE} -k written_meanwhile"),
-    ("a plan made under autocast used without", CHAINS,
+    ("a plan made under autocast used without", INFER,
      "dtypes = x.dtype, output_dtype(x.dtype, kind), autocast",
      "dtypes = x.dtype, output_dtype(x.dtype, kind)", f"{FAULTS} -k without_autocast"),
-    ("FSDP's weights cached by networks", CHAINS,
+    ("FSDP's weights cached by networks", INFER,
      "if all(plan.is_cached for plan in network.plans) and network.holds():", "if True:",
      f"{STALE} -k fsdp"),
     ("FSDP's steps cached", READY, "not any(is_fsdps(unit.conv) for unit in description.units)", "True",
@@ -236,13 +237,13 @@ PYTHON = [
      "mean = bn.running_mean.to(dtype) * 0", f"{BLOCKS} -k every_convolution"),
     ("convolution's bias missing from the fold", "fused_resnet/fusion/fold.py", "conv.bias.to(dtype) - mean",
      "-mean", f"{BLOCKS} -k bias"),
-    ("residual dropped", PLAN, "run(x, residual, not d.norm_first, overwrite=owned)",
-     "run(x, None, not d.norm_first)", f"{BLOCK_OPS} -k separate_convolutions"),
-    ("downsample skipped", PLAN, "            residual, owned = self._projection.run(source, None, False), True\n",
+    ("residual dropped", PLAN, "run(x, residual, last[1], overwrite=owned)",
+     "run(x, None, last[1])", f"{BLOCK_OPS} -k separate_convolutions"),
+    ("downsample skipped", PLAN, "            residual, owned = self._projection.run(source, None, self._activations[-1]), True\n",
      "            pass\n", f"{BLOCK_OPS} -k separate_convolutions"),
-    ("input overwritten", "fused_resnet/fusion/inference/plan.py", "converted.data_ptr() != x.data_ptr()",
+    ("input overwritten", CHAINS, "converted.data_ptr() != x.data_ptr()",
      "True", f"{FAULTS} -k edited"),
-    ("output left in the compute dtype", "fused_resnet/fusion/inference/plan.py",
+    ("output left in the compute dtype", CHAINS,
      "y.detach().to(stock_dtype).contiguous", "y.detach().contiguous",
      f"{STALE} -k another_dtype tests/models/test_resnet.py -k autocast"),
     ("sizes not checked", "fused_resnet/fusion/inference/plan.py", "and branch != shapes[-1]:", "and False:",
@@ -309,7 +310,7 @@ PYTHON = [
      "tests/kernels/cpu/test_onednn.py -k after_writes"),
     ("bounds beyond the limit not measured again", ONEDNN, "self._bound(x, residual, True)", "self._bound(x, residual, False)",
      "tests/kernels/cpu/test_onednn.py -k after_writes"),
-    ("a bound stored with a block's output", "fused_resnet/fusion/inference/plan.py", "y.detach().to(", "y.to(",
+    ("a bound stored with a block's output", CHAINS, "y.detach().to(", "y.to(",
      "tests/kernels/cpu/test_onednn.py -k version_counter"),
     ("a bound stored with an op's output", "fused_resnet/ops/conv_bn_relu.py", ".detach().to(weight.dtype)", ".to(weight.dtype)",
      "tests/kernels/cpu/test_onednn.py -k version_counter"),

@@ -105,7 +105,7 @@ def batch_norm_jobs(dtype: str, arch: int) -> Iterator[Job]:
             "bn_stats_kernel": {"x_ptr": p, "parts_ptr": f, **part},
             "bn_apply_kernel": {
                 "x_ptr": p, "residual_ptr": p, "y_ptr": p, "folded_ptr": f, "bias_ptr": f,
-                "RELU": True, **tile,
+                "ACTIVATION": 1, **tile,
             },
             "bn_reduce_kernel": {
                 "dy_ptr": p, "x_ptr": p, "y_ptr": p, "dresidual_ptr": p, "mean_ptr": f,
@@ -170,7 +170,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
                     **({} if name == "stem" else dict.fromkeys(("stride_h", "stride_w"), 1)),
                     "dilation_h": 1, "dilation_w": 1,
                     "R": R, "S": S, "UNIT": unit, "POINTWISE": pointwise, "GROUPS": groups,
-                    "OUTPUTS": outputs, "RELU": True, "SPLITS": splits,
+                    "OUTPUTS": outputs, "ACTIVATION": 1, "SPLITS": splits,
                     "GROUP_M": config.group_m, "BLOCK_M": config.block_m,
                     "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
                     "PRECISION": "ieee" if kind == "float32" else "tf32", "INDEX": tl.int32,
@@ -184,8 +184,9 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
                 )  # fmt: skip
     args = {
         "sums_ptr": f, "scale_ptr": f, "shift_ptr": f, "residual_ptr": p, "y_ptr": p,
-        **dict.fromkeys(("M", "K", "P", "Q", "y_n", "y_p", "y_q", "splits"), "i32"), "RELU": True,
-        "BLOCK_M": convolution.MERGE_M, "BLOCK_N": convolution.MERGE_N, "INDEX": tl.int32,
+        **dict.fromkeys(("M", "K", "P", "Q", "y_n", "y_p", "y_q", "splits"), "i32"),
+        "ACTIVATION": 1, "BLOCK_M": convolution.MERGE_M, "BLOCK_N": convolution.MERGE_N,
+        "INDEX": tl.int32,
     }  # fmt: skip
     yield Job("conv_merge_kernel", "", dtype, arch, args, 4)
     sizes = ("M", "H", "W", "P", "Q", "C", "K", "outputs", "x_n", "x_h", "x_w", "stride_h",

@@ -10,12 +10,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Partition& partition, DtypeInde
                                            const Tensor& x, const std::optional<Tensor>& weight,
                                            const std::optional<Tensor>& bias,
                                            const std::optional<Tensor>& residual, double eps,
-                                           bool relu) {
+                                           Activation activation) {
   const int64_t C = partition.layout.C;
   Tensor y = empty_output_like(x);
   const Norm norm{statistics(partition, x, dtype), to_vector<A>(weight, C, 1.0),
                   to_vector<A>(bias, C, 0.0), eps};
-  apply_norm<A>(partition, dtype, x, norm, residual, nullptr, relu, y);
+  apply_norm<A>(partition, dtype, x, norm, residual, nullptr, activation, y);
   return {y, to_tensor<A>(x, norm.stats.mean), to_tensor<A>(x, norm.stats.var)};
 }
 
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> weight,
                                                std::optional<Tensor> bias,
                                                std::optional<Tensor> residual, double eps,
-                                               bool relu) {
+                                               int64_t activation) {
   constexpr const char* op = "bn_add_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Partition partition(layout_of(op, x));
@@ -59,8 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
   if (weight) check_channel_vector(op, "weight", *weight, C, vector_dtype, x);
   if (bias) check_channel_vector(op, "bias", *bias, C, vector_dtype, x);
   if (residual) check_same_layout(op, "residual", *residual, "x", x);
-  return dtype == kFloat64 ? forward<double>(partition, dtype, x, weight, bias, residual, eps, relu)
-                           : forward<float>(partition, dtype, x, weight, bias, residual, eps, relu);
+  const auto run = dtype == kFloat64 ? forward<double> : forward<float>;
+  return run(partition, dtype, x, weight, bias, residual, eps, activation_of(op, activation));
 }
 
 // dy, x (N, C, H, W), y? (N, C, H, W), weight? (C,), mean (C,), var (C,)
@@ -79,10 +79,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
   if (weight) check_channel_vector(op, "weight", *weight, C, vector_dtype, x);
   check_channel_vector(op, "mean", mean, C, vector_dtype, x);
   check_channel_vector(op, "var", var, C, vector_dtype, x);
-  return dtype == kFloat64 ? backward<double>(partition, dtype, dy, x, y, weight, mean, var, eps,
-                                              relu, need_dx, need_dresidual)
-                           : backward<float>(partition, dtype, dy, x, y, weight, mean, var, eps,
-                                             relu, need_dx, need_dresidual);
+  const auto run = dtype == kFloat64 ? backward<double> : backward<float>;
+  return run(partition, dtype, dy, x, y, weight, mean, var, eps, relu, need_dx, need_dresidual);
 }
 
 }  // namespace
@@ -91,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_relu_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "bn_add_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-      "bool relu) -> (Tensor y, Tensor mean, Tensor var)");
+      "int activation) -> (Tensor y, Tensor mean, Tensor var)");
   m.def(
       "bn_add_relu_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, "
       "Tensor var, float eps, bool relu, bool need_dx, bool need_dresidual) -> "

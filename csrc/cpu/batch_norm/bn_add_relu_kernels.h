@@ -160,8 +160,8 @@ void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, 
   }
 }
 
-// y = relu((x - mean) * scale + shift + residual). With scale2, the residual's term is (residual -
-// mean2) * scale2, and `shift` includes its shift.
+// y = activation((x - mean) * scale + shift + residual). With scale2, the residual's term is
+// (residual - mean2) * scale2, and `shift` includes its shift.
 template <typename D>
 void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
   typedef typename D::V V;
@@ -183,7 +183,7 @@ void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
         v += (memory.load(residual + base + j) - load_any<V>(mean2 + j)) * load_any<V>(scale2 + j);
       else if (residual)
         v += memory.load(residual + base + j);
-      memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
+      memory.store(y + base + j, activated(bn.activation, v), bn.stream);
     });
   }
 }
@@ -212,7 +212,7 @@ void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
         v += (memory.load(residual + base + j) - mean2) * scale2;
       else if (residual)
         v += memory.load(residual + base + j);
-      memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
+      memory.store(y + base + j, activated(bn.activation, v), bn.stream);
     });
   }
 }

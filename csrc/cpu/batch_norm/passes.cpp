@@ -17,13 +17,14 @@ Tensor bn_statistics(Tensor x) {
   return to_rows(x, {&stats.mean, &stats.var}, partition.layout.C);
 }
 
-// y = relu(norm(x) + residual); with residual_stats the residual is normalised too.
+// y = activation(norm(x) + residual); with residual_stats the residual is normalised too.
 // x, residual? (N, C, H, W); stats, residual_stats? (2, C) float64; vectors (C,)
 Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias,
                 double eps, std::optional<Tensor> residual, std::optional<Tensor> residual_stats,
                 std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias,
-                double residual_eps, bool relu) {
+                double residual_eps, int64_t activation) {
   constexpr const char* op = "bn_apply";
+  const Activation last = activation_of(op, activation);
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Partition partition(layout_of(op, x));
   const int64_t C = partition.layout.C;
@@ -37,9 +38,9 @@ Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optio
     if (residual_stats) {
       const Norm other =
           norm_of<A>(op, *residual_stats, residual_weight, residual_bias, residual_eps, C, x);
-      apply_norm<A>(partition, dtype, x, norm, residual, &other, relu, y);
+      apply_norm<A>(partition, dtype, x, norm, residual, &other, last, y);
     } else {
-      apply_norm<A>(partition, dtype, x, norm, residual, nullptr, relu, y);
+      apply_norm<A>(partition, dtype, x, norm, residual, nullptr, last, y);
     }
   });
   return y;
@@ -169,7 +170,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "bn_apply(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, float eps, Tensor? residual, "
       "Tensor? residual_stats, Tensor? residual_weight, Tensor? residual_bias, "
-      "float residual_eps, bool relu) -> Tensor");
+      "float residual_eps, int activation) -> Tensor");
   m.def(
       "bn_reduce(Tensor dy, Tensor? y, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, "
       "float eps, bool recompute_mask, Tensor? x2, Tensor? stats2, bool masked) -> (Tensor, "

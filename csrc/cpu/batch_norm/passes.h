@@ -10,7 +10,7 @@ Tensor bn_statistics(Tensor x);
 Tensor bn_apply(Tensor x, Tensor stats, std::optional<Tensor> weight, std::optional<Tensor> bias,
                 double eps, std::optional<Tensor> residual, std::optional<Tensor> residual_stats,
                 std::optional<Tensor> residual_weight, std::optional<Tensor> residual_bias,
-                double residual_eps, bool relu);
+                double residual_eps, int64_t activation);
 
 std::tuple<Tensor, Tensor> bn_reduce(Tensor dy, std::optional<Tensor> y, Tensor x, Tensor stats,
                                      std::optional<Tensor> weight, std::optional<Tensor> bias,

@@ -358,11 +358,12 @@ Affine affine_of(const Norm& norm) {
   return affine;
 }
 
-// y = relu(norm(x) + residual), or with `residual_norm` y = relu(norm(x) + residual_norm(residual))
+// y = activation(norm(x) + residual), with `residual_norm` activation(norm(x) +
+// residual_norm(residual))
 template <typename A>
 void apply_norm(const Partition& partition, DtypeIndex dtype, const Tensor& x, const Norm& norm,
-                const std::optional<Tensor>& residual, const Norm* residual_norm, bool relu,
-                Tensor& y) {
+                const std::optional<Tensor>& residual, const Norm* residual_norm,
+                Activation activation, Tensor& y) {
   const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
   if (x.numel() == 0) return;
   auto [scale, shift] = affine_of<A>(norm);
@@ -393,7 +394,7 @@ void apply_norm(const Partition& partition, DtypeIndex dtype, const Tensor& x, c
     const int64_t offset = first * size;
     kernel({walk, x_ptr + offset, residual_ptr ? residual_ptr + offset : nullptr, y_ptr + offset,
             means.data(), scales.data(), shifts.data(), residual_norm ? means2.data() : nullptr,
-            residual_norm ? scales2.data() : nullptr, relu, stream},
+            residual_norm ? scales2.data() : nullptr, activation, stream},
            begin, end);
   });
 }

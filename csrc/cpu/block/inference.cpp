@@ -16,13 +16,14 @@ enum BlockValue : size_t { kConvs, kShortcut, kPadStride, kNormFirst, kShared, k
 struct Convs {  // packed as for conv_bn_relu, and their geometry: kCount values each
   const Tensor* tensors;
   const int64_t* geometry;
+  const int64_t* activation;  // one value each
 
-  Tensor run(size_t i, const Tensor& from, bool relu, const std::optional<Tensor>& residual = {},
+  Tensor run(size_t i, const Tensor& from, const std::optional<Tensor>& residual = {},
              bool in_place = false) const {
     const Tensor* conv = tensors + kConvTensors * i;
     const int64_t* values = geometry + kCount * i;
-    return conv_bn_relu(from, conv[0], conv[1], conv[2], conv[3], conv[4], residual, in_place, relu,
-                        {values, values + kCount});
+    return conv_bn_relu(from, conv[0], conv[1], conv[2], conv[3], conv[4], residual, in_place,
+                        activation[i], {values, values + kCount});
   }
 };
 
@@ -30,36 +31,37 @@ std::optional<Tensor> unless_empty(const Tensor& t) {
   return t.numel() ? std::optional<Tensor>(t) : std::nullopt;
 }
 
-// y = relu(conv_n(... relu(conv_1(x))) + shortcut(x)), with every norm folded into its convolution.
-// With a norm, the block is pre-activated: conv_1 reads relu(norm(x)), the shortcut starts from
-// there if shared, and no ReLU follows the addition. x may be overwritten if `overwrite`.
+// y = a_n(conv_n(... a_1(conv_1(x))) + shortcut(x)) with activations a_i, and every norm folded
+// into its convolution. With a norm, the block is pre-activated: conv_1 reads `first`(norm(x)), and
+// the shortcut starts from there if shared. x may be overwritten if `overwrite`.
 Tensor run_block(const Tensor& x, const Convs& convs, const int64_t* block, const Tensor* norm,
-                 double eps, bool overwrite) {
+                 double eps, int64_t first, bool overwrite) {
   const int64_t shortcut = block[kShortcut];
   const auto main = static_cast<size_t>(block[kConvs]) - (shortcut == kProjection ? 1 : 0);
   Tensor h = x;
   if (norm)
     h = bn_apply(x, norm[0], unless_empty(norm[1]), unless_empty(norm[2]), eps, {}, {}, {}, {}, 0,
-                 true);
+                 first);
   const bool from_norm = norm && block[kShared];
   const Tensor source = from_norm ? h : x;
-  for (size_t i = 0; i + 1 < main; ++i) h = convs.run(i, h, true);
+  for (size_t i = 0; i + 1 < main; ++i) h = convs.run(i, h);
   std::optional<Tensor> residual;
-  if (shortcut == kProjection) residual = convs.run(main, source, false);
+  if (shortcut == kProjection) residual = convs.run(main, source);
   if (shortcut == kPad)
     residual = padded(source, convs.geometry[kCount * (main - 1) + kK], block[kPadStride]);
   const bool identity = shortcut == kIdentity;
   if (identity) residual = source;
-  return convs.run(main - 1, h, !norm, residual, !identity || overwrite || from_norm);
+  return convs.run(main - 1, h, residual, !identity || overwrite || from_norm);
 }
 
 // The blocks' output for x (N, C, H, W) channels_last, which may be overwritten if `overwrite`.
 // blocks: kBlockValues each; convs: kConvTensors per convolution, a projecting shortcut's last in
 // its block; geometry: kCount values per convolution; norms: kNormTensors, and eps one value, per
-// pre-activated block.
+// pre-activated block. activations: of each block, `first` and one per convolution.
 Tensor block_inference(Tensor x, std::vector<Tensor> convs, std::vector<int64_t> geometry,
                        std::vector<Tensor> norms, std::vector<double> eps,
-                       std::vector<int64_t> blocks, bool overwrite) {
+                       std::vector<int64_t> activations, std::vector<int64_t> blocks,
+                       bool overwrite) {
   constexpr const char* op = "block_inference";
   size_t conv = 0, norm = 0;
   bool valid = blocks.size() % kBlockValues == 0;
@@ -71,21 +73,23 @@ Tensor block_inference(Tensor x, std::vector<Tensor> convs, std::vector<int64_t>
     norm += block[kNormFirst] ? 1 : 0;
   }
   check(valid && convs.size() == conv * kConvTensors && geometry.size() == conv * kCount &&
-            norms.size() == norm * kNormTensors && eps.size() == norm,
+            norms.size() == norm * kNormTensors && eps.size() == norm &&
+            activations.size() == conv + blocks.size() / kBlockValues,
         op, ": got ", convs.size(), " tensors and ", geometry.size(), " geometry values of ", conv,
-        " convolutions, and ", norms.size(), " tensors of ", norm, " norms, which do not describe ",
-        blocks.size() / kBlockValues, " blocks");
-  Convs rest{convs.data(), geometry.data()};
+        " convolutions, ", norms.size(), " tensors of ", norm, " norms and ", activations.size(),
+        " activations, which do not describe ", blocks.size() / kBlockValues, " blocks");
+  Convs rest{convs.data(), geometry.data(), activations.data() + 1};
   norm = 0;
   for (size_t at = 0; at < blocks.size(); at += kBlockValues) {
     const int64_t* block = &blocks[at];
     const bool first = block[kNormFirst];
     x = run_block(x, rest, block, first ? &norms[kNormTensors * norm] : nullptr,
-                  first ? eps[norm] : 0, overwrite);
+                  first ? eps[norm] : 0, rest.activation[-1], overwrite);
     overwrite = true;
     norm += first ? 1 : 0;
     rest.tensors += kConvTensors * static_cast<size_t>(block[kConvs]);
     rest.geometry += kCount * block[kConvs];
+    rest.activation += block[kConvs] + 1;
   }
   return x;
 }
@@ -96,7 +100,7 @@ Tensor block_inference(Tensor x, std::vector<Tensor> convs, std::vector<int64_t>
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "block_inference(Tensor x, Tensor[] convs, int[] geometry, Tensor[] norms, float[] eps, "
-      "int[] blocks, bool overwrite) -> Tensor");
+      "int[] activations, int[] blocks, bool overwrite) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {

@@ -83,13 +83,13 @@ struct Normed {  // input x (N, C, H, W) of a batch norm with statistics (2, C) 
 
 Tensor normalised(const Normed& n, const std::optional<Tensor>& residual = {}) {
   return bn_apply(n.x, n.statistics, n.norm->weight, n.norm->bias, n.norm->eps, residual, {}, {},
-                  {}, 0, true);
+                  {}, 0, kRelu);
 }
 
 Tensor normalised(const Normed& n, const Normed& residual) {
   return bn_apply(n.x, n.statistics, n.norm->weight, n.norm->bias, n.norm->eps, residual.x,
                   residual.statistics, residual.norm->weight, residual.norm->bias,
-                  residual.norm->eps, true);
+                  residual.norm->eps, kRelu);
 }
 
 struct NormGradients {

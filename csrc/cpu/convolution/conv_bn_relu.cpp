@@ -314,8 +314,8 @@ Tensor with_padding(const Tensor& x, int64_t channels, int64_t pad_h, int64_t pa
 // multiple of 64. first_channel: int64, (K / 16,), padded to a multiple of 4, or empty for one
 // group. The result overwrites the residual if `overwrite`.
 Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
-                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite, bool relu,
-                    std::vector<int64_t> g) {
+                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite,
+                    int64_t activation, std::vector<int64_t> g) {
   constexpr const char* op = "conv_bn_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
@@ -397,7 +397,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   conv.y = y.mutable_data_ptr();
   conv.zeros = zeros.data();
   conv.N = x.size(0), conv.C = C, conv.H = H, conv.W = W, conv.K = K, conv.P = P, conv.Q = Q;
-  conv.R = g[kR], conv.S = g[kS], conv.run = g[kRun], conv.relu = relu;
+  conv.R = g[kR], conv.S = g[kS], conv.run = g[kRun];
+  conv.activation = activation_of(op, activation);
   conv.stride_h = g[kStrideH], conv.stride_w = g[kStrideW];
   conv.pad_h = g[kPadH], conv.pad_w = g[kPadW];
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
@@ -413,7 +414,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
       "conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift, "
-      "Tensor first_channel, Tensor? residual, bool overwrite, bool relu, int[] geometry) -> "
+      "Tensor first_channel, Tensor? residual, bool overwrite, int activation, "
+      "int[] geometry) -> "
       "Tensor");
 }
 

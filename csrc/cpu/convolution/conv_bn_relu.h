@@ -23,8 +23,8 @@ enum Geometry {
 };
 
 Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
-                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite, bool relu,
-                    std::vector<int64_t> geometry);
+                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite,
+                    int64_t activation, std::vector<int64_t> geometry);
 
 // Why no kernel computes a convolution with weight (K, C / groups, R, S); nullptr if one does.
 const char* convolution_reason(DtypeIndex dtype, const std::vector<int64_t>& weight_shape,

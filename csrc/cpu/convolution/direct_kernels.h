@@ -1,5 +1,6 @@
-// y = relu(conv(x, weight) * scale[k] + shift[k] + residual), an implicit GEMM over channels_last
-// tensors: x (N, H, W, C) in memory -> y (N, P, Q, K). relu(NaN) = NaN, -0.0 passes, one rounding.
+// y = activation(conv(x, weight) * scale[k] + shift[k] + residual), an implicit GEMM over
+// channels_last tensors: x (N, H, W, C) in memory -> y (N, P, Q, K). relu(NaN) = NaN, -0.0 passes,
+// one rounding.
 //
 // A tile is 7 pixels of y (AVX2: 6) by up to 64 channels; cpu/convolution/tile_avx512.h or
 // cpu/convolution/tile_avx2.h computes its sums. 7 divides the number of pixels of every ResNet
@@ -156,12 +157,16 @@ FR_INLINE void locate_outputs(const ConvBnRelu& c, int64_t first, int64_t* pixel
   }
 }
 
-// Applies scale and shift, if given, to a vector of sums for outputs k ...
-FR_INLINE vf scaled(const ConvBnRelu& c, vf sum, int64_t k) {
-  return c.scale ? sum * load_any<vf>(c.scale + k) + load_any<vf>(c.shift + k) : sum;
+// The epilogue of a vector of sums for the outputs from channel k on. residual() loads the
+// residual's vector.
+template <typename Load>
+FR_INLINE vf finished(const Epilogue& e, vf sum, int64_t k, Load residual) {
+  if (e.scale) sum = sum * load_any<vf>(e.scale + k) + load_any<vf>(e.shift + k);
+  if (e.residual) sum += residual();
+  return activated(e.activation, sum);
 }
 
-// y = relu(sum * scale + shift + residual) for `vectors` vectors of channels from k on
+// Stores a tile's outputs for `vectors` vectors of channels from k on.
 template <typename Dot, int vectors>
 FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const int64_t* pixel,
                       int64_t pixels) {
@@ -173,14 +178,14 @@ FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const in
     const auto* residual = static_cast<const typename D::T*>(c.residual) + at;
 #pragma GCC unroll 8
     for (int64_t j = 0; j < vectors * 16; j += kLanes) {
-      vf value = scaled(c, load_any<vf>(sum + 64 * i + j), k + j);
+      const vf value = load_any<vf>(sum + 64 * i + j);
       if (__builtin_expect(whole, 1)) {
-        if (c.residual) value += D::load(residual + j);
-        store_rounded<Dot>(y + j, c.relu ? relu_of(value) : value);
+        const auto load = [&]() FR_LAMBDA { return D::load(residual + j); };
+        store_rounded<Dot>(y + j, finished(c, value, k + j, load));
       } else if (k + j < c.K) {
         const int64_t lanes = c.K - k - j < kLanes ? c.K - k - j : kLanes;
-        if (c.residual) value += D::load_n(residual + j, lanes);
-        D::store_n(y + j, c.relu ? relu_of(value) : value, lanes);
+        const auto load = [&]() FR_LAMBDA { return D::load_n(residual + j, lanes); };
+        D::store_n(y + j, finished(c, value, k + j, load), lanes);
       }
     }
   }

@@ -210,7 +210,7 @@ class NormedPixels {
     for_joined_rows(self.partition_.layout.C, end - begin,
                     [&](const Walk& walk, int64_t first, int64_t rows) {
                       BnForward bn{};
-                      bn.walk = walk, bn.relu = true;
+                      bn.walk = walk, bn.activation = kRelu;
                       bn.x = self.x_ + (begin + first) * self.pixel_bytes_;
                       bn.y = y + first * self.pixel_bytes_;
                       bn.mean = self.mean_.data(), bn.scale = self.scale_.data();
@@ -272,7 +272,7 @@ Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Size
   // once as a tensor.
   const bool needs_tensor = algorithm.winograd_tile > 0 && has_16_channels(g);
   if (g.pixels == 0 || algorithm.by_outputs || needs_tensor) {
-    const Tensor normed = bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, true);
+    const Tensor normed = bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, kRelu);
     g.x = normed.const_data_ptr();
     return weight_gradient_by(g, algorithm, dy, normed);
   }

@@ -144,9 +144,10 @@ FR_INLINE void output_of_16(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q
       continue;
     }
     const auto write = [&](vf value, int64_t to) FR_LAMBDA {
-      value = scaled(c, value, 0);
-      if (c.residual) value += Dot::D::load(static_cast<const T*>(c.residual) + to * 16);
-      Dot::D::store(static_cast<T*>(c.y) + to * 16, c.relu ? relu_of(value) : value);
+      const auto load = [&]() FR_LAMBDA {
+        return Dot::D::load(static_cast<const T*>(c.residual) + to * 16);
+      };
+      Dot::D::store(static_cast<T*>(c.y) + to * 16, finished(c, value, 0, load));
     };
     write(y[0], pixel);
     if (two_columns) write(y[1], pixel + 1);

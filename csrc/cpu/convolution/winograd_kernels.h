@@ -20,7 +20,7 @@
 // as cpu/convolution/pack.cpp packs them. For some groups of kTilePixels tiles at a
 // time: the transformed x, (products, tiles, C), then per block of 64 outputs as many matrix
 // products by the assembly of the direct convolution, their sums (groups, products, 7, 4 vectors),
-// and the inverse transform with scale, shift, residual, ReLU. Both buffers and one product's
+// and the inverse transform with the epilogue. Both buffers and one product's
 // weights stay in the second-level cache.
 //
 // Error: sums of C instead of 9 C products, and sums of a few terms before and after. With m = 2,
@@ -231,9 +231,8 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
 #pragma GCC unroll 8
       for (int v = 0; v < parts; ++v) {
         const int64_t lane = v * kLanes;
-        vf value = scaled(c, y[i * m + j][v], k + lane);
-        if (c.residual) value += Dot::D::load(residual + lane);
-        store_rounded<Dot>(out + lane, c.relu ? relu_of(value) : value);
+        const auto load = [&]() FR_LAMBDA { return Dot::D::load(residual + lane); };
+        store_rounded<Dot>(out + lane, finished(c, y[i * m + j][v], k + lane, load));
       }
     }
   return true;

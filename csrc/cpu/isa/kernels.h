@@ -6,6 +6,8 @@
 
 #include <stdint.h>
 
+#include "activation.h"
+
 namespace fused_resnet {
 
 // Partition of a dense (N, C, H, W) tensor for a kernel. Rows (channels_last): row i holds `period`
@@ -31,7 +33,7 @@ struct BnForward {
   const void* shift;  // acc (period,): bias, minus the mean's rounding error times scale
   const void* mean2;  // acc (period,): of the residual's batch norm, or null
   const void* scale2;
-  bool relu;
+  Activation activation;
   bool stream;  // non-temporal stores; y, rows and segments are aligned to 64 bytes
 };
 
@@ -97,24 +99,29 @@ struct ConvShape {
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
 };
 
-struct ConvBnRelu : ConvShape {
+// What is applied to a convolution's sums as they are stored:
+//   y = activation(sum * scale[k] + shift[k] + residual)
+struct Epilogue {
+  const float* scale;    // (K,), zero-padded to a multiple of 64, or null: 1, no shift
+  const float* shift;    // as scale
+  const void* residual;  // (N, P, Q, K) in memory, or null; may be y
+  Activation activation;
+};
+
+struct ConvBnRelu : ConvShape, Epilogue {
   const void* x;          // (N, H, W, C) in memory; widened: float32
   const void* weight;     // packed, see cpu/convolution/direct_kernels.h; null: see skipped_pixels
   const void* winograd;   // packed, see cpu/convolution/winograd_kernels.h, or null
   int64_t winograd_tile;  // m of F(m x m, 3x3), of `winograd`
   bool* skipped_pixels;   // without weight: set if non-finite pixels were skipped
-  const float* scale;     // (K,), zero-padded to a multiple of 64, or null: 1, no shift
-  const float* shift;     // as scale
   const int64_t* first_channel;  // grouped: first input channel of every 16 outputs, else null
-  const void* residual;          // (N, P, Q, K) in memory, or null; may be y
   void* y;                       // (N, P, Q, K) in memory
   const void* zeros;             // C zeros of x's dtype
   const void* narrow;            // pointwise: bfloat16 x, yet to be widened to x, else null
   // Pixels between the images, rows and columns of y (and the residual) inside a larger tensor; all
   // 0 if y is dense.
   int64_t y_image, y_row, y_column;
-  int64_t run;  // input channels that a tap reads
-  bool relu;
+  int64_t run;     // input channels that a tap reads
   bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
 };
 

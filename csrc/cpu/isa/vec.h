@@ -150,6 +150,11 @@ FR_INLINE V relu_of(V v) {
   return v < 0 ? V{} : v;
 }
 
+template <typename V>
+FR_INLINE V activated(Activation activation, V v) {
+  return activation == kRelu ? relu_of(v) : v;
+}
+
 FR_INLINE bool has_nan(vf v) {
   const vi nan_lanes = v != v;
   int32_t any = 0;

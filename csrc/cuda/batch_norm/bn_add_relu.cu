@@ -52,7 +52,7 @@ Tensor partial_sums(const Cut& cut, const Tensor& vector, int64_t sums) {
 template <typename T>
 void forward(const Layout4d& layout, const Tensor& x, const std::optional<Tensor>& weight,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, double eps,
-             bool relu, const Tensor& y, const Tensor& mean, const Tensor& var) {
+             Activation activation, const Tensor& y, const Tensor& mean, const Tensor& var) {
   using A = Accumulate<T>;
   const DeviceScope scope(x);
   BnForward<T> bn{};
@@ -68,7 +68,7 @@ void forward(const Layout4d& layout, const Tensor& x, const std::optional<Tensor
   bn.var = mutable_data<A>(var);
   bn.partial = mutable_data<A>(partial);
   bn.eps = static_cast<A>(eps);
-  bn.relu = relu;
+  bn.activation = activation;
   launch_bn_forward(scope, bn, shared_bytes_of(bn.cut, options));
 }
 
@@ -108,8 +108,9 @@ void backward(const Layout4d& layout, const Tensor& dy, const Tensor& x,
 std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> weight,
                                                std::optional<Tensor> bias,
                                                std::optional<Tensor> residual, double eps,
-                                               bool relu) {
+                                               int64_t activation) {
   constexpr const char* op = "bn_add_relu";
+  const Activation last = activation_of(op, activation);
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Layout4d layout = layout_of(op, x);
   const ScalarType vector_dtype = statistics_dtype(dtype);
@@ -121,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
   Tensor mean = channel_vector(x, dtype), var = channel_vector(x, dtype);
   if (x.numel() == 0) return {y, mean, var};
   with_element(dtype, [&](auto element) {
-    forward<decltype(element)>(layout, x, weight, bias, residual, eps, relu, y, mean, var);
+    forward<decltype(element)>(layout, x, weight, bias, residual, eps, last, y, mean, var);
   });
   return {y, mean, var};
 }
@@ -130,8 +131,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_add_relu(Tensor x, std::optional<Tensor> w
 // C, H, W) -> y (N, C, H, W)
 Tensor bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, std::optional<Tensor> weight,
                     std::optional<Tensor> bias, std::optional<Tensor> residual, double eps,
-                    bool relu) {
+                    int64_t activation) {
   constexpr const char* op = "bn_normalise";
+  const Activation last = activation_of(op, activation);
   const DtypeIndex dtype = dtype_index(op, "x", x);
   const Layout4d layout = layout_of(op, x);
   const ScalarType vector_dtype = statistics_dtype(dtype);
@@ -159,7 +161,7 @@ Tensor bn_normalise(Tensor x, Tensor mean, Tensor var, Tensor rest, std::optiona
     bn.var = const_cast<A*>(data_of<A>(var));
     bn.rest = data_of<A>(rest);
     bn.eps = static_cast<A>(eps);
-    bn.relu = relu;
+    bn.activation = last;
     launch_bn_normalise(scope, bn, shared_bytes_of(bn.cut, options));
   });
   return y;

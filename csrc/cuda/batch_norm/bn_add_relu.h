@@ -22,7 +22,7 @@ struct BnForward {
   const A* rest;      // (C,), rounding error of mean; null unless launch_bn_normalise
   A* partial;  // (parts, 3, C): centre, sum of x - centre, squared deviations from the part's mean
   A eps;
-  bool relu;
+  Activation activation;
 };
 
 template <typename T>

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "cuda/device/device.cuh"
+#include "cuda/device/activation.cuh"
 
 namespace fused_resnet {
 
@@ -41,11 +41,6 @@ struct NormParameters {
 template <typename A>
 __device__ __forceinline__ A normalised(A x, A mean, A scale, A shift) {
   return multiply_add(x - mean, scale, shift);
-}
-// ReLU. NaN stays NaN, -0 becomes 0.
-template <typename A>
-__device__ __forceinline__ A rectified(A v) {
-  return v <= 0 ? A{0} : v;
 }
 
 }  // namespace fused_resnet

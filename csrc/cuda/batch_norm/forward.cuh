@@ -250,10 +250,8 @@ __device__ __forceinline__ void output_forward(const BnForward<T>& bn,
 #pragma unroll
           for (int k = 0; k < kPacket; ++k) y.v[k] += residual.v[k];
         }
-        if (bn.relu) {
 #pragma unroll
-          for (int k = 0; k < kPacket; ++k) y.v[k] = rectified(y.v[k]);
-        }
+        for (int k = 0; k < kPacket; ++k) y.v[k] = activated(bn.activation, y.v[k]);
         store_global<Row>(bn.y + offset, narrowed<T, kPacket>(y));
       });
 }

@@ -109,9 +109,9 @@ void launch(const ConvProblem& problem, const ConvOperands& operands, int64_t ti
 // x (N, C, H, W), weight (K, R, S, C / groups), scale, shift (K,) float32, residual (N, K, P, Q) ->
 // writes y (N, K, P, Q)
 void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
-                   std::optional<Tensor> residual, Tensor y, bool relu, std::vector<int64_t> stride,
-                   std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
-                   int64_t tile, int64_t splits) {
+                   std::optional<Tensor> residual, Tensor y, int64_t activation,
+                   std::vector<int64_t> stride, std::vector<int64_t> padding,
+                   std::vector<int64_t> dilation, int64_t groups, int64_t tile, int64_t splits) {
   const ConvProblem problem =
       problem_of(x, weight, y, stride, padding, dilation, groups, tile, splits);
   const int64_t K = weight.size(0);
@@ -129,7 +129,7 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
                               static_cast<const float*>(shift.const_data_ptr()),
                               residual ? residual->const_data_ptr() : nullptr,
                               y.mutable_data_ptr(),
-                              relu,
+                              activation_of(kOp, activation),
                               nullptr,
                               {}};
   launch(problem, operands, tile, splits, x);

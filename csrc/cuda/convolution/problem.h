@@ -1,6 +1,7 @@
 // conv_bn_relu as a matrix product on GPUs: the arguments of the kernels' launchers.
 //
-//   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
+//   y[m, k] = activation(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r,
+//   s, c]
 //                  + shift[k] + residual[m, k]),   m = (n, p, q)
 //
 // pixel of m at (r, s): h = p * stride_h - pad_h + r * dilation_h, w likewise; zero outside x.
@@ -53,7 +54,7 @@ struct ConvOperands {
   const float* shift;    // (groups * K,)
   const void* residual;  // (N, P, Q, groups * K) or null
   void* y;               // (N, P, Q, groups * K)
-  bool relu;
+  Activation activation;
   // Not null: y is the plain convolution (scale, shift and residual are null), and its statistics
   // (cuda/convolution/statistics.cuh) are written here, (parts, 3, groups * K).
   float* statistics;

@@ -35,7 +35,8 @@ def kernels_for(
     if no_blocks is not None:
         return no_blocks
     norm_dtype, kernels, fits = output_dtype(dtype, device.type), [], None
-    for conv, norm in description.units:
+    for unit, fold in zip(description.units, description.folds, strict=True):
+        conv, norm, _ = unit
         weight = conv.weight
         if norm is not None:
             if uses_batch_statistics(norm):
@@ -50,7 +51,7 @@ def kernels_for(
             return f"x is {dtype} and a weight is {weight.dtype}"
         fits = weight.dtype
         geometry = conv.stride, conv.padding, conv.dilation, conv.groups
-        problem = convolution(weight.shape, conv_dtype, *geometry)
+        problem = convolution(weight.shape, conv_dtype, *geometry, fold.activation)
         kind = registry.convolution(problem, device.type)
         if kind is None:
             return f"no fused convolution supports a weight of shape {tuple(weight.shape)}"

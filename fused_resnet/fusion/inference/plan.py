@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import batch_norm
 
 from fused_resnet.fusion import pooling
-from fused_resnet.fusion.description import Description
-from fused_resnet.fusion.dtype_rules import output_dtype
+from fused_resnet.fusion.description import Description, Unit
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import native, registry
@@ -26,8 +25,9 @@ from fused_resnet.kernels.problem import Problem
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
 
 
-def _pack(conv: Any, norm: Any, problem: Problem, kind: Kind) -> FusedConv:
-    """Packs conv with the norm folded into it, or conv alone where norm is None."""
+def _pack(unit: Unit, problem: Problem, kind: Kind) -> FusedConv:
+    """Packs the unit's convolution with its norm, if it has one, folded into it."""
+    conv, norm, _ = unit
     if norm is None:
         K, device = conv.out_channels, conv.weight.device
         scale = torch.ones(K, dtype=torch.float64, device=device)
@@ -35,15 +35,6 @@ def _pack(conv: Any, norm: Any, problem: Problem, kind: Kind) -> FusedConv:
     else:
         scale, shift = scale_and_shift(conv, norm, torch.float64)
     return kind(problem, conv.weight, scale, shift)
-
-
-def _folds(description: Description) -> list[tuple[Any, Any]]:
-    """Each convolution with the norm to fold into it, or None. Where norms come first, those are
-    the norms of the next units."""
-    if not description.norm_first:
-        return [*description.units]
-    norms = [unit.norm for unit in description.main[1:]] + [None, None]
-    return [(unit.conv, norm) for unit, norm in zip(description.units, norms, strict=False)]
 
 
 class Plan:
@@ -58,9 +49,12 @@ class Plan:
         self, description: Description, guard: Guard, kernels: Sequence[tuple[Problem, Kind]]
     ) -> None:
         self.guard, self.holds, self._description = guard, guard.holds, description
-        folds = zip(_folds(description), kernels, strict=True)
         with torch.no_grad():
-            convs = [_pack(*fold, *kernel) for fold, kernel in folds]
+            convs = [
+                _pack(unit, *kernel)
+                for unit, kernel in zip(description.folds, kernels, strict=True)
+            ]
+        self._activations = [unit.activation for unit in description.folds]
         self.dtype = convs[0].dtype
         self.all_convs = convs
         self._projection = convs[-1] if description.shortcut == "projection" else None
@@ -106,7 +100,8 @@ class Plan:
             norms = [empty if t is None else t for t in self._norm[:3]]
         stride = 1 if d.pad is None else d.pad.stride
         kind = [len(d.units), SHORTCUTS[d.shortcut], stride, int(d.norm_first), int(d.shared)]
-        return tensors, sizes, norms, [self._norm[3]] if self._norm else [], kind
+        activations = [d.units[0].activation, *self._activations]
+        return tensors, sizes, norms, [self._norm[3]] if self._norm else [], activations, kind
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The shapes of x, of every convolution's output on the main path and of the pooling's.
@@ -148,16 +143,17 @@ class Plan:
             x = self._normed(x)
             if d.shared:
                 source, owned = x, True
-        for conv in self._convs[:-1]:
-            x = conv.run(x, None, True)
+        *convs, last = zip(self._convs, self._activations, strict=False)
+        for conv, activation in convs:
+            x = conv.run(x, None, activation)
         residual: Tensor | None = source
         if self._projection is not None:
-            residual, owned = self._projection.run(source, None, False), True
+            residual, owned = self._projection.run(source, None, self._activations[-1]), True
         elif d.pad is not None:
             residual, owned = padded(source, d.pad.out_channels, d.pad.stride), True
         elif d.shortcut == "none":
             residual = None
-        return self._convs[-1].run(x, residual, not d.norm_first, overwrite=owned)
+        return last[0].run(x, residual, last[1], overwrite=owned)
 
     def _run_pooled(self, x: Tensor) -> Tensor:
         """A stem with its pooling, as one kernel if there is one."""
@@ -166,17 +162,18 @@ class Plan:
             return conv.run_pooled(x)
         pool = torch.max_pool2d if self._on_gpu else torch.ops.fused_resnet_native.max_pool2d
         kernel, stride, padding = self._window
-        return pool(conv.run(x, None, True), kernel, stride, padding)
+        return pool(conv.run(x, None, self._activations[0]), kernel, stride, padding)
 
     def _normed(self, x: Tensor) -> Tensor:
-        """relu(norm(x)) with the running statistics."""
+        """activation(norm(x)) with the running statistics."""
+        activation = self._description.units[0].activation
         if self._norm is not None:
             none = (None, None, None, None, 0.0)
-            return torch.ops.fused_resnet_native.bn_apply(x, *self._norm, *none, True)
+            return torch.ops.fused_resnet_native.bn_apply(x, *self._norm, *none, activation)
         bn = self._description.units[0].norm
         with torch.no_grad():
             y = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-            return torch.relu_(y)
+            return activation(y)
 
 
 class Blocks:
@@ -190,19 +187,3 @@ class Blocks:
     def run(self, x: Tensor, owned: bool) -> Tensor:
         """As `Plan.run`, of one after the other."""
         return torch.ops.fused_resnet_native.block_inference.default(x, *self._operands, owned)
-
-
-def enter(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:
-    """x (N, C, H, W) of any layout and dtype, converted for `plan`, and whether that is a copy."""
-    if plan.takes_any:
-        return x, False
-    converted = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
-    return converted, converted.data_ptr() != x.data_ptr()
-
-
-def leave(y: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """Converts a plan's output to stock's dtype and layout for an x of `dtype` and
-    `memory_format`. Always another tensor: providers may store what they know of an output with it
-    (see kernels/cpu/onednn.py), and the caller may write to what it gets."""
-    stock_dtype = output_dtype(dtype, y.device.type)
-    return y.detach().to(stock_dtype).contiguous(memory_format=memory_format)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.training.protocol import Normed
 from fused_resnet.layers.shortcut import add_padded_gradient, padded
 
@@ -131,10 +132,10 @@ class _Step:
             residual = self.shortcut() if last else None
             if self.states[j] is None:
                 self.h[j], self.states[j] = self.kernels.normalise_with(
-                    self.fused[j], z, self.norms[j], residual, True
+                    self.fused[j], z, self.norms[j], residual, Activation.RELU
                 )
             else:
-                self.h[j] = self.kernels.apply(self.normed(j), residual, True)
+                self.h[j] = self.kernels.apply(self.normed(j), residual, Activation.RELU)
         return self.h[j]
 
     def shortcut(self) -> Any:

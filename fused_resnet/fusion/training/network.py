@@ -80,7 +80,7 @@ class NetworkStep:
         if self._stem is None:
             return self._first.call(model, x)
         run: Any = partial(run_step, self._stem)
-        modules = [module for unit in self._stem.description.units for module in unit]
+        modules = [module for unit in self._stem.description.units for module in unit[:2]]
         y = run_segment(run, x, modules) if segmented else run(x)
         if y is None:
             return self._first.call(model, x)

@@ -25,6 +25,7 @@ from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, wei
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import cacheable
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
@@ -113,7 +114,7 @@ class Step:
     def scale_and_shift(self, unit: Unit, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Those of a frozen norm (see `fold`), kept while its tensors are unchanged, unless they
         require a gradient: a convolution is packed per scale and shift."""
-        conv, norm = unit
+        conv, norm, _ = unit
         tensors = (conv.bias, norm.weight, norm.bias)
         if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
             return scale_and_shift(conv, norm, dtype)
@@ -177,7 +178,7 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
     units, norms = description.units, description.norms
     spec = Spec(
         kernels,
-        tuple(Geometry(c.stride, c.padding, c.dilation, c.groups) for c, _ in units),
+        tuple(Geometry(c.stride, c.padding, c.dilation, c.groups) for c, *_ in units),
         tuple(norm.eps for norm in norms), description.shortcut, level, dtype,
         tuple(group_of(norm) for norm in norms),
         1 if description.pad is None else description.pad.stride,
@@ -185,7 +186,7 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
     )  # fmt: skip
     tensors = [
         t
-        for conv, norm in units
+        for conv, norm, _ in units
         for t in (conv.weight, *((None, None) if norm is None else (norm.weight, norm.bias)))
     ]
     memory_format = torch.channels_last if device == "cpu" else layout.memory_format(x)
@@ -217,11 +218,13 @@ def _window(description: Description, spec: Spec, x: Tensor) -> list[int] | None
 def trains_whole(
     description: Description, shape: Any, dtype: torch.dtype, x_dtype: torch.dtype
 ) -> bool:
-    """Whether the block trains as one node: every norm uses batch statistics, and stock would
-    accept every unit's shapes and dtypes."""
+    """Whether the block trains as one node: every norm uses batch statistics, every activation is
+    a ReLU, and stock would accept every unit's shapes and dtypes."""
     weight = description.units[0].conv.weight
     groups = [group_of(bn) for bn in description.norms]
     synchronised = groups[0] is not None
+    if any(unit.activation != Activation.RELU for unit in description.main):
+        return False
     if not serves(True, weight) or any(group is not groups[0] for group in groups):
         return False
     if synchronised and weight.device.type != "cpu":
@@ -230,7 +233,7 @@ def trains_whole(
         shape = (max(1, shape[0]), *shape[1:])  # an empty batch: other processes may have images
     main_shape = tuple(shape)
     projects = description.shortcut == "projection"
-    for i, (conv, bn) in enumerate(description.units):
+    for i, (conv, bn, _) in enumerate(description.units):
         branch = projects and i == len(description.units) - 1
         out = output_shape(
             shape if branch else main_shape, conv.weight.shape, conv.stride, conv.padding,

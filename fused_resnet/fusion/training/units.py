@@ -15,6 +15,7 @@ from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.fusion.call import call_reason, wants_grad
 from fused_resnet.fusion.description import Description, Names
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import track, uses_batch_statistics
@@ -33,7 +34,7 @@ def counts_once(description: Description, x: Tensor) -> bool:
     # A synchronised norm updates by `track` only in a block that trains as one node.
     whole = (
         all(map(uses_batch_statistics, description.norms))
-        and all(conv.bias is None for conv, _ in description.units)
+        and all(conv.bias is None for conv, *_ in description.units)
         and all(group is groups[0] for group in groups)
         and (groups[0] is None or x.device.type == "cpu")
     )
@@ -45,7 +46,7 @@ def counts_once(description: Description, x: Tensor) -> bool:
             and bn.num_features in (conv.in_channels, conv.out_channels)
             and norm_fits(bn, dtype)
         )
-        for conv, bn in description.units
+        for conv, bn, _ in description.units
         if bn is not None
     )
 
@@ -65,7 +66,11 @@ def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     if call_reason(x) is not None or not wants_grad(block, x):
         return None
     step = step_for(block, names, x)
-    return None if isinstance(step, str) else run_unit(step, -1, x, None, True)
+    return (
+        None
+        if isinstance(step, str)
+        else run_unit(step, -1, x, None, step.description.main[-1].activation)
+    )
 
 
 def run_step(step: Step, x: Tensor) -> Tensor | None:
@@ -81,38 +86,43 @@ def run_units(step: Step, x: Tensor) -> Tensor | None:
     description = step.description
     if description.norm_first or description.survival != 1:
         return None
-    y, last = x, len(description.main) - 1
+    units, y, last = description.units, x, len(description.main) - 1
     for i in range(last):
-        y = run_unit(step, i, y, None, True)
+        y = run_unit(step, i, y, None, units[i].activation)
     residual: Tensor | None = x
     if description.shortcut == "projection":
-        residual = run_unit(step, -1, x, None, False)
+        residual = run_unit(step, -1, x, None, units[-1].activation)
     elif description.pad is not None:
         residual = description.pad(x)
     elif description.shortcut == "none":
         residual = None
-    y = run_unit(step, last, y, residual, True)
+    y = run_unit(step, last, y, residual, units[last].activation)
     return y if description.pool is None else description.pool(y)
 
 
-def run_unit(step: Step, i: int, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """relu(bn(conv(x)) + residual) of unit i, differentiably. x: (N, C, H, W), residual: (N, K, P,
-    Q)."""
-    conv, bn = unit = step.description.units[i]
+def run_unit(
+    step: Step, i: int, x: Tensor, residual: Tensor | None, activation: Activation
+) -> Tensor:
+    """activation(bn(conv(x)) + residual) of unit i, differentiably. x: (N, C, H, W), residual:
+    (N, K, P, Q)."""
+    conv, bn, _ = unit = step.description.units[i]
+    relu = activation == Activation.RELU  # the ops compute no other
     if uses_batch_statistics(bn):
         y = conv(x)
         if serves(True, y) and _bn_fits(bn, y, residual):
-            return _train_bn(bn, y, residual, relu)
+            y = _train_bn(bn, y, residual, relu)
+            return y if relu else activation(y)
         y = bn(y)
     elif serves(False, x) and _conv_fits(conv, bn, x, residual):
         scale, shift = step.scale_and_shift(unit, accumulate_dtype(x.dtype))
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        return ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
+        y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
+        return y if relu else activation(y)
     else:
         y = bn(conv(x))
     if residual is not None:
         y += residual
-    return torch.relu_(y) if relu else y
+    return torch.relu_(y) if relu else activation(y)
 
 
 def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:

@@ -2,9 +2,9 @@
 
 An implicit GEMM over channels_last activations for processors with AVX-512 or AVX2. bfloat16 is
 multiplied by the processor's dot product where that is faster, else in float32. Scale, shift,
-residual and ReLU are applied to the float32 sums, not folded into the weights, with one rounding at
-the end. Most 3x3 convolutions of stride 1 have a second packing, transformed for Winograd's minimal
-filtering and multiplied in float32; C++ chooses by the input size.
+residual and activation are applied to the float32 sums, not folded into the weights, with one
+rounding at the end. Most 3x3 convolutions of stride 1 have a second packing, transformed for
+Winograd's minimal filtering and multiplied in float32; C++ chooses by the input size.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.problem import Problem
 from fused_resnet.kernels.target import Target
@@ -44,12 +45,12 @@ class NativeConv(FusedConv):
         self.takes_any = self.sizes[-1] > 0
 
     def run(
-        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+        self, x: Tensor, residual: Tensor | None, activation: Activation, overwrite: bool = False
     ) -> Tensor:
         if self.takes_any:
             x = x.to(self.dtype)
         elif x.dtype != self.dtype:
             raise RuntimeError(f"conv_bn_relu: x must be {self.dtype}, got {x.dtype}")
         return torch.ops.fused_resnet_native.conv_bn_relu(
-            x, *self.tensors, residual, overwrite, relu, self.sizes
+            x, *self.tensors, residual, overwrite, activation, self.sizes
         )

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.problem import Problem, convolution
 
 # A factor of ten below the largest float32 and bfloat16, 3.4e38, so that the rounding of the bound
 # itself does not matter.
 _LIMIT = 1e37
+_NAMES = {Activation.NONE: "none", Activation.RELU: "relu"}
 # The attribute of an output of `PackedConv` that holds (upper bound of |output|, version counter).
 _BOUND = "_fused_resnet_bound"
 
@@ -92,10 +94,10 @@ def _probe(dtype: torch.dtype) -> str | None:
     expected = torch.nn.functional.conv2d(x, w, b)
     problem = convolution(w.shape, dtype, (1, 1), (0, 0), (1, 1), 1)
     conv = PackedConv(problem, w, torch.ones(16), b)
-    result = conv.run(x.to(dtype), None, relu=True).float()
+    result = conv.run(x.to(dtype), None, Activation.RELU).float()
     if not torch.equal(result, expected.relu()):
         return f"oneDNN's fused convolution gives wrong results in {dtype}"
-    accumulated = conv.run(x.to(dtype), x.to(dtype), relu=True).float()
+    accumulated = conv.run(x.to(dtype), x.to(dtype), Activation.RELU).float()
     if not torch.equal(accumulated, (expected + x).relu()):
         return f"oneDNN's fused convolution and addition gives wrong results in {dtype}"
     return None
@@ -161,36 +163,38 @@ class PackedConv(FusedConv):
         return bound if residual is None else bound + _bound_of(residual, measure)
 
     def run(
-        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+        self, x: Tensor, residual: Tensor | None, activation: Activation, overwrite: bool = False
     ) -> Tensor:
         bound = self._bound(x, residual, False)
         if not bound <= _LIMIT:  # not >, so that NaN fails
             # Stored bounds exceed the values more with every convolution.
             bound = self._bound(x, residual, True)
         if not bound <= _LIMIT:
-            return self._unfused(x, residual, relu)
-        y = self._fused(x, residual, relu, overwrite)
+            return self._unfused(x, residual, activation)
+        y = self._fused(x, residual, activation, overwrite)
         _store_bound(y, bound)
         return y
 
-    def _unfused(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def _unfused(self, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
         """`run` by separate operations in float32, rounded once; they keep NaN."""
         weight = self._original.to(self.dtype).float()
         y = torch.conv2d(x.float(), weight, None, *self.geometry)
         y = y * self._scale.view(1, -1, 1, 1) + self._bias.view(1, -1, 1, 1)
         y = y if residual is None else y + residual.float()
-        y = (y.relu() if relu else y).to(self.dtype)
+        y = activation(y).to(self.dtype)
         return y.contiguous(memory_format=torch.channels_last)
 
-    def _fused(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool) -> Tensor:
+    def _fused(
+        self, x: Tensor, residual: Tensor | None, activation: Activation, overwrite: bool
+    ) -> Tensor:
         stride, padding, dilation, groups = self.geometry
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self._weight(x.shape), self._bias, padding, stride, dilation, groups,
-                "relu" if relu else "none", [], "",
+                _NAMES[activation], [], "",
             )  # fmt: skip
         # Adding in place, even with the copy, is faster than oneDNN's out-of-place sum.
         return torch.ops.mkldnn._convolution_pointwise_.binary(
             residual if overwrite else residual.clone(), x, self._weight(x.shape), self._add_bias,
-            padding, stride, dilation, groups, "add", 1.0, "relu" if relu else None, [], None,
+            padding, stride, dilation, groups, "add", 1.0, _NAMES[activation], [], None,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import cacheable, note
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.problem import Problem
@@ -50,14 +51,14 @@ class GpuConv(FusedConv):
                 self._cached[name] = derived
         return derived
 
-    def choice(self, x: Tensor, relu: bool) -> tuning.Choice:
+    def choice(self, x: Tensor, activation: Activation) -> tuning.Choice:
         """The backend and configuration for this x."""
-        return tuning.choice_for(Problem(*self.problem[:4], x.shape, relu), x.device)
+        return tuning.choice_for(Problem(*self.problem[:4], x.shape, activation), x.device)
 
     def pools(self, x: Tensor) -> bool:
         """Whether this is a stem whose kernel also computes the max pooling that follows."""
         stem = implicit_gemm.CudaConfig(implicit_gemm.STEM)
-        return self.stem and self.choice(x, True).config == stem
+        return self.stem and self.choice(x, Activation.RELU).config == stem
 
     def run_pooled(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) of any layout -> relu, then 3x3 max pooling of stride 2 and padding 1."""
@@ -65,11 +66,11 @@ class GpuConv(FusedConv):
         return implicit_gemm.run_stem(self, x, True)
 
     def run(
-        self, x: Tensor, residual: Tensor | None, relu: bool, overwrite: bool = False
+        self, x: Tensor, residual: Tensor | None, activation: Activation, overwrite: bool = False
     ) -> Tensor:
         note(self)
-        choice = self.choice(x, relu)
-        return self.run_by(choice.backend, choice.config, x, residual, relu, overwrite)
+        choice = self.choice(x, activation)
+        return self.run_by(choice.backend, choice.config, x, residual, activation, overwrite)
 
     def run_by(
         self,
@@ -77,20 +78,20 @@ class GpuConv(FusedConv):
         config: Any,
         x: Tensor,
         residual: Tensor | None,
-        relu: bool,
+        activation: Activation,
         overwrite: bool = False,
     ) -> Tensor:
         """`run` with the given backend and configuration."""
         if backend == "native":
             stem = config.tile == implicit_gemm.STEM
-            if stem and self.stem and residual is None and relu:
+            if stem and self.stem and residual is None and activation == Activation.RELU:
                 return implicit_gemm.run_stem(self, x, False)
             problem = Problem(*self.problem[:4], x.shape)
             target = implicit_gemm.target(x.device)
             config = implicit_gemm.fitting(config, problem, target, multiprocessors(x.device))
         x = channels_last(x.to(self.dtype))
         if backend == "reference":  # e.g. more pixels than the kernels can index
-            operands = (self.weight, self.scale, self.shift, residual, relu)
+            operands = (self.weight, self.scale, self.shift, residual, activation)
             reference = registry.kernels(backend, x.device.type)
             return channels_last(reference.conv_bn_relu(x, *operands, *self.geometry))
         y = residual if overwrite and residual is not None else None
@@ -100,5 +101,7 @@ class GpuConv(FusedConv):
             y = channels_last_empty(out, x)
         if residual is not None and residual.stride() != y.stride():
             residual = torch.empty_like(y).copy_(residual)
-        backend_y = registry.gpu_convolution(backend).run_conv(self, x, residual, relu, y, config)
+        backend_y = registry.gpu_convolution(backend).run_conv(
+            self, x, residual, activation, y, config
+        )
         return y if backend_y is None else backend_y

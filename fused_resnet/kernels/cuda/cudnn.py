@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Gemm, Problem
 from fused_resnet.kernels.target import Target
 
@@ -78,7 +79,8 @@ def supports(problem: Problem, target: Target) -> str | None:
     """None if cuDNN computes the convolution, else the reason in one line."""
     if problem.gemm().operands not in ("bfloat16", "float16", "tf32"):
         return f"cuDNN fuses 16-bit and TF32 convolutions, not {problem.gemm().operands}"
-    return None if problem.relu else "cuDNN's fused convolutions always apply a ReLU"
+    relu = problem.activation == Activation.RELU
+    return None if relu else "cuDNN's fused convolutions always apply a ReLU"
 
 
 def candidates(gemm: Gemm, target: Target) -> list[CudnnConfig]:
@@ -90,10 +92,15 @@ def choose(gemm: Gemm, target: Target, processors: int) -> CudnnConfig:
 
 
 def run_conv(
-    conv: Any, x: Tensor, residual: Tensor | None, relu: bool, y: Tensor, config: CudnnConfig
+    conv: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: Activation,
+    y: Tensor,
+    config: CudnnConfig,
 ) -> Tensor:
     """x, residual channels_last -> the output of a `GpuConv`, in memory allocated by cuDNN instead
-    of y. relu must be True."""
+    of y. activation must be RELU."""
 
     def fold() -> Tensor:
         folded = conv.weight.float() * conv.scale.view(-1, 1, 1, 1)

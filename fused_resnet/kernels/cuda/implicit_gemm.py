@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import native, registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Gemm, Problem
 from fused_resnet.kernels.target import Target
 
@@ -206,7 +207,12 @@ def run_stem(conv: Any, x: Tensor, pool: bool) -> Tensor:
 
 
 def run_conv(
-    conv: Any, x: Tensor, residual: Tensor | None, relu: bool, y: Tensor, config: CudaConfig
+    conv: Any,
+    x: Tensor,
+    residual: Tensor | None,
+    activation: Activation,
+    y: Tensor,
+    config: CudaConfig,
 ) -> None:
     """Writes the output of a `GpuConv` to y. x, residual, y: channels_last."""
     elements = 16 // x.element_size()
@@ -221,7 +227,7 @@ def run_conv(
     if residual is not None:
         residual = aligned(residual)
     ops(x).implicit_gemm(
-        x, rows, conv.scale, conv.shift, residual, y, relu,
+        x, rows, conv.scale, conv.shift, residual, y, activation,
         *conv.geometry, config.tile, config.splits,
     )  # fmt: skip
 

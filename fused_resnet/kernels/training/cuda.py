@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig, aligned
 from fused_resnet.kernels.problem import Geometry, Problem, output_shape
@@ -53,12 +54,12 @@ class Cuda(Passes):
 
     def bn_add_relu(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        eps: float, relu: bool,
+        eps: float, activation: Activation,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         x = dense(x)
         residual = None if residual is None else like(residual, x)
         norm = vector(weight, x), vector(bias, x)
-        return implicit_gemm.ops(x).bn_add_relu(x, *norm, residual, eps, relu)
+        return implicit_gemm.ops(x).bn_add_relu(x, *norm, residual, eps, activation)
 
     def bn_add_relu_backward(
         self, dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor | None, *rest: Any
@@ -147,9 +148,9 @@ class Cuda(Passes):
         return self.convolve(x, weight, g)[0]
 
     def normalise(
-        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
+        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, activation: Activation
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        y, state = super().normalise(x, norm, residual, relu)
+        y, state = super().normalise(x, norm, residual, activation)
         return y, (*state, None)
 
     def statistics(
@@ -157,15 +158,17 @@ class Cuda(Passes):
     ) -> tuple[Any, ...]:
         return fused or (*super().statistics(x, group), None)
 
-    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+    def apply(
+        self, normed: Normed, residual: Tensor | Normed | None, activation: Activation
+    ) -> Tensor:
         x, norm, (mean, var, rest) = normed
         if rest is None:
-            return super().apply(normed, residual, relu)
+            return super().apply(normed, residual, activation)
         if isinstance(residual, Normed):
-            residual = self.apply(residual, None, relu=False)
+            residual = self.apply(residual, None, Activation.NONE)
         return implicit_gemm.ops(x).bn_normalise(
             x, mean, var, rest, vector(norm.weight, x), vector(norm.bias, x), residual, norm.eps,
-            relu,
+            activation,
         )  # fmt: skip
 
     def norm_gradients(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Geometry
 
 from . import collectives
@@ -43,7 +44,9 @@ class Empty(Native):
         zeros = torch.zeros(2, x.shape[1], dtype=torch.float64)
         return collectives.merge(zeros, 0, group)
 
-    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+    def apply(
+        self, normed: Normed, residual: Tensor | Normed | None, activation: Activation
+    ) -> Tensor:
         return torch.empty_like(normed.x)
 
     def norm_gradients(

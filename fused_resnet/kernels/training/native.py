@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Geometry
 
 from . import collectives
@@ -110,19 +111,21 @@ class Native(Passes):
         return super().count(normed) if len(normed.state) == 1 else int(normed.state[1])
 
     def normalise(
-        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
+        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, activation: Activation
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         state = self.statistics(x, norm.group)
-        return self.apply(Normed(x, norm, state), residual, relu), state
+        return self.apply(Normed(x, norm, state), residual, activation), state
 
-    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
+    def apply(
+        self, normed: Normed, residual: Tensor | Normed | None, activation: Activation
+    ) -> Tensor:
         x, norm, (stats, *_) = normed
         other: tuple[Any, ...] = (residual, None, None, None, 0.0)
         if isinstance(residual, Normed):
             r, n, s = residual
             other = (r, s[0], vector(n.weight, x), vector(n.bias, x), n.eps)
         return self._ops.bn_apply(
-            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, *other, relu
+            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, *other, activation
         )
 
     def norm_gradients(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Geometry
 
 
@@ -66,7 +67,7 @@ class Passes:
 
     def bn_add_relu(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        eps: float, relu: bool,
+        eps: float, activation: Activation,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """The op of this name: y, mean, var."""
         raise NotImplementedError
@@ -127,24 +128,24 @@ class Passes:
         return self._gradient(dy, x, weight, g, [False, True, False])[1].to(weight.dtype)
 
     def normalise(
-        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
+        self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, activation: Activation
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """relu(norm(x) + residual) by x's own statistics, and these; a `Normed` residual is
+        """activation(norm(x) + residual) by x's own statistics, and these; a `Normed` residual is
         normalised by its state."""
         if isinstance(residual, Normed):
-            residual = self.apply(residual, None, relu=False)
-        y, mean, var = self.bn_add_relu(x, norm.weight, norm.bias, residual, norm.eps, relu)
+            residual = self.apply(residual, None, Activation.NONE)
+        y, mean, var = self.bn_add_relu(x, norm.weight, norm.bias, residual, norm.eps, activation)
         return y, (mean, var)
 
     def normalise_with(
         self, fused: tuple[Any, ...] | None, x: Tensor, norm: Norm,
-        residual: Tensor | Normed | None, relu: bool,
+        residual: Tensor | Normed | None, activation: Activation,
     ) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
         """`normalise` by the fused statistics of x's convolution; None: computes them from x."""
         if fused is None:
-            return self.normalise(x, norm, residual, relu)
+            return self.normalise(x, norm, residual, activation)
         state = self.statistics(x, norm.group, fused)
-        return self.apply(Normed(x, norm, state), residual, relu), state
+        return self.apply(Normed(x, norm, state), residual, activation), state
 
     def statistics(
         self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None
@@ -153,15 +154,17 @@ class Passes:
         fused: the statistics that `convolve` returned with x, or None."""
         if fused is not None:
             return fused
-        return self.bn_add_relu(x, None, None, None, 1.0, False)[1:]
+        return self.bn_add_relu(x, None, None, None, 1.0, Activation.NONE)[1:]
 
     def count(self, normed: Normed) -> int:
         """The number of values per channel in the statistics of `normed`."""
         return normed.x.numel() // normed.x.shape[1]
 
-    def apply(self, normed: Normed, residual: Tensor | Normed | None, relu: bool) -> Tensor:
-        """relu(norm(x) + residual) by the state of `normed`, bitwise equal to `normalise`."""
-        return self.normalise(normed.x, normed.norm, residual, relu)[0]
+    def apply(
+        self, normed: Normed, residual: Tensor | Normed | None, activation: Activation
+    ) -> Tensor:
+        """activation(norm(x) + residual) by the state of `normed`, bitwise equal to `normalise`."""
+        return self.normalise(normed.x, normed.norm, residual, activation)[0]
 
     def norm_gradients(
         self,
@@ -180,12 +183,20 @@ class Passes:
         op = self.bn_add_relu_backward
         masked = masked or other is not None
         x, norm, (mean, var) = normed
-        relu = y is not None
         dx, dweight, dbias, g = op(
-            dy, x, y, norm.weight, mean, var, norm.eps, relu, True, masked and relu
+            dy,
+            x,
+            y,
+            norm.weight,
+            mean,
+            var,
+            norm.eps,
+            y is not None,
+            True,
+            masked and y is not None,
         )
         first = NormGradients(dx, dweight, dbias)
-        g = g if relu else dy
+        g = dy if y is None else g
         if other is None:
             return first, None, g if masked else None
         x, norm, (mean, var) = other

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Geometry, operands_of
 from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
@@ -193,5 +194,5 @@ def convolution_dx(
                 continue
             taps = channels_last(taps)
             stride_1 = Geometry((1, 1), padding, dilation, groups)
-            run(g, taps, one, zero, None, part, False, stride_1)
+            run(g, taps, one, zero, None, part, Activation.NONE, stride_1)
     return dx

@@ -35,9 +35,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.target import multiprocessors
 
-from .support import ON_HOST, accumulate, index_type, launch, launch_on, rounded, widened
+from .support import ON_HOST, accumulate, activated, index_type, launch, launch_on, rounded, widened
 
 TILE = 4096  # elements per tile: 16 per thread of 8 warps
 WARPS = 8
@@ -216,7 +217,7 @@ def bn_apply_kernel(
     M,
     C,
     HW,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -234,8 +235,7 @@ def bn_apply_kernel(
         y += _load_channels(bias_ptr, c, C, CHANNELS_LAST)
     if residual_ptr is not None:
         y += widened(tl.load(residual_ptr + at, mask=inside, other=0), ACC)
-    if RELU:
-        y = tl.where(y < 0, 0.0, y)
+    y = activated(y, ACTIVATION)
     tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -425,7 +425,7 @@ def bn_add_relu(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    relu: bool,
+    activation: Activation,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, residual: (N, C, H, W), dense, with the same strides; weight, bias: (C,) of the dtype in
     which x is accumulated -> y, with x's strides; mean and biased variance, (C,)."""
@@ -455,8 +455,8 @@ def bn_add_relu(
             **merging,
         )  # fmt: skip
         launch(
-            bn_apply_kernel, (shape.tiles,), x, residual, y, folded, bias, M, C, HW, RELU=relu,
-            **tiling,
+            bn_apply_kernel, (shape.tiles,), x, residual, y, folded, bias, M, C, HW,
+            ACTIVATION=int(activation), **tiling,
         )  # fmt: skip
     return y, mean, var
 

@@ -1,7 +1,7 @@
 """conv_bn_relu as an implicit GEMM over channels_last tensors.
 
-    y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
-                   + shift[k] + residual[m, k]),   m = (n, p, q)
+    y[m, k] = activation(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c]
+                         * weight[k, r, s, c] + shift[k] + residual[m, k]),   m = (n, p, q)
 
 A program computes BLOCK_M pixels by BLOCK_N outputs. Each step multiplies BLOCK_K channels of one
 tap. Taps are the inner loop, so that the window of x for a block of channels is read R * S times in
@@ -31,13 +31,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Gemm, Geometry, Problem, operands_of
 from fused_resnet.kernels.target import Target, multiprocessors
 from fused_resnet.layout import channels_last
 
 from . import configs
 from .configs import Config
-from .support import ON_HOST, at_most, index_type, launch, launch_on, rounded, widened
+from .support import ON_HOST, activated, at_most, index_type, launch, launch_on, rounded, widened
 
 EPILOGUE_BITS = tl.constexpr(512)  # of one row of a tile per epilogue: two sectors
 
@@ -157,23 +158,23 @@ def _epilogue(
     y_n,
     y_p,
     y_q,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """Applies scale, shift, residual and ReLU to a tile's sums, of outputs from first_k on, rounds
-    and stores them. Processes a few columns at a time to save registers for addresses and residual.
-    """
+    """Applies scale, shift, residual and activation to a tile's sums, of outputs from first_k on,
+    rounds and stores them. Processes a few columns at a time to save registers for addresses and
+    residual."""
     BLOCK_N: tl.constexpr = acc.shape[1]
     if BLOCK_N * y_ptr.dtype.element_ty.primitive_bitwidth > EPILOGUE_BITS:
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(halves)
         _epilogue(
             left, m, first_k, M, K, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_n, y_p, y_q,
-            RELU, INDEX,
+            ACTIVATION, INDEX,
         )  # fmt: skip
         _epilogue(
             right, m, first_k + BLOCK_N // 2, M, K, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-            y_n, y_p, y_q, RELU, INDEX,
+            y_n, y_p, y_q, ACTIVATION, INDEX,
         )  # fmt: skip
     else:
         k = first_k + tl.arange(0, BLOCK_N)
@@ -185,8 +186,7 @@ def _epilogue(
         y = acc * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
             y += widened(tl.load(residual_ptr + at, mask=inside, other=0.0), tl.float32)
-        if RELU:
-            y = tl.where(y < 0, 0.0, y)
+        y = activated(y, ACTIVATION)
         tl.store(y_ptr + at, rounded(y, y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -227,7 +227,7 @@ def conv_bn_relu_kernel(
     POINTWISE: tl.constexpr,
     GROUPS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -279,7 +279,7 @@ def conv_bn_relu_kernel(
             first_k = group * OUTPUTS + column % tiles_per_group * BLOCK_N
             _epilogue(
                 acc, m, first_k, M, end_k, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr,
-                y_n, y_p, y_q, RELU, INDEX,
+                y_n, y_p, y_q, ACTIVATION, INDEX,
             )  # fmt: skip
 
 
@@ -298,7 +298,7 @@ def conv_merge_kernel(
     y_p,
     y_q,
     splits,
-    RELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INDEX: tl.constexpr,
@@ -313,7 +313,7 @@ def conv_merge_kernel(
     first_k = tl.program_id(1) * BLOCK_N
     _epilogue(
         acc, m, first_k, M, K, P, Q, scale_ptr, shift_ptr, residual_ptr, y_ptr, y_n, y_p, y_q,
-        RELU, INDEX,
+        ACTIVATION, INDEX,
     )  # fmt: skip
 
 
@@ -332,7 +332,7 @@ def run(
     shift: Tensor,
     residual: Tensor | None,
     y: Tensor,
-    relu: bool,
+    activation: Activation,
     geometry: Geometry,
     config: Config | None = None,
 ) -> Tensor:
@@ -382,7 +382,7 @@ def run(
             *geometry.stride, *geometry.padding, *geometry.dilation,
             tiles_m, tiles_n, tiles_per_group,
             R=R, S=S, UNIT=unit, POINTWISE=pointwise, GROUPS=config.groups_per_tile,
-            OUTPUTS=outputs, RELU=relu, SPLITS=splits, GROUP_M=config.group_m,
+            OUTPUTS=outputs, ACTIVATION=int(activation), SPLITS=splits, GROUP_M=config.group_m,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PRECISION=precision_of(x.dtype),
             INDEX=index, num_warps=config.warps, num_stages=config.stages,
@@ -392,7 +392,8 @@ def run(
             launch(
                 conv_merge_kernel, (triton.cdiv(M, MERGE_M), triton.cdiv(K, MERGE_N)),
                 sums, scale, shift, residual, y, M, K, P, Q, *strides, splits,
-                RELU=relu, BLOCK_M=MERGE_M, BLOCK_N=MERGE_N, INDEX=index, num_warps=4,
+                ACTIVATION=int(activation), BLOCK_M=MERGE_M, BLOCK_N=MERGE_N, INDEX=index,
+                num_warps=4,
             )  # fmt: skip
     return y
 
@@ -443,7 +444,7 @@ def run_conv(
     conv: Any,
     x: Tensor,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation,
     y: Tensor,
     config: Config,
 ) -> None:
@@ -452,7 +453,7 @@ def run_conv(
     if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], geometry.groups):
         weight = conv.cached("triton", lambda: taps_in_runs(weight))
         x, geometry = in_runs(x, conv.weight.shape, geometry)
-    run(x, weight, conv.scale, conv.shift, residual, y, relu, geometry, config)
+    run(x, weight, conv.scale, conv.shift, residual, y, activation, geometry, config)
 
 
 def in_runs(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:

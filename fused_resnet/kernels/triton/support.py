@@ -62,6 +62,13 @@ if IMPORT_ERROR is None:
             return v.to(dtype)
 
     @triton.jit
+    def activated(v, ACTIVATION: tl.constexpr):
+        """activation(v), by the numbers of `Activation`."""
+        if ACTIVATION == 1:
+            v = tl.where(v < 0, 0.0, v)
+        return v
+
+    @triton.jit
     def rounded(v, dtype: tl.constexpr):
         """v, float32 or float64, rounded to dtype: to nearest, ties to even."""
         if ON_HOST and dtype == tl.bfloat16:

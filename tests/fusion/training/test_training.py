@@ -476,7 +476,7 @@ def test_portable_passes_match_the_formula():
             for t in (c.weight, *((b.weight, b.bias) if b else 2 * (None,)))
         ]
         geometries = tuple(
-            Geometry(c.stride, c.padding, c.dilation, c.groups) for c, _ in parts.units
+            Geometry(c.stride, c.padding, c.dilation, c.groups) for c, *_ in parts.units
         )
         eps = tuple(bn.eps for bn in parts.norms)
         for level in ("full", "low", "lower", "minimal"):

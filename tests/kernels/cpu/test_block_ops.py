@@ -150,7 +150,7 @@ def test_errors_name_the_operands():
         [1, 2, 1, 0, 0],
     ):
         with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 geometry"):
-            ops.block_inference(x, weights, geometry, [], [], blocks, False)
+            ops.block_inference(x, weights, geometry, [], [], [1, 1], blocks, False)
     for norm_first in (False, True):
         block = (geometry, [1e-5], 1, 1, norm_first, False)
         for operands, kind, shared in ((weights[:2], 1, False), (weights, 2, False)) + (

@@ -1,5 +1,6 @@
 // The convolution as an implicit GEMM by mma.sync, on sm_80 and later.
-//   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
+//   y[m, k] = activation(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r,
+//   s, c]
 //                  + shift[k] + residual[m, k])
 // Layout: x (N, H, W, groups * C), weight (groups * K, R, S, C), y (N, P, Q, groups * K). Operands
 // of 16 bits (m16n8k16) or TF32 (m16n8k8; x and weight are rounded to nearest TF32 in registers),
@@ -43,6 +44,7 @@
 #include "cuda/convolution/problem.h"
 #include "cuda/convolution/prologue.h"
 #include "cuda/convolution/statistics.cuh"
+#include "cuda/device/activation.cuh"
 
 namespace fused_resnet {
 
@@ -63,7 +65,7 @@ struct GemmArguments {
   uint32_t chunks, pixel_chunks;  // in units of 16 bytes: a filter; a pixel of x
   int steps, splits;
   int tiles_m, tiles_n, tiles_per_group;
-  bool relu;
+  Activation activation;
 };
 
 template <int kTile>
@@ -185,14 +187,14 @@ template <typename T>
 __device__ __forceinline__ uint4 finished(const float (&sums)[Pack<T>::size],
                                           const float (&scale)[Pack<T>::size],
                                           const float (&shift)[Pack<T>::size], bool add,
-                                          uint4 residual, bool relu) {
+                                          uint4 residual, Activation activation) {
   const Pack<T> added = unpack<T>(residual);
   Pack<T> y;
 #pragma unroll
   for (int i = 0; i < Pack<T>::size; ++i) {
     float v = sums[i] * scale[i] + shift[i];
     v = add ? v + widen(added.values[i]) : v;
-    y.values[i] = narrow<T>(relu && v <= 0 ? 0.0f : v);
+    y.values[i] = narrow<T>(activated(activation, v));
   }
   return packed(y);
 }
@@ -291,7 +293,7 @@ struct Finish {
       float sums[kSize];
       load_sums(shared, i, sums);
       const uint4 y =
-          finished<T>(sums, scale, shift, a.residual != nullptr, extra[i % kAhead], a.relu);
+          finished<T>(sums, scale, shift, a.residual != nullptr, extra[i % kAhead], a.activation);
       if (i + kAhead < kPacks) load_extra(i + kAhead);
       if (inside(i)) store_global<uint4>(a.y + (first + i * step) * sizeof(T), y);
     }
@@ -504,8 +506,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   add_splits<T>(a, pack, packs, sums);
 #pragma unroll
   for (int j = 0; j < size; ++j) scale[j] = a.scale[k + j], shift[j] = a.shift[k + j];
-  store_global<uint4>(a.y + pack * 16,
-                      finished<T>(sums, scale, shift, a.residual != nullptr, residual, a.relu));
+  store_global<uint4>(a.y + pack * 16, finished<T>(sums, scale, shift, a.residual != nullptr,
+                                                   residual, a.activation));
 }
 
 constexpr int kMergeColumns = 8;  // columns of 16 bytes of a block, for kMergedPixels pixels

@@ -96,7 +96,7 @@ void launch_implicit_gemm_sm80_of(const DeviceScope& scope, const ConvProblem& p
   arguments.tiles_m = static_cast<int>(ceil_div(problem.M(), tile.block_m));
   arguments.tiles_per_group = static_cast<int>(ceil_div(problem.K, tile.block_n));
   arguments.tiles_n = problem.groups * arguments.tiles_per_group;
-  arguments.relu = operands.relu;
+  arguments.activation = operands.activation;
   if constexpr (sizeof(T) == 2)
     if (operands.norm != nullptr) return Sm80Prologues<T>::launch(scope, tile, arguments);
   const Epilogue epilogue = operands.epilogue();

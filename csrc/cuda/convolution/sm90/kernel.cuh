@@ -1,5 +1,6 @@
 // conv_bn_relu on Hopper: an implicit GEMM by TMA and wgmma.
-//   y[m, k] = relu(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r, s, c]
+//   y[m, k] = activation(scale[k] * sum over (r, s, c) of x[pixel of m at (r, s), c] * weight[k, r,
+//   s, c]
 //                  + shift[k] + residual[m, k])            (cuda/convolution/problem.h)
 // Layout: x, residual, y channels last, weight (groups * K, R, S, C); float16 or bfloat16. In
 // shared memory every tile consists of rows of 128 bytes, swizzled. Accumulators: float32, one
@@ -207,7 +208,7 @@ __device__ __forceinline__ void finish_tile(
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int warp = static_cast<int>(threadIdx.x / 32 % 4);
   constexpr bool scaled = kEpilogue == Epilogue::scale;
-  const float floor = gemm.relu ? 0.0f : -INFINITY;
+  const float floor = gemm.activation == kRelu ? 0.0f : -INFINITY;
   ChannelPairs next{};
   if constexpr (scaled) next = ChannelPairs::load(gemm, start.group, start.k);
 #pragma unroll

@@ -26,7 +26,8 @@ struct GemmSm90 {
   int channel_blocks;  // steps per tap
   const float* scale;  // (groups * K,)
   const float* shift;  // (groups * K,)
-  bool residual, relu;
+  bool residual;
+  Activation activation;
   int M;              // pixels
   float* statistics;  // (parts, 3, groups * K) or null; if not null, scale and shift are null
   const float* norm;  // (3, 2, C / 8, 4) or null: table of the prologue

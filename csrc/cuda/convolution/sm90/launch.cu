@@ -111,7 +111,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
   gemm.scale = operands.scale;
   gemm.shift = operands.shift;
   gemm.residual = operands.residual != nullptr;
-  gemm.relu = operands.relu;
+  gemm.activation = operands.activation;
   gemm.M = static_cast<int>(p.M());
   gemm.statistics = operands.statistics;
   gemm.norm = operands.norm;

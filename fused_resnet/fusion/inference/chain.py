@@ -1,0 +1,120 @@
+"""Consecutive plans, run one after the other: activations stay channels_last in the compute dtype
+between them, and are converted to stock's dtype and layout only at their end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_resnet import layout
+from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.dtype_rules import compute_dtype, output_dtype, weights_fit
+
+from .plan import Blocks, Plan
+
+# Largest activation of a micro-batch on the CPU, in bytes. A convolution reads one or two
+# activations and writes one, which should fit a last-level cache of 32 MiB. It also lowers the peak
+# memory.
+_MICRO_BATCH_BYTES = 8 * 2**20
+
+
+class _Stage(NamedTuple):
+    """Consecutive plans (not a ResNet stage) that run on micro-batches of at most `images`, and how
+    they run: by one op where that supports them."""
+
+    plans: list[Plan]
+    images: int
+    steps: list[Plan | Blocks]
+
+
+class Chain:
+    """Consecutive plans, and how they run for the last input shape."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self._stages: tuple[torch.Size, list[_Stage]] | None = None  # of the last input shape
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether the plans are for such an x; the modules before may return anything."""
+        if call_reason(x) is not None or x.device != self.plans[0].weight.device:
+            return False
+        if x.requires_grad and torch.is_grad_enabled():
+            return False
+        same = compute_dtype(x.dtype, x.device.type) == self.plans[0].dtype
+        return same and weights_fit(x.dtype, self.plans[0].weight)
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The output for x (N, C, H, W) of any layout, of stock's dtype and layout; None if x does
+        not fit: stock then runs, or raises the error."""
+        cached = self._stages  # read once: another thread may replace it for another shape
+        if cached is None or cached[0] != x.shape:
+            cached = self._stages = (x.shape, self._find_stages(x.shape))
+        return _left(_run_stages(cached[1], x), x) if cached[1] else None
+
+    def _find_stages(self, shape: Sequence[int]) -> list[_Stage]:
+        """The stages and micro-batch sizes for x of this shape; empty if it does not fit."""
+        stages: list[_Stage] = []
+        for plan in self.plans:
+            shapes = plan.shapes(shape)
+            if not shapes:
+                return []
+            N, *size = max(shapes, key=math.prod)
+            images = N
+            if plan.weight.device.type == "cpu":
+                most = _MICRO_BATCH_BYTES // (math.prod(size) * plan.dtype.itemsize)
+                images = min(N, max(most, torch.get_num_threads()))
+            last = stages[-1].images if stages else 0
+            # A new stage concatenates micro-batches, which is a copy: not worth it for fewer than
+            # twice as many images.
+            if not (last == images or last < images < min(2 * last, N)):
+                stages.append(_Stage([], images, []))
+            stages[-1].plans.append(plan)
+            shape = shapes[-1]
+        for plans, _, steps in stages:
+            for alone, group in groupby(plans, key=lambda plan: plan.one_op is None):
+                consecutive = list(group)
+                steps += consecutive if alone else [Blocks(consecutive)]
+        return stages
+
+
+def _run_stages(stages: Sequence[_Stage], x: Tensor) -> Tensor:
+    """Runs x (N, C, H, W): for each micro-batch of the last stage, the stages before it run first
+    (recursively), then the plans of the last stage."""
+    *before, stage = stages
+    parts: list[Tensor] = []
+    size = -(-len(x) // -(-len(x) // stage.images))  # even parts
+    for images in x.split(size) if size < len(x) else (x,):
+        if before:
+            y, owned = _run_stages(before, images), True
+        else:
+            y, owned = _entered(images, stage.plans[0])
+        for step in stage.steps:
+            y, owned = step.run(y, owned), True
+        parts.append(y)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def run_plan(plan: Plan, x: Tensor) -> Tensor | None:
+    """As `Chain.run`, of one plan."""
+    return _left(plan.run(*_entered(x, plan)), x) if plan.shapes(x.shape) else None
+
+
+def _entered(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:
+    """x (N, C, H, W) of any layout and dtype, converted for `plan`, and whether that is a copy."""
+    if plan.takes_any:
+        return x, False
+    converted = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
+    return converted, converted.data_ptr() != x.data_ptr()
+
+
+def _left(y: Tensor, x: Tensor) -> Tensor:
+    """Converts a plan's output to stock's dtype and layout for x. Always another tensor: providers
+    may store what they know of an output with it (see kernels/cpu/onednn.py), and the caller may
+    write to what it gets."""
+    stock_dtype = output_dtype(x.dtype, y.device.type)
+    return y.detach().to(stock_dtype).contiguous(memory_format=layout.memory_format(x))
