@@ -82,6 +82,7 @@ struct Fetch {
   i ":\n\t"
 // clang-format on
 
+// What an instruction set provides: `sum_tile`, `sum_rows` and `transpose_square`.
 #if FR_VECTOR_BYTES == 64
 #include "cpu/convolution/tile_avx512.h"
 #else

@@ -139,3 +139,25 @@ FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, i
     sum_row_vector<vectors>(pixel, taps, steps, channel, offset + v * 64, accumulate, fetch,
                             out + v * 16);
 }
+
+// t[j][i] <- t[i][j] of kLanes vectors.
+FR_INLINE void transpose_square(vf* t) {
+  __m256 a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    a[2 * i] = _mm256_unpacklo_ps((__m256)t[2 * i], (__m256)t[2 * i + 1]);
+    a[2 * i + 1] = _mm256_unpackhi_ps((__m256)t[2 * i], (__m256)t[2 * i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    b[4 * i] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0x44);
+    b[4 * i + 1] = _mm256_shuffle_ps(a[4 * i], a[4 * i + 2], 0xee);
+    b[4 * i + 2] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0x44);
+    b[4 * i + 3] = _mm256_shuffle_ps(a[4 * i + 1], a[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+    t[4 + i] = (vf)_mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+  }
+}

@@ -155,7 +155,7 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
                               nullptr,
                               nullptr,
                               z.mutable_data_ptr(),
-                              false,
+                              kNoActivation,
                               static_cast<float*>(statistics.mutable_data_ptr()),
                               {}};
   launch(problem, operands, tile, splits, x);
@@ -199,7 +199,7 @@ std::tuple<Tensor, int64_t> normalised_convolution_statistics(
                               nullptr,
                               nullptr,
                               z.mutable_data_ptr(),
-                              false,
+                              kNoActivation,
                               static_cast<float*>(statistics.mutable_data_ptr()),
                               norm_table};
   launch(problem, operands, tile, 1, x);
@@ -238,7 +238,7 @@ Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, T
       nullptr,
       nullptr,
       g.mutable_data_ptr(),
-      false,
+      kNoActivation,
       nullptr,
       nullptr,
       {{vector("mean", mean), vector("var", var), vector("rest", rest),
