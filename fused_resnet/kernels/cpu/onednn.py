@@ -29,7 +29,7 @@ from fused_resnet.kernels.problem import Problem, convolution
 # A factor of ten below the largest float32 and bfloat16, 3.4e38, so that the rounding of the bound
 # itself does not matter.
 _LIMIT = 1e37
-_NAMES = {Activation.NONE: "none", Activation.RELU: "relu"}
+_NAMES = {Activation.NONE: None, Activation.RELU: "relu"}
 # The attribute of an output of `PackedConv` that holds (upper bound of |output|, version counter).
 _BOUND = "_fused_resnet_bound"
 
@@ -191,7 +191,7 @@ class PackedConv(FusedConv):
         if residual is None:
             return torch.ops.mkldnn._convolution_pointwise(
                 x, self._weight(x.shape), self._bias, padding, stride, dilation, groups,
-                _NAMES[activation], [], "",
+                _NAMES[activation] or "none", [], "",
             )  # fmt: skip
         # Adding in place, even with the copy, is faster than oneDNN's out-of-place sum.
         return torch.ops.mkldnn._convolution_pointwise_.binary(
