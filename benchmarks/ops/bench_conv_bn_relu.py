@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from common import Case, copy_of, main, under_pytest
 
 from fused_resnet.kernels import registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import convolution
 
 # (C, H = W, K, R = S, stride, groups) of ResNet-18, ResNet-50 and ResNeXt-50
@@ -58,11 +59,11 @@ def make_case(title: str, variant: str) -> Case:
         torch.relu_(F.batch_norm(y, mean, var, scale, shift))
 
     with torch.inference_mode():
-        y = conv.run(x, None, True)
+        y = conv.run(x, None, Activation.RELU)
         copy, copied_bytes = copy_of(x)
 
     def fused() -> None:
-        conv.run(x, None, True)
+        conv.run(x, None, Activation.RELU)
 
     return Case(
         name=f"{title}, {variant}",

@@ -11,6 +11,7 @@ import torch
 import fused_resnet as fr
 from fused_resnet.kernels import native as native_kernels
 from fused_resnet.kernels import providers, registry, target, tuning
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.cuda import cudnn, implicit_gemm
 from fused_resnet.kernels.problem import Geometry, Problem, convolution
@@ -144,7 +145,9 @@ def test_the_cuda_convolutions_reasons(monkeypatch, problem, on, words):
 def test_the_other_providers_reasons(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert "not float32" in cudnn.supports(conv(), AMPERE)
-    assert "always apply a ReLU" in cudnn.supports(conv(torch.float16, relu=False), AMPERE)
+    assert "always apply a ReLU" in cudnn.supports(
+        conv(torch.float16, activation=Activation.NONE), AMPERE
+    )
     assert cudnn.supports(conv(torch.float16), AMPERE) is None
     vendor = registry.provider("vendor", "cpu")
     assert "does not compute float64" in vendor.supports(conv(torch.float64), CPU)
@@ -171,11 +174,11 @@ class Doubling(FusedConv):
         super().__init__(problem, weight, scale, shift)
         self.operands = weight, scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
-    def run(self, x, residual, relu, overwrite=False):
+    def run(self, x, residual, activation, overwrite=False):
         weight, scale, shift = self.operands
         y = torch.conv2d(x, weight, None, *self.geometry) * scale + shift
         y = y if residual is None else y + residual
-        return 2 * (y.relu() if relu else y)
+        return 2 * activation(y)
 
 
 class Neon(Provider):
@@ -318,6 +321,6 @@ def test_the_reference_is_the_last_resort_on_gpus():
         assert registry.convolution(problem, "cpu") is None
         module = providers.GpuConv(problem, weight, torch.ones(12), torch.zeros(12))
         assert tuning.choice_for(problem._replace(x_shape=x.shape), device).backend == "reference"
-        y = module.run(x, None, True)
+        y = module.run(x, None, Activation.RELU)
     want = torch.conv2d(x.float(), weight.float()).relu().half()
     torch.testing.assert_close(y, want, rtol=1e-3, atol=1e-3)

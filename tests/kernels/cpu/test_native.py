@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_resnet.kernels import native, registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cpu import convolution
 from fused_resnet.kernels.problem import Problem
 from fused_resnet.kernels.problem import convolution as problem_of
@@ -118,11 +119,13 @@ def test_few_channels_in_any_layout(dtype):
         conv = convolution.NativeConv(problem, weight, scale, shift)
         x = randn((2, C, 9, 8), dtype)
         for view in (x, x.transpose(2, 3), x[:, :, 1:, ::2], x.double()):
-            want = conv.run(view.to(dtype).contiguous(memory_format=LAST), None, True)
-            assert torch.equal(conv.run(view, None, True), want)
-            assert torch.equal(conv.run(view.contiguous(memory_format=LAST), None, True), want)
+            want = conv.run(view.to(dtype).contiguous(memory_format=LAST), None, Activation.RELU)
+            assert torch.equal(conv.run(view, None, Activation.RELU), want)
+            assert torch.equal(
+                conv.run(view.contiguous(memory_format=LAST), None, Activation.RELU), want
+            )
         with pytest.raises(RuntimeError, match=rf"x must have shape .* C at most {C}"):
-            conv.run(torch.cat([x, x], 1), None, True)
+            conv.run(torch.cat([x, x], 1), None, Activation.RELU)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_convolution_rejects_invalid_operands():
         (1, 1), (1, 1), (1, 1), 1,
     )  # fmt: skip
     x = torch.randn(2, 32, 5, 5).contiguous(memory_format=LAST)
-    conv.run(x, None, True)
+    conv.run(x, None, Activation.RELU)
     for bad, words in (
         (x.contiguous(), "must be channels_last"),
         (x[:, :31].contiguous(memory_format=LAST), "must have 32 channels, got 31"),
@@ -163,9 +166,9 @@ def test_convolution_rejects_invalid_operands():
         (x.bfloat16(), "x must be torch.float32, got torch.bfloat16"),
     ):
         with pytest.raises(RuntimeError, match=f"conv_bn_relu: .*{words}|{words}"):
-            conv.run(bad, None, True)
+            conv.run(bad, None, Activation.RELU)
     with pytest.raises(RuntimeError, match="residual must be float32 of shape"):
-        conv.run(x, x, True)
+        conv.run(x, x, Activation.RELU)
     strided = fused_conv(
             convolution.NativeConv,
         torch.randn(64, 32, 3, 3), torch.ones(64), torch.zeros(64), torch.float32,
@@ -174,7 +177,7 @@ def test_convolution_rejects_invalid_operands():
     assert strided.tensors[1].numel() == 0
     strided.tensors[1] = torch.zeros(16 * 32 * 64)
     with pytest.raises(RuntimeError, match="winograd must be packed in float32 for a 3x3"):
-        strided.run(x, None, True)
+        strided.run(x, None, Activation.RELU)
 
 
 # name -> x's (N, C, H, W), K, kernel, stride, padding, dilation, groups
@@ -223,7 +226,7 @@ def test_bfloat16_by_dot_product_and_in_float32(case, widened):
         residual = channels_last(tuple(sums.shape), torch.bfloat16)
         exact = sums * scale.double()[:, None, None] + shift.double()[:, None, None]
         exact = torch.relu(exact + residual.double())
-        y = conv.run(x, residual, True, overwrite=True)
+        y = conv.run(x, residual, Activation.RELU, overwrite=True)
     finally:
         native.widen_bfloat16(None)
     assert y.data_ptr() == residual.data_ptr()
@@ -261,7 +264,7 @@ def test_tiles_that_overflow_are_computed_directly(C, K, dtype):
     x[1, 3, 4, 4], x[1, 3, 4, 6] = 3e38, -3e38
     residual = channels_last((2, K, 12, 12), dtype)
     want = (x.float() + residual[:, :C].float()).to(dtype)
-    got = conv.run(x, residual, False, overwrite=True)
+    got = conv.run(x, residual, Activation.NONE, overwrite=True)
     assert torch.isfinite(got).all() and torch.equal(got, residual)
     # Tiles that read one of the two and have finite sums are accurate relative to 3e38 only.
     one_of_them = torch.zeros(2, C, 12, 12, dtype=torch.bool)
@@ -287,9 +290,9 @@ def test_overwriting_the_residual_gives_equal_results():
                 (1, 1), (1, 1), (1, 1), groups,
             )  # fmt: skip
             x, residual = (channels_last((3, c, 5, 9), dtype) for c in (60, 80))
-            want = conv.run(x, residual, True)
+            want = conv.run(x, residual, Activation.RELU)
             overwritten = residual.clone()
-            assert torch.equal(conv.run(x, overwritten, True, overwrite=True), want)
+            assert torch.equal(conv.run(x, overwritten, Activation.RELU, overwrite=True), want)
             assert torch.equal(overwritten, want)
 
 

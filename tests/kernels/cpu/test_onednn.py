@@ -8,10 +8,12 @@ from torch import Tensor
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cpu import onednn
 from tests.models.model_helpers import images, pair
 from tests.ops.op_cases import fused_conv
 
+RELU, NONE = Activation.RELU, Activation.NONE
 REASON = registry.missing("conv_bn_relu", "vendor", "cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 LAST, NAN = torch.channels_last, float("nan")
@@ -52,9 +54,9 @@ def test_outputs_are_not_measured(measured, inference):
     conv, x = convolution()
     measured.clear()
     with torch.inference_mode(inference):
-        y = conv.run(conv.run(x, None, True), None, True)
-        again = conv.run(y, y, True, overwrite=True)  # y now holds the sum
-        conv.run(again, again, False)
+        y = conv.run(conv.run(x, None, RELU), None, RELU)
+        again = conv.run(y, y, RELU, overwrite=True)  # y now holds the sum
+        conv.run(again, again, NONE)
     assert len(measured) == 1 and measured[0] is x
 
 
@@ -62,12 +64,12 @@ def test_a_bound_is_measured_again_beyond_the_limit_and_after_writes(measured):
     conv, x = convolution(gain=1e5)
     shrink, _ = convolution(gain=1e-5)
     measured.clear()
-    y = shrink.run(conv.run(x, None, False), None, False)
+    y = shrink.run(conv.run(x, None, NONE), None, NONE)
     torch.testing.assert_close(y, x)
     assert len(measured) == 1
     y.copy_(x)
     y[0, 3, 2, 2] = NAN
-    assert shrink.run(y, None, True)[0, 3, 2, 2].isnan() and measured[-1] is y
+    assert shrink.run(y, None, RELU)[0, 3, 2, 2].isnan() and measured[-1] is y
     # Every output is 0, but its bound is 16 times its input's.
     spread = fused_conv(
         onednn.PackedConv,
@@ -78,20 +80,20 @@ def test_a_bound_is_measured_again_beyond_the_limit_and_after_writes(measured):
     measured.clear()
     spread._unfused = None  # not called
     for _ in range(40):
-        y = spread.run(y, None, False)
+        y = spread.run(y, None, NONE)
     assert 2 <= len(measured) <= 4 and not y.isnan().any()
 
 
-@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("activation", [RELU, NONE])
 @pytest.mark.parametrize("where", ["x", "residual"])
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf"), 3e38])
-def test_separate_operations_beyond_the_bound(value, where, relu):
+def test_separate_operations_beyond_the_bound(value, where, activation):
     conv, x = convolution(gain=2.0)
     residual = x.flip(0).contiguous(memory_format=LAST)
     (x if where == "x" else residual)[1, 2, 3, 4] = value
-    y = conv.run(x, residual, relu)
+    y = conv.run(x, residual, activation)
     want = torch.conv2d(x, 2 * torch.eye(16).view(16, 16, 1, 1)) + residual
-    torch.testing.assert_close(y, want.relu() if relu else want, equal_nan=True)
+    torch.testing.assert_close(y, activation(want), equal_nan=True)
     assert y.is_contiguous(memory_format=LAST) and y.dtype == torch.float32
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels import cache, native, providers, registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from fused_resnet.kernels.problem import Problem, convolution
@@ -268,8 +269,8 @@ def test_scale_and_shift_of_a_module_may_be_misaligned():
         net = fused_conv(GpuConv, weight, scale, shift, FLOAT16, *sizes)
         config = implicit_gemm.CudaConfig(row_of("64x64"))
         with cache.noting() as used:
-            y = net.run_by("native", config, x, residual, True)
-            net.run(x, None, True)
+            y = net.run_by("native", config, x, residual, Activation.RELU)
+            net.run(x, None, Activation.RELU)
         assert used == [net]
     same(y, exact(*tensors, True, *geometry).to(FLOAT16))
 
@@ -401,11 +402,11 @@ def chosen(monkeypatch, *arguments) -> list[int]:
         sizes = (*map(pair, geometry[:3]), geometry[3])
         net = fused_conv(GpuConv, weight, scale, shift, x.dtype, *sizes)
         for config in (
-            net.choice(x, True).config,
+            net.choice(x, Activation.RELU).config,
             *map(implicit_gemm.CudaConfig, map(row_of, TILES)),
         ):
             monkeypatch.setattr(implicit_gemm, "run_conv", lambda *a: used.append(a[-1].tile))
-            net.run_by("native", config, x, None, True)
+            net.run_by("native", config, x, None, Activation.RELU)
     return [implicit_gemm.tiles()[tile]["architecture"] for tile in used]
 
 

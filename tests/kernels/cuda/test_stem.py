@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from tests.emulator import emulation
 from tests.kernels.cuda import machines
@@ -164,6 +165,6 @@ def test_stem_with_any_number_of_channels(C):
         geometry = ((2, 2), (3, 3), (1, 1), 1)
         conv = fused_conv(GpuConv, weight, ones, zeros, torch.bfloat16, *geometry)
         assert conv.stem == (C == 3)
-        y = conv.run(x, None, True)
+        y = conv.run(x, None, Activation.RELU)
     want = F.conv2d(x.float(), weight.float(), None, 2, 3).relu().bfloat16()
     assert torch.equal(y, want)
