@@ -30,14 +30,9 @@ def sizes(g: Geometry) -> list[int]:
     return [*g.stride, *g.padding, *g.dilation]
 
 
-def computes(work: str, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
-    """Whether a C++ kernel computes this pass: see `native.training_reason`."""
-    return native.training_reason(work, weight.shape, dtype, sizes(g), g.groups) is None
-
-
 def has_input_gradient(weight: Tensor, g: Geometry) -> bool:
     """Whether a C++ kernel computes the input gradient of such a convolution."""
-    return computes("input_gradient", weight, torch.float32, g)
+    return passes().supports(weight, torch.float32, g, "input_gradient")
 
 
 class Native(Passes):
@@ -48,9 +43,11 @@ class Native(Passes):
     def __init__(self) -> None:
         self._ops = torch.ops.fused_resnet_native
 
-    def supports(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
-        """Whether a C++ kernel computes such a convolution."""
-        return computes("convolution", weight, dtype, g)
+    def supports(
+        self, weight: Tensor, dtype: torch.dtype, g: Geometry, work: str = "convolution"
+    ) -> bool:
+        """Whether a C++ kernel computes this pass: see `native.training_reason`."""
+        return native.training_reason(work, weight.shape, dtype, sizes(g), g.groups) is None
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
@@ -70,14 +67,14 @@ class Native(Passes):
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
-        if not computes("input_gradient", weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g, "input_gradient"):
             return channels_last(super().input_gradient(dy, x, weight, g, added))
         return self._ops.input_gradient(dy, operand(weight), *x.shape[2:], added, sizes(g))
 
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
-        if not computes("input_gradient", weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g, "input_gradient"):
             return super().relu_gradient(dy, y, weight, g, normed)
         x, norm, (stats, *_) = normed
         return self._ops.input_gradient_and_sums(
@@ -86,7 +83,7 @@ class Native(Passes):
         )  # fmt: skip
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-        if not computes("weight_gradient", weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g, "weight_gradient"):
             return super().weight_gradient(dy, x, weight, g)
         return self._ops.weight_gradient(dy, x, *weight.shape[2:], sizes(g)).to(weight.dtype)
 

@@ -211,12 +211,3 @@ class Passes:
         self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
         update_running(mean, var, state, momentum, count)
-
-
-def gradient_padding(weight: Tensor, g: Geometry) -> list[int] | None:
-    """The padding of dy in the convolution of stride 1 by weights with reversed taps that is the
-    input gradient of g's convolution: dilation * (taps - 1) - padding, (2,). None where there is no
-    such convolution: g's stride is not 1, or its padding exceeds that of its taps."""
-    taps = zip(g.dilation, weight.shape[2:], g.padding, strict=True)
-    padding = [d * (k - 1) - p for d, k, p in taps]
-    return padding if g.stride == (1, 1) and min(padding) >= 0 else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from fused_resnet.kernels import tuning
 from fused_resnet.kernels.problem import Gemm
 from fused_resnet.kernels.target import Target
 
@@ -161,26 +162,13 @@ def work(config: Config, gemm: Gemm, processors: int) -> float:
     return waves * (math.ceil(steps(config, gemm) / config.splits) + 4) * per_step
 
 
-MAX_SPLITS = 8
-MAX_SPLIT_ROWS = 64  # of a tile: with too few tiles, smaller tiles are preferred to splits
-
-
-def takes_splits(config: Config, gemm: Gemm, splits: int) -> bool:
-    """Whether a tile may be split among `splits` programs, of at least four steps each."""
-    allowed = splits <= MAX_SPLITS and config.block_m <= MAX_SPLIT_ROWS
-    return allowed and steps(config, gemm) >= 4 * splits
-
-
 def candidates(gemm: Gemm, target: Target) -> list[Config]:
     """Every configuration worth measuring for this problem."""
     result = []
     for listed in configs(gemm.operands, target):
         config = fitted(listed, gemm)
-        result.append(config)
-        splits = 2
-        while takes_splits(config, gemm, splits):
-            result.append(replace(config, splits=splits))
-            splits *= 2
+        splits = tuning.splits(config.block_m, steps(config, gemm))
+        result += [replace(config, splits=s) for s in splits]
         if target.capability >= (9, 0):
             # The epilogue of a tile overlaps the first loads of the next.
             result.append(replace(config, persistent=True))
