@@ -197,13 +197,11 @@ def _bn_backward_fake(
     dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor,
     eps: float, relu: bool, need_dx: bool, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    full, none = layout.empty_like(layout.dense(x)), x.new_empty(0)
-    return (
-        full if need_dx else none,
-        torch.empty_like(mean),
-        torch.empty_like(mean),
-        layout.empty_like(full) if need_dresidual else torch.empty_like(none),
+    dx, dresidual = (
+        layout.empty_like(layout.dense(x)) if needed else x.new_empty(0)
+        for needed in (need_dx, need_dresidual)
     )
+    return dx, torch.empty_like(mean), torch.empty_like(mean), dresidual
 
 
 def _bn_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -168,14 +168,6 @@ class Cuda(Passes):
             relu,
         )  # fmt: skip
 
-    def norm_gradients(
-        self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None = None, **how: Any
-    ) -> Any:
-        normed = normed._replace(state=normed.state[:2])
-        if other is not None:
-            other = other._replace(state=other.state[:2])
-        return super().norm_gradients(dy, y, normed, other, **how)
-
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:

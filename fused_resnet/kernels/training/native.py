@@ -185,20 +185,19 @@ class Native(Passes):
         """dy (N, C, P, Q) -> the gradient of norm(x), (N, C, H, W). Only x's shape is used."""
         return self._ops.bn_pool_gradient(dy, y, index, x, window)
 
+    @staticmethod
     def update_running(
-        self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
+        mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
         if not (plain(mean) and plain(var)):
             float64 = any(t is not None and t.dtype == torch.float64 for t in (mean, var))
             stats = state[0] if float64 else state[0].float()
-            super().update_running(mean, var, stats, momentum, count)
+            Passes.update_running(mean, var, stats, momentum, count)
             return
         update_running_together([mean], [var], [], [state[0]], [momentum], [float(count)])
 
 
-@functools.cache
-def passes() -> Native:
-    return Native()
+passes = functools.cache(Native)
 
 
 def plain(t: Tensor | None) -> bool:

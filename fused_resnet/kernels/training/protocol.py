@@ -50,15 +50,12 @@ def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.detach().to(accumulate_dtype(x.dtype)).contiguous()
 
 
-def update_running(
-    mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
-) -> None:
-    """running = running * (1 - momentum) + now * momentum, in place; the variance is unbiased over
-    `count` values. mean, var: the running ones, (C,) or None; state: the batch's mean and biased
-    variance, (C,) each."""
-    for running, now in ((mean, state[0]), (var, state[1] * (count / (count - 1)))):
-        if running is not None:
-            running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
+def convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, g: Any, mask: list[bool]) -> Any:
+    """PyTorch's dx, dweight and dbias, None where `mask` is False. g: a `Geometry` or the like."""
+    stride, padding, dilation, groups = g
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
 
 
 class Passes:
@@ -108,23 +105,18 @@ class Passes:
         `convolve`; None where no kernel supports it."""
         return None
 
-    def _gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: Any) -> Any:
-        return torch.ops.aten.convolution_backward(
-            dy, x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, False, [0, 0],
-            g.groups, mask,
-        )  # fmt: skip
-
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
         """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`. Only x's shape is
         used. `added` may be overwritten and returned."""
-        dx = self._gradient(dy, x, weight, g, [True, False, False])[0]
+        dx = convolution_gradients(dy, x, weight, g, [True, False, False])[0]
         return dx if added is None else dx.add_(added)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         """dy (N, K, P, Q), x (N, C, H, W) -> dweight, of weight's shape and dtype."""
-        return self._gradient(dy, x, weight, g, [False, True, False])[1].to(weight.dtype)
+        mask = [False, True, False]
+        return convolution_gradients(dy, x, weight, g, mask)[1].to(weight.dtype)
 
     def normalise(
         self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, relu: bool
@@ -179,7 +171,7 @@ class Passes:
         y: None without a ReLU. has_residual: whether anything was added, `other` or a residual."""
         op = self.bn_add_relu_backward
         masked = masked or other is not None
-        x, norm, (mean, var) = normed
+        x, norm, (mean, var, *_) = normed
         relu = y is not None
         dx, dweight, dbias, g = op(
             dy, x, y, norm.weight, mean, var, norm.eps, relu, True, masked and relu
@@ -188,7 +180,7 @@ class Passes:
         g = g if relu else dy
         if other is None:
             return first, None, g if masked else None
-        x, norm, (mean, var) = other
+        x, norm, (mean, var, *_) = other
         second = op(g, x, None, norm.weight, mean, var, norm.eps, False, True, False)
         return first, NormGradients(*second[:3]), g
 
@@ -207,7 +199,13 @@ class Passes:
         dy; None: computes them."""
         return self.norm_gradients(dy, y, normed, has_residual=False)[0]
 
+    @staticmethod
     def update_running(
-        self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
+        mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
-        update_running(mean, var, state, momentum, count)
+        """running = running * (1 - momentum) + now * momentum, in place; the variance is unbiased
+        over `count` values. mean, var: the running ones, (C,) or None; state: the batch's mean and
+        biased variance, (C,) each."""
+        for running, now in ((mean, state[0]), (var, state[1] * (count / (count - 1)))):
+            if running is not None:
+                running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)

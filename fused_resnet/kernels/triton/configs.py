@@ -108,14 +108,11 @@ def configs(operands: str, target: Target) -> list[Config]:
     table = _MMA_SYNC_TF32 if operands == "tf32" else _MMA_SYNC
     if capability[0] == 8 and capability not in ((8, 6), (8, 9)):
         return list(table)
-    fitting = []
     limit = AMD_SHARED_BYTES if target.vendor == "amd" else SMALL_SHARED_BYTES
-    for c in table:
-        stages = c.stages
-        while shared_bytes(replace(c, stages=stages), operands) > limit:
-            stages -= 1
-        fitting.append(replace(c, stages=stages))
-    return fitting
+    return [
+        replace(c, stages=min(c.stages, limit // shared_bytes(replace(c, stages=1), operands)))
+        for c in table
+    ]
 
 
 def groups_per_tile(gemm: Gemm, block_n: int, block_k: int) -> int:
