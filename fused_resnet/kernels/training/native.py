@@ -39,9 +39,7 @@ class Native(Passes):
     """C++ kernels on the CPU; outputs are in pooled memory that is reused from step to step."""
 
     pools = True
-
-    def __init__(self) -> None:
-        self._ops = torch.ops.fused_resnet_native
+    _ops = torch.ops.fused_resnet_native
 
     def supports(
         self, weight: Tensor, dtype: torch.dtype, g: Geometry, work: str = "convolution"
