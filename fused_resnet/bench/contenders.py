@@ -149,11 +149,7 @@ def _step(
 
 
 def _on_stock_path(step: Step) -> Step:
-    def call() -> Tensor:
-        with stock_path():
-            return step()
-
-    return Step(call, step.model)
+    return Step(stock_path()(step.call), step.model)
 
 
 def _eager(case: Case, data: Data, layout: torch.memory_format) -> Step:

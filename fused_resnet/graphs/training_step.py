@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import noting
-from fused_resnet.layers.hooks import GLOBAL_HOOKS
+from fused_resnet.layers.hooks import GLOBAL_HOOKS, hooks_of
 
 from .capture import RECORDING
 
@@ -381,13 +381,9 @@ class _StateGuard:
         self._attributes = [
             (m.__dict__, [s for s in _SETTINGS if s in m.__dict__]) for m in modules
         ]
-        self._hooks = [
-            getattr(m, f"_{kind}_hooks")
-            for m in modules
-            for kind in ("forward", "forward_pre", "backward", "backward_pre")
-        ]
+        self._hooks = [*chain.from_iterable(map(hooks_of, modules)), *GLOBAL_HOOKS]
         self._hooks += [step.optimizer._optimizer_step_pre_hooks]
-        self._hooks += [step.optimizer._optimizer_step_post_hooks, *GLOBAL_HOOKS]
+        self._hooks += [step.optimizer._optimizer_step_post_hooks]
         self._has_cumulative_norm = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm)
             and m.momentum is None
