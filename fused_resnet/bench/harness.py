@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fused_resnet.checks import at_least, one_of
+from fused_resnet.models.resnet import list_models
 
 from . import machine, memory
 from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable, flops, make_data
@@ -90,13 +91,21 @@ def run(
         for batch in batches
         for dtype in dtypes
     ]
-    _validate(cases, contenders)
+    for case in cases:
+        one_of("bench: model", case.model, list_models())
+        one_of("bench: dtype", case.dtype, ("float32", "bfloat16", "float16"))
+        one_of("bench: mode", case.mode, ("infer", "train"))
+        at_least("bench: batch", case.batch, 1)
+    if not cases or not contenders:
+        raise ValueError("bench: at least one model, batch, dtype, mode and contender are needed")
+    machine.check_device(device)
+    for contender in contenders:
+        one_of("bench: contender", contender, CONTENDERS)
 
     def events() -> Iterator[Event]:
-        device, names = cases[0].device, list(dict.fromkeys(case.dtype for case in cases))
-        if device == "cpu":
-            # The limit of any dtype includes float32's.
-            names = list(dict.fromkeys(["float32", *names]))
+        # On the CPU the limit of any dtype includes float32's.
+        first = ["float32"] if device == "cpu" else []
+        names = list(dict.fromkeys([*first, *dtypes]))
         before = torch.get_num_threads()
         torch.set_num_threads(threads or before)
         try:
@@ -164,21 +173,6 @@ def pair_ratio(times: Sequence[float], other: Sequence[float]) -> tuple[float, f
 
 
 # --- one case -------------------------------------------------------------------------------------
-
-
-def _validate(cases: Sequence[Case], contenders: Sequence[str]) -> None:
-    from fused_resnet.models.resnet import list_models
-
-    for case in cases:
-        one_of("bench: model", case.model, list_models())
-        one_of("bench: dtype", case.dtype, ("float32", "bfloat16", "float16"))
-        one_of("bench: mode", case.mode, ("infer", "train"))
-        at_least("bench: batch", case.batch, 1)
-    if not cases or not contenders:
-        raise ValueError("bench: at least one model, batch, dtype, mode and contender are needed")
-    machine.check_device(cases[0].device)
-    for name in contenders:
-        one_of("bench: contender", name, CONTENDERS)
 
 
 def _run_case(

@@ -165,19 +165,16 @@ def tuned_table(winners: dict[Any, Any], title: str) -> Table:
 def info_tables(info: dict[str, Any]) -> Iterator[Table]:
     """One table per section of `fused_resnet.info()`."""
     plain = {k: v for k, v in info.items() if not isinstance(v, (dict, list))}
-    if plain:
-        yield _section("fused_resnet", plain)
+    yield _section("fused_resnet", plain)
     for title, section in info.items():
         if isinstance(section, dict):
             yield _section(title, section)
-        elif isinstance(section, list) and section and isinstance(section[0], dict):
+        elif isinstance(section, list):
             table = _table(title, list(section[0]), left=len(section[0]))
             table.columns[-1].no_wrap = False
             for row in section:
                 table.add_row(*("" if v is None else str(v) for v in row.values()))
             yield table
-        elif isinstance(section, list):
-            yield _section(title, {str(i): v for i, v in enumerate(section)})
 
 
 def _section(title: str, values: dict[str, Any]) -> Table:

@@ -8,6 +8,7 @@ path carries activations and gradients between any two blocks unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ class PreactBlock(FusedBlock):
         self.stride = stride
         self.activation_shared = activation_shared
         self.survival = 1.0
+        self._add_layers(inplanes, planes, stride, norm_layer)
+
+    def _add_layers(self, inplanes: int, planes: int, stride: int, norm_layer: Any) -> None:
+        """Replaces and adds layers in the classes of other blocks."""
 
     def _shortcut(self, x: Tensor, h: Tensor) -> Tensor:
         source = h if self.activation_shared else x
@@ -87,17 +92,7 @@ class PreactBottleneck(PreactBlock):
     expansion: int = 4
     _names = PREACT_BOTTLENECK
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        activation_shared: bool = False,
-    ) -> None:
-        super().__init__(inplanes, planes, stride, downsample, norm_layer, activation_shared)
-        norm_layer = norm_layer or nn.BatchNorm2d
+    def _add_layers(self, inplanes: int, planes: int, stride: int, norm_layer: Any) -> None:
         self.conv1 = conv1x1(inplanes, planes)
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn3 = norm_layer(planes)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.models.resnet import get_model
 from fused_resnet.tolerance import TOLERANCE, Error, Tolerance
 
 from .checkpoint import load_checkpoint, load_into
@@ -96,8 +97,6 @@ def matched_models(
     model, or without torchvision another one of this package (`parity` runs it on torchvision's
     path).
     """
-    from fused_resnet.models.resnet import get_model
-
     torch.manual_seed(seed)
     classes = 1000
     if checkpoint is None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.kernels.registry import use_backend
 from fused_resnet.layers.hooks import watching
 from fused_resnet.tolerance import Error, measure_error
 
@@ -25,8 +26,6 @@ Key = tuple[str, str]
 @contextlib.contextmanager
 def stock_path() -> Iterator[None]:
     """A context in which fused_resnet models run torchvision's path; it affects no other models."""
-    from fused_resnet.kernels.registry import use_backend
-
     with use_backend("reference"):
         yield
 
