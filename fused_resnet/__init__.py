@@ -13,23 +13,7 @@ from .layers import shortcut, sync_batch_norm
 from .layers.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from .models import cifar, preact, resnet
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
-from .models.resnet import (
-    BasicBlock,
-    Bottleneck,
-    ResNet,
-    get_model,
-    list_models,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnet152,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
-)
+from .models.resnet import *  # noqa: F403 - its __all__
 from .ops import add_relu, bn_add_relu, conv_bn_relu
 
 __version__ = "0.1.0"
@@ -40,13 +24,11 @@ for _module in (cifar, preact, resnet, shortcut, sync_batch_norm):
 sys.modules[f"{__name__}.blocks"] = sys.modules[Explanation.__module__]
 
 __all__ = [
-    "BasicBlock",
-    "Bottleneck",
+    *resnet.__all__,
     "CifarResNet",
     "Explanation",
     "Inference",
     "PreactResNet",
-    "ResNet",
     "SyncBatchNorm",
     "TrainingStep",
     "add_relu",
@@ -56,22 +38,10 @@ __all__ = [
     "convert_sync_batchnorm",
     "depth",
     "explain",
-    "get_model",
     "inference",
     "info",
-    "list_models",
     "release_memory",
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
     "set_activation_memory",
     "training_step",
     "use_backend",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
 ]

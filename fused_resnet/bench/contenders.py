@@ -21,20 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.checks import one_of
+from fused_resnet.fusion.training.activation_memory import set_activation_memory
+from fused_resnet.graphs.inference import inference
+from fused_resnet.graphs.training_step import training_step
+from fused_resnet.models.resnet import get_model
 from fused_resnet.parity.report import calibrate
 from fused_resnet.parity.runs import stock_model, stock_path
-
-__all__ = [
-    "CONTENDERS",
-    "EAGER",
-    "Case",
-    "Data",
-    "Step",
-    "Unavailable",
-    "build",
-    "flops",
-    "make_data",
-]
 
 EAGER = ("eager", "eager-channels_last")
 IMAGE = 224  # pixels
@@ -156,11 +149,7 @@ def _step(
 
 
 def _on_stock_path(step: Step) -> Step:
-    def call() -> Tensor:
-        with stock_path():
-            return step()
-
-    return Step(call, step.model)
+    return Step(stock_path()(step.call), step.model)
 
 
 def _eager(case: Case, data: Data, layout: torch.memory_format) -> Step:
@@ -192,8 +181,6 @@ def _compile(case: Case, data: Data) -> Step:
 
 
 def _fused(case: Case, data: Data) -> Step:
-    from fused_resnet.models.resnet import get_model
-
     model = _prepared(get_model(case.model, weights=None), case, data, torch.channels_last)
     return _step(case, data, model, _images(case, data, torch.channels_last), model)
 
@@ -202,8 +189,6 @@ def _fused_at_level(case: Case, data: Data, level: str) -> Step:
     """`fused` at the given level of activation memory, instead of "auto"."""
     if case.mode != "train":
         raise Unavailable(f"fused-{level}: training only")
-    from fused_resnet.fusion.training.activation_memory import set_activation_memory
-
     step = _fused(case, data)
     assert step.model is not None
     set_activation_memory(step.model, level)
@@ -211,26 +196,20 @@ def _fused_at_level(case: Case, data: Data, level: str) -> Step:
 
 
 def _fused_graph(case: Case, data: Data) -> Step:
-    """`inference` or `training_step`: the whole forward or training step as one CUDA graph."""
+    """`inference` or `training_step`: the whole forward or training step as one CUDA graph.
+
+    A step is captured in the fourth call, which is untimed or an outlier that the median ignores.
+    Its saved tensors and peak are in the graph's memory pool, which per-call counters do not see.
+    """
     if torch.device(case.device).type != "cuda":
         raise Unavailable("fused-graph: CUDA graphs need a GPU")
-    from fused_resnet.graphs.inference import inference
-    from fused_resnet.models.resnet import get_model
-
     model = _prepared(get_model(case.model, weights=None), case, data, torch.channels_last)
     x = _images(case, data, torch.channels_last)
     dtype = None if case.torch_dtype == torch.float32 else case.torch_dtype
-    if case.mode == "train":
-        return _captured_step(model, x, data.targets.to(case.device), dtype)
-    call = inference(model, x, dtype=dtype, cuda_graph=True)
-    return Step(lambda: call(x), model)
-
-
-def _captured_step(model: nn.Module, x: Tensor, targets: Tensor, dtype: Any) -> Step:
-    """Captured in the fourth call, which is untimed or an outlier that the median ignores. Saved
-    tensors and peak are in the graph's memory pool, which per-call counters do not see."""
-    from fused_resnet.graphs.training_step import training_step
-
+    if case.mode == "infer":
+        call = inference(model, x, dtype=dtype, cuda_graph=True)
+        return Step(lambda: call(x), model)
+    targets = data.targets.to(case.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
     step = training_step(
         model, lambda y, t: nn.functional.cross_entropy(y.float(), t), optimizer, dtype=dtype
@@ -325,6 +304,5 @@ CONTENDERS = tuple(_BUILDERS)
 
 def build(name: str, case: Case, data: Data) -> Step:
     """The step of contender `name`, not yet called. ValueError for an unknown name."""
-    if name not in _BUILDERS:
-        raise ValueError(f"bench: contender must be one of {', '.join(CONTENDERS)}, got {name!r}")
+    one_of("bench: contender", name, CONTENDERS)
     return _BUILDERS[name](case, data)

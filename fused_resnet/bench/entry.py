@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -12,18 +12,15 @@ from torch import Tensor
 from . import contenders
 from .contenders import Case, Step
 
-# Importing torch.utils.benchmark logs a warning if there is a CUDA toolkit but no GPU.
-_toolkit_log = logging.getLogger("torch.utils.cpp_extension")
-_toolkit_level = _toolkit_log.level
-_toolkit_log.setLevel(logging.ERROR)
-from torch.utils.benchmark import Measurement, TaskSpec, timer  # noqa: E402
-
-_toolkit_log.setLevel(_toolkit_level)
-
-__all__ = ["MIN_SAMPLE_S", "WARM_BELOW_S", "Entry", "Measurement", "TaskSpec", "enter", "timer"]
-
 MIN_SAMPLE_S = 0.02  # shorter calls are repeated until one sample lasts this long
 WARM_BELOW_S = 0.1  # for shorter calls, each sample is preceded by one untimed call
+
+
+def timer() -> float:
+    """Seconds, after everything that was launched on the accelerator."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Entry:
         return self.call_s * self.repeats + warm
 
     def sample(self) -> None:
-        """Time `repeats` calls; PyTorch's timer synchronises with the accelerator."""
+        """Time `repeats` calls."""
         if self.call_s < WARM_BELOW_S:
             self.step()
         start = timer()

@@ -18,16 +18,18 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from fused_resnet.checks import at_least, one_of
+from fused_resnet.models.resnet import list_models
 
 from . import machine, memory
 from .contenders import CONTENDERS, EAGER, Case, Step, Unavailable, flops, make_data
-from .entry import Entry, Measurement, TaskSpec, enter
+from .entry import Entry, enter
 from .worker import Worker
 
 __all__ = ["Event", "collect", "pair_ratio", "run", "save"]
@@ -52,10 +54,9 @@ class Event:
 class _Remote(Entry):
     """A contender in its own process."""
 
-    worker: Worker | None = None
+    worker: Worker = field(kw_only=True)
 
     def sample(self) -> None:
-        assert self.worker is not None
         self.times_s.append(self.worker.ask("sample"))
 
 
@@ -90,48 +91,49 @@ def run(
         for batch in batches
         for dtype in dtypes
     ]
-    _validate(cases, contenders)
-    return _run(cases, contenders, threads, seconds, rounds, with_memory, name)
+    for case in cases:
+        one_of("bench: model", case.model, list_models())
+        one_of("bench: dtype", case.dtype, ("float32", "bfloat16", "float16"))
+        one_of("bench: mode", case.mode, ("infer", "train"))
+        at_least("bench: batch", case.batch, 1)
+    if not cases or not contenders:
+        raise ValueError("bench: at least one model, batch, dtype, mode and contender are needed")
+    machine.check_device(device)
+    for contender in contenders:
+        one_of("bench: contender", contender, CONTENDERS)
 
+    def events() -> Iterator[Event]:
+        # On the CPU the limit of any dtype includes float32's.
+        first = ["float32"] if device == "cpu" else []
+        names = list(dict.fromkeys([*first, *dtypes]))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            yield Event(0.0, "the machine's limits")
+            results = machine.provenance(name, device)
+            results["other_load_cores"] = machine.other_load()
+            limits = machine.measure_limits(names, device)
+            results["limits"], results["cases"] = limits, []
+            for index, case in enumerate(cases):
+                with contextlib.ExitStack() as workers:
+                    options = (seconds, rounds, with_memory, workers)
+                    for event in _run_case(case, contenders, *options):
+                        event.fraction = (index + event.fraction) / len(cases)
+                        if event.case is not None:
+                            results["cases"].append(event.case)
+                        yield event
+            yield Event(1.0, "the machine's limits again")
+            results["other_load_cores"] = max(
+                results["other_load_cores"] or 0, machine.other_load() or 0
+            )
+            results["limits"] = machine.larger_limits(limits, machine.measure_limits(names, device))
+            for finished in results["cases"]:
+                _add_share_of_limit(finished, results["limits"])
+            yield Event(1.0, "done", results=results)
+        finally:
+            torch.set_num_threads(before)
 
-def _run(
-    cases: Sequence[Case],
-    contenders: Sequence[str],
-    threads: int | None,
-    seconds: float,
-    rounds: int,
-    with_memory: bool,
-    name: str,
-) -> Iterator[Event]:
-    device, names = cases[0].device, list(dict.fromkeys(case.dtype for case in cases))
-    if device == "cpu":
-        names = list(
-            dict.fromkeys(["float32", *names])
-        )  # the limit of any dtype includes float32's
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield Event(0.0, "the machine's limits")
-        results = machine.provenance(name, device)
-        results["other_load_cores"] = machine.other_load()
-        limits = machine.measure_limits(names, device)
-        results["limits"], results["cases"] = limits, []
-        for index, case in enumerate(cases):
-            for event in _run_case(case, contenders, seconds, rounds, with_memory):
-                event.fraction = (index + event.fraction) / len(cases)
-                if event.case is not None:
-                    results["cases"].append(event.case)
-                yield event
-        yield Event(1.0, "the machine's limits again")
-        results["other_load_cores"] = max(
-            results["other_load_cores"] or 0, machine.other_load() or 0
-        )
-        results["limits"] = machine.larger_limits(limits, machine.measure_limits(names, device))
-        for finished in results["cases"]:
-            _add_share_of_limit(finished, results["limits"])
-        yield Event(1.0, "done", results=results)
-    finally:
-        torch.set_num_threads(before)
+    return events()
 
 
 def collect(
@@ -173,44 +175,11 @@ def pair_ratio(times: Sequence[float], other: Sequence[float]) -> tuple[float, f
 # --- one case -------------------------------------------------------------------------------------
 
 
-def _validate(cases: Sequence[Case], contenders: Sequence[str]) -> None:
-    from fused_resnet.models.resnet import list_models
-
-    allowed = {
-        "model": list_models(),
-        "dtype": ["float32", "bfloat16", "float16"],
-        "mode": ["infer", "train"],
-    }
-    for case in cases:
-        for key, values in allowed.items():
-            if getattr(case, key) not in values:
-                raise ValueError(
-                    f"bench: {key} must be one of {', '.join(values)}, got {getattr(case, key)!r}"
-                )
-        if case.batch < 1:
-            raise ValueError(f"bench: batch must be at least 1, got {case.batch}")
-    if not cases or not contenders:
-        raise ValueError("bench: at least one model, batch, dtype, mode and contender are needed")
-    machine.check_device(cases[0].device)
-    for name in contenders:
-        if name not in CONTENDERS:
-            raise ValueError(
-                f"bench: contender must be one of {', '.join(CONTENDERS)}, got {name!r}"
-            )
-
-
 def _run_case(
-    case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool
-) -> Iterator[Event]:
-    """Yields events whose fractions refer to this case; building is the first half."""
-    with contextlib.ExitStack() as workers:
-        yield from _measure_case(case, contenders, seconds, rounds, with_memory, workers)
-
-
-def _measure_case(
     case: Case, contenders: Sequence[str], seconds: float, rounds: int, with_memory: bool,
     workers: contextlib.ExitStack,
 ) -> Iterator[Event]:  # fmt: skip
+    """Yields events whose fractions refer to this case; building is the first half."""
     separate = case.mode == "train" and torch.device(case.device).type == "cpu"
     data = None if separate else make_data(case)
     entries: list[Entry] = []
@@ -229,8 +198,11 @@ def _measure_case(
             # package is raised.
             if name in (*EAGER, "fused"):
                 raise
-            skipped[name] = f"failed: {type(error).__name__}: {_first_line(error)}"
-    count = _rounds(entries, seconds, rounds)
+            lines = [line for line in str(error).splitlines() if line.strip()] or ["no message"]
+            skipped[name] = f"failed: {type(error).__name__}: {lines[0][:200]}"
+    per_round = sum(e.sample_s for e in entries)
+    target = int(seconds / per_round) if per_round > 0 else rounds
+    count = max(rounds, min(MAX_ROUNDS, target))
     for index in range(count):
         yield Event(0.5 + 0.5 * index / count, f"{case.label}: round {index + 1} of {count}")
         _one_round(entries, index)
@@ -244,10 +216,6 @@ def _measure_case(
     yield Event(1.0, case.label, case=summary)
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")[:200]
-
-
 def _enter_in_worker(name: str, case: Case, workers: contextlib.ExitStack) -> _Remote:
     """As `enter`, in a new process that `workers` closes."""
     worker = Worker(name, case, torch.get_num_threads())
@@ -259,12 +227,6 @@ def _enter_in_worker(name: str, case: Case, workers: contextlib.ExitStack) -> _R
         name, no_step, answer["construct_s"], answer["first_call_s"], answer["call_s"], output, 0,
         worker=worker,
     )  # fmt: skip
-
-
-def _rounds(entries: Sequence[Entry], seconds: float, rounds: int) -> int:
-    per_round = sum(e.sample_s for e in entries)
-    target = int(seconds / per_round) if per_round > 0 else rounds
-    return max(rounds, min(MAX_ROUNDS, target))
 
 
 def _one_round(entries: list[Entry], index: int) -> None:
@@ -281,7 +243,7 @@ def _one_round(entries: list[Entry], index: int) -> None:
 
 def _memory(entry: Entry, case: Case, with_memory: bool) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    if isinstance(entry, _Remote) and entry.worker is not None:
+    if isinstance(entry, _Remote):
         sizes |= entry.worker.ask("saved")
     elif case.mode == "train" and entry.step.model is not None:
         sizes["saved_bytes"] = memory.saved_bytes(entry.step)
@@ -289,14 +251,26 @@ def _memory(entry: Entry, case: Case, with_memory: bool) -> dict[str, int]:
         if entry.step.model is not None:
             sizes["peak_bytes"] = memory.cuda_peak_bytes(entry.step, entry.owned_bytes, case.device)
     elif with_memory:
-        threads = torch.get_num_threads()
-        sizes["peak_bytes"] = memory.fresh_process_peak_bytes(entry.name, case, threads)
+        sizes["peak_bytes"] = _fresh_process_peak_bytes(entry.name, case)
     return sizes
 
 
+def _fresh_process_peak_bytes(name: str, case: Case) -> int:
+    """`memory.process_peak_bytes` of a new process."""
+    worker = Worker(name, case, torch.get_num_threads())
+    try:
+        return worker.ask("peak")
+    except RuntimeError as error:
+        raise RuntimeError(f"memory: {name} on {case.label} failed: {error}") from None
+    finally:
+        worker.close()
+
+
 def _iqr(values: Sequence[float]) -> float:
-    """The interquartile range as torch.utils.benchmark defines it."""
-    return Measurement(1, list(values), TaskSpec("", "")).iqr
+    """The interquartile range; quartiles are interpolated linearly, as in torch.utils.benchmark."""
+    quarters = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(quarters).tolist()
+    return high - low
 
 
 def _summary(
@@ -310,7 +284,12 @@ def _summary(
     best = min((e for e in entries if e.name in EAGER), key=lambda e: medians[e.name], default=None)
     rows: dict[str, Any] = {}
     for e in entries:
-        ratio = pair_ratio(e.times_s, best.times_s) if best else (None, None)
+        ratio: tuple[float | None, float | None] = (None, None)
+        difference = None
+        if best:
+            ratio = pair_ratio(e.times_s, best.times_s)
+            # Relative rms difference of the first outputs (logits, or the loss): a sanity check.
+            difference = ((e.output - best.output).norm() / best.output.norm()).item()
         rows[e.name] = {
             "median_ms": medians[e.name] * 1e3,
             "iqr_ms": _iqr(e.times_s) * 1e3,
@@ -319,7 +298,7 @@ def _summary(
             "ratio_iqr": ratio[1],
             "construct_s": e.construct_s,
             "first_call_s": e.first_call_s,
-            "difference_to_eager": _difference(e.output, best.output) if best else None,
+            "difference_to_eager": difference,
             "peak_bytes": peaks.get(e.name, {}).get("peak_bytes"),
             "saved_bytes": peaks.get(e.name, {}).get("saved_bytes"),
             "activation_peak_bytes": peaks.get(e.name, {}).get("activation_peak_bytes"),
@@ -335,11 +314,6 @@ def _summary(
         "contenders": rows,
         "skipped": skipped,
     }
-
-
-def _difference(output: Tensor, eager: Tensor) -> float:
-    """Relative rms difference of two first outputs (logits, or the loss): a sanity check."""
-    return ((output - eager).norm() / eager.norm()).item()
 
 
 def _add_share_of_limit(case: dict[str, Any], limits: dict[str, Any]) -> None:

@@ -14,18 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "check_device",
-    "copy_bandwidth",
-    "describe",
-    "info",
-    "larger_limits",
-    "measure_limits",
-    "other_load",
-    "product_rate",
-    "provenance",
-]
-
 PEERS = ("torchvision", "triton", "onnxruntime", "openvino", "numpy")
 MEASURE_S = 0.25  # seconds spent on each shape of a limit
 

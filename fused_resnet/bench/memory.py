@@ -5,13 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
 import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +15,7 @@ from fused_resnet.kernels import native
 
 from .contenders import Case, Step, build, make_data
 
-__all__ = ["activation_peak_bytes", "cuda_peak_bytes", "fresh_process_peak_bytes", "saved_bytes"]
-
 CALLS = 3  # calls over which the peak is measured
-TIMEOUT_S = 600
 
 
 def saved_bytes(step: Step) -> int:
@@ -52,20 +44,16 @@ def activation_peak_bytes(step: Step) -> int:
     PyTorch's allocations are counted by its profiler, those of this package by its own pool. The
     result is the sum of both peaks: an upper bound, since they may be reached at different times.
     """
-    parameters = list(step.model.parameters()) if step.model else []
-    handles = [p.register_post_accumulate_grad_hook(_drop) for p in parameters]
     # Silences the profiler's messages at start and end.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     before = native.memory().get("used_bytes", 0)
     native.reset_memory_peak()
-    try:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with contextlib.ExitStack() as stack:
+        for p in step.model.parameters() if step.model else ():
+            stack.callback(p.register_post_accumulate_grad_hook(_drop).remove)
+        with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
             step()
-    finally:
-        for handle in handles:
-            handle.remove()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(changes, key=lambda e: e.start_ns()):
@@ -88,21 +76,6 @@ def cuda_peak_bytes(step: Step, owned_bytes: int, device: str) -> int:
     return owned_bytes + torch.cuda.max_memory_allocated(device) - before
 
 
-def fresh_process_peak_bytes(contender: str, case: Case, threads: int) -> int:
-    """Peak resident bytes of `contender` on the CPU, measured in a new process.
-
-    The peak during the calls minus the resident size after the libraries are loaded. It includes
-    the weights, packed copies, activations and the data of compilers.
-    """
-    request = json.dumps({"contender": contender, "case": asdict(case), "threads": threads})
-    command = [sys.executable, "-m", "fused_resnet.bench.memory", request]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"memory: {contender} on {case.label} failed: {lines[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-
-
 def _status_bytes(key: str) -> int:
     """VmRSS (resident now) or VmHWM (its peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -120,22 +93,21 @@ def _release_free_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _measure(request: dict[str, Any]) -> dict[str, int]:
-    torch.set_num_threads(request["threads"])
-    case = Case(**request["case"])
+def process_peak_bytes(contender: str, case: Case) -> int:
+    """Peak resident bytes of `contender` on the CPU, in a process that has run nothing else.
+
+    The peak during the calls minus the resident size after the libraries are loaded. It includes
+    the weights, packed copies, activations and the data of compilers.
+    """
     # A small eager step first, which loads the libraries and starts their threads.
     warm = Case("resnet18", 1, case.dtype)
     build("eager", warm, make_data(warm))()
     _release_free_memory()
     base = _status_bytes("VmRSS")
     data = make_data(case)
-    step = build(request["contender"], case, data)
+    step = build(contender, case, data)
     del data
     _release_free_memory()
     for _ in range(CALLS):
         step()
-    return {"peak_bytes": _status_bytes("VmHWM") - base, "base_bytes": base}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_measure(json.loads(sys.argv[1]))))
+    return _status_bytes("VmHWM") - base

@@ -11,42 +11,19 @@ if TYPE_CHECKING:
 
     from fused_resnet.parity.report import ParityReport
 
-__all__ = [
-    "NAMES",
-    "bench_table",
-    "info_tables",
-    "parity_table",
-    "plot_bench",
-    "remarks",
-    "verdict",
-]
-
 # Display names, and colours that colour-blind readers can tell apart (Okabe and Ito's palette).
-NAMES = {
-    "eager": "PyTorch eager, NCHW",
-    "eager-channels_last": "PyTorch eager, channels_last",
-    "compile": "torch.compile",
-    "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
-    "fused": "fused_resnet",
-    "fused-full": "fused_resnet, full memory",
-    "fused-low": "fused_resnet, low memory",
-    "fused-lower": "fused_resnet, lower memory",
-    "fused-minimal": "fused_resnet, minimal memory",
-    "fused-graph": "fused_resnet, CUDA graph",
-}
-COLOURS = {
-    "eager": "#bdbdbd",
-    "eager-channels_last": "#7f7f7f",
-    "compile": "#e69f00",
-    "onnxruntime": "#009e73",
-    "openvino": "#cc79a7",
-    "fused": "#0072b2",
-    "fused-full": "#003f66",
-    "fused-low": "#56b4e9",
-    "fused-lower": "#88ccee",
-    "fused-minimal": "#bbddee",
-    "fused-graph": "#56b4e9",
+CONTENDERS = {
+    "eager": ("PyTorch eager, NCHW", "#bdbdbd"),
+    "eager-channels_last": ("PyTorch eager, channels_last", "#7f7f7f"),
+    "compile": ("torch.compile", "#e69f00"),
+    "onnxruntime": ("ONNX Runtime", "#009e73"),
+    "openvino": ("OpenVINO", "#cc79a7"),
+    "fused": ("fused_resnet", "#0072b2"),
+    "fused-full": ("fused_resnet, full memory", "#003f66"),
+    "fused-low": ("fused_resnet, low memory", "#56b4e9"),
+    "fused-lower": ("fused_resnet, lower memory", "#88ccee"),
+    "fused-minimal": ("fused_resnet, minimal memory", "#bbddee"),
+    "fused-graph": ("fused_resnet, CUDA graph", "#56b4e9"),
 }
 TIMES = "\N{MULTIPLICATION SIGN}"
 INK, FAINT = "#222222", "#e3e3e3"
@@ -135,7 +112,7 @@ def bench_table(results: dict[str, Any]) -> Table:
                 f"{row['share_of_limit']:.0%}",
                 f"{row['construct_s'] + row['first_call_s']:.1f}",
             ]
-            cells += [_mebibytes(row.get(key)) for key in shown]
+            cells += [f"{row[key] / 2**20:.0f}" if row.get(key) else "" for key in shown]
             table.add_row(label, name, *cells, style="bold" if name == "fused" else None)
             label = ""
         table.add_section()
@@ -143,33 +120,25 @@ def bench_table(results: dict[str, Any]) -> Table:
 
 
 def remarks(results: dict[str, Any]) -> list[str]:
-    """Lines below the table: skipped contenders with reasons, and whether the machine was busy."""
+    """Lines below the table: skipped contenders with reasons and cases, and whether the machine was
+    busy."""
     load = results.get("other_load_cores") or 0.0
-    lines = _skipped(results)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in results["cases"]:
+        for name, reason in case["skipped"].items():
+            label = f"{case['model']} b{case['batch']} {case['dtype']} {case['mode']}"
+            reasons.setdefault((name, reason), []).append(label)
+    lines = [
+        f"{CONTENDERS[name][0]} left out: {reason.removeprefix(name + ': ')}"
+        + ("" if len(cases) == len(results["cases"]) else f" ({', '.join(cases)})")
+        for (name, reason), cases in reasons.items()
+    ]
     if load > BUSY_CORES:
         lines.append(
             f"other programs kept {load:.1f} of {results['machine']['cores']} cores busy: absolute "
             f"figures are too low, and small differences are not significant"
         )
     return lines
-
-
-def _skipped(results: dict[str, Any]) -> list[str]:
-    """One line per skipped contender and reason, with the cases."""
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for case in results["cases"]:
-        for name, reason in case["skipped"].items():
-            label = f"{case['model']} b{case['batch']} {case['dtype']} {case['mode']}"
-            reasons.setdefault((name, reason), []).append(label)
-    return [
-        f"{NAMES[name]} left out: {reason.removeprefix(name + ': ')}"
-        + ("" if len(cases) == len(results["cases"]) else f" ({', '.join(cases)})")
-        for (name, reason), cases in reasons.items()
-    ]
-
-
-def _mebibytes(size: int | None) -> str:
-    return f"{size / 2**20:.0f}" if size else ""
 
 
 def tuned_table(winners: dict[Any, Any], title: str) -> Table:
@@ -196,19 +165,16 @@ def tuned_table(winners: dict[Any, Any], title: str) -> Table:
 def info_tables(info: dict[str, Any]) -> Iterator[Table]:
     """One table per section of `fused_resnet.info()`."""
     plain = {k: v for k, v in info.items() if not isinstance(v, (dict, list))}
-    if plain:
-        yield _section("fused_resnet", plain)
+    yield _section("fused_resnet", plain)
     for title, section in info.items():
         if isinstance(section, dict):
             yield _section(title, section)
-        elif isinstance(section, list) and section and isinstance(section[0], dict):
+        elif isinstance(section, list):
             table = _table(title, list(section[0]), left=len(section[0]))
             table.columns[-1].no_wrap = False
             for row in section:
                 table.add_row(*("" if v is None else str(v) for v in row.values()))
             yield table
-        elif isinstance(section, list):
-            yield _section(title, {str(i): v for i, v in enumerate(section)})
 
 
 def _section(title: str, values: dict[str, Any]) -> Table:
@@ -241,7 +207,7 @@ def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Pa
 
     panels = list(dict.fromkeys((case["model"], case["mode"]) for case in results["cases"]))
     present = {name for case in results["cases"] for name in case["contenders"]}
-    names = [name for name in NAMES if name in present]
+    names = [name for name in CONTENDERS if name in present]
     groups = max(
         sum((case["model"], case["mode"]) == panel for case in results["cases"]) for panel in panels
     )
@@ -266,7 +232,13 @@ def plot_bench(results: dict[str, Any], path: str | Path, title: str = "") -> Pa
         columnspacing=1.4,
         handlelength=1.0,
     )
-    figure.text(0.02, 0.1 / height, _footnote(results), fontsize=8, color="#666666")
+    footnote = (
+        f"torch {results['torch']}, 224 x 224 pixels. Medians of at least "
+        f"{min(case['rounds'] for case in results['cases'])} interleaved rounds.\nError bars: "
+        f"interquartile range. {TIMES}: speed-up over the better eager layout, per round. "
+        f"{results['date'][:10]}"
+    )
+    figure.text(0.02, 0.1 / height, footnote, fontsize=8, color="#666666")
     figure.tight_layout(rect=(0, 0.4 / height, 1, 1 - 0.52 / height), h_pad=1.2)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,15 +259,6 @@ def device_name(results: dict[str, Any]) -> str:
     return processor_name(machine) + threads
 
 
-def _footnote(results: dict[str, Any]) -> str:
-    rounds = [case["rounds"] for case in results["cases"]]
-    return (
-        f"torch {results['torch']}, 224 x 224 pixels. Medians of at least {min(rounds)} "
-        f"interleaved rounds.\nError bars: interquartile range. "
-        f"{TIMES}: speed-up over the better eager layout, per round. {results['date'][:10]}"
-    )
-
-
 def _draw_panel(
     ax: Any, panel: tuple[str, str], cases: list[dict[str, Any]], names: Sequence[str]
 ) -> None:
@@ -308,7 +271,19 @@ def _draw_panel(
             for i, case in enumerate(cases)
             if name in case["contenders"]
         ]
-        _draw_bars(ax, name, bars, bar * 0.92, top)
+        places = [place for place, _ in bars]
+        heights = [row["images_per_s"] for _, row in bars]
+        spread = [row["images_per_s"] * row["iqr_ms"] / row["median_ms"] / 2 for _, row in bars]
+        label, colour = CONTENDERS[name]
+        weight = "bold" if name == "fused" else "normal"
+        style = {"ha": "center", "va": "bottom", "fontsize": 8, "color": INK, "weight": weight}
+        ax.bar(places, heights, bar * 0.92, color=colour, label=label, zorder=2)
+        ax.errorbar(places, heights, spread, fmt="none", ecolor=INK, elinewidth=0.8, zorder=3)
+        for (place, row), height, error in zip(bars, heights, spread, strict=True):
+            value = f"{height:.0f}" if height >= 99.5 else f"{height:.1f}"
+            if name == "fused" and row["ratio_to_eager"]:
+                value += f"\n{1 / row['ratio_to_eager']:.2f}{TIMES}"
+            ax.text(place, height + error + top * 0.012, value, **style)
     title = panel[0].replace("resnet", "ResNet-")
     title += ", training step" if panel[1] == "train" else ""
     ax.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK)
@@ -320,32 +295,3 @@ def _draw_panel(
     ax.tick_params(axis="both", length=0, labelcolor=INK, labelsize=9.5)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
-
-
-def _draw_bars(
-    ax: Any, name: str, bars: list[tuple[float, dict[str, Any]]], width: float, top: float
-) -> None:
-    """One contender's bars at the given positions, with error bars and values."""
-    places = [place for place, _ in bars]
-    heights = [row["images_per_s"] for _, row in bars]
-    spread = [row["images_per_s"] * row["iqr_ms"] / row["median_ms"] / 2 for _, row in bars]
-    ax.bar(places, heights, width, color=COLOURS[name], label=NAMES[name], zorder=2)
-    ax.errorbar(places, heights, spread, fmt="none", ecolor=INK, elinewidth=0.8, zorder=3)
-    for (place, row), error in zip(bars, spread, strict=True):
-        ax.text(
-            place,
-            row["images_per_s"] + error + top * 0.012,
-            _bar_label(name, row["images_per_s"], row),
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=INK,
-            fontweight="bold" if name == "fused" else "normal",
-        )
-
-
-def _bar_label(name: str, height: float, row: dict[str, Any]) -> str:
-    value = f"{height:.0f}" if height >= 99.5 else f"{height:.1f}"
-    if name == "fused" and row["ratio_to_eager"]:
-        return f"{value}\n{1 / row['ratio_to_eager']:.2f}{TIMES}"
-    return value

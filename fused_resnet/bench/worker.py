@@ -99,6 +99,7 @@ def _serve(request: dict[str, Any]) -> None:
         "enter": enter_case,
         "sample": sample,
         "saved": saved,
+        "peak": lambda: memory.process_peak_bytes(request["name"], case),
     }
     for line in sys.stdin:
         answer(questions[line.strip()]())

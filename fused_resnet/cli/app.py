@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,20 +28,17 @@ Models = Annotated[list[str], typer.Option("--model", help="Model names.", metav
 Dtypes = Annotated[
     list[str], typer.Option("--dtype", help="float32, bfloat16, float16.", metavar="DTYPE")
 ]
+Batches = Annotated[list[str], typer.Option("--batch", help="Batch sizes.", metavar="N")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Modes = Annotated[list[str], typer.Option("--mode", help="infer, train.", metavar="MODE")]
 Images = Annotated[
-    Optional[Path],  # noqa: UP045 - typer evaluates it on Python 3.10
-    typer.Option(help="Folder of images (default: the photographs in scikit-image)."),
+    Path | None, typer.Option(help="Folder of images (default: the photographs in scikit-image).")
 ]
 Json = Annotated[
-    Optional[str],  # noqa: UP045
+    str | None,
     typer.Option("--json", help="Write JSON to this file; standard output if - or no file name."),
 ]
-Threads = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="CPU threads (default: PyTorch's setting)."),
-]
+Threads = Annotated[int | None, typer.Option(help="CPU threads (default: PyTorch's setting).")]
 
 
 def console_for(json_target: str | None = None) -> Console:
@@ -75,15 +72,11 @@ def clear_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def check(option: str, value: str, allowed: list[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def positive(option: str, value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"{option} must be positive integers, got {value!r}")
-    return int(value)
+def batch_sizes(values: list[str]) -> list[int]:
+    for value in split(values):
+        if not value.isdigit() or int(value) < 1:
+            raise ValueError(f"--batch must be positive integers, got {value!r}")
+    return [int(value) for value in split(values)]
 
 
 def load_inputs(source: Path | None, count: int | None, console: Console) -> Tensor:

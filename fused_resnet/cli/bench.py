@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from .app import (
+    Batches,
     Device,
     Dtypes,
     Json,
@@ -15,10 +16,10 @@ from .app import (
     Modes,
     Threads,
     app,
+    batch_sizes,
     clear_errors,
     console_for,
     emit,
-    positive,
     split,
     with_progress,
 )
@@ -27,10 +28,7 @@ from .app import (
 @app.command()
 def bench(
     model: Models = ["resnet50"],  # noqa: B006
-    batch: Annotated[list[str], typer.Option("--batch", help="Batch sizes.", metavar="N")] = [  # noqa: B006
-        "1",
-        "8",
-    ],
+    batch: Batches = ["1", "8"],  # noqa: B006
     dtype: Dtypes = ["float32", "bfloat16"],  # noqa: B006
     mode: Modes = ["infer"],  # noqa: B006
     contender: Annotated[
@@ -55,10 +53,7 @@ def bench(
         ),
     ] = False,
     json_target: Json = None,
-    plot: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Write a PNG plot to this file."),
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG plot to this file.")] = None,
 ) -> None:
     """Images per second of fused_resnet and other contenders, interleaved in one run."""
     from fused_resnet.bench import harness
@@ -67,10 +62,9 @@ def bench(
 
     console = console_for(json_target)
     with clear_errors():
-        batches = [positive("--batch", value) for value in split(batch)]
         events = harness.run(
             split(model),
-            batches,
+            batch_sizes(batch),
             split(dtype),
             modes=split(mode),
             device=device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 IMAGES = 8  # photographs for parity, and the maximum for calibration
 BATCHES = (1, 8)
 DTYPES = ("float32", "bfloat16")
-CONTENDERS = ("eager", "eager-channels_last", "compile", "fused")
-SECONDS = 4.0  # per case, but at least ROUNDS rounds
-ROUNDS = 7
+SETTINGS: dict[str, Any] = {
+    "contenders": ("eager", "eager-channels_last", "compile", "fused"),
+    "seconds": 4.0,  # per case, but at least `rounds` rounds
+    "rounds": 7,
+}
 
 
 @app.command()
@@ -44,57 +46,40 @@ def demo(
     images: Images = None,
     model: Models = ["resnet18", "resnet50"],  # noqa: B006
     device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="cpu or cuda (default: cuda if available)."),
+        str | None, typer.Option(help="cpu or cuda (default: cuda if available).")
     ] = None,
     threads: Threads = None,
 ) -> None:
     """Parity with torchvision on photographs, then images per second; takes minutes."""
+    console = console_for()
     with clear_errors():
-        ok = run(console_for(), out, images, split(model), device, threads)
-    if not ok:
+        models = split(model) or ["resnet18", "resnet50"]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        machine.check_device(device)
+        torch.set_num_threads(threads or torch.get_num_threads())
+        missing = native.load()
+        if missing is not None:
+            console.print(f"running without native kernels: {missing}", soft_wrap=True)
+        parities = _parity(console, models, load_inputs(images, IMAGES, console), device)
+        events = harness.run(models, BATCHES, DTYPES, device=device, name="demo", **SETTINGS)
+        results = with_progress(events, console)
+        results["parity"] = parities
+        console.print(report.bench_table(results))
+        for line in report.remarks(results):
+            console.print(line, soft_wrap=True)
+        path = harness.save(results, out)
+        title = f"fused_resnet on {report.device_name(results)}"
+        title += ": images per second, higher is better"
+        plot = report.plot_bench(results, path.with_suffix(".png"), title)
+        ratios = [case["contenders"]["fused"]["ratio_to_eager"] for case in results["cases"]]
+        conclusion = (
+            f"fused_resnet is {1 / max(ratios):.2f} to {1 / min(ratios):.2f} times as fast as the "
+            f"faster eager layout on this machine"
+        )
+        console.print(conclusion, style="bold", soft_wrap=True)
+        console.print(f"JSON: {path}\nplot: {plot}", soft_wrap=True)
+    if not all(entry["ok"] for entry in parities):
         raise typer.Exit(1)
-
-
-def run(
-    console: Console,
-    out: Path,
-    images: Path | None = None,
-    models: list[str] | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-) -> bool:
-    """Measure parity and throughput; write a plot and JSON to `out`. True if parity holds."""
-    models = models or ["resnet18", "resnet50"]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    machine.check_device(device)
-    torch.set_num_threads(threads or torch.get_num_threads())
-    missing = native.load()
-    if missing is not None:
-        console.print(f"running without native kernels: {missing}", soft_wrap=True)
-    inputs = load_inputs(images, IMAGES, console)
-    parities = _parity(console, models, inputs, device)
-    events = harness.run(
-        models,
-        BATCHES,
-        DTYPES,
-        device=device,
-        contenders=CONTENDERS,
-        seconds=SECONDS,
-        rounds=ROUNDS,
-        name="demo",
-    )
-    results = with_progress(events, console)
-    results["parity"] = parities
-    console.print(report.bench_table(results))
-    for line in report.remarks(results):
-        console.print(line, soft_wrap=True)
-    path = harness.save(results, out)
-    title = f"fused_resnet on {report.device_name(results)}: images per second, higher is better"
-    plot = report.plot_bench(results, path.with_suffix(".png"), title)
-    console.print(_conclusion(results), style="bold", soft_wrap=True)
-    console.print(f"JSON: {path}\nplot: {plot}", soft_wrap=True)
-    return all(entry["ok"] for entry in parities)
 
 
 def _parity(
@@ -113,27 +98,15 @@ def _parity(
                 progress.update(task, description=f"{model} {dtype}: parity with stock PyTorch")
                 parity = testing.parity(fused, reference, inputs, getattr(torch, dtype))
                 parities.append({"model": model, **parity.to_dict()})
-                console.print(_parity_line(model, parity), soft_wrap=True)
+                output, agreement = parity.row("output"), parity.agreement["fused with stock"]
+                line = (
+                    f"parity {model} {parity.dtype}: {'holds' if parity.ok else 'BROKEN'}; error "
+                    f"against float64: stock {output.stock.rms:.1e}, fused {output.fused.rms:.1e}; "
+                    f"same top-1 class as stock: {agreement.top1:.0%}"
+                )
+                console.print(line, soft_wrap=True)
                 if not parity.ok:
                     console.print(report.parity_table(parity, f"{model} {dtype}"))
                     console.print(report.verdict(parity), style="bold red")
         progress.update(task, description="parity done")
     return parities
-
-
-def _parity_line(model: str, parity: testing.ParityReport) -> str:
-    output = parity.row("output")
-    agreement = parity.agreement["fused with stock"]
-    return (
-        f"parity {model} {parity.dtype}: {'holds' if parity.ok else 'BROKEN'}; error against "
-        f"float64: stock {output.stock.rms:.1e}, fused {output.fused.rms:.1e}; "
-        f"same top-1 class as stock: {agreement.top1:.0%}"
-    )
-
-
-def _conclusion(results: dict[str, Any]) -> str:
-    ratios = [case["contenders"]["fused"]["ratio_to_eager"] for case in results["cases"]]
-    return (
-        f"fused_resnet is {1 / max(ratios):.2f} to {1 / min(ratios):.2f} times as fast as the "
-        f"faster eager layout on this machine"
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -21,28 +21,16 @@ _OPTION = typer.Option
 @app.command()
 def depth(
     data: Annotated[str, _OPTION(help="digits (scikit-learn's) or cifar10.")] = "digits",
-    root: Annotated[
-        Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
-        _OPTION(help="Folder of cifar10."),
-    ] = None,
+    root: Annotated[str | None, _OPTION(help="Folder of cifar10.")] = None,
     depths: Annotated[str, _OPTION(help="Numbers of layers, each 6n + 2.")] = "20,56,110",
     deep: Annotated[
         str, _OPTION(help="Layers of residual networks trained for --deep-steps.")
     ] = "1202",
     deep_steps: int = 60,
     seeds: int = 3,
-    epochs: Annotated[
-        Optional[int],  # noqa: UP045
-        _OPTION(help="Default: 30; cifar10: 164."),
-    ] = None,
-    batch: Annotated[
-        Optional[int],  # noqa: UP045
-        _OPTION(help="Default: 64; cifar10: 128."),
-    ] = None,
-    lr: Annotated[
-        Optional[float],  # noqa: UP045
-        _OPTION(help="Peak (default: 0.05; cifar10: 0.1)."),
-    ] = None,
+    epochs: Annotated[int | None, _OPTION(help="Default: 30; cifar10: 164.")] = None,
+    batch: Annotated[int | None, _OPTION(help="Default: 64; cifar10: 128.")] = None,
+    lr: Annotated[float | None, _OPTION(help="Peak (default: 0.05; cifar10: 0.1).")] = None,
     block: Annotated[str, _OPTION(help="basic, preact or preact_bottleneck.")] = "basic",
     activation_memory: Annotated[
         str, _OPTION(help="For the deep networks: full, low, lower or minimal.")
@@ -109,10 +97,8 @@ def write(config: Config, parts: dict[str, dict[str, object]], folder: Path) -> 
     from fused_resnet.train.state import write_whole
 
     summary = {**provenance("depth", "cpu"), **report.summarise(config, parts)}
-    text = json.dumps(summary, allow_nan=False)
-    write_whole(folder / "report.json", lambda f: f.write(text.encode()))
-    page = report.markdown(summary)
-    write_whole(folder / "report.md", lambda f: f.write(page.encode()))
+    write_whole(folder / "report.json", json.dumps(summary, allow_nan=False))
+    write_whole(folder / "report.md", report.markdown(summary))
     plots = report.plot(summary, folder) or ["no plots (pip install matplotlib)"]
     lines = [
         f"{'shown' if c['shown'] else 'not shown'}: {c['claim']}. {c['words']}"

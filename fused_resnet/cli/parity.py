@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +14,6 @@ from .app import (
     Models,
     Threads,
     app,
-    check,
     clear_errors,
     console_for,
     emit,
@@ -24,8 +22,6 @@ from .app import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fused_resnet.parity.report import ParityReport
 
 
@@ -43,7 +39,7 @@ def parity(
     device: Device = "cpu",
     images: Images = None,
     checkpoint: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="state_dict file (default: random weights, calibrated statistics)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
@@ -56,8 +52,10 @@ def parity(
     """
     import torch
 
+    from fused_resnet import testing
     from fused_resnet.bench.machine import check_device, provenance
     from fused_resnet.bench.report import parity_table, verdict
+    from fused_resnet.checks import one_of
     from fused_resnet.models.resnet import list_models
 
     console = console_for(json_target)
@@ -67,14 +65,26 @@ def parity(
     with clear_errors():
         models, dtypes = split(model), split(dtype)
         for name in models:
-            check("--model", name, list_models())
+            one_of("--model", name, list_models())
         for name in dtypes:
-            check("--dtype", name, ["float32", "bfloat16", "float16", "float64"])
-        check("--mode", mode, ["infer", "train"])
+            one_of("--dtype", name, ["float32", "bfloat16", "float16", "float64"])
+        one_of("--mode", mode, ["infer", "train"])
         check_device(device)
         inputs = load_inputs(images, batch, console)
+        training = mode == "train"
+        command = f" --mode {mode} --batch {len(inputs)} --device {device} --seed {seed}"
+        command += f" --threads {torch.get_num_threads()}"
+        command += f" --checkpoint {checkpoint}" if checkpoint else ""
+        command += f" --images {images}" if images else ""
         for name in models:
-            for report in _parity_of(name, dtypes, mode, inputs, device, checkpoint, seed, images):
+            fused, reference = testing.matched_models(
+                name, inputs, checkpoint=checkpoint, seed=seed, device=device
+            )
+            for kind in dtypes:
+                again = f"fused-resnet parity --model {name}{command} --dtype {kind}"
+                report = testing.parity(
+                    fused, reference, inputs, getattr(torch, kind), training, reproducer=again
+                )
                 reports.append((name, report))
                 title = f"{name}, {report.dtype}, {mode}, {len(inputs)} images, {report.device}"
                 console.print(parity_table(report, f"{title}: relative rms error against float64"))
@@ -89,35 +99,3 @@ def parity(
         emit(content, json_target, console)
     if not all(report.ok for _, report in reports):
         raise typer.Exit(1)
-
-
-def _parity_of(
-    name: str,
-    dtypes: list[str],
-    mode: str,
-    inputs: Tensor,
-    device: str,
-    checkpoint: Path | None,
-    seed: int,
-    images: Path | None,
-) -> Iterator[ParityReport]:
-    import torch
-
-    from fused_resnet import testing
-
-    fused, reference = testing.matched_models(
-        name, inputs, checkpoint=checkpoint, seed=seed, device=device
-    )
-    command = f"fused-resnet parity --model {name} --mode {mode} --batch {len(inputs)}"
-    command += f" --device {device} --seed {seed} --threads {torch.get_num_threads()}"
-    command += f" --checkpoint {checkpoint}" if checkpoint else ""
-    command += f" --images {images}" if images else ""
-    for dtype in dtypes:
-        yield testing.parity(
-            fused,
-            reference,
-            inputs,
-            getattr(torch, dtype),
-            training=mode == "train",
-            reproducer=f"{command} --dtype {dtype}",
-        )

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .app import Device, Threads, app, clear_errors, console_for
-
-if TYPE_CHECKING:
-    from fused_resnet.train import Result
 
 _OPTION = typer.Option
 
@@ -24,21 +21,16 @@ def train(
         str, _OPTION(help="A ResNet of this package, or cifar_resnet20 (any depth 6n + 2).")
     ] = "resnet18",
     data: Annotated[str, _OPTION(help="digits (scikit-learn's), cifar10 or folder.")] = "digits",
-    root: Annotated[
-        Optional[str],  # noqa: UP045 - typer evaluates it on Python 3.10
-        _OPTION(help="Folder of cifar10 or of the images."),
-    ] = None,
+    root: Annotated[str | None, _OPTION(help="Folder of cifar10 or of the images.")] = None,
     image_size: Annotated[
-        Optional[int],  # noqa: UP045
-        _OPTION(help="Pixels (default: 32; folder: 224).", min=8),
+        int | None, _OPTION(help="Pixels (default: 32; folder: 224).", min=8)
     ] = None,
     epochs: int = 10,
     batch: Annotated[int, _OPTION(help="Images per optimizer step, over all processes.")] = 64,
     accumulate: Annotated[int, _OPTION(help="Backward passes per optimizer step.")] = 1,
     optimizer: Annotated[str, _OPTION(help="sgd, adamw or lamb.")] = "sgd",
     lr: Annotated[
-        Optional[float],  # noqa: UP045
-        _OPTION(help="Peak (default: sgd 0.1 x batch / 256; else 0.001)."),
+        float | None, _OPTION(help="Peak (default: sgd 0.1 x batch / 256; else 0.001).")
     ] = None,
     momentum: float = 0.9,
     weight_decay: Annotated[float, _OPTION(help="Not applied to biases and norms.")] = 1e-4,
@@ -46,13 +38,10 @@ def train(
     label_smoothing: float = 0.0,
     amp: Annotated[str, _OPTION(help="no, bfloat16 or float16.")] = "no",
     ema: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         _OPTION(help="Decay of an exponential moving average of the weights; it is tested."),
     ] = None,
-    clip: Annotated[
-        Optional[float],  # noqa: UP045
-        _OPTION(help="Maximum gradient norm."),
-    ] = None,
+    clip: Annotated[float | None, _OPTION(help="Maximum gradient norm.")] = None,
     channels_last: bool = True,
     activation_memory: Annotated[str, _OPTION(help="auto, full, low, lower or minimal.")] = "auto",
     cuda_graph: Annotated[
@@ -68,10 +57,7 @@ def train(
     workers: Annotated[int, _OPTION(help="Data loading processes.")] = 0,
     checkpoint_every: Annotated[int, _OPTION(help="Steps; also after every epoch.")] = 100,
     resume: Annotated[bool, _OPTION("--resume", help="Continue the run in --out.")] = False,
-    out: Annotated[
-        Optional[str],  # noqa: UP045
-        _OPTION(help="Folder (default: runs/MODEL-DATA)."),
-    ] = None,
+    out: Annotated[str | None, _OPTION(help="Folder (default: runs/MODEL-DATA).")] = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
@@ -80,6 +66,7 @@ def train(
     console = console_for()
     with clear_errors():
         from fused_resnet.train import Config, NonFinite, OutOfMemory, run
+        from fused_resnet.train.state import read_metrics
 
         if threads is not None:
             import torch
@@ -94,24 +81,20 @@ def train(
         ) as bar:  # fmt: skip
             task = bar.add_task("train", total=None, loss=float("nan"))
 
-            def progress(step: int, steps: int, loss: float) -> None:
-                bar.update(task, completed=step, total=steps, loss=loss)
-
-            def say(line: str) -> None:
-                console.print(line, soft_wrap=True)
-
             try:
-                result = run(config, say, resume=resume, progress=progress)
+                result = run(
+                    config,
+                    lambda line: console.print(line, soft_wrap=True),
+                    resume=resume,
+                    progress=lambda step, steps, loss: bar.update(
+                        task, completed=step, total=steps, loss=loss
+                    ),
+                )
             except (NonFinite, OutOfMemory) as error:
                 typer.echo(f"fused-resnet: {error}", err=True)
                 raise typer.Exit(1) from None
-    if os.environ.get("RANK", "0") == "0":
-        _finish(result, console)
-
-
-def _finish(result: Result, console: Any) -> None:
-    from fused_resnet.train.state import read_metrics
-
+    if os.environ.get("RANK", "0") != "0":
+        return
     rows = read_metrics(result.folder / "metrics.jsonl")
     plot = plot_metrics(rows, result.folder / "metrics.png")
     console.print(f"test accuracy {result.test_accuracy:.2%} after {result.steps} steps")
@@ -121,15 +104,14 @@ def _finish(result: Result, console: Any) -> None:
 def plot_metrics(rows: list[dict[str, Any]], file: Path) -> str:
     """Plot loss by step and test accuracy by epoch; return the name of the file."""
     try:
-        import matplotlib
+        import matplotlib  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError:
         return "no plot (pip install matplotlib)"
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     steps = [row for row in rows if "loss" in row]
     tests = [row for row in rows if "test_accuracy" in row]
-    figure, left = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
     left.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#7f7f7f", lw=1)
     left.set_xlabel("step")
     left.set_ylabel("training loss", color="#555555")
@@ -143,5 +125,4 @@ def plot_metrics(rows: list[dict[str, Any]], file: Path) -> str:
     for axes in (left, right):
         axes.spines["top"].set_visible(False)
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
     return file.name

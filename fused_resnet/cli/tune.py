@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any
+from functools import partial
 
-import typer
-from rich.console import Console
+from rich.progress import Progress
 
-from .app import Device, Models, app, check, clear_errors, console_for, positive, split
+from .app import Batches, Device, Dtypes, Models, app, batch_sizes, clear_errors, console_for, split
 
 
 @app.command()
 def tune(
     model: Models = ["resnet50"],  # noqa: B006
-    batch: Annotated[list[str], typer.Option("--batch", help="Batch sizes.", metavar="N")] = [  # noqa: B006
-        "256"
-    ],
-    dtype: Annotated[
-        list[str], typer.Option("--dtype", help="float32, bfloat16, float16.", metavar="DTYPE")
-    ] = ["bfloat16"],  # noqa: B006
+    batch: Batches = ["256"],  # noqa: B006
+    dtype: Dtypes = ["bfloat16"],  # noqa: B006
     device: Device = "cuda",
 ) -> None:
     """Measure which GPU kernel is fastest for each convolution of a model; cache it for later runs.
@@ -32,17 +27,18 @@ def tune(
 
     from fused_resnet.bench.layers import layers_of
     from fused_resnet.bench.machine import check_device
-    from fused_resnet.kernels import registry
+    from fused_resnet.checks import one_of
+    from fused_resnet.kernels import registry, tuning
     from fused_resnet.models.resnet import list_models
 
     console = console_for()
     with clear_errors():
         models, dtypes = split(model), split(dtype)
-        batches = [positive("--batch", value) for value in split(batch)]
+        batches = batch_sizes(batch)
         for name in models:
-            check("--model", name, list_models())
+            one_of("--model", name, list_models())
         for name in dtypes:
-            check("--dtype", name, ["float32", "bfloat16", "float16"])
+            one_of("--dtype", name, ["float32", "bfloat16", "float16"])
         check_device(device)
         if torch.device(device).type != "cuda":
             raise ValueError("tune requires a GPU: --device cuda")
@@ -50,33 +46,23 @@ def tune(
         if not names:
             raise ValueError(f"tune: {registry.missing('conv_bn_relu', 'triton', 'cuda')}")
     from fused_resnet.bench.report import tuned_table
-    from fused_resnet.kernels.measure import problems
+    from fused_resnet.kernels.measure import measure_on, problems
 
     target = torch.device(device)
     providers = [registry.provider(name, "cuda") for name in names]
     for name, size, kind in itertools.product(models, batches, dtypes):
         layers = problems(layers_of(name, size, getattr(torch, kind)), target, providers)
-        winners, not_cached = _tune(layers, target, providers, console)
+        total = sum(len(tuning.configurations(layer, target, providers)) for layer in layers)
+        with Progress(console=console) as progress:
+            task = progress.add_task("tiles", total=total)
+            advance = partial(progress.advance, task, 1)
+            winners, not_cached = tuning.tune(
+                layers,
+                target,
+                providers,
+                measure_on(target),
+                lambda *measured, advance=advance: advance(),
+            )
         console.print(tuned_table(winners, f"{name}, batch {size}, {kind}"))
         if not_cached:
             console.print(f"cached for this process only: {not_cached}", soft_wrap=True)
-
-
-def _tune(
-    layers: list[Any], device: Any, providers: list[Any], console: Console
-) -> tuple[Any, str | None]:
-    from rich.progress import Progress
-
-    from fused_resnet.kernels import tuning
-    from fused_resnet.kernels.measure import measure_on
-
-    total = sum(len(tuning.configurations(layer, device, providers)) for layer in layers)
-    with Progress(console=console) as progress:
-        task = progress.add_task("tiles", total=total)
-        return tuning.tune(
-            layers,
-            device,
-            providers,
-            measure_on(device),
-            lambda problem, backend, config, time_s: progress.advance(task),
-        )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fused_resnet.checks import at_least, one_of
 from fused_resnet.fusion.training.activation_memory import LEVELS, set_activation_memory
 from fused_resnet.models.cifar import BLOCKS, cifar_resnet
 from fused_resnet.train.loop import need
@@ -36,22 +37,15 @@ _DISTANCES = tuple(round(-1 + 0.125 * i, 3) for i in range(17))
 
 def check(config: Config) -> None:
     """Raise ValueError naming the option if a setting is invalid."""
-    if config.data not in ("digits", "cifar10"):
-        raise ValueError(f"--data must be one of digits, cifar10, got {config.data!r}")
+    one_of("--data", config.data, ("digits", "cifar10"))
     need("depth", "torchvision", *(["sklearn"] if config.data == "digits" else []))
-    if config.block not in BLOCKS:
-        raise ValueError(f"--block must be one of {', '.join(BLOCKS)}, got {config.block!r}")
-    if config.activation_memory not in LEVELS:
-        raise ValueError(
-            f"--activation-memory must be one of {', '.join(LEVELS)}, "
-            f"got {config.activation_memory!r}"
-        )
+    one_of("--block", config.block, BLOCKS)
+    one_of("--activation-memory", config.activation_memory, LEVELS)
     for option, value in (
         ("--seeds", config.seeds), ("--epochs", config.epochs or 1), ("--batch", config.batch or 2),
         ("--deep-steps", config.deep_steps),
     ):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
+        at_least(option, value, 1)
     with torch.device("meta"):
         for depth in (*config.depths, *config.deep):
             cifar_resnet(depth, block=config.block)
@@ -106,7 +100,7 @@ class Experiment:
                     "choose another --out"
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda f: f.write(json.dumps(settings).encode()))
+        write_whole(file, json.dumps(settings))
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Every part by name; finished parts of an earlier run are read from their files."""
@@ -119,8 +113,7 @@ class Experiment:
                 began = time.perf_counter()
                 part = make_part()
                 part["seconds"] = time.perf_counter() - began
-                text = json.dumps(part, allow_nan=False)
-                write_whole(file, lambda f, text=text: f.write(text.encode()))
+                write_whole(file, json.dumps(part, allow_nan=False))
             parts[name] = json.loads(file.read_text())
         self.progress(len(self.parts), len(self.parts))
         return parts

@@ -1,4 +1,4 @@
-"""Plots of the depth report; each function takes pyplot and the summary, returns a figure."""
+"""Plots of the depth report; each function takes the summary, returns a figure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from matplotlib.figure import Figure
+
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 KINDS = ("plain", "residual")
 
 
-def _two_axes(pyplot: Any, title: str, y: str, x: str) -> tuple[Any, Any]:
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+def _two_axes(title: str, y: str, x: str, names: tuple[str, str] = KINDS) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
-    for kind, a in zip(KINDS, axes, strict=True):
-        a.set_title(kind)
+    axes = figure.subplots(1, 2, sharey=True)
+    for name, a in zip(names, axes, strict=True):
+        a.set_title(name)
         a.set_xlabel(x)
         _style(a)
     axes[0].set_ylabel(y)
@@ -33,9 +36,9 @@ def _legend(axes: Any) -> None:
         axes.legend(frameon=False)
 
 
-def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
+def curves(summary: dict[str, Any]) -> Figure:
     """Errors by epoch: training dashed, test solid, with a band from the best to the worst seed."""
-    figure, axes = _two_axes(pyplot, "Error against epoch", "error, %", "epoch")
+    figure, axes = _two_axes("Error against epoch", "error, %", "epoch")
     for kind, a in zip(KINDS, axes, strict=True):
         for color, depth in zip(COLORS, summary["settings"]["depths"], strict=False):
             runs = [
@@ -57,13 +60,11 @@ def curves(pyplot: Any, summary: dict[str, Any]) -> Any:
     return figure
 
 
-def degradation(pyplot: Any, summary: dict[str, Any]) -> Any:
+def degradation(summary: dict[str, Any]) -> Figure:
     """Final errors by depth."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    figure.suptitle("Final error against depth")
-    for key, title, a in zip(
-        ("train_error", "test_error"), ("training", "test"), axes, strict=True
-    ):
+    names = ("training", "test")
+    figure, axes = _two_axes("Final error against depth", "error, %", "layers", names)
+    for key, a in zip(("train_error", "test_error"), axes, strict=True):
         for kind, color in zip(KINDS, (COLORS[5], COLORS[0]), strict=True):
             rows = [r for r in summary["errors"] if r["kind"] == kind and r[key] is not None]
             means = [100 * r[key]["mean"] for r in rows]
@@ -75,15 +76,11 @@ def degradation(pyplot: Any, summary: dict[str, Any]) -> Any:
                 [r["depth"] for r in rows], means, spread, color=color, marker="o", capsize=3,
                 label=kind,
             )  # fmt: skip
-        a.set_title(title)
-        a.set_xlabel("layers")
-        _style(a)
-    axes[0].set_ylabel("error, %")
     axes[0].legend(frameon=False)
     return figure
 
 
-def gradients(pyplot: Any, summary: dict[str, Any]) -> Any:
+def gradients(summary: dict[str, Any]) -> Figure:
     """Gradient norm by layer: before training with and without norms, and after training."""
     rows = [
         ("start, batch norm", _start(summary, True, "he")),
@@ -92,9 +89,8 @@ def gradients(pyplot: Any, summary: dict[str, Any]) -> Any:
         ("trained", [(r["kind"], r["depth"], r["gradients"]) for r in summary["looks"]]),
     ]
     depths = sorted({d for _, lines in rows for _, d, _ in lines})
-    figure, axes = pyplot.subplots(
-        2, len(rows), figsize=(14, 6), sharex=True, sharey="col", layout="constrained"
-    )
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    axes = figure.subplots(2, len(rows), sharex=True, sharey="col")
     figure.suptitle("Norm of the gradient of each layer's weight, from the first to the last")
     for column, (title, lines) in enumerate(rows):
         for row, kind in enumerate(KINDS):
@@ -124,10 +120,10 @@ def _start(summary: dict[str, Any], bn: bool, init: str) -> list[tuple[str, int,
     ]
 
 
-def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
+def responses(summary: dict[str, Any]) -> Figure:
     """Standard deviation of the output of every norm after training: He et al. 2015, figure 7."""
     figure, axes = _two_axes(
-        pyplot, "Responses of the trained layers", "standard deviation after the norm",
+        "Responses of the trained layers", "standard deviation after the norm",
         "place in the network",
     )  # fmt: skip
     for a, look, line in _trained(axes, summary):
@@ -138,10 +134,10 @@ def responses(pyplot: Any, summary: dict[str, Any]) -> Any:
     return figure
 
 
-def around(pyplot: Any, summary: dict[str, Any]) -> Any:
+def around(summary: dict[str, Any]) -> Figure:
     """The loss along one random direction, normalised filter by filter: Li et al. 2018."""
     figure, axes = _two_axes(
-        pyplot, "The loss around the trained network", "training loss",
+        "The loss around the trained network", "training loss",
         "distance, in lengths of each filter",
     )  # fmt: skip
     for a, look, line in _trained(axes, summary):
@@ -160,9 +156,10 @@ def _trained(axes: Any, summary: dict[str, Any]) -> Iterator[tuple[Any, Any, dic
                 yield axes[KINDS.index(look["kind"])], look, line
 
 
-def deep(pyplot: Any, summary: dict[str, Any]) -> Any:
+def deep(summary: dict[str, Any]) -> Figure:
     """Training loss of the deep networks by step."""
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     figure.suptitle("The first steps of very deep residual networks")
     for color, part in zip(COLORS, summary["deep"], strict=False):
         losses = [math.nan if v is None else v for v in part["losses"]]

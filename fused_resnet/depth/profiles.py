@@ -3,12 +3,13 @@ training modes are bitwise equal to those before."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fused_resnet.layers.hooks import keeping_buffers, watching
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -38,7 +39,7 @@ def gradient_profile(model: nn.Module, loss: Loss) -> list[Layer]:
     ]
     if not layers:
         raise ValueError("gradient_profile: model must have a layer whose weight requires grad")
-    with _restore_buffers(model), torch.enable_grad():
+    with keeping_buffers(model), torch.enable_grad():
         value = _scalar("gradient_profile", loss(model))
         weights = [weight for _, weight in layers]
         grads = torch.autograd.grad(value, weights, allow_unused=True)
@@ -63,15 +64,10 @@ def response_profile(model: nn.Module, x: Tensor) -> list[Layer]:
         raise ValueError("response_profile: model must have a norm, got none")
     responses: list[Layer] = []
 
-    def make_hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, inputs: object, y: Tensor) -> None:
-            responses.append(Layer(name, float(y.double().std(correction=0))))
+    def see(name: str, y: Tensor) -> None:
+        responses.append(Layer(name, float(y.double().std(correction=0))))
 
-        return hook
-
-    with contextlib.ExitStack() as stack, _restore_buffers(model):
-        for name, m in norms:
-            stack.callback(m.register_forward_hook(make_hook(name)).remove)
+    with keeping_buffers(model), watching(norms, see):
         model(x)
     return responses
 
@@ -95,7 +91,7 @@ def loss_along(
     values = []
     try:
         for t in distances:
-            with _restore_buffers(model):
+            with keeping_buffers(model):
                 for p, w, d in zip(weights, start, directions, strict=True):
                     p.copy_(w + t * d)
                 values.append(float(_scalar("loss_along", loss(model))))
@@ -118,15 +114,3 @@ def _scalar(what: str, value: Tensor) -> Tensor:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what}: loss must return a scalar, got {got}")
     return value
-
-
-@contextlib.contextmanager
-def _restore_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers, such as running statistics, on exit."""
-    before = [b.clone() for b in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for b, was in zip(model.buffers(), before, strict=True):
-                b.copy_(was)

@@ -287,15 +287,9 @@ def plot(summary: dict[str, Any], folder: Path) -> list[str]:
 
 def plot_one(summary: dict[str, Any], name: str, prefix: Path) -> Path:
     """Write one of `plot_names` to PREFIX/NAME.png if prefix is a folder, else PREFIX-NAME.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     from . import plots
 
-    figure = getattr(plots, name)(pyplot, summary)
+    figure = getattr(plots, name)(summary)
     file = prefix / f"{name}.png" if prefix.is_dir() else Path(f"{prefix}-{name}.png")
     figure.savefig(file, dpi=120)
-    pyplot.close(figure)
     return file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,6 @@ class Data:
             else:
                 x = torch.stack([self._augment(self._source[int(i)][0]) for i in indices])
             yield x.contiguous(memory_format=torch.channels_last), self.y[indices]
-
-
-class Setting(Protocol):
-    """The attributes of the experiment that a training step uses."""
-
-    config: Config
-    data: Data
 
 
 def _shift(x: Tensor, background: float, generator: torch.Generator) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-
-from .setting import Setting
 
 WARM_UP_DEPTH = 110  # from this depth on the paper starts with a tenth of the learning rate,
 WARM_UP_ERROR = 0.8  # until the error of a batch is below this
@@ -30,7 +29,7 @@ class Steps:
     paper's on cifar10, else one cycle over all epochs (Smith and Topin 2017, 1708.07120)."""
 
     def __init__(
-        self, experiment: Setting, model: nn.Module, depth: int, seed: int,
+        self, experiment: Any, model: nn.Module, depth: int, seed: int,
         schedule: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:  # fmt: skip
         c, self.data = experiment.config, experiment.data

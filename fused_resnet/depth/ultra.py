@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -150,10 +149,7 @@ def available_bytes() -> int | None:
             rows = dict(line.split(":", 1) for line in file)
         return int(rows["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError, AttributeError):
-            return None
+        return None
 
 
 def images_that_fit(config: Config, depth: int, images: int, size: int) -> int:

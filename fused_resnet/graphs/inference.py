@@ -23,13 +23,7 @@ from .capture import Graph, record
 _MAX_GRAPHS = 8  # cached graphs, one per input shape, each with its memory
 
 
-def inference(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    dtype: torch.dtype | None = None,
-    cuda_graph: bool | None = None,
-) -> Inference:
+class Inference:
     """Prepares `model` for inference on inputs like `example`.
 
     The callable computes y = model(x) without gradients, under autocast if dtype is given.
@@ -51,18 +45,14 @@ def inference(
     without a GPU; RuntimeError that names both devices if x is on another device than the model.
     Source: CUDA programming guide, "CUDA graphs".
     """
-    return Inference(model, example, dtype, cuda_graph)
-
-
-class Inference:
-    """The callable that `inference` returns."""
 
     def __init__(
         self,
         model: nn.Module,
         example: Tensor,
-        dtype: torch.dtype | None,
-        cuda_graph: bool | None,
+        *,
+        dtype: torch.dtype | None = None,
+        cuda_graph: bool | None = None,
     ) -> None:
         if dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"inference: dtype must be float16, bfloat16 or None, got {dtype}")
@@ -112,6 +102,9 @@ class Inference:
             graph.x.copy_(x)
             graph.replay()
             return graph.y.clone()
+
+
+inference = Inference
 
 
 class _StateGuard:

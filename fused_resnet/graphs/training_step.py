@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import noting
-from fused_resnet.layers.hooks import GLOBAL_HOOKS
+from fused_resnet.layers.hooks import GLOBAL_HOOKS, hooks_of
 
 from .capture import RECORDING
 
@@ -39,18 +39,8 @@ _SETTINGS = ("training", "momentum", "eps", "p", "track_running_stats")
 Loss = Callable[[Any, Tensor], Tensor]
 
 
-def training_step(
-    model: nn.Module,
-    loss: Loss,
-    optimizer: Optimizer,
-    *,
-    dtype: torch.dtype | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    max_norm: float | None = None,
-    skip_nonfinite: bool = False,
-    cuda_graph: bool | None = None,
-) -> TrainingStep:
-    """Returns a callable that runs one training step: `step(x, target) -> loss`.
+class TrainingStep:
+    """A callable that runs one training step: `step(x, target) -> loss`.
 
         value = loss(model(x), target);  gradients of value;  optimizer.step()
 
@@ -85,22 +75,18 @@ def training_step(
     the capture fails.
     Source: CUDA programming guide, "CUDA graphs"; Micikevicius et al. 2018 (1710.03740), scaling.
     """
-    return TrainingStep(model, loss, optimizer, dtype, scaler, max_norm, skip_nonfinite, cuda_graph)
-
-
-class TrainingStep:
-    """The callable that `training_step` returns."""
 
     def __init__(
         self,
         model: nn.Module,
         loss: Loss,
         optimizer: Optimizer,
-        dtype: torch.dtype | None,
-        scaler: torch.amp.GradScaler | None,
-        max_norm: float | None,
-        skip_nonfinite: bool,
-        cuda_graph: bool | None,
+        *,
+        dtype: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        cuda_graph: bool | None = None,
     ) -> None:
         if dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"training_step: dtype must be float16, bfloat16 or None, got {dtype}")
@@ -266,6 +252,9 @@ class TrainingStep:
         return _Graph(x, target, loss, self.gradient_norm, graph.replay, used)
 
 
+training_step = TrainingStep
+
+
 def _on_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -392,13 +381,9 @@ class _StateGuard:
         self._attributes = [
             (m.__dict__, [s for s in _SETTINGS if s in m.__dict__]) for m in modules
         ]
-        self._hooks = [
-            getattr(m, f"_{kind}_hooks")
-            for m in modules
-            for kind in ("forward", "forward_pre", "backward", "backward_pre")
-        ]
+        self._hooks = [*chain.from_iterable(map(hooks_of, modules)), *GLOBAL_HOOKS]
         self._hooks += [step.optimizer._optimizer_step_pre_hooks]
-        self._hooks += [step.optimizer._optimizer_step_post_hooks, *GLOBAL_HOOKS]
+        self._hooks += [step.optimizer._optimizer_step_post_hooks]
         self._has_cumulative_norm = any(
             isinstance(m, nn.modules.batchnorm._BatchNorm)
             and m.momentum is None

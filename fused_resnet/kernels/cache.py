@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -77,61 +77,41 @@ def _increment_versions(optimizer: Any, *_: Any) -> None:
 register_optimizer_step_post_hook(_increment_versions)
 
 
-def stamp(tensors: Iterable[Tensor | None]) -> list[tuple[Tensor | None, int, int]] | None:
-    """The state of the tensors that must be unchanged for a result computed from them to be valid.
-
-    Identity, version counter and address: an optimizer step, load_state_dict (also with
-    assign=True), .to(), .half() and every in-place edit changes at least one. None if a tensor has
-    no version counter because it was created in inference mode: nothing can be cached then.
-    """
-    tensors = list(tensors)
-    if any(t is not None and t.is_inference() for t in tensors):
-        return None
-    return [(t, 0, 0) if t is None else (t, t._version, t.data_ptr()) for t in tensors]
-
-
-def same_stamp(old: Any, new: Any) -> bool:
-    """Whether two stamps describe the same tensors in the same state."""
-    return (
-        old is not None
-        and new is not None
-        and all(a is b and m == n and p == q for (a, m, p), (b, n, q) in zip(old, new, strict=True))
-    )
-
-
-# id(weight) -> its weak reference, stamp of the operands, kind and problem, and the convolution.
-_cached: dict[int, tuple[weakref.ref[Tensor], Any, Any, FusedConv | None]] = {}
+# id(weight) -> its weak reference, scale, shift, the state of all three, and the convolution.
+_cached: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor, Any, FusedConv | None]] = {}
 
 
 def cached_convolution(
     kind: Kind, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor
 ) -> FusedConv:
-    """The convolution of these operands by `kind`, cached while the weight is alive.
+    """The convolution of these operands by `kind`, cached while the weight lives and all operands
+    are unchanged.
 
-    Cached from the second call with the same operands: in training the weights change at every
-    step, and an unused copy would only cost memory. Not cached if FSDP2 may have changed the weight
-    unnoticed.
+    Compared are identity, version counter and address: an optimizer step, load_state_dict (also
+    with assign=True), .to(), .half() and every in-place edit changes at least one. A tensor created
+    in inference mode has no version counter, so nothing is cached then; nor if FSDP2 may have
+    changed the weight unnoticed. Cached from the second call with the same operands: in training
+    the weights change at every step, and an unused copy would only cost memory.
     """
-    # The stamp excludes the weight, which it would keep alive; a weak reference identifies it.
-    now = stamp((scale, shift))
-    state = None
-    if not weight.is_inference():
-        state = (weight._version, weight.data_ptr(), kind, problem)
+    operands = (weight, scale, shift)
+    if any(t.is_inference() for t in operands):
+        return kind(problem, *operands)
+    state = (kind, problem, *((t._version, t.data_ptr()) for t in operands))
     key = id(weight)
     entry = _cached.get(key)
     unchanged = (
         entry is not None
         and entry[0]() is weight
-        and state is not None
-        and entry[2] == state
-        and same_stamp(entry[1], now)
+        and entry[1] is scale
+        and entry[2] is shift
+        and entry[3] == state
         and not fsdp_in_use()
     )
-    if unchanged and entry is not None and entry[3] is not None:
-        return entry[3]
-    conv = kind(problem, weight, scale, shift)
-    if now is not None and state is not None:
-        alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
-        conv.is_cached = unchanged and cacheable(weight)
-        _cached[key] = (alive, now, state, conv if conv.is_cached else None)
+    if unchanged and entry is not None and entry[4] is not None:
+        return entry[4]
+    conv = kind(problem, *operands)
+    conv.is_cached = unchanged and cacheable(weight)
+    # A weak reference, since the cache would keep the weight alive.
+    alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
+    _cached[key] = (alive, scale, shift, state, conv if conv.is_cached else None)
     return conv

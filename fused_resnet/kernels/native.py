@@ -52,6 +52,7 @@ def build_info() -> dict[str, object]:
     return dict(_ask("build_info", {}))
 
 
+@functools.cache
 def gemm_tiles() -> list[dict[str, int]]:
     """The tiles of the CUDA convolutions in the build, in the order of their indices:
     architecture, block_m, block_n, warps, stages, and whether kernels exist that apply a norm and
@@ -73,10 +74,8 @@ def runs_on(capability: tuple[int, int]) -> bool:
         if match is None:
             continue
         built = int(match[1]), int(match[2])
-        same_major = built[0] == capability[0] and built <= capability
-        if built == capability or (same_major and not match[3]):
-            return True
-        if match[4] and not match[3] and built <= capability:
+        newer_gpus = not match[3] and (match[4] or built[0] == capability[0])
+        if built == capability or (newer_gpus and built < capability):
             return True
     return False
 
@@ -86,10 +85,8 @@ def convolution_reason(
 ) -> str | None:
     """Why no CPU kernel computes a convolution with packed weights (K, C / groups, R, S) of tensors
     of `dtype`, a torch.dtype; None if one does."""
-    module, missing = _import_extension()
-    if module is None:
-        return missing
-    return module.convolution_reason(weight_shape, str(dtype)[6:], dilation, groups)
+    name = str(dtype)[6:]
+    return _ask("convolution_reason", load(), weight_shape, name, dilation, groups)
 
 
 def training_reason(
@@ -98,10 +95,8 @@ def training_reason(
     """Why no CPU kernel computes a pass of a training step ("convolution", "input_gradient" or
     "weight_gradient") of a convolution with weight (K, C / groups, R, S) of tensors of `dtype`, a
     torch.dtype; None if one does. geometry: stride, padding and dilation, (height, width) each."""
-    module, missing = _import_extension()
-    if module is None:
-        return missing
-    return module.training_reason(work, weight_shape, str(dtype)[6:], geometry, groups)
+    name = str(dtype)[6:]
+    return _ask("training_reason", load(), work, weight_shape, name, geometry, groups)
 
 
 def widens_bfloat16() -> bool:

@@ -36,6 +36,7 @@ from .registry import Provider, candidates, gpu_convolution, provider
 from .target import multiprocessors
 
 SHIPPED = Path(__file__).parent / "tuned"
+MAX_SPLIT_ROWS = 64
 
 
 class Choice(NamedTuple):
@@ -55,7 +56,10 @@ def cache_folder() -> Path:
 
 @functools.cache
 def file_name(device: torch.device) -> str:
-    """<GPU>-driver<version>-torch<version>-triton<version>.json: all that times depend on."""
+    """<GPU>-driver<version>-torch<version>-triton<version>.json: all that times depend on. The type
+    of a device that is no GPU."""
+    if device.type != "cuda":
+        return device.type
     try:
         triton = importlib.import_module("triton").__version__
     except Exception:  # broken installations raise arbitrary exceptions
@@ -126,7 +130,7 @@ _winners: dict[str, Winners] = {}
 def winners(device: torch.device) -> Winners:
     """All measured winners for a device, read once per process. "cuda" and "cuda:0" share them, as
     do two GPUs of the same model."""
-    name = file_name(device) if device.type == "cuda" else device.type
+    name = file_name(device)
     if name not in _winners:
         loaded: Winners = {}
         if device.type == "cuda":
@@ -158,6 +162,13 @@ def choice(gemm: Gemm, device: torch.device, allowed: tuple[Provider, ...]) -> C
     return Choice(first.name, module.choose(gemm, first.target(device), multiprocessors(device)))
 
 
+def splits(block_m: int, steps: int) -> list[int]:
+    """The numbers of programs among which a tile of block_m rows may be split: 1, and more where
+    each has at least four of its steps. With too few tiles, smaller ones are preferred to splits of
+    more than 64 rows."""
+    return [s for s in (1, 2, 4, 8) if s == 1 or (block_m <= MAX_SPLIT_ROWS and steps >= 4 * s)]
+
+
 def configurations(
     problem: Problem, device: torch.device, backends: Sequence[Provider]
 ) -> list[tuple[str, Any]]:
@@ -187,8 +198,7 @@ def tune(
     no winners.
     """
     tuned: Winners = {}
-    name = file_name(device) if device.type == "cuda" else device.type
-    path, write_error = cache_folder() / name, None
+    path, write_error = cache_folder() / file_name(device), None
     for problem in problems:
         best = tuned.setdefault(problem.gemm(), {})
         for backend, config in configurations(problem, device, backends):
@@ -201,6 +211,6 @@ def tune(
             if on_progress is not None:
                 on_progress(problem, backend, config, time_s)
         write_error = write(path, merged(read(path), {problem.gemm(): best}))
-    _winners[name] = merged(winners(device), tuned)
+    _winners[path.name] = merged(winners(device), tuned)
     choice.cache_clear()
     return tuned, write_error

@@ -1,9 +1,14 @@
-"""Detects modules whose call does more than the forward of their class: hooks and patches."""
+"""Detects modules whose call does more than the forward of their class: hooks and patches. Looks
+at the outputs of modules by hooks of its own."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -30,3 +35,27 @@ def is_fsdps(m: nn.Module) -> bool:
     """Whether FSDP gathers m's parameters for every forward. It does not increment their version
     counters, and the address is often the same, so nothing derived from them can be cached."""
     return "_is_fsdp_managed_module" in m.__dict__
+
+
+@contextlib.contextmanager
+def watching(
+    modules: Iterable[tuple[str, nn.Module]], see: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Calls see(name, output) after every forward of each of the named modules."""
+    with contextlib.ExitStack() as stack:
+        for name, m in modules:
+            hook = m.register_forward_hook(lambda module, inputs, y, name=name: see(name, y))
+            stack.callback(hook.remove)
+        yield
+
+
+@contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Restores the buffers, such as running statistics, on exit."""
+    before = [b.clone() for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for b, was in zip(model.buffers(), before, strict=True):
+                b.copy_(was)

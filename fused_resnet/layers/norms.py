@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_resnet.kernels.training.protocol import update_running
+from fused_resnet.kernels.training.protocol import Passes
 
 recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
 """Whether backward is recomputing a segment: running statistics are then not updated again."""
@@ -27,7 +27,9 @@ def uses_batch_statistics(bn: Any) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
-def track(bn: Any, state: Any, count: int, update: Callable[..., None] = update_running) -> None:
+def track(
+    bn: Any, state: Any, count: int, update: Callable[..., None] = Passes.update_running
+) -> None:
     """Updates a norm's running statistics after a step, as BatchNorm2d does.
 
     state: the batch's mean and biased variance over `count` values per channel, in the form that

@@ -36,17 +36,14 @@ class SyncBatchNorm(nn.BatchNorm2d):
         self.process_group = process_group
 
     def forward(self, x: Tensor) -> Tensor:
-        if group_of(self) is None:
-            return super().forward(x)
-        if x.device.type == "cpu":
-            return self._forward_on_cpu(x)
-        stock = nn.SyncBatchNorm.__new__(nn.SyncBatchNorm)
-        stock.__dict__ = self.__dict__  # the same parameters, buffers and settings
-        return nn.SyncBatchNorm.forward(stock, x)
-
-    def _forward_on_cpu(self, x: Tensor) -> Tensor:
-        states: list[Any] = []
         group = group_of(self)
+        if group is None:
+            return super().forward(x)
+        if x.device.type != "cpu":
+            stock = nn.SyncBatchNorm.__new__(nn.SyncBatchNorm)
+            stock.__dict__ = self.__dict__  # the same parameters, buffers and settings
+            return nn.SyncBatchNorm.forward(stock, x)
+        states: list[Any] = []
         y = _Synchronised.apply(x, self.weight, self.bias, self.eps, group, states)
         (state, total), *_ = states
         track(self, state, total)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import fusion
+from fused_resnet.checks import one_of
 from fused_resnet.fusion import NetworkNames
 from fused_resnet.layers.conv import conv1x1, conv3x3
 from fused_resnet.layers.planned import Planned
@@ -53,11 +54,7 @@ class CifarBlock(BasicBlock):
         z = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return z / self.survival if self.training and self.survival < 1 else z
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, BASIC, x)
-            if y is not None:
-                return y
+    def _run(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(self._residual(x) + shortcut)
 
@@ -74,11 +71,9 @@ class CifarBlock(BasicBlock):
 class PlainBlock(CifarBlock):
     """BasicBlock's layers without its shortcut: y = relu(bn2(conv2(relu(bn1(conv1(x))))))."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, PLAIN, x)
-            if y is not None:
-                return y
+    _names = PLAIN
+
+    def _run(self, x: Tensor) -> Tensor:
         return self.relu(self._residual(x))
 
 
@@ -118,10 +113,7 @@ class CifarResNet(Planned):
             raise ValueError(
                 f"{type(self).__name__}: block must be {' or '.join(self.kinds)}, got {block!r}"
             )
-        if shortcut not in SHORTCUTS:
-            raise ValueError(
-                f"cifar_resnet: shortcut must be one of {', '.join(SHORTCUTS)}, got {shortcut!r}"
-            )
+        one_of("cifar_resnet: shortcut", shortcut, SHORTCUTS)
         if not 0 <= stochastic_depth < 1:
             raise ValueError(
                 f"cifar_resnet: stochastic_depth must be in [0, 1), got {stochastic_depth}"
@@ -267,8 +259,7 @@ def cifar_resnet(
     1202. Raises ValueError that names the allowed values, for depth the two nearest.
     Source: He et al. 2015 (1512.03385), section 4.2; He et al. 2016 (1603.05027), section 4.
     """
-    if block not in BLOCKS:
-        raise ValueError(f"cifar_resnet: block must be one of {', '.join(BLOCKS)}, got {block!r}")
+    one_of("cifar_resnet: block", block, BLOCKS)
     per_block = 9 if block == "preact_bottleneck" else 6
     whole = isinstance(depth, int) and not isinstance(depth, bool)
     if not whole or depth < per_block + 2 or depth % per_block != 2:

@@ -8,15 +8,14 @@ path carries activations and gradients between any two blocks unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fused_resnet import fusion
 from fused_resnet.layers.conv import conv1x1, conv3x3
-from fused_resnet.layers.planned import Block
 
-from .resnet import BASIC, BOTTLENECK
+from .resnet import BASIC, BOTTLENECK, FusedBlock
 
 __all__ = ["PlainPreactBlock", "PlainPreactBottleneck", "PreactBlock", "PreactBottleneck"]
 
@@ -26,7 +25,7 @@ PREACT_PLAIN = PREACT._replace(downsample=None)
 PREACT_PLAIN_BOTTLENECK = PREACT_BOTTLENECK._replace(downsample=None)
 
 
-class PreactBlock(Block):
+class PreactBlock(FusedBlock):
     """y = conv2(relu(bn2(conv1(relu(bn1(x)))))) + x, two 3x3 convolutions.
 
     x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride). downsample: a PadShortcut or a
@@ -35,6 +34,7 @@ class PreactBlock(Block):
     """
 
     expansion: int = 1
+    _names = PREACT
 
     def __init__(
         self,
@@ -56,6 +56,10 @@ class PreactBlock(Block):
         self.stride = stride
         self.activation_shared = activation_shared
         self.survival = 1.0
+        self._add_layers(inplanes, planes, stride, norm_layer)
+
+    def _add_layers(self, inplanes: int, planes: int, stride: int, norm_layer: Any) -> None:
+        """Replaces and adds layers in the classes of other blocks."""
 
     def _shortcut(self, x: Tensor, h: Tensor) -> Tensor:
         source = h if self.activation_shared else x
@@ -69,13 +73,6 @@ class PreactBlock(Block):
     def _run(self, x: Tensor) -> Tensor:
         h = self.relu(self.bn1(x))
         return self._residual(h) + self._shortcut(x, h)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, PREACT, x)
-            if y is not None:
-                return y
-        return self._run(x)
 
     def skip(self, x: Tensor) -> Tensor:
         """The block without its residual branch."""
@@ -93,18 +90,9 @@ class PreactBottleneck(PreactBlock):
     """
 
     expansion: int = 4
+    _names = PREACT_BOTTLENECK
 
-    def __init__(
-        self,
-        inplanes: int,
-        planes: int,
-        stride: int = 1,
-        downsample: nn.Module | None = None,
-        norm_layer: Callable[..., nn.Module] | None = None,
-        activation_shared: bool = False,
-    ) -> None:
-        super().__init__(inplanes, planes, stride, downsample, norm_layer, activation_shared)
-        norm_layer = norm_layer or nn.BatchNorm2d
+    def _add_layers(self, inplanes: int, planes: int, stride: int, norm_layer: Any) -> None:
         self.conv1 = conv1x1(inplanes, planes)
         self.conv2 = conv3x3(planes, planes, stride)
         self.bn3 = norm_layer(planes)
@@ -115,47 +103,24 @@ class PreactBottleneck(PreactBlock):
         z = self.conv3(self.relu(self.bn3(z)))
         return z / self.survival if self.training and self.survival < 1 else z
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, PREACT_BOTTLENECK, x)
-            if y is not None:
-                return y
-        return self._run(x)
-
 
 class PlainPreactBlock(PreactBlock):
     """PreactBlock's layers without its shortcut."""
 
+    _names = PREACT_PLAIN
+
     def _run(self, x: Tensor) -> Tensor:
         return self._residual(self.relu(self.bn1(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, PREACT_PLAIN, x)
-            if y is not None:
-                return y
-        return self._run(x)
 
 
 class PlainPreactBottleneck(PreactBottleneck):
     """PreactBottleneck's layers without its shortcut."""
 
+    _names = PREACT_PLAIN_BOTTLENECK
+
     def _run(self, x: Tensor) -> Tensor:
         return self._residual(self.relu(self.bn1(x)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, PREACT_PLAIN_BOTTLENECK, x)
-            if y is not None:
-                return y
-        return self._run(x)
 
-
-fusion.register(
-    {
-        PreactBlock: PREACT,
-        PreactBottleneck: PREACT_BOTTLENECK,
-        PlainPreactBlock: PREACT_PLAIN,
-        PlainPreactBottleneck: PREACT_PLAIN_BOTTLENECK,
-    }
-)
+for _block in (PreactBlock, PreactBottleneck, PlainPreactBlock, PlainPreactBottleneck):
+    fusion.register({_block: _block._names})

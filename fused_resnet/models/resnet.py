@@ -46,7 +46,23 @@ STEM = Names((("conv1", "bn1"),), downsample=None, pool="maxpool")
 NETWORK = NetworkNames(STEM, ("layer1", "layer2", "layer3", "layer4"))
 
 
-class BasicBlock(Block):
+class FusedBlock(Block):
+    """A block whose forward first tries `fusion` with the names of its submodules, then `_run`."""
+
+    _names: Names
+
+    def _run(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = fusion.run_block(self, self._names, x)
+            if y is not None:
+                return y
+        return self._run(x)
+
+
+class BasicBlock(FusedBlock):
     """y = relu(bn2(conv2(relu(bn1(conv1(x))))) + x), two 3x3 convolutions.
 
     x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride); downsample maps x to that shape
@@ -54,6 +70,7 @@ class BasicBlock(Block):
     """
 
     expansion: int = 1
+    _names = BASIC
 
     def __init__(
         self,
@@ -82,30 +99,14 @@ class BasicBlock(Block):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, BASIC, x)
-            if y is not None:
-                return y
-        identity = x
-
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-
-        out = self.conv2(out)
-        out = self.bn2(out)
-
-        if self.downsample is not None:
-            identity = self.downsample(x)
-
-        out += identity
-        out = self.relu(out)
-
-        return out
+    def _run(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
-class Bottleneck(Block):
+class Bottleneck(FusedBlock):
     """y = relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + x): 1x1, 3x3, 1x1.
 
     x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride). The stride is in the 3x3
@@ -113,6 +114,7 @@ class Bottleneck(Block):
     """
 
     expansion: int = 4
+    _names = BOTTLENECK
 
     def __init__(
         self,
@@ -138,31 +140,12 @@ class Bottleneck(Block):
         self.downsample = downsample
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            y = fusion.run_block(self, BOTTLENECK, x)
-            if y is not None:
-                return y
-        identity = x
-
-        out = self.conv1(x)
-        out = self.bn1(out)
-        out = self.relu(out)
-
-        out = self.conv2(out)
-        out = self.bn2(out)
-        out = self.relu(out)
-
-        out = self.conv3(out)
-        out = self.bn3(out)
-
-        if self.downsample is not None:
-            identity = self.downsample(x)
-
-        out += identity
-        out = self.relu(out)
-
-        return out
+    def _run(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
 
 
 class ResNet(Planned):
@@ -207,20 +190,15 @@ class ResNet(Planned):
         self.layer4 = self._make_layer(block, 512, layers[3], stride=2, dilate=dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, num_classes)
-        self._initialise(zero_init_residual)
-
-    def _initialise(self, zero_init_residual: bool) -> None:
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)):
                 nn.init.constant_(m.weight, 1)
                 nn.init.constant_(m.bias, 0)
-        if not zero_init_residual:
-            return
         # Each block starts as the identity (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
         for m in self.modules():
-            if isinstance(m, (BasicBlock, Bottleneck)):
+            if zero_init_residual and isinstance(m, (BasicBlock, Bottleneck)):
                 weight: Any = (m.bn3 if isinstance(m, Bottleneck) else m.bn2).weight
                 if weight is not None:
                     nn.init.constant_(weight, 0)
@@ -233,63 +211,32 @@ class ResNet(Planned):
         stride: int = 1,
         dilate: bool = False,
     ) -> nn.Sequential:
-        norm_layer = self._norm_layer
         downsample = None
-        previous_dilation = self.dilation
+        dilation = self.dilation
         if dilate:
             self.dilation *= stride
             stride = 1
         if stride != 1 or self.inplanes != planes * block.expansion:
             downsample = nn.Sequential(
                 conv1x1(self.inplanes, planes * block.expansion, stride),
-                norm_layer(planes * block.expansion),
+                self._norm_layer(planes * block.expansion),
             )
-        stage = [
-            block(
-                self.inplanes,
-                planes,
-                stride,
-                downsample,
-                self.groups,
-                self.base_width,
-                previous_dilation,
-                norm_layer,
-            )
-        ]
-        self.inplanes = planes * block.expansion
-        for _ in range(1, blocks):
-            stage.append(
-                block(
-                    self.inplanes,
-                    planes,
-                    groups=self.groups,
-                    base_width=self.base_width,
-                    dilation=self.dilation,
-                    norm_layer=norm_layer,
-                )
-            )
-        return nn.Sequential(*stage)
+        stage = nn.Sequential()
+        for _ in range(max(1, blocks)):
+            shape = (self.groups, self.base_width, dilation)
+            stage.append(block(self.inplanes, planes, stride, downsample, *shape, self._norm_layer))
+            self.inplanes, dilation = planes * block.expansion, self.dilation
+            stride, downsample = 1, None
+        return stage
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
             y = fusion.run_network(self, NETWORK, x)
             if y is not None:
                 return y
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.relu(x)
-        x = self.maxpool(x)
-
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
-        x = self.layer4(x)
-
-        x = self.avgpool(x)
-        x = torch.flatten(x, 1)
-        x = self.fc(x)
-
-        return x
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self._forward_impl(x)
@@ -347,99 +294,48 @@ def _weights(name: str, weights: Any) -> Any:
     return weights
 
 
-def _build(name: str, weights: Any, progress: bool, config: dict[str, Any]) -> ResNet:
-    weights = _weights(name, weights)
+def _constructor(name: str, size: str) -> Callable[..., ResNet]:
+    """The public function `name`."""
     block, layers, defaults = _MODELS[name]
-    for key, value in defaults.items():
-        if config.setdefault(key, value) != value:
-            raise ValueError(f"{name}: {key} must be {value}, got {config[key]}")
-    if weights is not None:
-        classes = len(weights.meta["categories"])
-        if config.setdefault("num_classes", classes) != classes:
-            raise ValueError(
-                f"{name}: num_classes must be {classes} with {weights}, got {config['num_classes']}"
-            )
-    model = ResNet(block, layers, **config)
-    if weights is not None:
-        model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
-    return model
 
+    def build(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+        weights = _weights(name, weights)
+        for key, value in defaults.items():
+            if kwargs.setdefault(key, value) != value:
+                raise ValueError(f"{name}: {key} must be {value}, got {kwargs[key]}")
+        if weights is not None:
+            classes = len(weights.meta["categories"])
+            if kwargs.setdefault("num_classes", classes) != classes:
+                raise ValueError(
+                    f"{name}: num_classes must be {classes} with {weights}, "
+                    f"got {kwargs['num_classes']}"
+                )
+        model = ResNet(block, layers, **kwargs)
+        if weights is not None:
+            model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+        return model
 
-def resnet18(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-18: 11.7 M parameters, 1.81 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnet18", weights, progress, kwargs)
-
-
-def resnet34(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-34: 21.8 M parameters, 3.66 GMAC at 224 x 224.
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"""{size} at 224 x 224.
 
     weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
     """
-    return _build("resnet34", weights, progress, kwargs)
+    return build
 
 
-def resnet50(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-50 v1.5: 25.6 M parameters, 4.09 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnet50", weights, progress, kwargs)
-
-
-def resnet101(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-101 v1.5: 44.5 M parameters, 7.80 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnet101", weights, progress, kwargs)
-
-
-def resnet152(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNet-152 v1.5: 60.2 M parameters, 11.5 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnet152", weights, progress, kwargs)
-
-
-def resnext50_32x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-50 32x4d: 25.0 M parameters, 4.23 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnext50_32x4d", weights, progress, kwargs)
-
-
-def resnext101_32x8d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101 32x8d: 88.8 M parameters, 16.4 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnext101_32x8d", weights, progress, kwargs)
-
-
-def resnext101_64x4d(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """ResNeXt-101 64x4d: 83.5 M parameters, 15.5 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("resnext101_64x4d", weights, progress, kwargs)
-
-
-def wide_resnet50_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-50-2: 68.9 M parameters, 11.4 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("wide_resnet50_2", weights, progress, kwargs)
-
-
-def wide_resnet101_2(*, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
-    """Wide ResNet-101-2: 126.9 M parameters, 22.8 GMAC at 224 x 224.
-
-    weights: torchvision's enum or its name, or None; kwargs: as for ResNet.
-    """
-    return _build("wide_resnet101_2", weights, progress, kwargs)
+resnet18 = _constructor("resnet18", "ResNet-18: 11.7 M parameters, 1.81 GMAC")
+resnet34 = _constructor("resnet34", "ResNet-34: 21.8 M parameters, 3.66 GMAC")
+resnet50 = _constructor("resnet50", "ResNet-50 v1.5: 25.6 M parameters, 4.09 GMAC")
+resnet101 = _constructor("resnet101", "ResNet-101 v1.5: 44.5 M parameters, 7.80 GMAC")
+resnet152 = _constructor("resnet152", "ResNet-152 v1.5: 60.2 M parameters, 11.5 GMAC")
+resnext50_32x4d = _constructor("resnext50_32x4d", "ResNeXt-50 32x4d: 25.0 M parameters, 4.23 GMAC")
+resnext101_32x8d = _constructor(
+    "resnext101_32x8d", "ResNeXt-101 32x8d: 88.8 M parameters, 16.4 GMAC"
+)
+resnext101_64x4d = _constructor(
+    "resnext101_64x4d", "ResNeXt-101 64x4d: 83.5 M parameters, 15.5 GMAC"
+)
+wide_resnet50_2 = _constructor("wide_resnet50_2", "Wide ResNet-50-2: 68.9 M parameters, 11.4 GMAC")
+wide_resnet101_2 = _constructor(
+    "wide_resnet101_2", "Wide ResNet-101-2: 126.9 M parameters, 22.8 GMAC"
+)

@@ -61,9 +61,10 @@ def add_relu(x: Tensor, residual: Tensor, *, out: Tensor | None = None) -> Tenso
     return torch.ops.fused_resnet.add_relu(x, residual)
 
 
-def _add_relu_check(x: Tensor, residual: Tensor) -> None:
+def _add_relu_check(x: Tensor, residual: Tensor, out: Tensor | None = None) -> None:
     check_x("add_relu", x)
     check_same("add_relu", "residual", residual, x, x.shape)
+    check_same("add_relu", "out", out, x, x.shape)
 
 
 def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -76,8 +77,7 @@ def _add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
 
 def _add_relu_out(x: Tensor, residual: Tensor, out: Tensor) -> None:
-    _add_relu_check(x, residual)
-    check_same("add_relu", "out", out, x, x.shape)
+    _add_relu_check(x, residual, out)
     if not out.is_inference():
         # This runs below autograd, which does not increment the version of out here: without it,
         # autograd would not detect that a tensor saved for backward was overwritten.
@@ -95,11 +95,6 @@ def _same_or_apart(out: Tensor, t: Tensor) -> bool:
     """Whether out is exactly t or does not share its storage."""
     same = out.data_ptr() == t.data_ptr() and out.stride() == t.stride()
     return same or out.untyped_storage().data_ptr() != t.untyped_storage().data_ptr()
-
-
-def _add_relu_out_fake(x: Tensor, residual: Tensor, out: Tensor) -> None:
-    _add_relu_check(x, residual)
-    check_same("add_relu", "out", out, x, x.shape)
 
 
 def _add_relu_fake(x: Tensor, residual: Tensor) -> Tensor:
@@ -150,7 +145,7 @@ register(
 register(
     "add_relu_out(Tensor x, Tensor residual, Tensor(a!) out) -> ()",
     _add_relu_out,
-    _add_relu_out_fake,
+    _add_relu_check,
 )
 register(
     "add_relu_backward(Tensor dy, Tensor y) -> Tensor",

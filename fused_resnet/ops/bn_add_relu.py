@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fused_resnet import layout
 from fused_resnet.dtypes import accumulate_dtype
+from fused_resnet.kernels.training.protocol import vector
 
 from .add_relu import add_relu_backward_reference
 from .checks import check_channel, check_same, check_x, require
@@ -22,7 +23,6 @@ from .library import (
     kernels_for,
     per_channel,
     register,
-    vector,
 )
 
 
@@ -88,30 +88,20 @@ def bn_add_relu_backward_reference(
     Source: Ioffe and Szegedy 2015, section 3.
     """
     acc = accumulate_dtype(x.dtype)
-    empty = x.new_empty(0)
     g = (add_relu_backward_reference(dy, y) if relu and y is not None else dy).to(acc)
-    if x.numel() == 0:
-        zeros = torch.zeros(x.shape[1], dtype=acc, device=x.device)
-        dx, dresidual = torch.zeros_like(x), torch.zeros_like(x)
-        return (
-            dx if need_dx else empty,
-            zeros,
-            zeros.clone(),
-            dresidual if need_dresidual else empty.clone(),
-        )
     invstd = torch.rsqrt(var.to(acc) + eps)
     xhat = (x.to(acc) - per_channel(mean.to(acc))) * per_channel(invstd)
     dbias = g.sum((0, 2, 3))
     dweight = (g * xhat).sum((0, 2, 3))
-    dx = empty
+    dx = x.new_empty(0)
     if need_dx:
-        count = x.numel() // x.shape[1]
+        count = x.shape[0] * x.shape[2] * x.shape[3]
         gain = invstd if weight is None else invstd * weight.to(acc)
         dx = per_channel(gain) * (
             g - per_channel(dbias / count) - xhat * per_channel(dweight / count)
         )
         dx = dx.to(x.dtype)
-    dresidual = g.to(dy.dtype) if need_dresidual else empty.clone()
+    dresidual = g.to(dy.dtype) if need_dresidual else x.new_empty(0)
     return dx, dweight, dbias, dresidual
 
 
@@ -207,13 +197,11 @@ def _bn_backward_fake(
     dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, var: Tensor,
     eps: float, relu: bool, need_dx: bool, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    full, none = layout.empty_like(layout.dense(x)), x.new_empty(0)
-    return (
-        full if need_dx else none,
-        torch.empty_like(mean),
-        torch.empty_like(mean),
-        layout.empty_like(full) if need_dresidual else torch.empty_like(none),
+    dx, dresidual = (
+        layout.empty_like(layout.dense(x)) if needed else x.new_empty(0)
+        for needed in (need_dx, need_dresidual)
     )
+    return dx, torch.empty_like(mean), torch.empty_like(mean), dresidual
 
 
 def _bn_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -259,10 +247,6 @@ def _bn_grad(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Any, ...]:
     )
 
 
-def _bn_backward_save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Nothing to save: see `_bn_backward_grad`."""
-
-
 def _bn_backward_grad(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError(
         "bn_add_relu_backward: not differentiable; for second derivatives, differentiate "
@@ -278,5 +262,5 @@ register(
 register(
     "bn_add_relu_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var,"
     " float eps, bool relu, bool need_dx, bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
-    _bn_backward, _bn_backward_fake, _bn_backward_save, _bn_backward_grad,
+    _bn_backward, _bn_backward_fake, grad=_bn_backward_grad,
 )  # fmt: skip

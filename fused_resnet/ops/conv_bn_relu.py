@@ -17,6 +17,7 @@ from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels import cache, registry
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import convolution
+from fused_resnet.kernels.training.protocol import convolution_gradients
 
 from .checks import check_channel, check_same, check_x, describe, pair, require
 from .library import LIBRARY, differentiable_gradients, in_transform, per_channel, register
@@ -227,10 +228,7 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.triton:
             ops = torch.ops.fused_resnet
             return ops.convolution_backward_triton(g, x, w, *ctx.geometry, mask)
-        stride, padding, dilation, groups = ctx.geometry
-        return torch.ops.aten.convolution_backward(
-            g, x, w, None, stride, padding, dilation, False, [0, 0], groups, mask
-        )
+        return convolution_gradients(g, x, w, ctx.geometry, mask)
 
     if need_x:
         scaled = (weight.to(acc) * gain).to(weight.dtype)
@@ -256,11 +254,7 @@ def _conv_backward_triton(
     if mask[0]:
         computed = kernels.convolution_dx(g, weight, x.shape, sizes_of_kernel)
         if computed is None:
-            stride, padding, dilation, groups = sizes
-            computed = torch.ops.aten.convolution_backward(
-                g, x, weight, None, stride, padding, dilation, False, [0, 0], groups,
-                [True, False, False],
-            )[0]  # fmt: skip
+            computed = convolution_gradients(g, x, weight, sizes, [True, False, False])[0]
         dx = layout.like(computed, dx)
     if mask[1]:
         dweight = kernels.convolution_dweight(g, x, weight.shape, sizes_of_kernel)
@@ -270,15 +264,12 @@ def _conv_backward_triton(
 def _conv_backward_fake(
     g: Tensor, x: Tensor, weight: Tensor, *geometry: Any
 ) -> tuple[Tensor, Tensor]:
-    mask = geometry[-1]
-    _, C, R, S = weight.shape
-    strides = (R * S * C, 1, S * C, C)
-    return (
-        layout.empty_like(layout.dense(x)) if mask[0] else x.new_empty(0),
-        weight.new_empty_strided(weight.shape, strides, dtype=torch.float32)
-        if mask[1]
-        else weight.new_empty(0),
-    )
+    need_x, need_weight, _ = geometry[-1]
+    dx = layout.empty_like(layout.dense(x)) if need_x else x.new_empty(0)
+    if not need_weight:
+        return dx, weight.new_empty(0)
+    strides = layout.channels_last_strides(weight.shape)
+    return dx, weight.new_empty_strided(weight.shape, strides, dtype=torch.float32)
 
 
 def _conv_autocast(device_type: str) -> Callable[..., Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels import registry
 
 LIBRARY = torch.library.Library("fused_resnet", "DEF")
@@ -65,11 +64,6 @@ def differentiable_gradients(
     return [next(grads) if need else None for need in needs]
 
 
-def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
-    """A (C,) parameter in the accumulation dtype of x, contiguous."""
-    return None if t is None else t.to(accumulate_dtype(x.dtype)).contiguous()
-
-
 def per_channel(v: Tensor) -> Tensor:
-    """(C,) -> (1, C, 1, 1), broadcastable to (N, C, H, W)."""
-    return v.view(1, -1, 1, 1)
+    """(C,) -> (C, 1, 1), broadcastable to (N, C, H, W)."""
+    return v[:, None, None]

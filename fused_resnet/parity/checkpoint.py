@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["CheckpointError", "load_checkpoint", "load_into"]
 
 
 class CheckpointError(ValueError):
@@ -32,21 +29,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; errors are raised
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_unpickling_message(path, error)) from None
     except (RuntimeError, EOFError, OSError) as error:
+        lines = str(error).strip().splitlines() or ["the file ends too early"]
         raise CheckpointError(
             f"checkpoint: {path} ({path.stat().st_size} bytes) is cut short or damaged: "
-            f"{_first_sentence(error)}"
+            f"{lines[0].split('. ')[0]}"
         ) from None
     except Exception as error:  # arbitrary bytes can raise anything in the unpickler
         raise CheckpointError(_unpickling_message(path, error)) from None
     return _find_state(content, path)
-
-
-def _first_sentence(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or ["the file ends too early"]
-    return lines[0].split(". ")[0]
 
 
 def _unpickling_message(path: Path, error: Exception) -> str:

@@ -6,15 +6,13 @@ Nothing is downloaded: only files inside the installed scikit-image package are 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-__all__ = ["ImageBatch", "load_images", "photographs", "preprocess"]
 
 RESIZE, CROP = 256, 224  # pixels, as in ImageNet's standard evaluation
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -67,18 +65,21 @@ def load_images(source: str | Path | Iterable[Path], limit: int | None = None) -
     A file that cannot be read as an image is skipped and adds a line to `errors`.
     Raises FileNotFoundError if the folder is missing, ValueError if no file could be read.
     """
+    from PIL import UnidentifiedImageError
+
     paths = _paths(source)
     batch = ImageBatch(torch.empty(0, 3, CROP, CROP), [])
-    transform = preprocess()
     tensors: list[Tensor] = []
     for path in paths:
         if limit is not None and len(tensors) >= limit:
             break
         try:
-            tensors.append(transform(_open_rgb(path)))
+            tensors.append(preprocess(open_rgb(path)))
             batch.names.append(path.name)
+        except UnidentifiedImageError:
+            batch.errors.append(f"{path}: not an image that Pillow can read")
         except Exception as error:  # decoders may raise anything
-            batch.errors.append(f"{path}: {_reason(error)}")
+            batch.errors.append(f"{path}: {str(error).strip() or type(error).__name__}")
     if not tensors:
         first = f"; {batch.errors[0]}" if batch.errors else ""
         raise ValueError(f"images: no readable image among {len(paths)} files of {source}{first}")
@@ -98,15 +99,7 @@ def _paths(source: str | Path | Iterable[Path]) -> list[Path]:
     return sorted(files)
 
 
-def _reason(error: Exception) -> str:
-    from PIL import UnidentifiedImageError
-
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    return f"{error}".strip() or type(error).__name__
-
-
-def _open_rgb(path: Path) -> Any:
+def open_rgb(path: Path) -> Any:
     """The first frame as 8-bit RGB, upright; alpha is dropped, 16-bit and float are scaled."""
     from PIL import Image, ImageOps
 
@@ -146,28 +139,12 @@ def _shorten(image: Any) -> Any:
     return image.crop((left, top, left + new_width, top + new_height))
 
 
-def preprocess() -> Callable[[Any], Tensor]:
+def preprocess(image: Any) -> Tensor:
     """ImageNet's evaluation transform, PIL image -> (3, 224, 224) float32.
 
-    Resizes the shorter side to 256, crops the central 224 x 224 pixels and normalises. Uses
-    torchvision if it imports, otherwise Pillow with the same (bilinear, antialiased) filter.
+    Resizes the shorter side to 256 (bilinear, antialiased), crops the central 224 x 224 pixels and
+    normalises: torchvision's result but for the rounding of float32.
     """
-    try:
-        from torchvision.transforms import v2
-    except Exception:  # not installed, or built for another torch
-        return _preprocess_pillow
-    return v2.Compose(
-        [
-            v2.Resize(RESIZE, antialias=True),
-            v2.CenterCrop(CROP),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ]
-    )
-
-
-def _preprocess_pillow(image: Any) -> Tensor:
     import numpy
     from PIL import Image
 

@@ -14,7 +14,6 @@ by the errors of their arithmetic.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.models.resnet import get_model
 from fused_resnet.tolerance import TOLERANCE, Error, Tolerance
 
 from .checkpoint import load_checkpoint, load_into
@@ -38,11 +38,6 @@ from .runs import (
 )
 
 # --- calibrating batch norm statistics -----------------------------------------------------------
-
-
-def _chunks(images: Tensor, size: int) -> Sequence[Tensor]:
-    """`images` in batches of about `size`, never of one image unless there is only one."""
-    return images.chunk(max(1, images.shape[0] // size))
 
 
 def calibrate(
@@ -62,8 +57,7 @@ def calibrate(
         with torch.no_grad():
             for norm in norms:
                 if norm.weight is not None:
-                    weight = torch.rand(norm.num_features, generator=generator) + 0.5
-                    norm.weight.copy_(weight)
+                    norm.weight.copy_(torch.rand(norm.num_features, generator=generator) + 0.5)
                 if norm.bias is not None:
                     norm.bias.copy_(torch.randn(norm.num_features, generator=generator) * 0.2)
     tracked = [m for m in norms if m.running_mean is not None]
@@ -77,7 +71,8 @@ def calibrate(
             norm.momentum = None  # cumulative average
             norm.train()
         with torch.no_grad():
-            for chunk in _chunks(images, batch):
+            # Never of one image, unless there is only one.
+            for chunk in images.chunk(max(1, len(images) // batch)):
                 model(chunk.to(device=parameter.device, dtype=parameter.dtype))
     finally:
         for norm, momentum in momenta.items():
@@ -102,8 +97,6 @@ def matched_models(
     model, or without torchvision another one of this package (`parity` runs it on torchvision's
     path).
     """
-    from fused_resnet.models.resnet import get_model
-
     torch.manual_seed(seed)
     classes = 1000
     if checkpoint is None:
@@ -296,6 +289,19 @@ def parity(
     stock, stock_output = run_stock(run, reference, exact, layers)
     fused, fused_output = run_measured(run, model, exact, layers)
     conditioning = gradient_conditioning(run, reference, exact)
+    rows = []
+    for key, value in exact.items():
+        kind, name = key
+        is_count = kind == "buffer" and value.dim() == 0  # num_batches_tracked must be equal
+        stored = torch.float32 if run.autocast and kind in ("gradient", "buffer") else dtype
+        condition = conditioning.get(name, 0.0) if kind == "gradient" else 0.0
+        basis = replace(stock[key], rms=max(stock[key].rms, condition))
+        allowed = 0.0 if is_count else tolerance.allowed_rms(basis, stored)
+        ratio, ok = _ratio(fused[key].rms, stock[key].rms), fused[key].rms <= allowed
+        shape = tuple(value.shape)
+        rows.append(
+            ParityRow(name, kind, shape, stock[key], fused[key], ratio, condition, allowed, ok)
+        )
     return ParityReport(
         dtype=str(dtype).removeprefix("torch."),
         training=training,
@@ -304,51 +310,13 @@ def parity(
         input_shape=tuple(inputs.shape),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
-        rows=[
-            _row(
-                run,
-                (kind, name),
-                value,
-                stock[kind, name],
-                fused[kind, name],
-                conditioning.get(name, 0.0) if kind == "gradient" else 0.0,
-                tolerance,
-            )
-            for (kind, name), value in exact.items()
-        ],
+        rows=rows,
         agreement={
             "fused with float64": _agreement(fused_output, exact["output", "output"]),
             "stock with float64": _agreement(stock_output, exact["output", "output"]),
             "fused with stock": _agreement(fused_output, stock_output),
         },
         reproducer=reproducer or _reproducer(model, run),
-    )
-
-
-def _row(
-    run: Run,
-    key: tuple[str, str],
-    exact: Tensor,
-    stock: Error,
-    fused: Error,
-    conditioning: float,
-    tolerance: Tolerance,
-) -> ParityRow:
-    kind, name = key
-    is_count = kind == "buffer" and exact.dim() == 0  # num_batches_tracked must be equal
-    stored = torch.float32 if run.autocast and kind in ("gradient", "buffer") else run.dtype
-    basis = replace(stock, rms=max(stock.rms, conditioning))
-    allowed = 0.0 if is_count else tolerance.allowed_rms(basis, stored)
-    return ParityRow(
-        name=name,
-        kind=kind,
-        shape=tuple(exact.shape),
-        stock=stock,
-        fused=fused,
-        ratio=_ratio(fused.rms, stock.rms),
-        conditioning=conditioning,
-        allowed=allowed,
-        ok=fused.rms <= allowed,
     )
 
 

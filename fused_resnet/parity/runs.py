@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.kernels.registry import use_backend
+from fused_resnet.layers.hooks import watching
 from fused_resnet.tolerance import Error, measure_error
 
 Key = tuple[str, str]
@@ -24,8 +26,6 @@ Key = tuple[str, str]
 @contextlib.contextmanager
 def stock_path() -> Iterator[None]:
     """A context in which fused_resnet models run torchvision's path; it affects no other models."""
-    from fused_resnet.kernels.registry import use_backend
-
     with use_backend("reference"):
         yield
 
@@ -49,13 +49,6 @@ def layer_names(model: nn.Module) -> list[str]:
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         names += [f"{stage}.{n}" for n, _ in getattr(model, stage, nn.Module()).named_children()]
     return names + [n for n in ("avgpool", "fc") if hasattr(model, n)]
-
-
-def _forward_hook(see: Callable[[Tensor], None]) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        see(output.detach())
-
-    return hook
 
 
 @dataclass
@@ -87,28 +80,19 @@ class Run:
         stored = torch.float32 if self.autocast else self.dtype
         return copied.to(device=self.device, dtype=stored).to(memory_format=self.layout)
 
-    def forward(
-        self, model: nn.Module, hooks: dict[str, Callable[[Tensor], None]] | None = None
-    ) -> Tensor:
-        """Output (N, classes) of `model`; `hooks` are called with the named layers' outputs."""
+    def forward(self, model: nn.Module, layers: Sequence[str] = (), see: Any = None) -> Tensor:
+        """Output (N, classes) of `model`; calls see(name, output) for each of `layers`."""
         parameter = next(model.parameters())
         x = self.inputs.to(
             device=parameter.device, dtype=parameter.dtype, memory_format=self.layout
         )
-        handles = []
-        modules = dict(model.named_modules())
-        for name, see in (hooks or {}).items():
-            handles.append(modules[name].register_forward_hook(_forward_hook(see)))
         autocast = self.autocast and parameter.dtype != torch.float64
-        try:
-            with (
-                torch.set_grad_enabled(self.training),
-                torch.autocast(parameter.device.type, self.dtype, enabled=autocast),
-            ):
-                return model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            watching([(name, model.get_submodule(name)) for name in layers], see),
+            torch.set_grad_enabled(self.training),
+            torch.autocast(parameter.device.type, self.dtype, enabled=autocast),
+        ):
+            return model(x)
 
     def backward(self, model: nn.Module, output: Tensor) -> None:
         """Gradients of the mean cross-entropy, which is computed in float32 or float64."""
@@ -140,30 +124,6 @@ def check_same_state(model: nn.Module, reference: nn.Module) -> None:
             )
 
 
-class _Recorder:
-    """Collects the errors of one run relative to the exact tensors, by (kind, name)."""
-
-    def __init__(self, exact: dict[Key, Tensor]) -> None:
-        self.exact = exact
-        self.errors: dict[Key, Error] = {}
-
-    def hooks(self, names: Sequence[str]) -> dict[str, Callable[[Tensor], None]]:
-        return {name: functools.partial(self.see, "layer", name) for name in names}
-
-    def see(self, kind: str, name: str, value: Tensor) -> None:
-        exact = self.exact[kind, name]
-        if value.shape != exact.shape:
-            raise AssertionError(
-                f"parity: {name} has {kind} shape {tuple(value.shape)}, "
-                f"the reference has {tuple(exact.shape)}"
-            )
-        self.errors[kind, name] = measure_error(value.cpu(), exact)
-
-    def see_state(self, model: nn.Module) -> None:
-        for kind, name, value in _trained_state(model):
-            self.see(kind, name, value)
-
-
 def _trained_state(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, name, value) of every gradient and buffer after one training step."""
     for name, parameter in model.named_parameters():
@@ -179,11 +139,10 @@ def run_exact(run: Run, reference: nn.Module, layers: Sequence[str]) -> dict[Key
     model = run.prepare(reference, exact=True)
 
     def keep(name: str, value: Tensor) -> None:
-        exact["layer", name] = value.clone()
+        exact["layer", name] = value.detach().clone()
 
-    hooks: dict[str, Callable[[Tensor], None]] = {n: functools.partial(keep, n) for n in layers}
     with stock_path():
-        output = run.forward(model, hooks)
+        output = run.forward(model, layers, keep)
         exact["output", "output"] = output.detach()
         if run.training:
             run.backward(model, output)
@@ -256,23 +215,34 @@ def run_measured(
     without hooks, since hooks disable some fused paths. If nothing has to be converted, the second
     run uses the model itself, since a copy would not have its caches, which may be stale.
     """
-    recorder = _Recorder(exact)
+    errors: dict[Key, Error] = {}
+
+    def see(kind: str, name: str, value: Tensor) -> None:
+        expected = exact[kind, name]
+        if value.shape != expected.shape:
+            raise AssertionError(
+                f"parity: {name} has {kind} shape {tuple(value.shape)}, "
+                f"the reference has {tuple(expected.shape)}"
+            )
+        errors[kind, name] = measure_error(value.cpu(), expected)
+
     first = run.prepare(model)
-    run.forward(first, recorder.hooks(layers))
-    missing = [n for n in layers if ("layer", n) not in recorder.errors]
+    run.forward(first, layers, functools.partial(see, "layer"))
+    missing = [n for n in layers if ("layer", n) not in errors]
     if missing:
         raise AssertionError(f"parity: forward hooks on {missing} did not run")
     second = run.prepare(model) if run.training else first
     with _unconverted(run, model) as given:
         output = run.forward(second if given is None else given)
-    recorder.see("output", "output", output)
+    see("output", "output", output)
     if run.training:
         run.backward(second, output)
-        recorder.see_state(second)
-        missing = [name for kind, name in exact if (kind, name) not in recorder.errors]
+        for kind, name, value in _trained_state(second):
+            see(kind, name, value)
+        missing = [name for kind, name in exact if (kind, name) not in errors]
         if missing:
             raise AssertionError(f"parity: no gradient arrived at {missing}")
-    return recorder.errors, output.detach().cpu()
+    return errors, output.detach().cpu()
 
 
 def run_stock(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from fused_resnet.checks import one_of
+from fused_resnet.parity.images import MEAN, STD, open_rgb
+
 NAMES = ("digits", "cifar10", "folder")
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TEST_EVERY = 5  # of a data set without a split, every fifth image is for testing
 
 
@@ -34,13 +37,10 @@ def load(name: str, root: str | None, size: int | None) -> Data:
 
     Raises ValueError naming the option if the data set is unknown or not on disk.
     """
+    one_of("--data", name, NAMES)
     if name == "digits":
         return _digits(size or 32)
-    if name == "cifar10":
-        return _cifar10(root, size or 32)
-    if name == "folder":
-        return _folder(root, size or 224)
-    raise ValueError(f"--data must be one of {', '.join(NAMES)}, got {name!r}")
+    return _cifar10(root, size or 32) if name == "cifar10" else _folder(root, size or 224)
 
 
 def _transform(*steps: Any, mean: Sequence[float], std: Sequence[float]) -> Callable[[Any], Tensor]:
@@ -93,13 +93,9 @@ def _cifar10(root: str | None, size: int) -> Data:
     ]
     statistics: dict[str, Any] = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616)}
     resize = [] if size == 32 else [v2.Resize(size)]
+    augment = (v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip())
     return Data(
-        (
-            items[0],
-            _transform(
-                v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), *resize, **statistics
-            ),
-        ),
+        (items[0], _transform(*augment, *resize, **statistics)),
         (items[1], _transform(*resize, **statistics)),
         list(sets[0].classes),
     )
@@ -131,7 +127,7 @@ def _folder(root: str | None, size: int) -> Data:
             items, classes = _split(whole.samples), whole.classes
     except FileNotFoundError as error:
         raise ValueError(f"--root {root}: {error}") from None
-    statistics: dict[str, Any] = {"mean": _IMAGENET[0], "std": _IMAGENET[1]}
+    statistics: dict[str, Any] = {"mean": MEAN, "std": STD}
     random_crop = (v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip())
     center_crop = (v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size))
     return Data(
@@ -149,6 +145,7 @@ def _mix(*numbers: int) -> int:
     return seed
 
 
+@dataclass(eq=False)
 class _Images(Dataset["tuple[Tensor, int] | None"]):
     """Item (epoch, index): the augmented image and its class.
 
@@ -156,65 +153,58 @@ class _Images(Dataset["tuple[Tensor, int] | None"]):
     place, so that every training batch has its full size; else the item is None.
     """
 
-    def __init__(
-        self, source: Sequence[Any], transform: Callable[[Any], Tensor], seed: int, replaced: bool
-    ) -> None:
-        self._source, self._transform, self._seed = source, transform, seed
-        self._replaced = replaced
+    source: Sequence[Any]
+    transform: Callable[[Any], Tensor]
+    seed: int
+    replaced: bool
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int] | None:
         epoch, index = item
-        pair = self._read(index)
-        if pair is None:
-            return None
-        image, label = pair
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self._seed, epoch, index))
-            return self._transform(image), label
-
-    def _read(self, index: int) -> tuple[Any, int] | None:
-        from fused_resnet.parity.images import _open_rgb
-
-        for offset in range(len(self._source) if self._replaced else 1):
-            image, label = self._source[(index + offset) % len(self._source)]
-            if isinstance(image, Tensor):
-                return image, label
+        for offset in range(len(self.source) if self.replaced else 1):
+            image, label = self.source[(index + offset) % len(self.source)]
             try:
-                return _open_rgb(Path(image)), label
+                image = image if isinstance(image, Tensor) else open_rgb(Path(image))
             except Exception as error:
                 warnings.warn(f"skipped: {image}: {error}", stacklevel=2)
-        if not self._replaced:
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_mix(self.seed, epoch, index))
+                return self.transform(image), label
+        if not self.replaced:
             return None
         raise ValueError("--root contains no readable image")
 
 
+@dataclass(eq=False)
 class Batches(Sampler[list[tuple[int, int]]]):
     """One epoch's batches of (epoch, index) from batch `first` on: this process's share of each.
 
     shuffled: in the order given by (seed, epoch), without an incomplete last batch.
     """
 
-    def __init__(
-        self, count: int, batch: int, *, seed: int, epoch: int, first: int = 0, rank: int = 0,
-        processes: int = 1, shuffled: bool = True,
-    ) -> None:  # fmt: skip
-        self._count, self._batch, self._seed, self._epoch = count, batch, seed, epoch
-        self._first, self._rank, self._processes = first, rank, processes
-        self._shuffled = shuffled
+    count: int
+    batch: int
+    _: KW_ONLY
+    seed: int
+    epoch: int
+    first: int = 0
+    rank: int = 0
+    processes: int = 1
+    shuffled: bool = True
 
     def __len__(self) -> int:
-        whole = self._count // self._batch if self._shuffled else -(-self._count // self._batch)
-        return max(0, whole - self._first)
+        whole = self.count // self.batch if self.shuffled else -(-self.count // self.batch)
+        return max(0, whole - self.first)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = torch.arange(self._count)
-        if self._shuffled:
-            generator = torch.Generator().manual_seed(_mix(self._seed, self._epoch))
-            order = torch.randperm(self._count, generator=generator)
-        for batch in order.split(self._batch)[self._first : self._first + len(self)]:
-            share = batch[self._rank :: self._processes]
+        order = torch.arange(self.count)
+        if self.shuffled:
+            generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+            order = torch.randperm(self.count, generator=generator)
+        for batch in order.split(self.batch)[self.first : self.first + len(self)]:
+            share = batch[self.rank :: self.processes]
             if len(share):
-                yield [(self._epoch, int(i)) for i in share]
+                yield [(self.epoch, int(i)) for i in share]
 
 
 def loader(

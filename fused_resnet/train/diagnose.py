@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.layers.hooks import keeping_buffers, watching
+
 _INPUT = "the input"
 
 
@@ -18,25 +20,13 @@ def first_non_finite(model: nn.Module, x: Tensor) -> str | None:
     """
     names: list[str] = [] if x.isfinite().all() else [_INPUT]
 
-    def make_hook(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not names and isinstance(output, Tensor) and not output.isfinite().all():
-                names.append(name)
+    def see(name: str, output: Any) -> None:
+        if not names and isinstance(output, Tensor) and not output.isfinite().all():
+            names.append(name)
 
-        return hook
-
-    buffers = [b.clone() for b in model.buffers()]
     leaves = [(n, m) for n, m in model.named_modules() if not any(m.children())]
-    handles = [m.register_forward_hook(make_hook(n)) for n, m in leaves]
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        with torch.no_grad():
-            for b, before in zip(model.buffers(), buffers, strict=True):
-                b.copy_(before)
+    with torch.no_grad(), keeping_buffers(model), watching(leaves, see):
+        model(x)
     return names[0] if names else None
 
 

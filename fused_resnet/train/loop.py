@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from fused_resnet.checks import at_least, one_of
 from fused_resnet.fusion.training.activation_memory import CHOICES, set_activation_memory
 from fused_resnet.graphs.training_step import training_step
 from fused_resnet.layers.sync_batch_norm import convert_sync_batchnorm
@@ -108,11 +110,6 @@ def need(what: str, *packages: str) -> None:
 
 def _check(c: Config) -> None:
     need("training", *NEEDED)
-
-    def one_of(option: str, value: str, allowed: Any) -> None:
-        if value not in allowed:
-            raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
-
     if cifar.named(c.model) is None:
         one_of("--model", c.model, [*list_models(), "cifar_resnet20 (any depth 6n + 2)"])
     one_of("--data", c.data, datasets.NAMES)
@@ -124,8 +121,7 @@ def _check(c: Config) -> None:
         ("--epochs", c.epochs, 1), ("--batch", c.batch, 2), ("--accumulate", c.accumulate, 1),
         ("--checkpoint-every", c.checkpoint_every, 1), ("--workers", c.workers, 0),
     ):  # fmt: skip
-        if value < least:
-            raise ValueError(f"{option} must be at least {least}, got {value}")
+        at_least(option, value, least)
     if c.ema is not None and not 0 < c.ema < 1:
         raise ValueError(f"--ema must be between 0 and 1, got {c.ema}")
     if c.cuda_graph and (c.optimizer == "lamb" or c.accumulate > 1):
@@ -234,7 +230,7 @@ class _Run:
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(dataclasses.asdict(self.c), indent=1) + "\n"
-            state.write_whole(self.folder / "config.json", lambda f: f.write(text.encode()))
+            state.write_whole(self.folder / "config.json", text)
             self.metrics = state.Metrics(self.folder, self.step)
 
     def save(self) -> None:
@@ -330,51 +326,40 @@ class _Run:
                 f"{2 * self.c.accumulate}, or with a --batch below {self.c.batch}"
             ) from error
         if self.recorded is not None:
-            return self.finish_recorded(x, y, float(loss), buffers)
-        if self.processes > 1:
-            dist.all_reduce(loss, op=dist.ReduceOp.SUM)
-            loss /= self.processes
-        self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        total = distributed.whole(
-            nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        )
-        norm = float(total)
-        # Skipped for a non-finite norm, which would make every gradient NaN.
-        if self.c.clip is not None and norm < float("inf"):
-            nn.utils.clip_grads_with_norm_(parameters, self.c.clip, total)
+            assert self.recorded.gradient_norm is not None
+            norm = float(self.recorded.gradient_norm)
+        else:
+            if self.processes > 1:
+                dist.all_reduce(loss, op=dist.ReduceOp.SUM)
+                loss /= self.processes
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            total = distributed.whole(nn.utils.get_total_norm(gradients))
+            norm = float(total)
+            # Skipped for a non-finite norm, which would make every gradient NaN.
+            if self.c.clip is not None and norm < math.inf:
+                nn.utils.clip_grads_with_norm_(parameters, self.c.clip, total)
         value = float(loss)
         scaled = self.scaler.is_enabled()  # then an overflow skips the step
-        if not torch.isfinite(loss) or not (scaled or norm < float("inf")):
+        if not math.isfinite(value) or not (scaled or norm < math.inf):
+            if self.recorded is not None:
+                self.backward(x, y)  # the update was skipped: recompute the gradients for stop_at
             self.stop_at(x, value, buffers)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.count()
-        return value, norm
-
-    def count(self) -> None:
+        if self.recorded is None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
+        return value, norm
 
     def replay(self, x: Tensor, y: Tensor) -> Tensor:
         """Run the whole step by `training_step` and return its loss."""
         assert self.recorded is not None
         images = x.to(self.device, memory_format=self.layout, non_blocking=True)
         return self.recorded(images, y)
-
-    def finish_recorded(
-        self, x: Tensor, y: Tensor, loss: float, buffers: list[Tensor]
-    ) -> tuple[float, float]:
-        assert self.recorded is not None and self.recorded.gradient_norm is not None
-        norm = float(self.recorded.gradient_norm)
-        finite = float("-inf") < loss < float("inf")
-        if not finite or not (self.scaler.is_enabled() or norm < float("inf")):
-            self.backward(x, y)  # the update was skipped: recompute the gradients for stop_at
-            self.stop_at(x, loss, buffers)
-        self.count()
-        return loss, norm
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         c = self.c

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
+from fused_resnet.checks import one_of
+
 from .distributed import whole
 
 NAMES = ("sgd", "adamw", "lamb")
@@ -33,10 +35,8 @@ class Lamb(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             if not weights:
@@ -72,8 +72,7 @@ def make_optimizer(
     """Weight decay applies only to tensors of more than one dimension, not to biases and norms.
 
     recorded: whether a CUDA graph captures the step (SGD and AdamW only)."""
-    if name not in NAMES:
-        raise ValueError(f"--optimizer must be one of {', '.join(NAMES)}, got {name!r}")
+    one_of("--optimizer", name, NAMES)
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},

@@ -17,12 +17,12 @@ from fused_resnet.parity.checkpoint import CheckpointError
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Write `path` atomically: write(file) fills a temporary file in the same folder, which is
-    synced to disk and renamed."""
+def write_whole(path: Path, content: Any) -> None:
+    """Write `path` atomically: a temporary file in the same folder is synced to disk and renamed.
+    content: text, or a function that fills a binary file."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     with open(temporary, "wb") as file:
-        write(file)
+        file.write(content.encode()) if isinstance(content, str) else content(file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -85,8 +85,7 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         path = folder / "metrics.jsonl"
         rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(path, lambda file: file.write(text.encode()))
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(path, "a")  # noqa: SIM115 - closed by close()
 
     def add(self, row: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 
 from fused_resnet.bench.harness import save
 from fused_resnet.bench.machine import provenance
+from fused_resnet.kernels import tuning
 from fused_resnet.kernels.problem import Gemm
 from fused_resnet.kernels.target import Target
 from fused_resnet.kernels.triton import (
@@ -160,7 +161,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
             if name == "stem" and config.block_k != 32:
                 continue
             for splits in (1, 4):
-                if splits > 1 and (groups > 1 or config.block_m > configs.MAX_SPLIT_ROWS):
+                if splits > 1 and (groups > 1 or config.block_m > tuning.MAX_SPLIT_ROWS):
                     continue
                 args = {
                     "x_ptr": p, "weight_ptr": p, "scale_ptr": f, "shift_ptr": f,

@@ -16,16 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_resnet.kernels import native, registry
+from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.activation import Activation
+from fused_resnet.kernels.native import gemm_tiles as tiles
 from fused_resnet.kernels.problem import Gemm, Problem
 from fused_resnet.kernels.target import Target
 
 STEM = -1
 _STEP_BYTES = 128  # of channels per step (csrc/cuda/convolution/tiles.h)
-_MAX_SPLITS = 8
 _MAX_CORNER = 128  # pixels, of a corner of the TMA's im2col box
-_MAX_SPLIT_ROWS = 64  # of a tile: with too few tiles, smaller tiles are preferred to splits
 
 
 @dataclass(frozen=True)
@@ -47,12 +46,6 @@ class CudaConfig:
 
 
 CONFIG = CudaConfig
-
-
-@functools.cache
-def tiles() -> list[dict[str, int]]:
-    """The tiles in the build: architecture, block_m, block_n, warps, stages, normalises."""
-    return native.gemm_tiles()
 
 
 def _itemsize(operands: str) -> int:
@@ -118,11 +111,6 @@ def _steps(gemm: Gemm) -> int:
     return math.ceil(gemm.R * gemm.S * channels / _STEP_BYTES)
 
 
-def _tiles_of(tile: dict[str, int], gemm: Gemm) -> int:
-    over_n = math.ceil(gemm.K // gemm.groups / tile["block_n"])
-    return math.ceil(gemm.M / tile["block_m"]) * over_n * gemm.groups
-
-
 def candidates(gemm: Gemm, target: Target) -> list[CudaConfig]:
     stem = [CudaConfig(STEM)] if is_stem(gemm) else []
     return stem + _tile_configs(gemm, _hopper(gemm, target))
@@ -133,16 +121,8 @@ def _tile_configs(gemm: Gemm, hopper: bool) -> list[CudaConfig]:
     for index, tile in enumerate(tiles()):
         if tile["architecture"] == 90 and not hopper:
             continue
-        configs.append(CudaConfig(index))
-        splits = 2
-        while (
-            tile["architecture"] == 80
-            and tile["block_m"] <= _MAX_SPLIT_ROWS
-            and splits <= _MAX_SPLITS
-            and _steps(gemm) >= 4 * splits
-        ):
-            configs.append(CudaConfig(index, splits))
-            splits *= 2
+        steps = _steps(gemm) if tile["architecture"] == 80 else 1
+        configs += [CudaConfig(index, s) for s in tuning.splits(tile["block_m"], steps)]
     return configs
 
 
@@ -183,7 +163,8 @@ def _cheapest(gemm: Gemm, processors: int, hopper: bool) -> CudaConfig:
         tile = tiles()[config.tile]
         m, n = tile["block_m"], tile["block_n"]
         bulk = tile["architecture"] == 90
-        waves = math.ceil(_tiles_of(tile, gemm) * config.splits / processors)
+        over_n = math.ceil(gemm.K // gemm.groups / n) * gemm.groups
+        waves = math.ceil(math.ceil(gemm.M / m) * over_n * config.splits / processors)
         per_step = max(m * n / (1.6 if bulk else 1.0), 64 * (m + n))
         steps = math.ceil(_steps(gemm) / config.splits)
         extra = 4 + waves * steps if bulk else waves * (steps + 4)

@@ -9,22 +9,13 @@ from fused_resnet.kernels import registry
 from .empty import Empty
 from .protocol import Passes
 
-_portable: list[Passes] = []
-
-
-def register_portable(passes: Passes) -> None:
-    """Sets the passes that call registered ops; `ops` does this, as kernels cannot import it."""
-    _portable[:] = [passes]
+# The passes of an empty batch on one of several processes with synchronised norms.
+empty = functools.cache(Empty)
 
 
 def portable() -> Passes:
-    return _portable[0]
-
-
-@functools.cache
-def empty() -> Empty:
-    """The passes of an empty batch on one of several processes with synchronised norms."""
-    return Empty()
+    """The passes that call registered ops; `ops` provides them, as kernels cannot import it."""
+    return registry.provider("reference", "cpu").passes()
 
 
 def passes_for(device_type: str) -> Passes:

@@ -45,7 +45,7 @@ from fused_resnet.kernels.problem import Geometry, Problem, output_shape
 from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last_empty, channels_last_strides, dense, like
 
-from .protocol import Norm, Normed, NormGradients, Passes, gradient_padding, vector
+from .protocol import Norm, Normed, NormGradients, Passes, vector
 
 
 class Cuda(Passes):
@@ -171,23 +171,6 @@ class Cuda(Passes):
             activation,
         )  # fmt: skip
 
-    def norm_gradients(
-        self,
-        dy: Tensor,
-        y: Tensor | None,
-        normed: Normed,
-        other: Normed | None = None,
-        *,
-        has_residual: bool,
-        masked: bool = False,
-    ) -> Any:
-        normed = normed._replace(state=normed.state[:2])
-        if other is not None:
-            other = other._replace(state=other.state[:2])
-        return super().norm_gradients(
-            dy, y, normed, other, has_residual=has_residual, masked=masked
-        )
-
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
@@ -199,10 +182,10 @@ class Cuda(Passes):
     def _gradient_config(self, dy: Tensor, weight: Tensor, g: Geometry, normed: Normed) -> Any:
         """`_config` of the input gradient with the mask and sums of `normed`; None: use cuDNN and a
         separate pass. Without `rest` the recomputed mask would not be bitwise equal."""
-        padding = gradient_padding(weight, g)
-        if padding is None or normed.state[2] is None or dy.element_size() != 2:
+        geometry = turned_geometry(weight, g)
+        if geometry is None or normed.state[2] is None or dy.element_size() != 2:
             return None
-        return self._config(dy, turned(weight, g.groups), _turned_geometry(g, padding))
+        return self._config(dy, turned(weight, g.groups), geometry)
 
     def relu_gradient_with_config(
         self,
@@ -213,14 +196,14 @@ class Cuda(Passes):
         normed: Normed,
     ) -> tuple[Tensor, Tensor]:
         """`relu_gradient` with a tile and splits. dy, normed.x: channels_last."""
-        padding = gradient_padding(weight, g)
-        assert padding is not None
+        geometry = turned_geometry(weight, g)
+        assert geometry is not None
         x, norm, (mean, var, rest) = normed
         rows = turned_rows(weight, g.groups, dy.dtype)
         dx = channels_last_empty(x.shape, dy)
         sums = implicit_gemm.ops(x).convolution_gradient_sums(
             aligned(dy), rows, dx, aligned(x), mean, var, rest,
-            vector(norm.weight, x), vector(norm.bias, x), norm.eps, padding, g.dilation, g.groups,
+            vector(norm.weight, x), vector(norm.bias, x), norm.eps, *geometry[1:],
             config.tile, config.splits,
         )  # fmt: skip
         return dx, sums
@@ -255,20 +238,23 @@ def turned_rows(weight: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
     return rows.copy_(exchanged.permute(0, 2, 3, 1))
 
 
-def _turned_geometry(g: Geometry, padding: list[int]) -> Geometry:
-    return Geometry((1, 1), (padding[0], padding[1]), g.dilation, g.groups)
+def turned_geometry(weight: Tensor, g: Geometry) -> Geometry | None:
+    """The geometry of the convolution by the weight `turned` that is the input gradient of g's
+    convolution: padding is dilation * (taps - 1) - padding. None where there is no such
+    convolution: g's stride is not 1, or its padding exceeds that of its taps."""
+    taps = zip(g.dilation, weight.shape[2:], g.padding, strict=True)
+    top, left = (d * (k - 1) - p for d, k, p in taps)
+    return g._replace(padding=(top, left)) if g.stride == (1, 1) and min(top, left) >= 0 else None
 
 
 def gradient_layer(layer: Problem) -> Problem | None:
     """The convolution that is a layer's input gradient; None if it is not a convolution."""
     weight, g = torch.empty(layer.weight_shape, device="meta"), layer.geometry
-    padding = gradient_padding(weight, g)
-    if padding is None:
+    geometry = turned_geometry(weight, g)
+    if geometry is None:
         return None
     shape = tuple(turned(weight, g.groups).shape)
-    return layer._replace(
-        weight_shape=shape, geometry=_turned_geometry(g, padding), x_shape=layer.y_shape
-    )
+    return layer._replace(weight_shape=shape, geometry=geometry, x_shape=layer.y_shape)
 
 
 CUDA = Cuda()

@@ -20,23 +20,10 @@ from .protocol import Normed, NormGradients
 class Empty(Native):
     """`Native` for tensors (0, C, H, W): the same collectives in the same order."""
 
-    def convolution(
-        self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
-    ) -> Tensor:
-        return super(Native, self).convolution(x, weight, g, residual)
-
-    def input_gradient(
-        self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
-    ) -> Tensor:
-        return torch.empty_like(x)
-
-    def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-        return torch.zeros_like(weight)
-
-    def convolve(
-        self, x: Tensor, weight: Tensor, g: Geometry
-    ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        return self.convolution(x, weight, g), None
+    def supports(
+        self, weight: Tensor, dtype: torch.dtype, g: Geometry, work: str = "convolution"
+    ) -> bool:
+        return False  # PyTorch's convolutions take empty batches
 
     def statistics(
         self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None

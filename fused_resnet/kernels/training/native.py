@@ -31,27 +31,22 @@ def sizes(g: Geometry) -> list[int]:
     return [*g.stride, *g.padding, *g.dilation]
 
 
-def computes(work: str, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
-    """Whether a C++ kernel computes this pass: see `native.training_reason`."""
-    return native.training_reason(work, weight.shape, dtype, sizes(g), g.groups) is None
-
-
 def has_input_gradient(weight: Tensor, g: Geometry) -> bool:
     """Whether a C++ kernel computes the input gradient of such a convolution."""
-    return computes("input_gradient", weight, torch.float32, g)
+    return passes().supports(weight, torch.float32, g, "input_gradient")
 
 
 class Native(Passes):
     """C++ kernels on the CPU; outputs are in pooled memory that is reused from step to step."""
 
     pools = True
+    _ops = torch.ops.fused_resnet_native
 
-    def __init__(self) -> None:
-        self._ops = torch.ops.fused_resnet_native
-
-    def supports(self, weight: Tensor, dtype: torch.dtype, g: Geometry) -> bool:
-        """Whether a C++ kernel computes such a convolution."""
-        return computes("convolution", weight, dtype, g)
+    def supports(
+        self, weight: Tensor, dtype: torch.dtype, g: Geometry, work: str = "convolution"
+    ) -> bool:
+        """Whether a C++ kernel computes this pass: see `native.training_reason`."""
+        return native.training_reason(work, weight.shape, dtype, sizes(g), g.groups) is None
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None
@@ -71,14 +66,14 @@ class Native(Passes):
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
-        if not computes("input_gradient", weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g, "input_gradient"):
             return channels_last(super().input_gradient(dy, x, weight, g, added))
         return self._ops.input_gradient(dy, operand(weight), *x.shape[2:], added, sizes(g))
 
     def relu_gradient(
         self, dy: Tensor, y: Tensor, weight: Tensor, g: Geometry, normed: Normed
     ) -> tuple[Tensor, Any]:
-        if not computes("input_gradient", weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g, "input_gradient"):
             return super().relu_gradient(dy, y, weight, g, normed)
         x, norm, (stats, *_) = normed
         return self._ops.input_gradient_and_sums(
@@ -87,7 +82,7 @@ class Native(Passes):
         )  # fmt: skip
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
-        if not computes("weight_gradient", weight, dy.dtype, g):
+        if not self.supports(weight, dy.dtype, g, "weight_gradient"):
             return super().weight_gradient(dy, x, weight, g)
         return self._ops.weight_gradient(dy, x, *weight.shape[2:], sizes(g)).to(weight.dtype)
 
@@ -191,20 +186,19 @@ class Native(Passes):
         """dy (N, C, P, Q) -> the gradient of norm(x), (N, C, H, W). Only x's shape is used."""
         return self._ops.bn_pool_gradient(dy, y, index, x, window)
 
+    @staticmethod
     def update_running(
-        self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
+        mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
         if not (plain(mean) and plain(var)):
             float64 = any(t is not None and t.dtype == torch.float64 for t in (mean, var))
             stats = state[0] if float64 else state[0].float()
-            super().update_running(mean, var, stats, momentum, count)
+            Passes.update_running(mean, var, stats, momentum, count)
             return
         update_running_together([mean], [var], [], [state[0]], [momentum], [float(count)])
 
 
-@functools.cache
-def passes() -> Native:
-    return Native()
+passes = functools.cache(Native)
 
 
 def plain(t: Tensor | None) -> bool:

@@ -51,15 +51,12 @@ def vector(t: Tensor | None, x: Tensor) -> Tensor | None:
     return None if t is None else t.detach().to(accumulate_dtype(x.dtype)).contiguous()
 
 
-def update_running(
-    mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
-) -> None:
-    """running = running * (1 - momentum) + now * momentum, in place; the variance is unbiased over
-    `count` values. mean, var: the running ones, (C,) or None; state: the batch's mean and biased
-    variance, (C,) each."""
-    for running, now in ((mean, state[0]), (var, state[1] * (count / (count - 1)))):
-        if running is not None:
-            running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)
+def convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, g: Any, mask: list[bool]) -> Any:
+    """PyTorch's dx, dweight and dbias, None where `mask` is False. g: a `Geometry` or the like."""
+    stride, padding, dilation, groups = g
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
 
 
 class Passes:
@@ -109,23 +106,18 @@ class Passes:
         `convolve`; None where no kernel supports it."""
         return None
 
-    def _gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, mask: Any) -> Any:
-        return torch.ops.aten.convolution_backward(
-            dy, x, weight.to(x.dtype), None, g.stride, g.padding, g.dilation, False, [0, 0],
-            g.groups, mask,
-        )  # fmt: skip
-
     def input_gradient(
         self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, added: Tensor | None = None
     ) -> Tensor:
         """dy (N, K, P, Q) -> dx (N, C, H, W) of the convolution, plus `added`. Only x's shape is
         used. `added` may be overwritten and returned."""
-        dx = self._gradient(dy, x, weight, g, [True, False, False])[0]
+        dx = convolution_gradients(dy, x, weight, g, [True, False, False])[0]
         return dx if added is None else dx.add_(added)
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         """dy (N, K, P, Q), x (N, C, H, W) -> dweight, of weight's shape and dtype."""
-        return self._gradient(dy, x, weight, g, [False, True, False])[1].to(weight.dtype)
+        mask = [False, True, False]
+        return convolution_gradients(dy, x, weight, g, mask)[1].to(weight.dtype)
 
     def normalise(
         self, x: Tensor, norm: Norm, residual: Tensor | Normed | None, activation: Activation
@@ -182,24 +174,16 @@ class Passes:
         y: None without a ReLU. has_residual: whether anything was added, `other` or a residual."""
         op = self.bn_add_relu_backward
         masked = masked or other is not None
-        x, norm, (mean, var) = normed
+        x, norm, (mean, var, *_) = normed
+        relu = y is not None
         dx, dweight, dbias, g = op(
-            dy,
-            x,
-            y,
-            norm.weight,
-            mean,
-            var,
-            norm.eps,
-            y is not None,
-            True,
-            masked and y is not None,
+            dy, x, y, norm.weight, mean, var, norm.eps, relu, True, masked and relu
         )
         first = NormGradients(dx, dweight, dbias)
-        g = dy if y is None else g
+        g = g if relu else dy
         if other is None:
             return first, None, g if masked else None
-        x, norm, (mean, var) = other
+        x, norm, (mean, var, *_) = other
         second = op(g, x, None, norm.weight, mean, var, norm.eps, False, True, False)
         return first, NormGradients(*second[:3]), g
 
@@ -218,16 +202,13 @@ class Passes:
         dy; None: computes them."""
         return self.norm_gradients(dy, y, normed, has_residual=False)[0]
 
+    @staticmethod
     def update_running(
-        self, mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
+        mean: Tensor | None, var: Tensor | None, state: Any, momentum: float, count: int
     ) -> None:
-        update_running(mean, var, state, momentum, count)
-
-
-def gradient_padding(weight: Tensor, g: Geometry) -> list[int] | None:
-    """The padding of dy in the convolution of stride 1 by weights with reversed taps that is the
-    input gradient of g's convolution: dilation * (taps - 1) - padding, (2,). None where there is no
-    such convolution: g's stride is not 1, or its padding exceeds that of its taps."""
-    taps = zip(g.dilation, weight.shape[2:], g.padding, strict=True)
-    padding = [d * (k - 1) - p for d, k, p in taps]
-    return padding if g.stride == (1, 1) and min(padding) >= 0 else None
+        """running = running * (1 - momentum) + now * momentum, in place; the variance is unbiased
+        over `count` values. mean, var: the running ones, (C,) or None; state: the batch's mean and
+        biased variance, (C,) each."""
+        for running, now in ((mean, state[0]), (var, state[1] * (count / (count - 1)))):
+            if running is not None:
+                running.copy_(running.to(now.dtype) * (1 - momentum) + now * momentum)

@@ -78,18 +78,14 @@ def _sum_over_pixels(tile, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _offsets(m, c, C, HW, CHANNELS_LAST: tl.constexpr):
-    """m: (BLOCK_M,) pixels of N*H*W, c: (BLOCK_C,) channels -> a tile of element offsets."""
+def _places(m, c, M, C, HW, CHANNELS_LAST: tl.constexpr):
+    """m: (BLOCK_M,) pixels of N*H*W, c: (BLOCK_C,) channels -> a tile of element offsets, and the
+    mask of those inside the first M pixels."""
+    inside = _expand_pixels(m < M, CHANNELS_LAST) & _expand_channels(c < C, CHANNELS_LAST)
     if CHANNELS_LAST:
-        return m[:, None] * C + c[None, :]
+        return m[:, None] * C + c[None, :], inside
     else:
-        return (c * HW)[:, None] + ((m // HW) * (C * HW) + m % HW)[None, :]
-
-
-@triton.jit
-def _inside(m, c, M, C, CHANNELS_LAST: tl.constexpr):
-    """The mask of a tile's positions inside the tensor."""
-    return _expand_pixels(m < M, CHANNELS_LAST) & _expand_channels(c < C, CHANNELS_LAST)
+        return (c * HW)[:, None] + ((m // HW) * (C * HW) + m % HW)[None, :], inside
 
 
 @triton.jit
@@ -128,8 +124,8 @@ def bn_stats_kernel(
     begin = part * pixels_per_part
     end = tl.minimum(begin + pixels_per_part, M)
     m = begin + tl.arange(0, BLOCK_M)
-    at = _offsets(m, c, C, HW, CHANNELS_LAST)
-    x = widened(tl.load(x_ptr + at, mask=_inside(m, c, end, C, CHANNELS_LAST), other=0), ACC)
+    at, inside = _places(m, c, end, C, HW, CHANNELS_LAST)
+    x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
     centre = _sum_over_pixels(x, CHANNELS_LAST) / tl.minimum(end - begin, BLOCK_M).to(ACC)
     centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
     total = tl.zeros_like(x)
@@ -137,8 +133,7 @@ def bn_stats_kernel(
     count = tl.zeros((BLOCK_M,), ACC)
     for first in range(begin, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        inside = _inside(m, c, end, C, CHANNELS_LAST)
-        at = _offsets(m, c, C, HW, CHANNELS_LAST)
+        at, inside = _places(m, c, end, C, HW, CHANNELS_LAST)
         x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
         d = tl.where(inside, x - _expand_channels(centre, CHANNELS_LAST), 0.0)
         count += tl.where(m < end, 1.0, 0.0).to(ACC)
@@ -225,8 +220,7 @@ def bn_apply_kernel(
     INDEX: tl.constexpr,
 ):
     m, c = _tile_position(C, BLOCK_M, BLOCK_C, INDEX)
-    inside = _inside(m, c, M, C, CHANNELS_LAST)
-    at = _offsets(m, c, C, HW, CHANNELS_LAST)
+    at, inside = _places(m, c, M, C, HW, CHANNELS_LAST)
     y = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
     y -= _load_channels(folded_ptr, c, C, CHANNELS_LAST)
     y -= _load_channels(folded_ptr + C, c, C, CHANNELS_LAST)
@@ -269,8 +263,7 @@ def bn_reduce_kernel(
     sum_gx = tl.zeros_like(sum_g)
     for first in range(begin, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
-        inside = _inside(m, c, end, C, CHANNELS_LAST)
-        at = _offsets(m, c, C, HW, CHANNELS_LAST)
+        at, inside = _places(m, c, end, C, HW, CHANNELS_LAST)
         g = widened(tl.load(dy_ptr + at, mask=inside, other=0), ACC)
         x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
         if y_ptr is not None:
@@ -340,8 +333,7 @@ def bn_backward_kernel(
     INDEX: tl.constexpr,
 ):
     m, c = _tile_position(C, BLOCK_M, BLOCK_C, INDEX)
-    inside = _inside(m, c, M, C, CHANNELS_LAST)
-    at = _offsets(m, c, C, HW, CHANNELS_LAST)
+    at, inside = _places(m, c, M, C, HW, CHANNELS_LAST)
     g = widened(tl.load(g_ptr + at, mask=inside, other=0), ACC)
     x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
     if y_ptr is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from fused_resnet.kernels import tuning
 from fused_resnet.kernels.problem import Gemm
 from fused_resnet.kernels.target import Target
 
@@ -107,14 +108,11 @@ def configs(operands: str, target: Target) -> list[Config]:
     table = _MMA_SYNC_TF32 if operands == "tf32" else _MMA_SYNC
     if capability[0] == 8 and capability not in ((8, 6), (8, 9)):
         return list(table)
-    fitting = []
     limit = AMD_SHARED_BYTES if target.vendor == "amd" else SMALL_SHARED_BYTES
-    for c in table:
-        stages = c.stages
-        while shared_bytes(replace(c, stages=stages), operands) > limit:
-            stages -= 1
-        fitting.append(replace(c, stages=stages))
-    return fitting
+    return [
+        replace(c, stages=min(c.stages, limit // shared_bytes(replace(c, stages=1), operands)))
+        for c in table
+    ]
 
 
 def groups_per_tile(gemm: Gemm, block_n: int, block_k: int) -> int:
@@ -161,26 +159,13 @@ def work(config: Config, gemm: Gemm, processors: int) -> float:
     return waves * (math.ceil(steps(config, gemm) / config.splits) + 4) * per_step
 
 
-MAX_SPLITS = 8
-MAX_SPLIT_ROWS = 64  # of a tile: with too few tiles, smaller tiles are preferred to splits
-
-
-def takes_splits(config: Config, gemm: Gemm, splits: int) -> bool:
-    """Whether a tile may be split among `splits` programs, of at least four steps each."""
-    allowed = splits <= MAX_SPLITS and config.block_m <= MAX_SPLIT_ROWS
-    return allowed and steps(config, gemm) >= 4 * splits
-
-
 def candidates(gemm: Gemm, target: Target) -> list[Config]:
     """Every configuration worth measuring for this problem."""
     result = []
     for listed in configs(gemm.operands, target):
         config = fitted(listed, gemm)
-        result.append(config)
-        splits = 2
-        while takes_splits(config, gemm, splits):
-            result.append(replace(config, splits=splits))
-            splits *= 2
+        splits = tuning.splits(config.block_m, steps(config, gemm))
+        result += [replace(config, splits=s) for s in splits]
         if target.capability >= (9, 0):
             # The epilogue of a tile overlaps the first loads of the next.
             result.append(replace(config, persistent=True))

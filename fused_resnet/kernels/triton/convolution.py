@@ -407,11 +407,6 @@ def takes_runs(C: int, S: int, dilation_w: int, groups: int) -> bool:
     return groups == 1 and C < FEW_CHANNELS and S > 1 and dilation_w == 1
 
 
-def run_length(C: int, S: int) -> int:
-    """The number of values in a row of S taps of C channels, padded."""
-    return S * (C + -C % PADDED_CHANNELS)
-
-
 # --- the provider interface (see kernels/tuning.py) -----------------------------------------------
 
 CONFIG = Config
@@ -429,7 +424,7 @@ def kernel_gemm(gemm: Gemm) -> Gemm:
     C, S = gemm.C, gemm.S
     if not takes_runs(C, S, 1, gemm.groups):
         return gemm
-    return gemm._replace(C=run_length(C, S), S=1)
+    return gemm._replace(C=S * (C + -C % PADDED_CHANNELS), S=1)
 
 
 def candidates(gemm: Gemm, target: Target) -> list[Config]:
