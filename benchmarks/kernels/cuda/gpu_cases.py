@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry, tuning
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cuda import cudnn
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from fused_resnet.kernels.problem import Problem, convolution
@@ -262,12 +263,12 @@ def conv_case(
         y = y if residual is None else y.add_(residual)
         return [y.relu_() if relu else y]
 
-    conv = GpuConv(problem, weight, scale, shift)
+    conv, activation = GpuConv(problem, weight, scale, shift), Activation(relu)
     conv.is_cached = True
 
     def run_config(backend: str, config: Any) -> Prepared:
         def call() -> list[Tensor]:
-            return [conv.run_by(backend, config, x, residual, relu)]
+            return [conv.run_by(backend, config, x, residual, activation)]
 
         def emulated() -> list[Tensor]:
             with fr.use_backend("emulated"):
@@ -280,11 +281,11 @@ def conv_case(
         if device.type == "cpu":
             arguments = (x, weight, scale, shift, residual, relu, *geometry)
             return Prepared(lambda: [fr.conv_bn_relu(*arguments)])
-        choice = conv.choice(x, relu)
+        choice = conv.choice(x, activation)
         if choice.backend == "reference":
             raise Absent("no kernel supports this convolution")
         how = f"{choice.backend} {choice.config.label()}"
-        return Prepared(lambda: [conv.run(x, residual, relu)], how)
+        return Prepared(lambda: [conv.run(x, residual, activation)], how)
 
     def candidates(backend: str) -> list[Any]:
         kernels("conv_bn_relu", backend, device)

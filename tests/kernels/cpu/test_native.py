@@ -317,7 +317,7 @@ def test_result_does_not_depend_on_thread_count():
                 (1, 1),
                 1,
             )
-            outputs.append(conv.run(x, None, False))
+            outputs.append(conv.run(x, None, Activation.NONE))
         results.append(outputs)
         y = ops.bn_add_relu(x, weight, bias, None, 1e-5, True)[0]
         torch.testing.assert_close(y, F.relu(F.batch_norm(x, None, None, weight, bias, True)))
