@@ -250,7 +250,7 @@ def conv_case(
     scale = gamma / torch.sqrt(var + EPS)
     shift = beta - mean * scale
     geometry, device = layer.geometry, like.device
-    problem = layer._replace(dtype=like.dtype, relu=relu)
+    problem = layer._replace(dtype=like.dtype, activation=Activation(relu))
     native_on_cpu = device.type == "cpu" and "emulated" in registry.names()
 
     def chain(x: Tensor, residual: Tensor | None) -> Tensor:
