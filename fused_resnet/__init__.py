@@ -10,6 +10,7 @@ from .graphs.training_step import TrainingStep, training_step
 from .kernels.native import release_memory
 from .kernels.registry import use_backend
 from .layers import shortcut, sync_batch_norm
+from .layers.norms import register_frozen_norm
 from .layers.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from .models import cifar, preact, resnet
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "inference",
     "info",
+    "register_frozen_norm",
     "release_memory",
     "set_activation_memory",
     "training_step",

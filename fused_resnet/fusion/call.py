@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
+from torch.utils._device import DeviceContext
 
 from fused_resnet.kernels import registry
+from fused_resnet.layers import originals
 from fused_resnet.layers.hooks import GLOBAL_HOOKS
 from fused_resnet.ops.library import in_transform
 
@@ -17,6 +20,9 @@ def call_reason(x: Any, training: bool = False) -> str | None:
     empty batch is allowed, since another process's batch may not be empty."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
+    name = originals.replaced()
+    if name is not None:
+        return f"{name} was replaced after fused_resnet was imported"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}, not a plain Tensor"
     if x.device.type not in ("cpu", "cuda"):
@@ -28,8 +34,12 @@ def call_reason(x: Any, training: bool = False) -> str | None:
         return "torch.jit.trace is tracing"
     if in_transform():
         return "inside a torch.func transform or forward-mode AD"
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() + _len_torch_dispatch_stack_pre_dispatch() > 0:
         return "a TorchDispatchMode is active"
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(i)
+        if type(mode) is not DeviceContext:  # of torch.set_default_device
+            return f"{type(mode).__name__}, a TorchFunctionMode, is active"
     if any(GLOBAL_HOOKS):
         return "global module hooks are registered"
     if x.device.type == "cpu" and not torch.backends.mkldnn.enabled:

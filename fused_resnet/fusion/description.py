@@ -6,6 +6,7 @@ does not depend on where the modules were found: `describe` finds those of a mod
 
 Modules are fused only while they are exactly Conv2d, BatchNorm2d (SyncBatchNorm, FrozenBatchNorm2d)
 and ReLU, unhooked and unpatched, so that surgery on a model and feature extraction keep working.
+The classes are those of the import: a quantiser may put others in their place in `torch.nn`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import BatchNorm2d, Conv2d, MaxPool2d, ReLU, Sequential
 
 from fused_resnet.kernels.activation import OF_MODULE, Activation
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import is_frozen_bn
+from fused_resnet.layers.originals import remember
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
 
@@ -113,7 +116,9 @@ _recipes: dict[type, tuple[Any, Any]] = {}
 
 def register(recipes: dict[Any, Any]) -> None:
     """Registers classes of blocks with their `Names`, and of networks with their `NetworkNames`."""
-    _recipes.update({cls: (names, cls.forward) for cls, names in recipes.items()})
+    for cls, names in recipes.items():
+        _recipes[cls] = names, cls.forward
+        remember(cls, "forward", "__call__")
 
 
 def recipe_of(module: nn.Module) -> tuple[Any, Any]:
@@ -145,12 +150,12 @@ def describe(module: nn.Module, names: Names) -> Description | str:
     activation = OF_MODULE.get(kind)
     units = [
         Unit(
-            child(children, conv, nn.Conv2d), child(children, norm, nn.BatchNorm2d),
+            child(children, conv, Conv2d), child(children, norm, BatchNorm2d),
             activation or Activation.NONE,
         )
         for conv, norm in names.pairs
     ]  # fmt: skip
-    child(children, names.relu, nn.ReLU if activation is None else kind)
+    child(children, names.relu, ReLU if activation is None else kind)
     shortcut, pad = "none", None
     if names.downsample is not None:
         branch = children.get(names.downsample)
@@ -164,19 +169,19 @@ def describe(module: nn.Module, names: Names) -> Description | str:
         elif type(branch) is PadShortcut:
             shortcut, pad = "pad", child(children, names.downsample, PadShortcut)
         elif names.norm_first:
-            conv = child(children, names.downsample, nn.Conv2d)
+            conv = child(children, names.downsample, Conv2d)
             units.append(Unit(conv, None, Activation.NONE))
-        elif type(branch) is not nn.Sequential or len(branch) != 2:
+        elif type(branch) is not Sequential or len(branch) != 2:
             return f"{names.downsample} is not a Sequential of a convolution and a norm"
         else:
-            child(children, names.downsample, nn.Sequential)
+            child(children, names.downsample, Sequential)
             layers = branch._modules
             conv, norm = layers
-            conv, norm = child(layers, conv, nn.Conv2d), child(layers, norm, nn.BatchNorm2d)
+            conv, norm = child(layers, conv, Conv2d), child(layers, norm, BatchNorm2d)
             units.append(Unit(conv, norm, Activation.NONE))
     pool = None if names.pool is None else children.get(names.pool)
     if pooling.is_plain(pool):
-        places.append(Place(children, str(names.pool), pool, nn.MaxPool2d))
+        places.append(Place(children, str(names.pool), pool, MaxPool2d))
     else:
         pool = None  # runs as a module
     shared, survival, *_, training = attributes_of(module)
@@ -189,7 +194,7 @@ def describe(module: nn.Module, names: Names) -> Description | str:
 
 def _reason_against(description: Description) -> str | None:
     for _, name, module, kind in description.places:
-        norm = kind is nn.BatchNorm2d and (type(module) in _SYNCHRONISED or is_frozen_bn(module))
+        norm = kind is BatchNorm2d and (type(module) in _SYNCHRONISED or is_frozen_bn(module))
         if type(module) is not kind and not norm:
             return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         why = None if module is None else patched(module)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fused_resnet.kernels import registry
+from fused_resnet.layers.hooks import overrides
 from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import Block
 from fused_resnet.layers.sync_batch_norm import group_of
@@ -53,7 +54,7 @@ def _explain(module: nn.Module, names: Names) -> tuple[bool, str, str]:
     if isinstance(description, str):
         return False, "stock", description
     reason = call_reason(description.units[0].conv.weight.detach())
-    if reason is None and isinstance(module, Block) and "forward" in module.__dict__:
+    if reason is None and isinstance(module, Block) and "forward" in overrides(module):
         reason = "the block has its forward replaced"
     if reason is not None:
         return False, "stock", reason

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet.layers.norms import eps_of
+
 
 def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale, shift: (K,) of `dtype`, such that bn(conv(x)) = conv(x, weight) * scale + shift.
 
     scale = weight / sqrt(running_var + eps),   shift = bias + (conv.bias - running_mean) * scale
     """
-    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+    scale = torch.rsqrt(bn.running_var.to(dtype) + eps_of(bn))
     if bn.weight is not None:
         scale = scale * bn.weight.to(dtype)
     mean = bn.running_mean.to(dtype)

@@ -8,17 +8,18 @@ from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import BatchNorm2d, Conv2d, MaxPool2d
 
-from fused_resnet.layers.hooks import hooks_of
+from fused_resnet.layers.hooks import hooks_of, overridable, patched
 from fused_resnet.layers.shortcut import PadShortcut
 
 from .description import Description, Place
 
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
 _SETTINGS = {
-    nn.Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: ("eps", "training", "momentum", "track_running_stats", "process_group"),
-    nn.MaxPool2d: (
+    Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
+    BatchNorm2d: ("eps", "training", "momentum", "track_running_stats", "process_group"),
+    MaxPool2d: (
         "kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode",
     ),
     PadShortcut: ("in_channels", "out_channels", "stride"),
@@ -42,6 +43,7 @@ class Guard:
         self._modules: list[Any] = []
         self._children: list[Any] = []
         self._dicts: list[Any] = []
+        self._overrides: list[str] = []
         self._hooks: list[Any] = []
         self._settings: list[Any] = []
         self._setting_names: list[str] = []
@@ -55,10 +57,17 @@ class Guard:
                 continue
             attributes, settings = module.__dict__, _SETTINGS.get(kind, ())
             self._children.append(module._modules)
-            # A module with hooks or a patched forward is not fused, and may keep them.
-            if "forward" not in attributes and not any(hooks_of(module)):
-                self._dicts.append(attributes)
+            # A module with hooks or replaced methods is not fused, and may keep them.
+            if patched(module) is None:
                 self._hooks += hooks_of(module)
+                for override in overridable(module):
+                    if override in attributes:  # its own method
+                        self._homes.append(attributes)
+                        self._names.append(override)
+                        self._modules.append(attributes[override])
+                    else:
+                        self._dicts.append(attributes)
+                        self._overrides.append(override)
             self._settings += repeat(attributes, len(settings))
             self._setting_names += settings
             for tensors in (module._parameters, module._buffers):
@@ -115,7 +124,7 @@ class Guard:
                 and self._current_state() == self._state
                 and all(map(is_, map(dict.get, self._homes, self._names), self._modules))
                 and not any(self._hooks)
-                and not any(map(contains, self._dicts, repeat("forward")))
+                and not any(map(contains, self._dicts, self._overrides))
             )
         except (KeyError, AttributeError):  # a parameter or an attribute was deleted
             return False

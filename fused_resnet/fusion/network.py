@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import Sequential
 
 from fused_resnet.layers.hooks import patched
 
@@ -56,8 +57,8 @@ def members_of(model: Any, names: NetworkNames) -> tuple[Member, list[list[Membe
     stages = []
     for name in names.stages:
         stage = getattr(model, name)
-        places.append(Place(model._modules, name, stage, nn.Sequential))
-        if type(stage) is not nn.Sequential or patched(stage) is not None:
+        places.append(Place(model._modules, name, stage, Sequential))
+        if type(stage) is not Sequential or patched(stage) is not None:
             stages.append([Member(stage, None)])
             continue
         blocks = stage._modules

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch.nn import MaxPool2d
 
 from fused_resnet.layers.hooks import patched
 
@@ -32,6 +32,6 @@ def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
 def is_plain(pool: Any) -> bool:
     """Whether `pool` is exactly an nn.MaxPool2d, without hooks or a patched forward, whose settings
     the kernels support."""
-    if type(pool) is not nn.MaxPool2d or patched(pool) is not None:
+    if type(pool) is not MaxPool2d or patched(pool) is not None:
         return False
     return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))

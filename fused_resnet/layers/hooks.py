@@ -22,12 +22,37 @@ GLOBAL_HOOKS = [
 ]
 
 
+# What a call of a module looks up on the instance before its class.
+_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward")
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+
+def overridable(m: nn.Module) -> tuple[str, ...]:
+    """The attributes that would change what m computes if they were the instance's own. Parameters
+    and buffers are not: they lie in dicts of their own."""
+    return _METHODS + _TENSORS if m._parameters or m._buffers else _METHODS[:-1]
+
+
+def overrides(m: nn.Module) -> list[str]:
+    """Those that are. The class's own method, bound to the instance, does not count: tools that
+    have removed their wrapper leave it there."""
+
+    def is_own(name: str, found: Any) -> bool:
+        function = getattr(found, "__func__", None)
+        return found is None or (
+            function is getattr(type(m), name, m) and getattr(found, "__self__", None) is m
+        )
+
+    attributes = m.__dict__
+    return [n for n in overridable(m) if n in attributes and not is_own(n, attributes[n])]
+
+
 def patched(m: nn.Module) -> str | None:
-    """Why calling m does more than the forward of its class, or None."""
+    """Why calling m does more than the forward of its class with its parameters, or None."""
     if any(hooks_of(m)):
         return "has hooks"
-    if "forward" in m.__dict__:
-        return "has its forward replaced"
+    for name in overrides(m):
+        return f"has its {name} " + ("a plain attribute" if name in _TENSORS else "replaced")
     return None
 
 

@@ -15,9 +15,39 @@ recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=F
 """Whether backward is recomputing a segment: running statistics are then not updated again."""
 
 
+# Classes called FrozenBatchNorm2d, by module: of torchvision, detectron2, and DETR and its kin.
+_FROZEN_MODULES = ("torchvision.ops.misc", "detectron2.layers.batch_norm", "models.backbone")
+_frozen: dict[type, Any] = {}  # a class -> its forward
+
+
+def register_frozen_norm(cls: type[nn.Module]) -> type[nn.Module]:
+    """Declares that modules of exactly this class compute, in training too,
+
+    y = (x - running_mean) / sqrt(running_var + eps) * weight + bias,   x, y: (N, C, H, W)
+
+    from buffers or parameters (C,) of these names, with `eps` an attribute, 1e-5 if there is none.
+    They are then fused as torchvision's FrozenBatchNorm2d is. Returns cls, so it can be used as a
+    decorator. Raises TypeError if cls is no subclass of nn.Module."""
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_frozen_norm: cls must be a subclass of nn.Module, got {cls!r}")
+    _frozen[cls] = cls.forward
+    return cls
+
+
 def is_frozen_bn(m: nn.Module) -> bool:
-    """torchvision.ops.FrozenBatchNorm2d, recognised without importing torchvision."""
-    return type(m).__name__ == "FrozenBatchNorm2d" and type(m).__module__ == "torchvision.ops.misc"
+    """Whether m is exactly a known or registered frozen norm, whose forward was not replaced."""
+    cls: Any = type(m)
+    if cls not in _frozen:
+        known = cls.__name__ == "FrozenBatchNorm2d" and cls.__module__ in _FROZEN_MODULES
+        if not known or cls.forward.__qualname__ != "FrozenBatchNorm2d.forward":
+            return False
+        _frozen[cls] = cls.forward
+    return cls.forward is _frozen[cls]
+
+
+def eps_of(bn: Any) -> float:
+    """The eps of a norm; DETR's frozen one has it in its forward."""
+    return getattr(bn, "eps", 1e-5)
 
 
 def uses_batch_statistics(bn: Any) -> bool:

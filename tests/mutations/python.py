@@ -231,7 +231,7 @@ PYTHON = [
      f"{STALE} -k fsdp"),
     ("a frozen norm's fold not renewed", READY, "if folded is None or not folded[0].holds():",
      "if folded is None:", f"{STALE} -k frozen"),
-    ("eps missing from the fold", "fused_resnet/fusion/fold.py", "bn.running_var.to(dtype) + bn.eps",
+    ("eps missing from the fold", "fused_resnet/fusion/fold.py", "bn.running_var.to(dtype) + eps_of(bn)",
      "bn.running_var.to(dtype)", f"{BLOCKS} -k eps"),
     ("mean missing from the fold", "fused_resnet/fusion/fold.py", "mean = bn.running_mean.to(dtype)",
      "mean = bn.running_mean.to(dtype) * 0", f"{BLOCKS} -k every_convolution"),

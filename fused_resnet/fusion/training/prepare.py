@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import BatchNorm2d, Conv2d
 
 from fused_resnet import layout
 from fused_resnet.fusion import pooling, store
@@ -94,7 +95,7 @@ class Step:
         self.description = description
         # FSDP gathers other tensors for every step.
         self.is_cached = not any(is_fsdps(unit.conv) for unit in description.units)
-        self._synchronised = [n for n in description.norms if type(n) is not nn.BatchNorm2d]
+        self._synchronised = [n for n in description.norms if type(n) is not BatchNorm2d]
         self._level: str = getattr(module, "activation_memory", "auto")
         self._prepared: tuple[Any, Prepared | None] = (None, None)
         self._folded: dict[Any, tuple[Guard, Tensor, Tensor]] = {}
@@ -120,9 +121,9 @@ class Step:
             return scale_and_shift(conv, norm, dtype)
         folded = self._folded.get((norm, dtype))
         if folded is None or not folded[0].holds():
-            places = [Place({"norm": norm}, "norm", norm, nn.BatchNorm2d)]
+            places = [Place({"norm": norm}, "norm", norm, BatchNorm2d)]
             if conv.bias is not None:
-                places.append(Place({"conv": conv}, "conv", conv, nn.Conv2d))
+                places.append(Place({"conv": conv}, "conv", conv, Conv2d))
             guard = Guard([], places)
             with torch.no_grad():
                 folded = (guard, *scale_and_shift(conv, norm, dtype))

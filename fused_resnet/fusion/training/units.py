@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import BatchNorm2d, ReLU
 
 from fused_resnet import ops
 from fused_resnet.dtypes import accumulate_dtype
@@ -41,7 +42,7 @@ def counts_once(description: Description, x: Tensor) -> bool:
     return all(
         not uses_batch_statistics(bn)
         or (
-            (whole or type(bn) is nn.BatchNorm2d)
+            (whole or type(bn) is BatchNorm2d)
             and bn.eps > 0
             and bn.num_features in (conv.in_channels, conv.out_channels)
             and norm_fits(bn, dtype)
@@ -53,7 +54,7 @@ def counts_once(description: Description, x: Tensor) -> bool:
 
 def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
     """relu(bn(x)) of two modules by one op; None where not supported, or the norm is frozen."""
-    if call_reason(x) is not None or type(bn) is not nn.BatchNorm2d or type(relu) is not nn.ReLU:
+    if call_reason(x) is not None or type(bn) is not BatchNorm2d or type(relu) is not ReLU:
         return None
     if patched(bn) is not None or patched(relu) is not None or not uses_batch_statistics(bn):
         return None
@@ -127,7 +128,7 @@ def run_unit(
 
 def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
     """Whether `bn_add_relu` supports the operands; if not, stock computes or raises."""
-    if type(bn) is not nn.BatchNorm2d or y.shape[1] != bn.num_features or not bn.eps > 0:
+    if type(bn) is not BatchNorm2d or y.shape[1] != bn.num_features or not bn.eps > 0:
         return False
     if y.shape[0] * y.shape[2] * y.shape[3] < 2:
         return False
