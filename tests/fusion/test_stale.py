@@ -303,8 +303,8 @@ def test_plans_of_weights_written_meanwhile(monkeypatch):
     stock, mine = pair("basic")
     packed = plan._pack
 
-    def pack(conv, *rest):
-        packs = packed(conv, *rest)
+    def pack(unit, *rest):
+        packs, conv = packed(unit, *rest), unit.conv
         if conv is mine.layer2[0].conv1 and not written:
             written.append(True)
             conv.weight.mul_(2)
