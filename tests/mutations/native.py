@@ -208,7 +208,7 @@ CPP = [
     ("Winograd's last tile lost", "csrc/cpu/convolution/winograd_kernels.h",
      "tile < count; ++tile) {", "tile + 1 < count; ++tile) {", f"{CONV} -k values"),
     ("max pooling loses NaN", "csrc/cpu/pooling/max_pool2d_kernels.h",
-     "return size > infinity ? size : ordered;", "return ordered;",
+     "return size > infinity ? size : value(v);", "return value(v);",
      f"{NATIVE} -k max_pool2d"),
 ]  # fmt: skip
 

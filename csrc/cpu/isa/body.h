@@ -66,10 +66,10 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(bn_reduce_planes),
     FR_ALL_DTYPES(bn_backward_rows),
     FR_ALL_DTYPES(bn_backward_planes),
-    {max_pool2d_float32, max_pool2d_bfloat16, max_pool2d_float16, max_pool2d_float64},
+    FR_ALL_DTYPES(max_pool2d),
     FR_ALL_DTYPES(bn_pool),
     FR_ALL_DTYPES(bn_pool_gradient),
-    {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
+    FR_ALL_DTYPES(abs_max),
 #if FR_VECTOR_BYTES >= 32
     kTilePixels,
     {gradient_chain(1), gradient_chain(2), gradient_chain(1)},
