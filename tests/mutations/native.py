@@ -42,7 +42,7 @@ CPP = [
     ("gradient sums: leftover pixels of joined rows lost", "csrc/cpu/batch_norm/statistics.h",
      "if (rest > 0) body(", "if (false) body(", SUMS),
     ("gradient sums: x of the first pixels for all ranges", "csrc/cpu/batch_norm/statistics.h",
-     "x_ + (begin + first) * pixel_bytes_", "x_ + first * pixel_bytes_", SUMS),
+     "bn.x = x_ + begin * pixel_bytes_;", "bn.x = x_;", SUMS),
     ("gradient sums: not masked", "csrc/cpu/batch_norm/statistics.h",
      ", bn.mask_scale = scale_.data(), bn.mask_shift = shift_.data();", ";", SUMS),
     ("gradient sums: only the first task's", "csrc/cpu/batch_norm/statistics.h",

@@ -29,13 +29,53 @@ constexpr int64_t kSamples = 16;  // values of a segment averaged for `pivot`
 struct Segment {
   int64_t channel, offset, length;
 };
+template <bool rows>
 FR_INLINE Segment segment_of(const Walk& walk, int64_t item) {
+  if (rows) return {0, walk.first + item * walk.period, walk.period};
   const int64_t plane = item / walk.segments;
   const int64_t begin = (item % walk.segments) * walk.segment;
   const int64_t left = walk.plane - begin;
   return {plane % walk.period, plane * walk.plane + begin,
           left < walk.segment ? left : walk.segment};
 }
+
+// A per-channel array as the vectors of one item read it: from column `channel` on, or the
+// channel's value in all lanes.
+template <typename D, bool rows>
+struct PerChannel {
+  const typename D::A* values;
+  typename D::V value;
+
+  FR_INLINE PerChannel of(const void* array, int64_t channel) {
+    PerChannel found{static_cast<const typename D::A*>(array), {}};
+    if (array) found.values += channel;
+    if (array && !rows) found.value = D::splat(*found.values);
+    return found;
+  }
+  inline __attribute__((always_inline)) typename D::V at(int64_t j) const {
+    return rows ? load_any<typename D::V>(values + j) : value;
+  }
+};
+
+// The mask of dy in one item: none, the ReLU's output y, or its input recomputed from x.
+template <typename D, bool rows>
+struct DyMask {
+  PerChannel<D, rows> scale, shift;
+  const typename D::T* y;
+
+  FR_INLINE DyMask of(const BnBackward& bn, int64_t channel, int64_t offset) {
+    return {PerChannel<D, rows>::of(bn.mask_scale, channel),
+            PerChannel<D, rows>::of(bn.mask_shift, channel),
+            bn.y ? static_cast<const typename D::T*>(bn.y) + offset : nullptr};
+  }
+  // g: vector j of dy; centred: of x - mean
+  template <typename Memory>
+  inline __attribute__((always_inline)) typename D::V masked(typename D::V g, typename D::V centred,
+                                                             int64_t j, Memory memory) const {
+    if (scale.values) return masked_by(g, centred * scale.at(j) + shift.at(j));
+    return y ? masked_by(g, memory.load(y + j)) : g;
+  }
+};
 
 FR_INLINE void move_centre(double n, double d, double s1, double s2, double* __restrict out1,
                            double* __restrict out2) {
@@ -48,7 +88,7 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
                    const double* __restrict centre, double* __restrict s1, double* __restrict s2) {
   typedef typename D::A A;
   typedef typename D::V V;
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  const auto* x = static_cast<const typename D::T*>(x_ptr) + walk.first;
   const int64_t C = walk.period;
   A pivot[kTile], t1[kTile], t2[kTile];
   for (int64_t tile = 0; tile < C; tile += kTile) {
@@ -94,7 +134,7 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
   constexpr int64_t L = D::lanes;
   const auto* x = static_cast<const typename D::T*>(x_ptr);
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(walk, item);
+    const Segment segment = segment_of<false>(walk, item);
     const auto* p = x + segment.offset;
     // Spread over the segment, so that no single region or outlier dominates. Their number is a
     // power of two, so that the mean of integers is exact.
@@ -134,7 +174,7 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
 template <typename D>
 void bn_stats_rows_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
                           const double* centre, double* s1, double* s2) {
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  const auto* x = static_cast<const typename D::T*>(x_ptr) + walk.first;
   for (int64_t row = begin; row < end; ++row)
     for (int64_t j = 0; j < walk.period; ++j) {
       const double d = D::get(x + row * walk.period + j) - centre[j];
@@ -148,7 +188,7 @@ void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, 
                             const double* centre, double* s1, double* s2) {
   const auto* x = static_cast<const typename D::T*>(x_ptr);
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(walk, item);
+    const Segment segment = segment_of<false>(walk, item);
     double a1 = 0, a2 = 0;
     for (int64_t i = 0; i < segment.length; ++i) {
       const double d = D::get(x + segment.offset + i) - centre[segment.channel];
@@ -175,7 +215,7 @@ void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
   const auto* mean2 = static_cast<const typename D::A*>(bn.mean2);
   const auto* scale2 = static_cast<const typename D::A*>(bn.scale2);
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t base = row * C;
+    const int64_t base = bn.walk.first + row * C;
     for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
       V v = (memory.load(x + base + j) - load_any<V>(mean + j)) * load_any<V>(scale + j) +
             load_any<V>(shift + j);
@@ -195,7 +235,7 @@ void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
   const auto* residual = static_cast<const typename D::T*>(bn.residual);
   auto* y = static_cast<typename D::T*>(bn.y);
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(bn.walk, item);
+    const Segment segment = segment_of<false>(bn.walk, item);
     const int64_t base = segment.offset;
     const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
     const V scale = D::splat(static_cast<const typename D::A*>(bn.scale)[segment.channel]);
@@ -233,16 +273,12 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
       const int64_t columns = C - tile < kTile ? C - tile : kTile;
       const auto* mean = static_cast<const A*>(bn.mean) + tile;
       const auto* mean2 = bn.x2 ? static_cast<const A*>(bn.mean2) + tile : nullptr;
-      const auto* mask_scale =
-          bn.mask_scale ? static_cast<const A*>(bn.mask_scale) + tile : nullptr;
-      const auto* mask_shift =
-          bn.mask_scale ? static_cast<const A*>(bn.mask_shift) + tile : nullptr;
       for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
-        const int64_t base = row * C + tile;
+        const int64_t base = bn.walk.first + row * C + tile;
+        const auto mask = DyMask<D, true>::of(bn, tile, base);
         const T* dy = static_cast<const T*>(bn.dy) + base;
         const T* x = static_cast<const T*>(bn.x) + base;
-        const T* y = bn.y ? static_cast<const T*>(bn.y) + base : nullptr;
         const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + base : nullptr;
         T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
         for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
@@ -254,10 +290,7 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
           }
           V g = memory.load(dy + j);
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
-          if (mask_scale)
-            g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
-          else if (y)
-            g = masked_by(g, memory.load(y + j));
+          g = mask.masked(g, centred, j, memory);
           if (dresidual) memory.store(dresidual + j, g, bn.stream);
           store_any(t1 + j, load_any<V>(t1 + j) + g);
           store_any(t2 + j, load_any<V>(t2 + j) + g * centred);
@@ -282,28 +315,19 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
   typedef typename D::T T;
   typedef typename D::V V;
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(bn.walk, item);
+    const Segment segment = segment_of<false>(bn.walk, item);
     const T* dy = static_cast<const T*>(bn.dy) + segment.offset;
     const T* x = static_cast<const T*>(bn.x) + segment.offset;
-    const T* y = bn.y ? static_cast<const T*>(bn.y) + segment.offset : nullptr;
     const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
     T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
-    const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
-    const bool recompute_mask = bn.mask_scale != nullptr;
-    V mean2 = {}, mask_scale = {}, mask_shift = {};
-    if (recompute_mask) {
-      mask_scale = D::splat(static_cast<const typename D::A*>(bn.mask_scale)[segment.channel]);
-      mask_shift = D::splat(static_cast<const typename D::A*>(bn.mask_shift)[segment.channel]);
-    }
-    if (x2) mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
+    const auto mask = DyMask<D, false>::of(bn, segment.channel, segment.offset);
+    const V mean = PerChannel<D, false>::of(bn.mean, segment.channel).value;
+    const V mean2 = PerChannel<D, false>::of(bn.mean2, segment.channel).value;
     V t1[4] = {}, t2[4] = {}, t3[4] = {};
     const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
       V g = memory.load(dy + i);
       const V centred = memory.keep(memory.load(x + i) - mean);
-      if (recompute_mask)
-        g = masked_by(g, centred * mask_scale + mask_shift);
-      else if (y)
-        g = masked_by(g, memory.load(y + i));
+      g = mask.masked(g, centred, i, memory);
       if (dresidual) memory.store(dresidual + i, g, bn.stream);
       t1[k] += g;
       t2[k] += g * centred;
@@ -323,65 +347,25 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
 
 // dx = scale * ((g - g_mean) - slope * (x - mean)): the differences first, since they nearly cancel
 // for small batches
-template <typename D>
-void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
-  typedef typename D::A A;
+template <typename D, bool rows>
+void bn_backward(const BnBackward& bn, int64_t begin, int64_t end) {
+  typedef typename D::T T;
   typedef typename D::V V;
-  const int64_t C = bn.walk.period;
-  const auto* mean = static_cast<const A*>(bn.mean);
-  const auto* g_mean = static_cast<const A*>(bn.g_mean);
-  const auto* slope = static_cast<const A*>(bn.slope);
-  const auto* scale = static_cast<const A*>(bn.scale);
-  const auto* mask_scale = static_cast<const A*>(bn.mask_scale);
-  const auto* mask_shift = static_cast<const A*>(bn.mask_shift);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t base = row * C;
-    const auto* dy = static_cast<const typename D::T*>(bn.dy) + base;
-    const auto* x = static_cast<const typename D::T*>(bn.x) + base;
-    const auto* y = bn.y ? static_cast<const typename D::T*>(bn.y) + base : nullptr;
-    auto* dx = static_cast<typename D::T*>(bn.dx) + base;
-    for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
-      V g = memory.load(dy + j);
-      const V centred = memory.load(x + j) - load_any<V>(mean + j);
-      if (mask_scale)
-        g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
-      else if (y)
-        g = masked_by(g, memory.load(y + j));
-      g = (g - load_any<V>(g_mean + j)) - load_any<V>(slope + j) * centred;
-      memory.store(dx + j, load_any<V>(scale + j) * g, bn.stream);
-    });
-  }
-}
-
-template <typename D>
-void bn_backward_planes(const BnBackward& bn, int64_t begin, int64_t end) {
-  typedef typename D::A A;
-  typedef typename D::V V;
+  typedef PerChannel<D, rows> Channels;
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(bn.walk, item);
-    const auto* dy = static_cast<const typename D::T*>(bn.dy) + segment.offset;
-    const auto* x = static_cast<const typename D::T*>(bn.x) + segment.offset;
-    const auto* y = bn.y ? static_cast<const typename D::T*>(bn.y) + segment.offset : nullptr;
-    auto* dx = static_cast<typename D::T*>(bn.dx) + segment.offset;
-    const V mean = D::splat(static_cast<const A*>(bn.mean)[segment.channel]);
-    const V g_mean = D::splat(static_cast<const A*>(bn.g_mean)[segment.channel]);
-    const V slope = D::splat(static_cast<const A*>(bn.slope)[segment.channel]);
-    const V scale = D::splat(static_cast<const A*>(bn.scale)[segment.channel]);
-    const bool recompute_mask = bn.mask_scale != nullptr;
-    V mask_scale = {}, mask_shift = {};
-    if (recompute_mask) {
-      mask_scale = D::splat(static_cast<const A*>(bn.mask_scale)[segment.channel]);
-      mask_shift = D::splat(static_cast<const A*>(bn.mask_shift)[segment.channel]);
-    }
-    for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
+    const auto [channel, offset, length] = segment_of<rows>(bn.walk, item);
+    const T* dy = static_cast<const T*>(bn.dy) + offset;
+    const T* x = static_cast<const T*>(bn.x) + offset;
+    T* dx = static_cast<T*>(bn.dx) + offset;
+    const auto mask = DyMask<D, rows>::of(bn, channel, offset);
+    const auto mean = Channels::of(bn.mean, channel), g_mean = Channels::of(bn.g_mean, channel);
+    const auto slope = Channels::of(bn.slope, channel), scale = Channels::of(bn.scale, channel);
+    for_vectors<D>(length, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
-      const V centred = memory.load(x + j) - mean;
-      if (recompute_mask)
-        g = masked_by(g, centred * mask_scale + mask_shift);
-      else if (y)
-        g = masked_by(g, memory.load(y + j));
-      g = (g - g_mean) - slope * centred;
-      memory.store(dx + j, scale * g, bn.stream);
+      const V centred = memory.load(x + j) - mean.at(j);
+      g = mask.masked(g, centred, j, memory);
+      g = (g - g_mean.at(j)) - slope.at(j) * centred;
+      memory.store(dx + j, scale.at(j) * g, bn.stream);
     });
   }
 }

@@ -207,16 +207,13 @@ class NormedPixels {
     memory.resize(std::max(memory.size(), static_cast<size_t>(bytes)));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     char* y = memory.data() + (kLineBytes - address % kLineBytes);
-    for_joined_rows(self.partition_.layout.C, end - begin,
-                    [&](const Walk& walk, int64_t first, int64_t rows) {
-                      BnForward bn{};
-                      bn.walk = walk, bn.relu = true;
-                      bn.x = self.x_ + (begin + first) * self.pixel_bytes_;
-                      bn.y = y + first * self.pixel_bytes_;
-                      bn.mean = self.mean_.data(), bn.scale = self.scale_.data();
-                      bn.shift = self.shift_.data();
-                      self.kernel_(bn, 0, rows);
-                    });
+    BnForward bn{};
+    bn.x = self.x_ + begin * self.pixel_bytes_, bn.y = y;
+    bn.mean = self.mean_.data(), bn.scale = self.scale_.data(), bn.shift = self.shift_.data();
+    for_joined_rows(self.partition_.layout.C, end - begin, [&](const Walk& walk, int64_t rows) {
+      bn.walk = walk, bn.relu = true;
+      self.kernel_(bn, 0, rows);
+    });
     return y - begin * self.pixel_bytes_;
   }
 

@@ -41,7 +41,9 @@ namespace {
 
 }  // namespace
 
-#define FR_ALL_DTYPES(kernel) {kernel<Float32>, kernel<BFloat16>, kernel<Float16>, kernel<Float64>}
+#define FR_ALL_DTYPES(kernel, ...)                                                          \
+  {kernel<Float32 __VA_OPT__(, ) __VA_ARGS__>, kernel<BFloat16 __VA_OPT__(, ) __VA_ARGS__>, \
+   kernel<Float16 __VA_OPT__(, ) __VA_ARGS__>, kernel<Float64 __VA_OPT__(, ) __VA_ARGS__>}
 
 #if FR_VECTOR_BYTES == 64
 #define FR_PAIRS(kernel) kernel<DotBFloat16>
@@ -64,8 +66,8 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(bn_apply_planes),
     FR_ALL_DTYPES(bn_reduce_rows),
     FR_ALL_DTYPES(bn_reduce_planes),
-    FR_ALL_DTYPES(bn_backward_rows),
-    FR_ALL_DTYPES(bn_backward_planes),
+    FR_ALL_DTYPES(bn_backward, true),
+    FR_ALL_DTYPES(bn_backward, false),
     FR_ALL_DTYPES(max_pool2d),
     FR_ALL_DTYPES(bn_pool),
     FR_ALL_DTYPES(bn_pool_gradient),
