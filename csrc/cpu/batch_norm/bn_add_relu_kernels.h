@@ -202,57 +202,26 @@ void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, 
 
 // y = relu((x - mean) * scale + shift + residual). With scale2, the residual's term is (residual -
 // mean2) * scale2, and `shift` includes its shift.
-template <typename D>
-void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
+template <typename D, bool rows>
+void bn_apply(const BnForward& bn, int64_t begin, int64_t end) {
+  typedef typename D::T T;
   typedef typename D::V V;
-  const int64_t C = bn.walk.period;
-  const auto* x = static_cast<const typename D::T*>(bn.x);
-  const auto* residual = static_cast<const typename D::T*>(bn.residual);
-  auto* y = static_cast<typename D::T*>(bn.y);
-  const auto* mean = static_cast<const typename D::A*>(bn.mean);
-  const auto* scale = static_cast<const typename D::A*>(bn.scale);
-  const auto* shift = static_cast<const typename D::A*>(bn.shift);
-  const auto* mean2 = static_cast<const typename D::A*>(bn.mean2);
-  const auto* scale2 = static_cast<const typename D::A*>(bn.scale2);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t base = bn.walk.first + row * C;
-    for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
-      V v = (memory.load(x + base + j) - load_any<V>(mean + j)) * load_any<V>(scale + j) +
-            load_any<V>(shift + j);
-      if (scale2)
-        v += (memory.load(residual + base + j) - load_any<V>(mean2 + j)) * load_any<V>(scale2 + j);
-      else if (residual)
-        v += memory.load(residual + base + j);
-      memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
-    });
-  }
-}
-
-template <typename D>
-void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
-  typedef typename D::V V;
-  const auto* x = static_cast<const typename D::T*>(bn.x);
-  const auto* residual = static_cast<const typename D::T*>(bn.residual);
-  auto* y = static_cast<typename D::T*>(bn.y);
+  typedef PerChannel<D, rows> Channels;
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of<false>(bn.walk, item);
-    const int64_t base = segment.offset;
-    const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
-    const V scale = D::splat(static_cast<const typename D::A*>(bn.scale)[segment.channel]);
-    const V shift = D::splat(static_cast<const typename D::A*>(bn.shift)[segment.channel]);
-    const bool normalised = bn.scale2 != nullptr;
-    V mean2 = {}, scale2 = {};
-    if (normalised) {
-      mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
-      scale2 = D::splat(static_cast<const typename D::A*>(bn.scale2)[segment.channel]);
-    }
-    for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
-      V v = (memory.load(x + base + j) - mean) * scale + shift;
-      if (normalised)
-        v += (memory.load(residual + base + j) - mean2) * scale2;
+    const auto [channel, offset, length] = segment_of<rows>(bn.walk, item);
+    const T* x = static_cast<const T*>(bn.x) + offset;
+    const T* residual = bn.residual ? static_cast<const T*>(bn.residual) + offset : nullptr;
+    T* y = static_cast<T*>(bn.y) + offset;
+    const auto mean = Channels::of(bn.mean, channel), scale = Channels::of(bn.scale, channel);
+    const auto shift = Channels::of(bn.shift, channel);
+    const auto mean2 = Channels::of(bn.mean2, channel), scale2 = Channels::of(bn.scale2, channel);
+    for_vectors<D>(length, [&](int64_t j, auto memory) FR_LAMBDA {
+      V v = (memory.load(x + j) - mean.at(j)) * scale.at(j) + shift.at(j);
+      if (scale2.values)
+        v += (memory.load(residual + j) - mean2.at(j)) * scale2.at(j);
       else if (residual)
-        v += memory.load(residual + base + j);
-      memory.store(y + base + j, bn.relu ? relu_of(v) : v, bn.stream);
+        v += memory.load(residual + j);
+      memory.store(y + j, bn.relu ? relu_of(v) : v, bn.stream);
     });
   }
 }
