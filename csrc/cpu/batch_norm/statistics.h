@@ -439,37 +439,49 @@ GradientSums reduce_gradient(const Partition& partition, DtypeIndex dtype, const
   return sums;
 }
 
+// x (N, C, H, W), channels_last, not float64, of which ranges of pixels are normalised.
+struct NormedRows {
+  Partition partition;
+  DtypeIndex dtype;
+  std::vector<float> mean, scale, shift;
+  const char* x;
+  int64_t pixel_bytes;
+
+  NormedRows(const Tensor& t, const Norm& norm)
+      : partition(layout_of("normalised", t)),
+        dtype(dtype_index("normalised", "x", t)),
+        mean(spread<float>(partition, norm.stats.mean)),
+        scale(spread<float>(partition, affine_of<float>(norm).scale)),
+        shift(spread<float>(partition, affine_of<float>(norm).shift)),
+        x(static_cast<const char*>(t.const_data_ptr())),
+        pixel_bytes(partition.layout.C * static_cast<int64_t>(t.element_size())) {}
+};
+
 // reduce_gradient accumulated over ranges of dy's pixels by several tasks, with dy masked by
-// relu(norm(x)); x (N, C, H, W), channels_last, not float64.
-class RowGradientSums {
+// relu(norm(x)).
+class RowGradientSums : NormedRows {
  public:
   RowGradientSums(const Tensor& x, const Norm& norm, int64_t tasks)
-      : partition_(layout_of("gradient sums", x)),
-        dtype_(dtype_index("gradient sums", "x", x)),
+      : NormedRows(x, norm),
         norm_(norm),
-        mean_(spread<float>(partition_, norm.stats.mean)),
-        scale_(spread<float>(partition_, affine_of<float>(norm).scale)),
-        shift_(spread<float>(partition_, affine_of<float>(norm).shift)),
-        x_(static_cast<const char*>(x.const_data_ptr())),
-        pixel_bytes_(partition_.layout.C * static_cast<int64_t>(x.element_size())),
-        pitch_(2 * partition_.walk.period + 8),  // one cache line between tasks
+        pitch_(2 * partition.walk.period + 8),  // one cache line between tasks
         sums_(static_cast<size_t>(tasks * pitch_), 0.0) {}
 
   // Adds pixels [begin, end), the first of which is at dy. Every pixel is added once, by one task.
   void add(int64_t task, const char* dy, int64_t begin, int64_t end) {
     BnBackward bn{};
-    bn.dy = dy, bn.x = x_ + begin * pixel_bytes_;
-    bn.mean = mean_.data(), bn.mask_scale = scale_.data(), bn.mask_shift = shift_.data();
+    bn.dy = dy, bn.x = x + begin * pixel_bytes;
+    bn.mean = mean.data(), bn.mask_scale = scale.data(), bn.mask_shift = shift.data();
     double* task_sums = sums_.data() + task * pitch_;
-    for_joined_rows(partition_.layout.C, end - begin, [&](const Walk& walk, int64_t count) {
+    for_joined_rows(partition.layout.C, end - begin, [&](const Walk& walk, int64_t count) {
       bn.walk = walk;
-      cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, task_sums,
-                                           task_sums + partition_.walk.period, nullptr);
+      cpu_kernels().bn_reduce_rows[dtype](bn, 0, count, task_sums,
+                                          task_sums + partition.walk.period, nullptr);
     });
   }
 
   GradientSums finish() const {
-    const int64_t C = partition_.layout.C, period = partition_.walk.period;
+    const int64_t C = partition.layout.C, period = partition.walk.period;
     GradientSums found;
     for (auto& sum : found) sum.assign(static_cast<size_t>(C), 0.0);
     for (auto task_sums = sums_.begin(); task_sums != sums_.end(); task_sums += pitch_)
@@ -479,12 +491,8 @@ class RowGradientSums {
   }
 
  private:
-  Partition partition_;
-  DtypeIndex dtype_;
   Norm norm_;
-  std::vector<float> mean_, scale_, shift_;
-  const char* x_;
-  int64_t pixel_bytes_, pitch_;
+  int64_t pitch_;
   std::vector<double> sums_;
 };
 

@@ -31,6 +31,12 @@ inline bool conv_supported(DtypeIndex dtype) { return conv_variant(dtype).has_va
 // Of x and packed weights in the multiplication.
 inline int64_t operand_bytes(ConvVariant variant) { return variant == kBFloatPairs ? 2 : 4; }
 
+// The first cache line in `memory`, which is made large enough for `bytes` from there on.
+inline char* aligned(std::vector<char>& memory, int64_t bytes) {
+  memory.resize(std::max(memory.size(), static_cast<size_t>(bytes + kLineBytes)));
+  return memory.data() + (kLineBytes - reinterpret_cast<uintptr_t>(memory.data()) % kLineBytes);
+}
+
 // A dense tensor in the dtype of the multiplication: itself, or a float32 copy.
 class Operand {
  public:
@@ -86,17 +92,15 @@ int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t m
 // image, costs more than it saves: they are 16/9 and 4 times the weights, 8 times in bfloat16.
 constexpr int64_t kMaxWinogradWeights = 256 * 256, kMaxWinogradWeights4 = 128 * 128;
 
-// All of y, by the faster of the two kernels.
-void run_convolution(const ConvBnRelu& conv, ConvVariant variant);
+// Callback after each tile range: a task calls it with y's pixels [begin, end), all channels, the
+// first of which is at `y`, as soon as they are written, while they are in its cache. `task` is
+// less than the number of threads.
+using TileCallback = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
 
-// Callback after each tile range: a task calls it with y's pixels [begin, end), all channels, as
-// soon as they are written, while they are in its cache. `task` is less than the number of threads.
-using TileCallback = std::function<void(int64_t task, int64_t begin, int64_t end)>;
-
-// The same, with `callback` called for all pixels of y; false, with nothing computed, if y is too
-// small to be split by pixels.
-bool run_convolution_with_callback(const ConvBnRelu& conv, ConvVariant variant,
-                                   const TileCallback& callback);
+// All of y, by the faster of the two kernels. Returns whether `callback`, if given, was called for
+// all pixels of y: not if y is too small to be split by pixels.
+bool run_convolution(const ConvBnRelu& conv, ConvVariant variant,
+                     const TileCallback& callback = {});
 
 // Several convolutions of the same x by the direct kernel; every thread computes a share of each.
 void run_direct(const ConvBnRelu* convs, size_t count, ConvVariant variant);

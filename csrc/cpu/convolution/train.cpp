@@ -85,9 +85,6 @@ ConvShape convolution_of(const char* op, const Tensor& x, const Tensor& weight,
   return c;
 }
 
-// TileCallback, with the address of the first of y's pixels [begin, end).
-using RowCallback = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
-
 // Whether there are so few pixels for so many weights that a block of outputs processes all pixels
 // at once and the weights are packed block by block in cache: they are then read from memory once
 // and not written back.
@@ -125,7 +122,7 @@ struct Convolved {
 // large enough. `transposed`: weight is (C, K, R, S) and its taps are reversed, and y overwrites
 // `added`.
 Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bool transposed,
-                   const std::optional<Tensor>& added, const RowCallback& callback = {}) {
+                   const std::optional<Tensor>& added, const TileCallback& callback = {}) {
   const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
   const int64_t taps = R * S, columns = transposed ? K : C;  // of the weight
   const bool overwrite = transposed && added;
@@ -180,14 +177,7 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
   conv.skipped_pixels = &skipped_pixels;
   pack_for(!winograd || overwrite, winograd);
   const Source source(conv, x, variant);
-  const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
-  const int64_t pixel_bytes = K * static_cast<int64_t>(y.element_size());
-  const bool callback_done =
-      callback &&
-      run_convolution_with_callback(conv, variant, [&](int64_t task, int64_t begin, int64_t end) {
-        callback(task, y_ptr + begin * pixel_bytes, begin, end);
-      });
-  if (!callback_done) run_convolution(conv, variant);
+  const bool callback_done = run_convolution(conv, variant, callback);
   if (skipped_pixels) {
     pack_for(true, false);
     run_convolution(conv, variant);
