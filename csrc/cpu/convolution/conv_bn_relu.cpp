@@ -16,12 +16,6 @@ constexpr int64_t kMinTaskTiles = 4;  // tiles that justify another task
 // cache.
 constexpr int64_t kSliceBytes = 256 * 1024;
 
-int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
-int64_t tiles_of(const ConvShape& conv) {
-  return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
-}
-int64_t blocks_of(const ConvShape& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
-
 // Tiles of a superblock of pixels: all blocks of channels process one superblock before the next.
 // Its part of x should stay in the second-level cache, together with the weights if those fit as
 // well.
@@ -369,15 +363,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   const int64_t reach = grouped ? 1 : g[kRun] / C;
   const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
   Tensor y = overwrite && residual ? *residual : empty_channels_last(x, x.size(0), K, P, Q);
-  if (residual) {
-    const Layout4d other = layout_of(op, *residual);
-    check(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
-              other.C == K && residual->size(2) == P && residual->size(3) == Q &&
-              (other.channels_last || K == 1 || P * Q == 1),
-          op, ": residual must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", K,
-          ", ", P, ", ", Q, ") and channels_last, got ", name_of(residual->scalar_type()),
-          " of shape ", shape_of(*residual));
-  }
+  if (residual) check_added(op, "residual", *residual, x, K, P, Q);
   if (y.numel() == 0) return y;
   const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(variant)), 0);
   ConvBnRelu conv{};

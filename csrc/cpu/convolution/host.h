@@ -21,6 +21,25 @@ inline int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pa
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+inline int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
+inline int64_t tiles_of(const ConvShape& conv) {
+  return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
+}
+inline int64_t blocks_of(const ConvShape& conv) {
+  return (conv.K + kBlockChannels - 1) / kBlockChannels;
+}
+
+// Checks that t has x's dtype and shape (N, C, H, W), and is channels_last.
+inline void check_added(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                        int64_t C, int64_t H, int64_t W) {
+  const Layout4d layout = layout_of(op, t);
+  check(t.scalar_type() == x.scalar_type() && layout.N == x.size(0) && layout.C == C &&
+            t.size(2) == H && t.size(3) == W && (layout.channels_last || C == 1),
+        op, ": ", name, " must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", C,
+        ", ", H, ", ", W, ") and channels_last, got ", name_of(t.scalar_type()), " of shape ",
+        shape_of(t), " and strides ", strides_of(t));
+}
+
 // How convolutions of this dtype are computed; nullopt if unsupported. bfloat16 uses the
 // processor's dot product if that is faster: on AMD. Intel's takes four times as long as a float32
 // multiply-add, for two products (measured on a Xeon of family 6, model 207: 0.78 ns against 0.19),
@@ -59,19 +78,12 @@ class Operand {
 
 // Sets the x of `conv` and owns its memory. The pixels of a pointwise convolution are read once
 // each, and are widened later, in cache.
-class Source {
+class Source : Operand {
  public:
-  Source(ConvBnRelu& conv, const Tensor& x, ConvVariant variant) {
-    if (conv.pointwise && variant == kBFloatWidened) {
-      conv.narrow = x.const_data_ptr();
-    } else {
-      operand_.emplace(x, variant);
-      conv.x = operand_->data();
-    }
+  Source(ConvBnRelu& conv, const Tensor& x, ConvVariant variant)
+      : Operand(x, conv.pointwise ? kFloat : variant) {
+    (conv.pointwise && variant == kBFloatWidened ? conv.narrow : conv.x) = data();
   }
-
- private:
-  std::optional<Operand> operand_;
 };
 
 // Of these tile sizes m, that of the Winograd algorithm F(m x m, 3x3) with the fewest products, or
