@@ -171,32 +171,19 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
 
 // The same sums, one value at a time in double: for float64 data with its exact mean as centre, and
 // for float32 data whose squares overflow. Slower, without cancellation.
-template <typename D>
-void bn_stats_rows_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
-                          const double* centre, double* s1, double* s2) {
-  const auto* x = static_cast<const typename D::T*>(x_ptr) + walk.first;
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t j = 0; j < walk.period; ++j) {
-      const double d = D::get(x + row * walk.period + j) - centre[j];
-      s1[j] += d;
-      s2[j] += d * d;
-    }
-}
-
-template <typename D>
-void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
-                            const double* centre, double* s1, double* s2) {
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
+template <typename D, bool rows>
+void bn_stats_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
+                     const double* centre, double* s1, double* s2) {
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of<false>(walk, item);
+    const auto [channel, offset, length] = segment_of<rows>(walk, item);
+    const auto* x = static_cast<const typename D::T*>(x_ptr) + offset;
     double a1 = 0, a2 = 0;
-    for (int64_t i = 0; i < segment.length; ++i) {
-      const double d = D::get(x + segment.offset + i) - centre[segment.channel];
-      a1 += d;
-      a2 += d * d;
+    for (int64_t i = 0; i < length; ++i) {
+      const double d = D::get(x + i) - centre[rows ? i : channel];
+      (rows ? s1[i] : a1) += d;
+      (rows ? s2[i] : a2) += d * d;
     }
-    s1[segment.channel] += a1;
-    s2[segment.channel] += a2;
+    if (!rows) s1[channel] += a1, s2[channel] += a2;
   }
 }
 

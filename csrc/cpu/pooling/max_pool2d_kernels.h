@@ -16,7 +16,8 @@ struct Ordered {
   typedef I_ I;
   typedef I V __attribute__((vector_size(FR_VECTOR_BYTES)));
   static constexpr int64_t lanes = FR_VECTOR_BYTES / sizeof(I);
-  static constexpr I sign = I{1} << (8 * sizeof(I) - 1), magnitude = ~sign, infinity = infinity_;
+  static constexpr I infinity = infinity_;
+  static constexpr I magnitude = static_cast<I>(~(I{1} << (8 * sizeof(I) - 1)));  // but the sign
 
   FR_INLINE V larger(V a, V b) { return a > b ? a : b; }
   FR_INLINE V key(V v) {
