@@ -57,26 +57,6 @@ struct PerChannel {
   }
 };
 
-// The mask of dy in one item: none, the ReLU's output y, or its input recomputed from x.
-template <typename D, bool rows>
-struct DyMask {
-  PerChannel<D, rows> scale, shift;
-  const typename D::T* y;
-
-  FR_INLINE DyMask of(const BnBackward& bn, int64_t channel, int64_t offset) {
-    return {PerChannel<D, rows>::of(bn.mask_scale, channel),
-            PerChannel<D, rows>::of(bn.mask_shift, channel),
-            bn.y ? static_cast<const typename D::T*>(bn.y) + offset : nullptr};
-  }
-  // g: vector j of dy; centred: of x - mean
-  template <typename Memory>
-  inline __attribute__((always_inline)) typename D::V masked(typename D::V g, typename D::V centred,
-                                                             int64_t j, Memory memory) const {
-    if (scale.values) return masked_by(g, centred * scale.at(j) + shift.at(j));
-    return y ? masked_by(g, memory.load(y + j)) : g;
-  }
-};
-
 FR_INLINE void move_centre(double n, double d, double s1, double s2, double* __restrict out1,
                            double* __restrict out2) {
   *out1 += s1 + n * d;
@@ -190,10 +170,11 @@ void bn_stats_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
 // y = relu((x - mean) * scale + shift + residual). With scale2, the residual's term is (residual -
 // mean2) * scale2, and `shift` includes its shift.
 template <typename D, bool rows>
-void bn_apply(const BnForward& bn, int64_t begin, int64_t end) {
+void bn_apply(const BnForward& operands, int64_t begin, int64_t end) {
   typedef typename D::T T;
   typedef typename D::V V;
   typedef PerChannel<D, rows> Channels;
+  const BnForward bn = operands;  // not reloaded after every store
   for (int64_t item = begin; item < end; ++item) {
     const auto [channel, offset, length] = segment_of<rows>(bn.walk, item);
     const T* x = static_cast<const T*>(bn.x) + offset;
@@ -201,10 +182,11 @@ void bn_apply(const BnForward& bn, int64_t begin, int64_t end) {
     T* y = static_cast<T*>(bn.y) + offset;
     const auto mean = Channels::of(bn.mean, channel), scale = Channels::of(bn.scale, channel);
     const auto shift = Channels::of(bn.shift, channel);
+    const bool normalised = bn.scale2 != nullptr;
     const auto mean2 = Channels::of(bn.mean2, channel), scale2 = Channels::of(bn.scale2, channel);
     for_vectors<D>(length, [&](int64_t j, auto memory) FR_LAMBDA {
       V v = (memory.load(x + j) - mean.at(j)) * scale.at(j) + shift.at(j);
-      if (scale2.values)
+      if (normalised)
         v += (memory.load(residual + j) - mean2.at(j)) * scale2.at(j);
       else if (residual)
         v += memory.load(residual + j);
@@ -229,12 +211,16 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
       const int64_t columns = C - tile < kTile ? C - tile : kTile;
       const auto* mean = static_cast<const A*>(bn.mean) + tile;
       const auto* mean2 = bn.x2 ? static_cast<const A*>(bn.mean2) + tile : nullptr;
+      const auto* mask_scale =
+          bn.mask_scale ? static_cast<const A*>(bn.mask_scale) + tile : nullptr;
+      const auto* mask_shift =
+          bn.mask_scale ? static_cast<const A*>(bn.mask_shift) + tile : nullptr;
       for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
         const int64_t base = bn.walk.first + row * C + tile;
-        const auto mask = DyMask<D, true>::of(bn, tile, base);
         const T* dy = static_cast<const T*>(bn.dy) + base;
         const T* x = static_cast<const T*>(bn.x) + base;
+        const T* y = bn.y ? static_cast<const T*>(bn.y) + base : nullptr;
         const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + base : nullptr;
         T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + base : nullptr;
         for_vectors<D>(columns, [&](int64_t j, auto memory) FR_LAMBDA {
@@ -246,7 +232,10 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
           }
           V g = memory.load(dy + j);
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
-          g = mask.masked(g, centred, j, memory);
+          if (mask_scale)
+            g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
+          else if (y)
+            g = masked_by(g, memory.load(y + j));
           if (dresidual) memory.store(dresidual + j, g, bn.stream);
           store_any(t1 + j, load_any<V>(t1 + j) + g);
           store_any(t2 + j, load_any<V>(t2 + j) + g * centred);
@@ -276,14 +265,21 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
     const T* x = static_cast<const T*>(bn.x) + segment.offset;
     const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
     T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
-    const auto mask = DyMask<D, false>::of(bn, segment.channel, segment.offset);
-    const V mean = PerChannel<D, false>::of(bn.mean, segment.channel).value;
-    const V mean2 = PerChannel<D, false>::of(bn.mean2, segment.channel).value;
+    const T* y = bn.y ? static_cast<const T*>(bn.y) + segment.offset : nullptr;
+    const auto of_channel = [&](const void* array) FR_LAMBDA {
+      return PerChannel<D, false>::of(array, segment.channel).value;
+    };
+    const bool recompute_mask = bn.mask_scale != nullptr;
+    const V mean = of_channel(bn.mean), mean2 = of_channel(bn.mean2);
+    const V mask_scale = of_channel(bn.mask_scale), mask_shift = of_channel(bn.mask_shift);
     V t1[4] = {}, t2[4] = {}, t3[4] = {};
     const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
       V g = memory.load(dy + i);
       const V centred = memory.keep(memory.load(x + i) - mean);
-      g = mask.masked(g, centred, i, memory);
+      if (recompute_mask)
+        g = masked_by(g, centred * mask_scale + mask_shift);
+      else if (y)
+        g = masked_by(g, memory.load(y + i));
       if (dresidual) memory.store(dresidual + i, g, bn.stream);
       t1[k] += g;
       t2[k] += g * centred;
@@ -304,22 +300,29 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
 // dx = scale * ((g - g_mean) - slope * (x - mean)): the differences first, since they nearly cancel
 // for small batches
 template <typename D, bool rows>
-void bn_backward(const BnBackward& bn, int64_t begin, int64_t end) {
+void bn_backward(const BnBackward& operands, int64_t begin, int64_t end) {
   typedef typename D::T T;
   typedef typename D::V V;
   typedef PerChannel<D, rows> Channels;
+  const BnBackward bn = operands;  // not reloaded after every store
   for (int64_t item = begin; item < end; ++item) {
     const auto [channel, offset, length] = segment_of<rows>(bn.walk, item);
     const T* dy = static_cast<const T*>(bn.dy) + offset;
     const T* x = static_cast<const T*>(bn.x) + offset;
     T* dx = static_cast<T*>(bn.dx) + offset;
-    const auto mask = DyMask<D, rows>::of(bn, channel, offset);
+    const T* y = bn.y ? static_cast<const T*>(bn.y) + offset : nullptr;
+    const bool recompute_mask = bn.mask_scale != nullptr;
+    const auto mask_scale = Channels::of(bn.mask_scale, channel);
+    const auto mask_shift = Channels::of(bn.mask_shift, channel);
     const auto mean = Channels::of(bn.mean, channel), g_mean = Channels::of(bn.g_mean, channel);
     const auto slope = Channels::of(bn.slope, channel), scale = Channels::of(bn.scale, channel);
     for_vectors<D>(length, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
       const V centred = memory.load(x + j) - mean.at(j);
-      g = mask.masked(g, centred, j, memory);
+      if (recompute_mask)
+        g = masked_by(g, centred * mask_scale.at(j) + mask_shift.at(j));
+      else if (y)
+        g = masked_by(g, memory.load(y + j));
       g = (g - g_mean.at(j)) - slope.at(j) * centred;
       memory.store(dx + j, scale.at(j) * g, bn.stream);
     });
