@@ -223,6 +223,14 @@ inline Tensor empty_output_like(const Tensor& x) {
   return y;
 }
 
+// The same of shape (N, C, H, W), channels_last, with x's dtype.
+inline Tensor empty_channels_last(const Tensor& x, int64_t N, int64_t C, int64_t H, int64_t W) {
+  Tensor y = torch::stable::empty({N, C, H, W}, x.scalar_type(), std::nullopt, x.device(),
+                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
+  return y;
+}
+
 // Runs body(task, begin, end) for `tasks` consecutive ranges of [0, total), each but the last a
 // multiple of `granule` long. The ranges depend only on total and the thread count, so sums that
 // are merged range by range are reproducible.

@@ -29,13 +29,33 @@ constexpr int64_t kSamples = 16;  // values of a segment averaged for `pivot`
 struct Segment {
   int64_t channel, offset, length;
 };
+template <bool rows>
 FR_INLINE Segment segment_of(const Walk& walk, int64_t item) {
+  if (rows) return {0, walk.first + item * walk.period, walk.period};
   const int64_t plane = item / walk.segments;
   const int64_t begin = (item % walk.segments) * walk.segment;
   const int64_t left = walk.plane - begin;
   return {plane % walk.period, plane * walk.plane + begin,
           left < walk.segment ? left : walk.segment};
 }
+
+// A per-channel array as the vectors of one item read it: from column `channel` on, or the
+// channel's value in all lanes.
+template <typename D, bool rows>
+struct PerChannel {
+  const typename D::A* values;
+  typename D::V value;
+
+  FR_INLINE PerChannel of(const void* array, int64_t channel) {
+    PerChannel found{static_cast<const typename D::A*>(array), {}};
+    if (array) found.values += channel;
+    if (array && !rows) found.value = D::splat(*found.values);
+    return found;
+  }
+  inline __attribute__((always_inline)) typename D::V at(int64_t j) const {
+    return rows ? load_any<typename D::V>(values + j) : value;
+  }
+};
 
 FR_INLINE void move_centre(double n, double d, double s1, double s2, double* __restrict out1,
                            double* __restrict out2) {
@@ -48,7 +68,7 @@ void bn_stats_rows(const Walk& walk, const void* x_ptr, int64_t begin, int64_t e
                    const double* __restrict centre, double* __restrict s1, double* __restrict s2) {
   typedef typename D::A A;
   typedef typename D::V V;
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
+  const auto* x = static_cast<const typename D::T*>(x_ptr) + walk.first;
   const int64_t C = walk.period;
   A pivot[kTile], t1[kTile], t2[kTile];
   for (int64_t tile = 0; tile < C; tile += kTile) {
@@ -94,7 +114,7 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
   constexpr int64_t L = D::lanes;
   const auto* x = static_cast<const typename D::T*>(x_ptr);
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(walk, item);
+    const Segment segment = segment_of<false>(walk, item);
     const auto* p = x + segment.offset;
     // Spread over the segment, so that no single region or outlier dominates. Their number is a
     // power of two, so that the mean of integers is exact.
@@ -131,88 +151,46 @@ void bn_stats_planes(const Walk& walk, const void* x_ptr, int64_t begin, int64_t
 
 // The same sums, one value at a time in double: for float64 data with its exact mean as centre, and
 // for float32 data whose squares overflow. Slower, without cancellation.
-template <typename D>
-void bn_stats_rows_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
-                          const double* centre, double* s1, double* s2) {
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
-  for (int64_t row = begin; row < end; ++row)
-    for (int64_t j = 0; j < walk.period; ++j) {
-      const double d = D::get(x + row * walk.period + j) - centre[j];
-      s1[j] += d;
-      s2[j] += d * d;
-    }
-}
-
-template <typename D>
-void bn_stats_planes_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
-                            const double* centre, double* s1, double* s2) {
-  const auto* x = static_cast<const typename D::T*>(x_ptr);
+template <typename D, bool rows>
+void bn_stats_double(const Walk& walk, const void* x_ptr, int64_t begin, int64_t end,
+                     const double* centre, double* s1, double* s2) {
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(walk, item);
+    const auto [channel, offset, length] = segment_of<rows>(walk, item);
+    const auto* x = static_cast<const typename D::T*>(x_ptr) + offset;
     double a1 = 0, a2 = 0;
-    for (int64_t i = 0; i < segment.length; ++i) {
-      const double d = D::get(x + segment.offset + i) - centre[segment.channel];
-      a1 += d;
-      a2 += d * d;
+    for (int64_t i = 0; i < length; ++i) {
+      const double d = D::get(x + i) - centre[rows ? i : channel];
+      (rows ? s1[i] : a1) += d;
+      (rows ? s2[i] : a2) += d * d;
     }
-    s1[segment.channel] += a1;
-    s2[segment.channel] += a2;
+    if (!rows) s1[channel] += a1, s2[channel] += a2;
   }
 }
 
 // y = activation((x - mean) * scale + shift + residual). With scale2, the residual's term is
 // (residual - mean2) * scale2, and `shift` includes its shift.
-template <typename D>
-void bn_apply_rows(const BnForward& bn, int64_t begin, int64_t end) {
+template <typename D, bool rows>
+void bn_apply(const BnForward& operands, int64_t begin, int64_t end) {
+  typedef typename D::T T;
   typedef typename D::V V;
-  const int64_t C = bn.walk.period;
-  const auto* x = static_cast<const typename D::T*>(bn.x);
-  const auto* residual = static_cast<const typename D::T*>(bn.residual);
-  auto* y = static_cast<typename D::T*>(bn.y);
-  const auto* mean = static_cast<const typename D::A*>(bn.mean);
-  const auto* scale = static_cast<const typename D::A*>(bn.scale);
-  const auto* shift = static_cast<const typename D::A*>(bn.shift);
-  const auto* mean2 = static_cast<const typename D::A*>(bn.mean2);
-  const auto* scale2 = static_cast<const typename D::A*>(bn.scale2);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t base = row * C;
-    for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
-      V v = (memory.load(x + base + j) - load_any<V>(mean + j)) * load_any<V>(scale + j) +
-            load_any<V>(shift + j);
-      if (scale2)
-        v += (memory.load(residual + base + j) - load_any<V>(mean2 + j)) * load_any<V>(scale2 + j);
-      else if (residual)
-        v += memory.load(residual + base + j);
-      memory.store(y + base + j, activated(bn.activation, v), bn.stream);
-    });
-  }
-}
-
-template <typename D>
-void bn_apply_planes(const BnForward& bn, int64_t begin, int64_t end) {
-  typedef typename D::V V;
-  const auto* x = static_cast<const typename D::T*>(bn.x);
-  const auto* residual = static_cast<const typename D::T*>(bn.residual);
-  auto* y = static_cast<typename D::T*>(bn.y);
+  typedef PerChannel<D, rows> Channels;
+  const BnForward bn = operands;  // not reloaded after every store
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(bn.walk, item);
-    const int64_t base = segment.offset;
-    const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
-    const V scale = D::splat(static_cast<const typename D::A*>(bn.scale)[segment.channel]);
-    const V shift = D::splat(static_cast<const typename D::A*>(bn.shift)[segment.channel]);
+    const auto [channel, offset, length] = segment_of<rows>(bn.walk, item);
+    const T* x = static_cast<const T*>(bn.x) + offset;
+    const T* residual = bn.residual ? static_cast<const T*>(bn.residual) + offset : nullptr;
+    T* y = static_cast<T*>(bn.y) + offset;
+    const auto mean = Channels::of(bn.mean, channel), scale = Channels::of(bn.scale, channel);
+    const auto shift = Channels::of(bn.shift, channel);
     const bool normalised = bn.scale2 != nullptr;
-    V mean2 = {}, scale2 = {};
-    if (normalised) {
-      mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
-      scale2 = D::splat(static_cast<const typename D::A*>(bn.scale2)[segment.channel]);
-    }
-    for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
-      V v = (memory.load(x + base + j) - mean) * scale + shift;
+    const auto mean2 = Channels::of(bn.mean2, channel), scale2 = Channels::of(bn.scale2, channel);
+    for_vectors<D>(length, [&](int64_t j, auto memory) FR_LAMBDA {
+      V v = (memory.load(x + j) - mean.at(j)) * scale.at(j) + shift.at(j);
       if (normalised)
-        v += (memory.load(residual + base + j) - mean2) * scale2;
+        v += (memory.load(residual + j) - mean2.at(j)) * scale2.at(j);
       else if (residual)
-        v += memory.load(residual + base + j);
-      memory.store(y + base + j, activated(bn.activation, v), bn.stream);
+        v += memory.load(residual + j);
+      memory.store(y + j, activated(bn.activation, v), bn.stream);
     });
   }
 }
@@ -239,7 +217,7 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
           bn.mask_scale ? static_cast<const A*>(bn.mask_shift) + tile : nullptr;
       for (int64_t j = 0; j < columns + D::lanes && j < kTile; ++j) t1[j] = t2[j] = t3[j] = 0;
       for (int64_t row = block; row < block + rows; ++row) {
-        const int64_t base = row * C + tile;
+        const int64_t base = bn.walk.first + row * C + tile;
         const T* dy = static_cast<const T*>(bn.dy) + base;
         const T* x = static_cast<const T*>(bn.x) + base;
         const T* y = bn.y ? static_cast<const T*>(bn.y) + base : nullptr;
@@ -282,20 +260,18 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
   typedef typename D::T T;
   typedef typename D::V V;
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(bn.walk, item);
+    const Segment segment = segment_of<false>(bn.walk, item);
     const T* dy = static_cast<const T*>(bn.dy) + segment.offset;
     const T* x = static_cast<const T*>(bn.x) + segment.offset;
-    const T* y = bn.y ? static_cast<const T*>(bn.y) + segment.offset : nullptr;
     const T* x2 = bn.x2 ? static_cast<const T*>(bn.x2) + segment.offset : nullptr;
     T* dresidual = bn.dresidual ? static_cast<T*>(bn.dresidual) + segment.offset : nullptr;
-    const V mean = D::splat(static_cast<const typename D::A*>(bn.mean)[segment.channel]);
+    const T* y = bn.y ? static_cast<const T*>(bn.y) + segment.offset : nullptr;
+    const auto of_channel = [&](const void* array) FR_LAMBDA {
+      return PerChannel<D, false>::of(array, segment.channel).value;
+    };
     const bool recompute_mask = bn.mask_scale != nullptr;
-    V mean2 = {}, mask_scale = {}, mask_shift = {};
-    if (recompute_mask) {
-      mask_scale = D::splat(static_cast<const typename D::A*>(bn.mask_scale)[segment.channel]);
-      mask_shift = D::splat(static_cast<const typename D::A*>(bn.mask_shift)[segment.channel]);
-    }
-    if (x2) mean2 = D::splat(static_cast<const typename D::A*>(bn.mean2)[segment.channel]);
+    const V mean = of_channel(bn.mean), mean2 = of_channel(bn.mean2);
+    const V mask_scale = of_channel(bn.mask_scale), mask_shift = of_channel(bn.mask_shift);
     V t1[4] = {}, t2[4] = {}, t3[4] = {};
     const auto add = [&](int64_t i, int k, auto memory) FR_LAMBDA {
       V g = memory.load(dy + i);
@@ -323,65 +299,32 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
 
 // dx = scale * ((g - g_mean) - slope * (x - mean)): the differences first, since they nearly cancel
 // for small batches
-template <typename D>
-void bn_backward_rows(const BnBackward& bn, int64_t begin, int64_t end) {
-  typedef typename D::A A;
+template <typename D, bool rows>
+void bn_backward(const BnBackward& operands, int64_t begin, int64_t end) {
+  typedef typename D::T T;
   typedef typename D::V V;
-  const int64_t C = bn.walk.period;
-  const auto* mean = static_cast<const A*>(bn.mean);
-  const auto* g_mean = static_cast<const A*>(bn.g_mean);
-  const auto* slope = static_cast<const A*>(bn.slope);
-  const auto* scale = static_cast<const A*>(bn.scale);
-  const auto* mask_scale = static_cast<const A*>(bn.mask_scale);
-  const auto* mask_shift = static_cast<const A*>(bn.mask_shift);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t base = row * C;
-    const auto* dy = static_cast<const typename D::T*>(bn.dy) + base;
-    const auto* x = static_cast<const typename D::T*>(bn.x) + base;
-    const auto* y = bn.y ? static_cast<const typename D::T*>(bn.y) + base : nullptr;
-    auto* dx = static_cast<typename D::T*>(bn.dx) + base;
-    for_vectors<D>(C, [&](int64_t j, auto memory) FR_LAMBDA {
-      V g = memory.load(dy + j);
-      const V centred = memory.load(x + j) - load_any<V>(mean + j);
-      if (mask_scale)
-        g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
-      else if (y)
-        g = masked_by(g, memory.load(y + j));
-      g = (g - load_any<V>(g_mean + j)) - load_any<V>(slope + j) * centred;
-      memory.store(dx + j, load_any<V>(scale + j) * g, bn.stream);
-    });
-  }
-}
-
-template <typename D>
-void bn_backward_planes(const BnBackward& bn, int64_t begin, int64_t end) {
-  typedef typename D::A A;
-  typedef typename D::V V;
+  typedef PerChannel<D, rows> Channels;
+  const BnBackward bn = operands;  // not reloaded after every store
   for (int64_t item = begin; item < end; ++item) {
-    const Segment segment = segment_of(bn.walk, item);
-    const auto* dy = static_cast<const typename D::T*>(bn.dy) + segment.offset;
-    const auto* x = static_cast<const typename D::T*>(bn.x) + segment.offset;
-    const auto* y = bn.y ? static_cast<const typename D::T*>(bn.y) + segment.offset : nullptr;
-    auto* dx = static_cast<typename D::T*>(bn.dx) + segment.offset;
-    const V mean = D::splat(static_cast<const A*>(bn.mean)[segment.channel]);
-    const V g_mean = D::splat(static_cast<const A*>(bn.g_mean)[segment.channel]);
-    const V slope = D::splat(static_cast<const A*>(bn.slope)[segment.channel]);
-    const V scale = D::splat(static_cast<const A*>(bn.scale)[segment.channel]);
+    const auto [channel, offset, length] = segment_of<rows>(bn.walk, item);
+    const T* dy = static_cast<const T*>(bn.dy) + offset;
+    const T* x = static_cast<const T*>(bn.x) + offset;
+    T* dx = static_cast<T*>(bn.dx) + offset;
+    const T* y = bn.y ? static_cast<const T*>(bn.y) + offset : nullptr;
     const bool recompute_mask = bn.mask_scale != nullptr;
-    V mask_scale = {}, mask_shift = {};
-    if (recompute_mask) {
-      mask_scale = D::splat(static_cast<const A*>(bn.mask_scale)[segment.channel]);
-      mask_shift = D::splat(static_cast<const A*>(bn.mask_shift)[segment.channel]);
-    }
-    for_vectors<D>(segment.length, [&](int64_t j, auto memory) FR_LAMBDA {
+    const auto mask_scale = Channels::of(bn.mask_scale, channel);
+    const auto mask_shift = Channels::of(bn.mask_shift, channel);
+    const auto mean = Channels::of(bn.mean, channel), g_mean = Channels::of(bn.g_mean, channel);
+    const auto slope = Channels::of(bn.slope, channel), scale = Channels::of(bn.scale, channel);
+    for_vectors<D>(length, [&](int64_t j, auto memory) FR_LAMBDA {
       V g = memory.load(dy + j);
-      const V centred = memory.load(x + j) - mean;
+      const V centred = memory.load(x + j) - mean.at(j);
       if (recompute_mask)
-        g = masked_by(g, centred * mask_scale + mask_shift);
+        g = masked_by(g, centred * mask_scale.at(j) + mask_shift.at(j));
       else if (y)
         g = masked_by(g, memory.load(y + j));
-      g = (g - g_mean) - slope * centred;
-      memory.store(dx + j, scale * g, bn.stream);
+      g = (g - g_mean.at(j)) - slope.at(j) * centred;
+      memory.store(dx + j, scale.at(j) * g, bn.stream);
     });
   }
 }

@@ -2,33 +2,16 @@
 // over threads. The kernels are in cpu/batch_norm/bn_pool_kernels.h.
 #include "cpu/batch_norm/statistics.h"
 #include "cpu/memory_pool.h"
+#include "cpu/pooling/window.h"
 
 namespace fused_resnet {
 namespace {
 
-constexpr int64_t kMinPoolTaskElements = 16384;  // elements that justify another task
-
 // g: kernel, stride and padding, each (height, width)
 MaxPool window_of(const char* op, const Tensor& x, const std::vector<int64_t>& g) {
-  const Layout4d layout = layout_of(op, x);
-  check(layout.channels_last || layout.C == 1, op, ": x must be channels_last, got strides ",
-        strides_of(x), " for shape ", shape_of(x));
-  check(
-      g.size() == 6 && g[0] > 0 && g[1] > 0 && g[0] * g[1] <= 256 && g[2] > 0 && g[3] > 0 &&
-          g[4] >= 0 && g[5] >= 0 && 2 * g[4] <= g[0] && 2 * g[5] <= g[1],
-      op,
-      ": window must be a kernel of at most 256 taps, a stride, and a padding of at most half the "
-      "kernel");
-  const int64_t H = x.size(2), W = x.size(3);
-  check(H + 2 * g[4] >= g[0] && W + 2 * g[5] >= g[1], op, ": x of size ", H, " x ", W,
-        " is smaller than the kernel ", g[0], " x ", g[1]);
-  MaxPool window{};
-  window.x = x.const_data_ptr();
-  window.C = layout.C, window.H = H, window.W = W;
-  window.P = (H + 2 * g[4] - g[0]) / g[2] + 1, window.Q = (W + 2 * g[5] - g[1]) / g[3] + 1;
-  window.kernel_h = g[0], window.kernel_w = g[1], window.stride_h = g[2], window.stride_w = g[3];
-  window.pad_h = g[4], window.pad_w = g[5];
-  return window;
+  check(g.size() == 6 && g[0] * g[1] <= 256, op,
+        ": window must be a kernel of at most 256 taps, a stride and a padding, two values each");
+  return max_pool_of(op, x, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]});
 }
 
 // x (N, C, H, W) channels_last, stats (2, C) float64, weight?, bias? (C,) -> y (N, C, P, Q) and
@@ -55,7 +38,7 @@ std::tuple<Tensor, Tensor> bn_pool(Tensor x, Tensor stats, std::optional<Tensor>
     const auto scale = spread<A>(partition, affine.scale),
                shift = spread<A>(partition, affine.shift);
     pool.mean = mean.data(), pool.scale = scale.data(), pool.shift = shift.data();
-    Split(N * g.P, 1, std::max<int64_t>(kMinPoolTaskElements / (g.Q * g.C + 1), 1))
+    Split(N * g.P, 1, kMinPoolTaskElements / (g.Q * g.C + 1))
         .run([&](int64_t, int64_t begin, int64_t end) {
           cpu_kernels().bn_pool[dtype](pool, begin, end);
         });
@@ -91,7 +74,7 @@ Tensor bn_pool_gradient(Tensor dy, Tensor y, Tensor index, Tensor x, std::vector
   pool.index = static_cast<uint8_t*>(const_cast<void*>(index.const_data_ptr()));
   pool.dy = passed.const_data_ptr();
   pool.dx = dx.mutable_data_ptr();
-  Split(x.size(0) * g.H, 1, std::max<int64_t>(kMinPoolTaskElements / (g.W * g.C + 1), 1))
+  Split(x.size(0) * g.H, 1, kMinPoolTaskElements / (g.W * g.C + 1))
       .run([&](int64_t, int64_t begin, int64_t end) {
         cpu_kernels().bn_pool_gradient[dtype](pool, begin, end);
       });

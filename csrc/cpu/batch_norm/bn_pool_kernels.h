@@ -47,22 +47,15 @@ struct TapVector {
 #endif
     return __builtin_convertvector(bytes, V);
   }
-  FR_INLINE void store(uint8_t* p, V v, FullVector<D>) {
+  template <typename Memory>
+  FR_INLINE void store(uint8_t* p, V v, Memory memory) {
     const Bytes bytes = narrow(v);
-    __builtin_memcpy(p, &bytes, sizeof(bytes));
+    __builtin_memcpy(p, &bytes, static_cast<uint64_t>(memory.n));
   }
-  FR_INLINE void store(uint8_t* p, V v, PartialVector<D> first) {
-    const Bytes bytes = narrow(v);
-    __builtin_memcpy(p, &bytes, static_cast<uint64_t>(first.n));
-  }
-  FR_INLINE V load(const uint8_t* p, FullVector<D>) {
-    Bytes bytes;
-    __builtin_memcpy(&bytes, p, sizeof(bytes));
-    return widen(bytes);
-  }
-  FR_INLINE V load(const uint8_t* p, PartialVector<D> first) {
+  template <typename Memory>
+  FR_INLINE V load(const uint8_t* p, Memory memory) {
     Bytes bytes = {};
-    __builtin_memcpy(&bytes, p, static_cast<uint64_t>(first.n));
+    __builtin_memcpy(&bytes, p, static_cast<uint64_t>(memory.n));
     return widen(bytes);
   }
 };

@@ -24,13 +24,13 @@ inline int64_t rows_joined(int64_t C) {
   return C > 0 && C < kShortRow ? (kShortRow / C + whole - 1) / whole * whole : 1;
 }
 
-// body(walk, first row, count) over `rows` rows of C values: joined rows, then the remainder as one
-// shorter row.
+// body(walk, count) over `rows` rows of C values: joined rows, then the remainder as one shorter
+// row.
 template <typename Body>
 void for_joined_rows(int64_t C, int64_t rows, const Body& body) {
   const int64_t joined = rows_joined(C), whole = rows / joined, rest = rows % joined;
-  if (whole > 0) body(Walk{C * joined, 0, 0, 0}, 0, whole);
-  if (rest > 0) body(Walk{C * rest, 0, 0, 0}, whole * joined, int64_t{1});
+  if (whole > 0) body(Walk{.period = C * joined}, whole);
+  if (rest > 0) body(Walk{.period = C * rest, .first = whole * joined * C}, int64_t{1});
 }
 
 // Partition of a tensor into items for threads: rows, or segments of planes.
@@ -68,16 +68,13 @@ struct Partition {
            (layout.channels_last || walk.plane * element_bytes % kLineBytes == 0);
   }
 
-  // body(walk, first element, begin, end, task) over all items, then over the leftover rows, which
-  // form one shorter row.
+  // body(walk, begin, end, task) over all items, then over the leftover rows, which form one
+  // shorter row.
   template <typename Body>
   void run(const Split& split, const Body& body) const {
-    split.run([&](int64_t task, int64_t begin, int64_t end) { body(walk, 0, begin, end, task); });
-    if (leftover > 0) {
-      Walk rest = walk;
-      rest.period = leftover * layout.C;
-      body(rest, items * walk.period, 0, 1, 0);
-    }
+    split.run([&](int64_t task, int64_t begin, int64_t end) { body(walk, begin, end, task); });
+    if (leftover > 0)
+      body(Walk{.period = leftover * layout.C, .first = items * walk.period}, 0, 1, 0);
   }
 };
 
@@ -90,8 +87,8 @@ std::vector<A> spread(const Partition& partition, const std::vector<double>& cha
   return out;
 }
 
-// n per-channel sums: kernel(walk, first element, begin, end, task_sums) runs on every range of
-// items. Each task adds to its own arrays, which are added up in the order of the tasks.
+// n per-channel sums: kernel(walk, begin, end, task_sums) runs on every range of items. Each task
+// adds to its own arrays, which are added up in the order of the tasks.
 template <size_t n, typename Kernel>
 void sum_over_tasks(const Partition& partition, std::array<std::vector<double>, n>& sums,
                     const Kernel& kernel) {
@@ -100,13 +97,12 @@ void sum_over_tasks(const Partition& partition, std::array<std::vector<double>, 
   // One cache line between the arrays of different tasks.
   const int64_t pitch = static_cast<int64_t>(n) * period + 8;
   std::vector<double> partial(static_cast<size_t>(std::max<int64_t>(split.tasks, 1) * pitch), 0.0);
-  partition.run(split,
-                [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t task) {
-                  std::array<double*, n> task_sums;
-                  for (size_t i = 0; i < n; ++i)
-                    task_sums[i] = partial.data() + task * pitch + static_cast<int64_t>(i) * period;
-                  kernel(walk, first, begin, end, task_sums);
-                });
+  partition.run(split, [&](const Walk& walk, int64_t begin, int64_t end, int64_t task) {
+    std::array<double*, n> task_sums;
+    for (size_t i = 0; i < n; ++i)
+      task_sums[i] = partial.data() + task * pitch + static_cast<int64_t>(i) * period;
+    kernel(walk, begin, end, task_sums);
+  });
   for (size_t i = 0; i < n; ++i) {
     sums[i].assign(static_cast<size_t>(C), 0.0);
     for (int64_t task = 0; task < split.tasks || task == 0; ++task)
@@ -142,11 +138,7 @@ inline Statistics zero_statistics(int64_t C) {
 class RowStatistics {
  public:
   RowStatistics(int64_t C, DtypeIndex dtype, int64_t tasks)
-      : C_(C),
-        bytes_(dtype == kFloat32 ? 4 : 2),
-        dtype_(dtype),
-        joined_(rows_joined(C_)),
-        tasks_(static_cast<size_t>(tasks)) {}
+      : C_(C), dtype_(dtype), joined_(rows_joined(C_)), tasks_(static_cast<size_t>(tasks)) {}
 
   // Adds `rows` pixels, the first of which is at x. Every pixel is added once, by one task.
   void add(int64_t task, const char* x, int64_t rows) {
@@ -154,9 +146,9 @@ class RowStatistics {
     Sums& sums = tasks_[task];
     if (sums.rows == 0) start(sums, x, rows);
     sums.rows += rows;
-    for_joined_rows(C_, rows, [&](const Walk& walk, int64_t first, int64_t count) {
-      cpu_kernels().bn_stats_rows[dtype_](walk, x + first * C_ * bytes_, 0, count,
-                                          sums.centre.data(), sums.s1.data(), sums.s2.data());
+    for_joined_rows(C_, rows, [&](const Walk& walk, int64_t count) {
+      cpu_kernels().bn_stats_rows[dtype_](walk, x, 0, count, sums.centre.data(), sums.s1.data(),
+                                          sums.s2.data());
     });
   }
 
@@ -197,22 +189,21 @@ class RowStatistics {
     std::vector<double> unused(static_cast<size_t>(C_), 0.0);
     const std::vector<double> zeros(unused);
     sums.centre.assign(period, 0.0), sums.s1.assign(period, 0.0), sums.s2.assign(period, 0.0);
-    cpu_kernels().bn_stats_rows_double[dtype_](Walk{C_, 0, 0, 0}, x, 0, samples, zeros.data(),
+    cpu_kernels().bn_stats_rows_double[dtype_](Walk{.period = C_}, x, 0, samples, zeros.data(),
                                                sums.centre.data(), unused.data());
     for (int64_t c = 0; c < C_; ++c) sums.centre[c] /= static_cast<double>(samples);
     for (int64_t j = C_; j < C_ * joined_; ++j) sums.centre[j] = sums.centre[j - C_];
   }
 
-  int64_t C_, bytes_;
+  int64_t C_;
   DtypeIndex dtype_;
   int64_t joined_;
   std::vector<Sums> tasks_;
 };
 
-// Statistics of a whole tensor, channels_last or contiguous. Two passes in double if `twice`, for
-// float64, if squares overflow float32, or with Inf or NaN in x.
-inline Statistics statistics(const Partition& partition, const Tensor& x, DtypeIndex dtype,
-                             bool twice = false) {
+// Statistics of a whole tensor, channels_last or contiguous. Two passes in double for float64, if
+// squares overflow float32, or with Inf or NaN in x.
+inline Statistics statistics(const Partition& partition, const Tensor& x, DtypeIndex dtype) {
   const CpuKernels& kernels = cpu_kernels();
   const bool rows = partition.layout.channels_last;
   const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
@@ -227,37 +218,34 @@ inline Statistics statistics(const Partition& partition, const Tensor& x, DtypeI
     const auto kernel = rows        ? kernels.bn_stats_rows_double[dtype]
                         : in_double ? kernels.bn_stats_planes_double[dtype]
                                     : kernels.bn_stats_planes[dtype];
-    sum_over_tasks(
-        partition, sums,
-        [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& task_sums) {
-          kernel(walk, x_ptr + first * size, begin, end, centres.data(), task_sums[0],
-                 task_sums[1]);
-        });
+    sum_over_tasks(partition, sums,
+                   [&](const Walk& walk, int64_t begin, int64_t end, auto& task_sums) {
+                     kernel(walk, x_ptr, begin, end, centres.data(), task_sums[0], task_sums[1]);
+                   });
     bool finite = true;
     for (int64_t c = 0; c < C; ++c)
       finite = set_moments(result, c, count, centre[c], s1[c], s2[c]) && finite;
     return finite;
   };
-  if (dtype != kFloat64 && !twice && rows) {
+  const std::vector<double> zeros(static_cast<size_t>(C), 0.0);
+  if (dtype != kFloat64 && rows) {
     const Split split(partition.count, 1, kMinTaskElements / std::max<int64_t>(C, 1));
     RowStatistics found(C, dtype, split.tasks);
     split.run([&](int64_t task, int64_t begin, int64_t end) {
       found.add(task, x_ptr + begin * C * size, end - begin);
     });
     if (auto done = found.finish()) return *done;
-  } else if (dtype != kFloat64 && !twice) {
+  } else if (dtype != kFloat64) {
     // The centre is the mean of each channel's first few values.
-    std::vector<double> centre(static_cast<size_t>(C), 0.0);
-    std::vector<double> unused(static_cast<size_t>(C), 0.0);
-    const std::vector<double> zeros(static_cast<size_t>(C), 0.0);
+    std::vector<double> centre(zeros), unused(zeros);
     const int64_t samples = std::min(kCentreValues, partition.layout.HW);
     for (int64_t c = 0; c < C; ++c)
-      kernels.bn_stats_rows_double[dtype](Walk{1, 0, 0, 0}, x_ptr + c * partition.layout.HW * size,
+      kernels.bn_stats_rows_double[dtype](Walk{.period = 1}, x_ptr + c * partition.layout.HW * size,
                                           0, samples, zeros.data(), &centre[c], &unused[c]);
     for (double& c : centre) c /= static_cast<double>(samples);
     if (pass(centre, false)) return result;
   }
-  pass(std::vector<double>(static_cast<size_t>(C), 0.0), true);
+  pass(zeros, true);
   const Statistics first = result;
   pass(first.mean, true);
   for (int64_t c = 0; c < C; ++c)
@@ -380,19 +368,14 @@ void apply_norm(const Partition& partition, DtypeIndex dtype, const Tensor& x, c
     means2 = spread<A>(partition, residual_norm->stats.mean);
     scales2 = spread<A>(partition, scale2);
   }
-  const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const auto* residual_ptr =
-      residual ? static_cast<const char*>(residual->const_data_ptr()) : nullptr;
-  auto* y_ptr = static_cast<char*>(y.mutable_data_ptr());
+  void* y_ptr = y.mutable_data_ptr();
   const bool stream =
       partition.items_are_lines(size) && use_streaming_stores(y_ptr, x.numel() * size);
   const CpuKernels& kernels = cpu_kernels();
   const auto kernel =
       (partition.layout.channels_last ? kernels.bn_apply_rows : kernels.bn_apply_planes)[dtype];
-  partition.run(partition.split(), [&](const Walk& walk, int64_t first, int64_t begin, int64_t end,
-                                       int64_t) {
-    const int64_t offset = first * size;
-    kernel({walk, x_ptr + offset, residual_ptr ? residual_ptr + offset : nullptr, y_ptr + offset,
+  partition.run(partition.split(), [&](const Walk& walk, int64_t begin, int64_t end, int64_t) {
+    kernel({walk, x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr, y_ptr,
             means.data(), scales.data(), shifts.data(), residual_norm ? means2.data() : nullptr,
             residual_norm ? scales2.data() : nullptr, activation, stream},
            begin, end);
@@ -406,6 +389,31 @@ struct Mask {
   const Affine* affine = nullptr;
 };
 
+// What the backward passes share: dy, its mask, x and its mean, and the output, which may be null.
+template <typename A>
+struct Backward : BnBackward {
+  std::vector<A> means, mask_scales, mask_shifts;
+
+  Backward(const Partition& partition, const Tensor& dy_, const Mask& mask, const Tensor& x_,
+           const Statistics& stats, const void* output)
+      : BnBackward{}, means(spread<A>(partition, stats.mean)) {
+    const int64_t size = static_cast<int64_t>(x_.element_size());
+    dy = dy_.const_data_ptr(), x = x_.const_data_ptr(), mean = means.data();
+    if (mask.y) y = mask.y->const_data_ptr();
+    if (mask.affine) {
+      mask_scales = spread<A>(partition, mask.affine->scale);
+      mask_shifts = spread<A>(partition, mask.affine->shift);
+      mask_scale = mask_scales.data(), mask_shift = mask_shifts.data();
+    }
+    stream = partition.items_are_lines(size) && use_streaming_stores(output, x_.numel() * size);
+  }
+  BnBackward on(const Walk& part) const {
+    BnBackward bn = *this;
+    bn.walk = part;
+    return bn;
+  }
+};
+
 // With g = masked dy: sum g, sum g * (x - mean) and, with another normalised tensor x2, sum g * (x2
 // - mean2), each (C,). g is written to `masked` if given.
 using GradientSums = std::array<std::vector<double>, 3>;
@@ -415,79 +423,66 @@ GradientSums reduce_gradient(const Partition& partition, DtypeIndex dtype, const
                              const std::optional<Tensor>& x2, const Statistics* stats2,
                              Tensor* masked) {
   GradientSums sums;
-  const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
-  for (auto& s : sums) s.assign(static_cast<size_t>(C), 0.0);
+  for (auto& s : sums) s.assign(static_cast<size_t>(partition.layout.C), 0.0);
   if (x.numel() == 0) return sums;
-  const auto means = spread<A>(partition, stats.mean);
+  void* g = masked ? masked->mutable_data_ptr() : nullptr;
+  Backward<A> bn(partition, dy, mask, x, stats, g);
   const auto means2 = x2 ? spread<A>(partition, stats2->mean) : std::vector<A>{};
-  const auto pointer = [](const auto& t) {
-    return t ? static_cast<const char*>(t->const_data_ptr()) : nullptr;
-  };
-  const auto* dy_ptr = static_cast<const char*>(dy.const_data_ptr());
-  const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const char *y_ptr = pointer(mask.y), *x2_ptr = pointer(x2);
-  const auto mask_scale = mask.affine ? spread<A>(partition, mask.affine->scale) : std::vector<A>{};
-  const auto mask_shift = mask.affine ? spread<A>(partition, mask.affine->shift) : std::vector<A>{};
-  auto* masked_ptr = masked ? static_cast<char*>(masked->mutable_data_ptr()) : nullptr;
-  const bool stream =
-      partition.items_are_lines(size) && use_streaming_stores(masked_ptr, x.numel() * size);
-  const auto at = [](auto* p, int64_t offset) { return p ? p + offset : p; };
+  if (x2) bn.x2 = x2->const_data_ptr(), bn.mean2 = means2.data();
+  bn.dresidual = g;
   const CpuKernels& kernels = cpu_kernels();
   const auto reduce =
       (partition.layout.channels_last ? kernels.bn_reduce_rows : kernels.bn_reduce_planes)[dtype];
   sum_over_tasks(partition, sums,
-                 [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, auto& task_sums) {
-                   const int64_t offset = first * size;
-                   BnBackward bn{};
-                   bn.walk = walk;
-                   bn.dy = dy_ptr + offset;
-                   bn.x = x_ptr + offset;
-                   bn.y = at(y_ptr, offset);
-                   bn.x2 = at(x2_ptr, offset);
-                   bn.dresidual = at(masked_ptr, offset);
-                   bn.mean = means.data();
-                   bn.mean2 = means2.data();
-                   bn.mask_scale = mask.affine ? mask_scale.data() : nullptr;
-                   bn.mask_shift = mask_shift.data();
-                   bn.stream = stream;
-                   reduce(bn, begin, end, task_sums[0], task_sums[1], task_sums[2]);
+                 [&](const Walk& walk, int64_t begin, int64_t end, auto& task_sums) {
+                   reduce(bn.on(walk), begin, end, task_sums[0], task_sums[1], task_sums[2]);
                  });
   return sums;
 }
 
+// x (N, C, H, W), channels_last, not float64, of which ranges of pixels are normalised.
+struct NormedRows {
+  Partition partition;
+  DtypeIndex dtype;
+  std::vector<float> mean, scale, shift;
+  const char* x;
+  int64_t pixel_bytes;
+
+  NormedRows(const Tensor& t, const Norm& norm)
+      : partition(layout_of("normalised", t)),
+        dtype(dtype_index("normalised", "x", t)),
+        mean(spread<float>(partition, norm.stats.mean)),
+        scale(spread<float>(partition, affine_of<float>(norm).scale)),
+        shift(spread<float>(partition, affine_of<float>(norm).shift)),
+        x(static_cast<const char*>(t.const_data_ptr())),
+        pixel_bytes(partition.layout.C * static_cast<int64_t>(t.element_size())) {}
+};
+
 // reduce_gradient accumulated over ranges of dy's pixels by several tasks, with dy masked by
-// relu(norm(x)); x (N, C, H, W), channels_last, not float64.
-class RowGradientSums {
+// relu(norm(x)).
+class RowGradientSums : NormedRows {
  public:
   RowGradientSums(const Tensor& x, const Norm& norm, int64_t tasks)
-      : partition_(layout_of("gradient sums", x)),
-        dtype_(dtype_index("gradient sums", "x", x)),
+      : NormedRows(x, norm),
         norm_(norm),
-        mean_(spread<float>(partition_, norm.stats.mean)),
-        scale_(spread<float>(partition_, affine_of<float>(norm).scale)),
-        shift_(spread<float>(partition_, affine_of<float>(norm).shift)),
-        x_(static_cast<const char*>(x.const_data_ptr())),
-        pixel_bytes_(partition_.layout.C * static_cast<int64_t>(x.element_size())),
-        pitch_(2 * partition_.walk.period + 8),  // one cache line between tasks
+        pitch_(2 * partition.walk.period + 8),  // one cache line between tasks
         sums_(static_cast<size_t>(tasks * pitch_), 0.0) {}
 
   // Adds pixels [begin, end), the first of which is at dy. Every pixel is added once, by one task.
   void add(int64_t task, const char* dy, int64_t begin, int64_t end) {
-    for_joined_rows(
-        partition_.layout.C, end - begin, [&](const Walk& walk, int64_t first, int64_t count) {
-          BnBackward bn{};
-          bn.walk = walk;
-          bn.dy = dy + first * pixel_bytes_;
-          bn.x = x_ + (begin + first) * pixel_bytes_;
-          bn.mean = mean_.data(), bn.mask_scale = scale_.data(), bn.mask_shift = shift_.data();
-          double* task_sums = sums_.data() + task * pitch_;
-          cpu_kernels().bn_reduce_rows[dtype_](bn, 0, count, task_sums,
-                                               task_sums + partition_.walk.period, nullptr);
-        });
+    BnBackward bn{};
+    bn.dy = dy, bn.x = x + begin * pixel_bytes;
+    bn.mean = mean.data(), bn.mask_scale = scale.data(), bn.mask_shift = shift.data();
+    double* task_sums = sums_.data() + task * pitch_;
+    for_joined_rows(partition.layout.C, end - begin, [&](const Walk& walk, int64_t count) {
+      bn.walk = walk;
+      cpu_kernels().bn_reduce_rows[dtype](bn, 0, count, task_sums,
+                                          task_sums + partition.walk.period, nullptr);
+    });
   }
 
   GradientSums finish() const {
-    const int64_t C = partition_.layout.C, period = partition_.walk.period;
+    const int64_t C = partition.layout.C, period = partition.walk.period;
     GradientSums found;
     for (auto& sum : found) sum.assign(static_cast<size_t>(C), 0.0);
     for (auto task_sums = sums_.begin(); task_sums != sums_.end(); task_sums += pitch_)
@@ -497,12 +492,8 @@ class RowGradientSums {
   }
 
  private:
-  Partition partition_;
-  DtypeIndex dtype_;
   Norm norm_;
-  std::vector<float> mean_, scale_, shift_;
-  const char* x_;
-  int64_t pixel_bytes_, pitch_;
+  int64_t pitch_;
   std::vector<double> sums_;
 };
 
@@ -513,7 +504,7 @@ void apply_gradient(const Partition& partition, DtypeIndex dtype, const Tensor& 
                     const Mask& mask, const Tensor& x, const Norm& norm,
                     const std::vector<double>& sum_g, const std::vector<double>& sum_gx,
                     double count, Tensor& dx) {
-  const int64_t C = partition.layout.C, size = static_cast<int64_t>(x.element_size());
+  const int64_t C = partition.layout.C;
   if (x.numel() == 0) return;
   std::vector<double> g_mean(sum_g), slope(sum_g), scale(sum_g);
   for (int64_t c = 0; c < C; ++c) {
@@ -522,37 +513,17 @@ void apply_gradient(const Partition& partition, DtypeIndex dtype, const Tensor& 
     g_mean[c] = sum_g[c] / count - slope[c] * norm.rounding_error<A>(c);
     scale[c] = norm.weight[c] * invstd;
   }
-  const auto means = spread<A>(partition, norm.stats.mean), g_means = spread<A>(partition, g_mean);
-  const auto slopes = spread<A>(partition, slope), scales = spread<A>(partition, scale);
-  const auto* dy_ptr = static_cast<const char*>(dy.const_data_ptr());
-  const auto* x_ptr = static_cast<const char*>(x.const_data_ptr());
-  const auto* y_ptr = mask.y ? static_cast<const char*>(mask.y->const_data_ptr()) : nullptr;
-  const auto mask_scale = mask.affine ? spread<A>(partition, mask.affine->scale) : std::vector<A>{};
-  const auto mask_shift = mask.affine ? spread<A>(partition, mask.affine->shift) : std::vector<A>{};
-  auto* dx_ptr = static_cast<char*>(dx.mutable_data_ptr());
-  const bool stream =
-      partition.items_are_lines(size) && use_streaming_stores(dx_ptr, x.numel() * size);
+  const auto g_means = spread<A>(partition, g_mean), slopes = spread<A>(partition, slope);
+  const auto scales = spread<A>(partition, scale);
+  Backward<A> bn(partition, dy, mask, x, norm.stats, dx.const_data_ptr());
+  bn.dx = dx.mutable_data_ptr(), bn.scale = scales.data();
+  bn.g_mean = g_means.data(), bn.slope = slopes.data();
   const CpuKernels& kernels = cpu_kernels();
   const auto kernel = (partition.layout.channels_last ? kernels.bn_backward_rows
                                                       : kernels.bn_backward_planes)[dtype];
-  partition.run(partition.split(),
-                [&](const Walk& walk, int64_t first, int64_t begin, int64_t end, int64_t) {
-                  const int64_t offset = first * size;
-                  BnBackward bn{};
-                  bn.walk = walk;
-                  bn.dy = dy_ptr + offset;
-                  bn.x = x_ptr + offset;
-                  bn.y = y_ptr ? y_ptr + offset : nullptr;
-                  bn.dx = dx_ptr + offset;
-                  bn.mean = means.data();
-                  bn.g_mean = g_means.data();
-                  bn.mask_scale = mask.affine ? mask_scale.data() : nullptr;
-                  bn.mask_shift = mask_shift.data();
-                  bn.slope = slopes.data();
-                  bn.scale = scales.data();
-                  bn.stream = stream;
-                  kernel(bn, begin, end);
-                });
+  partition.run(partition.split(), [&](const Walk& walk, int64_t begin, int64_t end, int64_t) {
+    kernel(bn.on(walk), begin, end);
+  });
 }
 
 inline ScalarType statistics_dtype(DtypeIndex dtype) {

@@ -22,6 +22,8 @@
 
 namespace fused_resnet {
 
+constexpr int64_t kMinTaskElements = 16384;  // elements that justify another task
+
 Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
   const int64_t N = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
   const int64_t P = (H - 1) / stride + 1, Q = (W - 1) / stride + 1;
@@ -29,22 +31,19 @@ Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
   Tensor y = pooled_channels_last(N, channels, P, Q, x.scalar_type());
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
-  Split(N * P, 1, std::max<int64_t>(int64_t{16384} / (Q * channels), 1))
-      .run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t q = 0; q < Q; ++q) {
-            const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
-            char* at = to + (row * Q + q) * channels * size;
-            std::memcpy(at, from + pixel * C * size, static_cast<size_t>(C * size));
-            std::memset(at + C * size, 0, static_cast<size_t>((channels - C) * size));
-          }
-      });
+  Split(N * P, 1, kMinTaskElements / (Q * channels)).run([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t q = 0; q < Q; ++q) {
+        const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
+        char* at = to + (row * Q + q) * channels * size;
+        std::memcpy(at, from + pixel * C * size, static_cast<size_t>(C * size));
+        std::memset(at + C * size, 0, static_cast<size_t>((channels - C) * size));
+      }
+  });
   return y;
 }
 
 namespace {
-
-constexpr int64_t kMinTaskElements = 16384;  // elements that justify another task
 
 struct Conv {
   Tensor weight;   // (K, C, R, S) float32, channels_last
@@ -52,14 +51,6 @@ struct Conv {
 
   Tensor run(const Tensor& x, const std::optional<Tensor>& residual = {}) const {
     return convolution(x, weight, residual, geometry);
-  }
-
-  std::tuple<Tensor, Tensor> run_with_statistics(const Tensor& x) const {
-    return convolution_and_statistics(x, weight, geometry);
-  }
-
-  Tensor weight_gradient(const Tensor& dy, const Tensor& x) const {
-    return fused_resnet::weight_gradient(dy, x, weight.size(2), weight.size(3), geometry);
   }
 
   // (N, C, H, W) of x's shape, plus `added`, which it overwrites
@@ -145,15 +136,13 @@ void add_shortcut_gradient(Tensor& dx, const Tensor& dy, int64_t stride) {
   const auto size = static_cast<int64_t>(dx.element_size());
   auto* to = static_cast<char*>(dx.mutable_data_ptr());
   const auto* from = static_cast<const char*>(dy.const_data_ptr());
-  Split(N * P, 1, std::max<int64_t>(kMinTaskElements / (Q * C), 1))
-      .run([&](int64_t, int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t q = 0; q < Q; q += run) {
-            const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
-            cpu_kernels().add[dtype](from + (row * Q + q) * K * size, to + pixel * C * size,
-                                     run * C);
-          }
-      });
+  Split(N * P, 1, kMinTaskElements / (Q * C)).run([&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t q = 0; q < Q; q += run) {
+        const int64_t pixel = (row / P * H + row % P * stride) * W + q * stride;
+        cpu_kernels().add[dtype](from + (row * Q + q) * K * size, to + pixel * C * size, run * C);
+      }
+  });
 }
 
 // weight, channels_last as the convolutions require it.
@@ -236,12 +225,14 @@ struct Activations {
   Normed normed(size_t j) {
     if (!z[j]) {
       const size_t i = block.conv_before(j);
+      const Conv& conv = block.convs[i];
       const auto before = block.norm_before(i);
       const Tensor source = input(i);
       if (statistics[j])
-        z[j] = block.convs[i].run(source);
+        z[j] = conv.run(source);
       else
-        std::tie(z[j], statistics[j]) = block.convs[i].run_with_statistics(source);
+        std::tie(z[j], statistics[j]) =
+            convolution_and_statistics(source, conv.weight, conv.geometry);
       if (before && !keep[z.size() + *before]) h[*before].reset();
     }
     return {*z[j], *statistics[j], &block.norms[j]};
@@ -272,13 +263,13 @@ struct Activations {
 
   // Of convolution i. An input that was not saved is recomputed range by range.
   Tensor weight_gradient(size_t i, const Tensor& dy) {
-    const Conv& conv = block.convs[i];
+    const auto& [weight, geometry] = block.convs[i];
+    const int64_t R = weight.size(2), S = weight.size(3);
     const auto j = block.norm_before(i);
-    if (!j || h[*j]) return conv.weight_gradient(dy, input(i));
+    if (!j || h[*j]) return fused_resnet::weight_gradient(dy, input(i), R, S, geometry);
     const Normed n = normed(*j);
-    return weight_gradient_of_normed(dy, n.x, conv.weight.size(2), conv.weight.size(3),
-                                     conv.geometry, n.statistics, n.norm->weight, n.norm->bias,
-                                     n.norm->eps);
+    return weight_gradient_of_normed(dy, n.x, R, S, geometry, n.statistics, n.norm->weight,
+                                     n.norm->bias, n.norm->eps);
   }
 
   void release(size_t j) { z[j].reset(), h[j].reset(); }

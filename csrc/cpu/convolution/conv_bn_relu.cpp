@@ -16,12 +16,6 @@ constexpr int64_t kMinTaskTiles = 4;  // tiles that justify another task
 // cache.
 constexpr int64_t kSliceBytes = 256 * 1024;
 
-int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
-int64_t tiles_of(const ConvShape& conv) {
-  return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
-}
-int64_t blocks_of(const ConvShape& conv) { return (conv.K + kBlockChannels - 1) / kBlockChannels; }
-
 // Tiles of a superblock of pixels: all blocks of channels process one superblock before the next.
 // Its part of x should stay in the second-level cache, together with the weights if those fit as
 // well.
@@ -95,10 +89,8 @@ class Winograd {
   // Blocks [block_begin, block_end) of channels of groups [begin, end), unless there are 16.
   void run_blocks(int64_t block_begin, int64_t block_end, int64_t begin, int64_t end) const {
     thread_local std::vector<char> memory;
-    memory.resize(static_cast<size_t>(
-        winograd_scratch_bytes(conv_.winograd_tile, tile_pixels(), conv_.C) + kLineBytes));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    auto* scratch = memory.data() + (kLineBytes - address % kLineBytes);
+    char* scratch =
+        aligned(memory, winograd_scratch_bytes(conv_.winograd_tile, tile_pixels(), conv_.C));
     cpu_kernels().conv_bn_relu_winograd[variant_](conv_, scratch, block_begin, block_end, begin,
                                                   end);
   }
@@ -127,6 +119,12 @@ void run_winograd(const ConvBnRelu& conv, ConvVariant variant) {
     });
 }
 
+void report(const ConvBnRelu& conv, ConvVariant variant, const TileCallback& callback, int64_t task,
+            int64_t begin, int64_t end) {
+  const int64_t pixel_bytes = conv.K * (variant == kFloat ? 4 : 2);
+  callback(task, static_cast<const char*>(conv.y) + begin * pixel_bytes, begin, end);
+}
+
 // Tasks cover whole rows of tiles, that is, whole rows of y.
 bool run_winograd_with_callback(const ConvBnRelu& conv, ConvVariant variant,
                                 const TileCallback& callback) {
@@ -144,7 +142,8 @@ bool run_winograd_with_callback(const ConvBnRelu& conv, ConvVariant variant,
     for (int64_t tile = begin; tile < end; tile += step) {
       const int64_t stop = std::min(tile + step, end), done = stop / tiles_w;
       winograd.run(tile, stop);
-      if (done > reported) callback(task, first_pixel(reported), first_pixel(done));
+      if (done > reported)
+        report(conv, variant, callback, task, first_pixel(reported), first_pixel(done));
       reported = std::max(reported, done);
     }
   });
@@ -162,7 +161,8 @@ bool run_direct_with_callback(const ConvBnRelu& conv, ConvVariant variant,
       const int64_t stop = std::min(tile + super, end);
       const ConvBnRelu prepared = widened(conv, tile, stop);
       for (int64_t block = 0; block < blocks; ++block) kernel(prepared, block, tile, stop);
-      callback(task, tile * tile_pixels(), std::min(stop * tile_pixels(), pixels));
+      report(conv, variant, callback, task, tile * tile_pixels(),
+             std::min(stop * tile_pixels(), pixels));
     }
   });
   return true;
@@ -225,18 +225,13 @@ int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t m
   return largest == 4 ? winograd_tile(c, variant, {2, 4}) : winograd_tile(c, variant, {2});
 }
 
-void run_convolution(const ConvBnRelu& conv, ConvVariant variant) {
-  if (conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile}))
-    run_winograd(conv, variant);
-  else
-    run_direct(&conv, 1, variant);
-}
-
-bool run_convolution_with_callback(const ConvBnRelu& conv, ConvVariant variant,
-                                   const TileCallback& callback) {
-  if (conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile}))
-    return run_winograd_with_callback(conv, variant, callback);
-  return run_direct_with_callback(conv, variant, callback);
+bool run_convolution(const ConvBnRelu& conv, ConvVariant variant, const TileCallback& callback) {
+  const bool winograd = conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile});
+  if (callback && (winograd ? run_winograd_with_callback(conv, variant, callback)
+                            : run_direct_with_callback(conv, variant, callback)))
+    return true;
+  winograd ? run_winograd(conv, variant) : run_direct(&conv, 1, variant);
+  return false;
 }
 
 void run_direct(const ConvBnRelu* convs, size_t count, ConvVariant variant) {
@@ -283,24 +278,22 @@ Tensor with_padding(const Tensor& x, int64_t channels, int64_t pad_h, int64_t pa
         "conv_bn_relu: x must have shape (N, C, H, W) with C at most ", channels, ", got ",
         shape_of(x));
   const int64_t N = x.size(0), H = x.size(2) + 2 * pad_h, W = x.size(3) + 2 * pad_w;
-  Tensor y = torch::stable::empty({N, channels, H, W}, x.scalar_type(), std::nullopt, x.device(),
-                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  Tensor y = empty_channels_last(x, N, channels, H, W);
   const auto copy = [&](auto element) {
     using T = decltype(element);
     const T* from = static_cast<const T*>(x.const_data_ptr());
     T* to = static_cast<T*>(y.mutable_data_ptr());
-    Split(N * H, 1, std::max<int64_t>(16384 / (W * channels), 1))
-        .run([&](int64_t, int64_t begin, int64_t end) {
-          for (int64_t row = begin; row < end; ++row) {
-            T* out = to + row * W * channels;
-            const int64_t h = row % H - pad_h;
-            std::fill_n(out, W * channels, T{});
-            if (h < 0 || h >= x.size(2)) continue;
-            const T* image = from + row / H * x.stride(0) + h * x.stride(2);
-            copy_row(image, out + pad_w * channels, x.size(1), x.size(3), x.stride(1), x.stride(3),
-                     channels);
-          }
-        });
+    Split(N * H, 1, 16384 / (W * channels)).run([&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* out = to + row * W * channels;
+        const int64_t h = row % H - pad_h;
+        std::fill_n(out, W * channels, T{});
+        if (h < 0 || h >= x.size(2)) continue;
+        const T* image = from + row / H * x.stride(0) + h * x.stride(2);
+        copy_row(image, out + pad_w * channels, x.size(1), x.size(3), x.stride(1), x.stride(3),
+                 channels);
+      }
+    });
   };
   x.element_size() == 2 ? copy(uint16_t{}) : copy(uint32_t{});
   return y;
@@ -369,22 +362,8 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   // A run longer than a pixel covers several: a row of taps at once.
   const int64_t reach = grouped ? 1 : g[kRun] / C;
   const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
-  Tensor y =
-      overwrite && residual
-          ? *residual
-          : torch::stable::empty({x.size(0), K, P, Q}, x.scalar_type(), std::nullopt, x.device(),
-                                 std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
-  if (residual) {
-    const Layout4d other = layout_of(op, *residual);
-    check(residual->scalar_type() == x.scalar_type() && residual->size(0) == x.size(0) &&
-              other.C == K && residual->size(2) == P && residual->size(3) == Q &&
-              (other.channels_last || K == 1 || P * Q == 1),
-          op, ": residual must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", K,
-          ", ", P, ", ", Q, ") and channels_last, got ", name_of(residual->scalar_type()),
-          " of shape ", shape_of(*residual));
-  }
-  if (!(overwrite && residual))
-    advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
+  Tensor y = overwrite && residual ? *residual : empty_channels_last(x, x.size(0), K, P, Q);
+  if (residual) check_added(op, "residual", *residual, x, K, P, Q);
   if (y.numel() == 0) return y;
   const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(variant)), 0);
   ConvBnRelu conv{};

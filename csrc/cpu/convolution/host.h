@@ -21,6 +21,25 @@ inline int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t pa
   return (size + 2 * pad - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+inline int64_t tile_pixels() { return cpu_kernels().tile_pixels; }
+inline int64_t tiles_of(const ConvShape& conv) {
+  return (conv.N * conv.P * conv.Q + tile_pixels() - 1) / tile_pixels();
+}
+inline int64_t blocks_of(const ConvShape& conv) {
+  return (conv.K + kBlockChannels - 1) / kBlockChannels;
+}
+
+// Checks that t has x's dtype and shape (N, C, H, W), and is channels_last.
+inline void check_added(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                        int64_t C, int64_t H, int64_t W) {
+  const Layout4d layout = layout_of(op, t);
+  check(t.scalar_type() == x.scalar_type() && layout.N == x.size(0) && layout.C == C &&
+            t.size(2) == H && t.size(3) == W && (layout.channels_last || C == 1),
+        op, ": ", name, " must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", C,
+        ", ", H, ", ", W, ") and channels_last, got ", name_of(t.scalar_type()), " of shape ",
+        shape_of(t), " and strides ", strides_of(t));
+}
+
 // How convolutions of this dtype are computed; nullopt if unsupported. bfloat16 uses the
 // processor's dot product if that is faster: on AMD. Intel's takes four times as long as a float32
 // multiply-add, for two products (measured on a Xeon of family 6, model 207: 0.78 ns against 0.19),
@@ -30,6 +49,12 @@ inline bool conv_supported(DtypeIndex dtype) { return conv_variant(dtype).has_va
 
 // Of x and packed weights in the multiplication.
 inline int64_t operand_bytes(ConvVariant variant) { return variant == kBFloatPairs ? 2 : 4; }
+
+// The first cache line in `memory`, which is made large enough for `bytes` from there on.
+inline char* aligned(std::vector<char>& memory, int64_t bytes) {
+  memory.resize(std::max(memory.size(), static_cast<size_t>(bytes + kLineBytes)));
+  return memory.data() + (kLineBytes - reinterpret_cast<uintptr_t>(memory.data()) % kLineBytes);
+}
 
 // A dense tensor in the dtype of the multiplication: itself, or a float32 copy.
 class Operand {
@@ -53,19 +78,12 @@ class Operand {
 
 // Sets the x of `conv` and owns its memory. The pixels of a pointwise convolution are read once
 // each, and are widened later, in cache.
-class Source {
+class Source : Operand {
  public:
-  Source(ConvBnRelu& conv, const Tensor& x, ConvVariant variant) {
-    if (conv.pointwise && variant == kBFloatWidened) {
-      conv.narrow = x.const_data_ptr();
-    } else {
-      operand_.emplace(x, variant);
-      conv.x = operand_->data();
-    }
+  Source(ConvBnRelu& conv, const Tensor& x, ConvVariant variant)
+      : Operand(x, conv.pointwise ? kFloat : variant) {
+    (conv.pointwise && variant == kBFloatWidened ? conv.narrow : conv.x) = data();
   }
-
- private:
-  std::optional<Operand> operand_;
 };
 
 // Of these tile sizes m, that of the Winograd algorithm F(m x m, 3x3) with the fewest products, or
@@ -86,17 +104,15 @@ int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t m
 // image, costs more than it saves: they are 16/9 and 4 times the weights, 8 times in bfloat16.
 constexpr int64_t kMaxWinogradWeights = 256 * 256, kMaxWinogradWeights4 = 128 * 128;
 
-// All of y, by the faster of the two kernels.
-void run_convolution(const ConvBnRelu& conv, ConvVariant variant);
+// Callback after each tile range: a task calls it with y's pixels [begin, end), all channels, the
+// first of which is at `y`, as soon as they are written, while they are in its cache. `task` is
+// less than the number of threads.
+using TileCallback = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
 
-// Callback after each tile range: a task calls it with y's pixels [begin, end), all channels, as
-// soon as they are written, while they are in its cache. `task` is less than the number of threads.
-using TileCallback = std::function<void(int64_t task, int64_t begin, int64_t end)>;
-
-// The same, with `callback` called for all pixels of y; false, with nothing computed, if y is too
-// small to be split by pixels.
-bool run_convolution_with_callback(const ConvBnRelu& conv, ConvVariant variant,
-                                   const TileCallback& callback);
+// All of y, by the faster of the two kernels. Returns whether `callback`, if given, was called for
+// all pixels of y: not if y is too small to be split by pixels.
+bool run_convolution(const ConvBnRelu& conv, ConvVariant variant,
+                     const TileCallback& callback = {});
 
 // Several convolutions of the same x by the direct kernel; every thread computes a share of each.
 void run_direct(const ConvBnRelu* convs, size_t count, ConvVariant variant);

@@ -30,7 +30,7 @@ struct Phase {
 
 // Zeroes the phase's pixels of dx (N, H, W, C), of `bytes` bytes each.
 void clear(char* dx, int64_t bytes, const ConvShape& c, const Phase& rows, const Phase& columns) {
-  Split(c.N * rows.size, 1, std::max<int64_t>(65536 / (columns.size * bytes), 1))
+  Split(c.N * rows.size, 1, 65536 / (columns.size * bytes))
       .run([&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t h = rows.first + i % rows.size * c.stride_h;

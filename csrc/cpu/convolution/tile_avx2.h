@@ -102,20 +102,17 @@
         "xmm12", "xmm13", "xmm14", "xmm15")
 // clang-format on
 
-// One vector of 16 outputs; a step has `vectors` vectors of weights.
-template <int vectors>
+// One vector of 16 outputs; a step has `vectors` vectors of weights, which begin at `weight` or, if
+// that is null, are pointed to.
+template <int vectors, bool pointed>
 FR_INLINE void sum_vector(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                          int64_t channel, int64_t accumulate, Fetch& fetch, float* out) {
-  const int64_t quads = steps / 4, rest = steps % 4, offset = 0;
-  FR_TILE(FR_FOLLOWING);
-}
-template <int vectors>
-FR_INLINE void sum_row_vector(const char* const* pixel, int64_t taps, int64_t steps,
-                              int64_t channel, int64_t offset, int64_t accumulate, Fetch& fetch,
-                              float* out) {
+                          int64_t channel, int64_t offset, int64_t accumulate, Fetch& fetch,
+                          float* out) {
   const int64_t quads = steps / 4, rest = steps % 4;
-  const char* weight = nullptr;
-  FR_TILE(FR_POINTED);
+  if constexpr (pointed)
+    FR_TILE(FR_POINTED);
+  else
+    FR_TILE(FR_FOLLOWING);
 }
 
 // out[64 i + 16 v + lane] = sum over taps and steps of pixel i and vector v; pixel: 6 pointers per
@@ -126,8 +123,8 @@ FR_INLINE void sum_tile(const char* weight, const char* const* pixel, int64_t ta
                         int64_t, int64_t channel, int64_t accumulate, Fetch& fetch, float* out) {
   static_assert(Dot::pair == 1);
   for (int64_t v = 0; v < vectors; ++v)
-    sum_vector<vectors>(weight + v * 64, pixel, taps, steps, channel, accumulate, fetch,
-                        out + v * 16);
+    sum_vector<vectors, false>(weight + v * 64, pixel, taps, steps, channel, 0, accumulate, fetch,
+                               out + v * 16);
 }
 
 // The same with 8 pointers per tap; the last, plus `offset`, replaces `weight`.
@@ -136,8 +133,8 @@ FR_INLINE void sum_rows(const char* const* pixel, int64_t taps, int64_t steps, i
                         int64_t offset, int64_t accumulate, Fetch& fetch, float* out) {
   static_assert(Dot::pair == 1);
   for (int64_t v = 0; v < vectors; ++v)
-    sum_row_vector<vectors>(pixel, taps, steps, channel, offset + v * 64, accumulate, fetch,
-                            out + v * 16);
+    sum_vector<vectors, true>(nullptr, pixel, taps, steps, channel, offset + v * 64, accumulate,
+                              fetch, out + v * 16);
 }
 
 // t[j][i] <- t[i][j] of kLanes vectors.

@@ -53,17 +53,6 @@ void check_operands(const char* op, Pass pass, const char* name, const Tensor& t
         " and weight of shape ", shape_of(weight));
 }
 
-// Checks that t has x's dtype and shape (N, C, H, W), and is channels_last.
-void check_added(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t C,
-                 int64_t H, int64_t W) {
-  const Layout4d layout = layout_of(op, t);
-  check(t.scalar_type() == x.scalar_type() && layout.N == x.size(0) && layout.C == C &&
-            t.size(2) == H && t.size(3) == W && layout.channels_last,
-        op, ": ", name, " must be ", name_of(x.scalar_type()), " of shape (", x.size(0), ", ", C,
-        ", ", H, ", ", W, ") and channels_last, got ", name_of(t.scalar_type()), " of shape ",
-        shape_of(t), " and strides ", strides_of(t));
-}
-
 // The checked operands of an input gradient.
 ConvShape input_gradient_of(const char* op, const Tensor& dy, const Tensor& weight, int64_t H,
                             int64_t W, const Sizes& geometry) {
@@ -85,22 +74,17 @@ ConvShape convolution_of(const char* op, const Tensor& x, const Tensor& weight,
   return c;
 }
 
-// TileCallback, with the address of the first of y's pixels [begin, end).
-using RowCallback = std::function<void(int64_t task, const char* y, int64_t begin, int64_t end)>;
-
 // Whether there are so few pixels for so many weights that a block of outputs processes all pixels
 // at once and the weights are packed block by block in cache: they are then read from memory once
 // and not written back.
 bool packs_block_by_block(const ConvBnRelu& conv) {
-  const int64_t blocks = (conv.K + kBlockChannels - 1) / kBlockChannels;
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t blocks = blocks_of(conv), threads = torch::stable::get_num_threads();
   return conv.N * conv.P * conv.Q <= conv.K * conv.R * conv.S &&
          (blocks % threads == 0 || blocks >= 4 * threads);
 }
 
 void run_packing(const ConvBnRelu& conv, const ConvPack& pack, ConvVariant variant) {
-  const int64_t tile = cpu_kernels().tile_pixels;
-  const int64_t tiles = (conv.N * conv.P * conv.Q + tile - 1) / tile, vectors = conv.K / 16;
+  const int64_t tiles = tiles_of(conv), vectors = conv.K / 16;
   const int64_t vector_bytes = 16 * pack.inputs * pack.taps * operand_bytes(variant);
   Split((vectors + 3) / 4, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     const Scratch packed(4 * vector_bytes);
@@ -125,7 +109,7 @@ struct Convolved {
 // large enough. `transposed`: weight is (C, K, R, S) and its taps are reversed, and y overwrites
 // `added`.
 Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bool transposed,
-                   const std::optional<Tensor>& added, const RowCallback& callback = {}) {
+                   const std::optional<Tensor>& added, const TileCallback& callback = {}) {
   const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
   const int64_t taps = R * S, columns = transposed ? K : C;  // of the weight
   const bool overwrite = transposed && added;
@@ -180,14 +164,7 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
   conv.skipped_pixels = &skipped_pixels;
   pack_for(!winograd || overwrite, winograd);
   const Source source(conv, x, variant);
-  const auto* y_ptr = static_cast<const char*>(y.const_data_ptr());
-  const int64_t pixel_bytes = K * static_cast<int64_t>(y.element_size());
-  const bool callback_done =
-      callback &&
-      run_convolution_with_callback(conv, variant, [&](int64_t task, int64_t begin, int64_t end) {
-        callback(task, y_ptr + begin * pixel_bytes, begin, end);
-      });
-  if (!callback_done) run_convolution(conv, variant);
+  const bool callback_done = run_convolution(conv, variant, callback);
   if (skipped_pixels) {
     pack_for(true, false);
     run_convolution(conv, variant);
@@ -216,7 +193,7 @@ const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64
   if (c.K % 16) return "channels must be multiples of 16";
   if (pass == Pass::kWeightGradient && c.C < 16) {
     // The kernel of cpu/convolution/weight_gradient_narrow_kernels.h
-    const bool wide = c.S * c.C >= cpu_kernels().tile_pixels;
+    const bool wide = c.S * c.C >= tile_pixels();
     if (c.R <= kMaxNarrowRows && wide && !dilated) return nullptr;
   }
   if (c.C % 16) return "channels must be multiples of 16";

@@ -186,47 +186,22 @@ Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, 
   return dweight;
 }
 
-// Computes relu(norm(x)), x (N, C, H, W) channels_last, not float64, for a range of pixels at a
-// time, into thread-local memory.
-class NormedPixels {
- public:
-  NormedPixels(const Tensor& x, const Norm& norm)
-      : partition_(layout_of("normalised", x)),
-        kernel_(cpu_kernels().bn_apply_rows[dtype_index("normalised", "x", x)]),
-        mean_(spread<float>(partition_, norm.stats.mean)),
-        scale_(spread<float>(partition_, affine_of<float>(norm).scale)),
-        shift_(spread<float>(partition_, affine_of<float>(norm).shift)),
-        x_(static_cast<const char*>(x.const_data_ptr())),
-        pixel_bytes_(partition_.layout.C * static_cast<int64_t>(x.element_size())) {}
-
-  // Implements WeightGradient::recompute; context: a NormedPixels.
-  static const void* recompute(const void* context, int64_t begin, int64_t end) {
-    thread_local std::vector<char> memory;
-    const auto& self = *static_cast<const NormedPixels*>(context);
-    const int64_t bytes = std::max<int64_t>(end - begin, 0) * self.pixel_bytes_ + 2 * kLineBytes;
-    memory.resize(std::max(memory.size(), static_cast<size_t>(bytes)));
-    const auto address = reinterpret_cast<uintptr_t>(memory.data());
-    char* y = memory.data() + (kLineBytes - address % kLineBytes);
-    for_joined_rows(self.partition_.layout.C, end - begin,
-                    [&](const Walk& walk, int64_t first, int64_t rows) {
-                      BnForward bn{};
-                      bn.walk = walk, bn.activation = kRelu;
-                      bn.x = self.x_ + (begin + first) * self.pixel_bytes_;
-                      bn.y = y + first * self.pixel_bytes_;
-                      bn.mean = self.mean_.data(), bn.scale = self.scale_.data();
-                      bn.shift = self.shift_.data();
-                      self.kernel_(bn, 0, rows);
-                    });
-    return y - begin * self.pixel_bytes_;
-  }
-
- private:
-  Partition partition_;
-  void (*kernel_)(const BnForward&, int64_t begin, int64_t end);
-  std::vector<float> mean_, scale_, shift_;
-  const char* x_;
-  int64_t pixel_bytes_;
-};
+// Implements WeightGradient::recompute: relu(norm(x)) for a range of pixels, in thread-local
+// memory; context: a NormedRows.
+const void* recompute(const void* context, int64_t begin, int64_t end) {
+  thread_local std::vector<char> memory;
+  const auto& source = *static_cast<const NormedRows*>(context);
+  const int64_t bytes = std::max<int64_t>(end - begin, 0) * source.pixel_bytes + kLineBytes;
+  char* y = aligned(memory, bytes);
+  BnForward bn{};
+  bn.x = source.x + begin * source.pixel_bytes, bn.y = y;
+  bn.mean = source.mean.data(), bn.scale = source.scale.data(), bn.shift = source.shift.data();
+  for_joined_rows(source.partition.layout.C, end - begin, [&](const Walk& walk, int64_t rows) {
+    bn.walk = walk, bn.activation = kRelu;
+    cpu_kernels().bn_apply_rows[source.dtype](bn, 0, rows);
+  });
+  return y - begin * source.pixel_bytes;
+}
 
 // The same for few input channels.
 Tensor narrow_weight_gradient(WeightGradient g, ConvVariant variant, const Tensor& dy,
@@ -276,8 +251,8 @@ Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Size
     g.x = normed.const_data_ptr();
     return weight_gradient_by(g, algorithm, dy, normed);
   }
-  const NormedPixels source(x, norm_of<float>(op, stats, norm_weight, norm_bias, eps, g.C, x));
-  g.recompute = NormedPixels::recompute, g.context = &source;
+  const NormedRows source(x, norm_of<float>(op, stats, norm_weight, norm_bias, eps, g.C, x));
+  g.recompute = recompute, g.context = &source;
   return weight_gradient_by(g, algorithm, dy, x);
 }
 

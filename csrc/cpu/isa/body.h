@@ -41,7 +41,9 @@ namespace {
 
 }  // namespace
 
-#define FR_ALL_DTYPES(kernel) {kernel<Float32>, kernel<BFloat16>, kernel<Float16>, kernel<Float64>}
+#define FR_ALL_DTYPES(kernel, ...)                                                          \
+  {kernel<Float32 __VA_OPT__(, ) __VA_ARGS__>, kernel<BFloat16 __VA_OPT__(, ) __VA_ARGS__>, \
+   kernel<Float16 __VA_OPT__(, ) __VA_ARGS__>, kernel<Float64 __VA_OPT__(, ) __VA_ARGS__>}
 
 #if FR_VECTOR_BYTES == 64
 #define FR_PAIRS(kernel) kernel<DotBFloat16>
@@ -58,18 +60,18 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(add),
     FR_ALL_DTYPES(bn_stats_rows),
     FR_ALL_DTYPES(bn_stats_planes),
-    FR_ALL_DTYPES(bn_stats_rows_double),
-    FR_ALL_DTYPES(bn_stats_planes_double),
-    FR_ALL_DTYPES(bn_apply_rows),
-    FR_ALL_DTYPES(bn_apply_planes),
+    FR_ALL_DTYPES(bn_stats_double, true),
+    FR_ALL_DTYPES(bn_stats_double, false),
+    FR_ALL_DTYPES(bn_apply, true),
+    FR_ALL_DTYPES(bn_apply, false),
     FR_ALL_DTYPES(bn_reduce_rows),
     FR_ALL_DTYPES(bn_reduce_planes),
-    FR_ALL_DTYPES(bn_backward_rows),
-    FR_ALL_DTYPES(bn_backward_planes),
-    {max_pool2d_float32, max_pool2d_bfloat16, max_pool2d_float16, max_pool2d_float64},
+    FR_ALL_DTYPES(bn_backward, true),
+    FR_ALL_DTYPES(bn_backward, false),
+    FR_ALL_DTYPES(max_pool2d),
     FR_ALL_DTYPES(bn_pool),
     FR_ALL_DTYPES(bn_pool_gradient),
-    {abs_max_float32, abs_max_16bit<BFloat16>, abs_max_16bit<Float16>, abs_max_float64},
+    FR_ALL_DTYPES(abs_max),
 #if FR_VECTOR_BYTES >= 32
     kTilePixels,
     {gradient_chain(1), gradient_chain(2), gradient_chain(1)},

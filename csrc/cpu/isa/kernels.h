@@ -11,14 +11,16 @@
 namespace fused_resnet {
 
 // Partition of a dense (N, C, H, W) tensor for a kernel. Rows (channels_last): row i holds `period`
-// values, column j is a channel. Planes (contiguous): every (n, c) plane of `plane` values is split
-// into `segments` segments of `segment` values (the last may be shorter); item i is segment i %
-// segments of plane i / segments, whose channel is (i / segments) % period.
+// values from first + i * period on, column j is a channel. Planes (contiguous): every (n, c) plane
+// of `plane` values is split into `segments` segments of `segment` values (the last may be
+// shorter); item i is segment i % segments of plane i / segments, whose channel is (i / segments) %
+// period.
 struct Walk {
-  int64_t period;    // rows: values per row; planes: C
-  int64_t plane;     // planes only: H*W
-  int64_t segments;  // planes only
-  int64_t segment;   // planes only
+  int64_t period = 0;    // rows: values per row; planes: C
+  int64_t first = 0;     // rows only
+  int64_t plane = 0;     // planes only: H*W
+  int64_t segments = 0;  // planes only
+  int64_t segment = 0;   // planes only
 };
 
 // Training batch norm, all shapes in elements: x, residual, y (N, C, H, W); per-channel arrays

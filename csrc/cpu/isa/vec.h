@@ -185,6 +185,7 @@ FR_INLINE double sum_lanes(typename D::V v) {
 // The two access modes of a kernel: a whole vector, or the first n lanes of one.
 template <typename D>
 struct FullVector {
+  static constexpr int64_t n = D::lanes;
   FR_INLINE typename D::V load(const typename D::T* p) { return D::load(p); }
   FR_INLINE typename D::V keep(typename D::V v) { return v; }
   FR_INLINE void store(typename D::T* p, typename D::V v, bool non_temporal) {

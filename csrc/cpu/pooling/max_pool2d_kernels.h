@@ -10,40 +10,39 @@
 
 #include "cpu/isa/vec.h"
 
-template <typename I>
-struct IntegerVector {
-  typedef I V __attribute__((vector_size(FR_VECTOR_BYTES)));
-};
-
-// I: the signed integer as wide as the dtype. magnitude: all its bits but the sign; infinity: the
-// bits of Inf.
-template <typename I>
+// A dtype's values as signed integers of its width. infinity_: the bits of Inf.
+template <typename I_, I_ infinity_>
 struct Ordered {
-  typedef typename IntegerVector<I>::V V;
+  typedef I_ I;
+  typedef I V __attribute__((vector_size(FR_VECTOR_BYTES)));
   static constexpr int64_t lanes = FR_VECTOR_BYTES / sizeof(I);
-  I magnitude, infinity;
+  static constexpr I infinity = infinity_;
+  static constexpr I magnitude = static_cast<I>(~(I{1} << (8 * sizeof(I) - 1)));  // but the sign
+
   FR_INLINE V larger(V a, V b) { return a > b ? a : b; }
-  inline __attribute__((always_inline)) V key(V v) const {
+  FR_INLINE V key(V v) {
     const V size = v & magnitude;
-    const V ordered = v ^ ((v < 0 ? V{} - 1 : V{}) & magnitude);
-    return size > infinity ? size : ordered;
+    return size > infinity ? size : value(v);
   }
-  inline __attribute__((always_inline)) V value(V key) const {
-    return key ^ ((key < 0 ? V{} - 1 : V{}) & magnitude);
-  }
+  FR_INLINE V value(V key) { return key ^ ((key < 0 ? V{} - 1 : V{}) & magnitude); }
 };
+template <typename D>
+struct OrderedOf;
+template <>
+struct OrderedOf<Float32> : Ordered<int32_t, 0x7f800000> {};
+template <>
+struct OrderedOf<BFloat16> : Ordered<int16_t, 0x7f80> {};
+template <>
+struct OrderedOf<Float16> : Ordered<int16_t, 0x7c00> {};
+template <>
+struct OrderedOf<Float64> : Ordered<int64_t, 0x7ff0000000000000> {};
 
-template <typename I>
-FR_INLINE typename IntegerVector<I>::V load_some(const I* p, int64_t n) {
-  typename IntegerVector<I>::V v = {};
-  __builtin_memcpy(&v, p, static_cast<uint64_t>(n) * sizeof(I));
-  return v;
-}
-
-template <typename I>
-FR_INLINE void max_pool2d(const MaxPool& pool, int64_t begin, int64_t end, Ordered<I> order) {
-  typedef typename IntegerVector<I>::V V;
-  constexpr int64_t L = FR_VECTOR_BYTES / sizeof(I);
+template <typename D>
+void max_pool2d(const MaxPool& pool, int64_t begin, int64_t end) {
+  typedef OrderedOf<D> Order;
+  typedef typename Order::I I;
+  typedef typename Order::V V;
+  constexpr int64_t L = Order::lanes;
   const int64_t C = pool.C, line = pool.W * C;
   I* lines = static_cast<I*>(pool.lines);
   for (int64_t row = begin; row < end; ++row) {
@@ -57,10 +56,13 @@ FR_INLINE void max_pool2d(const MaxPool& pool, int64_t begin, int64_t end, Order
       const int64_t left = line - j;
       const auto load = [&](int64_t h) FR_LAMBDA {
         const I* at = image + h * line + j;
-        return order.key(left >= L ? load_any<V>(at) : load_some<I>(at, left));
+        if (left >= L) return Order::key(load_any<V>(at));
+        V v = {};
+        __builtin_memcpy(&v, at, static_cast<uint64_t>(left) * sizeof(I));
+        return Order::key(v);
       };
       V best = load(h_begin);
-      for (int64_t h = h_begin + 1; h < h_end; ++h) best = order.larger(load(h), best);
+      for (int64_t h = h_begin + 1; h < h_end; ++h) best = Order::larger(load(h), best);
       store_any(lines + j, best);
     }
     for (int64_t q = 0; q < pool.Q; ++q) {
@@ -70,8 +72,8 @@ FR_INLINE void max_pool2d(const MaxPool& pool, int64_t begin, int64_t end, Order
       for (int64_t j = 0; j < C; j += L) {
         V best = load_any<V>(lines + w_begin * C + j);
         for (int64_t w = w_begin + 1; w < w_end; ++w)
-          best = order.larger(load_any<V>(lines + w * C + j), best);
-        best = order.value(best);
+          best = Order::larger(load_any<V>(lines + w * C + j), best);
+        best = Order::value(best);
         const int64_t count = C - j < L ? C - j : L;
         __builtin_memcpy(y + q * C + j, &best, static_cast<uint64_t>(count) * sizeof(I));
       }
@@ -79,53 +81,24 @@ FR_INLINE void max_pool2d(const MaxPool& pool, int64_t begin, int64_t end, Order
   }
 }
 
-// I is the signed integer as wide as the dtype, magnitude the mask of all its bits but the sign.
-template <typename I>
-FR_INLINE I largest_magnitude(const I* x, int64_t n, I magnitude) {
-  typedef typename IntegerVector<I>::V V;
-  constexpr int64_t L = FR_VECTOR_BYTES / sizeof(I);
+template <typename D>
+double abs_max(const void* x_ptr, int64_t n) {
+  typedef OrderedOf<D> Order;
+  typedef typename Order::V V;
+  constexpr int64_t L = Order::lanes;
+  const auto* x = static_cast<const typename Order::I*>(x_ptr);
   V best[4] = {};
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L)
-    for (int k = 0; k < 4; ++k) {
-      const V v = load_any<V>(x + i + k * L) & magnitude;
-      best[k] = v > best[k] ? v : best[k];
-    }
-  I largest = 0;
+    for (int k = 0; k < 4; ++k)
+      best[k] = Order::larger(load_any<V>(x + i + k * L) & Order::magnitude, best[k]);
+  typename Order::I largest = 0;
   for (int k = 0; k < 4; ++k)
     for (int64_t lane = 0; lane < L; ++lane)
       if (best[k][lane] > largest) largest = best[k][lane];
   for (; i < n; ++i) {
-    const I v = x[i] & magnitude;
+    const typename Order::I v = x[i] & Order::magnitude;
     if (v > largest) largest = v;
   }
-  return largest;
-}
-
-double abs_max_float32(const void* x, int64_t n) {
-  const int32_t bits = largest_magnitude(static_cast<const int32_t*>(x), n, int32_t{0x7fffffff});
-  return Float32::get(reinterpret_cast<const float*>(&bits));
-}
-double abs_max_float64(const void* x, int64_t n) {
-  const int64_t bits =
-      largest_magnitude(static_cast<const int64_t*>(x), n, int64_t{0x7fffffffffffffff});
-  return Float64::get(reinterpret_cast<const double*>(&bits));
-}
-template <typename D>
-double abs_max_16bit(const void* x, int64_t n) {
-  const int16_t bits = largest_magnitude(static_cast<const int16_t*>(x), n, int16_t{0x7fff});
-  return D::get(reinterpret_cast<const uint16_t*>(&bits));
-}
-
-void max_pool2d_float32(const MaxPool& pool, int64_t begin, int64_t end) {
-  max_pool2d(pool, begin, end, Ordered<int32_t>{0x7fffffff, 0x7f800000});
-}
-void max_pool2d_bfloat16(const MaxPool& pool, int64_t begin, int64_t end) {
-  max_pool2d(pool, begin, end, Ordered<int16_t>{0x7fff, 0x7f80});
-}
-void max_pool2d_float16(const MaxPool& pool, int64_t begin, int64_t end) {
-  max_pool2d(pool, begin, end, Ordered<int16_t>{0x7fff, 0x7c00});
-}
-void max_pool2d_float64(const MaxPool& pool, int64_t begin, int64_t end) {
-  max_pool2d(pool, begin, end, Ordered<int64_t>{0x7fffffffffffffff, 0x7ff0000000000000});
+  return D::get(reinterpret_cast<const typename D::T*>(&largest));
 }
