@@ -4,7 +4,7 @@ import sys
 
 from . import depth
 from .bench.machine import info
-from .fusion import Explanation, explain, set_activation_memory
+from .fusion import Explanation, explain, refresh, set_activation_memory
 from .graphs.inference import Inference, inference
 from .graphs.training_step import TrainingStep, training_step
 from .kernels.native import release_memory
@@ -41,6 +41,7 @@ __all__ = [
     "explain",
     "inference",
     "info",
+    "refresh",
     "register_frozen_norm",
     "release_memory",
     "set_activation_memory",

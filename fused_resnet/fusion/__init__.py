@@ -4,6 +4,7 @@ from .description import Names, register
 from .explain import Explanation, explain
 from .network import NetworkNames
 from .run import run_block, run_network
+from .store import refresh
 from .training.activation_memory import set_activation_memory
 from .training.units import run_norm, run_projection
 
@@ -12,6 +13,7 @@ __all__ = [
     "Names",
     "NetworkNames",
     "explain",
+    "refresh",
     "register",
     "run_block",
     "run_network",

@@ -194,8 +194,9 @@ def describe(module: nn.Module, names: Names) -> Description | str:
 
 def _reason_against(description: Description) -> str | None:
     for _, name, module, kind in description.places:
-        norm = kind is BatchNorm2d and (type(module) in _SYNCHRONISED or is_frozen_bn(module))
-        if type(module) is not kind and not norm:
+        if type(module) is not kind and not (
+            kind is BatchNorm2d and (type(module) in _SYNCHRONISED or is_frozen_bn(module))
+        ):
             return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         why = None if module is None else patched(module)
         if why is not None:

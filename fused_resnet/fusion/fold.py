@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_resnet.layers.norms import eps_of
+from fused_resnet.layers.norms import DEFAULT_EPS
 
 
 def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Ten
 
     scale = weight / sqrt(running_var + eps),   shift = bias + (conv.bias - running_mean) * scale
     """
-    scale = torch.rsqrt(bn.running_var.to(dtype) + eps_of(bn))
+    scale = torch.rsqrt(bn.running_var.to(dtype) + getattr(bn, "eps", DEFAULT_EPS))
     if bn.weight is not None:
         scale = scale * bn.weight.to(dtype)
     mean = bn.running_mean.to(dtype)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Conv2d, MaxPool2d
 
-from fused_resnet.layers.hooks import hooks_of, overridable, patched
+from fused_resnet.kernels.fingerprint import enabled, fingerprint, ranges_of, table_of
+from fused_resnet.layers.hooks import OVERRIDABLE, hooks_of, overrides
 from fused_resnet.layers.shortcut import PadShortcut
 
 from .description import Description, Place
@@ -31,8 +32,10 @@ class Guard:
 
     `holds` compares it with their current state: identity and type of every module, hooks and
     patched forwards, configuration, identity, address, dtype, shape and version counter of every
-    parameter and buffer. The tensors' memory is kept alive, so that no address is reused while the
-    guard exists. The comparisons run in C (`map` with builtins), since they run in every forward.
+    parameter and buffer, and a fingerprint of their values
+    (kernels/fingerprint.py). The tensors' memory is kept alive, so that no address is reused while
+    the guard exists. The comparisons run in C (`map` with builtins), since they run in every
+    forward.
 
     places: further modules, as those between blocks, and attributes.
     """
@@ -58,16 +61,17 @@ class Guard:
             attributes, settings = module.__dict__, _SETTINGS.get(kind, ())
             self._children.append(module._modules)
             # A module with hooks or replaced methods is not fused, and may keep them.
-            if patched(module) is None:
+            names = OVERRIDABLE[bool(module._parameters or module._buffers)]
+            found = names & attributes.keys()
+            if not any(hooks_of(module)) and not (found and overrides(module)):
                 self._hooks += hooks_of(module)
-                for override in overridable(module):
-                    if override in attributes:  # its own method
-                        self._homes.append(attributes)
-                        self._names.append(override)
-                        self._modules.append(attributes[override])
-                    else:
-                        self._dicts.append(attributes)
-                        self._overrides.append(override)
+                for own in found:  # methods of the module's class
+                    self._homes.append(attributes)
+                    self._names.append(own)
+                    self._modules.append(attributes[own])
+                names -= found
+                self._dicts += repeat(attributes, len(names))
+                self._overrides += names
             self._settings += repeat(attributes, len(settings))
             self._setting_names += settings
             for tensors in (module._parameters, module._buffers):
@@ -84,16 +88,22 @@ class Guard:
         self.has_versions = not any(map(Tensor.is_inference, self._tensors))
         self._versions = list(map(_version, self._tensors)) if self.has_versions else []
         self._state = self._current_state()
+        self._ranges = ranges_of(self._tensors)
+        self._table = table_of(self._ranges)
+        self._print = fingerprint(self._table)
 
     @staticmethod
     def combined(guards: Sequence[Guard]) -> Guard:
         """One guard for everything that `guards` hold, by their snapshots."""
         all_of = Guard.__new__(Guard)
         states = map(attrgetter("_state"), guards)
-        for name in vars(guards[0]).keys() - {"has_versions", "_state"}:
+        for name in vars(guards[0]).keys() - {"has_versions", "_state", "_table", "_print"}:
             setattr(all_of, name, list(chain.from_iterable(map(attrgetter(name), guards))))
         all_of.has_versions = all(map(attrgetter("has_versions"), guards))
         all_of._state = tuple(map(list, map(chain.from_iterable, zip(*states, strict=True))))
+        all_of._table = table_of(all_of._ranges)
+        total = sum(map(attrgetter("_print"), guards))
+        all_of._print = (total + 2**63) % 2**64 - 2**63  # as int64 adds
         return all_of
 
     def _current_state(self) -> tuple[list[Any], ...]:
@@ -112,7 +122,11 @@ class Guard:
     def holds(self) -> bool:
         """Whether nothing was replaced, hooked, patched, reconfigured or written to."""
         try:
-            return list(map(_version, self._tensors)) == self._versions and self.structure_holds()
+            return (
+                list(map(_version, self._tensors)) == self._versions
+                and self.structure_holds()
+                and (not enabled.get() or fingerprint(self._table) == self._print)
+            )
         except RuntimeError:  # a tensor created in inference mode
             return False
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from fused_resnet.layers.planned import MADE, on_mode_switch
+from fused_resnet.kernels import cache
+from fused_resnet.layers.planned import MADE, on_change
 
 _generation = 0
 
@@ -47,6 +48,19 @@ def forget(module: nn.Module) -> None:
         m.__dict__.pop(MADE, None)
 
 
+def refresh(model: nn.Module) -> None:
+    """Forgets everything that was made from the tensors of `model`: packed weights, folded norms,
+    plans of inference and training steps. The next call reads them anew.
+
+    Needed only after writes that nothing shows: a few values changed through `.data`, a NumPy or
+    DLPack view, a collective or another process (README.md, "Limits"). Raises TypeError if model
+    is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"refresh: model must be an nn.Module, got {type(model).__name__}")
+    forget(model)
+    cache.forget(model.parameters())
+
+
 def generation() -> int:
     """The number of calls of `forget`, after which entries held elsewhere are stale."""
     return _generation
@@ -57,4 +71,4 @@ def made_from(module: nn.Module) -> dict[Any, Any]:
     return dict(_entries(module))
 
 
-on_mode_switch(forget)
+on_change(forget)

@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_resnet.checks import one_of
+from fused_resnet.fusion import refresh
 from fused_resnet.kernels import registry
+from fused_resnet.kernels.fingerprint import enabled as fingerprints
+from fused_resnet.kernels.fingerprint import fingerprint, ranges_of, table_of
 
 from .capture import Graph, record
 
@@ -33,6 +37,10 @@ class Inference:
     dtype: the autocast dtype, float16 or bfloat16; None: the model's dtype. The output has this
     dtype. Weights are packed for it once.
     cuda_graph: replay one CUDA graph per input shape (the last 8 are cached); None: on GPUs only.
+    check: how writes are noticed that move neither version counter nor address (through `.data`,
+    NumPy, collectives, another process): "sampled" reads all vectors and a part of each output
+    channel's weights; "full" reads every byte of every parameter and buffer; "none" nothing. On
+    the CPU, with the native build; on a GPU such writes are not noticed.
 
     The callable takes x (N, C, H, W) of any batch, size, layout and floating dtype on the model's
     device, and returns new memory. The first call with a shape captures its graph; that of
@@ -41,8 +49,9 @@ class Inference:
     the weights and captures again. A model with hooks runs without a graph, so that its hooks run.
     Other attributes of modules (eps, stride, a replaced forward) are read at capture only: call
     `inference` again after changing them.
-    Raises ValueError for a model in training mode, for any other dtype, and for cuda_graph=True
-    without a GPU; RuntimeError that names both devices if x is on another device than the model.
+    Raises ValueError for a model in training mode, for any other dtype or check, and for
+    cuda_graph=True without a GPU; RuntimeError that names both devices if x is on another device
+    than the model.
     Source: CUDA programming guide, "CUDA graphs".
     """
 
@@ -53,7 +62,9 @@ class Inference:
         *,
         dtype: torch.dtype | None = None,
         cuda_graph: bool | None = None,
+        check: str = "sampled",
     ) -> None:
+        one_of("inference: check", check, ("sampled", "full", "none"))
         if dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"inference: dtype must be float16, bfloat16 or None, got {dtype}")
         if cuda_graph and example.device.type != "cuda":
@@ -63,7 +74,8 @@ class Inference:
         self.dtype = dtype
         self.cuda_graph = self.device.type == "cuda" if cuda_graph is None else cuda_graph
         self._graphs: OrderedDict[Any, Graph] = OrderedDict()
-        self._guard = _StateGuard(model)
+        self.check = check
+        self._guard = _StateGuard(model, check == "full")
         self._turn = threading.Lock()
         self(example)
 
@@ -76,12 +88,17 @@ class Inference:
                 f"inference: x is on {x.device}, the model was prepared on {self.device}"
             )
         with torch.no_grad(), self._turn:
-            if not self._guard.holds():
-                self._graphs.clear()
-                self._guard = _StateGuard(self.model)
-            if not self.cuda_graph or x.numel() == 0 or self._guard.has_hooks():
-                return self._run(x)
-            return self._replay(x)
+            token = fingerprints.set(self.check != "none")
+            try:
+                if not self._guard.holds():
+                    self._graphs.clear()
+                    refresh(self.model)
+                    self._guard = _StateGuard(self.model, self.check == "full")
+                if not self.cuda_graph or x.numel() == 0 or self._guard.has_hooks():
+                    return self._run(x)
+                return self._replay(x)
+            finally:
+                fingerprints.reset(token)
 
     def _run(self, x: Tensor) -> Tensor:
         if self.dtype is None:
@@ -108,15 +125,18 @@ inference = Inference
 
 
 class _StateGuard:
-    """Detects changed or replaced modules, parameters and buffers of a model."""
+    """Detects changed or replaced modules, parameters and buffers of a model; values: also those
+    written without a trace, of tensors on the CPU."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, values: bool) -> None:
         modules = list(model.modules())
         self._dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._members = self._current_members()
         self._tensors = [t for t in self._members if isinstance(t, Tensor)]
         self._state = self._current_state()
+        self._table = table_of(ranges_of(self._tensors if values else (), whole=True))
+        self._print = fingerprint(self._table)
 
     def _current_members(self) -> list[object]:
         return list(chain.from_iterable(d.values() for d in self._dicts))
@@ -128,7 +148,8 @@ class _StateGuard:
     def holds(self) -> bool:
         now = self._current_members()
         same = len(now) == len(self._members) and all(map(is_, now, self._members))
-        return same and self._current_state() == self._state
+        same = same and self._current_state() == self._state
+        return same and fingerprint(self._table) == self._print
 
     def has_hooks(self) -> bool:
         return any(self._hooks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .convolution import FusedConv, Kind
+from .fingerprint import fingerprint, ranges_of, table_of
 from .problem import Problem
 
 _noted: ContextVar[list[FusedConv] | None] = ContextVar("fused_resnet_noted", default=None)
@@ -77,8 +78,21 @@ def _increment_versions(optimizer: Any, *_: Any) -> None:
 register_optimizer_step_post_hook(_increment_versions)
 
 
-# id(weight) -> its weak reference, scale, shift, the state of all three, and the convolution.
-_cached: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor, Any, FusedConv | None]] = {}
+# id(weight) -> a reference to it, scale, shift, the state of all three, and the convolution.
+Entries = dict[int, tuple[Callable[[], Any], Tensor, Tensor, Any, FusedConv | None]]
+_cached: Entries = {}  # with weak references
+_owner: ContextVar[Entries | None] = ContextVar("fused_resnet_owner", default=None)
+
+
+@contextlib.contextmanager
+def owned_by(entries: Entries) -> Iterator[None]:
+    """Convolutions are cached in `entries` instead, as long as these live. A tensor in the global
+    cache has a weak reference, which torch.utils.swap_tensors does not allow."""
+    token = _owner.set(entries)
+    try:
+        yield
+    finally:
+        _owner.reset(token)
 
 
 def cached_convolution(
@@ -87,8 +101,9 @@ def cached_convolution(
     """The convolution of these operands by `kind`, cached while the weight lives and all operands
     are unchanged.
 
-    Compared are identity, version counter and address: an optimizer step, load_state_dict (also
-    with assign=True), .to(), .half() and every in-place edit changes at least one. A tensor created
+    Compared are identity, version counter, address and values (see fingerprint.py): an optimizer
+    step, load_state_dict (also with assign=True), .to(), .half() and every in-place edit changes at
+    least one. A tensor created
     in inference mode has no version counter, so nothing is cached then; nor if FSDP2 may have
     changed the weight unnoticed. Cached from the second call with the same operands: in training
     the weights change at every step, and an unused copy would only cost memory.
@@ -96,9 +111,13 @@ def cached_convolution(
     operands = (weight, scale, shift)
     if any(t.is_inference() for t in operands):
         return kind(problem, *operands)
-    state = (kind, problem, *((t._version, t.data_ptr()) for t in operands))
-    key = id(weight)
-    entry = _cached.get(key)
+    state: list[Any] = [kind, problem, weight.stride(), weight.dtype]
+    for t in operands:
+        state += (t._version, t.data_ptr())
+    state.append(fingerprint(table_of(ranges_of(operands))))
+    owned = _owner.get()
+    key, entries = id(weight), _cached if owned is None else owned
+    entry = entries.get(key)
     unchanged = (
         entry is not None
         and entry[0]() is weight
@@ -111,7 +130,14 @@ def cached_convolution(
         return entry[4]
     conv = kind(problem, *operands)
     conv.is_cached = unchanged and cacheable(weight)
-    # A weak reference, since the cache would keep the weight alive.
-    alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
-    _cached[key] = (alive, scale, shift, state, conv if conv.is_cached else None)
+    alive: Callable[[], Any] = lambda: weight  # noqa: E731
+    if owned is None:
+        alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
+    entries[key] = (alive, scale, shift, state, conv if conv.is_cached else None)
     return conv
+
+
+def forget(tensors: Iterable[Tensor]) -> None:
+    """Drops the convolutions packed from weights among the tensors."""
+    for t in tensors:
+        _cached.pop(id(t), None)

@@ -23,36 +23,35 @@ GLOBAL_HOOKS = [
 
 
 # What a call of a module looks up on the instance before its class.
-_METHODS = ("forward", "_call_impl", "_compiled_call_impl", "_conv_forward")
-_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_METHODS = frozenset(("forward", "_call_impl", "_compiled_call_impl", "_conv_forward"))
+_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var"))
 
 
-def overridable(m: nn.Module) -> tuple[str, ...]:
-    """The attributes that would change what m computes if they were the instance's own. Parameters
-    and buffers are not: they lie in dicts of their own."""
-    return _METHODS + _TENSORS if m._parameters or m._buffers else _METHODS[:-1]
+# By whether a module has parameters or buffers of its own: the attributes that would change what it
+# computes if they lay beside those in the instance's dict.
+OVERRIDABLE = (_METHODS, _METHODS | _TENSORS)
 
 
 def overrides(m: nn.Module) -> list[str]:
-    """Those that are. The class's own method, bound to the instance, does not count: tools that
-    have removed their wrapper leave it there."""
+    """The instance's attributes that replace its class's methods or its parameters. The class's own
+    method, bound to the instance, does not count: tools that removed their wrapper leave it."""
 
-    def is_own(name: str, found: Any) -> bool:
-        function = getattr(found, "__func__", None)
-        return found is None or (
-            function is getattr(type(m), name, m) and getattr(found, "__self__", None) is m
-        )
-
-    attributes = m.__dict__
-    return [n for n in overridable(m) if n in attributes and not is_own(n, attributes[n])]
+    attributes, found = m.__dict__, []
+    for name in attributes.keys() & OVERRIDABLE[bool(m._parameters or m._buffers)]:
+        method = attributes[name]
+        own = getattr(method, "__func__", None) is getattr(type(m), name, m)
+        if method is not None and not (own and method.__self__ is m):
+            found.append(name)
+    return sorted(found)
 
 
 def patched(m: nn.Module) -> str | None:
     """Why calling m does more than the forward of its class with its parameters, or None."""
     if any(hooks_of(m)):
         return "has hooks"
-    for name in overrides(m):
-        return f"has its {name} " + ("a plain attribute" if name in _TENSORS else "replaced")
+    if m.__dict__.keys() & OVERRIDABLE[True]:
+        for name in overrides(m):
+            return f"has its {name} " + ("a plain attribute" if name in _TENSORS else "replaced")
     return None
 
 

@@ -45,14 +45,12 @@ def is_frozen_bn(m: nn.Module) -> bool:
     return cls.forward is _frozen[cls]
 
 
-def eps_of(bn: Any) -> float:
-    """The eps of a norm; DETR's frozen one has it in its forward."""
-    return getattr(bn, "eps", 1e-5)
+DEFAULT_EPS = 1e-5  # of frozen norms without the attribute: DETR's has it in its forward
 
 
 def uses_batch_statistics(bn: Any) -> bool:
     """Whether bn would use batch statistics now, by the rule of BatchNorm2d.forward."""
-    if is_frozen_bn(bn):
+    if type(bn) is not nn.BatchNorm2d and is_frozen_bn(bn):
         return False
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-_mode_callbacks: list[Callable[[nn.Module], None]] = []
+_callbacks: list[Callable[[nn.Module], None]] = []
 
 
-def on_mode_switch(callback: Callable[[nn.Module], None]) -> None:
-    """Calls callback(module) before every `train()` and `eval()` of a `Planned` module."""
-    _mode_callbacks.append(callback)
+def on_change(callback: Callable[[nn.Module], None]) -> None:
+    """Calls callback(module) before a change of a `Planned` module that makes its plans useless."""
+    _callbacks.append(callback)
 
 
 MADE = "_fused_resnet_made"
@@ -20,7 +20,9 @@ MADE = "_fused_resnet_made"
 
 
 class Planned(nn.Module):
-    """A module whose inference plans are cached: `train()` and `eval()` drop them."""
+    """A module whose inference plans are cached. A switch between training and eval mode, a
+    conversion of the tensors (`.to()`, `.half()`, ...), `load_state_dict` and a replaced or deleted
+    submodule drop them, with the memory they hold."""
 
     activation_memory = "auto"  # see fused_resnet.set_activation_memory
 
@@ -30,10 +32,32 @@ class Planned(nn.Module):
         state.pop(MADE, None)
         return state
 
-    def train(self, mode: bool = True) -> Any:
-        for callback in _mode_callbacks:
+    def _changes(self) -> None:
+        for callback in _callbacks:
             callback(self)
+
+    def train(self, mode: bool = True) -> Any:
+        if mode != self.training:  # many call eval() before every forward
+            self._changes()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._changes()
+        return super()._apply(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._changes()
+        return super().load_state_dict(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_modules", ()):
+            self._changes()
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self._modules:
+            self._changes()
+        super().__delattr__(name)
 
 
 class Block(Planned):

@@ -44,9 +44,8 @@ def test_inference_of_resnet50():
         with torch.no_grad():
             model(x)
 
-    assert len(calls(forward)) <= 3000
-    later = calls(forward)
-    assert len(later) <= 60
+    first, later = len(calls(forward)), len(calls(forward))
+    assert first <= 3000 and later <= 60, (first, later)
 
 
 def test_training_step_of_resnet50():
@@ -71,7 +70,7 @@ def test_the_way_of_x_through_inference():
         if event != "call" or not code.co_filename.startswith(PACKAGE) or caller is None:
             return
         arguments = [frame.f_locals[n] for n in code.co_varnames[: code.co_argcount]]
-        if not any(isinstance(a, torch.Tensor) for a in arguments):
+        if not any(isinstance(a, torch.Tensor) and a.dim() == 4 for a in arguments):
             return
         where = caller.f_code.co_filename, caller.f_lineno
         places = entered.setdefault(code.co_filename.removeprefix(PACKAGE), set())

@@ -22,7 +22,6 @@ from fused_resnet.kernels.convolution import FusedConv, Kind
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from fused_resnet.kernels.problem import Problem
-from fused_resnet.layers.norms import eps_of
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
 
 
@@ -51,11 +50,9 @@ class Plan:
     ) -> None:
         self.guard, self.holds, self._description = guard, guard.holds, description
         with torch.no_grad():
-            convs = [
-                _pack(unit, *kernel)
-                for unit, kernel in zip(description.folds, kernels, strict=True)
-            ]
-        self._activations = [unit.activation for unit in description.folds]
+            folds = description.folds
+            convs = [_pack(unit, *kernel) for unit, kernel in zip(folds, kernels, strict=True)]
+        self._activations = [unit.activation for unit in folds]
         self.dtype = convs[0].dtype
         self.all_convs = convs
         self._projection = convs[-1] if description.shortcut == "projection" else None
@@ -78,7 +75,7 @@ class Plan:
             return None
         statistics = torch.stack([norm.running_mean.double(), norm.running_var.double()])
         vectors = (None if t is None else t.detach().float() for t in (norm.weight, norm.bias))
-        return (statistics, *vectors, eps_of(norm))
+        return (statistics, *vectors, norm.eps)
 
     def _block_operands(self) -> tuple[list[Any], ...] | None:
         """The lists that the CPU's block_inference op takes of the block; None if it does not
@@ -173,7 +170,7 @@ class Plan:
             return torch.ops.fused_resnet_native.bn_apply(x, *self._norm, *none, activation)
         bn = self._description.units[0].norm
         with torch.no_grad():
-            y = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=eps_of(bn))
+            y = batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
             return activation(y)
 
 

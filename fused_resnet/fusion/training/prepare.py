@@ -27,7 +27,7 @@ from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.activation import Activation
-from fused_resnet.kernels.cache import cacheable
+from fused_resnet.kernels.cache import Entries, cacheable
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
 from fused_resnet.kernels.training.native import Native
@@ -98,6 +98,7 @@ class Step:
         self._synchronised = [n for n in description.norms if type(n) is not BatchNorm2d]
         self._level: str = getattr(module, "activation_memory", "auto")
         self._prepared: tuple[Any, Prepared | None] = (None, None)
+        self.packed: Entries = {}  # convolutions of units with frozen norms
         self._folded: dict[Any, tuple[Guard, Tensor, Tensor]] = {}
 
     def prepared(self, x: Tensor) -> Prepared | None:

@@ -17,6 +17,7 @@ from fused_resnet.fusion.call import call_reason, wants_grad
 from fused_resnet.fusion.description import Description, Names
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
 from fused_resnet.kernels.activation import Activation
+from fused_resnet.kernels.cache import owned_by
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import track, uses_batch_statistics
@@ -117,7 +118,8 @@ def run_unit(
     elif serves(False, x) and _conv_fits(conv, bn, x, residual):
         scale, shift = step.scale_and_shift(unit, accumulate_dtype(x.dtype))
         geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
-        y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
+        with owned_by(step.packed):
+            y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
         return y if relu else activation(y)
     else:
         y = bn(conv(x))
