@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Conv2d, MaxPool2d, ReLU, Sequential
 
 from fused_resnet.kernels.activation import OF_MODULE, Activation
+from fused_resnet.kernels.problem import Geometry, pair
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import is_frozen_bn
 from fused_resnet.layers.originals import remember
@@ -71,11 +72,12 @@ class Description(NamedTuple):
     starts from the first activation. survival: the probability that a training step runs the
     block, by which its branch is divided; 1 in eval mode. pool: the MaxPool2d after the last
     activation,
-    or None."""
+    or None. geometries: of the units' convolutions."""
 
     units: list[Unit]
     shortcut: str
     places: list[Place]
+    geometries: list[Geometry]
     pad: PadShortcut | None = None
     norm_first: bool = False
     shared: bool = False
@@ -186,10 +188,18 @@ def describe(module: nn.Module, names: Names) -> Description | str:
         pool = None  # runs as a module
     shared, survival, *_, training = attributes_of(module)
     description = Description(
-        units, shortcut, places, pad, names.norm_first, names.norm_first and bool(shared),
+        units, shortcut, places, [], pad, names.norm_first, names.norm_first and bool(shared),
         survival if training and survival is not None else 1.0, pool,
     )  # fmt: skip
-    return _reason_against(description) or description
+    reason = _reason_against(description)
+    if reason is not None:
+        return reason
+    for conv, *_ in units:
+        sizes = conv.stride, conv.padding, conv.dilation
+        if {*map(type, sizes)} != {tuple} or {*map(len, sizes)} != {2}:
+            sizes = pair(conv.stride), pair(conv.padding), pair(conv.dilation)
+        description.geometries.append(Geometry(*sizes, conv.groups))
+    return description
 
 
 def _reason_against(description: Description) -> str | None:

@@ -7,17 +7,13 @@ from typing import Any
 
 from torch.nn import MaxPool2d
 
+from fused_resnet.kernels.problem import pair
 from fused_resnet.layers.hooks import patched
-
-
-def pair(v: Any) -> list[int]:
-    """(height, width) from a pair, or from one value for both."""
-    return [v, v] if isinstance(v, int) else list(v)
 
 
 def window(pool: Any) -> list[list[int]]:
     """Kernel, stride and padding, each (height, width)."""
-    return [pair(v) for v in (pool.kernel_size, pool.stride, pool.padding)]
+    return [[*pair(v)] for v in (pool.kernel_size, pool.stride, pool.padding)]
 
 
 def pool_shape(pool: Any, shape: Sequence[int]) -> tuple[int, ...] | None:
@@ -34,4 +30,4 @@ def is_plain(pool: Any) -> bool:
     the kernels support."""
     if type(pool) is not MaxPool2d or patched(pool) is not None:
         return False
-    return not (pool.ceil_mode or pool.return_indices) and pool.dilation in (1, (1, 1))
+    return not (pool.ceil_mode or pool.return_indices) and pair(pool.dilation) == (1, 1)

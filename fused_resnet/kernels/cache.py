@@ -56,6 +56,14 @@ def cacheable(t: Tensor) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def to_keep() -> Iterator[None]:
+    """Computes tensors that later calls also use: without gradients, and normal ones, since
+    autograd does not save those that are created in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def fsdp_in_use() -> bool:
     """Whether FSDP2 shards the parameters of any live module of this process.
 
@@ -103,9 +111,8 @@ def cached_convolution(
 
     Compared are identity, version counter, address and values (see fingerprint.py): an optimizer
     step, load_state_dict (also with assign=True), .to(), .half() and every in-place edit changes at
-    least one. A tensor created
-    in inference mode has no version counter, so nothing is cached then; nor if FSDP2 may have
-    changed the weight unnoticed. Cached from the second call with the same operands: in training
+    least one. A tensor created in inference mode has no version counter, so nothing is cached then;
+    nor if FSDP2 may have changed the weight unnoticed. Cached from the second call with the same operands: in training
     the weights change at every step, and an unused copy would only cost memory.
     """
     operands = (weight, scale, shift)

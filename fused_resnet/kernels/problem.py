@@ -19,6 +19,13 @@ class Geometry(NamedTuple):
     groups: int = 1
 
 
+def pair(v: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) from a setting of a module, which may be one value for both."""
+    if isinstance(v, int):
+        return v, v
+    return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])
+
+
 def output_shape(
     shape: Sequence[int],
     weight_shape: Sequence[int],

@@ -55,10 +55,9 @@ def patched(m: nn.Module) -> str | None:
     return None
 
 
-def is_fsdps(m: nn.Module) -> bool:
-    """Whether FSDP gathers m's parameters for every forward. It does not increment their version
-    counters, and the address is often the same, so nothing derived from them can be cached."""
-    return "_is_fsdp_managed_module" in m.__dict__
+# The attribute of a module whose parameters FSDP gathers for every forward. It does not increment
+# their version counters, and the address is often the same, so nothing made from them is cached.
+FSDP = "_is_fsdp_managed_module"
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ class CifarResNet(Planned):
         stochastic depth skips."""
         if not (self.training and self._drops):
             return [list(stage) for stage in self.stages()]
-        drawn = torch.rand(sum(map(len, self.stages())))
+        drawn = torch.rand(sum(map(len, self.stages())), device="cpu", dtype=torch.float32)
         draws = iter(agreed(drawn, self.modules()).tolist())
         stages = []
         for stage in self.stages():

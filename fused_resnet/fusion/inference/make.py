@@ -13,7 +13,7 @@ from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import cacheable
 from fused_resnet.kernels.convolution import Kind
 from fused_resnet.kernels.problem import Problem, convolution
-from fused_resnet.layers.hooks import is_fsdps
+from fused_resnet.layers.hooks import FSDP
 from fused_resnet.layers.norms import uses_batch_statistics
 
 from .plan import Plan
@@ -35,8 +35,8 @@ def kernels_for(
     if no_blocks is not None:
         return no_blocks
     norm_dtype, kernels, fits = output_dtype(dtype, device.type), [], None
-    for unit, fold in zip(description.units, description.folds, strict=True):
-        conv, norm, _ = unit
+    units = zip(description.units, description.geometries, description.folds, strict=True)
+    for (conv, norm, _), geometry, fold in units:
         weight = conv.weight
         if norm is not None:
             if uses_batch_statistics(norm):
@@ -50,7 +50,6 @@ def kernels_for(
         if weight.dtype is not fits and not weights_fit(dtype, weight):
             return f"x is {dtype} and a weight is {weight.dtype}"
         fits = weight.dtype
-        geometry = conv.stride, conv.padding, conv.dilation, conv.groups
         problem = convolution(weight.shape, conv_dtype, *geometry, fold.activation)
         kind = registry.convolution(problem, device.type)
         if kind is None:
@@ -83,7 +82,7 @@ def plan_for(
     plan = Plan(description, guard, kernels)
     # Valid for this call only if FSDP rewrites weights unnoticed, if the packed weights belong to a
     # CUDA graph, or if another thread wrote to the weights meanwhile.
-    fsdp = any(map(is_fsdps, [unit.conv for unit in description.units]))
+    fsdp = any([FSDP in unit.conv.__dict__ for unit in description.units])
     if not fsdp and cacheable(plan.weight) and plan.holds():
         plan.is_cached = True
         for conv in plan.all_convs:

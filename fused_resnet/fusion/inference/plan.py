@@ -18,6 +18,7 @@ from fused_resnet.fusion.description import Description, Unit
 from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import native, registry
+from fused_resnet.kernels.cache import to_keep
 from fused_resnet.kernels.convolution import FusedConv, Kind
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from fused_resnet.kernels.cuda.convolution import GpuConv
@@ -49,7 +50,7 @@ class Plan:
         self, description: Description, guard: Guard, kernels: Sequence[tuple[Problem, Kind]]
     ) -> None:
         self.guard, self.holds, self._description = guard, guard.holds, description
-        with torch.no_grad():
+        with to_keep():
             folds = description.folds
             convs = [_pack(unit, *kernel) for unit, kernel in zip(folds, kernels, strict=True)]
         self._activations = [unit.activation for unit in folds]

@@ -27,12 +27,11 @@ from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.activation import Activation
-from fused_resnet.kernels.cache import Entries, cacheable
+from fused_resnet.kernels.cache import Entries, cacheable, to_keep
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
 from fused_resnet.kernels.training.native import Native
-from fused_resnet.kernels.training.protocol import Geometry
-from fused_resnet.layers.hooks import is_fsdps
+from fused_resnet.layers.hooks import FSDP
 from fused_resnet.layers.norms import is_frozen_bn, recomputing, track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
@@ -94,7 +93,7 @@ class Step:
         self.holds = self.guard.structure_holds  # weights are written by every step
         self.description = description
         # FSDP gathers other tensors for every step.
-        self.is_cached = not any(is_fsdps(unit.conv) for unit in description.units)
+        self.is_cached = not any([FSDP in unit.conv.__dict__ for unit in description.units])
         self._synchronised = [n for n in description.norms if type(n) is not BatchNorm2d]
         self._level: str = getattr(module, "activation_memory", "auto")
         self._prepared: tuple[Any, Prepared | None] = (None, None)
@@ -126,7 +125,7 @@ class Step:
             if conv.bias is not None:
                 places.append(Place({"conv": conv}, "conv", conv, Conv2d))
             guard = Guard([], places)
-            with torch.no_grad():
+            with to_keep():
                 folded = (guard, *scale_and_shift(conv, norm, dtype))
             if cacheable(folded[1]) and guard.holds():
                 self._folded[norm, dtype] = folded
@@ -180,7 +179,7 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
     units, norms = description.units, description.norms
     spec = Spec(
         kernels,
-        tuple(Geometry(c.stride, c.padding, c.dilation, c.groups) for c, *_ in units),
+        tuple(description.geometries),
         tuple(norm.eps for norm in norms), description.shortcut, level, dtype,
         tuple(group_of(norm) for norm in norms),
         1 if description.pad is None else description.pad.stride,
@@ -237,10 +236,8 @@ def trains_whole(
     projects = description.shortcut == "projection"
     for i, (conv, bn, _) in enumerate(description.units):
         branch = projects and i == len(description.units) - 1
-        out = output_shape(
-            shape if branch else main_shape, conv.weight.shape, conv.stride, conv.padding,
-            conv.dilation, conv.groups,
-        )  # fmt: skip
+        source = shape if branch else main_shape
+        out = output_shape(source, conv.weight.shape, *description.geometries[i])
         if out is None or conv.bias is not None or not weights_fit(x_dtype, conv.weight):
             return False
         if branch and out != main_shape:

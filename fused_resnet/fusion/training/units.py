@@ -18,7 +18,7 @@ from fused_resnet.fusion.description import Description, Names
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import owned_by
-from fused_resnet.kernels.problem import output_shape
+from fused_resnet.kernels.problem import Geometry, output_shape
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
@@ -108,6 +108,7 @@ def run_unit(
     """activation(bn(conv(x)) + residual) of unit i, differentiably. x: (N, C, H, W), residual:
     (N, K, P, Q)."""
     conv, bn, _ = unit = step.description.units[i]
+    geometry = step.description.geometries[i]
     relu = activation == Activation.RELU  # the ops compute no other
     if uses_batch_statistics(bn):
         y = conv(x)
@@ -115,9 +116,8 @@ def run_unit(
             y = _train_bn(bn, y, residual, relu)
             return y if relu else activation(y)
         y = bn(y)
-    elif serves(False, x) and _conv_fits(conv, bn, x, residual):
+    elif serves(False, x) and _conv_fits(conv, bn, x, residual, geometry):
         scale, shift = step.scale_and_shift(unit, accumulate_dtype(x.dtype))
-        geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
         with owned_by(step.packed):
             y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
         return y if relu else activation(y)
@@ -146,16 +146,14 @@ def _train_bn(bn: Any, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor
     return y
 
 
-def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None) -> bool:
+def _conv_fits(conv: Any, bn: Any, x: Tensor, residual: Tensor | None, geometry: Geometry) -> bool:
     """Whether `conv_bn_relu` supports the operands; if not, stock computes or raises."""
     if bn.running_mean is None or bn.running_var is None:
         return False
     dtype = output_dtype(x.dtype, x.device.type)
     if not weights_fit(x.dtype, conv.weight) or not norm_fits(bn, dtype):
         return False
-    out = output_shape(
-        x.shape, conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+    out = output_shape(x.shape, conv.weight.shape, *geometry)
     return out is not None and (
         residual is None or (tuple(residual.shape) == out and residual.dtype == dtype)
     )

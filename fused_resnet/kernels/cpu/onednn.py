@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,13 +88,14 @@ def _failure(dtype: torch.dtype) -> str | None:
 
 def _probe(dtype: torch.dtype) -> str | None:
     """Compares both fused ops with PyTorch on small integers, whose results are exact."""
-    x = torch.arange(2 * 16 * 3 * 3, dtype=torch.float32).remainder(5).sub(2).view(2, 16, 3, 3)
-    w = torch.arange(16 * 16, dtype=torch.float32).remainder(3).sub(1).view(16, 16, 1, 1)
-    b = torch.arange(16, dtype=torch.float32).remainder(4).sub(2)
+    on_cpu: Any = {"dtype": torch.float32, "device": "cpu"}
+    x = torch.arange(2 * 16 * 3 * 3, **on_cpu).remainder(5).sub(2).view(2, 16, 3, 3)
+    w = torch.arange(16 * 16, **on_cpu).remainder(3).sub(1).view(16, 16, 1, 1)
+    b = torch.arange(16, **on_cpu).remainder(4).sub(2)
     x = x.contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.conv2d(x, w, b)
     problem = convolution(w.shape, dtype, (1, 1), (0, 0), (1, 1), 1)
-    conv = PackedConv(problem, w, torch.ones(16), b)
+    conv = PackedConv(problem, w, torch.ones(16, **on_cpu), b)
     result = conv.run(x.to(dtype), None, Activation.RELU).float()
     if not torch.equal(result, expected.relu()):
         return f"oneDNN's fused convolution gives wrong results in {dtype}"

@@ -28,7 +28,7 @@ class Empty(Native):
     def statistics(
         self, x: Tensor, group: Any = None, fused: tuple[Any, ...] | None = None
     ) -> tuple[Any, ...]:
-        zeros = torch.zeros(2, x.shape[1], dtype=torch.float64)
+        zeros = x.new_zeros(2, x.shape[1], dtype=torch.float64)
         return collectives.merge(zeros, 0, group)
 
     def apply(
@@ -40,7 +40,7 @@ class Empty(Native):
         self, dy: Tensor, y: Tensor | None, normed: Normed, other: Normed | None = None, *,
         has_residual: bool, masked: bool = False,
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:  # fmt: skip
-        sums = torch.zeros(3, normed.x.shape[1], dtype=torch.float64)
+        sums = normed.x.new_zeros(3, normed.x.shape[1], dtype=torch.float64)
         collectives.reduce(sums, normed.norm.group)
 
         def gradients(of: Normed) -> NormGradients:
