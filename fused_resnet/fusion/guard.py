@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import chain, repeat
 from operator import attrgetter, contains, getitem, is_
@@ -10,12 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Conv2d, MaxPool2d
 
-from fused_resnet.kernels.fingerprint import enabled, fingerprint, ranges_of, table_of
+from fused_resnet.kernels.fingerprint import (
+    enabled,
+    fingerprint,
+    ranges_of,
+    sum_of,
+    table_of,
+)
 from fused_resnet.layers.hooks import OVERRIDABLE, hooks_of, overrides
 from fused_resnet.layers.shortcut import PadShortcut
 
 from .description import Description, Place
 
+# Longer than a thread that copies a parameter is likely to be suspended for.
+_SETTLING_S = 0.25
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
 _SETTINGS = {
     Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
@@ -37,10 +46,16 @@ class Guard:
     the guard exists. The comparisons run in C (`map` with builtins), since they run in every
     forward.
 
-    places: further modules, as those between blocks, and attributes.
+    places: further modules, as those between blocks, and attributes. values: whether fingerprints
+    are taken; `structure_holds` needs none.
     """
 
-    def __init__(self, descriptions: Sequence[Description], places: Sequence[Place] = ()) -> None:
+    def __init__(
+        self,
+        descriptions: Sequence[Description],
+        places: Sequence[Place] = (),
+        values: bool = True,
+    ) -> None:
         self._homes: list[Any] = []
         self._names: list[str] = []
         self._modules: list[Any] = []
@@ -88,22 +103,32 @@ class Guard:
         self.has_versions = not any(map(Tensor.is_inference, self._tensors))
         self._versions = list(map(_version, self._tensors)) if self.has_versions else []
         self._state = self._current_state()
-        self._ranges = ranges_of(self._tensors)
+        self._ranges = ranges_of(self._tensors) if values else []
         self._table = table_of(self._ranges)
         self._print = fingerprint(self._table)
+        self._whole = self._table.clone()
+        self._whole[:, 2] = 0
+        self._whole_print = fingerprint(self._whole)
+        self._settled = time.monotonic() + _SETTLING_S
+        self._confirmed = not self._ranges
 
     @staticmethod
     def combined(guards: Sequence[Guard]) -> Guard:
         """One guard for everything that `guards` hold, by their snapshots."""
         all_of = Guard.__new__(Guard)
         states = map(attrgetter("_state"), guards)
-        for name in vars(guards[0]).keys() - {"has_versions", "_state", "_table", "_print"}:
-            setattr(all_of, name, list(chain.from_iterable(map(attrgetter(name), guards))))
+        for name, value in vars(guards[0]).items():
+            if type(value) is list:
+                setattr(all_of, name, list(chain.from_iterable(map(attrgetter(name), guards))))
         all_of.has_versions = all(map(attrgetter("has_versions"), guards))
         all_of._state = tuple(map(list, map(chain.from_iterable, zip(*states, strict=True))))
         all_of._table = table_of(all_of._ranges)
-        total = sum(map(attrgetter("_print"), guards))
-        all_of._print = (total + 2**63) % 2**64 - 2**63  # as int64 adds
+        all_of._whole = all_of._table.clone()
+        all_of._whole[:, 2] = 0
+        all_of._print = sum_of(map(attrgetter("_print"), guards))
+        all_of._whole_print = sum_of(map(attrgetter("_whole_print"), guards))
+        all_of._settled = max(map(attrgetter("_settled"), guards))
+        all_of._confirmed = not all_of._ranges
         return all_of
 
     def _current_state(self) -> tuple[list[Any], ...]:
@@ -125,10 +150,20 @@ class Guard:
             return (
                 list(map(_version, self._tensors)) == self._versions
                 and self.structure_holds()
-                and (not enabled.get() or fingerprint(self._table) == self._print)
+                and (not enabled.get() or self._values_hold())
             )
         except RuntimeError:  # a tensor created in inference mode
             return False
+
+    def _values_hold(self) -> bool:
+        """Compares the fingerprint; until the guard has settled, and once after, of every byte:
+        another thread may have been in the middle of a write when it was taken."""
+        if self._confirmed:
+            return fingerprint(self._table) == self._print
+        settled = time.monotonic() >= self._settled
+        same = fingerprint(self._whole) == self._whole_print
+        self._confirmed = same and settled
+        return same
 
     def structure_holds(self) -> bool:
         """`holds`, except that values may have been written."""

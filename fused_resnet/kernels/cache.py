@@ -112,8 +112,9 @@ def cached_convolution(
     Compared are identity, version counter, address and values (see fingerprint.py): an optimizer
     step, load_state_dict (also with assign=True), .to(), .half() and every in-place edit changes at
     least one. A tensor created in inference mode has no version counter, so nothing is cached then;
-    nor if FSDP2 may have changed the weight unnoticed. Cached from the second call with the same operands: in training
-    the weights change at every step, and an unused copy would only cost memory.
+    nor if FSDP2 may have changed the weight unnoticed. Cached from the second call with the same
+    operands: in training the weights change at every step, and an unused copy would only cost
+    memory.
     """
     operands = (weight, scale, shift)
     if any(t.is_inference() for t in operands):

@@ -37,15 +37,21 @@ def ranges_of(tensors: Iterable[Tensor], whole: bool = False) -> list[int]:
 
 
 def table_of(ranges: Sequence[int]) -> Tensor:
-    """`ranges_of`'s list as `fingerprint` takes it."""
+    """`ranges_of`'s list as `fingerprint` takes it: (n, 3) int64, whose last column is 0 for ranges
+    to be read whole."""
     if not ranges or native.load() is not None:
         return _NOTHING
     return torch.tensor(ranges, dtype=torch.int64, device="cpu").view(-1, 3)
 
 
+def sum_of(prints: Iterable[int]) -> int:
+    """The fingerprint of several tables together."""
+    return (sum(prints) + 2**63) % 2**64 - 2**63  # as int64 adds
+
+
 def fingerprint(table: Tensor) -> int:
     """The sum over all ranges of a hash of values and address; their memory must be allocated.
     0 without the native build."""
-    if table is _NOTHING:
+    if not len(table):
         return 0
     return torch.ops.fused_resnet_native.fingerprint.default(table)

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint
 
 from fused_resnet.kernels.training.protocol import Passes
 
-recomputing: ContextVar[bool] = ContextVar("fused_resnet_recomputing", default=False)
-"""Whether backward is recomputing a segment: running statistics are then not updated again."""
+# The functions of torch.utils.checkpoint that run a forward again in backward: with use_reentrant
+# True and False.
+_hook = checkpoint._checkpoint_hook.__init__.__code__
+_RECOMPUTE = {checkpoint.CheckpointFunction.backward.__code__} | {
+    code for code in _hook.co_consts if getattr(code, "co_name", "") == "unpack_hook"
+}
+
+
+def recomputing() -> bool:
+    """Whether backward is running a forward again, for torch.utils.checkpoint or activation memory
+    "minimal": running statistics are then not updated a second time."""
+    if torch._C._current_graph_task_id() == -1:  # no backward is running
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code not in _RECOMPUTE:
+        frame = frame.f_back
+    return frame is not None
 
 
 # Classes called FrozenBatchNorm2d, by module: of torchvision, detectron2, and DETR and its kin.
@@ -62,7 +78,7 @@ def track(
 
     state: the batch's mean and biased variance over `count` values per channel, in the form that
     `update` requires."""
-    if not (bn.training and bn.track_running_stats) or recomputing.get():
+    if not (bn.training and bn.track_running_stats) or recomputing():
         return
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:

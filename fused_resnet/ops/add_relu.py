@@ -14,7 +14,7 @@ from fused_resnet import layout
 from fused_resnet.dtypes import accumulate_dtype
 
 from .checks import check_same, check_x, require
-from .library import in_transform, kernels_for, register
+from .library import LIBRARY, in_transform, kernels_for, register
 
 
 def add_relu_reference(x: Tensor, residual: Tensor) -> Tensor:
@@ -154,3 +154,14 @@ register(
     _add_relu_backward_save,
     _add_relu_backward_grad,
 )
+
+
+def _add_relu_backward_vmap(
+    info: Any, dims: tuple[int | None, ...], dy: Tensor, y: Tensor
+) -> tuple[Tensor, int]:
+    """A batch of gradients, and y of one or a batch of outputs."""
+    dy, y = (t if d is None else t.movedim(d, 0) for t, d in zip((dy, y), dims, strict=True))
+    return torch.where(y <= 0, torch.zeros((), dtype=dy.dtype, device=dy.device), dy), 0
+
+
+torch.library.register_vmap("fused_resnet::add_relu_backward", _add_relu_backward_vmap, lib=LIBRARY)

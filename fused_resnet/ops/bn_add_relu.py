@@ -18,6 +18,7 @@ from fused_resnet.kernels.training.protocol import vector
 from .add_relu import add_relu_backward_reference
 from .checks import check_channel, check_same, check_x, require
 from .library import (
+    by_formula,
     differentiable_gradients,
     in_transform,
     kernels_for,
@@ -216,8 +217,7 @@ def _bn_grad(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Any, ...]:
     x, y, weight, mean, var = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     ops = torch.ops.fused_resnet
-    if torch.is_grad_enabled():
-        # create_graph=True: compute the gradients by differentiable operations.
+    if by_formula(dy):
         g = ops.add_relu_backward(dy, y) if ctx.relu else dy
         bias = None
         if need_bias:

@@ -20,7 +20,14 @@ from fused_resnet.kernels.problem import convolution
 from fused_resnet.kernels.training.protocol import convolution_gradients
 
 from .checks import check_channel, check_same, check_x, describe, pair, require
-from .library import LIBRARY, differentiable_gradients, in_transform, per_channel, register
+from .library import (
+    LIBRARY,
+    by_formula,
+    differentiable_gradients,
+    in_transform,
+    per_channel,
+    register,
+)
 
 
 def conv_bn_relu_reference(
@@ -210,8 +217,7 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
     g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy
     rest = (None,) * 5
-    if torch.is_grad_enabled():
-        # create_graph=True: compute the gradients by differentiable operations.
+    if by_formula(dy):
         needs = (need_x, need_weight, need_scale, need_shift)
         grads = differentiable_gradients(
             lambda x, weight, scale, shift: conv_bn_relu_reference(

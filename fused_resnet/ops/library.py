@@ -48,19 +48,31 @@ def in_transform() -> bool:
     )
 
 
+def by_formula(dy: Tensor) -> bool:
+    """Whether a backward is computed by differentiable operations: for create_graph=True, or for a
+    batch of vectors dy at once."""
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(dy) or functorch.is_legacy_batchedtensor(dy)
+    return torch.is_grad_enabled() or batched
+
+
 def differentiable_gradients(
     formula: Callable[..., Tensor], operands: Sequence[Any], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
-    """Differentiable gradients for dy of y = formula(*operands), None where not needed. formula
-    consists of differentiable operations.
+    """Gradients for dy of y = formula(*operands), None where not needed; differentiable ones where
+    gradients are enabled. formula consists of PyTorch's differentiable operations, which also take
+    a dy of a batch of vectors (`torch.autograd.grad` with is_grads_batched).
 
     They are partial derivatives, with respect to aliases of the operands: gradients with respect to
     the operands themselves would include those through other operands computed from them."""
-    aliases = [t.view_as(t) if need else t for t, need in zip(operands, needs, strict=True)]
-    inputs = [t for t, need in zip(aliases, needs, strict=True) if need]
-    if not inputs:
-        return [None] * len(needs)
-    grads = iter(torch.autograd.grad(formula(*aliases), inputs, dy, create_graph=True))
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [t.view_as(t) if need else t for t, need in zip(operands, needs, strict=True)]
+        inputs = [t for t, need in zip(aliases, needs, strict=True) if need]
+        if not inputs:
+            return [None] * len(needs)
+        y = formula(*aliases)
+        grads = iter(torch.autograd.grad(y, inputs, dy, create_graph=differentiable))
     return [next(grads) if need else None for need in needs]
 
 

@@ -125,7 +125,8 @@ def test_large_batches_run_in_micro_batches(dilate, runs, monkeypatch):
     # 2048 x 8 x 8 values: two images at a time, one per thread.
     monkeypatch.setattr(chain, "_MICRO_BATCH_BYTES", 3 * 64 * 32 * 32 * 4)
     runs.clear()
-    split = same_outputs(stock, mine.eval(), x)
+    fr.refresh(mine)
+    split = same_outputs(stock, mine, x)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert len(runs) == (4 * convs if dilate else 3 * 9 + 2 * 7 + 4)
 

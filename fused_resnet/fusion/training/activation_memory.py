@@ -26,7 +26,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fused_resnet.layers.norms import is_frozen_bn, recomputing
+from fused_resnet.layers.norms import is_frozen_bn
 from fused_resnet.layers.planned import Planned
 
 LEVELS = ("full", "low", "lower", "minimal")
@@ -171,11 +171,9 @@ class _Recomputation:
 
     def __init__(self, state: _SegmentState) -> None:
         self._state = state
-        self._tokens: list[Token[bool]] = []
 
     def __enter__(self) -> None:
         self._state.check()
-        self._tokens.append(recomputing.set(True))
 
     def __exit__(self, *_: object) -> None:
-        recomputing.reset(self._tokens.pop())
+        """Nothing to undo."""

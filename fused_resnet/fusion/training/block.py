@@ -28,8 +28,9 @@ from torch import Tensor
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.training.protocol import Normed
 from fused_resnet.layers.shortcut import add_padded_gradient, padded
+from fused_resnet.ops.library import by_formula
 
-from .spec import Spec, differentiable, kept, norms_of
+from .spec import Spec, differentiable, kept, laid_out, norms_of
 
 
 class StepFunction(torch.autograd.Function):
@@ -68,7 +69,7 @@ class StepFunction(torch.autograd.Function):
         count, n = 3 * len(spec.geometries), len(spec.eps)
         tensors, rest = rest[:count], rest[count:]
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if by_formula(dy):
             return None, None, *differentiable(spec, x, tensors, dy, needs)
         if dy.stride() != ctx.strides:
             dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
@@ -76,7 +77,7 @@ class StepFunction(torch.autograd.Function):
         step.z[spec.norm_first :] = rest[spec.norm_first : n]
         step.h, rest, size = rest[n : n + spec.main], rest[n + spec.main :], ctx.state_size
         step.states = [tuple(rest[j * size : (j + 1) * size]) for j in range(n)]
-        return None, None, *step.gradients(dy, index, needs)
+        return None, None, *laid_out(step.gradients(dy, index, needs), tensors)
 
 
 class _Step:

@@ -46,7 +46,9 @@ class NetworkStep:
         steps = [*([] if self._stem is None else [self._stem]), *self._steps.values()]
         self.is_cached = all(step.is_cached for step in steps)
         self._descriptions = [step.description for step in steps]
-        self.guard = Guard.combined([Guard([], places), *(step.guard for step in steps)])
+        self.guard = Guard.combined(
+            [Guard([], places, values=False), *(step.guard for step in steps)]
+        )
         self.holds = self.guard.structure_holds
 
     def run(self, model: Any, names: NetworkNames, x: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from fused_resnet.kernels.training.native import (
     update_running_together,
 )
 from fused_resnet.layers.shortcut import SHORTCUTS
+from fused_resnet.ops.library import by_formula
 
-from .spec import Spec, differentiable, kept
+from .spec import Spec, differentiable, kept, laid_out
 
 
 class Layout(NamedTuple):
@@ -94,7 +95,7 @@ class NativeBlockFunction(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         operands, saved = rest[: ctx.operands], rest[ctx.operands :]
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if by_formula(dy):
             return None, None, *differentiable(layout.spec, x, operands, dy, needs)
         if dy.stride() != ctx.strides:
             dy = dy.new_empty_strided(dy.shape, ctx.strides).copy_(dy)
@@ -103,7 +104,7 @@ class NativeBlockFunction(torch.autograd.Function):
         if len(grads) < len(needs):
             needed = iter(grads)
             grads = [next(needed) if need else None for need in needs]
-        return None, None, *grads
+        return None, None, *laid_out(grads, operands)
 
 
 class Tracking(NamedTuple):

@@ -41,6 +41,19 @@ from .block import StepFunction
 from .spec import Spec
 
 
+class _Converted(torch.autograd.Function):
+    """x.contiguous(memory_format=...), whose gradient has x's layout, as stock's has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+        ctx.memory_format = layout.memory_format(x)
+        return x.contiguous(memory_format=memory_format)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy.contiguous(memory_format=ctx.memory_format), None
+
+
 class Prepared(NamedTuple):
     """A training step as one node of autograd's graph, for one shape and dtype of x.
 
@@ -56,14 +69,16 @@ class Prepared(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """The output in the step's dtype and memory format, which the next blocks also use."""
-        x = x.to(self.spec.dtype).contiguous(memory_format=self.memory_format)
+        x = x.to(self.spec.dtype)
+        if not x.is_contiguous(memory_format=self.memory_format):
+            x = _Converted.apply(x, self.memory_format)
         states: list[Any] = []
         tensors = self.tensors if self.description.survival == 1 else self.scaled()
         if self.fused is not None:
             y = one_op.NativeBlockFunction.apply(self.fused, states, x, *tensors)
         else:
             y = StepFunction.apply(self.spec, states, x, *tensors)
-        if not recomputing.get():
+        if not recomputing():
             self.track(states) if self.tracking is None else self.tracking.run(states)
         pool = self.description.pool
         return y if pool is None or self.spec.window is not None else pool(y)
@@ -89,7 +104,7 @@ class Step:
     """A block's or stem's training step, prepared for the last input's shape and dtype."""
 
     def __init__(self, module: nn.Module, description: Description) -> None:
-        self.guard = Guard([description])
+        self.guard = Guard([description], values=False)
         self.holds = self.guard.structure_holds  # weights are written by every step
         self.description = description
         # FSDP gathers other tensors for every step.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fused_resnet import layout
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Passes
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.ops.library import differentiable_gradients
@@ -80,6 +81,20 @@ def kept(spec: Spec, weights: Sequence[Tensor]) -> list[bool]:
             z[-1] = False
         z[last] = last == 0 or tuple(weights[last].shape[2:]) != (1, 1)
     return z + h
+
+
+def laid_out(grads: list[Any], tensors: Sequence[Any]) -> list[Any]:
+    """grads: of x and then of every tensor, or None; convolution weights' in the layout of the
+    weights, as stock's are."""
+    for i, t in enumerate(tensors, start=1):
+        grad = grads[i]
+        if grad is None or grad.dim() != 4 or grad.stride() == t.stride():
+            continue
+        if grad.is_contiguous() and t.is_contiguous():  # of 1x1 convolutions
+            grads[i] = grad.as_strided(t.shape, t.stride())
+        else:
+            grads[i] = grad.contiguous(memory_format=layout.memory_format(t))
+    return grads
 
 
 def formula(spec: Spec, x: Tensor, tensors: Sequence[Any]) -> Tensor:

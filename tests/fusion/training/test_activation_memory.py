@@ -535,12 +535,12 @@ def test_a_replaced_pooling_is_not_recomputed():
 
 def test_recomputing_flag_is_reset_after_the_segment(monkeypatch):
     model = make("basic", "minimal")
-    assert not recomputing.get()
+    assert not recomputing()
     seen: list[bool] = []
     run = Prepared.run
 
     def counted(self: Prepared, x: Tensor) -> Tensor:
-        seen.extend([recomputing.get()] * len(self.description.norms))
+        seen.extend([recomputing()] * len(self.description.norms))
         return run(self, x)
 
     monkeypatch.setattr(Prepared, "run", counted)
@@ -549,4 +549,4 @@ def test_recomputing_flag_is_reset_after_the_segment(monkeypatch):
     # Forward, then the recomputed segments, each up to its last block's saved activations.
     assert seen[:norms] == [False] * norms
     assert len(seen) > norms and all(seen[norms:])
-    assert not recomputing.get()
+    assert not recomputing()

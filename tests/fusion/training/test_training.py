@@ -472,7 +472,7 @@ def test_portable_passes_match_the_formula():
         assert isinstance(parts, Description)
         tensors = [
             t
-            for c, b in parts.units
+            for c, b, _ in parts.units
             for t in (c.weight, *((b.weight, b.bias) if b else 2 * (None,)))
         ]
         geometries = tuple(
