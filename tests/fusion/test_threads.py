@@ -40,8 +40,8 @@ def test_writers_and_readers(how):
     try:
         own = mine.state_dict(keep_vars=True)
         for turn in range(24):
-            # Never the same values twice: through `.data`, old values that come back while a plan is
-            # made look like no write at all.
+            # Never the same values twice: through `.data`, old values that come back while a plan
+            # is made look like no write at all.
             now = {
                 k: v * (1 + turn / 100) if v.is_floating_point() else v
                 for k, v in states[turn % 2].items()
