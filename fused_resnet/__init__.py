@@ -16,6 +16,7 @@ from .models import cifar, preact, resnet
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
 from .models.resnet import *  # noqa: F403 - its __all__
 from .ops import add_relu, bn_add_relu, conv_bn_relu
+from .parity.checkpoint import load_checkpoint
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ __all__ = [
     "depth",
     "explain",
     "inference",
+    "load_checkpoint",
     "info",
     "refresh",
     "register_frozen_norm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fused_resnet.kernels import registry
 from fused_resnet.layers.hooks import overrides
@@ -12,7 +12,7 @@ from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import Block
 from fused_resnet.layers.sync_batch_norm import group_of
 
-from .call import call_reason
+from .call import asked, call_reason
 from .description import Description, Names, describe, recipe_of
 from .dtype_rules import serves
 from .inference.make import kernels_for
@@ -29,12 +29,14 @@ class Explanation(NamedTuple):
     reason: str
 
 
-def explain(model: nn.Module) -> list[Explanation]:
+def explain(model: nn.Module, x: Tensor | None = None) -> list[Explanation]:
     """For each stem and residual block of `model`: fused or not, and the reason.
 
-    Blocks of a subclass with its own forward are listed: they are fused where that calls the
-    forward of this package. Assumes an input of the weights' dtype, the model's current mode, and
-    no gradients in eval. Runs nothing and changes nothing. With FSDP, call it between `unshard()`
+    x: (N, C, H, W): the answers are those of the call `model(x)` at this point: for its dtype and
+    device, gradients, autocast, modes, and what is replaced. Without it they assume an input of the
+    weights' dtype, and no gradients in eval. Either way in the model's current mode. Blocks of a
+    subclass with its own forward are listed: they are fused where that calls the forward of this
+    package. Runs nothing and changes nothing. With FSDP, call it between `unshard()`
     and `reshard()`, while the parameters are whole.
     """
     explanations = []
@@ -45,15 +47,20 @@ def explain(model: nn.Module) -> list[Explanation]:
                 continue
             names, name = names.stem, f"{name}.stem" if name else "stem"
         if names is not None:
-            explanations.append(Explanation(name, *_explain(m, names)))
+            explanations.append(Explanation(name, *_explain(m, names, x)))
     return explanations
 
 
-def _explain(module: nn.Module, names: Names) -> tuple[bool, str, str]:
+def _explain(module: nn.Module, names: Names, x: Tensor | None) -> tuple[bool, str, str]:
     description = describe(module, names)
     if isinstance(description, str):
         return False, "stock", description
-    reason = call_reason(description.units[0].conv.weight.detach())
+    weight, differentiable = description.units[0].conv.weight, False
+    if x is None:
+        x = weight.detach()
+        reason = call_reason(x)
+    else:
+        reason, differentiable = asked(module, x)
     if reason is None and isinstance(module, Block) and "forward" in overrides(module):
         reason = "the block has its forward replaced"
     if reason is not None:
@@ -61,8 +68,9 @@ def _explain(module: nn.Module, names: Names) -> tuple[bool, str, str]:
     if any(map(uses_batch_statistics, description.norms)):
         reason = _reason_against_training(description)
         return (False, "stock", reason) if reason else (True, "training", "batch statistics")
-    weight = description.units[0].conv.weight
-    kernels = kernels_for(description, weight.dtype, weight.device)
+    kernels = kernels_for(description, x.dtype, x.device)
+    if differentiable and not isinstance(kernels, str):
+        return True, "training", "frozen norms with gradients"
     return (False, "stock", kernels) if isinstance(kernels, str) else (True, "inference", "")
 
 

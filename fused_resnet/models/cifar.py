@@ -6,8 +6,6 @@ A 3x3 convolution with 16 channels and no pooling, then three stages of n blocks
 64 channels (four times as many for bottlenecks), and global average pooling.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ Norm and ReLU come before each convolution, and nothing after the addition, so t
 path carries activations and gradients between any two blocks unchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

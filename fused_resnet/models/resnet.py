@@ -8,8 +8,8 @@ Each forward first tries `fusion`. If that returns None (under tracing, compiler
 and after model surgery), torchvision's path runs.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated, not strings, in the modules of models: torch.fx copies them into traced
+# graphs, and TorchScript reads them there.
 from collections.abc import Callable
 from typing import Any, Optional
 

@@ -5,6 +5,8 @@ y = relu(conv(x, weight) * scale[k] + shift[k] + residual)
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,7 +95,27 @@ def conv_bn_relu(
     if in_transform():
         conv_shape(x, weight, scale, shift, residual, *geometry)
         return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
+    if "torch.utils.flop_counter" in sys.modules:
+        _count_flops()
     return torch.ops.fused_resnet.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
+
+
+@functools.cache
+def _count_flops() -> None:
+    """Tells torch.utils.flop_counter the op's FLOPs, once that was imported (importing it imports
+    Triton). A counter that is active already has a registry of its own."""
+    from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
+
+    op = torch.ops.fused_resnet.conv_bn_relu
+
+    @register_flop_formula(op)
+    def flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        """Those of the convolution, as PyTorch counts no elementwise operations."""
+        return conv_flop_count(x_shape, weight_shape, out_shape)
+
+    for i in range(torch._C._len_torch_dispatch_stack()):
+        counter = getattr(torch._C._get_dispatch_stack_at(i), "counter", None)
+        getattr(counter, "flop_registry", {})[op] = flop_registry[op]
 
 
 def conv_shape(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state_dict in `path`, on the CPU; no code in the file is executed.
 
     The file holds a state_dict, or a training checkpoint with one under "state_dict", "model" or
-    "model_state". The prefix "module." of DistributedDataParallel is removed.
+    "model_state". The prefix "module." of DistributedDataParallel is removed. Names of Detectron2
+    ("backbone.bottom_up.res2.0.conv1.norm.weight") and Caffe2 ("res2_0_branch2a_bn_s") become
+    torchvision's; a norm of which they hold scale and shift alone gets mean 0 and variance 1.
+    Raises CheckpointError, a ValueError that names the file and the reason.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,7 +72,47 @@ def _find_state(content: object, path: Path) -> dict[str, Tensor]:
             f"checkpoint: {path} must hold a state_dict of tensors, {invalid[0]!r} is a "
             f"{type(state[invalid[0]]).__name__}"
         )
-    return state
+    return _torchvision_names(state)
+
+
+# In order: a pattern of another project's names, and torchvision's name.
+_NAMES: list[tuple[str, Any]] = [
+    (r"(?:backbone\.)?(?:bottom_up\.)?stem\.conv1\.norm\.(\w+)", r"bn1.\1"),
+    (r"(?:backbone\.)?(?:bottom_up\.)?stem\.conv1\.weight", "conv1.weight"),
+    (r"(?:backbone\.)?(?:bottom_up\.)?res(\d)\.(\d+)\.", r"layer<\1>.\2."),
+    (r"(layer<\d>\.\d+)\.conv(\d)\.norm\.", r"\1.bn\2."),
+    (r"(layer<\d>\.\d+)\.shortcut\.norm\.", r"\1.downsample.1."),
+    (r"(layer<\d>\.\d+)\.shortcut\.", r"\1.downsample.0."),
+    (r"(?:backbone\.)?(?:bottom_up\.)?linear\.(\w+)$", r"fc.\1"),
+    (r"^(?:pred|fc1000)_", "fc_"),
+    (r"^res_conv1_bn_", "bn1_"),
+    (r"^res(\d)_(\d+)_branch1_bn_", r"layer<\1>.\2.downsample.1_"),
+    (r"^res(\d)_(\d+)_branch1_", r"layer<\1>.\2.downsample.0_"),
+    (r"^res(\d)_(\d+)_branch2([abc])_bn_", r"layer<\1>.\2.bn<\3>_"),
+    (r"^res(\d)_(\d+)_branch2([abc])_", r"layer<\1>.\2.conv<\3>_"),
+    (r"_(?:w|s)$", ".weight"),
+    (r"_b$", ".bias"),
+    (r"_rm$", ".running_mean"),
+    (r"_riv$", ".running_var"),
+    (r"layer<(\d)>", lambda m: f"layer{int(m[1]) - 1}"),
+    (r"<([abc])>", lambda m: str("abc".index(m[1]) + 1)),
+]
+_FOREIGN = re.compile(r"(^|\.)(stem\.conv1|res[2-5]\.\d+)\.|^(res[2-5]_\d+_|res_conv1_|conv1_w$)")
+
+
+def _torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    if not any(map(_FOREIGN.search, state)):
+        return state
+    renamed = {}
+    for key, value in state.items():
+        for pattern, name in _NAMES:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    for key in [k for k in renamed if re.search(r"(bn\d|downsample\.1)\.weight$", k)]:
+        norm, one = key.removesuffix("weight"), torch.ones_like(renamed[key])
+        renamed.setdefault(f"{norm}running_mean", torch.zeros_like(one))
+        renamed.setdefault(f"{norm}running_var", one)
+    return renamed
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], name: str, path: str | Path) -> None:
