@@ -12,7 +12,7 @@ from .kernels.registry import use_backend
 from .layers import shortcut, sync_batch_norm
 from .layers.norms import register_frozen_norm
 from .layers.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
-from .models import cifar, preact, resnet
+from .models import cifar, preact, resnet, torchvision_bases  # noqa: F401
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
 from .models.resnet import *  # noqa: F403 - its __all__
 from .ops import add_relu, bn_add_relu, conv_bn_relu

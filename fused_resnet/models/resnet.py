@@ -83,7 +83,7 @@ class BasicBlock(FusedBlock):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a base in torchvision
         norm_layer = norm_layer or nn.BatchNorm2d
         if groups != 1 or base_width != 64:
             raise ValueError(
@@ -127,7 +127,7 @@ class Bottleneck(FusedBlock):
         dilation: int = 1,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a base in torchvision
         norm_layer = norm_layer or nn.BatchNorm2d
         width = int(planes * (base_width / 64.0)) * groups
         self.conv1 = conv1x1(inplanes, width)
@@ -169,7 +169,7 @@ class ResNet(Planned):
         replace_stride_with_dilation: list[bool] | None = None,
         norm_layer: Callable[..., nn.Module] | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a base in torchvision
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self.inplanes = 64
         self.dilation = 1

@@ -108,8 +108,11 @@ def test_activation_checkpointing(nets):
     for model in (stock.train(), mine.train()):
         stages = torch.nn.Sequential(model.layer1, model.layer2, model.layer3)
         x = torch.randn(2, 64, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        with set_checkpoint_early_stop(False):  # early stop may skip the last norm's second update
-            checkpoint_sequential(stages, 3, x, use_reentrant=False).square().mean().backward()
+        if model is stock:  # which would update running statistics twice
+            stages(x).square().mean().backward()
+        else:
+            with set_checkpoint_early_stop(False):
+                checkpoint_sequential(stages, 3, x, use_reentrant=False).square().mean().backward()
         gradients.append(x.grad)
     assert (gradients[1] - gradients[0]).norm() <= 0.05 * gradients[0].norm()
     for p, q in zip(stock.buffers(), mine.buffers(), strict=True):
