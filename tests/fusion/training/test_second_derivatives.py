@@ -1,4 +1,4 @@
-"""create_graph=True: gradients, Hessian-vector products and gradients of gradients of networks equal
+"""create_graph=True: gradients, Hessian-vector products and gradients of gradients of networks are
 stock's, also where operands depend on one another. In float64."""
 
 from __future__ import annotations
