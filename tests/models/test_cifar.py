@@ -257,7 +257,7 @@ def drop(monkeypatch: pytest.MonkeyPatch, dropped: set[int]) -> None:
     """Makes the following forwards drop the blocks of these indices."""
     monkeypatch.setattr(
         "fused_resnet.models.cifar.torch.rand",
-        lambda n: torch.tensor([1.0 if i in dropped else 0.0 for i in range(n)]),
+        lambda n, **_: torch.tensor([1.0 if i in dropped else 0.0 for i in range(n)]),
     )
 
 
