@@ -95,7 +95,7 @@ def conv_bn_relu(
     if in_transform():
         conv_shape(x, weight, scale, shift, residual, *geometry)
         return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
-    if "torch.utils.flop_counter" in sys.modules:
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
         _count_flops()
     return torch.ops.fused_resnet.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
 
