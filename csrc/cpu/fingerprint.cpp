@@ -6,6 +6,7 @@
 // cover every offset. So a write to a whole range, a row, a column or an input channel is seen, and
 // one to 1% of the values at random with probability above 1 - 0.99^1024. Bytes: 64 per row, 1.7 MB
 // for ResNet-50.
+#include <atomic>
 #include <cstring>
 
 #include "common.h"
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t kWholeBytes = int64_t{1} << 15;  // ranges up to this size are hashed whole
 constexpr int64_t kFewestLines = 64;               // of a larger range
 constexpr int64_t kLine = 64, kAhead = 24;         // bytes; lines requested ahead of their use
+constexpr int64_t kTasks = 8;
 enum Span : int64_t { kAddress, kBytes, kRows, kSpanValues };
 
 // A polynomial hash in eight lanes, one per 8 bytes of a line.
@@ -49,22 +51,42 @@ uint64_t hash_whole(const char* at, int64_t bytes, uint64_t seed) {
   return hash.value();
 }
 
+// The lines of a sampled range in order: `each` of every row, at an offset that goes on from row to
+// row; a row's last line ends with the row.
+struct Lines {
+  const char* from;
+  int64_t row, each, lines;
+  int64_t done = 0, column = 0;
+
+  const char* next(int64_t last) {
+    const char* line = from + std::min(column * kLine, last);
+    if (++done == each) done = 0, from += row;
+    if (++column == lines) column = 0;
+    return line;
+  }
+};
+
 uint64_t hash_sampled(const char* at, int64_t bytes, int64_t rows, uint64_t seed) {
   const int64_t row = bytes / rows, lines = (row + kLine - 1) / kLine;
   if (row < kLine) return hash_whole(at, bytes, seed);
   const int64_t each = std::max((lines + rows - 1) / rows, (kFewestLines + rows - 1) / rows);
-  const int64_t count = rows * each;
-  // The i-th range to hash; a row's last one ends with the row.
-  const auto line = [&](int64_t i) {
-    return at + i / each * row + std::min(i % lines * kLine, row - kLine);
-  };
+  const int64_t count = rows * each, last = row - kLine;
+  Lines read{at, row, each, lines}, ahead = read;
   Hash hash(seed);
-  for (int64_t i = 0; i < std::min(kAhead, count); ++i) __builtin_prefetch(line(i));
+  for (int64_t i = 0; i < kAhead; ++i) __builtin_prefetch(ahead.next(last));
+  // Requests past the end are harmless: a prefetch never faults.
   for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) __builtin_prefetch(line(i + kAhead));
-    hash.add(line(i));
+    __builtin_prefetch(ahead.next(last));
+    hash.add(read.next(last));
   }
   return hash.value();
+}
+
+uint64_t hash_of(const int64_t* span) {
+  const auto* at = reinterpret_cast<const char*>(span[kAddress]);
+  const auto seed = static_cast<uint64_t>(span[kAddress]);
+  if (span[kRows] == 0 || span[kBytes] <= kWholeBytes) return hash_whole(at, span[kBytes], seed);
+  return hash_sampled(at, span[kBytes], span[kRows], seed);
 }
 
 // spans (n, 3) int64: address, bytes and rows of ranges of this process's memory, which the caller
@@ -76,15 +98,16 @@ int64_t fingerprint(Tensor spans) {
         "fingerprint: spans must be int64 of shape (n, 3), got ", name_of(spans.scalar_type()),
         " of shape ", shape_of(spans));
   const auto* span = static_cast<const int64_t*>(spans.const_data_ptr());
-  uint64_t sum = 0;
-  for (int64_t i = 0; i < spans.size(0); ++i, span += kSpanValues) {
-    const auto* at = reinterpret_cast<const char*>(span[kAddress]);
-    const auto seed = static_cast<uint64_t>(span[kAddress]);
-    const bool whole = span[kRows] == 0 || span[kBytes] <= kWholeBytes;
-    sum += whole ? hash_whole(at, span[kBytes], seed)
-                 : hash_sampled(at, span[kBytes], span[kRows], seed);
-  }
-  return static_cast<int64_t>(sum);
+  std::atomic<uint64_t> sum{0};
+  // Ranges dealt out in turn: those of one size lie side by side.
+  const int64_t count = spans.size(0), tasks = std::min<int64_t>(count, kTasks);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    uint64_t own = 0;
+    for (int64_t task = first; task < last; ++task)
+      for (int64_t i = task; i < count; i += kTasks) own += hash_of(span + i * kSpanValues);
+    sum += own;
+  });
+  return static_cast<int64_t>(sum.load());
 }
 
 }  // namespace
