@@ -28,6 +28,9 @@ TOGETHER = "tests/train/test_distributed.py"
 OPS = "fused_resnet/ops/library.py"
 UNITS = "fused_resnet/fusion/training/units.py"
 READY = "fused_resnet/fusion/training/prepare.py"
+OVERRIDES, UNSEEN = "tests/fusion/test_overrides.py", "tests/fusion/test_unseen_writes.py"
+LIFETIMES, SETTINGS = "tests/fusion/test_lifetimes.py", "tests/fusion/test_settings.py"
+SEEN = "tests/fusion/training/test_gradients_seen.py"
 CIFAR = "tests/models/test_cifar.py"
 CIFAR_PY = "fused_resnet/models/cifar.py"
 SPEC, ONE_OP = "fused_resnet/fusion/training/spec.py", "fused_resnet/fusion/training/one_op.py"
@@ -344,4 +347,56 @@ PYTHON = [
     ("second derivative without the mask", "fused_resnet/ops/add_relu.py",
      "return torch.ops.fused_resnet.add_relu_backward(ddx, ctx.saved_tensors[0]), None",
      "return ddx, None", f"{ADD} {BN} -k second"),
+    # --- what users and tools replace, and writes without a trace
+    ("replaced functions of PyTorch ignored", "fused_resnet/layers/originals.py",
+     "if now == _objects:", "if True:", f"{OVERRIDES} -k process"),
+    ("a replaced _conv_forward ignored", "fused_resnet/layers/hooks.py", '"_conv_forward"))', "))",
+     f"{OVERRIDES} -k instance"),
+    ("weights as plain attributes ignored", "fused_resnet/layers/hooks.py",
+     '_TENSORS = frozenset(("weight", "bias",', '_TENSORS = frozenset((', f"{OVERRIDES} -k attributes"),
+    ("a class's own method taken for a replaced one", "fused_resnet/layers/hooks.py",
+     "own = getattr(method, \"__func__\", None) is getattr(type(m), name, m)", "own = False",
+     f"{OVERRIDES} -k own_method"),
+    ("function modes ignored", "fused_resnet/fusion/call.py",
+     "if type(mode) is not DeviceContext:", "if False:", f"{OVERRIDES} -k modes"),
+    ("a default device taken for a mode", "fused_resnet/fusion/call.py",
+     "if type(mode) is not DeviceContext:", "if True:", f"{OVERRIDES} -k default_device"),
+    ("a frozen norm's replaced forward ignored", "fused_resnet/layers/norms.py",
+     "return cls.forward is _frozen[cls]", "return True", f"{OVERRIDES} -k frozen"),
+    ("fingerprints not compared", GUARD,
+     "return fingerprint(self._table) == self._print", "return True", f"{UNSEEN} -k random"),
+    ("fingerprints of a few rows alone", "fused_resnet/kernels/fingerprint.py",
+     "rows = t.shape[0] if", "rows = 1 if", f"{UNSEEN} -k covered"),
+    ("packed weights of the op: values not compared", "fused_resnet/kernels/cache.py",
+     "state.append(fingerprint(table_of(ranges_of(operands))))", "pass", f"{UNSEEN} -k the_op"),
+    ("eval() drops what is valid", "fused_resnet/layers/planned.py", "if mode != self.training:",
+     "if True:", f"{LIFETIMES} -k packs_nothing"),
+    ("conversions keep old weights", "fused_resnet/layers/planned.py",
+     "    def _apply(self, *args: Any, **kwargs: Any) -> Any:\n        self._changes()\n",
+     "    def _apply(self, *args: Any, **kwargs: Any) -> Any:\n", f"{LIFETIMES} -k freed"),
+    ("a removed stage keeps its weights", "fused_resnet/layers/planned.py",
+     "        if name in self._modules:\n            self._changes()\n", "", f"{LIFETIMES} -k freed"),
+    ("models' weights in the global cache", "fused_resnet/fusion/training/units.py",
+     "with owned_by(step.packed):", "if True:", f"{LIFETIMES} -k swapped"),
+    ("folded norms made in inference mode", "fused_resnet/kernels/cache.py",
+     "with torch.inference_mode(False), torch.no_grad():", "with torch.no_grad():",
+     f"{SETTINGS} -k inference_mode"),
+    ("a setting of one value not expanded", "fused_resnet/kernels/problem.py",
+     "return (v[0], v[0]) if len(v) == 1 else (v[0], v[1])", "return (v[0], v[-2])",
+     f"{SETTINGS} -k padding"),
+    ("weights' gradients in the kernels' layout", "fused_resnet/fusion/training/spec.py",
+     "if grad is None or grad.dim() != 4 or grad.stride() == t.stride():", "if True:",
+     f"{SEEN} -k layouts"),
+    ("the input's gradient in the kernels' layout", READY,
+     "return dy.contiguous(memory_format=ctx.memory_format), None", "return dy, None",
+     f"{SEEN} -k layouts"),
+    ("batches of gradients by the kernels", "fused_resnet/ops/library.py",
+     "return torch.is_grad_enabled() or batched", "return torch.is_grad_enabled()",
+     f"{SEEN} -k batches"),
+    ("checkpointing counted twice", "fused_resnet/layers/norms.py",
+     "return frame is not None", "return False", f"{SEEN} -k checkpointing"),
+    ("every forward in backward taken for a recomputation", "fused_resnet/layers/norms.py",
+     "return frame is not None", "return True", f"{SEEN} -k hook_of_backward"),
+    ("isinstance: torchvision's methods first", "fused_resnet/models/torchvision_bases.py",
+     "(*cls.__bases__, base)", "(base, *cls.__bases__)", "tests/models/test_torchvision_bases.py"),
 ]  # fmt: skip
