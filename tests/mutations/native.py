@@ -15,6 +15,9 @@ SUMS = "tests/kernels/cpu/test_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
 
 CPP = [
+    ("fingerprint: the same columns of every row", "csrc/cpu/fingerprint.cpp",
+     "if (++column == lines) column = 0;", "column = 0;",
+     "tests/fusion/test_unseen_writes.py -k covered"),
     ("training: taps not reversed", "csrc/cpu/convolution/train.cpp",
      "transposed ? taps - 1 - tap : tap", "tap", CONVOLUTIONS),
     ("strided: a phase's taps not reversed", "csrc/cpu/convolution/input_gradient.cpp",
