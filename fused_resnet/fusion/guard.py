@@ -41,10 +41,9 @@ class Guard:
 
     `holds` compares it with their current state: identity and type of every module, hooks and
     patched forwards, configuration, identity, address, dtype, shape and version counter of every
-    parameter and buffer, and a fingerprint of their values
-    (kernels/fingerprint.py). The tensors' memory is kept alive, so that no address is reused while
-    the guard exists. The comparisons run in C (`map` with builtins), since they run in every
-    forward.
+    parameter and buffer, and a fingerprint of their values (kernels/fingerprint.py). The tensors'
+    memory is kept alive, so that no address is reused while the guard exists. The comparisons run
+    in C (`map` with builtins), since they run in every forward.
 
     places: further modules, as those between blocks, and attributes. values: whether fingerprints
     are taken; `structure_holds` needs none.

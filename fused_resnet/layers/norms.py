@@ -12,6 +12,8 @@ from torch.utils import checkpoint
 
 from fused_resnet.kernels.training.protocol import Passes
 
+from .originals import remember
+
 # The functions of torch.utils.checkpoint that run a forward again in backward: with use_reentrant
 # True and False.
 _hook = checkpoint._checkpoint_hook.__init__.__code__
@@ -33,7 +35,7 @@ def recomputing() -> bool:
 
 # Classes called FrozenBatchNorm2d, by module: of torchvision, detectron2, and DETR and its kin.
 _FROZEN_MODULES = ("torchvision.ops.misc", "detectron2.layers.batch_norm", "models.backbone")
-_frozen: dict[type, Any] = {}  # a class -> its forward
+_frozen: set[type] = set()
 
 
 def register_frozen_norm(cls: type[nn.Module]) -> type[nn.Module]:
@@ -46,19 +48,25 @@ def register_frozen_norm(cls: type[nn.Module]) -> type[nn.Module]:
     decorator. Raises TypeError if cls is no subclass of nn.Module."""
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_frozen_norm: cls must be a subclass of nn.Module, got {cls!r}")
-    _frozen[cls] = cls.forward
+    _add_frozen(cls)
     return cls
 
 
+def _add_frozen(cls: Any) -> None:
+    if cls not in _frozen:
+        _frozen.add(cls)
+        remember(cls, "forward", "__call__")
+
+
 def is_frozen_bn(m: nn.Module) -> bool:
-    """Whether m is exactly a known or registered frozen norm, whose forward was not replaced."""
+    """Whether m is exactly of a known or registered class of frozen norms."""
     cls: Any = type(m)
     if cls not in _frozen:
         known = cls.__name__ == "FrozenBatchNorm2d" and cls.__module__ in _FROZEN_MODULES
         if not known or cls.forward.__qualname__ != "FrozenBatchNorm2d.forward":
             return False
-        _frozen[cls] = cls.forward
-    return cls.forward is _frozen[cls]
+        _add_frozen(cls)
+    return True
 
 
 DEFAULT_EPS = 1e-5  # of frozen norms without the attribute: DETR's has it in its forward

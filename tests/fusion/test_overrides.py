@@ -210,8 +210,11 @@ def test_frozen_norms_of_other_projects(monkeypatch):
     assert all(fused(mine))
     same_outputs(stock, mine, images())
     same_step(stock.train(), mine.train(), images())
+    same_outputs(stock.eval(), mine.eval(), images())
+    assert made_from(mine)  # a plan from before the replacement
     monkeypatch.setattr(cls, "forward", lambda self, x: x)
     same_outputs(stock, mine, images())
+    same_step(stock.train(), mine.train(), images())
     with pytest.raises(
         TypeError, match=r"register_frozen_norm: cls must be a subclass of nn\.Module"
     ):

@@ -67,12 +67,11 @@ def test_explain_answers_for_the_call():
     assert {e.path for e in fr.explain(mine, x)} == {"training"}
     with torch.no_grad():
         assert {e.path for e in fr.explain(mine, x)} == {"inference"}
-        assert "is a FakeTensor" not in fr.explain(mine, x)[0].reason
         (reason,) = {e.reason for e in fr.explain(mine, x.double())}
-        assert reason == "x is torch.float64 and a weight is torch.float32" or "float64" in reason
+        assert "float64" in reason
         (reason,) = {e.reason for e in fr.explain(mine, x[0])}
         assert "x must be a dense, non-empty 4-D tensor" in reason
-        with torch.jit.optimized_execution(True), FlopCounterMode(display=False):
+        with FlopCounterMode(display=False):
             (reason,) = {e.reason for e in fr.explain(mine, x)}
         assert reason == "a TorchDispatchMode is active"
         with fr.use_backend("reference"):

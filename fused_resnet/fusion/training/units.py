@@ -68,11 +68,9 @@ def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     if call_reason(x) is not None or not wants_grad(block, x):
         return None
     step = step_for(block, names, x)
-    return (
-        None
-        if isinstance(step, str)
-        else run_unit(step, -1, x, None, step.description.main[-1].activation)
-    )
+    if isinstance(step, str):
+        return None
+    return run_unit(step, -1, x, None, step.description.main[-1].activation)
 
 
 def run_step(step: Step, x: Tensor) -> Tensor | None:
