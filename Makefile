@@ -13,6 +13,8 @@ IMAGES ?=
 OUT ?= build/demo
 PYTEST_ARGS ?=
 JOBS ?= auto
+# CI runs the slow ones too.
+TESTS ?= not large and not slow
 RESULTS := benchmarks/results
 
 # Every file that the build reads, in all folders of csrc/.
@@ -66,12 +68,12 @@ QUICK := tests/repository tests/mutations tests/fusion tests/graphs tests/models
 PYTEST := $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
 
 quick: build
-	$(PYTEST) -m "not large" $(QUICK) \
+	$(PYTEST) -m "$(TESTS)" $(QUICK) \
 	  -k "not triton and not emulated and not reference and not sync and not compile and not packaging" \
 	  $(PYTEST_ARGS)
 
 test: build
-	$(PYTEST) -m "not large" $(PYTEST_ARGS)
+	$(PYTEST) -m "$(TESTS)" $(PYTEST_ARGS)
 
 lint: $(VENV)/requirements.stamp
 	$(PY) -m ruff check .

@@ -59,6 +59,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if item.get_closest_marker("slow_interpreted") and pairwise.is_interpreted(params):
+            item.add_marker("slow")
     pairwise.select(config, items)
 
 

@@ -12,6 +12,7 @@ from tests.fusion.training.training_helpers import needs_native
 CASE = Case("resnet18", 1, "float32", "train", "cpu")
 
 
+@pytest.mark.slow
 @needs_native
 def test_each_contender_of_a_training_case_has_its_own_process(monkeypatch):
     started: list[Worker] = []

@@ -51,6 +51,7 @@ def check_tolerance(model: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
     assert error.max_abs <= TOLERANCE.allowed_max(theirs, dtype), (error, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_are_as_accurate_as_stock(kind, dtype):
@@ -58,6 +59,7 @@ def test_models_are_as_accurate_as_stock(kind, dtype):
     check_tolerance(model.to(DEVICE, dtype), images().to(dtype), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [33, 50, 96])
 def test_odd_sizes(size):
     _, model = pair("bottleneck")
@@ -100,6 +102,7 @@ def test_every_convolution_uses_the_cuda_kernels(monkeypatch):
         assert all(row.fused and row.path == "inference" for row in fr.explain(model))
 
 
+@pytest.mark.slow
 def test_another_pooling_after_the_stem(monkeypatch):
     model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     model.maxpool = nn.MaxPool2d(2)
@@ -108,6 +111,7 @@ def test_another_pooling_after_the_stem(monkeypatch):
     check_tolerance(model, x, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_another_padding_does_not_use_the_stem_kernel(monkeypatch):
     model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
     model.conv1 = nn.Conv2d(3, 64, 7, 2, 2, bias=False).to(DEVICE, torch.bfloat16)
@@ -131,6 +135,7 @@ def test_autocast(monkeypatch):
     assert count(run, monkeypatch)["gemm"] == 13
 
 
+@pytest.mark.slow
 def test_unsupported_convolutions_use_the_reference(monkeypatch):
     """Groups of 4 channels: the block's convolutions run one by one."""
     model = randomise(fr.resnext50_32x4d(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
@@ -151,6 +156,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_used(change):
     model = pair("basic")[1].to(DEVICE, torch.bfloat16)

@@ -117,6 +117,7 @@ def test_residual_aliases_x(device, backend):
 
 
 @pytest.mark.pairwise
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_layout", [name for name in LAYOUTS if name != "expanded"])
 @pytest.mark.parametrize("x_layout", DENSE)
@@ -164,6 +165,7 @@ def test_empty(device, backend, shape):
     assert y.shape == x.shape == x.grad.shape
 
 
+@pytest.mark.slow_interpreted
 def test_first_and_second_derivatives(device, backend):
     x, residual = (
         LAYOUTS["channels_last"](randn((2, 3, 3, 2), torch.float64, device)).requires_grad_()
@@ -202,6 +204,7 @@ def test_bitwise_repeatable(device, backend):
     assert all(torch.equal(fr.add_relu(x, residual), first) for _ in range(250))
 
 
+@pytest.mark.slow_interpreted
 def test_opcheck(device, backend):
     for layout in (*DENSE, "sliced", "dimensions reversed"):
         x = LAYOUTS[layout](randn(ODD, torch.float32, device)).requires_grad_()

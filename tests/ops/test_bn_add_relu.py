@@ -313,6 +313,7 @@ def test_one_value_per_channel(device, backend, shape):
         fr.bn_add_relu(torch.zeros(shape, device=device))
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.pairwise
 @pytest.mark.parametrize("layout", DENSE)
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
@@ -381,6 +382,7 @@ def test_in_place_edit_of_the_output_raises(device, backend):
     y.sum().backward()
 
 
+@pytest.mark.slow_interpreted
 def test_bitwise_repeatable(device, backend):
     torch.use_deterministic_algorithms(True)
     arguments = operands((4, 48, 20, 20), torch.float32, device)
@@ -391,6 +393,7 @@ def test_bitwise_repeatable(device, backend):
         assert all(torch.equal(a, b) for a, b in zip(repeated, first, strict=True))
 
 
+@pytest.mark.slow_interpreted
 def test_opcheck(device, backend):
     for layout in (*DENSE, "sliced"):
         arguments = [t.requires_grad_() for t in operands(ODD, torch.float32, device, layout)]

@@ -212,6 +212,7 @@ def test_residual_aliases_x(device, backend):
     check()
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.pairwise
 @pytest.mark.parametrize("case", ["3x3, stride 2", "asymmetric", "groups of 4", "stem"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
@@ -234,6 +235,7 @@ def test_gradients(device, backend, dtype, relu, case):
     close(("dx", "dweight", "dscale", "dshift", "dresidual"), mine, theirs, wanted, dtype, terms)
 
 
+@pytest.mark.slow_interpreted
 def test_only_some_gradients(device, backend):
     tensors, geometry = operands("3x3", torch.float32, device)
     every = [t.clone().requires_grad_() for t in tensors]
@@ -248,6 +250,7 @@ def test_only_some_gradients(device, backend):
     assert not fr.conv_bn_relu(*tensors, True, *geometry).requires_grad
 
 
+@pytest.mark.slow_interpreted
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "no relu"])
 def test_first_and_second_derivatives(device, backend, relu):
     if backend == "triton":
@@ -279,6 +282,7 @@ def test_in_place_edit_of_the_output_raises(device, backend):
         y.sum().backward()
 
 
+@pytest.mark.slow_interpreted
 def test_packed_weights_never_go_stale(device, backend):
     tensors, geometry = operands("3x3", torch.float32, device)
     _, weight, scale, shift, _ = tensors
@@ -333,6 +337,7 @@ def test_bitwise_repeatable(device, backend):
         assert torch.equal(fr.conv_bn_relu(*tensors, True, *geometry), first)
 
 
+@pytest.mark.slow_interpreted
 def test_opcheck(device, backend):
     for layout in (*DENSE, "sliced"):
         (x, weight, scale, shift, residual), geometry = operands("3x3", torch.float32, device)

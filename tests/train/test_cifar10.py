@@ -108,6 +108,7 @@ def test_a_damaged_file_raises(root):
         file.write_bytes(raw)
 
 
+@pytest.mark.slow
 def test_depth(root, tmp_path):
     fused_resnet(
         "depth", "--data", "cifar10", "--root", root, "--depths", "8,14", "--epochs", 1,

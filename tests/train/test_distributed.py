@@ -32,6 +32,7 @@ from tests import ROOT
 for package in ("torchvision", "torchmetrics", "sklearn"):
     pytest.importorskip(package, reason="training needs the train extra")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.xdist_group("processes"),  # a single process makes the fixture that runs torchrun
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
 ]

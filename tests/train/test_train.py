@@ -55,6 +55,7 @@ def losses(config: Config) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     lines: list[str] = []
     config = small(tmp_path, epochs=6, label_smoothing=0.1, lr=0.05)
@@ -68,6 +69,7 @@ def test_it_learns(tmp_path):
     assert json.loads((result.folder / "config.json").read_text())["epochs"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -123,6 +125,7 @@ def _train_until(config: Config, step: int, where: str, resume: bool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path):
     """Losses and weights are bitwise equal to those of an uninterrupted run."""
     whole = dataclasses.replace(SMALL, out=str(tmp_path / "whole"), ema=0.8)
@@ -142,6 +145,7 @@ def test_killed_at_any_moment(tmp_path):
     assert a["accuracy"] == b["accuracy"]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     one = dataclasses.replace(SMALL, out=str(tmp_path / "one"), epochs=1)
     two = dataclasses.replace(one, out=str(tmp_path / "two"), workers=1)
@@ -164,6 +168,7 @@ def test_a_finished_run_stays_finished(tmp_path):
         run(dataclasses.replace(config, out=str(tmp_path / "new")), resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut short", "empty", "noise", "payload", "something else"])
 def test_damaged_checkpoints(tmp_path, damage):
     config = small(tmp_path, epochs=1)

@@ -31,6 +31,7 @@ from tests.ops.op_cases import randn, same
 pytestmark = needs_native
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", BLOCKS)

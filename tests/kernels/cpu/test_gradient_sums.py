@@ -43,6 +43,7 @@ def normed_operands(
     return dy, weight, g, Normed(x, norm, kernels.statistics(x))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", FUSED)

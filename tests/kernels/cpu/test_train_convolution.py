@@ -138,6 +138,7 @@ def poison_pool() -> None:
     assert all(t.isnan().all() for t in held)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
@@ -399,6 +400,7 @@ def statistics_of(z: Tensor) -> Tensor:
     return torch.stack([wide.mean((0, 2, 3)), wide.var((0, 2, 3), unbiased=False)])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", CASES)

@@ -91,6 +91,7 @@ def test_small_integers_are_exact(case, dtype):
     same(run(*arguments, tile=tile), want)
 
 
+@pytest.mark.pairwise
 @also_on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -117,6 +118,7 @@ def test_splits(dtype, case, splits):
         assert torch.equal(run(*arguments, tile=SMALLEST, splits=splits), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_result_does_not_depend_on_thread_order(tile):
     for case, dtype in (("3x3, stride 2", torch.bfloat16), ("many channels", torch.float16)):

@@ -18,7 +18,7 @@ if emulation.unavailable() is not None:
 
 from tests.kernels.cuda import gemm_cases
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = [pytest.mark.usefixtures("kernels"), pytest.mark.slow]
 
 REPEATS = 250  # on a GPU; the emulator changes the order of threads between repeats
 TILES = [*gemm_cases.tiles(80), *gemm_cases.tiles(90)]

@@ -71,6 +71,7 @@ def conv(config: Config | None, shape, K, kernel, groups=1, x: Tensor | None = N
     return y, want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("group_m", [1, 8])
@@ -114,6 +115,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BACKWARD)
 def test_gradients_of_integers_are_exact(case):
     shape, K, kernel, *sizes, groups = BACKWARD[case]
@@ -130,6 +132,7 @@ def test_gradients_of_integers_are_exact(case):
     assert torch.equal(dweight, want_dweight)
 
 
+@pytest.mark.slow
 def test_the_backward_op():
     """Schema, fake, the fallback to PyTorch (stride with dilation), and an empty batch."""
     op = torch.ops.fused_resnet.convolution_backward_triton
@@ -320,6 +323,7 @@ def compile_with_cache(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
+@pytest.mark.slow
 def test_unwritable_cache_is_replaced_with_one_warning(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     run = compile_with_cache(tmp_path / "file")
@@ -330,6 +334,7 @@ def test_unwritable_cache_is_replaced_with_one_warning(tmp_path):
     assert not temporary.exists(), "the temporary cache was not removed at exit"
 
 
+@pytest.mark.slow
 def test_corrupt_cache_is_rebuilt(tmp_path):
     assert compile_with_cache(tmp_path).returncode == 0
     files = [f for f in tmp_path.rglob("*") if f.is_file()]
@@ -390,6 +395,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_without_triton_other_backends_are_used():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, timeout=120)
@@ -484,6 +490,7 @@ def test_the_tune_command(as_if_on_a_gpu):
     assert run.exit_code == 2 and "--batch" in run.output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")
 def test_hopper_code_uses_tensor_cores_without_spills(tmp_path):
     """CI runs triton_resources.py for all kernels, configurations and architectures."""
