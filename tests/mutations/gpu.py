@@ -164,7 +164,7 @@ GPU_PYTHON = [
      "return max(_tile_configs(gemm, hopper)",
      f"{GEMM} -k chosen"),
     ("cuda: corner of the TMA's box without the remainder of the stride", CUDA_PY,
-     "<= upper - (stride - 1)", "<= upper", "tests/kernels/cuda/test_hopper.py -k covers"),
+     "upper - (stride - 1) >=", "upper >=", "tests/kernels/cuda/test_hopper.py -k covers"),
     ("cuda: Hopper's tiles on any GPU", CUDA_PY, 'target.architecture == "sm_90a"\n',
      "True\n", f"{GEMM} -k chosen"),
     ("cuda: Hopper's tiles for any stride", CUDA_PY, "and stride <= 8\n    )", "\n    )",
