@@ -27,6 +27,11 @@ SHELL := bash
 # Compiling the CUDA kernels takes minutes: where there is a GPU, or on demand.
 FUSED_RESNET_CUDA ?= $(shell nvidia-smi -L 2>/dev/null | grep -q GPU || echo 0)
 export FUSED_RESNET_CUDA
+# What is built depends on these too: other values than those of the last build make a new one.
+SETTINGS := FUSED_RESNET_CUDA=$(FUSED_RESNET_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
+ifneq ($(shell cat $(VENV)/build.stamp 2>/dev/null),$(SETTINGS))
+.PHONY: $(VENV)/build.stamp
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -54,7 +59,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCE
 	@# The extension lies in place already; pip would compile it again.
 	FUSED_RESNET_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from fused_resnet.kernels import native; print("build:", native.load() or "native kernels")'
-	@touch $@
+	@echo '$(SETTINGS)' >$@
 
 build: $(VENV)/build.stamp
 

@@ -11,11 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
 # Every GPU from sm_80 on: machine code for A100-class (also sm_86 and sm_89) and for Hopper, and
-# PTX of compute_80, the one later GPUs can compile (PTX of compute_90a runs on Hopper only).
+# PTX of compute_80, which later GPUs can compile.
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 NATIVE = os.environ.get("FUSED_RESNET_NATIVE", "")
 HOW_TO_BUILD = "`pip install --no-build-isolation .` beside torch >= 2.11 and a C++ compiler"
@@ -68,15 +69,41 @@ def cuda_root_for(torch):
     return None if missing else root
 
 
-def cuda_archs():
-    """TORCH_CUDA_ARCH_LIST without what the kernels cannot be compiled for; Hopper by its full
-    name, without which it has no wgmma."""
-    asked = re.split("[; ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    served = [arch for arch in asked if not re.match(r"[1-7]\.", arch)]
-    if served != asked:
-        say(f"GPUs older than sm_80 are left out of TORCH_CUDA_ARCH_LIST ({';'.join(asked)})")
-    served = [re.sub(r"^9\.0(?=\+PTX$|$)", "9.0a", arch) for arch in served if arch]
-    return ";".join(served) or DEFAULT_CUDA_ARCHS
+def cuda_targets(cpp_extension, archs):
+    """{"8.0": {"sm"}, "9.0": {"compute"}, ...}: the machine code (sm) and the PTX (compute) that
+    TORCH_CUDA_ARCH_LIST asks for, in any spelling of PyTorch's ("Hopper", "8.0 9.0+PTX")."""
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(filter(None, re.split("[; ]", archs)))
+    try:
+        flags = " ".join(cpp_extension._get_cuda_arch_flags())
+    except (ValueError, IndexError) as error:  # IndexError: "native" without a GPU
+        sys.exit(
+            f"fused_resnet: TORCH_CUDA_ARCH_LIST={archs!r} is not a list that PyTorch takes, such "
+            f"as '8.0;9.0', '8.0 9.0+PTX' or 'Ampere;Hopper' ({error})"
+        )
+    targets = {}
+    for number, suffix, kind in re.findall(r"compute_(\d+)([a-z]?),code=([a-z]+)_", flags):
+        if number == "90":
+            # Only machine code for sm_90a has wgmma; only PTX of compute_90 runs on later GPUs.
+            suffix = "a" if kind == "sm" else ""
+        if int(number) >= 80:
+            targets.setdefault(f"{number[:-1]}.{number[-1]}{suffix}", set()).add(kind)
+    return targets
+
+
+def cuda_archs(cpp_extension):
+    """(names, flags of nvcc) of the architectures to build for."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; ") or DEFAULT_CUDA_ARCHS
+    targets = cuda_targets(cpp_extension, asked)
+    targets = targets or cuda_targets(cpp_extension, DEFAULT_CUDA_ARCHS)
+    flags, names = [], []
+    for name, kinds in sorted(targets.items(), key=lambda item: float(item[0].rstrip("af"))):
+        number = name.replace(".", "")
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in sorted(kinds)]
+        names.append(name + ("+PTX" if "compute" in kinds else ""))
+    if "9.0a" in targets:
+        flags.append("-DFUSED_RESNET_SM_90A")
+    say(f"CUDA kernels for {';'.join(names)} (asked for {asked}; GPUs from sm_80 on are served)")
+    return ";".join(names), flags
 
 
 def files_of(kind):
@@ -97,7 +124,6 @@ def native_build():
     if cuda_root:
         # Must be set before cpp_extension is imported, which otherwise guesses from PATH.
         os.environ["CUDA_HOME"] = cuda_root
-        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
     from torch.utils import cpp_extension
 
     compiler = cpp_extension.get_cxx_compiler()
@@ -115,6 +141,20 @@ def native_build():
                 without_native(f"compiling failed ({str(error).strip().splitlines()[-1]})")
                 self.extensions = []
 
+        def build_extension(self, ext):
+            # Without ninja, only the times of files are compared: what other flags had made, for
+            # example for other GPUs, would be kept.
+            tools = [getattr(self.compiler, name) for name in self.compiler.executables]
+            options = [ext.sources, ext.include_dirs, ext.libraries, ext.extra_compile_args]
+            output = os.path.abspath(self.get_ext_fullpath(ext.name))
+            settings = repr([output, tools, cuda_root, *options])
+            stamp = Path(self.build_temp, "settings.txt")
+            if not stamp.exists() or stamp.read_text() != settings:
+                self.force = True
+            super().build_extension(ext)
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.write_text(settings)
+
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     facts = {"TORCH": torch.__version__, "CXX_FLAGS": "-O3"}
     sources = files_of("cpp")
@@ -123,11 +163,10 @@ def native_build():
     if cuda_root:
         extension = cpp_extension.CUDAExtension
         sources += files_of("cu")
-        facts["CUDA_ARCHS"] = os.environ["TORCH_CUDA_ARCH_LIST"]
+        facts["CUDA_ARCHS"], targets = cuda_archs(cpp_extension)
         flags["cxx"].append("-DFUSED_RESNET_WITH_CUDA")
-        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall"]
-        if "9.0a" in re.split("[; ]", facts["CUDA_ARCHS"]):
-            flags["nvcc"].append("-DFUSED_RESNET_SM_90A")
+        # With these architectures PyTorch adds none of its own.
+        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall", *targets]
     flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
     native = extension(
         "fused_resnet._C",

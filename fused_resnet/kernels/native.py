@@ -47,9 +47,22 @@ def _ask(name: str, otherwise: Any, *arguments: Any) -> Any:
 
 
 def build_info() -> dict[str, object]:
-    """Build details: compiler, flags, torch and CUDA versions, CUDA architectures, and the
-    instruction set that the CPU kernels use on this machine. Empty without the extension."""
-    return dict(_ask("build_info", {}))
+    """Build details: compiler, flags, torch and CUDA versions, CUDA architectures and kernels, and
+    the instruction set that the CPU kernels use on this machine. Empty without the extension."""
+    info = dict(_ask("build_info", {}))
+    return {**info, "cuda_kernels": _cuda_kernels(info["cuda_archs"])} if info else info
+
+
+def _cuda_kernels(archs: object) -> str:
+    """Which CUDA kernels are in a build for these architectures."""
+    if archs is None:
+        return "none: built with FUSED_RESNET_CUDA=0 or without a CUDA toolkit"
+    if "9.0a" in re.split("[; ]", str(archs)):
+        return "for sm_80 and later, and Hopper's own (TMA, wgmma)"
+    return (
+        "for sm_80 and later; not Hopper's own (TMA, wgmma): built without 9.0 in "
+        "TORCH_CUDA_ARCH_LIST"
+    )
 
 
 @functools.cache

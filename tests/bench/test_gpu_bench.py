@@ -3,10 +3,16 @@ kernels, and gpu_day.sh as a dry run."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -215,20 +221,90 @@ def test_other_sections_run_after_a_failure(tmp_path):
         (tools / name).chmod(0o755)
     out, path = tmp_path / "out", f"{tools}:/usr/bin:/bin"
     environment = {"PATH": path, "PYTHON": str(tools / "python")}
-    names = ("build", "ops", "sanitizer")
+    names = ("build", "device-tests", "ops", "sanitizer")
     done = day(str(out), *names, **environment)
     assert done.returncode == 1, done.stderr
     lines = [line.split() for line in (out / "summary.txt").read_text().splitlines()]
     assert [line[0] for line in lines] == list(names)
-    assert [line[1] for line in lines] == ["1", "1", "0"], lines
+    assert [line[1] for line in lines] == ["1", "1", "1", "0"], lines
     log = (out / "build" / "log.txt").read_text()
     assert "TORCH_CUDA_ARCH_LIST=9.0a" in log and "exit status 7" in log
+    assert "below 128 KiB" in (out / "device-tests" / "log.txt").read_text()
     assert "no compute-sanitizer" in (out / "sanitizer" / "log.txt").read_text()
     assert "bench_resnet" not in (out / "ops" / "log.txt").read_text()
 
     (tools / "python").write_text("#!/bin/sh\nexit 0\n")
     second = day("--seconds", "600", str(out), "ops", **environment)
-    assert second.returncode == 0 and len((out / "summary.txt").read_text().splitlines()) == 3
+    assert second.returncode == 0 and len((out / "summary.txt").read_text().splitlines()) == 4
     listed = day("--seconds", "0", str(out), **environment)
     assert listed.returncode == 1
     assert "ops: passed before" in listed.stdout and "train: no time left" in listed.stdout
+
+
+@pytest.mark.parametrize("stop", ["limit of the section", "signal"])
+def test_a_section_leaves_no_process(tmp_path, stop):
+    """A checked program outlives timeout's signal, in a process group of its own."""
+    tools, pids = tmp_path / "bin", tmp_path / "pids"
+    tools.mkdir()
+    program = f"trap '' TERM; echo $$ >>{pids}; while :; do sleep 1; done"
+    checker = f"#!/bin/bash\nsetsid bash -c {shlex.quote(program)} &\n{program}\n"
+    for name, text in (("nvidia-smi", "#!/bin/sh\necho 9.0\n"), ("compute-sanitizer", checker)):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    script, seconds = tmp_path / "benchmarks" / DAY.name, "2" if stop != "signal" else "60"
+    script.parent.mkdir()
+    text, changed = re.subn(r"(?m)^(sanitizer +)\d+", rf"\g<1>{seconds}", DAY.read_text())
+    assert changed == 1
+    script.write_text(text)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    run = subprocess.Popen(
+        ["bash", str(script), str(tmp_path / "out"), "sanitizer"],
+        stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    if stop == "signal":
+        deadline = time.monotonic() + 60
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        run.terminate()
+    output, _ = run.communicate(timeout=50)
+    # A killed process that nobody has waited for has no command line.
+    files = [Path("/proc", pid, "cmdline") for pid in pids.read_text().split()]
+    left = [file.parent.name for file in files if file.exists() and file.read_bytes()]
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert files and not left
+    assert run.returncode == (143 if stop == "signal" else 1)
+    assert stop == "signal" or "sanitizer       124" in output
+
+
+def test_the_profiler_selects_our_kernels_only(tmp_path):
+    """By the names of the emulated kernels, and some that run in the same process."""
+    if emulation.unavailable() is not None or shutil.which("nm") is None:
+        pytest.skip(emulation.unavailable() or "there is no nm")
+    emulation.load()
+    command = next(
+        shlex.split(line) for line in day("--dry-run", str(tmp_path), "ncu").stdout.splitlines()
+        if line.startswith("+ ncu")
+    )  # fmt: skip
+    option = dict(itertools.pairwise(command))
+    assert option["--kernel-name-base"] == "demangled"
+    kind, _, pattern = option["--kernel-name"].partition(":")
+    assert kind == "regex"
+    sources = "".join(f.read_text() for f in (ROOT / "csrc/cuda").rglob("*.cu*"))
+    kernels = set(re.findall(r"__global__ void [^;{]*?(\w+)\((?:\n? *)const", sources))
+    assert sources.count("__global__") - len(kernels) <= 1 < len(kernels)
+    library = ROOT / "build/emulated-plain/libemulated.so"
+    symbols = subprocess.run(["nm", "-C", str(library)], capture_output=True, text=True).stdout
+    names = [line.split(" ", 2)[2] for line in symbols.splitlines() if " U " not in line]
+    for kernel in kernels:
+        ours = [name for name in names if re.search(rf"::{kernel}[<(]", name.split("(const")[0])]
+        assert any(re.fullmatch(pattern, name) for name in ours), kernel
+    for other in (
+        "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl<float>>(int)",
+        "void at::native::batch_norm_collect_statistics_kernel<float, float>(float)",
+        "void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, 512, true, 1, true>(float)",
+        "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64",
+        "implicit_convolve_sgemm", "stem_kernel", "bn_forward",
+    ):  # fmt: skip
+        assert not re.search(pattern, other), other

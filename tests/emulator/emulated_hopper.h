@@ -68,7 +68,8 @@ inline TensorMap emulated_tiled_map(int rank, const void* data, const uint64_t* 
 }
 inline TensorMap emulated_im2col_map(int rank, const void* data, const uint64_t* sizes,
                                      const uint64_t* strides, const int* lower, const int* upper,
-                                     const uint32_t* steps, uint32_t channels, uint32_t pixels) {
+                                     const int* counts, const uint32_t* steps, uint32_t channels,
+                                     uint32_t pixels) {
   emulated_require(rank >= 3 && rank <= 5, "rank");
   TensorMap map = emulated_map(rank, data, sizes, strides);
   map.im2col = true;
@@ -78,6 +79,10 @@ inline TensorMap emulated_im2col_map(int rank, const void* data, const uint64_t*
     emulated_require(upper[d] >= min_corner && upper[d] < -min_corner, "upper corner");
     emulated_require(lower[d] <= map.sizes[d + 1] - 1 + upper[d], "empty bounding box");
     emulated_require(steps[d] >= 1 && steps[d] <= 8, "traversal stride");
+    // No check of the driver's: where the traversal ends is documented only for this case.
+    emulated_require(map.sizes[d + 1] - 1 + upper[d] - lower[d] ==
+                         int64_t{counts[d] - 1} * static_cast<int64_t>(steps[d]),
+                     "the window does not end at the last of its pixels");
     map.lower[d] = lower[d];
     map.upper[d] = upper[d];
     map.steps[d] = static_cast<int>(steps[d]);

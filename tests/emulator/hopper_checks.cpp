@@ -33,36 +33,32 @@ FR_TEST void hopper_ring(int count, int step, int* out) {
 }
 
 // Writes the pixels (w, h, n) of x that an im2col load reads for outputs from m on at tap (r, s) to
-// out (pixels, 3). geometry: N, H, W, R, S, P, Q, stride, padding and dilation (h, w each).
+// out (pixels, 3). geometry: N, H, W, R, S, P, Q, stride, padding and dilation (h, w each). Returns
+// 1 if the map is not valid.
 FR_TEST int hopper_column(const int* geometry, int m, int pixels, int r, int s, int* out) try {
-  const auto [N, H, W, R, S] =
-      std::array{geometry[0], geometry[1], geometry[2], geometry[3], geometry[4]};
+  ConvProblem p{};
+  p.N = geometry[0];
+  p.C = p.K = kStepChannels;
+  p.groups = 1;
+  int* const fields[] = {&p.H,     &p.W,     &p.R,          &p.S,
+                         &p.P,     &p.Q,     &p.stride_h,   &p.stride_w,
+                         &p.pad_h, &p.pad_w, &p.dilation_h, &p.dilation_w};
+  for (size_t i = 0; i < std::size(fields); ++i) *fields[i] = geometry[i + 1];
   GemmSm90 gemm{};
-  gemm.P = geometry[5];
-  gemm.Q = geometry[6];
-  gemm.stride_h = geometry[7];
-  gemm.stride_w = geometry[8];
-  gemm.pad_h = geometry[9];
-  gemm.pad_w = geometry[10];
-  gemm.dilation_h = geometry[11];
-  gemm.dilation_w = geometry[12];
-  const uint64_t sizes[4] = {8, static_cast<uint64_t>(W), static_cast<uint64_t>(H),
-                             static_cast<uint64_t>(N)};
-  const uint64_t strides[3] = {16, 16 * sizes[1], 16 * sizes[1] * sizes[2]};
-  const int lower[2] = {-gemm.pad_w, -gemm.pad_h};
-  const int upper[2] = {gemm.pad_w - (S - 1) * gemm.dilation_w,
-                        gemm.pad_h - (R - 1) * gemm.dilation_h};
-  const uint32_t steps[2] = {static_cast<uint32_t>(gemm.stride_w),
-                             static_cast<uint32_t>(gemm.stride_h)};
-  const TensorMap map = emulated_im2col_map(4, nullptr, sizes, strides, lower, upper, steps, 8,
-                                            static_cast<uint32_t>(pixels));
+  gemm.P = p.P;
+  gemm.Q = p.Q;
+  gemm.stride_h = p.stride_h;
+  gemm.stride_w = p.stride_w;
+  gemm.pad_h = p.pad_h;
+  gemm.pad_w = p.pad_w;
+  const TensorMap map = sm90_input_map(p, ConvOperands{}, pixels);
   const InputStart from = input_start(gemm, m);
-  emulated_visit_column(
-      map, {0, from.w, from.h, from.n}, {s * gemm.dilation_w, r * gemm.dilation_h, 0},
-      [&](int64_t element, const EmulatedPoint& at) {
-        for (size_t d = 0; d < 3; ++d)
-          out[element / 8 * 3 + static_cast<int64_t>(d)] = static_cast<int>(at[d + 1]);
-      });
+  emulated_visit_column(map, {0, from.w, from.h, from.n}, {s * p.dilation_w, r * p.dilation_h, 0},
+                        [&](int64_t element, const EmulatedPoint& at) {
+                          for (size_t d = 0; d < 3; ++d)
+                            out[element / kStepChannels * 3 + static_cast<int64_t>(d)] =
+                                static_cast<int>(at[d + 1]);
+                        });
   return 0;
 } catch (const std::exception&) {
   return 1;

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
+from fused_resnet.bench.report import info_tables
 from fused_resnet.kernels import native, registry
 
 
@@ -147,3 +148,20 @@ def test_info():
     text = str(info)
     assert torch.__version__ in text
     assert (native.load() is None) == bool(native.build_info())
+
+
+@pytest.mark.parametrize(
+    ("archs", "words"),
+    [(None, "none: built with FUSED_RESNET_CUDA=0"),
+     ("8.0+PTX", "not Hopper's own (TMA, wgmma): built without 9.0"),
+     ("8.0;9.0+PTX;9.0a", "and Hopper's own")],
+)  # fmt: skip
+def test_info_says_which_cuda_kernels_were_built(monkeypatch, archs, words):
+    if native.load() is not None:
+        pytest.skip(str(native.load()))
+    built = {**native._ask("build_info", {}), "cuda_archs": archs}
+    monkeypatch.setattr(native._import_extension()[0], "build_info", lambda: built)
+    info = fr.info()
+    assert words in info["native build"]["cuda_kernels"]
+    (text,) = [t for t in info_tables(info) if t.title == "native build"]
+    assert words in "".join(map(str, text.columns[1].cells))

@@ -163,6 +163,8 @@ GPU_PYTHON = [
     ("cuda: the slowest tile", CUDA_PY, "return min(_tile_configs(gemm, hopper)",
      "return max(_tile_configs(gemm, hopper)",
      f"{GEMM} -k chosen"),
+    ("cuda: corner of the TMA's box without the remainder of the stride", CUDA_PY,
+     "upper - (stride - 1) >=", "upper >=", "tests/kernels/cuda/test_hopper.py -k covers"),
     ("cuda: Hopper's tiles on any GPU", CUDA_PY, 'target.architecture == "sm_90a"\n',
      "True\n", f"{GEMM} -k chosen"),
     ("cuda: Hopper's tiles for any stride", CUDA_PY, "and stride <= 8\n    )", "\n    )",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+PACKAGING = "tests/repository/test_packaging.py"
 STALE = "tests/fusion/test_stale.py"
 BLOCKS = "tests/fusion/test_blocks.py"
 FAULTS = "tests/models/test_faults.py"
@@ -398,4 +399,14 @@ PYTHON = [
      "return frame is not None", "return True", f"{SEEN} -k hook_of_backward"),
     ("isinstance: torchvision's methods first", "fused_resnet/models/torchvision_bases.py",
      "(*cls.__bases__, base)", "(base, *cls.__bases__)", "tests/models/test_torchvision_bases.py"),
+    # --- the build
+    ("build: PTX that runs on Hopper alone", "setup.py",
+     'suffix = "a" if kind == "sm" else ""', 'suffix = "a"', f"{PACKAGING} -k spellings"),
+    ("build: Hopper's kernels left out", "setup.py", 'if "9.0a" in targets', 'if "9.0" in targets',
+     f"{PACKAGING} -k spellings"),
+    ("build: kept after other flags", "setup.py", "self.force = True", "pass",
+     f"{PACKAGING} -k other_flags"),
+    ("info: Hopper's kernels never missing", "fused_resnet/kernels/native.py",
+     'if "9.0a" in re.split', 'if "9.0" not in re.split',
+     "tests/kernels/test_backends.py -k which_cuda_kernels"),
 ]  # fmt: skip

@@ -17,14 +17,25 @@ struct MappedTensor {
   std::array<uint64_t, kRank - 1> strides;
 };
 
-// Additional parameters of an im2col map (CUDA driver API, cuTensorMapEncodeIm2col). For each
-// dimension between the innermost and the outermost, innermost first: the offsets of the box's
-// corners from the tensor's corners, and the traversal stride between pixels.
+// Additional parameters of an im2col map. For each dimension between the innermost and the
+// outermost, innermost first: the position of the first pixel of the traversal (the lower corner),
+// the number of pixels, and the traversal stride between them.
 template <int kRank>
 struct Im2colBox {
-  std::array<int, kRank - 2> lower, upper;
+  std::array<int, kRank - 2> lower, counts;
   std::array<uint32_t, kRank - 2> steps;
   uint32_t channels, pixels;
+
+  // The upper corner (CUDA driver API, cuTensorMapEncodeIm2col), relative to the last element of a
+  // dimension: the last pixel of the traversal. The documents do not say where a traversal ends
+  // whose stride leaves a remainder to a corner further out.
+  std::array<int, kRank - 2> upper(const std::array<uint64_t, kRank>& sizes) const {
+    std::array<int, kRank - 2> corner;
+    for (size_t d = 0; d < corner.size(); ++d)
+      corner[d] = lower[d] + (counts[d] - 1) * static_cast<int>(steps[d]) -
+                  static_cast<int>(sizes[d + 1] - 1);
+    return corner;
+  }
 };
 
 #if defined(FUSED_RESNET_EMULATED)
@@ -36,7 +47,8 @@ TensorMap tiled_map(const MappedTensor<kRank>& t, const std::array<uint32_t, kRa
 template <int kRank>
 TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) {
   return emulated_im2col_map(kRank, t.data, t.sizes.data(), t.strides.data(), box.lower.data(),
-                             box.upper.data(), box.steps.data(), box.channels, box.pixels);
+                             box.upper(t.sizes).data(), box.counts.data(), box.steps.data(),
+                             box.channels, box.pixels);
 }
 
 #else
@@ -89,8 +101,8 @@ TensorMap im2col_map(const MappedTensor<kRank>& t, const Im2colBox<kRank>& box) 
   TensorMap map;
   const CUresult result =
       encode(&map, map_dtype(t.dtype), kRank, const_cast<void*>(t.data), t.sizes.data(),
-             t.strides.data(), box.lower.data(), box.upper.data(), box.channels, box.pixels,
-             steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             t.strides.data(), box.lower.data(), box.upper(t.sizes).data(), box.channels,
+             box.pixels, steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check(result == CUDA_SUCCESS, "implicit_gemm: cuTensorMapEncodeIm2col failed with CUresult ",
         static_cast<int>(result));

@@ -87,8 +87,9 @@ def reaches(problem: Problem) -> bool:
 
     def fits(size: int, stride: int, padding: int, dilation: int) -> bool:
         reach = (size - 1) * dilation
-        corners = padding <= _MAX_CORNER and -_MAX_CORNER <= padding - reach < _MAX_CORNER
-        return corners and reach < 2 * _MAX_CORNER and stride <= 8
+        upper = padding - reach  # the corner; the stride may leave a remainder up to stride - 1
+        corners = padding <= _MAX_CORNER and upper - (stride - 1) >= -_MAX_CORNER
+        return corners and upper < _MAX_CORNER and reach < 2 * _MAX_CORNER and stride <= 8
 
     return all(map(fits, kernel, *g[:3]))
 

@@ -34,12 +34,16 @@ DTYPES = (FLOAT16, BFLOAT16)
 
 # name -> x's (N, C, H, W), K, kernel (R, S), stride, padding, dilation, groups
 CASES = {
+    # First, since no chip has run it: as in a ResNet the stride leaves a remainder of 1.
+    "3x3, stride 2, even": ((2, 64, 12, 8), 64, (3, 3), 2, 1, 1, 1),
     "pointwise": ((2, 64, 9, 8), 64, (1, 1), 1, 0, 1, 1),
     "pointwise, long sums": ((1, 200, 7, 7), 136, (1, 1), 1, 0, 1, 1),
     "pointwise, stride 2": ((2, 72, 9, 12), 80, (1, 1), 2, 0, 1, 1),
     "pointwise, groups": ((1, 80, 7, 9), 48, (1, 1), 1, 0, 1, 2),
     "3x3": ((2, 64, 9, 10), 72, (3, 3), 1, 1, 1, 1),
     "3x3, stride 2": ((2, 72, 11, 9), 264, (3, 3), 2, 1, 1, 1),
+    "pointwise, stride 2, even": ((2, 64, 8, 10), 64, (1, 1), 2, 0, 1, 1),
+    "strides that leave 2 and 1": ((2, 16, 11, 9), 64, (3, 4), (3, 2), (1, 0), 1, 1),
     "stem": ((1, 8, 23, 21), 64, (7, 7), 2, 3, 1, 1),
     "dilated": ((1, 24, 13, 12), 24, (3, 3), 1, 2, 2, 1),
     "asymmetric": ((2, 16, 9, 12), 40, (1, 5), (2, 1), (0, 2), (1, 2), 1),
@@ -304,7 +308,8 @@ COLUMNS = [
     for stride in ((1, 1), (2, 2), (3, 1))
     for padding in ((0, 0), (1, 1), (3, 2))
     for dilation in ((1, 1), (2, 1))
-    if H + 2 * padding[0] > dilation[0] * (kernel[0] - 1)
+    if (kernel, stride, padding) != ((1, 1), (1, 1), (0, 0))  # those load x as a matrix
+    and H + 2 * padding[0] > dilation[0] * (kernel[0] - 1)
     and W + 2 * padding[1] > dilation[1] * (kernel[1] - 1)
 ]
 
@@ -334,9 +339,35 @@ def test_im2col_box_reads_the_pixels_of_the_convolution():
 
 def test_pixels_after_the_last_image_are_outside_x():
     library, out = emulation.load(), (ctypes.c_int * 30)()
-    geometry = (ctypes.c_int * 13)(2, 2, 2, 1, 1, 2, 2, 1, 1, 0, 0, 1, 1)
+    geometry = (ctypes.c_int * 13)(2, 4, 4, 1, 1, 2, 2, 2, 2, 0, 0, 1, 1)
     assert library.hopper_column(geometry, 0, 10, 0, 0, out) == 0
-    assert list(out)[24:] == [0, 0, 2, 1, 0, 2]
+    assert list(out)[24:] == [0, 0, 2, 2, 0, 2]
+
+
+def test_covers_is_exact():
+    """C++ and Python agree on what is covered: that for every size of x the corners of the box and
+    the offset of the last tap fit, along either dimension."""
+    library, out = emulation.load(), (ctypes.c_int * 3)()
+    limits = itertools.product(
+        (1, 2, 3, 65, 129, 130), (1, 2, 3, 8, 9), (0, 1, 126, 127, 128, 129), (1, 2, 64, 127, 128)
+    )
+    seen = set()
+    for size, stride, padding, dilation in limits:
+        reach = (size - 1) * dilation
+        smallest = max(1, reach + 1 - 2 * padding)
+        valid = reach < 256
+        for H in range(smallest, smallest + stride):
+            P = (H + 2 * padding - reach - 1) // stride + 1
+            geometry = (H, 5, size, 2, P, 4, stride, 1, padding, 0, dilation, 1)
+            valid &= library.hopper_column((ctypes.c_int * 13)(1, *geometry), 0, 1, 0, 0, out) == 0
+        row = ([size, 2], [stride, 1], [padding, 0], [dilation, 1])
+        for kernel, *sizes in (row, [pair[::-1] for pair in row]):
+            values = (*kernel, *sizes[0], *sizes[1], *sizes[2], 1, 64)
+            assert bool(library.hopper_covers((ctypes.c_int * 10)(*values))) == valid, values
+            problem = convolution((64, 64, *kernel), FLOAT16, *sizes, 1)
+            assert implicit_gemm.reaches(problem) == valid, values
+        seen.add((stride, valid))
+    assert seen == {(s, v) for s in (1, 2, 3, 8) for v in (True, False)} | {(9, False)}
 
 
 def test_swizzle():
@@ -378,6 +409,7 @@ COVERS = {
     (3, 3, 1, 1, 128, 1, 128, 1, 1, 64): False,  # an offset of 256
     (1, 3, 1, 1, 0, 0, 1, 64, 1, 64): True,
     (1, 3, 1, 1, 0, 0, 1, 65, 1, 64): False,  # a corner at -130
+    (1, 3, 1, 2, 0, 0, 1, 64, 1, 64): False,  # at -129, where the stride leaves a remainder
     (3, 3, 1, 1, 1, 1, 1, 1, 2, 32): False,  # a step reads two groups
     (3, 3, 1, 1, 1, 1, 1, 1, 2, 64): True,
     (1, 1, 2, 2, 0, 0, 1, 1, 2, 32): False,

@@ -79,6 +79,9 @@ struct StageRing {
   }
 };
 
+// The tensor map of x. block_m: pixels of a tile.
+TensorMap sm90_input_map(const ConvProblem& problem, const ConvOperands& operands, int block_m);
+
 // The tensor maps of a launch (cuda/device/tensor_map.h). Without a residual, `residual` is the map
 // of y.
 struct Sm90Maps {

@@ -15,7 +15,9 @@ Sm90Input input_of(const ConvProblem& p) {
 uint64_t bytes(int64_t elements) { return static_cast<uint64_t>(elements) * 2; }
 uint32_t u32(int v) { return static_cast<uint32_t>(v); }
 
-TensorMap input_map(const ConvProblem& p, const ConvOperands& operands, int block_m) {
+}  // namespace
+
+TensorMap sm90_input_map(const ConvProblem& p, const ConvOperands& operands, int block_m) {
   const int64_t channels = int64_t{p.groups} * p.C;
   const uint64_t pixel = bytes(channels), row = pixel * u32(p.W), image = row * u32(p.H);
   const auto N = static_cast<uint64_t>(p.N);
@@ -25,17 +27,19 @@ TensorMap input_map(const ConvProblem& p, const ConvOperands& operands, int bloc
                          {u32(p.C), u32(p.groups), static_cast<uint64_t>(p.M())},
                          {bytes(p.C), pixel}},
                         {kStepChannels, 1, u32(block_m)});
-  // The bounding box of the first tap: the start pixels of all outputs.
-  const std::array<int, 2> lower{-p.pad_w, -p.pad_h};
-  const std::array<int, 2> upper{p.pad_w - (p.S - 1) * p.dilation_w,
-                                 p.pad_h - (p.R - 1) * p.dilation_h};
-  return im2col_map<4>(
-      {operands.dtype,
-       operands.x,
-       {static_cast<uint64_t>(channels), u32(p.W), u32(p.H), N},
-       {pixel, row, image}},
-      {lower, upper, {u32(p.stride_w), u32(p.stride_h)}, kStepChannels, u32(block_m)});
+  return im2col_map<4>({operands.dtype,
+                        operands.x,
+                        {static_cast<uint64_t>(channels), u32(p.W), u32(p.H), N},
+                        {pixel, row, image}},
+                       // The pixels of the first tap.
+                       {{-p.pad_w, -p.pad_h},
+                        {p.Q, p.P},
+                        {u32(p.stride_w), u32(p.stride_h)},
+                        kStepChannels,
+                        u32(block_m)});
 }
+
+namespace {
 
 // residual or y (N, P, Q, groups * K) as (M, groups, K)
 TensorMap output_map(const ConvProblem& p, DtypeIndex dtype, const void* data, int rows) {
@@ -65,10 +69,11 @@ bool covers_sm90(const ConvProblem& p) {
   if (input_of(p) == Sm90Input::kMatrix) return true;
   if (p.groups > 1 && p.C % kStepChannels != 0) return false;
   constexpr int corner = 128;  // 8 bits, at rank 4
+  // The upper corner lies up to stride - 1 before the last position of the window.
   const auto fits = [&](int pad, int kernel, int dilation, int stride) {
     const int64_t reach = int64_t{kernel - 1} * dilation;
-    return pad <= corner && pad - reach >= -corner && pad - reach < corner && reach < 2 * corner &&
-           stride <= 8;
+    return pad <= corner && pad - reach - (stride - 1) >= -corner && pad - reach < corner &&
+           reach < 2 * corner && stride <= 8;
   };
   return fits(p.pad_h, p.R, p.dilation_h, p.stride_h) &&
          fits(p.pad_w, p.S, p.dilation_w, p.stride_w);
@@ -119,7 +124,7 @@ void launch_implicit_gemm_sm90(const DeviceScope& scope, const ConvProblem& p,
 
   const int rows = tile.part_pixels();  // per warpgroup
   const Sm90Maps maps{
-      input_map(p, operands, tile.block_m),
+      sm90_input_map(p, operands, tile.block_m),
       tiled_map<3>({operands.dtype,
                     operands.weight,
                     {u32(p.C), u32(p.R * p.S), u32(p.groups) * uint64_t{u32(p.K)}},
