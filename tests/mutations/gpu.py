@@ -25,6 +25,7 @@ CUDA_TRAINING, GRADIENT = (
 GEMM = "tests/kernels/cuda/test_implicit_gemm.py"
 TRAIN_PY, PRO = "fused_resnet/kernels/training/cuda.py", "tests/kernels/cuda/test_conv_prologue.py"
 
+CAPTURE = "fused_resnet/graphs/capture.py"
 STEP_PY, ON_GRAPHS = "fused_resnet/graphs/training_step.py", "tests/graphs/test_training_step.py"
 
 GPU_PYTHON = [
@@ -105,12 +106,11 @@ GPU_PYTHON = [
      "while len(self._graphs) >= _MAX_GRAPHS:", "while False:", f"{INFERENCE} -k few"),
     ("inference: the newest graph evicted", INFERENCE_PY, "popitem(last=False)",
      "popitem()", f"{INFERENCE} -k few"),
-    ("inference: another backend's graph replayed", INFERENCE_PY, "registry.forced())",
-     "None)", f"{INFERENCE} -k forced"),
+    ("graphs: another backend's graph replayed", CAPTURE, "        registry.forced(),\n", "",
+     f"{INFERENCE} -k backend"),
     ("inference: a graph for an empty batch", INFERENCE_PY, " or x.numel() == 0", "",
      f"{INFERENCE} -k empty"),
-    ("inference: dtype ignored", INFERENCE_PY, "if self.dtype is None:", "if True:",
-     f"{INFERENCE} -k 16_bits"),
+    ("graphs: dtype ignored", CAPTURE, "return dtype or (", "return (", f"{INFERENCE} -k 16_bits"),
     ("inference: gradients recorded", INFERENCE_PY, "with torch.no_grad(), self._turn:",
      "with self._turn:", f"{INFERENCE} -k outputs_equal"),
     ("inference: training mode accepted", INFERENCE_PY, "if self.model.training:",
@@ -237,11 +237,19 @@ GPU_PYTHON = [
     ("training_step: a scaler's first step skipped without momentum", STEP_PY,
      "if optimizer.state or not _overflowed(scaler, optimizer):", "if True:",
      f"{ON_GRAPHS} -k scaler"),
-    ("training_step: casts cached across steps", STEP_PY, ", cache_enabled=False", "",
-     f"{ON_GRAPHS} -k surrounding_autocast"),
-    ("training_step: autocast's state not in the key", STEP_PY,
-     "registry.forced(), autocast, switches)", "registry.forced(), switches)",
-     f"{ON_GRAPHS} -k surrounding_autocast"),
+    ("graphs: casts cached across calls", CAPTURE, ", cache_enabled=False", "",
+     f"{ON_GRAPHS} {INFERENCE} -k surrounding_autocast"),
+    ("graphs: autocast's state not in the key", CAPTURE, "        autocast_dtype(kind, dtype),\n", "",
+     f"{INFERENCE} -k surrounding_autocast"),
+    ("graphs: TF32 not in the key", CAPTURE, "        float32_precision(),\n", "",
+     f"{INFERENCE} -k setting"),
+    ("graphs: TF32 of matrix products not in the key", "fused_resnet/kernels/problem.py",
+     "return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision",
+     'return torch.backends.cudnn.conv.fp32_precision, ""', f"{INFERENCE} -k setting"),
+    ("graphs: cuDNN's settings not in the key", CAPTURE,
+     "(cudnn.enabled, cudnn.benchmark, cudnn.deterministic)", "()", f"{INFERENCE} -k setting"),
+    ("training_step: settings not in the key", STEP_PY,
+     "key += settings(self.device.type, self.dtype)", "pass", f"{ON_GRAPHS} -k setting"),
     ("training_step: graphs never evicted", STEP_PY, "while len(cached) >= max_size:",
      "while False:", f"{ON_GRAPHS} -k few"),
     # --- input gradients that take a norm's sums
