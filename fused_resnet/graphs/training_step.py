@@ -193,9 +193,9 @@ class TrainingStep:
         )
         if self.reason is not None or x.numel() == 0:
             return self._run_eagerly(memory, x, target)
-        key = (x.shape, x.dtype, target.shape, target.dtype)
         # Settings may alternate between steps, unlike the state of `_StateGuard`.
-        key += settings(self.device.type, self.dtype)
+        now = settings(self.device.type, self.dtype)
+        key = (x.shape, x.dtype, target.shape, target.dtype, now)
         graph = self._graphs.pop(key, None)
         if graph is None:
             taken = self._eager_steps.pop(key, 0)
