@@ -40,7 +40,20 @@ def note(conv: FusedConv) -> None:
 
 def capturing(t: Tensor) -> bool:
     """Whether the current stream of t's device is being captured into a CUDA graph."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not t.is_cuda:
+        return False
+    with torch.cuda.device(t.device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(what: str) -> None:
+    """Raises RuntimeError while the current stream is captured into a CUDA graph. For probes: they
+    synchronise, which a capture does not allow, so they would fail and stay failed."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"fused_resnet: {what} cannot be probed while a CUDA graph is captured: warm up first, "
+            "by one call outside of the capture"
+        )
 
 
 def cacheable(t: Tensor) -> bool:

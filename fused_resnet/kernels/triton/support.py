@@ -8,12 +8,14 @@ import functools
 import shutil
 import tempfile
 import threading
+import traceback
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels.cache import refuse_capture
 from fused_resnet.kernels.target import Target, target_of
 
 MIN_VERSION = (3, 6)  # of Triton
@@ -107,6 +109,7 @@ def unavailable(target: Target, device_type: str) -> str | None:
 def probe(device_type: str) -> str | None:
     """None if a small kernel compiles and runs, else the reason in one line. Checks that Triton
     supports the GPU, and finds its compilers and a writable cache folder."""
+    refuse_capture("Triton")
     try:
         y = torch.zeros(16, device=device_type)
         launch(probe_kernel, (1,), y, BLOCK=16)
@@ -133,8 +136,7 @@ def with_fallback_cache(run: Any) -> Any:
     try:
         return run()
     except Exception as error:
-        failed = isinstance(error, (OSError, ValueError, KeyError)) or "kernel image" in str(error)
-        if not failed or _temporary_cache.cache_info().currsize:
+        if not _of_cache(error) or _temporary_cache.cache_info().currsize:
             raise
         folder, temporary = triton.knobs.cache.dir, _temporary_cache()
         warnings.warn(
@@ -145,6 +147,20 @@ def with_fallback_cache(run: Any) -> Any:
         )
         triton.knobs.cache.dir = temporary
         return run()
+
+
+def _of_cache(error: Exception) -> bool:
+    """Whether Triton's cache of compiled kernels is the cause of an error.
+
+    Broken files raise whatever reading them raises (of JSONDecodeError, UnicodeDecodeError,
+    KeyError, TypeError, AttributeError and OSError each was seen), and so do wrong arguments of a
+    kernel. So the place decides: where Triton reads and writes files, or the GPU's driver, which
+    refuses a truncated binary."""
+    reading = triton.compiler.CompiledKernel.__init__.__code__
+    places = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "kernel image is invalid" in str(error) or any(
+        f.f_code is reading or f.f_globals.get("__name__") == "triton.runtime.cache" for f in places
+    )
 
 
 @functools.cache

@@ -295,34 +295,36 @@ def test_user_winners_override_shipped_ones(tmp_path, monkeypatch):
     assert tuning.winners(torch.device("cuda")) == WINNERS | mine
 
 
-# Failures of Triton's cache, each in a separate process that compiles for a GPU that need not be
+# Failures of Triton's cache, in separate processes that compile for a GPU that need not be
 # available, because the interpreter does not compile.
-COMPILE = """
+BUILD = """
+import json, sys, warnings
+from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fused_resnet.kernels.triton import support
 
-def build():
-    source = ASTSource(support.probe_kernel, {"y_ptr": "*fp32", "BLOCK": "constexpr"}, {(1,): 16})
+def build(name="y_ptr"):
+    source = ASTSource(support.probe_kernel, {name: "*fp32", "BLOCK": "constexpr"}, {(1,): 16})
     options = {"num_warps": 4, **support.OPTIONS}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-for _ in range(2):
-    assert len(support.with_fallback_cache(build).asm["cubin"]) > 1000
 """
 
 
-def compile_with_cache(folder: Path) -> subprocess.CompletedProcess[str]:
+def compile_with_cache(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "always", "-c", COMPILE]
+    command = [sys.executable, "-W", "always", "-c", BUILD + code]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
 
 def test_unwritable_cache_is_replaced_with_one_warning(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    run = compile_with_cache(tmp_path / "file")
+    run = compile_with_cache(tmp_path / "file", """
+for _ in range(2):
+    assert len(support.with_fallback_cache(build).asm["cubin"]) > 1000
+""")  # fmt: skip
     warnings = [line for line in run.stderr.splitlines() if "Triton's cache" in line]
     assert run.returncode == 0 and len(warnings) == 1, run.stderr
     assert str(tmp_path / "file") in warnings[0] and "fused_resnet-triton-" in warnings[0]
@@ -330,13 +332,60 @@ def test_unwritable_cache_is_replaced_with_one_warning(tmp_path):
     assert not temporary.exists(), "the temporary cache was not removed at exit"
 
 
+# Every kind of damage; Triton itself compiles again if the list of files is truncated.
+CORRUPT = """
+build()
+folder = triton.knobs.cache.dir
+(data,), (group,), (text,) = (
+    list(Path(folder).rglob(name)) for name in ("probe_*.json", "__grp__*", "*.ptx")
+)
+whole = {path: path.read_bytes() for path in (data, group, text)}
+less = {k: v for k, v in json.loads(whole[data]).items() if k != "shared"}
+kinds = set()
+for path, content in (
+    (data, whole[data][:500]), (data, b"\\xff\\xfe"), (data, b"[]"), (data, b"{}"),
+    (data, json.dumps(less).encode()), (data, None), (group, b"[]"), (text, b"\\xff\\xfe"),
+):
+    for file, original in whole.items():
+        file.write_bytes(original)
+    if content is None:
+        path.unlink(), path.mkdir()
+    else:
+        path.write_bytes(content)
+    triton.knobs.cache.dir = folder
+    support._temporary_cache.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        assert len(support.with_fallback_cache(build).asm["cubin"]) > 1000
+    assert len(caught) == 1, (path, content, caught)
+    kinds.add(str(caught[0].message).split(" failed (")[1].split(":")[0])
+    if content is None:
+        path.rmdir()
+print(*sorted(kinds))
+"""
+
+
 def test_corrupt_cache_is_rebuilt(tmp_path):
-    assert compile_with_cache(tmp_path).returncode == 0
-    files = [f for f in tmp_path.rglob("*") if f.is_file()]
-    for file in files:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    run = compile_with_cache(tmp_path)
-    assert files and run.returncode == 0, run.stderr
+    run = compile_with_cache(tmp_path, CORRUPT)
+    assert run.returncode == 0, run.stderr
+    kinds = {"JSONDecodeError", "UnicodeDecodeError", "TypeError", "KeyError", "AttributeError"}
+    assert set(run.stdout.split()) == kinds | {"IsADirectoryError"}
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("Pointer argument (at 0) cannot be accessed"), KeyError("num_warp"),
+              OSError("no C compiler"), RuntimeError("no kernel image is available")],
+    ids=repr,
+)  # fmt: skip
+def test_other_errors_do_not_replace_the_cache(monkeypatch, error):
+    """Wrong arguments and missing tools; a new cache would compile everything again."""
+
+    def run() -> None:
+        raise error
+
+    monkeypatch.setattr(support.triton.knobs.cache, "dir", "unchanged")
+    with pytest.raises(type(error)):
+        support.with_fallback_cache(run)
+    assert support.triton.knobs.cache.dir == "unchanged"
 
 
 def test_unknown_gpu_is_reported_in_one_line(monkeypatch):
