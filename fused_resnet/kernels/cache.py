@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .convolution import FusedConv, Kind
 from .fingerprint import fingerprint, ranges_of, table_of
 from .problem import Problem
+from .target import current
 
 _noted: ContextVar[list[FusedConv] | None] = ContextVar("fused_resnet_noted", default=None)
 
@@ -40,10 +41,8 @@ def note(conv: FusedConv) -> None:
 
 def capturing(t: Tensor) -> bool:
     """Whether the current stream of t's device is being captured into a CUDA graph."""
-    if not t.is_cuda:
-        return False
-    with torch.cuda.device(t.device):
-        return torch.cuda.is_current_stream_capturing()
+    with current(t.device):
+        return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(what: str) -> None:

@@ -84,7 +84,7 @@ GPU_PYTHON = [
      "* (1.0 if config.splits == 1 else 1.1)", "* -1", f"{TRITON} -k heuristic"),
     # --- the code between GPU kernels and their callers
     ("inference: stale graphs replayed", INFERENCE_PY,
-     "                self._graphs.clear()\n", "", f"{INFERENCE} -k changed_weights"),
+     "self._graphs.clear()\n", "pass\n", f"{INFERENCE} -k changed_weights"),
     ("inference: the graph's output returned without a copy", INFERENCE_PY, "return graph.y.clone()",
      "return graph.y", f"{INFERENCE} -k new_memory"),
     ("inference: x not copied for the graph", INFERENCE_PY, "graph.x.copy_(x)", "pass",
@@ -192,7 +192,7 @@ GPU_PYTHON = [
     ("probed during a capture: Triton", "fused_resnet/kernels/triton/support.py",
      'refuse_capture("Triton")\n', "pass\n", f"{PROVIDERS} -k probed"),
     ("the capture of another device", "fused_resnet/kernels/cache.py",
-     "with torch.cuda.device(t.device):", "if True:", f"{PROVIDERS} -k capture"),
+     "with current(t.device):", "if True:", f"{PROVIDERS} -k capture"),
     ("triton: any ValueError counts as a broken cache", "fused_resnet/kernels/triton/support.py",
      'return "kernel image is invalid" in str(error) or any(',
      "return isinstance(error, ValueError) or any(", f"{TRITON} -k other_errors"),

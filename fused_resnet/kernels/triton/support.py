@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels.cache import refuse_capture
-from fused_resnet.kernels.target import Target, target_of
+from fused_resnet.kernels.target import Target, current, target_of
 
 MIN_VERSION = (3, 6)  # of Triton
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies; Triton's own minimum for both
@@ -122,12 +122,16 @@ def probe(device_type: str) -> str | None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Runs kernel[grid](*args, **constants), which compiles the kernel at the first launch."""
-    if on_host():
+    """Runs kernel[grid](*args, **constants), which compiles the kernel at the first launch. With a
+    first argument on "meta" only compiles, what a launch with such tensors on a GPU would."""
+    if args[0].is_meta:
+        if not on_host():
+            with_fallback_cache(lambda: kernel.warmup(*args, grid=grid, **constants, **OPTIONS))
+    elif on_host():
         with _HOST_LOCK:
             kernel[grid](*args, **constants)
-        return
-    with_fallback_cache(lambda: kernel[grid](*args, **constants, **OPTIONS))
+    else:
+        with_fallback_cache(lambda: kernel[grid](*args, **constants, **OPTIONS))
 
 
 def with_fallback_cache(run: Any) -> Any:
@@ -183,4 +187,4 @@ def index_type(*tensors: Tensor | None) -> Any:
 
 def launch_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's device current, since Triton launches on the current device and its stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return current(x.device)

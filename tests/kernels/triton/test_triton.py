@@ -263,11 +263,11 @@ def test_tune_selects_the_fastest_and_skips_failures(tmp_path, monkeypatch):
         return 1.0 if (backend, config) == best else 2.0
 
     seen = []
-    winners, file_error = tuning.tune(
+    winners, complete, wrong, file_error = tuning.tune(
         [problem, failing_problem], device, both, measure, lambda p, b, c, t: seen.append((b, c))
     )
     assert broken in seen, "the progress bar would not complete"
-    assert file_error is None and winners[failing] == {}
+    assert file_error is None and complete and not wrong and winners[failing] == {}
     assert winners[gemm] == {
         "triton": tuning.Choice("triton", listed[0][1], 2.0),
         best[0]: tuning.Choice(*best, 1.0),
@@ -382,6 +382,7 @@ def test_other_errors_do_not_replace_the_cache(monkeypatch, error):
     def run() -> None:
         raise error
 
+    support._temporary_cache.cache_clear()
     monkeypatch.setattr(support.triton.knobs.cache, "dir", "unchanged")
     with pytest.raises(type(error)):
         support.with_fallback_cache(run)
