@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from fused_resnet.bench import entry, machine
-from fused_resnet.bench.contenders import Step
+from fused_resnet.bench import contenders, entry, machine
 from fused_resnet.kernels import measure, registry, target, tuning
 from fused_resnet.kernels.problem import Geometry, Problem
 from fused_resnet.kernels.registry import Provider
+from fused_resnet.train import distributed
 
 GPU = torch.device("cuda:1")
 
@@ -309,9 +309,38 @@ def test_benchmarks_use_the_device_they_are_asked_for(devices):
     with pytest.raises(ValueError, match="this machine has 2 CUDA GPUs"):
         machine.use_device("cuda:2")
     y = torch.ones(1)
-    measured = entry.Entry("fused", Step(lambda: y), GPU, 0.0, 0.0, 0.0, y, 0)
+    measured = entry.Entry("fused", contenders.Step(lambda: y), GPU, 0.0, 0.0, 0.0, y, 0)
     devices.clear()
     measured.sample()
     assert devices == ["cuda:1"] * 2
     machine._best_time(lambda: y, GPU)
     assert set(devices) == {"cuda:1"}
+
+
+def test_training_uses_the_device_it_is_asked_for(devices, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with distributed.processes(GPU) as (rank, count, device):
+        assert (rank, count, device) == (0, 1, GPU) and devices == ["cuda:1"]
+
+
+@pytest.mark.parametrize("device, options", [("cuda:1", {"device_id": 1}), ("cpu", {})])
+def test_other_engines_use_the_device_they_are_asked_for(monkeypatch, device, options):
+    class Seen(Exception):
+        pass
+
+    def session(file, settings, providers):
+        raise Seen(providers)
+
+    name = "CUDAExecutionProvider" if device != "cpu" else "CPUExecutionProvider"
+    engine = SimpleNamespace(
+        SessionOptions=SimpleNamespace, InferenceSession=session,
+        get_available_providers=lambda: [name],
+    )  # fmt: skip
+    monkeypatch.setattr(contenders, "_peer", lambda package: engine)
+    monkeypatch.setattr(contenders, "_prepared", lambda *which: None)
+    monkeypatch.setattr(contenders, "_images", lambda *which: None)
+    monkeypatch.setattr(torch.onnx, "export", lambda *which, **how: None)
+    case = contenders.Case("resnet18", 1, "float32", device=device)
+    with pytest.raises(Seen) as seen:
+        contenders._onnxruntime(case, None)
+    assert seen.value.args == ([(name, options)],)

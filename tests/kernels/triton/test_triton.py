@@ -295,100 +295,6 @@ def test_user_winners_override_shipped_ones(tmp_path, monkeypatch):
     assert tuning.winners(torch.device("cuda")) == WINNERS | mine
 
 
-# Failures of Triton's cache, in separate processes that compile for a GPU that need not be
-# available, because the interpreter does not compile.
-BUILD = """
-import json, sys, warnings
-from pathlib import Path
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fused_resnet.kernels.triton import support
-
-def build(name="y_ptr"):
-    source = ASTSource(support.probe_kernel, {name: "*fp32", "BLOCK": "constexpr"}, {(1,): 16})
-    options = {"num_warps": 4, **support.OPTIONS}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-"""
-
-
-def compile_with_cache(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-W", "always", "-c", BUILD + code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-
-
-def test_unwritable_cache_is_replaced_with_one_warning(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    run = compile_with_cache(tmp_path / "file", """
-for _ in range(2):
-    assert len(support.with_fallback_cache(build).asm["cubin"]) > 1000
-""")  # fmt: skip
-    warnings = [line for line in run.stderr.splitlines() if "Triton's cache" in line]
-    assert run.returncode == 0 and len(warnings) == 1, run.stderr
-    assert str(tmp_path / "file") in warnings[0] and "fused_resnet-triton-" in warnings[0]
-    temporary = Path(warnings[0].split()[-1])
-    assert not temporary.exists(), "the temporary cache was not removed at exit"
-
-
-# Every kind of damage; Triton itself compiles again if the list of files is truncated.
-CORRUPT = """
-build()
-folder = triton.knobs.cache.dir
-(data,), (group,), (text,) = (
-    list(Path(folder).rglob(name)) for name in ("probe_*.json", "__grp__*", "*.ptx")
-)
-whole = {path: path.read_bytes() for path in (data, group, text)}
-less = {k: v for k, v in json.loads(whole[data]).items() if k != "shared"}
-kinds = set()
-for path, content in (
-    (data, whole[data][:500]), (data, b"\\xff\\xfe"), (data, b"[]"), (data, b"{}"),
-    (data, json.dumps(less).encode()), (data, None), (group, b"[]"), (text, b"\\xff\\xfe"),
-):
-    for file, original in whole.items():
-        file.write_bytes(original)
-    if content is None:
-        path.unlink(), path.mkdir()
-    else:
-        path.write_bytes(content)
-    triton.knobs.cache.dir = folder
-    support._temporary_cache.cache_clear()
-    with warnings.catch_warnings(record=True) as caught:
-        assert len(support.with_fallback_cache(build).asm["cubin"]) > 1000
-    assert len(caught) == 1, (path, content, caught)
-    kinds.add(str(caught[0].message).split(" failed (")[1].split(":")[0])
-    if content is None:
-        path.rmdir()
-print(*sorted(kinds))
-"""
-
-
-def test_corrupt_cache_is_rebuilt(tmp_path):
-    run = compile_with_cache(tmp_path, CORRUPT)
-    assert run.returncode == 0, run.stderr
-    kinds = {"JSONDecodeError", "UnicodeDecodeError", "TypeError", "KeyError", "AttributeError"}
-    assert set(run.stdout.split()) == kinds | {"IsADirectoryError"}
-
-
-@pytest.mark.parametrize(
-    "error", [ValueError("Pointer argument (at 0) cannot be accessed"), KeyError("num_warp"),
-              OSError("no C compiler"), RuntimeError("no kernel image is available")],
-    ids=repr,
-)  # fmt: skip
-def test_other_errors_do_not_replace_the_cache(monkeypatch, error):
-    """Wrong arguments and missing tools; a new cache would compile everything again."""
-
-    def run() -> None:
-        raise error
-
-    support._temporary_cache.cache_clear()
-    monkeypatch.setattr(support.triton.knobs.cache, "dir", "unchanged")
-    with pytest.raises(type(error)):
-        support.with_fallback_cache(run)
-    assert support.triton.knobs.cache.dir == "unchanged"
-
-
 def test_unknown_gpu_is_reported_in_one_line(monkeypatch):
     def launch(*args: object, **constants: object) -> None:
         raise RuntimeError("ptxas: Value 'sm_130' is not defined\nmore of it")
@@ -532,6 +438,40 @@ def test_the_tune_command(as_if_on_a_gpu):
 
     run = tune("--batch", "none")
     assert run.exit_code == 2 and "--batch" in run.output
+
+
+def test_the_tune_commands_failures(as_if_on_a_gpu, monkeypatch):
+    """Exit status 1 if an output is wrong or the GPU fails; not if the time is over."""
+    pytest.importorskip("typer")
+    from typer.testing import CliRunner
+
+    from fused_resnet.cli import application
+
+    def tune(*words: str):
+        words = ("tune", "--model", "resnet18", "--batch", "1", *words)
+        return CliRunner().invoke(application(), words)
+
+    run = tune("--seconds", "0")
+    assert run.exit_code == 0 and "not complete; run it again" in run.output, run.output
+    time_s = measure.measure_on("cuda")
+
+    def wrong(problem: Problem, backend: str, config: Any) -> float:
+        if backend == "native" and problem.weight_shape[0] == 512:
+            raise tuning.Wrong("y: largest error 3")
+        return time_s(problem, backend, config)
+
+    monkeypatch.setattr(measure, "measure_on", lambda device: wrong)
+    run = tune()
+    assert run.exit_code == 1 and "is wrong for Gemm(M=49, K=512" in run.output, run.output
+    assert "not complete" not in run.output and tuning.read(as_if_on_a_gpu / "a_gpu.json")
+
+    def illegal(*which: Any) -> float:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(measure, "measure_on", lambda device: illegal)
+    monkeypatch.setattr(torch.cuda, "synchronize", illegal)
+    run = tune("--again")
+    assert run.exit_code == 1 and "GPU does not work any more" in run.output, run.output
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks").exists(), reason="not in a checkout")
