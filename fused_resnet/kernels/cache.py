@@ -41,8 +41,10 @@ def note(conv: FusedConv) -> None:
 
 def capturing(t: Tensor) -> bool:
     """Whether the current stream of t's device is being captured into a CUDA graph."""
+    if not t.is_cuda:
+        return False
     with current(t.device):
-        return t.is_cuda and torch.cuda.is_current_stream_capturing()
+        return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(what: str) -> None:
