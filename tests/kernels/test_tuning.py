@@ -14,6 +14,7 @@ import torch
 
 from fused_resnet.bench import contenders, entry, machine
 from fused_resnet.kernels import measure, registry, target, tuning
+from fused_resnet.kernels.cuda import convolution
 from fused_resnet.kernels.problem import Geometry, Problem
 from fused_resnet.kernels.registry import Provider
 from fused_resnet.train import distributed
@@ -256,6 +257,28 @@ def test_outputs_are_checked_before_they_are_timed(monkeypatch, dtype, change, r
             call(problem, "exactly", None)
 
 
+def test_unwritten_outputs_are_wrong(monkeypatch):
+    """The memory of an earlier output is reused, and would hold the right values."""
+    backends = {"right": Exactly(lambda y: y), "nothing": SimpleNamespace(run_conv=lambda *a: None)}
+    monkeypatch.setattr(measure, "seconds", lambda call: 1.0)
+    monkeypatch.setattr(registry, "gpu_convolution", backends.__getitem__)
+    call = measure.measure_on(torch.device("cpu"))
+    kept: list[torch.Tensor] = []
+
+    def reused(shape, x):
+        if not kept:
+            kept.append(torch.empty(shape, dtype=x.dtype))
+        return kept[0]
+
+    # An allocator with one block of this size.
+    monkeypatch.setattr(convolution, "channels_last_empty", reused)
+    monkeypatch.setattr(torch.Tensor, "new_full", lambda x, shape, v: reused(shape, x).fill_(v))
+    backends["right"].change = lambda y: kept[0].copy_(y)
+    assert call(conv(16), "right", None) == 1.0
+    with pytest.raises(tuning.Wrong):
+        call(conv(16), "nothing", None)
+
+
 def test_time_is_that_of_graphs_on_the_right_device(monkeypatch, devices):
     """Launched one by one, kernels of a few us would all take as long as Python."""
     clock, log = [0.0], []
@@ -297,11 +320,11 @@ def test_time_is_that_of_graphs_on_the_right_device(monkeypatch, devices):
     assert measure.seconds(call) == pytest.approx(4e-5) and log == ["thread_local"]
 
     monkeypatch.setattr(measure, "_Case", lambda problem, device: SimpleNamespace(
-        run=lambda *which: devices.append("run"), check=lambda y: None
+        check=lambda *which: devices.append("checked")
     ))  # fmt: skip
     monkeypatch.setattr(measure, "seconds", lambda call: devices.append("timed") or 1.0)
     measure.measure_on(GPU)(conv(16), "native", None)
-    assert devices == ["cuda:1", "run", "timed"]
+    assert devices == ["cuda:1", "checked", "timed"]
 
 
 def test_benchmarks_use_the_device_they_are_asked_for(devices):
