@@ -180,7 +180,7 @@ section_parity() {
   done
 }
 
-section_tune() { cli tune --model resnet50 --batch 256 --dtype bfloat16; }
+section_tune() { cli tune --model resnet50 --batch 256 --dtype bfloat16 --seconds 480; }
 
 section_ops-tuned() {
   ops --out "$1" --op conv_bn_relu bn_add_relu add_relu

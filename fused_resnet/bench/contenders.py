@@ -239,7 +239,8 @@ def _onnxruntime(case: Case, data: Data) -> Step:
     """ONNX Runtime on the exported model, with PyTorch's number of threads."""
     if case.mode == "train":
         raise Unavailable("onnxruntime: inference only")
-    cuda = torch.device(case.device).type == "cuda"
+    device = torch.device(case.device)
+    cuda = device.type == "cuda"
     if case.torch_dtype != torch.float32 and not (cuda and case.dtype == "float16"):
         raise Unavailable(f"onnxruntime: has no {case.dtype} convolution on {case.device}")
     ort, _ = _peer("onnxruntime"), _peer("onnx")
@@ -253,7 +254,8 @@ def _onnxruntime(case: Case, data: Data) -> Step:
     with tempfile.TemporaryDirectory() as folder, stock_path(), _quiet_tracing():
         file = str(Path(folder) / "model.onnx")
         torch.onnx.export(model, (x,), file, input_names=["x"], dynamo=False)
-        session = ort.InferenceSession(file, options, providers=[provider])
+        where = {"device_id": device.index or 0} if cuda else {}
+        session = ort.InferenceSession(file, options, providers=[(provider, where)])
     feed = {"x": x.cpu().numpy()}
     return Step(lambda: torch.from_numpy(session.run(None, feed)[0]))
 

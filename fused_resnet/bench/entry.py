@@ -11,15 +11,15 @@ from torch import Tensor
 
 from . import contenders
 from .contenders import Case, Step
+from .machine import synchronize
 
 MIN_SAMPLE_S = 0.02  # shorter calls are repeated until one sample lasts this long
 WARM_BELOW_S = 0.1  # for shorter calls, each sample is preceded by one untimed call
 
 
-def timer() -> float:
-    """Seconds, after everything that was launched on the accelerator."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def timer(device: torch.device) -> float:
+    """Seconds, after everything that was launched on the device."""
+    synchronize(device)
     return time.perf_counter()
 
 
@@ -29,6 +29,7 @@ class Entry:
 
     name: str
     step: Step
+    device: torch.device
     construct_s: float
     first_call_s: float
     call_s: float
@@ -49,24 +50,25 @@ class Entry:
         """Time `repeats` calls."""
         if self.call_s < WARM_BELOW_S:
             self.step()
-        start = timer()
+        start = timer(self.device)
         for _ in range(self.repeats):
             self.step()
-        self.times_s.append((timer() - start) / self.repeats)
+        self.times_s.append((timer(self.device) - start) / self.repeats)
 
 
 def enter(name: str, case: Case, data: contenders.Data) -> Entry:
     """Build a contender and call it three times: the first call, one to warm up, one to time."""
-    cuda = torch.device(case.device).type == "cuda"
-    held = torch.cuda.memory_allocated(case.device) if cuda else 0
-    t0 = timer()
+    device = torch.device(case.device)
+    cuda = device.type == "cuda"
+    held = torch.cuda.memory_allocated(device) if cuda else 0
+    t0 = timer(device)
     step = contenders.build(name, case, data)
-    t1 = timer()
+    t1 = timer(device)
     output = step().detach().float().cpu().clone()
-    t2 = timer()
+    t2 = timer(device)
     step()
-    t3 = timer()
+    t3 = timer(device)
     step()
-    t4 = timer()
-    owned = torch.cuda.memory_allocated(case.device) - held if cuda else 0
-    return Entry(name, step, t1 - t0, t2 - t1, t4 - t3, output, owned)
+    t4 = timer(device)
+    owned = torch.cuda.memory_allocated(device) - held if cuda else 0
+    return Entry(name, step, device, t1 - t0, t2 - t1, t4 - t3, output, owned)

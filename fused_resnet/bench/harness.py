@@ -98,7 +98,7 @@ def run(
         at_least("bench: batch", case.batch, 1)
     if not cases or not contenders:
         raise ValueError("bench: at least one model, batch, dtype, mode and contender are needed")
-    machine.check_device(device)
+    machine.use_device(device)
     for contender in contenders:
         one_of("bench: contender", contender, CONTENDERS)
 
@@ -224,8 +224,8 @@ def _enter_in_worker(name: str, case: Case, workers: contextlib.ExitStack) -> _R
     output = torch.tensor(answer["output"])
     no_step = Step(lambda: output)  # the worker process runs the steps
     return _Remote(
-        name, no_step, answer["construct_s"], answer["first_call_s"], answer["call_s"], output, 0,
-        worker=worker,
+        name, no_step, torch.device(case.device), answer["construct_s"], answer["first_call_s"],
+        answer["call_s"], output, 0, worker=worker,
     )  # fmt: skip
 
 

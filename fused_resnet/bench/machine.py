@@ -30,6 +30,22 @@ def check_device(name: str) -> None:
         raise ValueError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPUs")
 
 
+def use_device(name: str) -> torch.device:
+    """`check_device`, and makes a GPU the current device of the process: probes, events and other
+    engines then use no other one."""
+    check_device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for everything that was launched on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -139,8 +155,7 @@ def _best_time(call: Callable[[], Any], device: torch.device) -> float:
     def once() -> float:
         start = time.perf_counter()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     first = once()

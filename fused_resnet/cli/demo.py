@@ -55,7 +55,7 @@ def demo(
     with clear_errors():
         models = split(model) or ["resnet18", "resnet50"]
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        machine.check_device(device)
+        machine.use_device(device)
         torch.set_num_threads(threads or torch.get_num_threads())
         missing = native.load()
         if missing is not None:

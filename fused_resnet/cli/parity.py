@@ -53,7 +53,7 @@ def parity(
     import torch
 
     from fused_resnet import testing
-    from fused_resnet.bench.machine import check_device, provenance
+    from fused_resnet.bench.machine import provenance, use_device
     from fused_resnet.bench.report import parity_table, verdict
     from fused_resnet.checks import one_of
     from fused_resnet.models.resnet import list_models
@@ -69,7 +69,7 @@ def parity(
         for name in dtypes:
             one_of("--dtype", name, ["float32", "bfloat16", "float16", "float64"])
         one_of("--mode", mode, ["infer", "train"])
-        check_device(device)
+        use_device(device)
         inputs = load_inputs(images, batch, console)
         training = mode == "train"
         command = f" --mode {mode} --batch {len(inputs)} --device {device} --seed {seed}"

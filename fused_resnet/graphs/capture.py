@@ -6,15 +6,52 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import noting
+from fused_resnet.kernels.problem import float32_precision
 
 RECORDING = threading.Lock()  # PyTorch supports one capture at a time per process
 _WARM_UPS = 3  # calls before capture: compile kernels, pack weights, select cuDNN's plans
+
+
+def autocast_dtype(kind: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that autocast has in a forward on device type `kind`: `dtype`, else that of the
+    surrounding autocast; None: without autocast."""
+    enabled = torch.is_autocast_enabled(kind)
+    return dtype or (torch.get_autocast_dtype(kind) if enabled else None)
+
+
+def autocast(kind: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to `autocast_dtype`, without the cache of casts: a captured forward would read
+    weights that a surrounding autocast has cast in an earlier call, and freed since."""
+    dtype = autocast_dtype(kind, dtype)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype, cache_enabled=False)
+
+
+def settings(kind: str, dtype: torch.dtype | None) -> tuple[object, ...]:
+    """The global settings that a capture depends on, a part of the key of its graph. Replayed, a
+    graph computes as was set when it was captured. kind, dtype: as of `autocast`."""
+    backends = torch.backends
+    matmul, cudnn = backends.cuda.matmul, backends.cudnn
+    return (
+        registry.forced(),
+        autocast_dtype(kind, dtype),
+        float32_precision(),
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_default_dtype(),
+    )
 
 
 class Graph(NamedTuple):

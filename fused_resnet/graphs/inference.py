@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from fused_resnet.checks import one_of
 from fused_resnet.fusion import refresh
-from fused_resnet.kernels import registry
 from fused_resnet.kernels.fingerprint import enabled as fingerprints
 from fused_resnet.kernels.fingerprint import fingerprint, ranges_of, table_of
 
-from .capture import Graph, record
+from .capture import Graph, autocast, record, settings
 
-_MAX_GRAPHS = 8  # cached graphs, one per input shape, each with its memory
+_MAX_GRAPHS = 8  # cached graphs, one per input shape and settings, each with its memory
 
 
 class Inference:
@@ -34,9 +33,10 @@ class Inference:
 
     model: any module in eval mode, on `example`'s device; the models of this package run fused.
     example: (N, C, H, W), floating point; only its shape, dtype and device are used.
-    dtype: the autocast dtype, float16 or bfloat16; None: the model's dtype. The output has this
-    dtype. Weights are packed for it once.
+    dtype: the autocast dtype, float16 or bfloat16; None: that of a surrounding autocast, else the
+    model's dtype. The output has this dtype. Weights are packed for it once.
     cuda_graph: replay one CUDA graph per input shape (the last 8 are cached); None: on GPUs only.
+    PyTorch's settings that change results (autocast, TF32, determinism, cuDNN's) have own graphs.
     check: how writes are noticed that move neither version counter nor address (through `.data`,
     NumPy, collectives, another process): "sampled" reads all vectors and a part of each output
     channel's weights; "full" reads every byte of every parameter and buffer; "none" nothing. On
@@ -101,14 +101,11 @@ class Inference:
                 fingerprints.reset(token)
 
     def _run(self, x: Tensor) -> Tensor:
-        if self.dtype is None:
-            return self.model(x)
-        # Autocast's cached casts must not outlive the capture.
-        with torch.autocast(self.device.type, self.dtype, cache_enabled=False):
+        with autocast(self.device.type, self.dtype):
             return self.model(x)
 
     def _replay(self, x: Tensor) -> Tensor:
-        key = (x.shape, x.dtype, registry.forced())
+        key = (x.shape, x.dtype, settings(self.device.type, self.dtype))
         graph = self._graphs.pop(key, None)
         if graph is None:
             graph = record(self._run, x)

@@ -25,11 +25,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import noting
 from fused_resnet.layers.hooks import GLOBAL_HOOKS, hooks_of
 
-from .capture import RECORDING
+from .capture import RECORDING, autocast, settings
 
 _MAX_GRAPHS = 4  # cached graphs, one per input shape; they share one memory pool
 _WARM_UPS = 3  # eager steps before capture: compile kernels, create the optimizer's state
@@ -137,7 +136,7 @@ class TrainingStep:
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
         """Runs one step, eagerly or during capture."""
         self._drop_gradients()
-        with self._autocast():
+        with autocast(self.device.type, self.dtype):
             loss = self.loss(self.model(x), target)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self._update(loss.detach())
@@ -149,17 +148,6 @@ class TrainingStep:
         for owner in (self.optimizer, self.model, self.loss):
             if isinstance(owner, (Optimizer, nn.Module)):
                 owner.zero_grad(set_to_none=True)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast to self.dtype or the surrounding autocast's dtype, without the cache of casts.
-
-        A captured step would read weights that a surrounding autocast cached in an earlier step."""
-        kind = self.device.type
-        enabled = torch.is_autocast_enabled(kind)
-        dtype = self.dtype or (torch.get_autocast_dtype(kind) if enabled else None)
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(kind, dtype, cache_enabled=False)
 
     def _update(self, loss: Tensor) -> None:
         optimizer, scaler = self.optimizer, self.scaler
@@ -205,7 +193,9 @@ class TrainingStep:
         )
         if self.reason is not None or x.numel() == 0:
             return self._run_eagerly(memory, x, target)
-        key = _key(x, target, self.device.type)
+        # Settings may alternate between steps, unlike the state of `_StateGuard`.
+        now = settings(self.device.type, self.dtype)
+        key = (x.shape, x.dtype, target.shape, target.dtype, now)
         graph = self._graphs.pop(key, None)
         if graph is None:
             taken = self._eager_steps.pop(key, 0)
@@ -268,17 +258,6 @@ def _insert(cached: OrderedDict[Any, Any], key: Any, value: Any, max_size: int) 
     while len(cached) >= max_size:
         cached.popitem(last=False)
     cached[key] = value
-
-
-def _key(x: Tensor, target: Tensor, kind: str) -> Any:
-    """The key of a graph: state that may alternate between steps, unlike that of `_StateGuard`."""
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-    switches = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    return (*((t.shape, t.dtype) for t in (x, target)), registry.forced(), autocast, switches)
 
 
 def _host_rng_state() -> tuple[bytes, Any]:

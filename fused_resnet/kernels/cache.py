@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .convolution import FusedConv, Kind
 from .fingerprint import fingerprint, ranges_of, table_of
 from .problem import Problem
+from .target import current
 
 _noted: ContextVar[list[FusedConv] | None] = ContextVar("fused_resnet_noted", default=None)
 
@@ -40,7 +41,20 @@ def note(conv: FusedConv) -> None:
 
 def capturing(t: Tensor) -> bool:
     """Whether the current stream of t's device is being captured into a CUDA graph."""
-    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not t.is_cuda:
+        return False
+    with current(t.device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(what: str) -> None:
+    """Raises RuntimeError while the current stream is captured into a CUDA graph. For probes: they
+    synchronise, which a capture does not allow, so they would fail and stay failed."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"fused_resnet: {what} cannot be probed while a CUDA graph is captured: warm up first, "
+            "by one call outside of the capture"
+        )
 
 
 def cacheable(t: Tensor) -> bool:

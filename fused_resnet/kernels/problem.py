@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,6 +59,14 @@ class Gemm(NamedTuple):
     groups: int
     stride: int
     operands: str  # "bfloat16", "float16", "tf32" or "float32"
+
+
+def float32_precision() -> tuple[str, str]:
+    """What PyTorch's switches allow for float32 on GPUs, of cuDNN's convolutions and of matrix
+    products: "tf32", or "ieee" or "none" for full precision. These two attributes follow the old
+    switches too; reading an old one raises once a new one was set."""
+    cudnn: Any = torch.backends.cudnn
+    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
 
 def operands_of(dtype: torch.dtype) -> str:

@@ -209,8 +209,8 @@ def _find(problem: Problem | str, device_type: str) -> tuple[str, ...]:
     if name is not None and missing(problem.op, name, device_type) is None:
         # A problem that it does not support falls back to those after it.
         order = order[order.index(name) :] if name in order else (name,)
-        found = [b for b in (*order, "reference") if missing(problem, b, device_type) is None]
-        return (found[0],)
+        order = (*order, "reference")
+        return (next(b for b in order if missing(problem, b, device_type) is None),)
     # oneDNN uses AMX tiles for bfloat16 where the processor has them; the native kernel does not.
     amx = problem.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
     if device_type == "cpu" and amx and "vendor" in order:

@@ -6,9 +6,10 @@ resemble those of NVIDIA's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -44,6 +45,13 @@ def target_of(device: torch.device) -> Target:
     if vendor == "amd":
         return Target(vendor, properties.gcnArchName.split(":")[0])  # "gfx942:sramecc+:xnack-"
     return Target(vendor, f"sm_{properties.major}{properties.minor}")
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes a GPU the current device of this thread: events, streams and Triton's kernels belong to
+    the current one. "cuda" is that already."""
+    named = device.type == "cuda" and device.index is not None
+    return torch.cuda.device(device) if named else contextlib.nullcontext()
 
 
 # Of device types that are no GPUs, for providers whose GPU kernels run on them.

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fused_resnet.kernels.target import current
 from fused_resnet.layers.planned import Block
 
 SHARDINGS = ("none", "fsdp")
@@ -41,7 +42,8 @@ SHARDINGS = ("none", "fsdp")
 def processes(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
     """Rank, number of processes and device, from torchrun's environment variables if set."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield 0, 1, device
+        with current(device):
+            yield 0, 1, device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

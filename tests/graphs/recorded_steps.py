@@ -116,3 +116,40 @@ def play(monkeypatch):
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
     return made
+
+
+@contextlib.contextmanager
+def switched(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def called(function, argument, otherwise, **options):
+    function(argument, **options)
+    try:
+        yield
+    finally:
+        function(otherwise)
+
+
+_MATMUL, _CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
+# PyTorch's settings that change what a forward computes, as context managers.
+SETTINGS = {
+    "allow_tf32": lambda: switched(_CUDNN, "allow_tf32", False),
+    "matmul.allow_tf32": lambda: switched(_MATMUL, "allow_tf32", True),
+    "conv.fp32_precision": lambda: switched(_CUDNN.conv, "fp32_precision", "ieee"),
+    "matmul.fp32_precision": lambda: switched(_MATMUL, "fp32_precision", "tf32"),
+    "float32_matmul": lambda: called(torch.set_float32_matmul_precision, "high", "highest"),
+    "float16 sums": lambda: switched(_MATMUL, "allow_fp16_accumulation", True),
+    "cudnn.deterministic": lambda: switched(_CUDNN, "deterministic", True),
+    "cudnn.benchmark": lambda: switched(_CUDNN, "benchmark", True),
+    "deterministic": lambda: called(
+        torch.use_deterministic_algorithms, True, False, warn_only=True
+    ),
+    "default dtype": lambda: called(torch.set_default_dtype, torch.float64, torch.float32),
+}

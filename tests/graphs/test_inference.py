@@ -17,6 +17,7 @@ from torch import nn
 import fused_resnet as fr
 from fused_resnet import inference as function
 from fused_resnet.tolerance import TOLERANCE, measure_error
+from tests.graphs.recorded_steps import SETTINGS
 from tests.models.model_helpers import randomise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,6 +177,47 @@ def test_a_forced_backend_has_its_own_graph(model, graphs):
         assert len(graphs) == before + recorded
         call(x)
         assert len(graphs) == before + recorded
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_has_its_own_graph(graphs, setting):
+    """One switched off after a capture must not be replayed as if it were on."""
+    net = nn.Conv2d(3, 4, 3).eval().to(DEVICE)
+    call, x = ready(net, images(1, 8)), images(1, 8)
+    call(x)
+    before = len(graphs)
+    with SETTINGS[setting]():
+        call(x)
+        call(x)
+    assert len(graphs) == before + 1
+
+
+class Autocast(nn.Module):
+    """A layer that notes autocast's dtype, or None, and whether its cache of casts is in use."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.seen = nn.Linear(8, 8), set()
+
+    def forward(self, x):
+        enabled = torch.is_autocast_enabled(DEVICE)
+        dtype = torch.get_autocast_dtype(DEVICE) if enabled else None
+        self.seen.add((dtype, enabled and torch.is_autocast_cache_enabled()))
+        return self.fc(x)
+
+
+def test_surrounding_autocast_is_used(graphs):
+    """Its cache of casts is not: it is freed when the region ends, and graphs would read it."""
+    net = Autocast().eval().to(DEVICE)
+    call, x = ready(net, images(1, 8)), images(1, 8)
+    for dtype in (None, torch.bfloat16, None, torch.float16, torch.bfloat16):
+        net.seen.clear()
+        with torch.no_grad(), torch.autocast(DEVICE, dtype, enabled=dtype is not None):
+            y = call(x)
+            assert not net.seen - {(dtype, False)}
+            assert y.dtype == (dtype or torch.float32)
+            torch.testing.assert_close(y, net.fc(x))
+    assert len(graphs) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -12,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import fused_resnet as fr
-from tests.graphs.recorded_steps import DEVICE, LOG, module
+from tests.graphs.recorded_steps import DEVICE, LOG, SETTINGS, module
 from tests.models.model_helpers import randomise
 
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -127,6 +127,19 @@ def test_surrounding_autocast_is_used(model, graphs):
     same(losses, want)
     for _ in range(4):  # without autocast another graph is captured
         step(*data[0])
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_has_its_own_graph(graphs, setting):
+    net = nn.Linear(3, 10).to(DEVICE)
+    step = fr.training_step(net, loss_of, OPTIMIZERS["sgd"](net.parameters()))
+    x, target = torch.randn(2, 3, device=DEVICE), torch.tensor([1, 2], device=DEVICE)
+    for _ in range(4):
+        step(x, target)
+    with SETTINGS[setting]():
+        for _ in range(4):
+            step(x, target)
     assert len(graphs) == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 import fused_resnet as fr
+from fused_resnet.kernels import cache, providers, registry, target, tuning
 from fused_resnet.kernels import native as native_kernels
-from fused_resnet.kernels import providers, registry, target, tuning
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.convolution import FusedConv
 from fused_resnet.kernels.cuda import cudnn, implicit_gemm
@@ -162,6 +163,68 @@ def test_the_other_providers_reasons(monkeypatch):
             for on in (CPU, CDNA3, Target("nvidia", "sm_70"), Target("nvidia", "none")):
                 reason = provider.supports(Problem(op), on)
                 assert reason is None or (reason and "\n" not in reason)
+
+
+class Gpu:
+    """Stands in for a GPU whose current stream may be captured; logs the current devices."""
+
+    def __init__(self, monkeypatch):
+        self.capturing, self.devices, self.current = True, [], 0
+        for name, value in {
+            "is_initialized": lambda: True, "is_available": lambda: True,
+            "is_current_stream_capturing": lambda: self.capturing, "device": self.device,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.devices.append(str(device))
+        yield
+
+
+def test_nothing_is_probed_during_a_capture(monkeypatch):
+    """A failed probe would exclude Triton or cuDNN for as long as the process lives."""
+    support = pytest.importorskip("fused_resnet.kernels.triton.support")
+    machine, probed = Gpu(monkeypatch), []
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(cudnn, "_probe", lambda: probed.append("cuDNN"))
+    monkeypatch.setattr(support, "launch", lambda *a, **k: probed.append("Triton") or a[2].fill_(1))
+    asked = {
+        "cuDNN": cudnn.unavailable,
+        "Triton": lambda: support.unavailable(Target("nvidia", "sm_90"), "cpu"),
+    }
+    for name, ask in asked.items():
+        for cached in (cudnn.unavailable, support.unavailable):
+            cached.cache_clear()
+        try:
+            machine.capturing = True
+            with pytest.raises(RuntimeError, match=f"{name} cannot be probed .* warm up first"):
+                ask()
+            assert not probed
+            machine.capturing = False
+            assert ask() is None and probed.pop() == name
+            machine.capturing = True
+            assert ask() is None and not probed
+        finally:
+            for cached in (cudnn.unavailable, support.unavailable):
+                cached.cache_clear()
+
+
+def test_the_capture_of_the_tensors_device_counts(monkeypatch):
+    machine = Gpu(monkeypatch)
+    assert cache.capturing(SimpleNamespace(is_cuda=True, device=torch.device("cuda:1")))
+    assert machine.devices == ["cuda:1"]
+    assert not cache.capturing(torch.empty(1))
+
+
+def test_a_forced_provider_that_supports_the_problem_is_the_only_one_asked(restored):
+    def never(problem: Problem) -> str | None:
+        raise AssertionError("asked")
+
+    registry.register("native", "cpu", Answers(lambda p: None))
+    registry.register("vendor", "cpu", Answers(never))
+    with fr.use_backend("native"):
+        assert registry.candidates(conv(), "cpu") == ("native",)
 
 
 # --- the choice -----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from gpu_contenders import Absent, Case, Exact, Prepared
 from torch import Tensor
 
 from fused_resnet.bench.harness import pair_ratio, save
-from fused_resnet.bench.machine import provenance
+from fused_resnet.bench.machine import provenance, use_device
 from fused_resnet.tolerance import TOLERANCE, assert_close, measure_error
 
 FLUSH_BYTES = 256 * 2**20  # more than any last-level cache
@@ -339,7 +339,7 @@ def call_once(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    device = torch.device(args.device)
+    device = use_device(args.device)  # of events too, which are the current device's
     if args.once:
         return call_once(args)
     like = torch.empty(0, dtype=getattr(torch, args.dtype), device=device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_resnet.kernels.activation import Activation
+from fused_resnet.kernels.cache import refuse_capture
 from fused_resnet.kernels.problem import Gemm, Problem
 from fused_resnet.kernels.target import Target
 
@@ -39,6 +40,7 @@ def unavailable() -> str | None:
         return "no GPU is available"
     if not torch.backends.cudnn.is_available():
         return "this PyTorch has no cuDNN"
+    refuse_capture("cuDNN")
     try:
         return _probe()
     except Exception as error:  # treat any failure as unavailable

@@ -33,8 +33,8 @@ from torch import Tensor
 from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Gemm, Geometry, Problem, operands_of
-from fused_resnet.kernels.target import Target, multiprocessors
-from fused_resnet.layout import channels_last
+from fused_resnet.kernels.target import Target, current, multiprocessors
+from fused_resnet.layout import channels_last, channels_last_empty
 
 from . import configs
 from .configs import Config
@@ -449,6 +449,23 @@ def run_conv(
         weight = conv.cached("triton", lambda: taps_in_runs(weight))
         x, geometry = in_runs(x, conv.weight.shape, geometry)
     run(x, weight, conv.scale, conv.shift, residual, y, activation, geometry, config)
+
+
+def compile_ahead(problem: Problem, config: Config, device: torch.device) -> None:
+    """Compiles what `run_conv` launches on `device` for a convolution without a residual. Needs
+    none of its memory, and runs beside other threads."""
+    assert problem.dtype is not None
+    x, weight = (
+        channels_last(torch.empty(shape, dtype=problem.dtype, device="meta"))
+        for shape in (problem.x_shape, problem.weight_shape)
+    )
+    y, geometry = channels_last_empty(problem.y_shape, x), problem.geometry
+    if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], geometry.groups):
+        x, geometry = in_runs(x, weight.shape, geometry)
+        weight = taps_in_runs(weight)
+    vector = torch.empty(len(weight), device="meta")
+    with current(device):
+        run(x, weight, vector, vector, None, y, Activation.RELU, geometry, config)
 
 
 def in_runs(x: Tensor, weight_shape: Sequence[int], geometry: Geometry) -> tuple[Tensor, Geometry]:

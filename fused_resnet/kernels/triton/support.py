@@ -8,13 +8,15 @@ import functools
 import shutil
 import tempfile
 import threading
+import traceback
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels.target import Target, target_of
+from fused_resnet.kernels.cache import refuse_capture
+from fused_resnet.kernels.target import Target, current, target_of
 
 MIN_VERSION = (3, 6)  # of Triton
 MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies; Triton's own minimum for both
@@ -107,6 +109,7 @@ def unavailable(target: Target, device_type: str) -> str | None:
 def probe(device_type: str) -> str | None:
     """None if a small kernel compiles and runs, else the reason in one line. Checks that Triton
     supports the GPU, and finds its compilers and a writable cache folder."""
+    refuse_capture("Triton")
     try:
         y = torch.zeros(16, device=device_type)
         launch(probe_kernel, (1,), y, BLOCK=16)
@@ -119,12 +122,16 @@ def probe(device_type: str) -> str | None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Runs kernel[grid](*args, **constants), which compiles the kernel at the first launch."""
-    if on_host():
+    """Runs kernel[grid](*args, **constants), which compiles the kernel at the first launch. With a
+    first argument on "meta" only compiles, what a launch with such tensors on a GPU would."""
+    if args[0].is_meta:
+        if not on_host():
+            with_fallback_cache(lambda: kernel.warmup(*args, grid=grid, **constants, **OPTIONS))
+    elif on_host():
         with _HOST_LOCK:
             kernel[grid](*args, **constants)
-        return
-    with_fallback_cache(lambda: kernel[grid](*args, **constants, **OPTIONS))
+    else:
+        with_fallback_cache(lambda: kernel[grid](*args, **constants, **OPTIONS))
 
 
 def with_fallback_cache(run: Any) -> Any:
@@ -133,8 +140,7 @@ def with_fallback_cache(run: Any) -> Any:
     try:
         return run()
     except Exception as error:
-        failed = isinstance(error, (OSError, ValueError, KeyError)) or "kernel image" in str(error)
-        if not failed or _temporary_cache.cache_info().currsize:
+        if not _of_cache(error) or _temporary_cache.cache_info().currsize:
             raise
         folder, temporary = triton.knobs.cache.dir, _temporary_cache()
         warnings.warn(
@@ -145,6 +151,20 @@ def with_fallback_cache(run: Any) -> Any:
         )
         triton.knobs.cache.dir = temporary
         return run()
+
+
+def _of_cache(error: Exception) -> bool:
+    """Whether Triton's cache of compiled kernels is the cause of an error.
+
+    Broken files raise whatever reading them raises (of JSONDecodeError, UnicodeDecodeError,
+    KeyError, TypeError, AttributeError and OSError each was seen), and so do wrong arguments of a
+    kernel. So the place decides: where Triton reads and writes files, or the GPU's driver, which
+    refuses a truncated binary."""
+    reading = triton.compiler.CompiledKernel.__init__.__code__
+    places = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "kernel image is invalid" in str(error) or any(
+        f.f_code is reading or f.f_globals.get("__name__") == "triton.runtime.cache" for f in places
+    )
 
 
 @functools.cache
@@ -167,4 +187,4 @@ def index_type(*tensors: Tensor | None) -> Any:
 
 def launch_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes x's device current, since Triton launches on the current device and its stream."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return current(x.device)
