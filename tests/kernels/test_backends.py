@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from fused_resnet.kernels import native, registry
+from fused_resnet.kernels import native, registry, target
 
 
 @pytest.mark.gpu
@@ -147,3 +147,41 @@ def test_info():
     text = str(info)
     assert torch.__version__ in text
     assert (native.load() is None) == bool(native.build_info())
+
+
+class Initialised(Exception):
+    pass
+
+
+@pytest.fixture
+def unused_gpu(monkeypatch):
+    """A machine with a GPU that this process has not used: whoever asks for its properties, which
+    initialises CUDA, raises `Initialised`."""
+
+    def initialise(*_):
+        raise Initialised
+
+    target.target_of.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("get_device_properties", "init", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, initialise)
+    yield
+    target.target_of.cache_clear()
+
+
+def test_info_does_not_initialise_cuda(unused_gpu, monkeypatch):
+    assert "not initialised" in fr.info()["cuda"]["missing"]
+    with pytest.raises(Initialised):
+        fr.info(initialise_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(Initialised):
+        fr.info()
+
+
+def test_forcing_a_backend_of_the_cpu_does_not_initialise_cuda(unused_gpu):
+    for name in ("native", "vendor", "reference"):
+        if registry.missing("conv_bn_relu", name, "cpu") is None:
+            with fr.use_backend(name):
+                assert registry.choose("conv_bn_relu", "cpu") == name
