@@ -227,11 +227,12 @@ def _warn_if_missing(op: str, device_type: str) -> None:
     reason = missing(op, _order(op, device_type)[0], device_type)
     if reason is not None:
         # The message does not name the fallback, so that each reason is reported once.
-        _warn_once(f"fused_resnet: {reason}; falling back to PyTorch's or other kernels")
+        warn_once(f"fused_resnet: {reason}; falling back to PyTorch's or other kernels")
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warns of each message once per process."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

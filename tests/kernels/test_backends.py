@@ -134,11 +134,11 @@ def test_import_is_light_and_does_not_initialise_cuda():
 
 
 def test_warnings_are_given_once():
-    registry._warn_once.cache_clear()
+    registry.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            registry._warn_once("fused_resnet: a message")
+            registry.warn_once("fused_resnet: a message")
     assert [str(w.message) for w in caught] == ["fused_resnet: a message"]
 
 
