@@ -3,8 +3,8 @@ cudnn_convolution_relu and cudnn_convolution_add_relu, which are probed before u
 
 Batch normalisation is folded into the weights, which are rounded to their dtype, and the bias. The
 ReLU is always applied, so convolutions without one are not supported; and none at all if cuDNN's
-ReLU turns NaN into zero, unlike PyTorch's, or if the result depends on uninitialised memory: without
-a residual PyTorch passes the output itself as one, times zero.
+ReLU turns NaN into zero, unlike PyTorch's, or if the result depends on uninitialised memory: where
+there is no residual, PyTorch passes the output itself as one, times zero.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def run_conv(
     config: CudnnConfig,
 ) -> Tensor:
     """x, residual channels_last -> the output of a `GpuConv`, in memory allocated by cuDNN instead
-    of y. activation must be RELU. Raises `Unsupported` where cuDNN has no kernel for the problem."""
+    of y. activation must be RELU. Raises `Unsupported` where cuDNN has no kernel for it."""
 
     def fold() -> Tensor:
         folded = conv.weight.float() * conv.scale.view(-1, 1, 1, 1)

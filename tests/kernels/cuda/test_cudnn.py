@@ -1,4 +1,4 @@
-"""cuDNN's fused convolutions: the probe and the fallback, with PyTorch's operations in their place."""
+"""cuDNN's fused convolutions, computed by PyTorch's operations: the probe and the fallback."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Allocator:
 
 
 class Fused:
-    """Both operations as PyTorch computes them. faults: "reads": times zero, its uninitialised
-    output is added; "wrong"; "drops NaN": by the ReLU; "elsewhere": its output is never in memory that the
-    caller freed. `fails`: the message of an error, or None."""
+    """Both operations as PyTorch computes them. fault: "reads": its uninitialised output is added,
+    times zero; "wrong"; "drops NaN": the ReLU; "elsewhere": its output is never in memory that the
+    caller has freed. fails: the message of an error, or None."""
 
     def __init__(self, fault: str = "", fails: str | None = None) -> None:
         self.allocator = Allocator()
@@ -95,7 +95,9 @@ def test_a_convolution_without_an_engine_falls_back(monkeypatch, message):
     registry.warn_once.cache_clear()
     x = channels_last(torch.randn(2, 8, 5, 5, dtype=torch.bfloat16))
     weight, scale = torch.randn(16, 8, 1, 1, dtype=torch.bfloat16), torch.rand(16)
-    problem = Problem("conv_bn_relu", torch.bfloat16, (16, 8, 1, 1), Geometry((1, 1), (0, 0), (1, 1)))
+    problem = Problem(
+        "conv_bn_relu", torch.bfloat16, (16, 8, 1, 1), Geometry((1, 1), (0, 0), (1, 1))
+    )
     conv = GpuConv(problem, weight, scale, scale)
     if "illegal" in message:
         with pytest.raises(RuntimeError, match="illegal") as error:
