@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fused_resnet import layout
 from fused_resnet.kernels import fingerprint, native, registry, target, tuning
+from fused_resnet.kernels.cpu import onednn
 from fused_resnet.kernels.cuda import cudnn
 from fused_resnet.kernels.cuda.implicit_gemm import tiles
 from fused_resnet.kernels.problem import output_shape
@@ -460,6 +461,9 @@ def clear_caches() -> None:
 @contextlib.contextmanager
 def play() -> Any:
     """Fake tensors on a Hopper GPU, with this package built for it, Triton and cuDNN."""
+    registry.table("cpu")  # the CPU's probes are cached, and fail on fake tensors
+    for dtype in (torch.float32, torch.bfloat16):
+        onednn._failure(dtype)
     library = torch.library.Library("fused_resnet_native", "FRAGMENT")
     ops = torch.library.Library("fused_resnet", "FRAGMENT")
     for name, run in [*registered()]:
