@@ -142,7 +142,7 @@ section_build() {
   run nvidia-smi
   run "$PYTHON" -c 'import fused_resnet as fr, json, sys
 from fused_resnet.kernels import native, registry
-json.dump({**fr.info(), "kernels": native.kernels()}, open(sys.argv[1], "w"), indent=1, default=str)
+json.dump({**fr.info(initialise_cuda=True), "kernels": native.kernels()}, open(sys.argv[1], "w"), indent=1, default=str)
 print(native.build_info())
 missing = [registry.missing(op, "native", "cuda") for op in registry.OPS]
 sys.exit("\n".join(filter(None, missing)) or None)' "$1/info.json"

@@ -128,21 +128,26 @@ def provenance(bench: str, device: str) -> dict[str, Any]:
     }
 
 
-def info() -> dict[str, Any]:
+def info(initialise_cuda: bool = False) -> dict[str, Any]:
     """Versions, machine, native build, and per device which backends support each op, or why not.
 
-    Does not initialise CUDA.
+    GPU backends are asked only if this process has initialised CUDA, or if initialise_cuda: their
+    answers depend on the GPU, and some run a kernel to find out. A process that has initialised
+    CUDA cannot use it in forked children (DataLoader workers).
     """
     from fused_resnet.kernels import native, registry
 
     missing = native.load()
+    cuda: Any = {"missing": "not asked: this process has not initialised CUDA"}
+    if initialise_cuda or torch.cuda.is_initialized() or torch.cuda.device_count() == 0:
+        cuda = registry.table("cuda")
     return {
         "versions": _versions(),
         "machine": describe("cpu") | {"threads": torch.get_num_threads()},
         "native build": {"missing": missing} if missing else native.build_info(),
         "forced backend": registry.forced(),
         "cpu": registry.table("cpu"),
-        "cuda": registry.table("cuda"),
+        "cuda": cuda,
     }
 
 

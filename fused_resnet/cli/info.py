@@ -12,7 +12,7 @@ def info(json_target: Json = None) -> None:
     from fused_resnet.bench.report import info_tables
 
     console = console_for(json_target)
-    information = machine.info()
+    information = machine.info(initialise_cuda=True)
     if json_target != "-":
         for table in info_tables(information):
             console.print(table)

@@ -15,6 +15,11 @@ from .activation import Activation
 from .problem import Problem, output_shape
 
 
+class Unsupported(RuntimeError):
+    """A library found no kernel for a problem that its provider supports in general; the message is
+    the reason in one line."""
+
+
 class FusedConv:
     """One convolution with folded batch normalisation and its weights packed in `problem.dtype`.
 

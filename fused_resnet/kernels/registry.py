@@ -138,15 +138,14 @@ def missing(problem: Problem | str, backend: str, device_type: str) -> str | Non
 def _validate(name: str) -> str:
     if name not in names():
         raise ValueError(f"use_backend: name must be one of {', '.join(names())}, got {name!r}")
-    reasons = [
-        missing(op, name, device)
-        for (backend, device), entry in _providers.items()
-        for op in entry.ops
-        if backend == name
-    ]
-    if all(reasons):
-        raise RuntimeError(f"use_backend: {name!r} is not available: {reasons[0]}")
-    return name
+    reasons = []
+    for (backend, device), entry in _providers.items():
+        # The CPU's providers are registered first: asking those for GPUs initialises CUDA.
+        for op in entry.ops if backend == name else ():
+            reasons.append(missing(op, name, device))
+            if reasons[-1] is None:
+                return name
+    raise RuntimeError(f"use_backend: {name!r} is not available: {reasons[0]}")
 
 
 @functools.cache
@@ -228,11 +227,12 @@ def _warn_if_missing(op: str, device_type: str) -> None:
     reason = missing(op, _order(op, device_type)[0], device_type)
     if reason is not None:
         # The message does not name the fallback, so that each reason is reported once.
-        _warn_once(f"fused_resnet: {reason}; falling back to PyTorch's or other kernels")
+        warn_once(f"fused_resnet: {reason}; falling back to PyTorch's or other kernels")
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warns of each message once per process."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

@@ -120,12 +120,15 @@ def group_of(bn: Any) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-def agreed(draws: Tensor, norms: Iterable[Any]) -> Tensor:
-    """Random draws that select which blocks run. If one of the norms is synchronised, returns the
-    draws of its group's first process: all processes must run the same norms."""
+def agreed(draws: Tensor, norms: Iterable[Any], device: torch.device) -> Tensor:
+    """Random draws, on the CPU, that select which blocks run. If one of the norms is synchronised,
+    returns the draws of its group's first process: all processes must run the same norms. They are
+    sent from `device`, the norms' own: NCCL takes no tensors on the CPU. On a GPU that waits for
+    the stream."""
     if not (dist.is_available() and dist.is_initialized()):
         return draws  # avoids iterating over all modules at every step
     group = next((g for g in map(group_of, norms) if g is not None), None)
     if group is not None:
+        draws = draws.to(device)
         dist.broadcast(draws, dist.get_global_rank(group, 0), group=group)
-    return draws
+    return draws.cpu()

@@ -158,7 +158,7 @@ class CifarResNet(Planned):
         if not (self.training and self._drops):
             return [list(stage) for stage in self.stages()]
         drawn = torch.rand(sum(map(len, self.stages())), device="cpu", dtype=torch.float32)
-        draws = iter(agreed(drawn, self.modules()).tolist())
+        draws = iter(agreed(drawn, self.modules(), self.conv1.weight.device).tolist())
         stages = []
         for stage in self.stages():
             calls: list[Callable[[Tensor], Tensor]] = []

@@ -285,7 +285,8 @@ def _conv_backward_triton(
             computed = convolution_gradients(g, x, weight, sizes, [True, False, False])[0]
         dx = layout.like(computed, dx)
     if mask[1]:
-        dweight = kernels.convolution_dweight(g, x, weight.shape, sizes_of_kernel)
+        computed = kernels.convolution_dweight(g, x, weight.shape, sizes_of_kernel)
+        dweight = layout.like(computed, dweight)
     return dx, dweight
 
 
@@ -296,8 +297,9 @@ def _conv_backward_fake(
     dx = layout.empty_like(layout.dense(x)) if need_x else x.new_empty(0)
     if not need_weight:
         return dx, weight.new_empty(0)
-    strides = layout.channels_last_strides(weight.shape)
-    return dx, weight.new_empty_strided(weight.shape, strides, dtype=torch.float32)
+    # As cuDNN's: channels_last if one of the convolution's operands is.
+    like = x if layout.memory_format(x) == torch.channels_last else weight
+    return dx, layout.empty(weight.shape, weight, layout.memory_format(like), torch.float32)
 
 
 def _conv_autocast(device_type: str) -> Callable[..., Tensor]:

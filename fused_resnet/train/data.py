@@ -209,16 +209,17 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 def loader(
     part: tuple[Sequence[Any], Callable[[Any], Tensor]], batches: Batches, seed: int, workers: int,
-    *, replaced: bool,
+    *, replaced: bool, device: torch.device,
 ) -> DataLoader[Any]:  # fmt: skip
-    """Images (N, 3, H, W) and classes (N,) of each batch.
+    """Images (N, 3, H, W) and classes (N,) of each batch, on the host, for a model on `device`.
 
     replaced: whether an unreadable image is replaced by the next one. Else it is skipped, and a
     batch without a readable image is None.
     """
     return DataLoader(
         _Images(*part, seed, replaced), batch_sampler=batches, num_workers=workers,
-        collate_fn=_collate, pin_memory=torch.cuda.is_available(),
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",  # which makes a CUDA context
         generator=torch.Generator().manual_seed(seed),  # else it advances the global generator
     )  # fmt: skip
 

@@ -285,7 +285,10 @@ class _Run:
             rank=self.rank, processes=self.processes,
         )  # fmt: skip
         began, images = time.perf_counter(), 0
-        for x, y in datasets.loader(self.data.train, batches, c.seed, c.workers, replaced=True):
+        loader = datasets.loader(
+            self.data.train, batches, c.seed, c.workers, replaced=True, device=self.device
+        )
+        for x, y in loader:
             loss, norm = self.one_step(x, y)
             images += c.batch
             self.progress(self.step, self.steps, loss)
@@ -422,7 +425,7 @@ class _Run:
         with distributed.ready_for_testing(model, single_process):
             model.eval()
             for batch in datasets.loader(
-                self.data.test, batches, 0, self.c.workers, replaced=False
+                self.data.test, batches, 0, self.c.workers, replaced=False, device=self.device
             ):
                 if batch is None:
                     continue

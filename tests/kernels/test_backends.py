@@ -13,7 +13,7 @@ import torch
 
 import fused_resnet as fr
 from fused_resnet.bench.report import info_tables
-from fused_resnet.kernels import native, registry
+from fused_resnet.kernels import native, registry, target
 
 
 @pytest.mark.gpu
@@ -89,7 +89,6 @@ sys.meta_path.insert(0, Block())
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fused_resnet._C" else find(name, *a)
 import torch, fused_resnet as fr
-from fused_resnet.kernels import native, registry
 """
 
 
@@ -135,11 +134,11 @@ def test_import_is_light_and_does_not_initialise_cuda():
 
 
 def test_warnings_are_given_once():
-    registry._warn_once.cache_clear()
+    registry.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            registry._warn_once("fused_resnet: a message")
+            registry.warn_once("fused_resnet: a message")
     assert [str(w.message) for w in caught] == ["fused_resnet: a message"]
 
 
@@ -165,3 +164,41 @@ def test_info_says_which_cuda_kernels_were_built(monkeypatch, archs, words):
     assert words in info["native build"]["cuda_kernels"]
     (text,) = [t for t in info_tables(info) if t.title == "native build"]
     assert words in "".join(map(str, text.columns[1].cells))
+
+
+class Initialised(Exception):
+    pass
+
+
+@pytest.fixture
+def unused_gpu(monkeypatch):
+    """A machine with a GPU that this process has not used: whoever asks for its properties, which
+    initialises CUDA, raises `Initialised`."""
+
+    def initialise(*_):
+        raise Initialised
+
+    target.target_of.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("get_device_properties", "init", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, initialise)
+    yield
+    target.target_of.cache_clear()
+
+
+def test_info_does_not_initialise_cuda(unused_gpu, monkeypatch):
+    assert "not initialised" in fr.info()["cuda"]["missing"]
+    with pytest.raises(Initialised):
+        fr.info(initialise_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(Initialised):
+        fr.info()
+
+
+def test_forcing_a_backend_of_the_cpu_does_not_initialise_cuda(unused_gpu):
+    for name in ("native", "vendor", "reference"):
+        if registry.missing("conv_bn_relu", name, "cpu") is None:
+            with fr.use_backend(name):
+                assert registry.choose("conv_bn_relu", "cpu") == name

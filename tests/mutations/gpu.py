@@ -29,8 +29,38 @@ TRAIN_PY, PRO = "fused_resnet/kernels/training/cuda.py", "tests/kernels/cuda/tes
 
 CAPTURE = "fused_resnet/graphs/capture.py"
 STEP_PY, ON_GRAPHS = "fused_resnet/graphs/training_step.py", "tests/graphs/test_training_step.py"
+FAKE = "tests/models/test_fake_cuda.py"
+CUDNN_PY, CUDNN = "fused_resnet/kernels/cuda/cudnn.py", "tests/kernels/cuda/test_cudnn.py"
 
 GPU_PYTHON = [
+    ("an op of the CPU for the norm of a pre-activation block on a GPU",
+     "fused_resnet/fusion/inference/plan.py", 'if norm.running_mean.device.type != "cpu":',
+     "if False:", f"{FAKE} -k 'test_inference and preact'"),
+    ("an op of the CPU for the pooling on a GPU", "fused_resnet/fusion/inference/plan.py",
+     "torch.max_pool2d if self._on_gpu else", "torch.max_pool2d if not self._on_gpu else",
+     f"{FAKE} -k 'test_inference and bottleneck'"),
+    ("stochastic depth agrees by tensors on the CPU", "fused_resnet/layers/sync_batch_norm.py",
+     "draws = draws.to(device)", "draws = draws.cpu()", f"{FAKE} -k stochastic_depth"),
+    ("rows that are not aligned", CUDA_PY, "x, weight = aligned(x), aligned(",
+     "x, weight = x, aligned(", f"{FAKE} -k not_aligned"),
+    ("an output of the convolution on the CPU", GPU, "y = channels_last_empty(out, x)",
+     'y = channels_last_empty(out, x.new_empty(0, device="cpu"))', f"{FAKE} -k test_inference"),
+    ("cuDNN probed in memory of zeros", CUDNN_PY, "torch.full_like(like, torch.nan)",
+     "torch.full_like(like, 0.0)", CUDNN),
+    ("cuDNN trusted where its output was elsewhere", CUDNN_PY, "if in_nan:", "if True:", CUDNN),
+    ("cuDNN without an engine raises", CUDNN_PY, "if not any(words in str(error)",
+     "if True or not any(words in str(error)", CUDNN),
+    ("every error of cuDNN falls back", CUDNN_PY, "if not any(words in str(error)",
+     "if False and not any(words in str(error)", CUDNN),
+    ("info asks the providers of an unused GPU", "fused_resnet/bench/machine.py",
+     "or torch.cuda.device_count() == 0", "or True", "tests/kernels/test_backends.py -k info"),
+    ("a backend of the CPU is asked for GPUs", "fused_resnet/kernels/registry.py",
+     "if reasons[-1] is None:", 'if reasons[-1] is None and device == "cuda":',
+     "tests/kernels/test_backends.py -k does_not_initialise"),
+    ("Triton's weight gradient always channels_last", "fused_resnet/ops/conv_bn_relu.py",
+     "dweight = layout.like(computed, dweight)", "dweight = computed", f"{FAKE} -k ops_of_tensors"),
+    ("memory pinned for the CPU", "fused_resnet/train/data.py", 'pin_memory=device.type == "cuda"',
+     "pin_memory=torch.cuda.is_available()", "tests/train/test_train.py -k pinned"),
     ("triton: eps = 0", TBN, "1.0 / tl.sqrt(var + EPS)", "1.0 / tl.sqrt(var)",
      f"{BN} -k triton"),
     ("triton: eps = 0 in backward", TBN, "other=1) + EPS)", "other=1))", f"{BN} -k triton"),

@@ -24,6 +24,7 @@ from fused_resnet.train.diagnose import first_non_finite
 for package in ("torchvision", "torchmetrics", "sklearn", "matplotlib", "typer"):
     pytest.importorskip(package, reason="training needs the train extra")
 
+OPTIONS: dict[str, Any] = {"replaced": False, "device": torch.device("cpu")}  # of a loader
 SMALL = Config(image_size=16, epochs=2, batch=32, warmup=0.5, checkpoint_every=2)
 
 
@@ -381,13 +382,13 @@ def test_a_folder_with_broken_images(tmp_path, monkeypatch):
     assert shapes == {(3, 16, 16)}
     batches = datasets.Batches(13, 4, seed=0, epoch=0, shuffled=False)
     with pytest.warns(UserWarning, match=r"skipped: .*7\.png"):
-        loaded = list(datasets.loader((files, data.test[1]), batches, 0, 0, replaced=False))
+        loaded = list(datasets.loader((files, data.test[1]), batches, 0, 0, **OPTIONS))
     assert sorted(len(y) for _, y in loaded) == [1, 3, 4, 4]
     broken = [i for i, (path, _) in enumerate(files) if path.endswith("7.png")]
     single = datasets.Batches(1, 1, seed=0, epoch=0, shuffled=False)
     part = ([files[broken[0]]], data.test[1])
     with pytest.warns(UserWarning, match="skipped"):
-        assert list(datasets.loader(part, single, 0, 0, replaced=False)) == [None]
+        assert list(datasets.loader(part, single, 0, 0, **OPTIONS)) == [None]
     with pytest.raises(ValueError, match="--root must be a folder"):
         datasets.load("folder", str(tmp_path / "nowhere"), None)
     with pytest.raises(ValueError, match="CIFAR-10 is missing"):
@@ -433,12 +434,22 @@ def _step(self: Any) -> float:
     return 1.0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_is_pinned_for_gpus_alone(device, monkeypatch):
+    """On a machine with a GPU too: pinning makes a CUDA context."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    batches = datasets.Batches(32, 8, seed=0, epoch=0)
+    options = {**OPTIONS, "device": torch.device(device, None if device == "cpu" else 0)}
+    loader = datasets.loader(some_digits().train, batches, 0, 0, **options)
+    assert loader.pin_memory == (device == "cuda")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loading_keeps_the_global_random_state(workers):
     data = some_digits()
     batches = datasets.Batches(32, 8, seed=0, epoch=0)
     before = torch.get_rng_state()
-    assert len(list(datasets.loader(data.train, batches, 0, workers, replaced=True))) == 4
+    assert len(list(datasets.loader(data.train, batches, 0, workers, **OPTIONS))) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 

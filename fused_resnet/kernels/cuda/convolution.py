@@ -13,7 +13,7 @@ from torch import Tensor
 from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import cacheable, note
-from fused_resnet.kernels.convolution import FusedConv
+from fused_resnet.kernels.convolution import FusedConv, Unsupported
 from fused_resnet.kernels.problem import Problem
 from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
@@ -37,6 +37,7 @@ class GpuConv(FusedConv):
         self.scale = implicit_gemm.aligned(scale.detach().float().contiguous())
         self.shift = implicit_gemm.aligned(shift.detach().float().contiguous())
         self._cached: dict[str, Tensor] = {}
+        self._failed: set[str] = set()  # backends that turned out not to support this problem
         # The stem's kernel converts x itself.
         self.stem = implicit_gemm.is_stem(problem.gemm()) and (
             self.geometry == ((2, 2), (3, 3), (1, 1), 1)
@@ -70,7 +71,14 @@ class GpuConv(FusedConv):
     ) -> Tensor:
         note(self)
         choice = self.choice(x, activation)
-        return self.run_by(choice.backend, choice.config, x, residual, activation, overwrite)
+        operands = x, residual, activation, overwrite
+        if choice.backend not in self._failed:
+            try:
+                return self.run_by(choice.backend, choice.config, *operands)
+            except Unsupported as reason:
+                registry.warn_once(f"fused_resnet: {reason}; falling back to the reference")
+                self._failed.add(choice.backend)
+        return self.run_by("reference", None, *operands)
 
     def run_by(
         self,
@@ -81,7 +89,7 @@ class GpuConv(FusedConv):
         activation: Activation,
         overwrite: bool = False,
     ) -> Tensor:
-        """`run` with the given backend and configuration."""
+        """`run` with the given backend and configuration; raises `Unsupported`."""
         if backend == "native":
             stem = config.tile == implicit_gemm.STEM
             if stem and self.stem and residual is None and activation == Activation.RELU:
@@ -90,7 +98,7 @@ class GpuConv(FusedConv):
             target = implicit_gemm.target(x.device)
             config = implicit_gemm.fitting(config, problem, target, multiprocessors(x.device))
         x = channels_last(x.to(self.dtype))
-        if backend == "reference":  # e.g. more pixels than the kernels can index
+        if backend == "reference":  # more pixels than the kernels can index, no engine of cuDNN
             operands = (self.weight, self.scale, self.shift, residual, activation)
             reference = registry.kernels(backend, x.device.type)
             return channels_last(reference.conv_bn_relu(x, *operands, *self.geometry))

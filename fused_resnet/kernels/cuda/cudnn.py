@@ -3,12 +3,15 @@ cudnn_convolution_relu and cudnn_convolution_add_relu, which are probed before u
 
 Batch normalisation is folded into the weights, which are rounded to their dtype, and the bias. The
 ReLU is always applied, so convolutions without one are not supported; and none at all if cuDNN's
-ReLU turns NaN into zero, unlike PyTorch's.
+ReLU turns NaN into zero, unlike PyTorch's, or if the result depends on uninitialised memory: where
+there is no residual, PyTorch passes the output itself as one, times zero.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import refuse_capture
+from fused_resnet.kernels.convolution import Unsupported
 from fused_resnet.kernels.problem import Gemm, Problem
 from fused_resnet.kernels.target import Target
 
@@ -31,6 +35,9 @@ class CudnnConfig:
 
 
 CONFIG = CudnnConfig
+# In PyTorch's messages: of its search by cuDNN's heuristics or measurements, and of cuDNN itself.
+_NO_ENGINE = ("unable to find an engine", "CUDNN_STATUS_NOT_SUPPORTED")
+_TRIES = 8  # of the probe, to get its output in memory that it has filled
 
 
 @functools.cache
@@ -47,15 +54,42 @@ def unavailable() -> str | None:
         return f"cuDNN's fused convolution failed its probe: {str(error).splitlines()[0]}"
 
 
-def _probe() -> str | None:
-    """Runs both operations on small integers, whose results are exact, and on a NaN."""
-    x = torch.arange(2 * 16 * 3 * 3, device="cuda").remainder(5).sub(2).view(2, 16, 3, 3)
-    weight = torch.arange(16 * 16, device="cuda").remainder(3).sub(1).view(16, 16, 1, 1)
+@contextlib.contextmanager
+def _nan_in_free_memory(like: Tensor) -> Iterator[set[int]]:
+    """Leaves NaN in free blocks of the allocator, of the size of `like`; their addresses. Live
+    blocks between them keep free ones from being merged."""
+    blocks = [torch.full_like(like, torch.nan) for _ in range(64)]
+    free = {block.data_ptr() for block in blocks[::2]}
+    del blocks[::2]
+    yield free
+
+
+def _probe_alone(x: Tensor, weight: Tensor, bias: Tensor, expected: Tensor) -> str | None:
+    """Compares the convolution without a residual, its output allocated in memory full of NaN."""
+    for _ in range(_TRIES):
+        with _nan_in_free_memory(expected) as free:
+            y = _fused(x, weight, bias, None)
+            in_nan = y.data_ptr() in free
+        if y.isnan().any():
+            return "cuDNN's fused convolution reads its uninitialised output"
+        if not torch.equal(y, expected):
+            return "cuDNN's fused convolution gives wrong results"
+        if in_nan:
+            return None
+    return "cuDNN's fused convolution cannot be checked in memory full of NaN"
+
+
+def _probe(device: str = "cuda") -> str | None:
+    """Runs both operations on small integers, whose results are exact, in memory full of NaN, and
+    on a NaN."""
+    x = torch.arange(2 * 16 * 3 * 3, device=device).remainder(5).sub(2).view(2, 16, 3, 3)
+    weight = torch.arange(16 * 16, device=device).remainder(3).sub(1).view(16, 16, 1, 1)
     x, weight = (t.half().contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    bias = torch.arange(16, device="cuda").remainder(4).sub(2).half()
+    bias = torch.arange(16, device=device).remainder(4).sub(2).half()
     expected = F.conv2d(x, weight, bias)
-    if not torch.equal(_fused(x, weight, bias, None), expected.relu()):
-        return "cuDNN's fused convolution gives wrong results"
+    reason = _probe_alone(x, weight, bias, expected.relu())
+    if reason is not None:
+        return reason
     if not torch.equal(_fused(x, weight, bias, x), (expected + x).relu()):
         return "cuDNN's fused convolution and addition gives wrong results"
     x[0, 0, 0, 0] = torch.nan
@@ -102,7 +136,7 @@ def run_conv(
     config: CudnnConfig,
 ) -> Tensor:
     """x, residual channels_last -> the output of a `GpuConv`, in memory allocated by cuDNN instead
-    of y. activation must be RELU."""
+    of y. activation must be RELU. Raises `Unsupported` where cuDNN has no kernel for it."""
 
     def fold() -> Tensor:
         folded = conv.weight.float() * conv.scale.view(-1, 1, 1, 1)
@@ -110,4 +144,10 @@ def run_conv(
 
     weight = conv.cached("vendor", fold)
     bias = conv.cached("vendor bias", lambda: conv.shift.to(conv.dtype))
-    return _fused(x, weight, bias, residual, *conv.geometry)
+    try:
+        return _fused(x, weight, bias, residual, *conv.geometry)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _NO_ENGINE):
+            raise
+        shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and {x.dtype}"
+        raise Unsupported(f"cuDNN has no fused convolution for {shapes}") from error
