@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from fused_resnet.dtypes import convolves_in_tf32, multiplies_in_tf32
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import noting
 from fused_resnet.layers.hooks import GLOBAL_HOOKS, hooks_of
@@ -274,8 +275,8 @@ def _key(x: Tensor, target: Tensor, kind: str) -> Any:
     """The key of a graph: state that may alternate between steps, unlike that of `_StateGuard`."""
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     switches = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        multiplies_in_tf32(),
+        convolves_in_tf32(),
         torch.are_deterministic_algorithms_enabled(),
     )
     return (*((t.shape, t.dtype) for t in (x, target)), registry.forced(), autocast, switches)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_resnet.dtypes import convolves_in_tf32
+
 from .activation import Activation
 
 
@@ -62,8 +64,8 @@ class Gemm(NamedTuple):
 
 
 def operands_of(dtype: torch.dtype) -> str:
-    """`Gemm.operands` for `dtype`: TF32 only if torch.backends.cudnn.allow_tf32 is set."""
-    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    """`Gemm.operands` for `dtype`: TF32 only if PyTorch allows it."""
+    if dtype == torch.float32 and convolves_in_tf32():
         return "tf32"
     return str(dtype).removeprefix("torch.")
 
