@@ -21,6 +21,8 @@ import torch
 if not torch.cuda.is_available():
     # Without a GPU, run the Triton kernels on CPU tensors in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Their convolutions would round float32 operands to TF32, which stock on the CPU does not.
+    torch.backends.cudnn.allow_tf32 = False
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry

@@ -90,6 +90,9 @@ def elementwise_jobs(dtype: str, arch: int) -> Iterator[Job]:
     for kernel, pointers in names.items():
         args = {**dict.fromkeys(pointers, p), **constants}
         yield Job(kernel, "", dtype, arch, args, elementwise.WARPS)
+    if dtype == "float32":
+        args = {"x_ptr": p, "y_ptr": p, "n": "i64", "BLOCK": elementwise.BLOCK}
+        yield Job("round_to_tf32_kernel", "", dtype, arch, args, elementwise.WARPS)
 
 
 def batch_norm_jobs(dtype: str, arch: int) -> Iterator[Job]:
@@ -174,7 +177,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
                     "OUTPUTS": outputs, "ACTIVATION": 1, "SPLITS": splits,
                     "GROUP_M": config.group_m, "BLOCK_M": config.block_m,
                     "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-                    "PRECISION": "ieee" if kind == "float32" else "tf32", "INDEX": tl.int32,
+                    "PRECISION": "tf32" if kind == "tf32" else "ieee", "INDEX": tl.int32,
                 }  # fmt: skip
                 shape = f"{config.block_m}x{config.block_n}x{config.block_k}"
                 variant = f"{shape}, {name}" + (", split" if splits > 1 else "")
@@ -198,7 +201,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
         args = {
             "g_ptr": p, "x_ptr": p, "parts_ptr": f, **dict.fromkeys(sizes, "i32"), "R": 3, "S": 3,
             "BLOCK_K": backward.BLOCK_K, "BLOCK_C": backward.BLOCK_C, "BLOCK_M": tile.block_m,
-            "PRECISION": "ieee" if kind == "float32" else "tf32", "INDEX": tl.int32,
+            "PRECISION": "tf32" if kind == "tf32" else "ieee", "INDEX": tl.int32,
         }  # fmt: skip
         yield Job(
             "conv_dweight_kernel", "TF32" if kind == "tf32" else "", dtype, arch, args, tile.warps,

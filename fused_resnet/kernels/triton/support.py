@@ -80,6 +80,14 @@ if IMPORT_ERROR is None:
             return v.to(dtype)
 
     @triton.jit
+    def to_tf32(v):
+        """v, float32, rounded to TF32: to nearest, ties away from zero, as cvt.rna.tf32 does it.
+        Tensor cores truncate their operands instead: twice the error, and biased towards zero."""
+        bits = v.to(tl.int32, bitcast=True)
+        bits += tl.where(tl.abs(v) < float("inf"), 0x1000, 0)  # a NaN could become zero
+        return (bits & ~0x1FFF).to(tl.float32, bitcast=True)
+
+    @triton.jit
     def probe_kernel(y_ptr, BLOCK: tl.constexpr):
         at = tl.arange(0, BLOCK)
         tl.store(y_ptr + at, tl.load(y_ptr + at) + 1)
