@@ -61,6 +61,14 @@ def test_an_amd_gpu_is_not_nvidias(monkeypatch):
     assert found == CDNA3
     assert found.capability < (8, 0)
     assert implicit_gemm.supports(conv(torch.float16), found) is not None
+    # PyTorch reports MIOpen there as cuDNN, available.
+    monkeypatch.setattr(cudnn, "unavailable", lambda: None)
+    monkeypatch.setattr(providers, "_has_native", lambda *_: None)
+    monkeypatch.setattr(native_kernels, "build_info", lambda: {"cuda_archs": "8.0 9.0a+PTX"})
+    for backend in ("vendor", "native"):
+        provider = registry.provider(backend, "cuda")
+        for op in provider.ops:
+            assert "gfx942" in provider.supports(Problem(op), found)
     hopper = gpu(monkeypatch, None, major=9, minor=0)
     assert hopper == ("nvidia", "sm_90") and hopper.capability == (9, 0)
 

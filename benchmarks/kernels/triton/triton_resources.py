@@ -6,8 +6,8 @@
 
 For each kernel, tile configuration, dtype and architecture: registers per thread, spilled bytes,
 shared memory, and counts of tensor core instructions and 16-byte global accesses. Exit status 1 if
-a kernel spills or exceeds shared memory, or if a 16-bit convolution has no tensor core instructions
-or loads its operands element by element.
+a kernel spills, exceeds shared memory or approximates a division or root, or if a convolution of 16
+bits has no tensor core instructions or loads its operands element by element.
 """
 
 from __future__ import annotations
@@ -296,6 +296,7 @@ def compiled(job: Job) -> Job:
         "stack_bytes": int(usage_of.get("STACK", 0)) + int(usage_of.get("LOCAL", 0)),
         "shared_bytes": binary.metadata.shared,
         "instructions": sum(opcodes.values()),
+        "approximate": sorted(set(re.findall(r"\w+\.(?:approx|full)\S*", binary.asm["ptx"]))),
         **counts,
     }
     return job
@@ -310,6 +311,8 @@ def faults(job: Job) -> list[str]:
         messages.append(f"spills {found['stack_bytes']} bytes in {found['spills']} instructions")
     if found["shared_bytes"] > SHARED_BYTES[job.arch]:
         messages.append(f"needs {found['shared_bytes']} bytes of shared memory")
+    if found["approximate"]:
+        messages.append(f"uses {', '.join(found['approximate'])}")
     if job.tensor_cores and not found["tensor"]:
         messages.append("has no tensor core instructions")
     if job.tensor_cores and found["narrow"]:

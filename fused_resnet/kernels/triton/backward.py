@@ -28,7 +28,7 @@ from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
 from .convolution import packed, precision_of, run
-from .support import ON_HOST, at_most, index_type, launch, launch_on, to_tf32, widened
+from .support import LARGE, ON_HOST, at_most, index_type, launch, launch_on, to_tf32, widened
 
 BLOCK_K, BLOCK_C = 64, 64
 REGISTERS = 255
@@ -169,8 +169,10 @@ def convolution_dx(
     g: Tensor, weight: Tensor, x_shape: torch.Size, geometry: Geometry
 ) -> Tensor | None:
     """g: (N, K, P, Q), weight: (K, C / groups, R, S), any strides -> dx, x_shape, channels_last;
-    None if both stride and dilation exceed 1."""
+    None if both stride and dilation exceed 1, or if x has too many pixels."""
     if max(geometry.stride) > 1 and max(geometry.dilation) > 1:
+        return None
+    if x_shape[0] * x_shape[2] * x_shape[3] >= LARGE:
         return None
     g = channels_last(g)
     K, C, R, S = weight.shape

@@ -40,6 +40,7 @@ from fused_resnet.layout import channels_last
 from . import configs, elementwise
 from .configs import Config
 from .support import (
+    LARGE,
     ON_HOST,
     activated,
     at_most,
@@ -251,7 +252,9 @@ def conv_bn_relu_kernel(
 ):
     # Passed in units of UNIT, so that Triton knows their divisor: it only detects 16 itself.
     C = units_of_c * UNIT
-    x_n, x_h, x_w = units_of_x_n * UNIT, units_of_x_h * UNIT, units_of_x_w * UNIT
+    x_n = tl.cast(units_of_x_n, INDEX) * UNIT
+    x_h = tl.cast(units_of_x_h, INDEX) * UNIT
+    x_w = tl.cast(units_of_x_w, INDEX) * UNIT
     split = tl.program_id(1)
     steps = R * S * tl.cdiv(C * GROUPS, BLOCK_K)
     per_split = tl.cdiv(steps, SPLITS)
@@ -434,6 +437,11 @@ def supports(problem: Problem, target: Target) -> str | None:
     """None if the kernel computes the convolution, else the reason in one line."""
     if problem.dtype == torch.float64:
         return "the Triton convolution accumulates in float32, too little for float64"
+    gemm = problem.gemm()
+    if gemm.operands == "tf32" and target.vendor == "amd" and target.architecture != "gfx942":
+        return f"Triton does not multiply TF32 operands on {target.architecture}"
+    if gemm.M >= LARGE:
+        return f"the Triton convolution computes fewer than {LARGE} pixels"
     return None
 
 
