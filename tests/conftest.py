@@ -21,6 +21,8 @@ import torch
 if not torch.cuda.is_available():
     # Without a GPU, run the Triton kernels on CPU tensors in Triton's interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Their convolutions would round float32 operands to TF32, which stock on the CPU does not.
+    torch.backends.cudnn.allow_tf32 = False
 
 import fused_resnet as fr
 from fused_resnet.kernels import registry
@@ -96,7 +98,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulator(device: str) -> None:
     """Builds and loads the emulated CUDA kernels, with a fixed thread order. Disables TF32, which
     stock on the CPU does not use either."""
     if device != "cpu":
@@ -105,7 +107,7 @@ def emulator(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip(str(emulation.unavailable()))
     emulation.load()
     emulation.seed(0)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 @pytest.fixture(params=["emulated", *_GPUS])
@@ -143,11 +145,15 @@ def reset_global_state() -> Iterator[None]:
     """Seeds every test with 0 and restores the global settings after it."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
+    conv = torch.backends.cudnn.conv
+    precision = conv.fp32_precision
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
+    if conv.fp32_precision != precision:  # a value that was set no longer follows the wider switch
+        conv.fp32_precision = precision
 
 
 @pytest.fixture

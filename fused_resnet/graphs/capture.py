@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_resnet.dtypes import convolves_in_tf32, multiplies_in_tf32
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.cache import noting
-from fused_resnet.kernels.problem import float32_precision
 
 RECORDING = threading.Lock()  # PyTorch supports one capture at a time per process
 _WARM_UPS = 3  # calls before capture: compile kernels, pack weights, select cuDNN's plans
@@ -43,7 +43,7 @@ def settings(kind: str, dtype: torch.dtype | None) -> tuple[object, ...]:
     return (
         registry.forced(),
         autocast_dtype(kind, dtype),
-        float32_precision(),
+        (convolves_in_tf32(), multiplies_in_tf32()),
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_accumulation,

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fused_resnet.dtypes import convolves_in_tf32
+
 from .activation import Activation
 
 
@@ -61,17 +63,9 @@ class Gemm(NamedTuple):
     operands: str  # "bfloat16", "float16", "tf32" or "float32"
 
 
-def float32_precision() -> tuple[str, str]:
-    """What PyTorch's switches allow for float32 on GPUs, of cuDNN's convolutions and of matrix
-    products: "tf32", or "ieee" or "none" for full precision. These two attributes follow the old
-    switches too; reading an old one raises once a new one was set."""
-    cudnn: Any = torch.backends.cudnn
-    return cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-
-
 def operands_of(dtype: torch.dtype) -> str:
-    """`Gemm.operands` for `dtype`: TF32 only if torch.backends.cudnn.allow_tf32 is set."""
-    if dtype == torch.float32 and torch.backends.cudnn.allow_tf32:
+    """`Gemm.operands` for `dtype`: TF32 only if PyTorch allows it."""
+    if dtype == torch.float32 and convolves_in_tf32():
         return "tf32"
     return str(dtype).removeprefix("torch.")
 

@@ -130,6 +130,8 @@ class Cudnn(GpuProvider):
     name, ops = "vendor", ("conv_bn_relu",)
 
     def supports(self, problem: Problem, target: Target) -> str | None:
+        if target.vendor == "amd":  # where PyTorch's "cudnn" is MIOpen
+            return f"cuDNN needs an NVIDIA GPU, this is {target.architecture}"
         return self.gpu_convolution().unavailable() or super().supports(problem, target)
 
     def gpu_convolution(self) -> Any:

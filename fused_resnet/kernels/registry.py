@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from fused_resnet.dtypes import convolves_in_tf32
+
 from .activation import Activation
 from .convolution import Kind
 from .problem import Problem
@@ -187,7 +189,7 @@ def candidates(problem: Problem | str, device_type: str) -> tuple[str, ...]:
     # The answer of providers for GPUs depends on this switch (see `operands_of`).
     float32 = isinstance(problem, Problem) and problem.dtype == torch.float32
     on_gpu = device_type != "cpu" or name is not None
-    tf32 = float32 and on_gpu and torch.backends.cudnn.allow_tf32
+    tf32 = float32 and on_gpu and convolves_in_tf32()
     key = (problem, device_type, name, tf32)
     found = _candidates.get(key)
     if found is None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +62,14 @@ def test_an_amd_gpu_is_not_nvidias(monkeypatch):
     assert found == CDNA3
     assert found.capability < (8, 0)
     assert implicit_gemm.supports(conv(torch.float16), found) is not None
+    # PyTorch reports MIOpen there as cuDNN, available.
+    monkeypatch.setattr(cudnn, "unavailable", lambda: None)
+    monkeypatch.setattr(providers, "_has_native", lambda *_: None)
+    monkeypatch.setattr(native_kernels, "build_info", lambda: {"cuda_archs": "8.0 9.0a+PTX"})
+    for backend in ("vendor", "native"):
+        provider = registry.provider(backend, "cuda")
+        for op in provider.ops:
+            assert "gfx942" in provider.supports(Problem(op), found)
     hopper = gpu(monkeypatch, None, major=9, minor=0)
     assert hopper == ("nvidia", "sm_90") and hopper.capability == (9, 0)
 
@@ -137,14 +148,14 @@ def test_an_odd_number_of_bfloat16_channels():
     ],
 )
 def test_the_cuda_convolutions_reasons(monkeypatch, problem, on, words):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     monkeypatch.setattr(implicit_gemm, "tiles", lambda: [{}])
     reason = implicit_gemm.supports(problem, on)
     assert reason is None if words is None else words in reason
 
 
-def test_the_other_providers_reasons(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_the_other_providers_reasons():
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     assert "not float32" in cudnn.supports(conv(), AMPERE)
     assert "always apply a ReLU" in cudnn.supports(
         conv(torch.float16, activation=Activation.NONE), AMPERE
@@ -326,15 +337,63 @@ def test_problems_that_a_forced_backend_does_not_support_fall_back(restored):
     assert registry.candidates(wide, "cpu") == ("native", "reference")
 
 
-def test_an_answer_may_depend_on_tf32(restored, monkeypatch):
+def test_an_answer_may_depend_on_tf32(restored):
     def answer(problem: Problem) -> str | None:
         return None if problem.dtype is None or problem.gemm().operands == "tf32" else "no"
 
     registry.register("trial", "cpu", Answers(answer))
     with fr.use_backend("trial"):
         for allowed in (True, False, True):
-            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+            torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
             assert (registry.choose(conv(), "cpu") == "trial") == allowed
+
+
+SWITCHES = """
+import os, sys
+import torch
+import fused_resnet as fr
+from fused_resnet import dtypes
+from fused_resnet.graphs import training_step
+from fused_resnet.kernels import problem, registry
+
+backends = torch.backends
+rows = [  # a user's statement, and what it allows to convolutions and to matrix products
+    ("pass", True, False),
+    ("backends.cudnn.allow_tf32 = False", False, False),
+    ("backends.cuda.matmul.allow_tf32 = True", True, True),
+    ("torch.set_float32_matmul_precision('high')", True, True),
+    ("torch.set_float32_matmul_precision('highest')", True, False),
+    ("backends.fp32_precision = 'ieee'", False, False),
+    ("backends.fp32_precision = 'tf32'", True, True),
+    ("backends.cudnn.fp32_precision = 'ieee'", False, False),
+    ("backends.cudnn.fp32_precision = 'tf32'", True, True),
+    ("backends.cudnn.conv.fp32_precision = 'ieee'", False, False),
+    ("backends.cuda.matmul.fp32_precision = 'tf32'", True, True),
+    ("backends.cuda.matmul.fp32_precision = 'ieee'", True, False),
+    ("backends.fp32_precision = 'ieee'; backends.cudnn.allow_tf32 = True", True, False),
+]
+x, conv = torch.zeros(1), problem.Problem("conv_bn_relu", torch.float32, (16, 16, 1, 1))
+default = training_step._key(x, x, "cuda")
+for statement, convolutions, products in rows:
+    if os.fork() == 0:  # a switch that was set cannot be unset
+        exec(statement)
+        assert dtypes.convolves_in_tf32() == convolutions, statement
+        assert dtypes.multiplies_in_tf32() == products, statement
+        assert conv.gemm().operands == ("tf32" if convolutions else "float32"), statement
+        registry.candidates(conv, "cuda")
+        changed = training_step._key(x, x, "cuda") != default
+        assert changed == ((convolutions, products) != (True, False)), statement
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, statement
+"""
+
+
+def test_every_switch_of_tf32_is_followed():
+    """Reading PyTorch's older switches raises after its newer ones were set."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", SWITCHES]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0, run.stderr
 
 
 def test_amx_is_preferred_for_bfloat16_alone(restored, monkeypatch):

@@ -12,6 +12,8 @@ TBACK = "fused_resnet/kernels/triton/backward.py"
 TCONFIG = "fused_resnet/kernels/triton/configs.py"
 TADD = "fused_resnet/kernels/triton/elementwise.py"
 TRITON = "tests/kernels/triton/test_triton.py"
+ROUNDING = "tests/kernels/triton/test_precision.py"
+TSUPPORT = "fused_resnet/kernels/triton/support.py"
 INFERENCE_PY = "fused_resnet/graphs/inference.py"
 INFERENCE = "tests/graphs/test_inference.py"
 GPU = "fused_resnet/kernels/cuda/convolution.py"
@@ -61,7 +63,7 @@ GPU_PYTHON = [
      "dweight = layout.like(computed, dweight)", "dweight = computed", f"{FAKE} -k ops_of_tensors"),
     ("memory pinned for the CPU", "fused_resnet/train/data.py", 'pin_memory=device.type == "cuda"',
      "pin_memory=torch.cuda.is_available()", "tests/train/test_train.py -k pinned"),
-    ("triton: eps = 0", TBN, "1.0 / tl.sqrt(var + EPS)", "1.0 / tl.sqrt(var)",
+    ("triton: eps = 0", TBN, "square_root(var + EPS)", "square_root(var)",
      f"{BN} -k triton"),
     ("triton: eps = 0 in backward", TBN, "other=1) + EPS)", "other=1))", f"{BN} -k triton"),
     ("triton: residual dropped by batch norm", TBN,
@@ -103,6 +105,37 @@ GPU_PYTHON = [
     ("triton: persistent programs stop early", TCONV,
      "tiles_m * tiles_n, tl.num_programs(0))", "tiles_m * tiles_n - 1, tl.num_programs(0))",
      f"{TRITON} -k every_tile"),
+    ("triton: x truncated to TF32", TCONV, "a = to_tf32(a)", "a = a",
+     f"{ROUNDING} -k bias"),
+    ("triton: weights truncated to TF32", TCONV, 'elementwise.round_to_tf32(weight) if operands_of',
+     'weight if operands_of', f"{ROUNDING} -k bias"),
+    ("triton: the weight's gradient truncated to TF32", TBACK, "x, g = to_tf32(x), to_tf32(g)",
+     "x, g = x, to_tf32(g)", f"{ROUNDING} -k bias"),
+    ("triton: taps truncated to TF32", TBACK, "packed(channels_last(taps))", "channels_last(taps)",
+     f"{ROUNDING} -k bias"),
+    ("triton: NaN rounded to zero in TF32", TSUPPORT,
+     'tl.where(tl.abs(v) < float("inf"), 0x1000, 0)', "0x1000", f"{ROUNDING} -k rounding"),
+    ("triton: TF32 on every AMD GPU", TCONV, ' and target.architecture != "gfx942":', " and False:",
+     f"{ROUNDING} -k amd"),
+    ("triton: an approximate square root", TSUPPORT, "return tl.sqrt_rn(v)", "return tl.sqrt(v)",
+     f"{ROUNDING} -k roots"),
+    ("triton: approximate divisions", TSUPPORT, "return tl.div_rn(a, b)", "return a / b",
+     f"{ROUNDING} -k roots"),
+    ("triton: offsets sized by elements", TSUPPORT, "reach(t) >= LARGE", "t.numel() >= LARGE",
+     f"{TRITON} -k 64_bit"),
+    ("triton: too many pixels", TCONV, "if gemm.M >= LARGE:", "if False:",
+     f"{TRITON} -k refused"),
+    ("triton: too many pixels in the input's gradient", TBACK,
+     "if x_shape[0] * x_shape[2] * x_shape[3] >= LARGE:", "if False:", f"{TRITON} -k refused"),
+    ("triton: 32-bit strides", TCONV, "tl.cast(units_of_x_n, INDEX) * UNIT",
+     "units_of_x_n * UNIT", f"{TRITON} -k apart"),
+    ("triton: 32-bit images in batch norm", TBN, "(m // HW) * C * HW", "(m // HW) * (C * HW)",
+     f"{TRITON} -k large_images"),
+    ("triton: 32-bit parts in batch norm", TBN,
+     "part = (first + tl.arange(0, BLOCK_P)).to(tl.int64)", "part = first + tl.arange(0, BLOCK_P)",
+     f"{TRITON} -k large_images"),
+    ("vendor: MIOpen taken for cuDNN", "fused_resnet/kernels/providers.py",
+     'if target.vendor == "amd":', "if False:", f"{PROVIDERS} -k amd"),
     ("triton: taps not flipped", TBACK, "exchanged[:, :, rows, columns].flip(2, 3)",
      "exchanged[:, :, rows, columns]", f"{CONV} -k gradients"),
     ("triton: weight's gradient reads the padding", TBACK,

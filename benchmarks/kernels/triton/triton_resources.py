@@ -6,8 +6,8 @@
 
 For each kernel, tile configuration, dtype and architecture: registers per thread, spilled bytes,
 shared memory, and counts of tensor core instructions and 16-byte global accesses. Exit status 1 if
-a kernel spills or exceeds shared memory, or if a 16-bit convolution has no tensor core instructions
-or loads its operands element by element.
+a kernel spills, exceeds shared memory or approximates a division or root, or if a convolution of 16
+bits has no tensor core instructions or loads its operands element by element.
 """
 
 from __future__ import annotations
@@ -90,6 +90,9 @@ def elementwise_jobs(dtype: str, arch: int) -> Iterator[Job]:
     for kernel, pointers in names.items():
         args = {**dict.fromkeys(pointers, p), **constants}
         yield Job(kernel, "", dtype, arch, args, elementwise.WARPS)
+    if dtype == "float32":
+        args = {"x_ptr": p, "y_ptr": p, "n": "i64", "BLOCK": elementwise.BLOCK}
+        yield Job("round_to_tf32_kernel", "", dtype, arch, args, elementwise.WARPS)
 
 
 def batch_norm_jobs(dtype: str, arch: int) -> Iterator[Job]:
@@ -174,7 +177,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
                     "OUTPUTS": outputs, "ACTIVATION": 1, "SPLITS": splits,
                     "GROUP_M": config.group_m, "BLOCK_M": config.block_m,
                     "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-                    "PRECISION": "ieee" if kind == "float32" else "tf32", "INDEX": tl.int32,
+                    "PRECISION": "tf32" if kind == "tf32" else "ieee", "INDEX": tl.int32,
                 }  # fmt: skip
                 shape = f"{config.block_m}x{config.block_n}x{config.block_k}"
                 variant = f"{shape}, {name}" + (", split" if splits > 1 else "")
@@ -198,7 +201,7 @@ def convolution_jobs(dtype: str, arch: int) -> Iterator[Job]:
         args = {
             "g_ptr": p, "x_ptr": p, "parts_ptr": f, **dict.fromkeys(sizes, "i32"), "R": 3, "S": 3,
             "BLOCK_K": backward.BLOCK_K, "BLOCK_C": backward.BLOCK_C, "BLOCK_M": tile.block_m,
-            "PRECISION": "ieee" if kind == "float32" else "tf32", "INDEX": tl.int32,
+            "PRECISION": "tf32" if kind == "tf32" else "ieee", "INDEX": tl.int32,
         }  # fmt: skip
         yield Job(
             "conv_dweight_kernel", "TF32" if kind == "tf32" else "", dtype, arch, args, tile.warps,
@@ -293,6 +296,7 @@ def compiled(job: Job) -> Job:
         "stack_bytes": int(usage_of.get("STACK", 0)) + int(usage_of.get("LOCAL", 0)),
         "shared_bytes": binary.metadata.shared,
         "instructions": sum(opcodes.values()),
+        "approximate": sorted(set(re.findall(r"\w+\.(?:approx|full)\S*", binary.asm["ptx"]))),
         **counts,
     }
     return job
@@ -307,6 +311,8 @@ def faults(job: Job) -> list[str]:
         messages.append(f"spills {found['stack_bytes']} bytes in {found['spills']} instructions")
     if found["shared_bytes"] > SHARED_BYTES[job.arch]:
         messages.append(f"needs {found['shared_bytes']} bytes of shared memory")
+    if found["approximate"]:
+        messages.append(f"uses {', '.join(found['approximate'])}")
     if job.tensor_cores and not found["tensor"]:
         messages.append("has no tensor core instructions")
     if job.tensor_cores and found["narrow"]:

@@ -27,8 +27,8 @@ from fused_resnet.kernels.problem import Geometry, operands_of
 from fused_resnet.kernels.target import multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
-from .convolution import precision_of, run
-from .support import ON_HOST, at_most, index_type, launch, launch_on, widened
+from .convolution import packed, precision_of, run
+from .support import LARGE, ON_HOST, at_most, index_type, launch, launch_on, to_tf32, widened
 
 BLOCK_K, BLOCK_C = 64, 64
 REGISTERS = 255
@@ -116,6 +116,8 @@ def conv_dweight_kernel(
         )
         if ON_HOST and x.dtype == tl.bfloat16:
             x, g = widened(x, tl.float32), widened(g, tl.float32)
+        if PRECISION == "tf32":
+            x, g = to_tf32(x), to_tf32(g)
         acc = tl.dot(g, x, acc, input_precision=PRECISION)
     at = ((part.to(INDEX) * K + k)[:, None] * (R * S) + tap) * C + c[None, :]
     tl.store(parts_ptr + at, acc, mask=(in_group < outputs)[:, None] & (c < C)[None, :])
@@ -167,8 +169,10 @@ def convolution_dx(
     g: Tensor, weight: Tensor, x_shape: torch.Size, geometry: Geometry
 ) -> Tensor | None:
     """g: (N, K, P, Q), weight: (K, C / groups, R, S), any strides -> dx, x_shape, channels_last;
-    None if both stride and dilation exceed 1."""
+    None if both stride and dilation exceed 1, or if x has too many pixels."""
     if max(geometry.stride) > 1 and max(geometry.dilation) > 1:
+        return None
+    if x_shape[0] * x_shape[2] * x_shape[3] >= LARGE:
         return None
     g = channels_last(g)
     K, C, R, S = weight.shape
@@ -192,7 +196,7 @@ def convolution_dx(
             if taps.numel() == 0:
                 part.zero_()
                 continue
-            taps = channels_last(taps)
+            taps = packed(channels_last(taps))
             stride_1 = Geometry((1, 1), padding, dilation, groups)
             run(g, taps, one, zero, None, part, Activation.NONE, stride_1)
     return dx

@@ -38,7 +38,18 @@ from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.target import multiprocessors
 
-from .support import ON_HOST, accumulate, activated, index_type, launch, launch_on, rounded, widened
+from .support import (
+    ON_HOST,
+    accumulate,
+    activated,
+    divided,
+    index_type,
+    launch,
+    launch_on,
+    rounded,
+    square_root,
+    widened,
+)
 
 TILE = 4096  # elements per tile: 16 per thread of 8 warps
 WARPS = 8
@@ -85,7 +96,7 @@ def _places(m, c, M, C, HW, CHANNELS_LAST: tl.constexpr):
     if CHANNELS_LAST:
         return m[:, None] * C + c[None, :], inside
     else:
-        return (c * HW)[:, None] + ((m // HW) * (C * HW) + m % HW)[None, :], inside
+        return (c * HW)[:, None] + ((m // HW) * C * HW + m % HW)[None, :], inside
 
 
 @triton.jit
@@ -126,24 +137,26 @@ def bn_stats_kernel(
     m = begin + tl.arange(0, BLOCK_M)
     at, inside = _places(m, c, end, C, HW, CHANNELS_LAST)
     x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
-    centre = _sum_over_pixels(x, CHANNELS_LAST) / tl.minimum(end - begin, BLOCK_M).to(ACC)
+    in_tile = tl.minimum(end - begin, BLOCK_M).to(ACC)
+    centre = divided(_sum_over_pixels(x, CHANNELS_LAST), in_tile)
     centre = tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
     total = tl.zeros_like(x)
     squares = tl.zeros_like(x)
-    count = tl.zeros((BLOCK_M,), ACC)
     for first in range(begin, end, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         at, inside = _places(m, c, end, C, HW, CHANNELS_LAST)
         x = widened(tl.load(x_ptr + at, mask=inside, other=0), ACC)
         d = tl.where(inside, x - _expand_channels(centre, CHANNELS_LAST), 0.0)
-        count += tl.where(m < end, 1.0, 0.0).to(ACC)
-        weight = tl.where(count > 1, 1.0 / (count * tl.maximum(count - 1, 1.0)), 0.0)
+        # The number of values so far, the same for every position inside.
+        seen = ((first - begin) // BLOCK_M + 1).to(ACC)
+        weight = tl.where(seen > 1, divided(1.0, seen * tl.maximum(seen - 1, 1.0)), 0.0)
         total += d
-        # The last value's deviation from the running mean, times count.
-        deviation = tl.where(inside, _expand_pixels(count, CHANNELS_LAST) * d - total, 0.0)
-        squares += deviation * deviation * _expand_pixels(weight, CHANNELS_LAST)
-    mean = _sum_over_pixels(total, CHANNELS_LAST) / (end - begin).to(ACC)
-    position_means = total / _expand_pixels(tl.maximum(count, 1.0), CHANNELS_LAST)
+        # The last value's deviation from the running mean, times their number.
+        deviation = tl.where(inside, seen * d - total, 0.0)
+        squares += deviation * deviation * weight
+    count = ((end - begin - tl.arange(0, BLOCK_M) + BLOCK_M - 1) // BLOCK_M).to(ACC)
+    mean = divided(_sum_over_pixels(total, CHANNELS_LAST), (end - begin).to(ACC))
+    position_means = divided(total, _expand_pixels(tl.maximum(count, 1.0), CHANNELS_LAST))
     deviation = position_means - _expand_channels(mean, CHANNELS_LAST)
     squares += _expand_pixels(count, CHANNELS_LAST) * (deviation * deviation)
     at = part * 3 * C + c
@@ -173,17 +186,17 @@ def bn_stats_merge_kernel(
     centre = tl.load(parts_ptr + c, mask=in_c, other=0)
     total = tl.zeros((BLOCK_C,), ACC)
     for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
+        part = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
         n = tl.minimum(tl.maximum(M - part * pixels_per_part, 0), pixels_per_part).to(ACC)
         at = (part * 3 * C)[:, None] + c[None, :]
         inside = (part < parts)[:, None] & in_c[None, :]
         shift = tl.load(parts_ptr + at, mask=inside, other=0) - centre[None, :]
         mean = shift + tl.load(parts_ptr + at + C, mask=inside, other=0)
         total += tl.sum(tl.where(inside, n[:, None] * mean, 0.0), 0)
-    offset = total / M
+    offset = divided(total, tl.cast(M, ACC))
     squares = tl.zeros((BLOCK_C,), ACC)
     for first in range(0, parts, BLOCK_P):
-        part = first + tl.arange(0, BLOCK_P)
+        part = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
         n = tl.minimum(tl.maximum(M - part * pixels_per_part, 0), pixels_per_part).to(ACC)
         at = (part * 3 * C)[:, None] + c[None, :]
         inside = (part < parts)[:, None] & in_c[None, :]
@@ -191,8 +204,8 @@ def bn_stats_merge_kernel(
         deviation = shift + tl.load(parts_ptr + at + C, mask=inside, other=0) - offset[None, :]
         within = tl.load(parts_ptr + at + 2 * C, mask=inside, other=0)
         squares += tl.sum(tl.where(inside, within + n[:, None] * deviation * deviation, 0.0), 0)
-    var = squares / M
-    scale = 1.0 / tl.sqrt(var + EPS)
+    var = divided(squares, tl.cast(M, ACC))
+    scale = divided(1.0, square_root(var + EPS))
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + c, mask=in_c, other=0)
     tl.store(mean_ptr + c, centre + offset, mask=in_c)
@@ -303,15 +316,15 @@ def bn_reduce_merge_kernel(
         inside = (part < parts)[:, None] & in_c[None, :]
         sum_g += tl.sum(tl.load(parts_ptr + at, mask=inside, other=0), 0)
         sum_gx += tl.sum(tl.load(parts_ptr + at + C, mask=inside, other=0), 0)
-    invstd = 1.0 / tl.sqrt(tl.load(var_ptr + c, mask=in_c, other=1) + EPS)
+    invstd = divided(1.0, square_root(tl.load(var_ptr + c, mask=in_c, other=1) + EPS))
     dweight = sum_gx * invstd
     scale = invstd
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + c, mask=in_c, other=0)
     tl.store(dweight_ptr + c, dweight, mask=in_c)
     tl.store(dbias_ptr + c, sum_g, mask=in_c)
-    tl.store(folded_ptr + c, sum_g / M, mask=in_c)
-    tl.store(folded_ptr + C + c, dweight * invstd / M, mask=in_c)
+    tl.store(folded_ptr + c, divided(sum_g, tl.cast(M, ACC)), mask=in_c)
+    tl.store(folded_ptr + C + c, divided(dweight * invstd, tl.cast(M, ACC)), mask=in_c)
     tl.store(folded_ptr + 2 * C + c, scale, mask=in_c)
 
 

@@ -15,8 +15,9 @@ time, so that a wave shares both operands in L2.
                      float32 sums in order and applies the epilogue
     persistent       fewer programs than tiles; program i of n processes tiles i, i + n, ...
 
-Accumulation in float32, one rounding. Bytes: x, residual and weights are read from memory once if
-L2 holds the data that tiles share; y is written once. Speed: not measured.
+Accumulation in float32, one rounding. TF32 operands are rounded to nearest: weights when they are
+packed, x in registers before each product. Bytes: x, residual and weights are read from memory once
+if L2 holds the data that tiles share; y is written once. Speed: not measured.
 """
 
 from __future__ import annotations
@@ -36,9 +37,20 @@ from fused_resnet.kernels.problem import Gemm, Geometry, Problem, operands_of
 from fused_resnet.kernels.target import Target, current, multiprocessors
 from fused_resnet.layout import channels_last, channels_last_empty
 
-from . import configs
+from . import configs, elementwise
 from .configs import Config
-from .support import ON_HOST, activated, at_most, index_type, launch, launch_on, rounded, widened
+from .support import (
+    LARGE,
+    ON_HOST,
+    activated,
+    at_most,
+    index_type,
+    launch,
+    launch_on,
+    rounded,
+    to_tf32,
+    widened,
+)
 
 EPILOGUE_BITS = tl.constexpr(512)  # of one row of a tile per epilogue: two sectors
 
@@ -138,6 +150,8 @@ def _sums(
         )
         if ON_HOST and a.dtype == tl.bfloat16:
             a, b = widened(a, tl.float32), widened(b, tl.float32)
+        if PRECISION == "tf32":
+            a = to_tf32(a)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -238,7 +252,9 @@ def conv_bn_relu_kernel(
 ):
     # Passed in units of UNIT, so that Triton knows their divisor: it only detects 16 itself.
     C = units_of_c * UNIT
-    x_n, x_h, x_w = units_of_x_n * UNIT, units_of_x_h * UNIT, units_of_x_w * UNIT
+    x_n = tl.cast(units_of_x_n, INDEX) * UNIT
+    x_h = tl.cast(units_of_x_h, INDEX) * UNIT
+    x_w = tl.cast(units_of_x_w, INDEX) * UNIT
     split = tl.program_id(1)
     steps = R * S * tl.cdiv(C * GROUPS, BLOCK_K)
     per_split = tl.cdiv(steps, SPLITS)
@@ -325,6 +341,11 @@ def precision_of(dtype: torch.dtype) -> str:
     return "tf32" if operands_of(dtype) == "tf32" else "ieee"
 
 
+def packed(weight: Tensor) -> Tensor:
+    """weight (K, C / groups, R, S), channels_last -> as `run` multiplies it."""
+    return elementwise.round_to_tf32(weight) if operands_of(weight.dtype) == "tf32" else weight
+
+
 def run(
     x: Tensor,
     weight: Tensor,
@@ -337,8 +358,8 @@ def run(
     config: Config | None = None,
 ) -> Tensor:
     """Writes y and returns it. x: (N, C, H, W); y, residual: (N, K, P, Q), with the same strides.
-    The channel strides are 1, the others arbitrary. weight: (K, C / groups, R, S), channels_last;
-    scale, shift: (K,) float32."""
+    The channel strides are 1, the others arbitrary. weight: (K, C / groups, R, S), channels_last,
+    `packed`; scale, shift: (K,) float32."""
     N, K, P, Q = y.shape
     H, W = x.shape[2:]
     C, R, S = weight.shape[1:]
@@ -416,6 +437,11 @@ def supports(problem: Problem, target: Target) -> str | None:
     """None if the kernel computes the convolution, else the reason in one line."""
     if problem.dtype == torch.float64:
         return "the Triton convolution accumulates in float32, too little for float64"
+    gemm = problem.gemm()
+    if gemm.operands == "tf32" and target.vendor == "amd" and target.architecture != "gfx942":
+        return f"Triton does not multiply TF32 operands on {target.architecture}"
+    if gemm.M >= LARGE:
+        return f"the Triton convolution computes fewer than {LARGE} pixels"
     return None
 
 
@@ -446,8 +472,11 @@ def run_conv(
     """Writes the output of a `GpuConv` to y. x, residual, y: channels_last."""
     geometry, weight = conv.geometry, conv.weight
     if takes_runs(weight.shape[1], weight.shape[3], geometry.dilation[1], geometry.groups):
-        weight = conv.cached("triton", lambda: taps_in_runs(weight))
+        weight = conv.cached("triton", lambda: taps_in_runs(conv.weight))
         x, geometry = in_runs(x, conv.weight.shape, geometry)
+    if operands_of(x.dtype) == "tf32":  # a switch of PyTorch's, which may change
+        in_float32 = weight
+        weight = conv.cached("triton tf32", lambda: packed(in_float32))
     run(x, weight, conv.scale, conv.shift, residual, y, activation, geometry, config)
 
 

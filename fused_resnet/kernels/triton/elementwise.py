@@ -1,4 +1,4 @@
-"""add_relu and its backward.
+"""add_relu and its backward; rounding to TF32.
 
     y = max(x + residual, 0), relu(NaN) = NaN;   dx = dy where !(y <= 0), else 0
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .support import accumulate, launch, launch_on, rounded, widened
+from .support import accumulate, launch, launch_on, rounded, to_tf32, widened
 
 # 4096 elements over 8 warps are 16 per thread: two or four 16-byte loads of each operand in flight.
 BLOCK, WARPS = 4096, 8
@@ -55,6 +55,28 @@ def add_relu_backward_kernel(
     dy = widened(tl.load(dy_ptr + at, mask=inside), ACC)
     y = widened(tl.load(y_ptr + at, mask=inside), ACC)
     tl.store(dx_ptr + at, rounded(tl.where(y <= 0, 0.0, dy), dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def round_to_tf32_kernel(
+    x_ptr,  # (n,)
+    y_ptr,  # (n,)
+    n,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + at, to_tf32(tl.load(x_ptr + at, mask=at < n)), mask=at < n)
+
+
+def round_to_tf32(x: Tensor) -> Tensor:
+    """x: float32, dense, any strides -> its values rounded to TF32, with x's strides."""
+    y = torch.empty_like(x)
+    with launch_on(x):
+        launch(
+            round_to_tf32_kernel, (triton.cdiv(x.numel(), BLOCK),),
+            x, y, x.numel(), BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return y
 
 
 def _launch(kernel: Any, a: Tensor, b: Tensor, out: Tensor) -> Tensor:

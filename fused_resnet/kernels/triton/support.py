@@ -82,6 +82,30 @@ if IMPORT_ERROR is None:
             return v.to(dtype)
 
     @triton.jit
+    def divided(a, b):
+        """a / b, rounded to nearest. Of float32, Triton's own operator is off by up to 2 ulp."""
+        if b.dtype == tl.float32:
+            return tl.div_rn(a, b)
+        else:
+            return a / b
+
+    @triton.jit
+    def square_root(v):
+        """The square root, rounded to nearest. Triton's own one of float32 is an approximation."""
+        if v.dtype == tl.float32:
+            return tl.sqrt_rn(v)
+        else:
+            return tl.sqrt(v)
+
+    @triton.jit
+    def to_tf32(v):
+        """v, float32, rounded to TF32: to nearest, ties away from zero, as cvt.rna.tf32 does it.
+        Tensor cores truncate their operands instead: twice the error, and biased towards zero."""
+        bits = v.to(tl.int32, bitcast=True)
+        bits += tl.where(tl.abs(v) < float("inf"), 0x1000, 0)  # a NaN could become zero
+        return (bits & ~0x1FFF).to(tl.float32, bitcast=True)
+
+    @triton.jit
     def probe_kernel(y_ptr, BLOCK: tl.constexpr):
         at = tl.arange(0, BLOCK)
         tl.store(y_ptr + at, tl.load(y_ptr + at) + 1)
@@ -179,9 +203,18 @@ def accumulate(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+# Indices from here on need 64 bits: those of a tile that extends past the end must fit as well.
+LARGE = 2**31 - 2**20
+
+
 def index_type(*tensors: Tensor | None) -> Any:
-    """The integer type that can hold the offsets into all of these tensors."""
-    large = any(t is not None and t.numel() >= 2**31 - 2**20 for t in tensors)
+    """The integer type that can hold the offsets into all of these tensors, of any strides."""
+
+    def reach(t: Tensor) -> int:
+        last = [(size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)]
+        return 1 + sum(last)
+
+    large = any(t is not None and reach(t) >= LARGE for t in tensors)
     return tl.int64 if large else tl.int32
 
 

@@ -24,6 +24,7 @@ from fused_resnet import layout
 from fused_resnet.bench import machine
 from fused_resnet.bench.layers import layers_of
 from fused_resnet.kernels import measure, registry, target, tuning
+from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cuda.implicit_gemm import CudaConfig
 from fused_resnet.kernels.problem import Gemm, Geometry, Problem
 from fused_resnet.kernels.target import Target
@@ -47,6 +48,7 @@ from fused_resnet.kernels.triton import (  # noqa: E402
     elementwise,
     support,
 )
+from fused_resnet.kernels.triton.batch_norm import _places  # noqa: E402
 from fused_resnet.kernels.triton.configs import Config  # noqa: E402
 
 SMALL = Config(32, 32, 16, 4, 2)
@@ -389,6 +391,67 @@ def test_offsets_are_64_bit_for_large_tensors():
     assert support.index_type(small, large) == tl.int64
     # A masked tile may extend past the end: the last offset must fit, not just the last element.
     assert support.index_type(torch.empty(2**31 - 2**19, device="meta")) == tl.int64
+    # Strides count, not elements.
+    every_second = torch.empty(2, 2**20, 2**11, device="meta")[:, :, ::2]
+    assert every_second.numel() == 2**31 and support.index_type(every_second[:, :-1]) == tl.int64
+    assert support.index_type(small[:1].expand(2**32)) == tl.int32
+
+
+def test_more_than_2_31_pixels_are_refused():
+    few, many = (
+        conv_problem(shape) for shape in ((2**10, 16, 1024, 1024), (2**11, 16, 1024, 1024))
+    )
+    assert convolution.supports(few, HOPPER) is None
+    assert "fewer than 2146435072 pixels" in convolution.supports(many, HOPPER)
+    nearly = many._replace(x_shape=(1, 16, 1, 2**31 - 128))
+    assert convolution.supports(nearly, HOPPER) is not None
+    g, weight = torch.empty(2**11, 16, 512, 512, device="meta"), torch.empty(16, 16, 1, 1)
+    strided = Geometry((2, 2), (0, 0), (1, 1))
+    assert backward.convolution_dx(g, weight, many.x_shape, strided) is None
+
+
+def conv_problem(x_shape) -> Problem:
+    geometry = Geometry((1, 1), (0, 0), (1, 1))
+    return Problem("conv_bn_relu", torch.float16, (16, 16, 1, 1), geometry, x_shape)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory that is mapped but not used")
+def test_images_far_apart(tmp_path):
+    """Two images of one pixel, more than 2^31 elements apart in x and in y."""
+    apart = 2**31 + 64
+    memory = torch.from_file(str(tmp_path / "sparse"), True, apart + 64, dtype=torch.float16)
+    strides = (apart, 1, 16, 16)
+    x, y = (memory.as_strided((2, 16, 1, 1), strides, offset) for offset in (0, 32))
+    x.copy_(torch.randint(-2, 3, x.shape))
+    weight = torch.randint(-2, 3, (16, 16, 3, 3)).half()
+    geometry, one = Geometry((1, 1), (1, 1), (1, 1)), torch.ones(16)
+    weight_last = layout.channels_last(weight)
+    convolution.run(x, weight_last, one, 0 * one, None, y, Activation.NONE, geometry, SMALL)
+    wanted = torch.nn.functional.conv2d(x.float(), weight.float(), None, 1, 1).half()
+    assert torch.equal(y, wanted)
+
+
+@triton.jit
+def last_place_kernel(out_ptr, M, C, HW):
+    m = (M - 1 + tl.arange(0, 1)).to(tl.int64)
+    at, inside = _places(m, tl.zeros((1,), tl.int64), M, C, HW, False)
+    tl.store(out_ptr + tl.zeros((1, 1), tl.int32), at, mask=inside)
+
+
+def test_batch_norm_of_large_images():
+    """An image of more than 2^31 elements; and parts that begin beyond 2^31 pixels."""
+    place = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    C, HW = 64, 6000**2
+    support.launch(last_place_kernel, (1,), place, 2 * HW, C, HW)
+    assert place.item() == C * HW + HW - 1
+    pixels, count = 3 * 10**7, 100
+    parts, out = torch.zeros(count, 3, 16, device=DEVICE), torch.zeros(5, 16, device=DEVICE)
+    parts[:, 1] = torch.arange(count, device=DEVICE)[:, None]  # the parts' means
+    support.launch(
+        batch_norm.bn_stats_merge_kernel, (1,), parts, None, out[0], out[1], out[2:],
+        pixels * (count - 1) + 1, 16, count, pixels, 1e-5, BLOCK_P=64, BLOCK_C=16, ACC=tl.float32,
+    )  # fmt: skip
+    assert (out[0] - 49).abs().max() < 1e-3 and (out[1] - 816.6667).abs().max() < 1e-2
 
 
 @pytest.fixture
