@@ -140,9 +140,9 @@ def called(function, argument, otherwise, **options):
 _MATMUL, _CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 # PyTorch's settings that change what a forward computes, as context managers.
 SETTINGS = {
-    "allow_tf32": lambda: switched(_CUDNN, "allow_tf32", False),
+    "allow_tf32": lambda: switched(_CUDNN, "allow_tf32", True),
     "matmul.allow_tf32": lambda: switched(_MATMUL, "allow_tf32", True),
-    "conv.fp32_precision": lambda: switched(_CUDNN.conv, "fp32_precision", "ieee"),
+    "conv.fp32_precision": lambda: switched(_CUDNN.conv, "fp32_precision", "tf32"),
     "matmul.fp32_precision": lambda: switched(_MATMUL, "fp32_precision", "tf32"),
     "float32_matmul": lambda: called(torch.set_float32_matmul_precision, "high", "highest"),
     "float16 sums": lambda: switched(_MATMUL, "allow_fp16_accumulation", True),

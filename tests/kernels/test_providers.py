@@ -353,7 +353,7 @@ import os, sys
 import torch
 import fused_resnet as fr
 from fused_resnet import dtypes
-from fused_resnet.graphs import training_step
+from fused_resnet.graphs import capture
 from fused_resnet.kernels import problem, registry
 
 backends = torch.backends
@@ -372,8 +372,8 @@ rows = [  # a user's statement, and what it allows to convolutions and to matrix
     ("backends.cuda.matmul.fp32_precision = 'ieee'", True, False),
     ("backends.fp32_precision = 'ieee'; backends.cudnn.allow_tf32 = True", True, False),
 ]
-x, conv = torch.zeros(1), problem.Problem("conv_bn_relu", torch.float32, (16, 16, 1, 1))
-default = training_step._key(x, x, "cuda")
+conv = problem.Problem("conv_bn_relu", torch.float32, (16, 16, 1, 1))
+default = capture.settings("cuda", None)
 for statement, convolutions, products in rows:
     if os.fork() == 0:  # a switch that was set cannot be unset
         exec(statement)
@@ -381,7 +381,7 @@ for statement, convolutions, products in rows:
         assert dtypes.multiplies_in_tf32() == products, statement
         assert conv.gemm().operands == ("tf32" if convolutions else "float32"), statement
         registry.candidates(conv, "cuda")
-        changed = training_step._key(x, x, "cuda") != default
+        changed = capture.settings("cuda", None) != default
         assert changed == ((convolutions, products) != (True, False)), statement
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.wait()[1]) == 0, statement
