@@ -4,7 +4,7 @@ import sys
 
 from . import depth
 from .bench.machine import info
-from .fusion import Explanation, explain, refresh, set_activation_memory
+from .fusion import Explanation, explain, fuse, refresh, set_activation_memory, unfuse
 from .graphs.inference import Inference, inference
 from .graphs.training_step import TrainingStep, training_step
 from .kernels.native import release_memory
@@ -40,6 +40,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "depth",
     "explain",
+    "fuse",
     "inference",
     "load_checkpoint",
     "info",
@@ -48,5 +49,6 @@ __all__ = [
     "release_memory",
     "set_activation_memory",
     "training_step",
+    "unfuse",
     "use_backend",
 ]

@@ -28,6 +28,17 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format(x))
 
 
+def exactly(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """t (N, C, H, W) in this layout, with its strides also for dimensions of one element."""
+    t = t.contiguous(memory_format=memory_format)
+    if 1 not in t.shape:
+        return t
+    _, C, H, W = t.shape
+    last = memory_format == torch.channels_last
+    strides = (H * W * C, 1, W * C, C) if last else (C * H * W, H * W, W, 1)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
 def like(t: Tensor, x: Tensor) -> Tensor:
     """t, or a copy of it, with the strides of x, which is dense and has t's shape."""
     if t.stride() == x.stride():

@@ -3,6 +3,7 @@
 from .description import Names, register
 from .explain import Explanation, explain
 from .network import NetworkNames
+from .regions.region import fuse, unfuse
 from .run import run_block, run_network
 from .store import refresh
 from .training.activation_memory import set_activation_memory
@@ -13,6 +14,7 @@ __all__ = [
     "Names",
     "NetworkNames",
     "explain",
+    "fuse",
     "refresh",
     "register",
     "run_block",
@@ -20,4 +22,5 @@ __all__ = [
     "run_norm",
     "run_projection",
     "set_activation_memory",
+    "unfuse",
 ]

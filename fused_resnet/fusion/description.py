@@ -191,10 +191,15 @@ def describe(module: nn.Module, names: Names) -> Description | str:
         units, shortcut, places, [], pad, names.norm_first, names.norm_first and bool(shared),
         survival if training and survival is not None else 1.0, pool,
     )  # fmt: skip
+    return finished(description)
+
+
+def finished(description: Description) -> Description | str:
+    """The description with its geometries, or a one-line reason why it cannot be fused."""
     reason = _reason_against(description)
     if reason is not None:
         return reason
-    for conv, *_ in units:
+    for conv, *_ in description.units:
         sizes = conv.stride, conv.padding, conv.dilation
         if {*map(type, sizes)} != {tuple} or {*map(len, sizes)} != {2}:
             sizes = pair(conv.stride), pair(conv.padding), pair(conv.dilation)

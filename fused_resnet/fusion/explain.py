@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fused_resnet.kernels import registry
 from fused_resnet.layers.hooks import overrides
 from fused_resnet.layers.norms import uses_batch_statistics
-from fused_resnet.layers.planned import Block
+from fused_resnet.layers.planned import FUSED, Block
 from fused_resnet.layers.sync_batch_norm import group_of
 
 from .call import asked, call_reason
@@ -17,19 +17,23 @@ from .description import Description, Names, describe, recipe_of
 from .dtype_rules import serves
 from .inference.make import kernels_for
 from .network import NetworkNames
+from .regions.explain import multiplications, parts_of
 from .training.prepare import trains_whole
 
 
 class Explanation(NamedTuple):
-    """The path a block would take now: `path` is "inference", "training" or "stock"."""
+    """The path a block would take now: `path` is "inference", "training" or "stock". share: of a
+    model that `fuse` changed, the part's share of the multiplications of all convolutions in
+    model(x), if x is given."""
 
     name: str
     fused: bool
     path: str
     reason: str
+    share: float | None = None
 
 
-def explain(model: nn.Module, x: Tensor | None = None) -> list[Explanation]:
+def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
     """For each stem and residual block of `model`: fused or not, and the reason.
 
     x: (N, C, H, W): the answers are those of the call `model(x)` at this point: for its dtype and
@@ -38,6 +42,9 @@ def explain(model: nn.Module, x: Tensor | None = None) -> list[Explanation]:
     subclass with its own forward are listed: they are fused where that calls the forward of this
     package. Runs nothing and changes nothing. With FSDP, call it between `unshard()`
     and `reshard()`, while the parameters are whole.
+
+    Of a model that `fuse` changed, every fused part is listed and every other convolution; x may
+    then be what its forward takes, and the model runs once to count multiplications.
     """
     explanations = []
     for name, m in model.named_modules():
@@ -48,6 +55,13 @@ def explain(model: nn.Module, x: Tensor | None = None) -> list[Explanation]:
             names, name = names.stem, f"{name}.stem" if name else "stem"
         if names is not None:
             explanations.append(Explanation(name, *_explain(m, names, x)))
+    if any(FUSED in m.__dict__ for m in model.modules()):
+        work = {} if x is None else multiplications(model, x)
+        total = sum(work.values())
+        for part in parts_of(model, x):
+            share = sum(work.get(conv, 0) for conv in part.convs) / total if total else None
+            fused = part.path != "stock"
+            explanations.append(Explanation(part.name, fused, part.path, part.reason, share))
     return explanations
 
 

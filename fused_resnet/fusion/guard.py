@@ -71,6 +71,8 @@ class Guard:
             self._names.append(name)
             self._modules.append(module)
             if not isinstance(module, nn.Module):
+                if kind in (list, dict, set):
+                    self._children.append(module)
                 continue
             attributes, settings = module.__dict__, _SETTINGS.get(kind, ())
             self._children.append(module._modules)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fused_resnet.kernels import cache
-from fused_resnet.layers.planned import MADE, on_change
+from fused_resnet.layers.planned import FUSED, MADE, on_change
 
 _generation = 0
 
@@ -46,6 +46,8 @@ def forget(module: nn.Module) -> None:
     _generation += 1
     for m in module.modules():
         m.__dict__.pop(MADE, None)
+        if FUSED in m.__dict__:
+            m.__dict__[FUSED].forget()
 
 
 def refresh(model: nn.Module) -> None:

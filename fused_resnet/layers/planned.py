@@ -18,6 +18,9 @@ def on_change(callback: Callable[[nn.Module], None]) -> None:
 MADE = "_fused_resnet_made"
 """The attribute of a module that holds what was made from it (see fusion/store.py)."""
 
+FUSED = "_fused_resnet_region"
+"""The attribute of a module that `fused_resnet.fuse` changed (see fusion/regions/region.py)."""
+
 
 class Planned(nn.Module):
     """A module whose inference plans are cached. A switch between training and eval mode, a

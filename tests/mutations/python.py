@@ -47,7 +47,42 @@ ONEDNN = "fused_resnet/kernels/cpu/onednn.py"
 ULTRA = "fused_resnet/depth/ultra.py"
 LOOKS = "tests/depth/test_profiles.py"
 
+REGIONS = "fused_resnet/fusion/regions"
+FUSE = "tests/fusion/regions/test_fuse.py"
+PIPELINES = "tests/fusion/regions/test_pipelines.py"
+
 PYTHON = [
+    ("fuse: a value written in place", f"{REGIONS}/match.py",
+     "return not self._unsafe.intersection(nodes)", "return True", f"{FUSE} -k 'in and place'"),
+    ("fuse: a value read twice", f"{REGIONS}/match.py", "if len(node.users) != 1:",
+     "if not node.users:", f"{FUSE} -k 'used and twice'"),
+    ("fuse: a hook on an activation", f"{REGIONS}/match.py", "and patched(m) is None", "",
+     f"{FUSE} -k hooks_on"),
+    ("fuse: side effects of a forward", f"{REGIONS}/trace.py", "    if not same:", "    if False:",
+     f"{FUSE} -k side_effects"),
+    ("fuse: dropout in training", f"{REGIONS}/trace.py", "in _DROPOUTS and not m.training",
+     "in _DROPOUTS", f"{FUSE} -k 'training and sequential'"),
+    ("fuse: calls of other threads are traced", f"{REGIONS}/trace.py",
+     """        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+""", "", f"{FUSE} -k threads"),
+    ("fuse: a copy of the dict is the module", f"{REGIONS}/region.py",
+     "return self._module() is module", "return True", f"{FUSE} -k same_dict"),
+    ("fuse: refresh of a part", f"{REGIONS}/region.py",
+     "found.generation == store.generation() and", "", f"{FUSE} -k refresh"),
+    ("fuse: layouts where they show", f"{REGIONS}/program.py",
+     "convert = bool(kept) and not keeps and not reduces", "convert = False",
+     f"{PIPELINES} -k detr"),
+    ("fuse: results keep their layout", f"{REGIONS}/program.py",
+     "stock(values[n]) if n in kept else values[n]", "values[n]", f"{FUSE} -k test_inference"),
+    ("fuse: a list of modules grows", "fused_resnet/fusion/guard.py",
+     "if kind in (list, dict, set):", "if False:", f"{FUSE} -k attributes_are_read"),
+    ("fuse: the residual of another block", f"{REGIONS}/match.py",
+     "return Found(described, first, other, None, activation, every)",
+     "return Found(described, first, first, None, activation, every)", f"{FUSE} -k keywords"),
+    ("fuse: a projection of another input", f"{REGIONS}/match.py",
+     "or (branch is not None and source is branch.conv.args[0])", "or branch is not None",
+     f"{PIPELINES} -k resnet18"),
     ("cifar: preact's identity gradient dropped", TRAINING, "else dx.add_(ds)", "else dx",
      f"{STEP} -k against_float64"),
     ("cifar: shared activation not shared", SPEC, "return 0 if self.shared else None", "return None",

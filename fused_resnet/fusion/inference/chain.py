@@ -48,13 +48,26 @@ class Chain:
         same = compute_dtype(x.dtype, x.device.type) == self.plans[0].dtype
         return same and weights_fit(x.dtype, self.plans[0].weight)
 
-    def run(self, x: Tensor) -> Tensor | None:
-        """The output for x (N, C, H, W) of any layout, of stock's dtype and layout; None if x does
-        not fit: stock then runs, or raises the error."""
+    def run(self, x: Tensor, residual: Tensor | None = None, keep: bool = False) -> Tensor | None:
+        """The output for x (N, C, H, W) of any layout, of stock's dtype and, unless `keep`, layout;
+        None if x does not fit: stock then runs, or raises the error. residual: what the only plan's
+        only unit adds before its activation, of the output's shape."""
+        if residual is not None:
+            return self._run_with(residual, x)
         cached = self._stages  # read once: another thread may replace it for another shape
         if cached is None or cached[0] != x.shape:
             cached = self._stages = (x.shape, self._find_stages(x.shape))
-        return _left(_run_stages(cached[1], x), x) if cached[1] else None
+        return _left(_run_stages(cached[1], x), x, keep) if cached[1] else None
+
+    def _run_with(self, residual: Tensor, x: Tensor) -> Tensor | None:
+        (plan,) = self.plans
+        shapes = plan.shapes(x.shape)
+        if not shapes or tuple(residual.shape) != tuple(shapes[-1]):
+            return None
+        if residual.dtype != output_dtype(x.dtype, x.device.type) or residual.device != x.device:
+            return None
+        residual = residual.to(plan.dtype).contiguous(memory_format=torch.channels_last)
+        return _left(plan.run(*_entered(x, plan), residual), x, keep=True)
 
     def _find_stages(self, shape: Sequence[int]) -> list[_Stage]:
         """The stages and micro-batch sizes for x of this shape; empty if it does not fit."""
@@ -112,9 +125,10 @@ def _entered(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:
     return converted, converted.data_ptr() != x.data_ptr()
 
 
-def _left(y: Tensor, x: Tensor) -> Tensor:
-    """Converts a plan's output to stock's dtype and layout for x. Always another tensor: providers
-    may store what they know of an output with it (see kernels/cpu/onednn.py), and the caller may
-    write to what it gets."""
+def _left(y: Tensor, x: Tensor, keep: bool = False) -> Tensor:
+    """Converts a plan's output to stock's dtype and, unless `keep`, layout for x. Always another
+    tensor: providers may store what they know of an output with it (see kernels/cpu/onednn.py), and
+    the caller may write to what it gets."""
     stock_dtype = output_dtype(x.dtype, y.device.type)
-    return y.detach().to(stock_dtype).contiguous(memory_format=layout.memory_format(x))
+    y = y.detach().to(stock_dtype)
+    return y if keep else y.contiguous(memory_format=layout.memory_format(x))

@@ -73,6 +73,15 @@ def plan_for(
     description = describe(module, names)
     if isinstance(description, str):
         return description
+    plan = plan_of(description, dtype, device)
+    if not isinstance(plan, str) and plan.is_cached:
+        store.insert(module, key, plan)
+    return plan
+
+
+def plan_of(description: Description, dtype: torch.dtype, device: torch.device) -> Plan | str:
+    """A new inference plan of the description for an x of `dtype` on `device`; or the reason why
+    there is none. `is_cached` says whether later calls may use it."""
     guard = Guard([description])  # before any value is read
     kernels = kernels_for(description, dtype, device)
     if isinstance(kernels, str):
@@ -87,5 +96,4 @@ def plan_for(
         plan.is_cached = True
         for conv in plan.all_convs:
             conv.is_cached = True
-        store.insert(module, key, plan)
     return plan

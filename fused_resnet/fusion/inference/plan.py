@@ -129,9 +129,10 @@ class Plan:
             return [] if pooled is None else [*shapes, pooled]
         return shapes
 
-    def run(self, x: Tensor, owned: bool) -> Tensor:
+    def run(self, x: Tensor, owned: bool, added: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W), which may be overwritten if `owned` -> (N, K, P, Q), channels_last of
-        `dtype`."""
+        `dtype`. added: what a chain without a shortcut adds before its last activation, as the
+        output."""
         if self.one_op is not None:
             return torch.ops.fused_resnet_native.block_inference.default(x, *self.one_op, owned)
         d = self._description
@@ -151,7 +152,7 @@ class Plan:
         elif d.pad is not None:
             residual, owned = padded(source, d.pad.out_channels, d.pad.stride), True
         elif d.shortcut == "none":
-            residual = None
+            residual, owned = added, False
         return last[0].run(x, residual, last[1], overwrite=owned)
 
     def _run_pooled(self, x: Tensor) -> Tensor:

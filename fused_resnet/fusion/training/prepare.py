@@ -154,16 +154,20 @@ def step_for(module: nn.Module, names: Names, x: Tensor) -> Step | str:
     if step is not None:
         return step
     description = describe(module, names)
-    if isinstance(description, str):
-        return description
+    step = description if isinstance(description, str) else step_of(module, description, x)
+    if not isinstance(step, str) and step.is_cached:
+        store.insert(module, key, step)
+    return step
+
+
+def step_of(module: nn.Module, description: Description, x: Tensor) -> Step | str:
+    """A new step of the description for x; or the reason why there is none. `is_cached` says
+    whether later calls may use it. module: has the level of activation memory."""
     if any(unit.conv.weight.device != x.device for unit in description.units):
         return f"x is on {x.device}, a weight is not"
     if not any(serves(uses_batch_statistics(norm), x) for norm in description.norms):
         return "no kernel is faster than stock's operations"
-    step = Step(module, description)
-    if step.is_cached:
-        store.insert(module, key, step)
-    return step
+    return Step(module, description)
 
 
 def setting(x: Tensor) -> tuple[Any, ...]:

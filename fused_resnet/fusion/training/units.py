@@ -53,13 +53,19 @@ def counts_once(description: Description, x: Tensor) -> bool:
     )
 
 
+def norm_step(bn: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    """relu(bn(x) + residual) by one op; None where not supported, or the norm is frozen."""
+    if patched(bn) is not None or type(bn) is not BatchNorm2d or not uses_batch_statistics(bn):
+        return None
+    fits = x.dim() == 4 and serves(True, x) and _bn_fits(bn, x, residual)
+    return _train_bn(bn, x, residual, True) if fits else None
+
+
 def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
     """relu(bn(x)) of two modules by one op; None where not supported, or the norm is frozen."""
-    if call_reason(x) is not None or type(bn) is not BatchNorm2d or type(relu) is not ReLU:
+    if call_reason(x) is not None or type(relu) is not ReLU or patched(relu) is not None:
         return None
-    if patched(bn) is not None or patched(relu) is not None or not uses_batch_statistics(bn):
-        return None
-    return _train_bn(bn, x, None, True) if serves(True, x) and _bn_fits(bn, x, None) else None
+    return norm_step(bn, x, None)
 
 
 def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
@@ -100,6 +106,31 @@ def run_units(step: Step, x: Tensor) -> Tensor | None:
     return y if description.pool is None else description.pool(y)
 
 
+class _Weight(torch.autograd.Function):
+    """A weight (K, C, R, S) whose gradient has its layout, whatever the layout of activations."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.strides = weight.stride()
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if grad.stride() == ctx.strides:
+            return grad
+        if grad.dim() == 4 and grad.is_contiguous():  # of 1x1 convolutions
+            return grad.as_strided(grad.shape, ctx.strides)
+        return grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+
+
+def convolve(conv: Any, input: Tensor) -> Tensor:
+    """conv(input), with the gradient of its weight in the weight's layout, as stock's is where
+    input and weight are contiguous."""
+    if patched(conv) is not None or type(conv.weight) is not nn.Parameter:
+        return conv(input)
+    return conv._conv_forward(input, _Weight.apply(conv.weight), conv.bias)
+
+
 def run_unit(
     step: Step, i: int, x: Tensor, residual: Tensor | None, activation: Activation
 ) -> Tensor:
@@ -109,7 +140,7 @@ def run_unit(
     geometry = step.description.geometries[i]
     relu = activation == Activation.RELU  # the ops compute no other
     if uses_batch_statistics(bn):
-        y = conv(x)
+        y = convolve(conv, x)
         if serves(True, y) and _bn_fits(bn, y, residual):
             y = _train_bn(bn, y, residual, relu)
             return y if relu else activation(y)
@@ -120,7 +151,7 @@ def run_unit(
             y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
         return y if relu else activation(y)
     else:
-        y = bn(conv(x))
+        y = bn(convolve(conv, x))
     if residual is not None:
         y += residual
     return torch.relu_(y) if relu else activation(y)

@@ -1,0 +1,154 @@
+"""What `explain` lists of a model that `fuse` changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.inference.make import kernels_for
+from fused_resnet.fusion.training.prepare import step_of
+from fused_resnet.kernels.problem import pair
+from fused_resnet.layers.hooks import keeping_buffers, watching
+from fused_resnet.layers.norms import uses_batch_statistics
+from fused_resnet.layers.planned import FUSED
+
+from .match import Found, Matcher
+from .trace import Trace, signature_of, trace
+
+
+class Part(NamedTuple):
+    """A part of a model, by the name of its module or of the module that holds all of it. convs:
+    the names of its convolutions. path: "inference", "training" or "stock"."""
+
+    name: str
+    path: str
+    reason: str
+    convs: list[str]
+
+
+def parts_of(model: nn.Module, x: Any) -> Iterator[Part]:
+    """The fused parts of the regions of `model` for a call model(x) now, then every other
+    convolution, with the reason. x: None for a call with a tensor of the weights' dtype."""
+    names = {m: name for name, m in model.named_modules()}
+    left = {m: "no region holds it" for m in names if isinstance(m, nn.Conv2d)}
+    left = {m: reason for m, reason in left.items() if _in_region(model, names[m])}
+    seen: set[str] = set()
+    for part in _walk(model, x, names, left):
+        # A module that is called several times is listed once.
+        if not seen.issuperset(part.convs) or not part.convs:
+            yield part._replace(convs=[conv for conv in part.convs if conv not in seen])
+        seen.update(part.convs)
+    for m, reason in left.items():
+        yield Part(names[m], "stock", reason, [names[m]])
+
+
+def _in_region(model: nn.Module, name: str) -> bool:
+    """Whether a module that `fuse` changed holds the module of this name."""
+    homes = name.split(".")[:-1]
+    return any(
+        FUSED in model.get_submodule(".".join(homes[:i])).__dict__ for i in range(len(homes) + 1)
+    )
+
+
+def _walk(
+    module: nn.Module, x: Any, names: dict[nn.Module, str], left: dict[Any, str]
+) -> Iterator[Part]:
+    if FUSED not in module.__dict__:
+        for child in module.children():
+            yield from _walk(child, None, names, left)
+        return
+    example = _example(module) if x is None else x
+    signature = module.__dict__[FUSED].signature
+    if signature is None or x is not None:
+        call = signature_of((example,), {})
+        signature = None if call is None else call[0]
+    known = signature is not None
+    traced = trace(module, signature) if known else "its arguments are not tensors"
+    if isinstance(traced, str):
+        for m in module.modules():
+            if m in left:
+                left[m] = f"{type(module).__name__}: {traced}"
+        for child in module.children():
+            yield from _walk(child, None, names, left)
+        return
+    matched = Matcher(traced)
+    for rejected in matched.rejected:
+        left[traced.modules[rejected.node]] = rejected.reason
+    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
+    for found in matched.found:
+        part = _part(found, traced, module, tensors[0], names)
+        if part.path == "stock":
+            for m in _convs(found, traced):
+                left[m] = part.reason
+            continue
+        for m in _convs(found, traced):
+            left.pop(m, None)
+        yield part
+    leaves = {m for m in traced.modules.values() if FUSED in m.__dict__}
+    for m in leaves:  # their forward could not be traced
+        yield from _walk(m, None, names, left)
+
+
+def _example(module: nn.Module) -> Tensor:
+    """A tensor like the module's weights, of which only dtype and device are read."""
+    for p in module.parameters():
+        if p.dim() == 4:
+            return p.detach()
+    return torch.zeros(1, 1, 1, 1)
+
+
+def _convs(found: Found, traced: Trace) -> list[nn.Module]:
+    return [m for n in found.nodes if isinstance(m := traced.modules.get(n), nn.Conv2d)]
+
+
+def _part(
+    found: Found, traced: Trace, module: nn.Module, x: Tensor, names: dict[nn.Module, str]
+) -> Part:
+    inside = [names[traced.modules[n]] for n in found.nodes if n in traced.modules]
+    convs = [names[m] for m in _convs(found, traced)]
+    units = [] if found.description is None else found.description.units
+    # A block by the module that holds it, other parts by their convolution.
+    name = (convs or inside or [names[module]])[0]
+    if len(convs) > 1:
+        homes = [name.split(".") for name in inside]
+        common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*homes, strict=False))
+        name = ".".join(level[0] for level in common)
+    reason = call_reason(x, module.training)
+    norms = [unit.norm for unit in units if unit.norm is not None]
+    norms += [] if found.norm is None else [found.norm]
+    batch = any(map(uses_batch_statistics, norms))
+    if reason is None and not batch and found.description is not None:
+        kernels = kernels_for(found.description, x.dtype, x.device)
+        reason = kernels if isinstance(kernels, str) else None
+    elif reason is None and found.description is not None:
+        if len(norms) < len(units):
+            reason = "in training a convolution is fused with its norm"
+        else:
+            step = step_of(module, found.description, x)
+            reason = step if isinstance(step, str) else None
+    if reason is not None:
+        return Part(name, "stock", reason, convs)
+    return Part(name, "training" if batch else "inference", "", convs)
+
+
+def multiplications(model: nn.Module, x: Any) -> dict[str, int]:
+    """The number of multiplications of each convolution of `model` in model(x), by name. Runs the
+    model once, without gradients; its buffers stay."""
+    found: dict[str, int] = {}
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+    def see(name: str, y: Tensor) -> None:
+        conv = convs[name]
+        R, S = pair(conv.kernel_size)
+        work = y.numel() * (conv.in_channels // conv.groups) * R * S
+        found[name] = found.get(name, 0) + work
+
+    with torch.no_grad(), keeping_buffers(model), watching(convs.items(), see):
+        model(x)
+    return found

@@ -1,0 +1,394 @@
+"""Runs a traced forward with its fused parts: a list of steps over named values.
+
+Between fused parts nothing is converted: values stay channels_last as long as only operations read
+them that accept any layout. Others, and the caller, get what stock's would be.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fused_resnet import layout, ops
+from fused_resnet.fusion.description import Place
+from fused_resnet.fusion.dtype_rules import output_dtype
+from fused_resnet.fusion.guard import Guard
+from fused_resnet.fusion.inference.chain import Chain
+from fused_resnet.fusion.inference.make import plan_of
+from fused_resnet.fusion.inference.plan import Plan
+from fused_resnet.fusion.training.prepare import Step, step_of
+from fused_resnet.fusion.training.units import convolve, norm_step, run_step, run_unit
+
+from .match import Found, Matcher
+from .trace import Trace
+
+# Operations whose values do not depend on the layout of their inputs, and which keep it.
+_KEEP = {
+    operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, torch.add, torch.mul,
+    torch.relu, torch.relu_, F.relu, F.relu_, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.sigmoid,
+    torch.sigmoid, F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, torch.cat,
+    F.leaky_relu, F.relu6, F.pad,
+}  # fmt: skip
+_KEEP_METHODS = {
+    "relu",
+    "relu_",
+    "add",
+    "add_",
+    "mul",
+    "mul_",
+    "sigmoid",
+    "__add__",
+    "__iadd__",
+    "clamp",
+}
+_KEEP_MODULES = (
+    nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish,
+    nn.Hardsigmoid, nn.LeakyReLU, nn.GELU, nn.Sigmoid, nn.MaxPool2d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Identity, nn.Upsample,
+    nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d,
+)  # fmt: skip
+# Operations that read only sizes, or whose values do not depend on the layout of their inputs and
+# whose result has no layout.
+_REDUCE = {torch.flatten, torch.mean, getattr}
+_REDUCE_METHODS = {"size", "dim", "mean", "flatten"}
+_REDUCE_MODULES = (nn.Flatten,)
+
+
+def _reduces(node: fx.Node, module: Any) -> bool:
+    """Whether the node is one of these, and its result is not of four dimensions."""
+    if isinstance(module, _REDUCE_MODULES):
+        return (module.start_dim, module.end_dim) == (1, -1)
+    known = _REDUCE if node.op == "call_function" else _REDUCE_METHODS
+    if module is not None or node.target not in known or node.kwargs.get("keepdim"):
+        return False
+    if node.target in ("mean", torch.mean):
+        return len(node.args) == 2
+    if node.target in ("flatten", torch.flatten):
+        return node.args[1:] == (1,) and not node.kwargs
+    return True
+
+
+Values = dict[fx.Node, Any]
+
+
+class Program:
+    """A trace, its fused parts and how they run. `guard` covers what all of them were made from."""
+
+    guard: Guard
+    differentiable = False
+    is_cached = True
+    generation = -1
+    holds: Callable[[], bool]
+
+    def __init__(self, traced: Trace, matched: Matcher) -> None:
+        self.traced = traced
+        self.matched = matched
+        self._inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
+        (self._output,) = [n for n in traced.graph.nodes if n.op == "output"]
+        self._steps: list[tuple[Callable[..., None], list[fx.Node]]] = []
+        self._root = traced.root
+        self._kept: set[fx.Node] = set()  # values that may have another layout than stock's
+
+    # --- construction ---
+
+    def _build(self, fused_step: Callable[[list[Found]], Callable[..., None]]) -> None:
+        """One step per fused part (or chain of them) and per other node, with the values that no
+        later step reads."""
+        first: dict[fx.Node, list[Found]] = {}
+        skipped: set[fx.Node] = set()
+        for group in self._groups():
+            first[group[-1].nodes[-1]] = group
+            skipped.update(n for found in group for n in found.nodes)
+        steps: list[tuple[Callable[..., None], list[fx.Node], list[fx.Node]]] = []
+        for node in self.traced.graph.nodes:
+            if node.op in ("placeholder", "output"):
+                continue
+            if node in first:
+                group = first[node]
+                reads = [group[0].source]
+                reads += [f.residual for f in group if f.residual is not None]
+                self._kept.add(node)
+                steps.append((fused_step(group), reads, [node]))
+            elif node not in skipped:
+                steps.append((self._plain(node), node.all_input_nodes, [node]))
+        last: dict[fx.Node, int] = {n: len(steps) for n in self._output.all_input_nodes}
+        for i, (_, reads, made) in enumerate(steps):
+            for n in (*reads, *made):
+                last[n] = max(last.get(n, 0), i)
+        dead: list[list[fx.Node]] = [[] for _ in range(len(steps) + 1)]
+        for n, i in last.items():
+            dead[i].append(n)
+        self._steps = [(run, dead[i]) for i, (run, *_) in enumerate(steps)]
+
+    def _groups(self) -> list[list[Found]]:
+        return [[found] for found in self.matched.found]
+
+    def _plain(self, node: fx.Node) -> Callable[..., None]:
+        """A step that runs the node as it is."""
+        target, module = node.target, self.traced.modules.get(node)
+        call: Any = target
+        if node.op == "get_attr":
+            return self._attribute(node)
+        if type(module) is nn.Conv2d and self.differentiable:
+            keeps, reduces, call = True, False, functools.partial(convolve, module)
+        elif module is not None:
+            keeps, reduces = isinstance(module, _KEEP_MODULES), _reduces(node, module)
+            call = module
+        elif node.op == "call_function":
+            keeps, reduces = target in _KEEP, _reduces(node, None)
+        else:
+            keeps, reduces = target in _KEEP_METHODS, _reduces(node, None)
+            name = str(target)
+            call = lambda t, *args, **kwargs: getattr(t, name)(*args, **kwargs)  # noqa: E731
+        kept = self._kept.intersection(node.all_input_nodes)
+        if keeps and kept:
+            self._kept.add(node)
+        convert = bool(kept) and not keeps and not reduces
+        arguments: Any = (node.args, node.kwargs)
+        only: Any = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if isinstance(only, fx.Node) and not convert:
+
+            def run_one(values: Values, stock: Any) -> None:
+                values[node] = call(values[only])
+
+            return run_one
+
+        def run(values: Values, stock: Callable[[Any], Any]) -> None:
+            def value(n: fx.Node) -> Any:
+                return stock(values[n]) if convert and n in kept else values[n]
+
+            given, named = fx.node.map_arg(arguments, value)
+            values[node] = call(*given, **named)
+
+        return run
+
+    def _places(self) -> list[Place]:
+        """What the program depends on besides its descriptions."""
+        absorbed = {m: None for f in self.matched.found for n in f.nodes if (m := self._module(n))}
+        return self.traced.places + [Place({"": m}, "", m, type(m)) for m in absorbed]
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.traced.modules.get(node)
+
+    def _attribute(self, node: fx.Node) -> Callable[..., None]:
+        owner, _, name = str(node.target).rpartition(".")
+        home = self._root.get_submodule(owner)
+
+        def run(values: Values, stock: Any) -> None:
+            values[node] = getattr(home, name)
+
+        return run
+
+    def _unfused(self, nodes: Sequence[fx.Node]) -> Callable[..., None]:
+        """Runs the nodes of a fused part as they are."""
+        steps = [self._plain(node) for node in nodes]
+
+        def run(values: Values, stock: Any) -> None:
+            for step in steps:
+                step(values, stock)
+            for node in nodes[:-1]:
+                del values[node]
+
+        return run
+
+    # --- execution ---
+
+    def run(self, tensors: Sequence[Tensor]) -> Any:
+        """The result of the forward for these tensors."""
+        values: Values = dict(zip(self._inputs, tensors, strict=True))
+        memory_format = layout.memory_format(tensors[0])
+
+        def stock(t: Any) -> Any:
+            """A value as stock's operations would return it."""
+            if isinstance(t, Tensor) and t.dim() == 4:
+                return layout.exactly(t, memory_format)
+            return t
+
+        for step, dead in self._steps:
+            step(values, stock)
+            for node in dead:
+                del values[node]
+        kept = self._kept
+        leaves = fx.node.map_arg(
+            self._output.args[0], lambda n: stock(values[n]) if n in kept else values[n]
+        )
+        return pytree.tree_unflatten(list(leaves), self.traced.result)
+
+
+class InferenceProgram(Program):
+    """Without gradients and with running statistics: convolutions packed with folded norms."""
+
+    def __init__(self, traced: Trace, matched: Matcher, x: Tensor) -> None:
+        super().__init__(traced, matched)
+        self.reasons: dict[fx.Node, str] = {}
+        self._plans: dict[int, Plan] = {}
+        for i, found in enumerate(matched.found):
+            if found.description is None:
+                continue
+            dtype = (
+                output_dtype(x.dtype, x.device.type)
+                if found.source not in self._inputs
+                else x.dtype
+            )
+            plan = plan_of(found.description, dtype, x.device)
+            if isinstance(plan, str):
+                self.reasons[found.nodes[0]] = plan
+            else:
+                self._plans[i] = plan
+        plans = self._plans.values()
+        self.is_cached = all(plan.is_cached for plan in plans)
+        self.guard = Guard.combined(
+            [Guard([], self._places(), values=False), *(plan.guard for plan in plans)]
+        )
+        self.holds = self.guard.holds
+        self._index = {id(found): i for i, found in enumerate(matched.found)}
+        self._build(self._fused)
+
+    def _plan(self, found: Found) -> Plan | None:
+        return self._plans.get(self._index[id(found)])
+
+    def _groups(self) -> list[list[Found]]:
+        """Consecutive plans are one chain where nothing else reads what is between them."""
+        order = {node: i for i, node in enumerate(self.traced.graph.nodes)}
+        groups: list[list[Found]] = []
+        by_value: dict[fx.Node, list[Found]] = {}
+        for found in sorted(self.matched.found, key=lambda f: order[f.nodes[-1]]):
+            before = by_value.get(found.source)
+            readers = {n for n in found.nodes if found.source in n.all_input_nodes}
+            joins = (
+                before is not None
+                and self._plan(found) is not None
+                and self._plan(before[-1]) is not None
+                and found.residual is None
+                and before[-1].residual is None
+                and set(found.source.users) == readers
+                and not self._pools_after(before[-1])
+            )
+            if joins and before is not None:
+                before.append(found)
+                group = before
+            else:
+                group = [found]
+                groups.append(group)
+            by_value[found.nodes[-1]] = group
+        return groups
+
+    def _pools_after(self, found: Found) -> bool:
+        plan = self._plan(found)
+        return (
+            plan is not None
+            and found.description is not None
+            and (found.description.pool is not None and not plan.pools)
+        )
+
+    def _fused(self, group: list[Found]) -> Callable[..., None]:
+        found, node = group[0], group[-1].nodes[-1]
+        source, residual = found.source, found.residual
+        if found.description is None:
+            return self._elementwise(found)
+        plans = [self._plan(f) for f in group]
+        otherwise = self._unfused([n for f in group for n in f.nodes])
+        if plans[0] is None:
+            return otherwise
+        chain = Chain()
+        chain.plans = [plan for plan in plans if plan is not None]
+        pool = (
+            group[-1].description.pool
+            if group[-1].description and self._pools_after(group[-1])
+            else None
+        )
+
+        def run(values: Values, stock: Any) -> None:
+            x = values[source]
+            y = None
+            if chain.accepts(x):
+                y = chain.run(x, residual=None if residual is None else values[residual], keep=True)
+            if y is None:
+                otherwise(values, stock)
+                return
+            values[node] = y if pool is None else pool(y)
+
+        return run
+
+    def _elementwise(self, found: Found) -> Callable[..., None]:
+        return _elementwise(found, self._unfused(found.nodes))
+
+
+class TrainingProgram(Program):
+    """Differentiable: blocks as one node of autograd's graph, other parts unit by unit."""
+
+    differentiable = True
+
+    def __init__(self, traced: Trace, matched: Matcher, module: nn.Module, x: Tensor) -> None:
+        super().__init__(traced, matched)
+        self.reasons: dict[fx.Node, str] = {}
+        self._steps_of: dict[int, Step] = {}
+        for found in matched.found:
+            if found.description is None:
+                continue
+            if any(unit.norm is None for unit in found.description.units):
+                self.reasons[found.nodes[0]] = "in training a convolution is fused with its norm"
+                continue
+            step = step_of(module, found.description, x)
+            if isinstance(step, str):
+                self.reasons[found.nodes[0]] = step
+            else:
+                self._steps_of[id(found)] = step
+        steps = self._steps_of.values()
+        self.is_cached = all(step.is_cached for step in steps)
+        self.guard = Guard.combined(
+            [Guard([], self._places(), values=False), *(step.guard for step in steps)]
+        )
+        self.holds = self.guard.structure_holds
+        self._build(self._fused)
+
+    def _fused(self, group: list[Found]) -> Callable[..., None]:
+        (found,) = group
+        node, source, residual = found.nodes[-1], found.source, found.residual
+        otherwise = self._unfused(found.nodes)
+        if found.description is None:
+            return _elementwise(found, otherwise)
+        step = self._steps_of.get(id(found))
+        if step is None:
+            return otherwise
+        activation = found.activation
+
+        def run(values: Values, stock: Any) -> None:
+            x = values[source]
+            if residual is None:
+                y = run_step(step, x)
+            else:
+                y = run_unit(step, 0, x, values[residual], activation)
+            if y is None:
+                otherwise(values, stock)
+            else:
+                values[node] = y
+
+        return run
+
+
+def _elementwise(found: Found, otherwise: Callable[..., None]) -> Callable[..., None]:
+    """A part without a convolution: activation(norm(x) + residual) or activation(x + residual)."""
+    node, source, residual, norm = found.nodes[-1], found.source, found.residual, found.norm
+
+    def run(values: Values, stock: Any) -> None:
+        x = values[source]
+        other = None if residual is None else values[residual]
+        y = None
+        if norm is not None:
+            y = norm_step(norm, x, other)
+        elif other is not None and x.shape == other.shape and x.dtype == other.dtype:
+            y = ops.add_relu(x, other)
+        if y is None:
+            otherwise(values, stock)
+        else:
+            values[node] = y
+
+    return run

@@ -1,0 +1,200 @@
+"""`fuse`: makes any model run its convolutions, norms, additions and ReLUs on fused kernels."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fused_resnet.fusion import store
+from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.guard import Guard
+from fused_resnet.fusion.training.prepare import setting
+from fused_resnet.layers.hooks import hooks_of
+from fused_resnet.layers.norms import uses_batch_statistics
+from fused_resnet.layers.planned import FUSED
+
+from .match import Matcher
+from .program import InferenceProgram, Program, TrainingProgram
+from .trace import Place, Signature, is_composite, signature_of, trace
+
+_MAX_PROGRAMS = 8
+
+
+class _Failure:
+    """Why there is no program, as long as `holds`."""
+
+    is_cached = True
+    generation = -1
+
+    def __init__(self, reason: str, module: nn.Module) -> None:
+        self.reason = reason
+        places = [Place({"": m}, "", m, type(m)) for m in module.modules()]
+        self.holds = Guard([], places, values=False).structure_holds
+
+
+class Region:
+    """What runs in the place of a module's call: its forward, by a program of fused parts; or, for
+    a call that has none, what its class defines, in which the modules inside decide for themselves.
+
+    It lies in the module's dict under `FUSED` and belongs to this module alone: one that was given
+    a copy of the dict, as DataParallel's replicas are, is not fused."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._programs: dict[Any, Program | _Failure] = {}
+        self.signature: Signature | None = None  # of the last call
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        return self._module() is module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self._module()
+        if not torch.compiler.is_compiling() and not any(hooks_of(module)):
+            call = signature_of(args, kwargs)
+            self.signature = None if call is None else call[0]
+            program = None if call is None else self.program(module, *call)
+            if call is not None and isinstance(program, Program):
+                return program.run(call[1])
+        return module._call_impl(*args, **kwargs)
+
+    def program(
+        self, module: nn.Module, signature: Signature, tensors: list[Tensor]
+    ) -> Program | _Failure | None:
+        """The program for such a call, cached or made now, or why there is none."""
+        x = tensors[0]
+        if call_reason(x, module.training) is not None:
+            return None
+        grad = torch.is_grad_enabled() and (
+            any(t.requires_grad for t in tensors)
+            or any(p.requires_grad for p in module.parameters())
+        )
+        key = (signature, module.training, grad, *setting(x))
+        found = self._programs.get(key)
+        if found is not None and found.generation == store.generation() and found.holds():
+            return found
+        self._programs.pop(key, None)
+        if module.training:  # its weights change: what was packed for inference only takes memory
+            self._programs = {k: p for k, p in self._programs.items() if k[1]}
+        generation = store.generation()
+        found = self._made(module, signature, x, grad)
+        found.generation = generation
+        if found.is_cached:
+            while len(self._programs) >= _MAX_PROGRAMS:
+                self._programs.pop(next(iter(list(self._programs))), None)
+            self._programs[key] = found
+        return found
+
+    def _made(
+        self, module: nn.Module, signature: Signature, x: Tensor, grad: bool
+    ) -> Program | _Failure:
+        traced = trace(module, signature)
+        if isinstance(traced, str):
+            return _Failure(traced, module)
+        matched = Matcher(traced)
+        if not matched.found:
+            return _Failure("nothing in it can be fused", module)
+        norms = [m for m in traced.modules.values() if isinstance(m, nn.BatchNorm2d)]
+        if grad or any(map(uses_batch_statistics, norms)):
+            return TrainingProgram(traced, matched, module, x)
+        return InferenceProgram(traced, matched, x)
+
+    def forget(self) -> None:
+        self._programs.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        module = self._module()
+        # A module that makes its own copy, as GraphModule does, is not known here yet.
+        return _install(memo[id(module)]) if id(module) in memo else _nowhere()
+
+    def __reduce__(self) -> Any:
+        module = self._module()
+        return (_nowhere, ()) if isinstance(module, fx.GraphModule) else (_install, (module,))
+
+
+class _Call:
+    """A class's `_compiled_call_impl`, which `nn.Module.__call__` runs instead of `_call_impl`
+    unless it is None, as it is for all modules of the class that are not fused. So the module's
+    class, its forward and its attributes stay as they are."""
+
+    def __get__(self, module: Any, owner: type) -> Region | None:
+        region = None if module is None else module.__dict__.get(FUSED)
+        return region if region is not None and region.belongs_to(module) else None
+
+
+_CALL = _Call()
+
+
+def _nowhere() -> Region:
+    """A region of no module."""
+    return Region(nn.Module())
+
+
+def _install(module: Any) -> Region:
+    """Makes `module` a region, for the class of which PyTorch then asks."""
+    if type(module).__dict__.get("_compiled_call_impl") is not _CALL:
+        type(module)._compiled_call_impl = _CALL
+    region = module.__dict__[FUSED] = Region(module)
+    return region
+
+
+def _is_region(module: nn.Module) -> bool:
+    region = module.__dict__.get(FUSED)
+    return isinstance(region, Region) and region.belongs_to(module)
+
+
+def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
+    """(name, module, region) of every module that `fuse` changed."""
+    for name, module in model.named_modules():
+        if _is_region(module):
+            yield name, module, module.__dict__[FUSED]
+
+
+def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Makes a model of any class run on this package's kernels, in inference and in training.
+
+        conv -> BN -> (+ residual) -> ReLU,   BN -> (+ residual) -> ReLU,   + residual -> ReLU
+
+    and parts of these, wherever torch.fx can trace the forward that calls them. What it cannot
+    trace runs as before, with the modules in it fused. Nothing else changes: classes, names,
+    state_dict, parameters, buffers, hooks, training mode, copies, pickles.
+
+    inplace: changes `model` itself. Otherwise its modules are copied, and the copy shares its
+    parameters and buffers, so that an optimizer made before drives both.
+
+    Returns the fused model. `explain` lists what is fused and why the rest is not; `unfuse` gives
+    the original behaviour back. Fusing twice changes nothing. Raises TypeError if model is no
+    nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse: model must be an nn.Module, got {type(model).__name__}")
+    if not inplace:
+        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        model = copy.deepcopy(model, shared)
+    changed = False
+    for module in model.modules():
+        if is_composite(module):
+            changed = True
+            if not _is_region(module):
+                _install(module)
+    if not changed:
+        warnings.warn(
+            f"fuse: {type(model).__name__} holds nothing to fuse: no convolution or batch norm in "
+            "a module that is not of this package",
+            stacklevel=2,
+        )
+    return model
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Gives a fused model its original behaviour back, in place; returns it. Raises TypeError if
+    model is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unfuse: model must be an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        module.__dict__.pop(FUSED, None)
+    return model

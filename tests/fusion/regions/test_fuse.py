@@ -1,0 +1,528 @@
+"""`fuse` on models of any class: values, gradients and buffers against stock, and what users do
+with fused models."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import fused_resnet as fr
+from fused_resnet.fusion.regions.program import InferenceProgram, Program
+from fused_resnet.fusion.regions.region import regions_of
+from fused_resnet.kernels import native
+from tests.models.model_helpers import agree
+
+pytestmark = pytest.mark.skipif(native.load() is not None, reason="no native kernels")
+LAST = torch.channels_last
+
+
+def calibrated(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model with norms like a trained one's, in eval mode."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                if m.affine:
+                    m.weight.uniform_(0.5, 1.5)
+                    m.bias.normal_(0, 0.3)
+                if m.running_var is not None:
+                    m.running_mean.normal_(0, 0.3)
+                    m.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **{"bias": False, **options})
+
+
+class Residual(nn.Module):
+    """A user's block, in functional style."""
+
+    def __init__(self, channels: int = 16) -> None:
+        super().__init__()
+        self.first, self.second = conv(channels, channels), conv(channels, channels)
+        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.first(x)))
+        return torch.relu(torch.add(self.norm2(self.second(y)), x))
+
+
+class Gated(Residual):
+    """Control flow that depends on data: torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.mean() > 0 else self.inner(x)
+
+
+class Twice(nn.Module):
+    """A convolution used twice, once before a norm; a norm's output read before its activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(16, 16), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        return F.relu(y) + self.conv(y) + y.sigmoid()
+
+
+class InPlace(nn.Module):
+    """Values that are written after they were read, and read after they were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.third, self.norm = conv(16, 16), conv(16, 16), nn.BatchNorm2d(16)
+        self.last = Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = y + 1
+        y.relu_()
+        w = self.norm(self.third(y))
+        v = w.view(w.shape)
+        w.mul_(2)
+        return self.last(F.relu(v + z) + y)
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.up, self.norm = (
+            conv(16, 32),
+            nn.ConvTranspose2d(32, 16, 2, 2),
+            nn.BatchNorm2d(16),
+        )
+        self.down = conv(16, 16, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.up(self.conv(input=x)))
+        return {
+            "low": F.relu(F.max_pool2d(y, 2) + self.down(x)),
+            "high": [y.flatten(1), y.shape[2]],
+        }
+
+
+class Folded(nn.Module):
+    """As exported networks are: no norm is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (conv(16, 16, bias=True) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return F.relu(self.c(F.relu(self.b(y))) + y)
+
+
+class Dense(nn.Module):
+    """Norms first, features concatenated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(16), conv(16, 16)
+        self.norm2, self.conv2 = nn.BatchNorm2d(32), conv(32, 16)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.relu(self.norm1(x)))
+        y = torch.cat([x, y], 1)
+        return F.interpolate(self.conv2(self.relu(self.norm2(y))), scale_factor=2.0)
+
+
+def sequential(activation: nn.Module | None = None, **norm: Any) -> nn.Module:
+    return nn.Sequential(
+        conv(16, 32), nn.BatchNorm2d(32, **norm), activation or nn.ReLU(inplace=True),
+        nn.Dropout(0.5), nn.Sequential(conv(32, 16, 1), nn.BatchNorm2d(16)),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+    )  # fmt: skip
+
+
+MODELS: dict[str, Any] = {
+    "residual": Residual, "data-dependent": Gated, "used twice": Twice, "in place": InPlace,
+    "keywords": Keywords, "folded": Folded, "norms first": Dense, "sequential": sequential,
+    "no affine": lambda: sequential(affine=False), "cumulative": lambda: sequential(momentum=None),
+    "no statistics": lambda: sequential(track_running_stats=False),
+    **{type(a).__name__: (lambda a=a: sequential(copy.deepcopy(a)))
+       for a in (nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.LeakyReLU(0.1))},
+    "torchvision block": lambda: nn.Sequential(conv(16, 16), fr.BasicBlock(16, 16), Residual()),
+}  # fmt: skip
+
+
+def leaves(value: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def outputs_agree(mine: Any, stock: Any) -> None:
+    assert torch.utils._pytree.tree_structure(mine) == torch.utils._pytree.tree_structure(stock)
+    for a, b in zip(leaves(mine), leaves(stock), strict=True):
+        if isinstance(b, Tensor):
+            assert a.stride() == b.stride() and a.dtype == b.dtype
+            agree(a, b)
+        else:
+            assert a == b
+
+
+def programs(model: nn.Module) -> list[Program]:
+    found = [p for *_, region in regions_of(model) for p in region._programs.values()]
+    return [p for p in found if isinstance(p, Program)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_inference(name: str, layout: torch.memory_format) -> None:
+    stock = calibrated(MODELS[name]())
+    mine = fr.fuse(copy.deepcopy(stock))
+    for shape in ((2, 16, 12, 10), (2, 16, 12, 10), (1, 16, 8, 8)):
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        before = x.clone()
+        with torch.no_grad():
+            outputs_agree(mine(x), stock(x))
+        assert torch.equal(x, before)
+    assert programs(mine)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training(name: str) -> None:
+    """Outputs, gradients and buffers of a step, and then outputs in eval mode."""
+    stock = calibrated(MODELS[name]()).train()
+    mine = fr.fuse(copy.deepcopy(stock))
+    x = torch.randn(4, 16, 12, 10)
+    for _ in range(2):
+        found = []
+        for model in (mine, stock):
+            model.zero_grad()
+            inner = x.clone().requires_grad_()
+            torch.manual_seed(1)  # of dropout
+            y = model(inner * 1)
+            sum(t.square().mean() for t in leaves(y) if isinstance(t, Tensor)).backward()
+            tensors = [inner.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+            found.append((y, tensors))
+        outputs_agree(found[0][0], found[1][0])
+        for a, b in zip(found[0][1], found[1][1], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.is_contiguous() == b.is_contiguous()
+                # Where a ReLU's input is within rounding of zero, its mask may differ.
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    mine.eval(), stock.eval()
+    with torch.no_grad():
+        outputs_agree(mine(x), stock(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    stock = calibrated(nn.Sequential(Residual(), Dense()))
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 12, 10)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        y, want = mine(x), stock(x)
+    assert y.dtype == want.dtype and y.stride() == want.stride()
+    # Stock rounds to 16 bits after every operation: measured 2e-2 in bfloat16.
+    torch.testing.assert_close(y, want, rtol=5e-2, atol=5e-2)
+
+
+def test_one_node_of_the_graph_per_block() -> None:
+    mine = fr.fuse(nn.Sequential(Residual(), Residual()).train())
+    y = mine(torch.randn(2, 16, 8, 8, requires_grad=True))
+    names, node = [], y.grad_fn
+    while node is not None:
+        names.append(type(node).__name__)
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert sum("Native" in name or "Step" in name for name in names) == 2, names
+    assert not any("Convolution" in name or "NormBackward" in name for name in names)
+
+
+def test_consecutive_blocks_are_one_chain() -> None:
+    mine = fr.fuse(nn.Sequential(Residual(), Residual(), nn.Identity(), Residual()).eval())
+    with torch.no_grad():
+        mine(torch.randn(2, 16, 8, 8))
+    (program,) = programs(mine)
+    assert isinstance(program, InferenceProgram) and len(program._steps) == 1
+
+
+def test_nothing_of_the_model_changes() -> None:
+    stock = Residual()
+    state = {k: v.clone() for k, v in stock.state_dict().items()}
+    optimizer = torch.optim.SGD(stock.parameters(), 0.1)
+    stock.norm1.requires_grad_(False)
+    mine = fr.fuse(stock)
+    assert mine is not stock and type(mine) is Residual and fr.fuse(stock, inplace=True) is stock
+    assert list(mine.state_dict()) == list(state)
+    for a, b in zip(mine.parameters(), stock.parameters(), strict=True):
+        assert a is b
+    for a, b in zip(mine.buffers(), stock.buffers(), strict=True):
+        assert a is b
+    assert [n for n, _ in mine.named_modules()] == [n for n, _ in stock.named_modules()]
+    x = torch.randn(2, 16, 8, 8)
+    mine(x).sum().backward()
+    assert mine.norm1.weight.grad is None
+    before = mine.eval()(x)
+    optimizer.step()
+    assert not torch.equal(mine(x), before)
+
+
+def test_twice_and_back() -> None:
+    stock = calibrated(Residual())
+    mine = fr.fuse(stock)
+    region = mine.__dict__["_fused_resnet_region"]
+    assert fr.fuse(mine, inplace=True).__dict__["_fused_resnet_region"] is region
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        assert not torch.equal(mine(x), stock(x))  # another order of summation
+        assert torch.equal(fr.unfuse(mine)(x), stock(x))
+    assert mine.__dict__.keys() == stock.__dict__.keys()
+
+
+def test_nothing_to_fuse() -> None:
+    with pytest.warns(UserWarning, match="holds nothing to fuse"):
+        model = fr.fuse(nn.Sequential(nn.Linear(2, 2)))
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+    for function in (fr.fuse, fr.unfuse):
+        with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
+            function(3)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_copies_are_fused(way: str) -> None:
+    mine = fr.fuse(calibrated(Residual()))
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        want = mine(x)
+    if way == "deepcopy":
+        other = copy.deepcopy(mine)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(mine))
+    else:
+        file = io.BytesIO()
+        torch.save(mine, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    with torch.no_grad():
+        assert torch.equal(other(x), want) and programs(other)
+        other.first.weight.mul_(2)
+        assert not torch.equal(other(x), want) and torch.equal(mine(x), want)
+
+
+def test_another_module_with_the_same_dict_is_not_fused() -> None:
+    """As DataParallel's replicas are made."""
+    mine = fr.fuse(calibrated(Residual()))
+    replica = mine.__new__(type(mine))
+    replica.__dict__ = mine.__dict__.copy()
+    replica._modules = dict(mine._modules, first=conv(16, 16))
+    x = torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(replica(x), replica.forward(x))
+        assert not torch.allclose(replica(x), mine(x))
+
+
+CHANGES: dict[str, Any] = {
+    "in place": lambda m: m.first.weight.mul_(2),
+    "data": lambda m: m.first.weight.data.mul_(2),
+    "load_state_dict": lambda m: m.load_state_dict(calibrated(Residual(), 1).state_dict()),
+    "assign": lambda m: m.load_state_dict(calibrated(Residual(), 1).state_dict(), assign=True),
+    "statistics": lambda m: m.norm2.running_mean.add_(1),
+    "eps": lambda m: setattr(m.norm1, "eps", 0.5),
+    "replaced": lambda m: setattr(m, "second", conv(16, 16)),
+    "another activation": lambda m: setattr(m, "norm1", nn.Identity()),
+    "forward": lambda m: setattr(m.norm1, "forward", lambda x: x * 2),
+    "hook": lambda m: m.second.register_forward_hook(lambda module, inputs, y: y * 2),
+    "pruned": lambda m: prune.l1_unstructured(m.first, "weight", 0.5),
+    "weight norm": lambda m: parametrizations.weight_norm(m.first),
+    "training": lambda m: m.norm1.train(),
+    "converted": lambda m: m.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_seen(change: str) -> None:
+    stock = calibrated(Residual())
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        mine(x)
+        for model in (mine, stock):
+            torch.manual_seed(2)
+            CHANGES[change](model)
+        outputs_agree(mine(x), stock(x))
+
+
+class Switched(Residual):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.steps, self.seen = 2.0, [self.first], 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return F.relu(self.norm1(x)) * self.scale
+
+
+def test_attributes_are_read_anew() -> None:
+    stock = calibrated(Switched())
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        mine(x)
+        for model in (mine, stock):
+            model.scale = 3.0
+        outputs_agree(mine(x), stock(x))
+        for model in (mine, stock):
+            model.steps.append(model.second)
+        outputs_agree(mine(x), stock(x))
+
+
+class Counting(Residual):
+    seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += 1
+        self.last = x
+        return super().forward(x)
+
+
+class Noisy(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(torch.rand(()))
+
+
+@pytest.mark.parametrize("cls", [Counting, Noisy])
+def test_forwards_with_side_effects_run_each_time(cls: type[Residual]) -> None:
+    stock = calibrated(cls())
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.manual_seed(0)
+            y = mine(x)
+            torch.manual_seed(0)
+            outputs_agree(y, stock(x))
+    if cls is Counting:
+        assert mine.seen == stock.seen == 3 and mine.last is x
+
+
+def test_hooks_run() -> None:
+    mine, seen = fr.fuse(calibrated(nn.Sequential(Residual(), Residual()))), []
+    for m in (mine, mine[0], mine[1].second):
+        m.register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        mine(torch.randn(1, 16, 8, 8))
+    assert seen == [mine[0], mine[1].second, mine]
+
+
+def test_hooks_on_an_activation() -> None:
+    stock = calibrated(sequential())
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        mine(x)
+        for model in (mine, stock):
+            model[2].register_forward_hook(lambda module, inputs, y: y + 1)
+        outputs_agree(mine(x), stock(x))
+
+
+def test_threads() -> None:
+    """While one thread traces, others run modules; several make a model's first call at once."""
+    stock = calibrated(nn.Sequential(*(Residual() for _ in range(6))))
+    x, errors = torch.randn(1, 16, 8, 8), []
+    with torch.no_grad():
+        want = stock(x)
+
+    def infer(model: nn.Module) -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(5):
+                    outputs_agree(model(x), want)
+        except BaseException as error:
+            errors.append(error)
+
+    for _ in range(4):
+        mine = fr.fuse(copy.deepcopy(stock))
+        threads = [threading.Thread(target=infer, args=(m,)) for m in (mine, stock, mine, stock)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_stock_and_fused_of_one_class_side_by_side() -> None:
+    stock, x = calibrated(Residual()), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        before = stock(x)
+        fr.fuse(stock)(x)
+        assert torch.equal(stock(x), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tools() -> None:
+    """torch.func, torch.jit, torch.export and torch.fx."""
+    stock = calibrated(nn.Sequential(Residual(), Residual()))
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(3, 16, 8, 8)
+    with torch.no_grad():
+        want = stock(x)
+        doubled = {k: v * 2 for k, v in mine.named_parameters()}
+        agree(
+            torch.func.functional_call(mine, doubled, (x,)),
+            torch.func.functional_call(stock, doubled, (x,)),
+        )
+        agree(mine(x), want)
+        for graph in (
+            torch.jit.trace(mine, x), torch.jit.script(mine), torch.fx.symbolic_trace(mine),
+            torch.export.export(mine, (x,)).module(),
+        ):  # fmt: skip
+            agree(graph(x), want)
+
+    def loss(parameters: dict[str, Tensor], one: Tensor) -> Tensor:
+        return torch.func.functional_call(mine, parameters, (one[None],)).square().sum()
+
+    parameters = dict(mine.named_parameters())
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    first = torch.func.grad(loss)(parameters, x[0])
+    for key, value in first.items():
+        torch.testing.assert_close(each[key][0], value, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled() -> None:
+    stock = calibrated(Residual())
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
+    compiled = torch.compile(mine, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        agree(compiled(x), stock(x))
+
+
+@pytest.mark.parametrize("name", ["residual", "data-dependent", "keywords", "folded", "in place"])
+@pytest.mark.parametrize("training", [False, True])
+def test_explain_accounts_for_every_convolution(name: str, training: bool) -> None:
+    mine = fr.fuse(calibrated(MODELS[name]()).train(training))
+    x = torch.randn(2, 16, 8, 8)
+    mine(x)
+    found = fr.explain(mine, x)
+    assert sum(e.share or 0 for e in found) == pytest.approx(1)
+    assert all(e.fused or e.reason for e in found)
+    if name == "residual":
+        assert [(e.name, e.fused) for e in found] == [("", True)]
+    listed = [e.name for e in fr.explain(mine)]
+    assert listed == [e.name for e in found]
+
+
+def test_refresh_and_memory() -> None:
+    mine, x = fr.fuse(calibrated(nn.Sequential(Residual()))), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        mine(x)
+    (before,) = programs(mine)
+    fr.refresh(mine[0])
+    with torch.no_grad():
+        mine(x)
+    (after,) = programs(mine)
+    assert after is not before
+    mine.train()(x)
+    assert not any(isinstance(p, InferenceProgram) for p in programs(mine))
