@@ -76,6 +76,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
         return depth_text(content, depth_report.error_table)
     if content is not None and "accuracy" in content:
         return accuracy_table(content)
+    if content is not None and "fuse" in content:
+        return fuse_table(content)
     if content is not None and "steps" in content:
         return depth_steps_table(content)
     if content is not None and "benchmarks" in content:
@@ -117,6 +119,30 @@ def accuracy_table(content: dict[str, Any]) -> str:
         f"{content['torch']}, {commit(content)}. From `{content['path'].name}`."
     )
     return f"{markdown(['test accuracy', *seeds, 'mean'], rows)}\n\n{text}\n"
+
+
+def fuse_table(content: dict[str, Any]) -> str:
+    """bench_fuse.py: a call or step of a fused model, against the better layout of stock."""
+    rows = []
+    for case in content["fuse"]:
+        times = case["times_ms"]
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        better = min(("contiguous", "channels_last"), key=medians.__getitem__)
+        ratio, spread = pair_ratio(times["fused"], times[better])
+        row = [case["name"], case["dtype"], "training step" if case["mode"] == "train" else "call"]
+        row += [f"{medians[name]:.0f}" for name in ("contiguous", "channels_last", "fused")]
+        row.append(f"{ratio:.2f} ± {spread / 2:.2f}")
+        if "fused_resnet" in times:
+            row[-1] += f" ({pair_ratio(times['fused'], times['fused_resnet'])[0]:.2f} of our own)"
+        rows.append(row)
+    header = ["batch 4 at 160 x 160 (detectors: one image of 320 x 320)", "dtype", "what",
+              "stock, ms", "channels_last, ms", "fused, ms", "fused over the better"]  # fmt: skip
+    text = (
+        f"{processor_name(content['machine'])}, {content['threads']} threads, torch "
+        f"{content['torch']}, {commit(content)}: medians of "
+        f"{len(content['fuse'][0]['times_ms']['fused'])} turns. From `{content['path'].name}`."
+    )
+    return f"{markdown(header, rows)}\n\n{text}\n"
 
 
 def depth_steps_table(content: dict[str, Any]) -> str:

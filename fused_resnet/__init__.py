@@ -14,6 +14,7 @@ from .layers.norms import register_frozen_norm
 from .layers.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from .models import cifar, preact, resnet, torchvision_bases  # noqa: F401
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
+from .models.registries import register_with_timm, register_with_torchvision
 from .models.resnet import *  # noqa: F403 - its __all__
 from .ops import add_relu, bn_add_relu, conv_bn_relu
 from .parity.checkpoint import load_checkpoint
@@ -46,6 +47,8 @@ __all__ = [
     "info",
     "refresh",
     "register_frozen_norm",
+    "register_with_timm",
+    "register_with_torchvision",
     "release_memory",
     "set_activation_memory",
     "training_step",

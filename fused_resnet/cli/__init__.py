@@ -22,7 +22,7 @@ def _arguments(argv: list[str]) -> list[str]:
 
 def application() -> Any:
     """Return the typer application; commands are registered in the order of `--help`."""
-    from . import info, parity, bench, tune, demo, depth, train  # noqa: F401, I001 - registers it
+    from . import info, explain, predict, parity, bench, tune, demo, depth, train  # noqa: F401, I001 - registers it
     from .app import app
 
     return app

@@ -98,6 +98,18 @@ def load_inputs(source: Path | None, count: int | None, console: Console) -> Ten
     return batch.images
 
 
+@contextlib.contextmanager
+def with_bar(total: int, what: str, console: Console, show: bool) -> Iterator[Any]:
+    """A progress bar on a terminal; yields advance(number)."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(bar_width=30), MofNCompleteColumn(), what, TimeRemainingColumn())
+    disable = not (show and console.is_terminal)
+    with Progress(*columns, console=console, disable=disable, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda number: progress.advance(task, number)
+
+
 def with_progress(events: Any, console: Console) -> dict[str, Any]:
     """Run the benchmark with a progress bar and return its results."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
