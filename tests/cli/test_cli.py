@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
+from tests.cli.commands import run
+
 pytest.importorskip("typer", reason="the command line needs typer and rich")
 pytest.importorskip("rich", reason="the command line needs typer and rich")
-
-
-def run(*arguments: str, code: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    start = f"{code}\nfrom fused_resnet.cli import main\nmain()"
-    return subprocess.run(
-        [sys.executable, "-c", start, *arguments],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "COLUMNS": "160", **environment},
-    )  # fmt: skip
 
 
 def test_info():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fused_resnet as fr
-from tests.cli.test_cli import run
+from tests.cli.commands import run
 
 pytest.importorskip("typer", reason="the command line needs typer and rich")
 pytest.importorskip("torchvision", reason="the transforms are torchvision's")

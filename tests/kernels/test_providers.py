@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -195,7 +196,8 @@ class Gpu:
 
 def test_nothing_is_probed_during_a_capture(monkeypatch):
     """A failed probe would exclude Triton or cuDNN for as long as the process lives."""
-    support = pytest.importorskip("fused_resnet.kernels.triton.support")
+    pytest.importorskip("triton")
+    support = importlib.import_module("fused_resnet.kernels.triton.support")
     machine, probed = Gpu(monkeypatch), []
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     monkeypatch.setattr(cudnn, "_probe", lambda: probed.append("cuDNN"))

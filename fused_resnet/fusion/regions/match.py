@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fused_resnet.fusion import pooling
 from fused_resnet.fusion.description import Description, Place, Unit, finished
+from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.kernels.activation import OF_MODULE, Activation
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import is_frozen_bn
@@ -49,7 +50,8 @@ _FRESH_MODULES = (
 class Found(NamedTuple):
     """A fused part of the graph. description: None if there is no convolution. source: the node
     that it reads. residual: a node that is added before the activation. norm: without a
-    convolution, the module or None. nodes: what it replaces, in order; the last is its value."""
+    convolution, the module or None. nodes: what it replaces, in order; the last is its value.
+    promotes: whether the addition is out of place, and so may return another dtype."""
 
     description: Description | None
     source: fx.Node
@@ -57,6 +59,14 @@ class Found(NamedTuple):
     norm: Any
     activation: Activation
     nodes: list[fx.Node]
+    promotes: bool = False
+
+    def keeps_dtype(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether stock's result has the convolution's dtype: an addition out of place promotes."""
+        added = residual
+        if self.description is not None and self.description.shortcut == "identity":
+            added = x
+        return added is None or added.dtype == output_dtype(x.dtype, x.device.type)
 
 
 class Rejected(NamedTuple):
@@ -292,7 +302,8 @@ class Matcher:
                     break
                 inner = [] if not projection or branch is None else branch.nodes
                 every = sorted({*nodes, *inner, add, *after}, key=self._order.__getitem__)
-                return Found(described, source, None, None, activation, every)
+                promotes = not self._writes(add)
+                return Found(described, source, None, None, activation, every, promotes)
             before = self._before(source)
             if before is None:
                 break
@@ -305,7 +316,7 @@ class Matcher:
         if isinstance(described, str) or not isinstance(first, fx.Node):
             return None
         every = sorted({*last.nodes, add, *after}, key=self._order.__getitem__)
-        return Found(described, first, other, None, activation, every)
+        return Found(described, first, other, None, activation, every, not self._writes(add))
 
     def _take(self, found: Found) -> None:
         self.found.append(found)

@@ -85,7 +85,11 @@ class Program:
     differentiable = False
     is_cached = True
     generation = -1
-    holds: Callable[[], bool]
+    _unchanged: Callable[[], bool]
+
+    def holds(self) -> bool:
+        """Whether nothing changed that the program was made from."""
+        return self.traced.holds() and self._unchanged()
 
     def __init__(self, traced: Trace, matched: Matcher) -> None:
         self.traced = traced
@@ -247,7 +251,7 @@ class InferenceProgram(Program):
         self.guard = Guard.combined(
             [Guard([], self._places(), values=False), *(plan.guard for plan in plans)]
         )
-        self.holds = self.guard.holds
+        self._unchanged = self.guard.holds
         self._index = {id(found): i for i, found in enumerate(matched.found)}
         self._build(self._fused)
 
@@ -306,10 +310,11 @@ class InferenceProgram(Program):
         )
 
         def run(values: Values, stock: Any) -> None:
-            x = values[source]
-            y = None
-            if chain.accepts(x):
-                y = chain.run(x, residual=None if residual is None else values[residual], keep=True)
+            x, y = values[source], None
+            added = None if residual is None else values[residual]
+            fits = not found.promotes or found.keeps_dtype(x, added)
+            if fits and chain.accepts(x):
+                y = chain.run(x, residual=added, keep=True)
             if y is None:
                 otherwise(values, stock)
                 return
@@ -346,7 +351,7 @@ class TrainingProgram(Program):
         self.guard = Guard.combined(
             [Guard([], self._places(), values=False), *(step.guard for step in steps)]
         )
-        self.holds = self.guard.structure_holds
+        self._unchanged = self.guard.structure_holds
         self._build(self._fused)
 
     def _fused(self, group: list[Found]) -> Callable[..., None]:
@@ -361,11 +366,14 @@ class TrainingProgram(Program):
         activation = found.activation
 
         def run(values: Values, stock: Any) -> None:
-            x = values[source]
-            if residual is None:
+            x, y = values[source], None
+            added = None if residual is None else values[residual]
+            if found.promotes and not found.keeps_dtype(x, added):
+                pass
+            elif residual is None:
                 y = run_step(step, x)
-            else:
-                y = run_unit(step, 0, x, values[residual], activation)
+            elif found.keeps_dtype(x, added):
+                y = run_unit(step, 0, x, added, activation)
             if y is None:
                 otherwise(values, stock)
             else:

@@ -70,11 +70,14 @@ class Region:
         x = tensors[0]
         if call_reason(x, module.training) is not None:
             return None
+        if len(tensors) > 1 and not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+            return None
         grad = torch.is_grad_enabled() and (
             any(t.requires_grad for t in tensors)
             or any(p.requires_grad for p in module.parameters())
         )
-        key = (signature, module.training, grad, *setting(x))
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        key = (signature, module.training, grad, *modes, *setting(x))
         found = self._programs.get(key)
         if found is not None and found.generation == store.generation() and found.holds():
             return found

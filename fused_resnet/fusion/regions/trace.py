@@ -2,8 +2,10 @@
 
 The graph is what the forward did for one structure of the model: plain Python has been executed.
 A trace is therefore refused where the forward drew random numbers, changed an attribute or met a
-tensor that is neither input, parameter nor buffer, and it is valid while `places` are unchanged:
-the modules whose forward was executed, and their attributes.
+tensor that is neither input, parameter nor buffer, and it is valid while the modules whose forward
+was executed, their attributes (`places`) and their classes' forwards are unchanged. A module whose
+forward does what a graph cannot hold (switches gradients or autocast, an autograd.Function,
+checkpointing) is one call in the graph.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -65,14 +68,19 @@ _ONE_TENSOR = Signature(pytree.tree_flatten(((0,), {}))[1], (), (0,))
 
 class Trace(NamedTuple):
     """graph: its placeholders are the call's tensors, its output is the list of the result's
-    leaves. modules: of the nodes that call one. result: the structure of the result. places: what
-    the trace depends on."""
+    leaves. modules: of the nodes that call one. result: the structure of the result. places,
+    forwards: what the trace depends on; forwards are those of classes."""
 
     graph: fx.Graph
     modules: dict[fx.Node, nn.Module]
     root: nn.Module
     result: Any
     places: list[Place]
+    forwards: list[tuple[Any, Any]]
+
+    def holds(self) -> bool:
+        """Whether the classes' forwards are those that were executed."""
+        return all([cls.forward is forward for cls, forward in self.forwards])
 
 
 def holds_work(module: nn.Module) -> bool:
@@ -95,6 +103,19 @@ def is_composite(module: nn.Module) -> bool:
     return holds_work(module)
 
 
+# Functions in these files do more than the operations that they call.
+_NO_GRAPH = (torch.autograd.function.__file__, torch.utils.checkpoint.__file__)
+
+
+def _modes() -> tuple[Any, ...]:
+    """The modes that an operation in a graph would not know of."""
+    autocast = [
+        (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
 # A trace replaces nn.Module.__call__ for the process while it runs: one at a time, and calls from
 # other threads pass through.
 _TRACING = threading.RLock()
@@ -108,6 +129,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
+        self._modes = _modes()
         self._thread = threading.get_ident()
         self.composites: list[nn.Module] = []
         self.modules: dict[str, nn.Module] = {}
@@ -118,6 +140,16 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.BatchNorm2d):  # with an activation, as timm's
             return True
         return type(m).__module__.startswith(_LIBRARY) and not isinstance(m, _CONTAINERS)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self._modes:
+            raise ValueError("a forward that switches gradients or autocast")
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename not in _NO_GRAPH:
+            frame = frame.f_back
+        if frame is not None:
+            raise ValueError("a forward with an autograd.Function or a checkpoint")
+        return super().create_node(*args, **kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if threading.get_ident() != self._thread:
@@ -257,4 +289,6 @@ def trace(module: nn.Module, signature: Signature) -> Trace | str:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             del modules[node]
-    return Trace(graph, modules, outer, structure[0], places)
+    classes: dict[Any, None] = dict.fromkeys(map(type, [module, *tracer.composites]))
+    forwards = [(cls, cls.forward) for cls in classes]
+    return Trace(graph, modules, outer, structure[0], places, forwards)

@@ -410,6 +410,74 @@ def test_forwards_with_side_effects_run_each_time(cls: type[Residual]) -> None:
         assert mine.seen == stock.seen == 3 and mine.last is x
 
 
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return -3 * dy
+
+
+class Reversed(Residual):
+    """Domain adaptation's reversed gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(Reverse.apply(x))
+
+
+class Frozen(Residual):
+    """Features without gradients, and a part outside of autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = F.relu(self.norm1(self.first(x)))
+        with torch.autocast("cpu", enabled=False):
+            return self.norm2(self.second(y.float())) + x.float()
+
+
+class Checkpointed(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False) * 1
+
+
+class Modal(Residual):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2.0 if torch.is_grad_enabled() else 3.0)
+
+
+@pytest.mark.parametrize("cls", [Reversed, Frozen, Checkpointed, Modal])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_a_graph_cannot_hold(cls: type[Residual], autocast: bool) -> None:
+    stock = calibrated(nn.Sequential(Residual(), cls(), Residual())).train()
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(4, 16, 8, 8)
+    found = []
+    for model in (mine, stock):
+        inner = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(inner)
+        y.square().mean().backward()
+        found.append((y.dtype, inner.grad, [p.grad for p in model.parameters()]))
+        with torch.no_grad():
+            found[-1] += (model(x),)
+    assert found[0][0] == found[1][0]
+    close = {"rtol": 0.1, "atol": 0.02} if autocast else {"rtol": 1e-3, "atol": 1e-4}
+    torch.testing.assert_close(found[0][1], found[1][1], **close)
+    torch.testing.assert_close(found[0][3], found[1][3], **close)
+    for a, b in zip(found[0][2], found[1][2], strict=True):
+        assert (a is None) == (b is None)
+
+
+def test_a_class_s_forward_is_replaced(monkeypatch) -> None:
+    stock = calibrated(nn.Sequential(Residual()))
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        mine(x)
+        monkeypatch.setattr(Residual, "forward", lambda self, x: self.first(x))
+        outputs_agree(mine(x), stock(x))
+
+
 def test_hooks_run() -> None:
     mine, seen = fr.fuse(calibrated(nn.Sequential(Residual(), Residual()))), []
     for m in (mine, mine[0], mine[1].second):
