@@ -19,7 +19,7 @@ from torch.nn import BatchNorm2d, Conv2d, MaxPool2d, ReLU, Sequential
 from fused_resnet.kernels.activation import OF_MODULE, Activation
 from fused_resnet.kernels.problem import Geometry, pair
 from fused_resnet.layers.hooks import patched
-from fused_resnet.layers.norms import is_frozen_bn
+from fused_resnet.layers.norms import has_activation, is_frozen_bn
 from fused_resnet.layers.originals import remember
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
@@ -210,7 +210,8 @@ def finished(description: Description) -> Description | str:
 def _reason_against(description: Description) -> str | None:
     for _, name, module, kind in description.places:
         if type(module) is not kind and not (
-            kind is BatchNorm2d and (type(module) in _SYNCHRONISED or is_frozen_bn(module))
+            kind is BatchNorm2d
+            and (type(module) in _SYNCHRONISED or is_frozen_bn(module) or has_activation(module))
         ):
             return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         why = None if module is None else patched(module)

@@ -69,6 +69,17 @@ def is_frozen_bn(m: nn.Module) -> bool:
     return True
 
 
+def has_activation(m: nn.Module) -> bool:
+    """Whether m is timm's BatchNormAct2d, a BatchNorm2d with an activation behind it as `m.act`."""
+    cls = type(m)
+    return cls.__name__ == "BatchNormAct2d" and cls.__module__ == "timm.layers.norm_act"
+
+
+def is_batch_norm(m: nn.Module) -> bool:
+    """Whether m normalises exactly as BatchNorm2d does, with the statistics of this process."""
+    return type(m) is nn.BatchNorm2d or has_activation(m)
+
+
 DEFAULT_EPS = 1e-5  # of frozen norms without the attribute: DETR's has it in its forward
 
 

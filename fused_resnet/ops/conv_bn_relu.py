@@ -19,6 +19,8 @@ from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels import cache, registry
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import convolution
+from fused_resnet.kernels.training.choice import passes_for
+from fused_resnet.kernels.training.native import Native, channels_last
 from fused_resnet.kernels.training.protocol import convolution_gradients
 
 from .checks import check_channel, check_same, check_x, describe, pair, require
@@ -256,7 +258,8 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.triton:
             ops = torch.ops.fused_resnet
             return ops.convolution_backward_triton(g, x, w, *ctx.geometry, mask)
-        return convolution_gradients(g, x, w, ctx.geometry, mask)
+        found = _cpu_gradients(g, x, w, ctx.geometry, mask)
+        return convolution_gradients(g, x, w, ctx.geometry, mask) if found is None else found
 
     if need_x:
         scaled = (weight.to(acc) * gain).to(weight.dtype)
@@ -268,6 +271,25 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     if need_shift:
         dshift = g.sum((0, 2, 3), dtype=acc).to(shift.dtype)
     return dx, dweight, dscale, dshift, g if need_residual else None, *rest
+
+
+def _cpu_gradients(
+    g: Tensor, x: Tensor, weight: Tensor, geometry: Any, mask: list[bool]
+) -> tuple[Any, ...] | None:
+    """One gradient by the CPU's training kernels, as `mask` says; None where they have none, or
+    where a compiler traces the backward."""
+    if type(g) is not Tensor or x.device.type != "cpu" or g.numel() == 0:
+        return None
+    kernels, sizes = passes_for("cpu"), convolution(weight.shape, x.dtype, *geometry).geometry
+    work = "input_gradient" if mask[0] else "weight_gradient"
+    if not isinstance(kernels, Native) or not kernels.supports(weight, x.dtype, sizes, work):
+        return None
+    dy, last = g.contiguous(memory_format=torch.channels_last), channels_last(x)
+    if mask[0]:
+        dx = kernels.input_gradient(dy, last, weight, sizes)
+        return layout.like(dx, layout.empty_like(layout.dense(x))), None
+    dweight = kernels.weight_gradient(dy, last, weight, sizes)
+    return None, layout.like(dweight, layout.empty_like(layout.dense(weight)))
 
 
 def _conv_backward_triton(

@@ -22,9 +22,12 @@ from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.inference.chain import Chain
 from fused_resnet.fusion.inference.make import plan_of
+from fused_resnet.fusion.inference.norm import normed
 from fused_resnet.fusion.inference.plan import Plan
 from fused_resnet.fusion.training.prepare import Step, step_of
 from fused_resnet.fusion.training.units import convolve, norm_step, run_step, run_unit
+from fused_resnet.layers.hooks import patched
+from fused_resnet.layers.norms import has_activation
 
 from .match import Found, Matcher
 from .trace import Trace
@@ -57,8 +60,21 @@ _KEEP_MODULES = (
 # Operations that read only sizes, or whose values do not depend on the layout of their inputs and
 # whose result has no layout.
 _REDUCE = {torch.flatten, torch.mean, getattr}
-_REDUCE_METHODS = {"size", "dim", "mean", "flatten"}
+_REDUCE_METHODS = {"size", "dim", "mean", "flatten", "expand_as"}
+_IMAGE = (["2", "3"], ["-1", "-2"])
 _REDUCE_MODULES = (nn.Flatten,)
+
+
+_normalise: Any = nn.BatchNorm2d.forward
+
+
+def _keeps(node: fx.Node, module: Any) -> bool:
+    """Whether the node's value does not depend on the layout of its inputs, which it keeps."""
+    if module is not None:
+        return isinstance(module, _KEEP_MODULES)
+    if node.target in ("mean", "amax", torch.mean, torch.amax):
+        return node.kwargs.get("keepdim") is True
+    return node.target in (_KEEP if node.op == "call_function" else _KEEP_METHODS)
 
 
 def _reduces(node: fx.Node, module: Any) -> bool:
@@ -69,7 +85,8 @@ def _reduces(node: fx.Node, module: Any) -> bool:
     if module is not None or node.target not in known or node.kwargs.get("keepdim"):
         return False
     if node.target in ("mean", torch.mean):
-        return len(node.args) == 2
+        dims = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
+        return isinstance(dims, (tuple, list)) and sorted(map(str, dims)) in _IMAGE
     if node.target in ("flatten", torch.flatten):
         return node.args[1:] == (1,) and not node.kwargs
     return True
@@ -143,12 +160,14 @@ class Program:
         if type(module) is nn.Conv2d and self.differentiable:
             keeps, reduces, call = True, False, functools.partial(convolve, module)
         elif module is not None:
-            keeps, reduces = isinstance(module, _KEEP_MODULES), _reduces(node, module)
-            call = module
+            keeps, reduces = _keeps(node, module), _reduces(node, module)
+            # Its activation is a node of its own.
+            bare = has_activation(module) and patched(module) is None
+            call = functools.partial(_normalise, module) if bare else module
         elif node.op == "call_function":
-            keeps, reduces = target in _KEEP, _reduces(node, None)
+            keeps, reduces = _keeps(node, None), _reduces(node, None)
         else:
-            keeps, reduces = target in _KEEP_METHODS, _reduces(node, None)
+            keeps, reduces = _keeps(node, None), _reduces(node, None)
             name = str(target)
             call = lambda t, *args, **kwargs: getattr(t, name)(*args, **kwargs)  # noqa: E731
         kept = self._kept.intersection(node.all_input_nodes)
@@ -323,7 +342,7 @@ class InferenceProgram(Program):
         return run
 
     def _elementwise(self, found: Found) -> Callable[..., None]:
-        return _elementwise(found, self._unfused(found.nodes))
+        return _elementwise(found, self._unfused(found.nodes), normed)
 
 
 class TrainingProgram(Program):
@@ -359,7 +378,7 @@ class TrainingProgram(Program):
         node, source, residual = found.nodes[-1], found.source, found.residual
         otherwise = self._unfused(found.nodes)
         if found.description is None:
-            return _elementwise(found, otherwise)
+            return _elementwise(found, otherwise, norm_step)
         step = self._steps_of.get(id(found))
         if step is None:
             return otherwise
@@ -382,7 +401,9 @@ class TrainingProgram(Program):
         return run
 
 
-def _elementwise(found: Found, otherwise: Callable[..., None]) -> Callable[..., None]:
+def _elementwise(
+    found: Found, otherwise: Callable[..., None], normalise: Callable[..., Tensor | None]
+) -> Callable[..., None]:
     """A part without a convolution: activation(norm(x) + residual) or activation(x + residual)."""
     node, source, residual, norm = found.nodes[-1], found.source, found.residual, found.norm
 
@@ -391,7 +412,7 @@ def _elementwise(found: Found, otherwise: Callable[..., None]) -> Callable[..., 
         other = None if residual is None else values[residual]
         y = None
         if norm is not None:
-            y = norm_step(norm, x, other)
+            y = normalise(norm, x, other)
         elif other is not None and x.shape == other.shape and x.dtype == other.dtype:
             y = ops.add_relu(x, other)
         if y is None:

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion.description import Place, recipe_of
 from fused_resnet.layers.hooks import patched
-from fused_resnet.layers.norms import is_frozen_bn
+from fused_resnet.layers.norms import has_activation, is_frozen_bn
 from fused_resnet.layers.planned import FUSED, MADE
 
 # Attributes of nn.Module that a forward does not read, or that guards compare by themselves.
@@ -161,6 +161,8 @@ class _Tracer(fx.Tracer):
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         self.modules[path] = m
+        if has_activation(m) and patched(m) is None and len(args) == 1 and not kwargs:
+            return self._two_calls(m, path, args)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
         mark = next(reversed(self.graph.nodes), None)
@@ -178,6 +180,15 @@ class _Tracer(fx.Tracer):
                     break
                 self.graph.erase_node(node)
             return self.create_proxy("call_module", path, args, kwargs)
+
+    def _two_calls(self, m: Any, path: str, args: Any) -> Any:
+        """A norm with an activation as two nodes; the first calls BatchNorm2d's forward."""
+        self.composites.append(m)
+        normed = self.create_proxy("call_module", path, args, {})
+        for name in ("drop", "act"):
+            self.modules[f"{path}.{name}"] = getattr(m, name)
+            normed = self.create_proxy("call_module", f"{path}.{name}", (normed,), {})
+        return normed
 
     def _constants_since(self, mark: fx.Node | None) -> bool:
         for node in reversed(self.graph.nodes):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import BatchNorm2d, ReLU
+from torch.nn import ReLU
 
 from fused_resnet import ops
 from fused_resnet.dtypes import accumulate_dtype
@@ -20,7 +20,7 @@ from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import owned_by
 from fused_resnet.kernels.problem import Geometry, output_shape
 from fused_resnet.layers.hooks import patched
-from fused_resnet.layers.norms import track, uses_batch_statistics
+from fused_resnet.layers.norms import is_batch_norm, track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
 from .prepare import Step, step_for
@@ -43,7 +43,7 @@ def counts_once(description: Description, x: Tensor) -> bool:
     return all(
         not uses_batch_statistics(bn)
         or (
-            (whole or type(bn) is BatchNorm2d)
+            (whole or is_batch_norm(bn))
             and bn.eps > 0
             and bn.num_features in (conv.in_channels, conv.out_channels)
             and norm_fits(bn, dtype)
@@ -55,7 +55,7 @@ def counts_once(description: Description, x: Tensor) -> bool:
 
 def norm_step(bn: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """relu(bn(x) + residual) by one op; None where not supported, or the norm is frozen."""
-    if patched(bn) is not None or type(bn) is not BatchNorm2d or not uses_batch_statistics(bn):
+    if patched(bn) is not None or not is_batch_norm(bn) or not uses_batch_statistics(bn):
         return None
     fits = x.dim() == 4 and serves(True, x) and _bn_fits(bn, x, residual)
     return _train_bn(bn, x, residual, True) if fits else None
@@ -159,7 +159,7 @@ def run_unit(
 
 def _bn_fits(bn: Any, y: Tensor, residual: Tensor | None) -> bool:
     """Whether `bn_add_relu` supports the operands; if not, stock computes or raises."""
-    if type(bn) is not BatchNorm2d or y.shape[1] != bn.num_features or not bn.eps > 0:
+    if not is_batch_norm(bn) or y.shape[1] != bn.num_features or not bn.eps > 0:
         return False
     if y.shape[0] * y.shape[2] * y.shape[3] < 2:
         return False
