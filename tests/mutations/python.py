@@ -205,7 +205,7 @@ PYTHON = [
     ("training: changed weights in a segment not detected", MEMORY,
      "self._state.check()", "pass", f"{LEVELS} -k changed"),
     ("training: synchronised norms updated twice", UNITS,
-     "(whole or type(bn) is BatchNorm2d)", "True", f"{LEVELS} -k stock_path"),
+     "(whole or is_batch_norm(bn))", "True", f"{LEVELS} -k stock_path"),
     ("training: blocks outside segments save all", SPEC,
      'z = [spec.level != "minimal"]', "z = [True]", f"{LEVELS} -k outside_a_resnet"),
     ("training: blocks in segments run three times", MEMORY,
