@@ -68,8 +68,9 @@ def _walk(
     if signature is None or x is not None:
         call = signature_of((example,), {})
         signature = None if call is None else call[0]
-    known = signature is not None
-    traced = trace(module, signature) if known else "its arguments are not tensors"
+    traced: Trace | str = "its arguments are not tensors"
+    if signature is not None:
+        traced = module.__dict__[FUSED].refused or trace(module, signature)
     if isinstance(traced, str):
         for m in module.modules():
             if m in left:

@@ -106,10 +106,11 @@ class Program:
 
     def holds(self) -> bool:
         """Whether nothing changed that the program was made from."""
-        return self.traced.holds() and self._unchanged()
+        return self.traced.code.holds() and self._unchanged()
 
     def __init__(self, traced: Trace, matched: Matcher) -> None:
         self.traced = traced
+        self.text = f"{type(self).__name__} {traced.graph}"
         self.matched = matched
         self._inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
         (self._output,) = [n for n in traced.graph.nodes if n.op == "output"]
@@ -135,8 +136,7 @@ class Program:
                 group = first[node]
                 reads = [group[0].source]
                 reads += [f.residual for f in group if f.residual is not None]
-                self._kept.add(node)
-                steps.append((fused_step(group), reads, [node]))
+                steps.append((self._returned(node, fused_step(group)), reads, [node]))
             elif node not in skipped:
                 steps.append((self._plain(node), node.all_input_nodes, [node]))
         last: dict[fx.Node, int] = {n: len(steps) for n in self._output.all_input_nodes}
@@ -147,6 +147,19 @@ class Program:
         for n, i in last.items():
             dead[i].append(n)
         self._steps = [(run, dead[i]) for i, (run, *_) in enumerate(steps)]
+
+    def _returned(self, node: fx.Node, step: Callable[..., None]) -> Callable[..., None]:
+        """The step; with its value as stock's where the caller gets it, so that the tensor in
+        autograd's graph is the caller's."""
+        if node not in self._output.all_input_nodes:
+            self._kept.add(node)
+            return step
+
+        def run(values: Values, stock: Callable[[Any], Any]) -> None:
+            step(values, stock)
+            values[node] = stock(values[node])
+
+        return run
 
     def _groups(self) -> list[list[Found]]:
         return [[found] for found in self.matched.found]
@@ -185,7 +198,9 @@ class Program:
 
         def run(values: Values, stock: Callable[[Any], Any]) -> None:
             def value(n: fx.Node) -> Any:
-                return stock(values[n]) if convert and n in kept else values[n]
+                if convert and n in kept:  # for all readers: this one may write
+                    values[n] = stock(values[n])
+                return values[n]
 
             given, named = fx.node.map_arg(arguments, value)
             values[node] = call(*given, **named)
@@ -332,6 +347,8 @@ class InferenceProgram(Program):
             x, y = values[source], None
             added = None if residual is None else values[residual]
             fits = not found.promotes or found.keeps_dtype(x, added)
+            if added is not None and added.requires_grad and torch.is_grad_enabled():
+                fits = False
             if fits and chain.accepts(x):
                 y = chain.run(x, residual=added, keep=True)
             if y is None:
@@ -401,6 +418,14 @@ class TrainingProgram(Program):
         return run
 
 
+def _adds(x: Any, other: Any) -> bool:
+    """Whether add_relu computes relu(x + other) in stock's dtype and layout."""
+    if not isinstance(x, Tensor) or not isinstance(other, Tensor) or x.dim() != 4:
+        return False
+    same = x.shape == other.shape and x.dtype == other.dtype and x.device == other.device
+    return same and x.is_floating_point() and x.stride() == other.stride()
+
+
 def _elementwise(
     found: Found, otherwise: Callable[..., None], normalise: Callable[..., Tensor | None]
 ) -> Callable[..., None]:
@@ -413,7 +438,7 @@ def _elementwise(
         y = None
         if norm is not None:
             y = normalise(norm, x, other)
-        elif other is not None and x.shape == other.shape and x.dtype == other.dtype:
+        elif other is not None and _adds(x, other):
             y = ops.add_relu(x, other)
         if y is None:
             otherwise(values, stock)

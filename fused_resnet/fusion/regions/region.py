@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from fused_resnet.fusion import store
 from fused_resnet.fusion.call import call_reason
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.training.prepare import setting
+from fused_resnet.kernels.cache import capturing
 from fused_resnet.layers.hooks import hooks_of
 from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import FUSED
 
+from . import verify
 from .match import Matcher
 from .program import InferenceProgram, Program, TrainingProgram
 from .trace import Place, Signature, is_composite, signature_of, trace
@@ -48,6 +51,8 @@ class Region:
     def __init__(self, module: nn.Module) -> None:
         self._module = weakref.ref(module)
         self._programs: dict[Any, Program | _Failure] = {}
+        self._verified: set[str] = set()  # the graphs of programs whose first call was right
+        self.refused: str | None = None  # how the last program differed from the module's own call
         self.signature: Signature | None = None  # of the last call
 
     def belongs_to(self, module: nn.Module) -> bool:
@@ -55,13 +60,40 @@ class Region:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
-        if not torch.compiler.is_compiling() and not any(hooks_of(module)):
+        plain = torch.compiler.is_compiling() or verify.is_running()
+        if not plain and not any(hooks_of(module)):
             call = signature_of(args, kwargs)
             self.signature = None if call is None else call[0]
             program = None if call is None else self.program(module, *call)
             if call is not None and isinstance(program, Program):
-                return program.run(call[1])
+                if program.text in self._verified:
+                    return program.run(call[1])
+                return self._verify(module, program, call[1], args, kwargs)
         return module._call_impl(*args, **kwargs)
+
+    def _verify(
+        self, module: Any, program: Program, tensors: list[Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """The result of a program's first call, compared with the module's own call; if they
+        differ, such calls are not fused until the module changes."""
+        if capturing(tensors[0]) or any(any(hooks_of(m)) for m in module.modules()):
+            return program.run(tensors)  # hooks would run twice
+        found, why = verify.compared(
+            module,
+            lambda: module._call_impl(*args, **kwargs),
+            lambda: program.run(tensors),
+            tensors,
+        )
+        if why is None:
+            self._verified.add(program.text)
+            return found
+        self.refused = why
+        failure = _Failure(why, module)
+        failure.generation = program.generation
+        for key, kept in list(self._programs.items()):
+            if kept is program:
+                self._programs[key] = failure
+        return found
 
     def program(
         self, module: nn.Module, signature: Signature, tensors: list[Tensor]
@@ -76,7 +108,9 @@ class Region:
             any(t.requires_grad for t in tensors)
             or any(p.requires_grad for p in module.parameters())
         )
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = (
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
+        )  # fmt: skip
         key = (signature, module.training, grad, *modes, *setting(x))
         found = self._programs.get(key)
         if found is not None and found.generation == store.generation() and found.holds():
@@ -84,6 +118,9 @@ class Region:
         self._programs.pop(key, None)
         if module.training:  # its weights change: what was packed for inference only takes memory
             self._programs = {k: p for k, p in self._programs.items() if k[1]}
+        if any(map(is_lazy, module.parameters())):
+            return None
+        self.refused = None
         generation = store.generation()
         found = self._made(module, signature, x, grad)
         found.generation = generation

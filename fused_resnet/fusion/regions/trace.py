@@ -3,19 +3,18 @@
 The graph is what the forward did for one structure of the model: plain Python has been executed.
 A trace is therefore refused where the forward drew random numbers, changed an attribute or met a
 tensor that is neither input, parameter nor buffer, and it is valid while the modules whose forward
-was executed, their attributes (`places`) and their classes' forwards are unchanged. A module whose
-forward does what a graph cannot hold (switches gradients or autocast, an autograd.Function,
+was executed, their attributes and the code of their classes are unchanged (state.py). A module
+whose forward does what a graph cannot hold (switches gradients or autocast, an autograd.Function,
 checkpointing) is one call in the graph.
 """
 
 from __future__ import annotations
 
 import functools
-import random
+import operator
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Callable
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -27,10 +26,9 @@ from torch.utils import _pytree as pytree
 from fused_resnet.fusion.description import Place, recipe_of
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation, is_frozen_bn
-from fused_resnet.layers.planned import FUSED, MADE
 
-# Attributes of nn.Module that a forward does not read, or that guards compare by themselves.
-_OWN = frozenset(nn.Module().__dict__) - {"training"} | {MADE, FUSED}
+from .state import Code, Untouched, places_of, unknown_state
+
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 _LIBRARY = ("torch.nn.", "torch.ao.")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -43,6 +41,7 @@ class Signature(NamedTuple):
     spec: Any
     constants: tuple[Any, ...]
     tensors: tuple[int, ...]
+    kinds: tuple[Any, ...] = ()  # 2 and 2.0 are equal
 
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
@@ -60,7 +59,11 @@ def signature_of(
     constants = tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor))
     if not places or not all(type(constant) in _CONSTANTS for constant in constants):
         return None
-    return Signature(spec, constants, places), [leaves[i] for i in places]
+    tensors = [leaves[i] for i in places]
+    if len({*map(id, tensors)}) < len(tensors):
+        return None  # a forward may ask whether two arguments are one
+    kinds = tuple((type(constant), repr(constant)) for constant in constants)
+    return Signature(spec, constants, places, kinds), tensors
 
 
 _ONE_TENSOR = Signature(pytree.tree_flatten(((0,), {}))[1], (), (0,))
@@ -69,18 +72,14 @@ _ONE_TENSOR = Signature(pytree.tree_flatten(((0,), {}))[1], (), (0,))
 class Trace(NamedTuple):
     """graph: its placeholders are the call's tensors, its output is the list of the result's
     leaves. modules: of the nodes that call one. result: the structure of the result. places,
-    forwards: what the trace depends on; forwards are those of classes."""
+    code: what the trace depends on."""
 
     graph: fx.Graph
     modules: dict[fx.Node, nn.Module]
     root: nn.Module
     result: Any
     places: list[Place]
-    forwards: list[tuple[Any, Any]]
-
-    def holds(self) -> bool:
-        """Whether the classes' forwards are those that were executed."""
-        return all([cls.forward is forward for cls, forward in self.forwards])
+    code: Code
 
 
 def holds_work(module: nn.Module) -> bool:
@@ -121,6 +120,31 @@ def _modes() -> tuple[Any, ...]:
 _TRACING = threading.RLock()
 
 
+class _Value(fx.Proxy):
+    """A proxy whose operators in place are nodes of their own, as a tensor's write to it."""
+
+    def __hash__(self) -> int:
+        raise TypeError("a value of the graph cannot be a key")
+
+    def __format__(self, spec: str) -> str:
+        raise TypeError("a value of the graph has no text")
+
+    __str__ = fx.Proxy.__repr__
+
+
+def _in_place(name: str) -> Any:
+    function = getattr(operator, name)
+
+    def run(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return run
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "ifloordiv"):
+    setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
 class _Tracer(fx.Tracer):
     """Executes the forward of composite modules; others become one call. So does a composite whose
     forward cannot be executed symbolically."""
@@ -140,6 +164,9 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.BatchNorm2d):  # with an activation, as timm's
             return True
         return type(m).__module__.startswith(_LIBRARY) and not isinstance(m, _CONTAINERS)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self._modes:
@@ -207,60 +234,13 @@ def _root_class(count: int) -> type[nn.Module]:
     return type("_Root", (nn.Module,), {"forward": forward})
 
 
-class _Untouched:
-    """What executing a forward must not change: random state, and the modules' attributes."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._attributes = [(m.__dict__, dict(m.__dict__)) for m in modules]
-        self._containers = [
-            (value, copy(value))
-            for _, attributes in self._attributes
-            for value in attributes.values()
-            if type(value) in (list, dict, set)
-        ]
-        self._random = random.getstate(), torch.get_rng_state()
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
-
-    def restored(self) -> bool:
-        """Puts everything back; False if anything had changed."""
-        same = random.getstate() == self._random[0]
-        same = torch.equal(torch.get_rng_state(), self._random[1]) and same
-        random.setstate(self._random[0])
-        torch.set_rng_state(self._random[1])
-        if self._numpy is not None:
-            now = sys.modules["numpy"].random.get_state()
-            same = same and now[2:] == self._numpy[2:] and bool((now[1] == self._numpy[1]).all())
-            sys.modules["numpy"].random.set_state(self._numpy)
-        for found, before in (*self._attributes, *self._containers):
-            unchanged = len(found) == len(before) and all(map(is_, found, before))
-            if unchanged and isinstance(found, dict):
-                unchanged = all(map(is_, found.values(), before.values()))
-            if unchanged:
-                continue
-            same = False
-            found.clear()
-            found.extend(before) if isinstance(found, list) else found.update(before)
-        return same
-
-
-def _places(composites: Sequence[nn.Module]) -> list[Place]:
-    """The modules whose forwards were executed, and their attributes."""
-    places = []
-    for m in composites:
-        places.append(Place({"": m}, "", m, type(m)))
-        for name, child in m._modules.items():
-            places.append(Place(m._modules, name, child, type(child)))
-        for name, value in m.__dict__.items():
-            if name not in _OWN:
-                places.append(Place(m.__dict__, name, value, type(value)))
-    return places
-
-
 def trace(module: nn.Module, signature: Signature) -> Trace | str:
     """The graph of the forward for calls of this signature, or the reason why there is none."""
     if patched(module) is not None:
         return str(patched(module))
+    why = unknown_state(module.modules())
+    if why is not None:
+        return why
     outer = _root_class(len(signature.tensors))()
     outer.inner = module
     structure: list[Any] = []
@@ -271,14 +251,22 @@ def trace(module: nn.Module, signature: Signature) -> Trace | str:
         for i in range(len(tensors) + len(signature.constants)):
             leaves.append(next(given) if i in signature.tensors else next(constants))
         args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
-        found, spec = pytree.tree_flatten(forward(*args, **kwargs))
+        result = forward(*args, **kwargs)
+        after, spec = pytree.tree_flatten((args, kwargs))
+        if spec != signature.spec or not all(map(is_, after, leaves)):
+            raise ValueError("a forward that changes an argument")
+        if any(result is value for value in (*args, *kwargs.values()) if value not in leaves):
+            raise ValueError("a forward that returns an argument")
+        found, spec = pytree.tree_flatten(result)
+        if not all(isinstance(v, fx.Proxy) or type(v) in _CONSTANTS for v in found):
+            raise ValueError("a result that is neither tensor nor constant")
         structure.append(spec)
         return found
 
     tracer, forward = _Tracer(), module.forward
     object.__setattr__(outer, "call", call)
     with _TRACING:
-        untouched = _Untouched(list(module.modules()))
+        untouched = Untouched(list(module.modules()))
         try:
             graph = tracer.trace(outer)
         except Exception as error:
@@ -291,7 +279,14 @@ def trace(module: nn.Module, signature: Signature) -> Trace | str:
     if tracer._constants_since(None):
         return "its forward makes tensors from Python values"
     modules = {n: tracer.modules[n.target] for n in graph.nodes if n.op == "call_module"}
-    places = _places([module, *tracer.composites])
+    # Also of modules that are not called but whose children or tensors are.
+    homes = {module: None, **dict.fromkeys(tracer.composites)}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            parts = node.target.split(".")[:-1]
+            for i in range(1, len(parts) + 1):
+                homes[outer.get_submodule(".".join(parts[:i]))] = None
+    places = places_of(list(homes))
     for node, m in list(modules.items()):
         idle = type(m) is nn.Identity or (type(m) in _DROPOUTS and not m.training)
         if idle and patched(m) is None and len(node.args) == 1:
@@ -300,6 +295,5 @@ def trace(module: nn.Module, signature: Signature) -> Trace | str:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
             del modules[node]
-    classes: dict[Any, None] = dict.fromkeys(map(type, [module, *tracer.composites]))
-    forwards = [(cls, cls.forward) for cls in classes]
-    return Trace(graph, modules, outer, structure[0], places, forwards)
+    code = Code(dict.fromkeys(map(type, [module, *tracer.composites])))
+    return Trace(graph, modules, outer, structure[0], places, code)

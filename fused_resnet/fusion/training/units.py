@@ -153,7 +153,7 @@ def run_unit(
     else:
         y = bn(convolve(conv, x))
     if residual is not None:
-        y += residual
+        y = y + residual if residual.shape != y.shape else y.add_(residual)
     return torch.relu_(y) if relu else activation(y)
 
 

@@ -469,6 +469,27 @@ def test_what_a_graph_cannot_hold(cls: type[Residual], autocast: bool) -> None:
         assert (a is None) == (b is None)
 
 
+class Asks(Residual):
+    """Takes another branch for a value of a graph than for a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if torch.is_tensor(x) else super().forward(x)
+
+
+def test_the_first_call_is_compared() -> None:
+    stock = calibrated(Asks())
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            outputs_agree(mine(x), stock(x))
+    names = {e.name: e for e in fr.explain(mine)}
+    assert names["inner"].fused and "other values" in names["first"].reason
+
+
 def test_a_class_s_forward_is_replaced(monkeypatch) -> None:
     stock = calibrated(nn.Sequential(Residual()))
     mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(1, 16, 8, 8)
