@@ -49,6 +49,7 @@ LOOKS = "tests/depth/test_profiles.py"
 
 REGIONS = "fused_resnet/fusion/regions"
 FUSE = "tests/fusion/regions/test_fuse.py"
+FORWARDS = "tests/fusion/regions/test_forwards.py"
 PIPELINES = "tests/fusion/regions/test_pipelines.py"
 
 PYTHON = [
@@ -59,7 +60,7 @@ PYTHON = [
     ("fuse: a hook on an activation", f"{REGIONS}/match.py", "and patched(m) is None", "",
      f"{FUSE} -k hooks_on"),
     ("fuse: side effects of a forward", f"{REGIONS}/trace.py", "    if not same:", "    if False:",
-     f"{FUSE} -k side_effects"),
+     f"{FORWARDS} -k side_effects"),
     ("fuse: dropout in training", f"{REGIONS}/trace.py", "in _DROPOUTS and not m.training",
      "in _DROPOUTS", f"{FUSE} -k 'training and sequential'"),
     ("fuse: calls of other threads are traced", f"{REGIONS}/trace.py",
@@ -76,7 +77,7 @@ PYTHON = [
     ("fuse: results keep their layout", f"{REGIONS}/program.py",
      "stock(values[n]) if n in kept else values[n]", "values[n]", f"{FUSE} -k test_inference"),
     ("fuse: a list of modules grows", "fused_resnet/fusion/guard.py",
-     "if kind in (list, dict, set):", "if False:", f"{FUSE} -k attributes_are_read"),
+     "if kind in (list, dict, set):", "if False:", f"{FORWARDS} -k attributes_are_read"),
     ("fuse: the residual of another block", f"{REGIONS}/match.py",
      "return Found(described, first, other, None",
      "return Found(described, first, first, None", f"{FUSE} -k keywords"),

@@ -16,45 +16,20 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fused_resnet as fr
-from fused_resnet.fusion.regions.program import InferenceProgram, Program
-from fused_resnet.fusion.regions.region import regions_of
+from fused_resnet.fusion.regions.program import InferenceProgram
 from fused_resnet.kernels import native
+from tests.fusion.regions.region_helpers import (
+    LAST,
+    Residual,
+    calibrated,
+    conv,
+    leaves,
+    outputs_agree,
+    programs,
+)
 from tests.models.model_helpers import agree
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="no native kernels")
-LAST = torch.channels_last
-
-
-def calibrated(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The model with norms like a trained one's, in eval mode."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                if m.affine:
-                    m.weight.uniform_(0.5, 1.5)
-                    m.bias.normal_(0, 0.3)
-                if m.running_var is not None:
-                    m.running_mean.normal_(0, 0.3)
-                    m.running_var.uniform_(0.5, 2)
-    return model.eval()
-
-
-def conv(inputs: int, outputs: int, size: int = 3, **options: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **{"bias": False, **options})
-
-
-class Residual(nn.Module):
-    """A user's block, in functional style."""
-
-    def __init__(self, channels: int = 16) -> None:
-        super().__init__()
-        self.first, self.second = conv(channels, channels), conv(channels, channels)
-        self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.first(x)))
-        return torch.relu(torch.add(self.norm2(self.second(y)), x))
 
 
 class Gated(Residual):
@@ -160,25 +135,6 @@ MODELS: dict[str, Any] = {
        for a in (nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.LeakyReLU(0.1))},
     "torchvision block": lambda: nn.Sequential(conv(16, 16), fr.BasicBlock(16, 16), Residual()),
 }  # fmt: skip
-
-
-def leaves(value: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(value)
-
-
-def outputs_agree(mine: Any, stock: Any) -> None:
-    assert torch.utils._pytree.tree_structure(mine) == torch.utils._pytree.tree_structure(stock)
-    for a, b in zip(leaves(mine), leaves(stock), strict=True):
-        if isinstance(b, Tensor):
-            assert a.stride() == b.stride() and a.dtype == b.dtype
-            agree(a, b)
-        else:
-            assert a == b
-
-
-def programs(model: nn.Module) -> list[Program]:
-    found = [p for *_, region in regions_of(model) for p in region._programs.values()]
-    return [p for p in found if isinstance(p, Program)]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
@@ -355,147 +311,6 @@ def test_changes_are_seen(change: str) -> None:
         for model in (mine, stock):
             torch.manual_seed(2)
             CHANGES[change](model)
-        outputs_agree(mine(x), stock(x))
-
-
-class Switched(Residual):
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale, self.steps, self.seen = 2.0, [self.first], 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        for step in self.steps:
-            x = step(x)
-        return F.relu(self.norm1(x)) * self.scale
-
-
-def test_attributes_are_read_anew() -> None:
-    stock = calibrated(Switched())
-    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
-    with torch.no_grad():
-        mine(x)
-        for model in (mine, stock):
-            model.scale = 3.0
-        outputs_agree(mine(x), stock(x))
-        for model in (mine, stock):
-            model.steps.append(model.second)
-        outputs_agree(mine(x), stock(x))
-
-
-class Counting(Residual):
-    seen = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        self.last = x
-        return super().forward(x)
-
-
-class Noisy(Residual):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * float(torch.rand(()))
-
-
-@pytest.mark.parametrize("cls", [Counting, Noisy])
-def test_forwards_with_side_effects_run_each_time(cls: type[Residual]) -> None:
-    stock = calibrated(cls())
-    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
-    with torch.no_grad():
-        for _ in range(3):
-            torch.manual_seed(0)
-            y = mine(x)
-            torch.manual_seed(0)
-            outputs_agree(y, stock(x))
-    if cls is Counting:
-        assert mine.seen == stock.seen == 3 and mine.last is x
-
-
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return -3 * dy
-
-
-class Reversed(Residual):
-    """Domain adaptation's reversed gradient."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(Reverse.apply(x))
-
-
-class Frozen(Residual):
-    """Features without gradients, and a part outside of autocast."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            y = F.relu(self.norm1(self.first(x)))
-        with torch.autocast("cpu", enabled=False):
-            return self.norm2(self.second(y.float())) + x.float()
-
-
-class Checkpointed(Residual):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False) * 1
-
-
-class Modal(Residual):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * (2.0 if torch.is_grad_enabled() else 3.0)
-
-
-@pytest.mark.parametrize("cls", [Reversed, Frozen, Checkpointed, Modal])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_what_a_graph_cannot_hold(cls: type[Residual], autocast: bool) -> None:
-    stock = calibrated(nn.Sequential(Residual(), cls(), Residual())).train()
-    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(4, 16, 8, 8)
-    found = []
-    for model in (mine, stock):
-        inner = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = model(inner)
-        y.square().mean().backward()
-        found.append((y.dtype, inner.grad, [p.grad for p in model.parameters()]))
-        with torch.no_grad():
-            found[-1] += (model(x),)
-    assert found[0][0] == found[1][0]
-    close = {"rtol": 0.1, "atol": 0.02} if autocast else {"rtol": 1e-3, "atol": 1e-4}
-    torch.testing.assert_close(found[0][1], found[1][1], **close)
-    torch.testing.assert_close(found[0][3], found[1][3], **close)
-    for a, b in zip(found[0][2], found[1][2], strict=True):
-        assert (a is None) == (b is None)
-
-
-class Asks(Residual):
-    """Takes another branch for a value of a graph than for a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Residual()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) if torch.is_tensor(x) else super().forward(x)
-
-
-def test_the_first_call_is_compared() -> None:
-    stock = calibrated(Asks())
-    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(1, 16, 8, 8)
-    with torch.no_grad():
-        for _ in range(2):
-            outputs_agree(mine(x), stock(x))
-    names = {e.name: e for e in fr.explain(mine)}
-    assert names["inner"].fused and "other values" in names["first"].reason
-
-
-def test_a_class_s_forward_is_replaced(monkeypatch) -> None:
-    stock = calibrated(nn.Sequential(Residual()))
-    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(1, 16, 8, 8)
-    with torch.no_grad():
-        mine(x)
-        monkeypatch.setattr(Residual, "forward", lambda self, x: self.first(x))
         outputs_agree(mine(x), stock(x))
 
 
