@@ -465,7 +465,7 @@ def main() -> None:
     if args.check:
         sys.exit(f"not up to date: {', '.join(outdated)}; run make tables" if outdated else 0)
     for content in results.values():
-        if "cases" in content:
+        if any("contenders" in case for case in content.get("cases", ())):
             print(plot_bench(content, content["path"].with_suffix(".png")))
         elif content.get("bench") == "depth":
             for name in ("curves", "gradients"):
