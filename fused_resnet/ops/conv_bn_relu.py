@@ -280,6 +280,8 @@ def _cpu_gradients(
     where a compiler traces the backward."""
     if type(g) is not Tensor or x.device.type != "cpu" or g.numel() == 0:
         return None
+    if torch._C._len_torch_dispatch_stack() > 0:  # such as a counter of operations
+        return None
     kernels, sizes = passes_for("cpu"), convolution(weight.shape, x.dtype, *geometry).geometry
     work = "input_gradient" if mask[0] else "weight_gradient"
     if not isinstance(kernels, Native) or not kernels.supports(weight, x.dtype, sizes, work):
