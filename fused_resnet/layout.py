@@ -35,7 +35,7 @@ def exactly(t: Tensor, memory_format: torch.memory_format) -> Tensor:
         return t
     _, C, H, W = t.shape
     last = memory_format == torch.channels_last
-    strides = (H * W * C, 1, W * C, C) if last else (C * H * W, H * W, W, 1)
+    strides = channels_last_strides(t.shape) if last else (C * H * W, H * W, W, 1)
     return t if t.stride() == strides else t.as_strided(t.shape, strides)
 
 

@@ -55,6 +55,10 @@ PIPELINES = "tests/fusion/regions/test_pipelines.py"
 PYTHON = [
     ("fuse: a value written in place", f"{REGIONS}/match.py",
      "return not self._unsafe.intersection(nodes)", "return True", f"{FUSE} -k 'in and place'"),
+    ("fuse: the first call is not compared", f"{REGIONS}/region.py",
+     "if program.text in self._verified:", "if True:", f"{FORWARDS} -k first_call"),
+    ("fuse: an input written before a part runs", f"{REGIONS}/match.py",
+     "if begin < place < end and", "if False and", f"{FORWARDS} -k before_its_part"),
     ("fuse: a value read twice", f"{REGIONS}/match.py", "if len(node.users) != 1:",
      "if not node.users:", f"{FUSE} -k 'used and twice'"),
     ("fuse: a hook on an activation", f"{REGIONS}/match.py", "and patched(m) is None", "",

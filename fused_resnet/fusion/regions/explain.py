@@ -80,7 +80,9 @@ def _walk(
         return
     matched = Matcher(traced)
     for rejected in matched.rejected:
-        left[traced.modules[rejected.node]] = rejected.reason
+        alone = traced.modules.get(rejected.node)
+        if alone in left:
+            left[alone] = rejected.reason
     tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
     for found in matched.found:
         part = _part(found, traced, module, tensors[0], names)

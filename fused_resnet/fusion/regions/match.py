@@ -112,6 +112,7 @@ class Matcher:
         self._modules = traced.modules
         self._nodes = list(traced.graph.nodes)
         self._order = {node: i for i, node in enumerate(self._nodes)}
+        self._writings: list[tuple[int, set[fx.Node]]] = []  # place of a write, what it changes
         self._unsafe = self._written()
         self._ends: dict[fx.Node, _End] = {}  # last node of a unit -> it
         self._taken: set[fx.Node] = set()
@@ -205,6 +206,7 @@ class Matcher:
                 group[member] = mine
             if writes:
                 before = mine - {node}
+                self._writings.append((self._order[node], before))
                 if any(self._order[u] > self._order[node] for g in before for u in g.users):
                     unsafe |= mine
         return unsafe
@@ -319,6 +321,14 @@ class Matcher:
         return Found(described, first, other, None, activation, every, not self._writes(add))
 
     def _take(self, found: Found) -> None:
+        """Notes a part, unless something that it reads is written before its last node, where it
+        will run."""
+        begin, end = (self._order[found.nodes[i]] for i in (0, -1))
+        reads = {found.source, found.residual, *found.nodes}
+        for place, changed in self._writings:
+            if begin < place < end and self._nodes[place] not in found.nodes and changed & reads:
+                self.rejected.append(Rejected(found.nodes[0], "an input is written meanwhile"))
+                return
         self.found.append(found)
         self._taken.update(found.nodes)
 

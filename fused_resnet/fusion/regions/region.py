@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from fused_resnet.fusion import store
-from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.call import call_reason, wants_grad
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.training.prepare import setting
 from fused_resnet.kernels.cache import capturing
@@ -104,10 +104,8 @@ class Region:
             return None
         if len(tensors) > 1 and not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
             return None
-        grad = torch.is_grad_enabled() and (
-            any(t.requires_grad for t in tensors)
-            or any(p.requires_grad for p in module.parameters())
-        )
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        grad = grad or wants_grad(module, x)
         modes = (
             torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         )  # fmt: skip

@@ -24,6 +24,7 @@ from fused_resnet.layers.norms import is_batch_norm, track, uses_batch_statistic
 from fused_resnet.layers.sync_batch_norm import group_of
 
 from .prepare import Step, step_for
+from .spec import laid_out
 
 
 def counts_once(description: Description, x: Tensor) -> bool:
@@ -111,16 +112,13 @@ class _Weight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        ctx.strides = weight.stride()
+        ctx.save_for_backward(weight)
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        if grad.stride() == ctx.strides:
-            return grad
-        if grad.dim() == 4 and grad.is_contiguous():  # of 1x1 convolutions
-            return grad.as_strided(grad.shape, ctx.strides)
-        return grad.new_empty_strided(grad.shape, ctx.strides).copy_(grad)
+        found: Tensor = laid_out([None, grad], ctx.saved_tensors)[1]
+        return found
 
 
 def convolve(conv: Any, input: Tensor) -> Tensor:
