@@ -156,7 +156,12 @@ def bn_stats_kernel(
         squares += deviation * deviation * weight
     count = ((end - begin - tl.arange(0, BLOCK_M) + BLOCK_M - 1) // BLOCK_M).to(ACC)
     mean = divided(_sum_over_pixels(total, CHANNELS_LAST), (end - begin).to(ACC))
-    position_means = divided(total, _expand_pixels(tl.maximum(count, 1.0), CHANNELS_LAST))
+    # A position has either as many values as there were steps or one fewer: two divisions, not one
+    # for each position, whose exact form takes registers that sm_80 does not have here.
+    steps = ((end - begin + BLOCK_M - 1) // BLOCK_M).to(ACC)
+    fewer = divided(1.0, tl.maximum(steps - 1, 1.0))
+    inverse = tl.where(count == steps, divided(1.0, tl.maximum(steps, 1.0)), fewer)
+    position_means = total * _expand_pixels(inverse, CHANNELS_LAST)
     deviation = position_means - _expand_channels(mean, CHANNELS_LAST)
     squares += _expand_pixels(count, CHANNELS_LAST) * (deviation * deviation)
     at = part * 3 * C + c
