@@ -62,6 +62,7 @@ CASES = {
     "unsupported number of taps": ((1, 4, 14, 14), 8, (12, 12), 1, 0, 1, 1),
     "groups of 4, 16 outputs": ((2, 12, 6, 5), 48, (3, 3), 1, 1, 1, 3),
     "stem, other padding": ((1, 3, 17, 20), 64, (7, 7), 2, 2, 1, 1),
+    "dilated beyond the image": ((1, 16, 5, 4), 16, (3, 3), 1, (5, 3), (5, 3), 1),
 }
 
 

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <numeric>
+#include <set>
 
 #include "cpu/convolution/host.h"
 #include "cpu/memory_pool.h"
@@ -62,12 +63,9 @@ void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int6
   }
 }
 
-int64_t winograd_tiles_of(const ConvShape& conv, int64_t m) {
-  return winograd_tiles(conv.N, conv.P, conv.Q, m);
-}
 bool has_16_channels(const ConvBnRelu& conv) {
   return conv.C == 16 && conv.K == 16 && conv.winograd_tile == 2 &&
-         cpu_kernels().conv_winograd_16[kFloat];
+         conv.dilation_h * conv.dilation_w == 1 && cpu_kernels().conv_winograd_16[kFloat];
 }
 
 class Winograd {
@@ -105,7 +103,7 @@ class Winograd {
 
 void run_winograd(const ConvBnRelu& conv, ConvVariant variant) {
   const Winograd winograd(conv, variant);
-  const int64_t tiles = winograd_tiles_of(conv, conv.winograd_tile), blocks = blocks_of(conv);
+  const int64_t tiles = winograd_tiles(conv, conv.winograd_tile), blocks = blocks_of(conv);
   const int64_t groups = (tiles + winograd.group - 1) / winograd.group;
   const int64_t threads = torch::stable::get_num_threads();
   // Split by groups or, if there are too few to balance, by blocks; every thread then transforms x.
@@ -125,22 +123,23 @@ void report(const ConvBnRelu& conv, ConvVariant variant, const TileCallback& cal
   callback(task, static_cast<const char*>(conv.y) + begin * pixel_bytes, begin, end);
 }
 
-// Tasks cover whole rows of tiles, that is, whole rows of y.
+// Tasks cover whole rows of tiles, interleaved ones together, that is, whole rows of y.
 bool run_winograd_with_callback(const ConvBnRelu& conv, ConvVariant variant,
                                 const TileCallback& callback) {
   const Winograd winograd(conv, variant);
-  const int64_t m = conv.winograd_tile, tiles = winograd_tiles_of(conv, m);
-  const int64_t tiles_h = (conv.P + m - 1) / m, tiles_w = (conv.Q + m - 1) / m;
-  const int64_t granule = std::lcm(winograd.group, tiles_w);
+  const int64_t m = conv.winograd_tile, tiles = winograd_tiles(conv, m), d = conv.dilation_h;
+  const int64_t rows = winograd_tiles_along(conv.P, m, d) / d;
+  const int64_t row_tiles = winograd_tiles_along(conv.Q, m, conv.dilation_w) * d;
+  const int64_t granule = std::lcm(winograd.group, row_tiles);
   const int64_t step = winograd.at_once * winograd.group;
   if (tiles / granule < 8 * torch::stable::get_num_threads()) return false;
-  const auto first_pixel = [&](int64_t row) {  // of a row of tiles
-    return (row / tiles_h * conv.P + row % tiles_h * m) * conv.Q;
+  const auto first_pixel = [&](int64_t row) {
+    return (row / rows * conv.P + row % rows * m * d) * conv.Q;
   };
   Split(tiles, granule, granule).run([&](int64_t task, int64_t begin, int64_t end) {
-    int64_t reported = begin / tiles_w;
+    int64_t reported = begin / row_tiles;
     for (int64_t tile = begin; tile < end; tile += step) {
-      const int64_t stop = std::min(tile + step, end), done = stop / tiles_w;
+      const int64_t stop = std::min(tile + step, end), done = stop / row_tiles;
       winograd.run(tile, stop);
       if (done > reported)
         report(conv, variant, callback, task, first_pixel(reported), first_pixel(done));
@@ -166,6 +165,67 @@ bool run_direct_with_callback(const ConvBnRelu& conv, ConvVariant variant,
     }
   });
   return true;
+}
+
+// The outputs [first, second) of one dimension for which a tap reads x, not its padding.
+std::pair<int64_t, int64_t> outputs_inside(int64_t tap, int64_t outputs, int64_t size,
+                                           int64_t stride, int64_t pad, int64_t dilation) {
+  const int64_t before = pad - tap * dilation;
+  const auto reached = [&](int64_t n) {
+    return n <= 0 ? 0 : std::min((n + stride - 1) / stride, outputs);
+  };
+  return {reached(before), reached(before + size)};
+}
+std::pair<int64_t, int64_t> columns_inside(const ConvShape& c, int64_t s) {
+  return outputs_inside(s, c.Q, c.W, c.stride_w, c.pad_w, c.dilation_w);
+}
+
+// Rows (columns) of y times the taps that read x for them.
+int64_t row_taps(const ConvShape& c) {
+  int64_t count = 0;
+  for (int64_t r = 0; r < c.R; ++r) {
+    const auto [begin, end] = outputs_inside(r, c.P, c.H, c.stride_h, c.pad_h, c.dilation_h);
+    count += end - begin;
+  }
+  return count;
+}
+int64_t column_taps(const ConvShape& c) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < c.S; ++s) {
+    const auto [begin, end] = columns_inside(c, s);
+    count += end - begin;
+  }
+  return count;
+}
+
+// Whether to compute the convolution in bands (bands_of): they save a sixteenth of the products.
+// Measured on Zen 5, 512 channels at 20 x 20: dilation 2 0.96 of the time, dilation 4 0.93. Not
+// without dilation: narrow bands have more tiles of several rows (at 7 x 7 1.07 of the time).
+bool has_bands(const ConvShape& c) {
+  return c.dilation_w > 1 && 16 * column_taps(c) <= 15 * c.S * c.Q;
+}
+
+// The convolution in bands of y's columns that read x with the same taps, so that whole tiles skip
+// the others; as it is where that saves too little.
+std::vector<ConvBnRelu> bands_of(const ConvBnRelu& conv, ConvVariant variant) {
+  if (!has_bands(conv)) return {conv};
+  std::set<int64_t> edges{0, conv.Q};
+  for (int64_t s = 0; s < conv.S; ++s) {
+    const auto [begin, end] = columns_inside(conv, s);
+    edges.insert({begin, end});
+  }
+  std::vector<ConvBnRelu> bands;
+  const int64_t pixel_bytes = conv.K * (variant == kFloat ? 4 : 2);
+  for (auto edge = edges.begin(); std::next(edge) != edges.end(); ++edge) {
+    ConvBnRelu& band = bands.emplace_back(conv);
+    const int64_t begin = *edge;
+    band.Q = *std::next(edge) - begin, band.pad_w -= begin * conv.stride_w;
+    band.y_image = conv.P * conv.Q, band.y_row = conv.Q, band.y_column = 1;
+    band.y = static_cast<char*>(conv.y) + begin * pixel_bytes;
+    if (conv.residual)
+      band.residual = static_cast<const char*>(conv.residual) + begin * pixel_bytes;
+  }
+  return bands;
 }
 
 std::atomic<int> bfloat16_choice{-1};  // -1: automatic
@@ -201,18 +261,20 @@ int64_t winograd_tile(const ConvShape& c, ConvVariant variant,
                       std::initializer_list<int64_t> tiles) {
   const auto rounded = [](int64_t n) { return static_cast<double>(round_up(n, tile_pixels())); };
   int64_t best = 0;
-  double least = rounded(c.N * c.P * c.Q) * (variant == kBFloatPairs ? 4.5 : 9.0);
+  // Of the taps in the padding, the direct kernel skips rows and, in bands, columns.
+  const double columns = static_cast<double>(has_bands(c) ? column_taps(c) : c.S * c.Q);
+  const double taps = static_cast<double>(row_taps(c)) * columns / static_cast<double>(c.P * c.Q);
+  double least = rounded(c.N * c.P * c.Q) * (variant == kBFloatPairs ? taps / 2 : taps);
   for (const int64_t m : tiles) {
     if (!winograd_supported(variant, m)) continue;
-    const double products = rounded(winograd_tiles_of(c, m)) * winograd_products(m) * 1.2;
+    const double products = rounded(winograd_tiles(c, m)) * winograd_products(m) * 1.2;
     if (products < least) least = products, best = m;
   }
   return best;
 }
 
 int64_t largest_winograd_tile(const ConvShape& c, ConvVariant variant, int64_t max_weights_4) {
-  const int64_t strides = c.stride_h * c.stride_w * c.dilation_h * c.dilation_w;
-  const int64_t weights = c.C * c.K;
+  const int64_t strides = c.stride_h * c.stride_w, weights = c.C * c.K;
   if (c.R != 3 || c.S != 3 || strides != 1 || c.C % 16 || c.K % 16) return 0;
   const bool wide = c.C >= 64 && c.K >= 64 && weights <= max_weights_4;
   if (wide && winograd_supported(variant, 4)) return 4;
@@ -226,11 +288,15 @@ int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t m
 }
 
 bool run_convolution(const ConvBnRelu& conv, ConvVariant variant, const TileCallback& callback) {
-  const bool winograd = conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile});
-  if (callback && (winograd ? run_winograd_with_callback(conv, variant, callback)
-                            : run_direct_with_callback(conv, variant, callback)))
+  if (conv.winograd && winograd_tile(conv, variant, {conv.winograd_tile})) {
+    if (callback && run_winograd_with_callback(conv, variant, callback)) return true;
+    run_winograd(conv, variant);
+    return false;
+  }
+  const auto bands = bands_of(conv, variant);
+  if (callback && bands.size() == 1 && run_direct_with_callback(conv, variant, callback))
     return true;
-  winograd ? run_winograd(conv, variant) : run_direct(&conv, 1, variant);
+  run_direct(bands.data(), bands.size(), variant);
   return false;
 }
 
@@ -342,8 +408,7 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
         winograd.numel() == winograd_products(m) * C * K && winograd_supported(variant, m) &&
             winograd.scalar_type() == ScalarType::Float && winograd.dim() == 1 &&
             is_dense(winograd) && !grouped && g[kR] == 3 && g[kS] == 3 && g[kStrideH] == 1 &&
-            g[kStrideW] == 1 && g[kDilationH] == 1 && g[kDilationW] == 1 && C % 16 == 0 &&
-            K % 16 == 0,
+            g[kStrideW] == 1 && C % 16 == 0 && K % 16 == 0,
         op,
         ": winograd must be packed in float32 for a 3x3 convolution of stride 1 with multiples of "
         "16 channels and outputs, got ",

@@ -6,8 +6,9 @@
 // cpu/convolution/tile_avx2.h computes its sums. 7 divides the number of pixels of every ResNet
 // layer at 224 x 224 (49, 196, ...). A tile accumulates over all taps and input channels, so that y
 // is written once, scaled, shifted, added to the residual and rounded. Of the taps in the padding,
-// rows of taps for a whole tile and those of its first or last pixel are skipped (0.9 of the time
-// at 7 x 7); others read zeros.
+// those of a whole tile and those of its first or last pixel are skipped (0.9 of the time at 7 x
+// 7); others read zeros. cpu/convolution/conv_bn_relu.cpp orders the pixels of a dilated
+// convolution so that most tiles lie in the padding as a whole or not at all.
 //
 // Weights: (blocks of K, taps, run / pair, vectors, 16, pair) in memory, pair = 2 adjacent input
 // channels for bfloat16 (vdpbf16ps) and 1 for float32; run = input channels read per tap. The last
@@ -89,12 +90,13 @@ struct Fetch {
 #include "cpu/convolution/tile_avx2.h"
 #endif
 
-// Fills pixel[kTilePixels * tap + i], for taps of the rows [*begin, *end): where tap reads for
-// output pixel first + i. Rows of taps that lie in the padding for all pixels are skipped. After
-// the last of `pixels`, the last is repeated.
+// Fills tap with the taps that a tile computes, and pixel[kTilePixels * i + j] with where tap[i]
+// reads for output pixel first + j. Taps that lie in the padding for all pixels are skipped, but
+// for the first if all do. After the last of `pixels`, the last is repeated. Returns the number of
+// taps.
 template <typename T>
-FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
-                      int64_t* begin, int64_t* end) {
+FR_INLINE int64_t locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const char** pixel,
+                         uint8_t* tap) {
   const char* corner[kTilePixels];  // address of tap (0, 0), inside x or not
   int64_t top[kTilePixels], left[kTilePixels];
   int64_t n = first / (c.P * c.Q), p = first / c.Q % c.P, q = first % c.Q;
@@ -108,29 +110,30 @@ FR_INLINE void locate(const ConvBnRelu& c, int64_t first, int64_t pixels, const 
       if (++p == c.P) p = 0, ++n;
     }
   }
-  int64_t highest = top[0], lowest = top[0];
-  for (int i = 1; i < kTilePixels; ++i) {
-    highest = top[i] < highest ? top[i] : highest;
-    lowest = top[i] > lowest ? top[i] : lowest;
-  }
-  *begin = 0, *end = c.R;
-  while (*end > 1 && highest + (*end - 1) * c.dilation_h >= c.H) --*end;
-  while (*begin + 1 < *end && lowest + *begin * c.dilation_h < 0) ++*begin;
-  for (int64_t r = *begin; r < *end; ++r)
+  int64_t taps = 0;
+  for (int64_t r = 0; r < c.R; ++r)
     for (int64_t s = 0; s < c.S; ++s) {
       const int64_t down = r * c.dilation_h, right = s * c.dilation_w;
       const int64_t offset = (down * c.W + right) * c.C * static_cast<int64_t>(sizeof(T));
+      bool any = false;
       for (int i = 0; i < kTilePixels; ++i) {
         const bool inside = static_cast<uint64_t>(top[i] + down) < static_cast<uint64_t>(c.H) &&
                             static_cast<uint64_t>(left[i] + right) < static_cast<uint64_t>(c.W);
         pixel[i] = inside ? corner[i] + offset : nullptr;
+        any |= inside;
       }
+      if (!any) continue;
       // The kernel can skip one pixel, the first or the last; any other reads zeros.
       for (int i = 1; i < kTilePixels; ++i)
         if (!pixel[i] && (i < kTilePixels - 1 || !pixel[0]))
           pixel[i] = static_cast<const char*>(c.zeros);
+      tap[taps++] = static_cast<uint8_t>(r * c.S + s);
       pixel += kTilePixels;
     }
+  if (taps > 0) return taps;
+  for (int i = 0; i < kTilePixels; ++i) pixel[i] = static_cast<const char*>(c.zeros);
+  tap[0] = 0;
+  return 1;
 }
 
 // The same for the one tap of a pointwise convolution.
@@ -192,20 +195,25 @@ FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const in
   }
 }
 
-// The sums of a tile over all taps, in chains of at most kChainSteps steps that are then added up:
-// a single float32 chain over thousands of products has twice the error of stock's blocked sums.
+// The sums of a tile over `taps` taps, tap[0] ..., in chains of at most kChainSteps steps that are
+// then added up: a single float32 chain over thousands of products has twice the error of stock's
+// blocked sums. A chain is of one tap or of consecutive ones.
 template <typename Dot, int vectors>
-FR_INLINE void sum_chains(const char* weight, const char* const* pixel, int64_t taps, int64_t steps,
-                          int64_t single, int64_t channel, Fetch& fetch, float* sum) {
+FR_INLINE void sum_chains(const char* weight, const char* const* pixel, const uint8_t* tap,
+                          int64_t taps, int64_t steps, int64_t single, int64_t channel,
+                          Fetch& fetch, float* sum) {
   const int64_t taps_at_once = steps < kChainSteps ? kChainSteps / steps : 1;
-  for (int64_t tap = 0; tap < taps; tap += taps_at_once) {
-    const int64_t chain_taps = taps - tap < taps_at_once ? taps - tap : taps_at_once;
+  for (int64_t i = 0, chain_taps; i < taps; i += chain_taps) {
+    for (chain_taps = 1; chain_taps < taps_at_once && i + chain_taps < taps &&
+                         tap[i + chain_taps] == tap[i] + chain_taps;)
+      ++chain_taps;
+    const char* from = weight + tap[i] * (steps + single) * vectors * 64;
     for (int64_t begin = 0; begin < steps; begin += kChainSteps) {
       const int64_t count = steps - begin < kChainSteps ? steps - begin : kChainSteps;
       const int64_t last = begin + count == steps ? single : 0;
-      sum_tile<Dot, vectors>(weight, pixel + kTilePixels * tap, chain_taps, count, last,
-                             channel + begin * 4, tap + begin > 0, fetch, sum);
-      weight += chain_taps * (count + last) * vectors * 64;
+      sum_tile<Dot, vectors>(from, pixel + kTilePixels * i, chain_taps, count, last,
+                             channel + begin * 4, i + begin > 0, fetch, sum);
+      from += (count + last) * vectors * 64;
     }
   }
 }
@@ -220,14 +228,14 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
   const int64_t vector_bytes = c.R * c.S * (steps + single) * 64;  // of one vector of outputs
   const char* weight = static_cast<const char*>(c.weight) + block * 4 * vector_bytes;
   const char* pixel[kTilePixels * kMaxTaps];
+  uint8_t tap[kMaxTaps];
+  tap[0] = 0;
   alignas(64) float sum[kSums];
-  int64_t row = 0, row_end = 1;
+  int64_t taps = 1;
   if (c.pointwise)
     locate_pointwise<typename Dot::X::T>(c, first, count, pixel);
   else
-    locate<typename Dot::X::T>(c, first, count, pixel, &row, &row_end);
-  const int64_t taps = (row_end - row) * c.S;
-  const int64_t skipped = row * c.S * (steps + single) * 64;
+    taps = locate<typename Dot::X::T>(c, first, count, pixel, tap);
   if (c.residual && c.residual != c.y)
     for (int64_t i = 0; i < count; ++i) {
       const auto* residual = static_cast<const typename D::T*>(c.residual) + y_pixel[i] * c.K + k;
@@ -237,12 +245,12 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
   if (c.first_channel) {
     for (int v = 0; v < vectors; ++v) {
       const int64_t channel = c.first_channel[block * 4 + v];
-      sum_chains<Dot, 1>(weight + v * vector_bytes + skipped, pixel, taps, steps, single,
+      sum_chains<Dot, 1>(weight + v * vector_bytes, pixel, tap, taps, steps, single,
                          channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), fetch, sum);
       finish<Dot, 1>(c, sum, k + v * 16, y_pixel, count);
     }
   } else {
-    sum_chains<Dot, vectors>(weight + skipped * vectors, pixel, taps, steps, single, 0, fetch, sum);
+    sum_chains<Dot, vectors>(weight, pixel, tap, taps, steps, single, 0, fetch, sum);
     finish<Dot, vectors>(c, sum, k, y_pixel, count);
   }
 }

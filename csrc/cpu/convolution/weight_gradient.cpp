@@ -68,7 +68,8 @@ void sum_weight_gradient(const WeightGradient& g, ConvVariant variant, float* ou
 
 // Whether the Winograd kernel for exactly 16 channels applies. It reads float32.
 bool has_16_channels(const WeightGradient& g) {
-  return g.C == 16 && g.K == 16 && cpu_kernels().winograd_gradient_16;
+  return g.C == 16 && g.K == 16 && g.dilation_h * g.dilation_w == 1 &&
+         cpu_kernels().winograd_gradient_16;
 }
 
 // The same for a 3x3 convolution of stride 1, by the Winograd algorithm; false if a result is
@@ -76,7 +77,7 @@ bool has_16_channels(const WeightGradient& g) {
 bool sum_winograd_gradient(const WeightGradient& g, ConvVariant variant, float* out) {
   const CpuKernels& kernels = cpu_kernels();
   const int64_t m = g.winograd_tile, weights = g.K * winograd_products(m) * g.C;
-  const int64_t tiles = winograd_tiles(g.N, g.P, g.Q, m);
+  const int64_t tiles = winograd_tiles(g, m);
   const bool sixteen = has_16_channels(g);
   const bool by_outputs = !sixteen && splits_outputs(g, g.K);
   const int64_t granule = sixteen ? kTilesOf16 : 1;

@@ -71,13 +71,15 @@ FR_INLINE void winograd_dy_row(const WeightGradient& g, int64_t first, int64_t c
       for (int64_t i = 0; i < kLanes; ++i) {
         vf r[m] = {};
         if (t + i < count) {
-          const TilePlace at = TilePlace::of(g.P, g.Q, m, first + t + i);
+          const TilePlace at = TilePlace::of(g, m, first + t + i);
           const auto* from = dy + ((at.n * g.P + at.p) * g.Q + at.q) * g.K + k + lane;
           const int64_t rows = g.P - at.p, columns = g.Q - at.q;
 #pragma GCC unroll 4
           for (int j = 0; j < m; ++j)
-            r[j] = WinogradTransform<m>::template dy<row>([&](int h) FR_LAMBDA {
-              return h < rows && j < columns ? D::load(from + (h * g.Q + j) * g.K) : vf{};
+            r[j] = WinogradTransform<m>::template dy<row>([&](int i) FR_LAMBDA {
+              const int64_t down = i * g.dilation_h, right = j * g.dilation_w;
+              return down < rows && right < columns ? D::load(from + (down * g.Q + right) * g.K)
+                                                    : vf{};
             });
         }
         transform_dy<m>([&](int j) FR_LAMBDA { return r[j]; }, &transformed[0][i], kLanes);
@@ -165,7 +167,7 @@ FR_INLINE void winograd_gradient_of(const WeightGradient& g, char* scratch, int6
     // these.
     GradientReads reads{};
     if (first + count < end) {
-      const TilePlace next = TilePlace::of(g.P, g.Q, m, first + count);
+      const TilePlace next = TilePlace::of(g, m, first + count);
       reads.x = stream_of<T>(static_cast<const T*>(g.x) + (next.n * g.H + next.p) * g.W * g.C,
                              m * m * count, g.C);
       reads.x_rows = 1;
@@ -173,10 +175,10 @@ FR_INLINE void winograd_gradient_of(const WeightGradient& g, char* scratch, int6
         reads.dy = stream_of<T>(static_cast<const T*>(g.dy) + (next.n * g.P + next.p) * g.Q * g.K,
                                 m * m * count, g.K);
     }
-    const TilePlace top = TilePlace::of(g.P, g.Q, m, first);
-    const TilePlace bottom = TilePlace::of(g.P, g.Q, m, first + count - 1);
-    const WeightGradient recomputed =
-        with_recomputed(g, top.n, top.p - g.pad_h, bottom.n, bottom.p - g.pad_h + m + 1);
+    const TilePlace top = TilePlace::of(g, m, first);
+    const TilePlace bottom = TilePlace::of(g, m, first + count - 1);
+    const WeightGradient recomputed = with_recomputed(g, top.n, top.p - g.pad_h, bottom.n,
+                                                      bottom.p - g.pad_h + (m + 1) * g.dilation_h);
     const auto row = [&](auto add, const GradientReads& row_reads) FR_LAMBDA {
       add(recomputed, scratch, first, count, k_begin, k_end, accumulate, row_reads, sums);
     };

@@ -16,6 +16,10 @@
 //                 0  2 -1 -2  1  0        1/24 -1/12 1/6
 //                 0  4  0 -5  0  1          0    0    1
 //
+// Dilated, every d-th pixel in either dimension is convolved with dilation 1, for each of the d * d
+// phases: tiles are the same, of pixels d apart (256 channels at 20 x 20 with d = 2, in float32 on
+// Zen 5: 0.51 of the time of the direct kernel).
+//
 // Layout: x (N, H, W, C) in memory, the transformed weights (blocks of K, products, C, vectors, 16)
 // as cpu/convolution/pack.cpp packs them. For some groups of kTilePixels tiles at a
 // time: the transformed x, (products, tiles, C), then per block of 64 outputs as many matrix
@@ -138,12 +142,20 @@ FR_INLINE void transform_dy(const Load& d, vf* t, int step) {
   if constexpr (row < m + 1) transform_dy<m, row + 1>(d, t, step);
 }
 
-// The first pixel of a tile of m x m pixels.
+// The first pixel of a tile of m x m pixels. It may lie outside y if the convolution is dilated.
 struct TilePlace {
   int64_t n, p, q;
-  FR_INLINE TilePlace of(int64_t P, int64_t Q, int64_t m, int64_t tile) {
-    const int64_t tiles_h = (P + m - 1) / m, tiles_w = (Q + m - 1) / m;
-    return {tile / (tiles_h * tiles_w), tile / tiles_w % tiles_h * m, tile % tiles_w * m};
+  FR_INLINE TilePlace of(const ConvShape& c, int64_t m, int64_t tile) {
+    const int64_t tiles_h = winograd_tiles_along(c.P, m, c.dilation_h);
+    const int64_t tiles_w = winograd_tiles_along(c.Q, m, c.dilation_w);
+    const int64_t row = tile / tiles_w, column = tile % tiles_w;
+    return {row / tiles_h, first_pixel(row % tiles_h, m, c.dilation_h),
+            first_pixel(column, m, c.dilation_w)};
+  }
+
+ private:
+  FR_INLINE int64_t first_pixel(int64_t tile, int64_t m, int64_t dilation) {
+    return tile * m - (dilation == 1 ? 0 : tile % dilation * (m - 1));
   }
 };
 
@@ -151,12 +163,12 @@ struct TilePlace {
 template <int size, typename T>
 FR_INLINE void locate_tile(const ConvShape& c, const void* x, const void* zeros, int64_t tile,
                            const T* (&d)[size][size]) {
-  const TilePlace at = TilePlace::of(c.P, c.Q, size - 2, tile);
+  const TilePlace at = TilePlace::of(c, size - 2, tile);
   const int64_t top = at.p - c.pad_h, left = at.q - c.pad_w;
   const T* image = static_cast<const T*>(x) + at.n * c.H * c.W * c.C;
   for (int64_t i = 0; i < size; ++i)
     for (int64_t j = 0; j < size; ++j) {
-      const int64_t h = top + i, w = left + j;
+      const int64_t h = top + i * c.dilation_h, w = left + j * c.dilation_w;
       const bool inside = static_cast<uint64_t>(h) < static_cast<uint64_t>(c.H) &&
                           static_cast<uint64_t>(w) < static_cast<uint64_t>(c.W);
       d[i][j] = inside ? image + (h * c.W + w) * c.C : static_cast<const T*>(zeros);
@@ -222,10 +234,10 @@ FR_INLINE bool winograd_output(const ConvBnRelu& c, int64_t tile, int64_t k, con
     }
   }
   if (has_nan(finite)) return false;
-  const TilePlace at = TilePlace::of(c.P, c.Q, m, tile);
-  for (int i = 0; i < m && at.p + i < c.P; ++i)
-    for (int j = 0; j < m && at.q + j < c.Q; ++j) {
-      const int64_t pixel = (at.n * c.P + at.p + i) * c.Q + at.q + j;
+  const TilePlace at = TilePlace::of(c, m, tile);
+  for (int i = 0; i < m && at.p + i * c.dilation_h < c.P; ++i)
+    for (int j = 0; j < m && at.q + j * c.dilation_w < c.Q; ++j) {
+      const int64_t pixel = (at.n * c.P + at.p + i * c.dilation_h) * c.Q + at.q + j * c.dilation_w;
       auto* out = static_cast<typename Dot::D::T*>(c.y) + pixel * c.K + k;
       const auto* residual = static_cast<const typename Dot::D::T*>(c.residual) + pixel * c.K + k;
 #pragma GCC unroll 8
@@ -248,18 +260,18 @@ FR_INLINE void pixels_directly(const ConvBnRelu& c, int64_t block, int64_t pixel
     __atomic_store_n(c.skipped_pixels, true, __ATOMIC_RELAXED);
 }
 
-// Computes the rows of a tile directly.
+// Computes the pixels of a tile directly.
 template <typename Dot, int vectors, int m>
 FR_INLINE void winograd_directly(const ConvBnRelu& c, int64_t block, int64_t tile) {
-  const TilePlace at = TilePlace::of(c.P, c.Q, m, tile);
-  for (int64_t i = 0; i < m && at.p + i < c.P; ++i)
-    pixels_directly<Dot, vectors>(c, block, (at.n * c.P + at.p + i) * c.Q + at.q,
-                                  c.Q - at.q < m ? c.Q - at.q : m);
+  const TilePlace at = TilePlace::of(c, m, tile);
+  for (int64_t p = at.p; p < at.p + m * c.dilation_h && p < c.P; p += c.dilation_h)
+    for (int64_t q = at.q; q < at.q + m * c.dilation_w && q < c.Q; q += c.dilation_w)
+      pixels_directly<Dot, vectors>(c, block, (at.n * c.P + p) * c.Q + q, 1);
 }
 
 // The first pixel of y's row of tiles that `tile` is in.
 FR_INLINE int64_t winograd_pixel(const ConvBnRelu& c, int64_t m, int64_t tile) {
-  const TilePlace at = TilePlace::of(c.P, c.Q, m, tile);
+  const TilePlace at = TilePlace::of(c, m, tile);
   return (at.n * c.P + at.p) * c.Q;
 }
 
@@ -289,8 +301,9 @@ FR_INLINE void winograd_block(const ConvBnRelu& c, int64_t block, int64_t first,
         pixel[t] =
             reinterpret_cast<const char*>(v + (i * room + (tile < count ? tile : count - 1)) * c.C);
       }
-      sum_chains<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, 1, c.C, 0, 0, fetch,
-                                      sums + (group * products + i) * kSums);
+      const uint8_t tap = 0;
+      sum_chains<DotFloat32, vectors>(weight + i * c.C * vectors * 64, pixel, &tap, 1, c.C, 0, 0,
+                                      fetch, sums + (group * products + i) * kSums);
     }
   for (int64_t tile = 0; tile < count; ++tile) {
     const float* tile_sums = sums + tile / kTilePixels * products * kSums + tile % kTilePixels * 64;
@@ -303,7 +316,7 @@ template <typename Dot, int m>
 FR_INLINE void winograd_groups_of(const ConvBnRelu& c, void* scratch, int64_t block_begin,
                                   int64_t block_end, int64_t begin, int64_t end) {
   constexpr int64_t products = winograd_products(m);
-  const int64_t tiles = winograd_tiles(c.N, c.P, c.Q, m);
+  const int64_t tiles = winograd_tiles(c, m);
   const int64_t at_once = winograd_groups(m, kTilePixels, c.C), room = at_once * kTilePixels;
   auto* v = static_cast<float*>(scratch);
   float* sums = v + products * room * c.C;

@@ -33,6 +33,10 @@ BLOCKS = {
         lambda: fr.Bottleneck(32, 16, 2, _branch(32, 64, 2)),
         (3, 32, 41, 38),
     ),
+    "bottleneck, many pixels, dilated": (
+        lambda: fr.Bottleneck(128, 32, dilation=2),
+        (3, 128, 21, 23),
+    ),
     "bottleneck, projection": (
         lambda: fr.Bottleneck(32, 16, 2, _branch(32, 64, 2)),
         (2, 32, 10, 9),

@@ -50,6 +50,11 @@ CASES = {
     "3x3 of 16, one pixel": ((4, 16, 1, 1), 16, (3, 3), (1, 1), (1, 1), (1, 1)),
     "3x3, dilated": ((2, 32, 13, 12), 32, (3, 3), (1, 1), (2, 2), (2, 2)),
     "3x3, dilated, stride 2": ((2, 16, 13, 12), 32, (3, 3), (2, 2), (2, 1), (2, 3)),
+    # Winograd's tiles interleave, also with 16 channels; the statistics follow rows of tiles.
+    "3x3, dilated, many tiles": ((2, 32, 66, 28), 48, (3, 3), (1, 1), (2, 2), (2, 2)),
+    "3x3 of 16, dilated": ((2, 16, 12, 13), 16, (3, 3), (1, 1), (1, 2), (1, 2)),
+    "3x3 of 64, dilated": ((2, 64, 16, 15), 64, (3, 3), (1, 1), (2, 1), (2, 1)),
+    "3x3, dilated beyond the image": ((2, 32, 6, 7), 16, (3, 3), (1, 1), (5, 9), (5, 9)),
     "3x3, stride 3": ((2, 16, 14, 17), 32, (3, 3), (3, 3), (1, 1), (1, 1)),
     # The strided layers of ResNet-50 and of the CIFAR networks.
     "128 channels, 56 to 28": ((1, 128, 56, 56), 128, (3, 3), (2, 2), (1, 1), (1, 1)),
