@@ -216,8 +216,6 @@ CPP = [
     ("training: dilated: tiles of dy adjacent", "csrc/cpu/convolution/weight_gradient_winograd_kernels.h",
      "down = i * g.dilation_h, right = j * g.dilation_w;", "down = i * g.dilation_h, right = j;",
      f"{CONVOLUTIONS} -k dilated"),
-    ("training: dilated: by the kernel for 16 channels", "csrc/cpu/convolution/weight_gradient.cpp",
-     "g.dilation_h * g.dilation_w == 1 &&", "true &&", f"{CONVOLUTIONS} -k dilated"),
     ("statistics: dilated: rows of tiles reported too early", "csrc/cpu/convolution/conv_bn_relu.cpp",
      "row % rows * m * d)", "row % rows * m)", f"{STATISTICS} -k dilated"),
     ("recomputed ranges: dilated: the rows below missing", "csrc/cpu/convolution/weight_gradient_winograd_kernels.h",
@@ -245,6 +243,10 @@ CPP = [
 
 # Code for AVX-512 only.
 AVX512 = [
+    ("training: dilated: by the kernel for 16 channels", "csrc/cpu/convolution/weight_gradient.cpp",
+     "g.dilation_h * g.dilation_w == 1 &&", "true &&", f"{CONVOLUTIONS} -k dilated"),
+    ("dilated: by the kernel for 16 channels", "csrc/cpu/convolution/conv_bn_relu.cpp",
+     "conv.dilation_h * conv.dilation_w == 1 &&", "true &&", f"{DILATED} -k integers"),
     ("an odd run's last weight not halved", PACK, "? value / 2 : value", "? value : value",
      f"{CONV} -k integers"),
     ("an odd run's last value paired with zero", PACK, "? value / 2 : value",
