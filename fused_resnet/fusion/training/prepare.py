@@ -115,18 +115,33 @@ class PreparedFixed(NamedTuple):
     spec: Fixed
     description: Description
     folded: Callable[[torch.dtype], list[Fold]]
+    extra: int  # outputs of a lone convolution that are computed and dropped
 
     def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The output, channels_last. residual: (N, K, P, Q) of the step's dtype."""
         folded = self.folded(torch.float32)
         units = zip(self.description.units, folded, strict=True)
         tensors = [t for unit, fold in units for t in (unit.conv.weight, *fold)]
-        last = torch.channels_last
+        last, K = torch.channels_last, tensors[0].shape[0]
         x = converted(x.to(self.spec.dtype), last)
         residual = None if residual is None else converted(residual, last)
+        if self.extra:
+            tensors = [None if t is None else _extended(t, self.extra) for t in tensors]
         y = FixedFunction.apply(self.spec, x, residual, *tensors)
+        y = y[:, :K] if self.extra else y
         pool = self.description.pool
         return y if pool is None else pool(y)
+
+
+def _extended(t: Tensor, extra: int) -> Tensor:
+    """t (K, ...) with `extra` zeros (K + extra, ...)."""
+    return torch.cat([t, t.new_zeros((extra, *t.shape[1:]))])
+
+
+def _extra_outputs(description: Description) -> int:
+    """How many outputs a lone convolution lacks to a multiple of the kernels' 16: few scores, as
+    those of a detector's anchors, are computed faster with zeros than by PyTorch."""
+    return -description.units[0].conv.out_channels % 16 if len(description.units) == 1 else 0
 
 
 class Step:
@@ -249,9 +264,12 @@ def reason_against_fixed(description: Description, x: Tensor) -> str | None:
     kernels = passes_for(device)
     if registry.choose("conv_bn_relu", device) != "native" or not isinstance(kernels, Native):
         return "in training a convolution is fused with its norm"
+    extra = _extra_outputs(description)
     for (conv, *_), g in zip(description.units, description.geometries, strict=True):
+        K, *rest = conv.weight.shape
+        weight = conv.weight.new_empty((K + extra, *rest), device="meta")
         for work in ("convolution", "input_gradient", "weight_gradient"):
-            if not kernels.supports(conv.weight, dtype, g, work):
+            if not kernels.supports(weight, dtype, g, work):
                 return f"no kernel for its {work.replace('_', ' ')}"
     return None
 
@@ -326,12 +344,15 @@ def prepare_fixed(step: Step, x: Tensor, added: tuple[Any, ...] | None) -> Prepa
     shape = _output_shape(description, x.shape, x.dtype, fits)
     if shape is None or (added is not None and added != (shape, dtype)):
         return None
+    extra = _extra_outputs(description)
+    if extra and added is not None:
+        return None
     spec = Fixed(
         kernels, tuple(description.geometries),
         tuple(unit.activation for unit in description.units), description.shortcut, dtype,
         1 if description.pad is None else description.pad.stride,
     )  # fmt: skip
-    return PreparedFixed(spec, description, step.folded)
+    return PreparedFixed(spec, description, step.folded, extra)
 
 
 def _window(description: Description, spec: Spec, x: Tensor) -> list[int] | None:
