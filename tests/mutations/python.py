@@ -217,6 +217,8 @@ PYTHON = [
     ("fixed: the step with a residual used without one", READY,
      "added = None if residual is None else (residual.shape, residual.dtype)", "added = None",
      f"{FIXED_STEP} -k residual"),
+    ("fixed: outputs that were added for the kernels returned", READY,
+     "y = y[:, :K] if self.extra else y", "y = y", f"{FIXED_STEP} -k with_a_bias"),
     ("fixed: a block that lacks one norm trained as if it had it", READY,
      "if any(map(uses_batch_statistics, description.norms)):\n            reason =",
      "if False:\n            reason =", f"{FIXED_STEP} -k lacks"),
