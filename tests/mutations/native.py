@@ -12,6 +12,7 @@ BLOCK = "csrc/cpu/block/train.cpp"
 PACK = "csrc/cpu/convolution/pack.cpp"
 CONVOLUTIONS = "tests/kernels/cpu/test_train_convolution.py"
 DILATED = "tests/kernels/cpu/test_dilated.py"
+FIXED_STEP = "tests/fusion/training/test_fixed.py"
 SUMS = "tests/kernels/cpu/test_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
 
@@ -21,6 +22,13 @@ CPP = [
      "tests/fusion/test_unseen_writes.py -k covered"),
     ("training: taps not reversed", "csrc/cpu/convolution/train.cpp",
      "transposed ? taps - 1 - tap : tap", "tap", CONVOLUTIONS),
+    ("epilogue: scale absent without a scale", "csrc/cpu/convolution/train.cpp",
+     'padded("scale", scale, 1)', 'padded("scale", scale, 0)', f"{FIXED_STEP} -k with_a_bias"),
+    ("epilogue: the gradient not scaled", "csrc/cpu/add_relu_kernels.h",
+     "g * load_any<V>(scale + c)", "g", f"{FIXED_STEP} -k epilogue"),
+    ("epilogue: the residual's gradient not masked", "csrc/cpu/add_relu_kernels.h",
+     "if (kept) memory.store(kept + c, g, false);",
+     "if (kept) memory.store(kept + c, memory.load(dy + c), false);", f"{FIXED_STEP} -k epilogue"),
     ("strided: a phase's taps not reversed", "csrc/cpu/convolution/input_gradient.cpp",
      "last_tap = tap + (taps - 1) * stride;", "last_tap = tap;", CONVOLUTIONS),
     ("strided: padding left out of a phase", "csrc/cpu/convolution/input_gradient.cpp",

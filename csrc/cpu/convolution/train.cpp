@@ -105,11 +105,12 @@ struct Convolved {
   bool callback_done;  // whether `callback` was called for all of y
 };
 
-// y (N, K, P, Q): the convolution of x plus `added`, with `callback` after each tile range if y is
-// large enough. `transposed`: weight is (C, K, R, S) and its taps are reversed, and y overwrites
-// `added`.
+// y (N, K, P, Q): the convolution of x plus `added`, the residual of `epilogue`, with `callback`
+// after each tile range if y is large enough. `transposed`: weight is (C, K, R, S) and its taps are
+// reversed, and y overwrites `added`.
 Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bool transposed,
-                   const std::optional<Tensor>& added, const TileCallback& callback = {}) {
+                   const std::optional<Tensor>& added, const TileCallback& callback = {},
+                   const Epilogue& epilogue = {}) {
   const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
   const int64_t taps = R * S, columns = transposed ? K : C;  // of the weight
   const bool overwrite = transposed && added;
@@ -119,6 +120,7 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
   const ConvVariant variant = *conv_variant(dtype_index("convolution", "x", x));
   ConvBnRelu conv{};
   static_cast<ConvShape&>(conv) = c;
+  static_cast<Epilogue&>(conv) = epilogue;
   conv.run = C;
   conv.pointwise = taps * stride_h * stride_w == 1 && pad_h == 0 && pad_w == 0;
   const int64_t size = operand_bytes(variant);
@@ -208,6 +210,50 @@ Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> residual, Size
   return convolve(c, x, weight, false, residual).y;
 }
 
+Tensor convolution_and_epilogue(Tensor x, Tensor weight, std::optional<Tensor> scale,
+                                std::optional<Tensor> shift, std::optional<Tensor> residual,
+                                int64_t activation, Sizes geometry) {
+  constexpr const char* op = "convolution_and_epilogue";
+  const ConvShape c = convolution_of(op, x, weight, geometry);
+  // (K,), or `otherwise`, padded as the kernels read it
+  const auto padded = [&](const char* name, const std::optional<Tensor>& t, float otherwise) {
+    std::vector<float> values(static_cast<size_t>(round_up(c.K, kBlockChannels)), otherwise);
+    if (!t) return values;
+    check_channel_vector(op, name, *t, c.K, ScalarType::Float, x);
+    std::copy_n(static_cast<const float*>(t->const_data_ptr()), c.K, values.begin());
+    return values;
+  };
+  const std::vector<float> scales = padded("scale", scale, 1), shifts = padded("shift", shift, 0);
+  const Epilogue epilogue{scales.data(), shifts.data(), nullptr, activation_of(op, activation)};
+  return convolve(c, x, weight, false, residual, {}, epilogue).y;
+}
+
+std::vector<Tensor> epilogue_gradient(Tensor dy, std::optional<Tensor> y, Tensor scale, bool keep) {
+  constexpr const char* op = "epilogue_gradient";
+  const DtypeIndex dtype = dtype_index(op, "dy", dy);
+  const Layout4d layout = layout_of(op, dy);
+  const int64_t C = layout.C;
+  check(conv_supported(dtype), op, ": no kernel for ", name_of(dy.scalar_type()));
+  check(layout.channels_last || C == 1, op, ": dy must be channels_last, got strides ",
+        strides_of(dy), " for shape ", shape_of(dy));
+  if (y) check_same_layout(op, "y", *y, "dy", dy);
+  check_channel_vector(op, "scale", scale, C, ScalarType::Float, dy);
+  const auto output = [&] {
+    return pooled_channels_last(layout.N, C, dy.size(2), dy.size(3), dy.scalar_type());
+  };
+  std::vector<Tensor> found{output()};
+  if (keep) found.push_back(output());
+  void* dz = found[0].mutable_data_ptr();
+  void* g = keep ? found[1].mutable_data_ptr() : nullptr;
+  const void* mask = y ? y->const_data_ptr() : nullptr;
+  Split(layout.N * layout.HW, 1, kMinTaskElements / std::max<int64_t>(C, 1))
+      .run([&](int64_t, int64_t begin, int64_t end) {
+        cpu_kernels().epilogue_gradient[dtype](dy.const_data_ptr(), mask, scale.const_data_ptr(), g,
+                                               dz, C, begin, end);
+      });
+  return found;
+}
+
 std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight, Sizes geometry) {
   constexpr const char* op = "convolution_and_statistics";
   const ConvShape c = convolution_of(op, x, weight, geometry);
@@ -264,6 +310,10 @@ std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight, Siz
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def("convolution(Tensor x, Tensor weight, Tensor? residual, int[] geometry) -> Tensor");
+  m.def(
+      "convolution_and_epilogue(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, "
+      "Tensor? residual, int activation, int[] geometry) -> Tensor");
+  m.def("epilogue_gradient(Tensor dy, Tensor? y, Tensor scale, bool keep) -> Tensor[]");
   m.def("convolution_and_statistics(Tensor x, Tensor weight, int[] geometry) -> (Tensor, Tensor)");
   m.def(
       "input_gradient(Tensor dy, Tensor weight, int H, int W, Tensor? added, int[] geometry) -> "
@@ -275,6 +325,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {
   m.impl("convolution", TORCH_BOX(fused_resnet::convolution));
+  m.impl("convolution_and_epilogue", TORCH_BOX(fused_resnet::convolution_and_epilogue));
+  m.impl("epilogue_gradient", TORCH_BOX(fused_resnet::epilogue_gradient));
   m.impl("convolution_and_statistics", TORCH_BOX(fused_resnet::convolution_and_statistics));
   m.impl("input_gradient", TORCH_BOX(fused_resnet::input_gradient));
   m.impl("input_gradient_and_sums", TORCH_BOX(fused_resnet::input_gradient_and_sums));

@@ -31,6 +31,16 @@ const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64
 // y = convolution(x, weight) + residual
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> residual, Sizes geometry);
 
+// y = activation(convolution(x, weight) * scale[k] + shift[k] + residual); scale (none: 1) and
+// shift (none: 0) (K,) float32
+Tensor convolution_and_epilogue(Tensor x, Tensor weight, std::optional<Tensor> scale,
+                                std::optional<Tensor> shift, std::optional<Tensor> residual,
+                                int64_t activation, Sizes geometry);
+
+// dy (N, K, P, Q) of that y -> dz = g * scale[k], the gradient of the convolution, and, if `keep`,
+// g, that of the residual; with g = dy masked by y, the ReLU's output; none: dy
+std::vector<Tensor> epilogue_gradient(Tensor dy, std::optional<Tensor> y, Tensor scale, bool keep);
+
 // y = convolution(x, weight), and bn_statistics(y), fused.
 std::tuple<Tensor, Tensor> convolution_and_statistics(Tensor x, Tensor weight, Sizes geometry);
 

@@ -58,6 +58,7 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(add_relu),
     FR_ALL_DTYPES(add_relu_backward),
     FR_ALL_DTYPES(add),
+    FR_ALL_DTYPES(epilogue_gradient),
     FR_ALL_DTYPES(bn_stats_rows),
     FR_ALL_DTYPES(bn_stats_planes),
     FR_ALL_DTYPES(bn_stats_double, true),

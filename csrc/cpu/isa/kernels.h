@@ -198,6 +198,10 @@ struct CpuKernels {
   void (*add_relu[4])(const void* x, const void* residual, void* y, int64_t n, bool stream);
   void (*add_relu_backward[4])(const void* dy, const void* y, void* dx, int64_t n, bool stream);
   void (*add[4])(const void* x, void* y, int64_t n);  // y += x
+  // Rows [begin, end) of C values: g = dy masked by the ReLU's output y (null: dy), stored unless
+  // null, and dz = g * scale, float (C,), double for float64. dz may be dy.
+  void (*epilogue_gradient[4])(const void* dy, const void* y, const void* scale, void* g, void* dz,
+                               int64_t C, int64_t begin, int64_t end);
   // s1 += sum(x - centre), s2 += sum((x - centre)^2), all double (period,)
   void (*bn_stats_rows[4])(const Walk&, const void* x, int64_t begin, int64_t end,
                            const double* centre, double* s1, double* s2);

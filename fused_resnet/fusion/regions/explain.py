@@ -130,11 +130,8 @@ def _part(
         kernels = kernels_for(found.description, x.dtype, x.device)
         reason = kernels if isinstance(kernels, str) else None
     elif reason is None and found.description is not None:
-        if len(norms) < len(units):
-            reason = "in training a convolution is fused with its norm"
-        else:
-            step = step_of(module, found.description, x)
-            reason = step if isinstance(step, str) else None
+        step = step_of(module, found.description, x)
+        reason = step if isinstance(step, str) else None
     if reason is not None:
         return Part(name, "stock", reason, convs)
     return Part(name, "training" if batch else "inference", "", convs)

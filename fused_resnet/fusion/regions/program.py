@@ -24,8 +24,8 @@ from fused_resnet.fusion.inference.chain import Chain
 from fused_resnet.fusion.inference.make import plan_of
 from fused_resnet.fusion.inference.norm import normed
 from fused_resnet.fusion.inference.plan import Plan
-from fused_resnet.fusion.training.prepare import Step, step_of
-from fused_resnet.fusion.training.units import convolve, norm_step, run_step, run_unit
+from fused_resnet.fusion.training.prepare import Step, converted, step_of
+from fused_resnet.fusion.training.units import convolve, norm_step, run_step
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation
 
@@ -246,7 +246,7 @@ class Program:
         def stock(t: Any) -> Any:
             """A value as stock's operations would return it."""
             if isinstance(t, Tensor) and t.dim() == 4:
-                return layout.exactly(t, memory_format)
+                return layout.exactly(converted(t, memory_format), memory_format)
             return t
 
         for step, dead in self._steps:
@@ -374,9 +374,6 @@ class TrainingProgram(Program):
         for found in matched.found:
             if found.description is None:
                 continue
-            if any(unit.norm is None for unit in found.description.units):
-                self.reasons[found.nodes[0]] = "in training a convolution is fused with its norm"
-                continue
             step = step_of(module, found.description, x)
             if isinstance(step, str):
                 self.reasons[found.nodes[0]] = step
@@ -399,17 +396,13 @@ class TrainingProgram(Program):
         step = self._steps_of.get(id(found))
         if step is None:
             return otherwise
-        activation = found.activation
 
         def run(values: Values, stock: Any) -> None:
             x, y = values[source], None
             added = None if residual is None else values[residual]
-            if found.promotes and not found.keeps_dtype(x, added):
-                pass
-            elif residual is None:
-                y = run_step(step, x)
-            elif found.keeps_dtype(x, added):
-                y = run_unit(step, 0, x, added, activation)
+            in_place = residual is None and not found.promotes
+            if in_place or found.keeps_dtype(x, added):
+                y = run_step(step, x, added)
             if y is None:
                 otherwise(values, stock)
             else:

@@ -6,6 +6,7 @@ of a narrow block."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import Entries, cacheable, to_keep
 from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
-from fused_resnet.kernels.training.native import Native
+from fused_resnet.kernels.training.native import Native, in_layout
 from fused_resnet.layers.hooks import FSDP
 from fused_resnet.layers.norms import is_frozen_bn, recomputing, track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
@@ -38,7 +39,10 @@ from fused_resnet.layers.sync_batch_norm import group_of
 from . import one_op
 from .activation_memory import in_segment
 from .block import StepFunction
+from .fixed import Fixed, FixedFunction
 from .spec import Spec
+
+Fold = tuple[Tensor | None, Tensor | None]  # scale and shift
 
 
 class _Converted(torch.autograd.Function):
@@ -47,11 +51,18 @@ class _Converted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, memory_format: torch.memory_format) -> Tensor:
         ctx.memory_format = layout.memory_format(x)
-        return x.contiguous(memory_format=memory_format)
+        return in_layout(x, memory_format)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy.contiguous(memory_format=ctx.memory_format), None
+        return in_layout(dy, ctx.memory_format), None
+
+
+def converted(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """x, or a differentiable copy of it, dense in this layout."""
+    if x.is_contiguous(memory_format=memory_format):
+        return x
+    return _Converted.apply(x, memory_format)
 
 
 class Prepared(NamedTuple):
@@ -69,9 +80,7 @@ class Prepared(NamedTuple):
 
     def run(self, x: Tensor) -> Tensor:
         """The output in the step's dtype and memory format, which the next blocks also use."""
-        x = x.to(self.spec.dtype)
-        if not x.is_contiguous(memory_format=self.memory_format):
-            x = _Converted.apply(x, self.memory_format)
+        x = converted(x.to(self.spec.dtype), self.memory_format)
         states: list[Any] = []
         tensors = self.tensors if self.description.survival == 1 else self.scaled()
         if self.fused is not None:
@@ -100,6 +109,41 @@ class Prepared(NamedTuple):
             track(bn, state, count, self.spec.kernels.update_running)
 
 
+class PreparedFixed(NamedTuple):
+    """The same for a block without batch statistics: see `fixed`."""
+
+    spec: Fixed
+    description: Description
+    folded: Callable[[torch.dtype], list[Fold]]
+    extra: int  # outputs of a lone convolution that are computed and dropped
+
+    def run(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The output, channels_last. residual: (N, K, P, Q) of the step's dtype."""
+        folded = self.folded(torch.float32)
+        units = zip(self.description.units, folded, strict=True)
+        tensors = [t for unit, fold in units for t in (unit.conv.weight, *fold)]
+        last, K = torch.channels_last, tensors[0].shape[0]
+        x = converted(x.to(self.spec.dtype), last)
+        residual = None if residual is None else converted(residual, last)
+        if self.extra:
+            tensors = [None if t is None else _extended(t, self.extra) for t in tensors]
+        y = FixedFunction.apply(self.spec, x, residual, *tensors)
+        y = y[:, :K] if self.extra else y
+        pool = self.description.pool
+        return y if pool is None else pool(y)
+
+
+def _extended(t: Tensor, extra: int) -> Tensor:
+    """t (K, ...) with `extra` zeros (K + extra, ...)."""
+    return torch.cat([t, t.new_zeros((extra, *t.shape[1:]))])
+
+
+def _extra_outputs(description: Description) -> int:
+    """How many outputs a lone convolution lacks to a multiple of the kernels' 16: few scores, as
+    those of a detector's anchors, are computed faster with zeros than by PyTorch."""
+    return -description.units[0].conv.out_channels % 16 if len(description.units) == 1 else 0
+
+
 class Step:
     """A block's or stem's training step, prepared for the last input's shape and dtype."""
 
@@ -111,40 +155,76 @@ class Step:
         self.is_cached = not any([FSDP in unit.conv.__dict__ for unit in description.units])
         self._synchronised = [n for n in description.norms if type(n) is not BatchNorm2d]
         self._level: str = getattr(module, "activation_memory", "auto")
-        self._prepared: tuple[Any, Prepared | None] = (None, None)
+        self._prepared: tuple[Any, Prepared | PreparedFixed | None] = (None, None)
         self.packed: Entries = {}  # convolutions of units with frozen norms
-        self._folded: dict[Any, tuple[Guard, Tensor, Tensor]] = {}
+        self._folded: dict[torch.dtype, tuple[Guard, list[Fold]]] = {}
 
-    def prepared(self, x: Tensor) -> Prepared | None:
-        """The step for x; None where it cannot be one node of autograd's graph."""
+    def prepared(
+        self, x: Tensor, residual: Tensor | None = None
+    ) -> Prepared | PreparedFixed | None:
+        """The step for x and what is added to its output; None where it cannot be one node of
+        autograd's graph."""
         # Processes may be joined or left between two steps.
         groups = tuple(map(group_of, self._synchronised))
-        key = (x.shape, x.dtype, in_segment.get(), groups)
+        added = None if residual is None else (residual.shape, residual.dtype)
+        key = (x.shape, x.dtype, in_segment.get(), groups, added)
         cached = self._prepared  # read once: another thread may replace it for another shape
         if cached[0] != key:
             # Inside a segment "minimal" is "low".
             level = "low" if self._level == "minimal" and key[2] else self._level
-            cached = self._prepared = (key, prepare(self.description, level, x))
+            found: Any = prepare_fixed(self, x, added)
+            if found is None and added is None:
+                found = prepare(self.description, level, x)
+            cached = self._prepared = (key, found)
         return cached[1]
 
-    def scale_and_shift(self, unit: Unit, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Those of a frozen norm (see `fold`), kept while its tensors are unchanged, unless they
-        require a gradient: a convolution is packed per scale and shift."""
-        conv, norm, _ = unit
-        tensors = (conv.bias, norm.weight, norm.bias)
-        if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
-            return scale_and_shift(conv, norm, dtype)
-        folded = self._folded.get((norm, dtype))
+    def folded(self, dtype: torch.dtype) -> list[Fold]:
+        """Scale and shift of every unit with a frozen norm (see `fold`), kept while their tensors
+        are unchanged, unless these require a gradient: a convolution is packed per scale and shift.
+        Without a norm, None and the convolution's bias; None, None for batch statistics."""
+        units = self.description.units
+        trained = [unit.norm is None or _is_trained(unit) for unit in units]
+        if all(trained):
+            return [_fold(unit, dtype) for unit in units]
+        folded = self._folded.get(dtype)
         if folded is None or not folded[0].holds():
-            places = [Place({"norm": norm}, "norm", norm, BatchNorm2d)]
-            if conv.bias is not None:
-                places.append(Place({"conv": conv}, "conv", conv, Conv2d))
+            places = [
+                Place({"": m}, "", m, kind)
+                for conv, norm, _ in units
+                if _is_frozen(norm)
+                for m, kind in ((norm, BatchNorm2d), (conv, Conv2d))
+                if m is norm or conv.bias is not None
+            ]
             guard = Guard([], places)
             with to_keep():
-                folded = (guard, *scale_and_shift(conv, norm, dtype))
-            if cacheable(folded[1]) and guard.holds():
-                self._folded[norm, dtype] = folded
-        return folded[1:]
+                folded = (guard, [_fold(unit, dtype) for unit in units])
+            if cacheable(units[0].conv.weight) and guard.holds():
+                self._folded[dtype] = folded
+        return [
+            _fold(unit, dtype) if now else kept
+            for unit, now, kept in zip(units, trained, folded[1], strict=True)
+        ]
+
+
+def _is_frozen(norm: Any) -> bool:
+    """Whether this is a norm by running statistics."""
+    if norm is None or uses_batch_statistics(norm):
+        return False
+    return norm.running_mean is not None and norm.running_var is not None
+
+
+def _is_trained(unit: Unit) -> bool:
+    """Whether what is folded, besides statistics, requires a gradient."""
+    conv, norm, _ = unit
+    tensors = (conv.bias, norm.weight, norm.bias)
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+
+
+def _fold(unit: Unit, dtype: torch.dtype) -> Fold:
+    conv, norm, _ = unit
+    if norm is None:
+        return None, None if conv.bias is None else conv.bias.to(dtype).contiguous()
+    return scale_and_shift(conv, norm, dtype) if _is_frozen(norm) else (None, None)
 
 
 def step_for(module: nn.Module, names: Names, x: Tensor) -> Step | str:
@@ -165,9 +245,33 @@ def step_of(module: nn.Module, description: Description, x: Tensor) -> Step | st
     whether later calls may use it. module: has the level of activation memory."""
     if any(unit.conv.weight.device != x.device for unit in description.units):
         return f"x is on {x.device}, a weight is not"
-    if not any(serves(uses_batch_statistics(norm), x) for norm in description.norms):
-        return "no kernel is faster than stock's operations"
+    reason = None
+    if not description.norm_first and len(description.norms) < len(description.units):
+        reason = reason_against_fixed(description, x)
+        if any(map(uses_batch_statistics, description.norms)):
+            reason = "in training a convolution is fused with its norm"
+    elif not any(serves(uses_batch_statistics(norm), x) for norm in description.norms):
+        reason = "no kernel is faster than stock's operations"
+    if reason is not None:
+        return reason
     return Step(module, description)
+
+
+def reason_against_fixed(description: Description, x: Tensor) -> str | None:
+    """Why the CPU's kernels do not compute such a step without batch statistics; None if they
+    do."""
+    device, dtype = x.device.type, output_dtype(x.dtype, x.device.type)
+    kernels = passes_for(device)
+    if registry.choose("conv_bn_relu", device) != "native" or not isinstance(kernels, Native):
+        return "in training a convolution is fused with its norm"
+    extra = _extra_outputs(description)
+    for (conv, *_), g in zip(description.units, description.geometries, strict=True):
+        K, *rest = conv.weight.shape
+        weight = conv.weight.new_empty((K + extra, *rest), device="meta")
+        for work in ("convolution", "input_gradient", "weight_gradient"):
+            if not kernels.supports(weight, dtype, g, work):
+                return f"no kernel for its {work.replace('_', ' ')}"
+    return None
 
 
 def setting(x: Tensor) -> tuple[Any, ...]:
@@ -223,6 +327,34 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
     return prepared._replace(fused=fused, tracking=tracking)
 
 
+def prepare_fixed(step: Step, x: Tensor, added: tuple[Any, ...] | None) -> PreparedFixed | None:
+    """The step for x where no norm uses batch statistics; None where the CPU's kernels do not
+    compute it. added: shape and dtype of a residual, or None."""
+    description, device = step.description, x.device.type
+    dtype = output_dtype(x.dtype, device)
+    if description.norm_first or description.survival != 1 or 0 in x.shape:
+        return None
+    kernels: Any = passes_for(device)
+    if reason_against_fixed(description, x) is not None:
+        return None
+
+    def fits(conv: Any, norm: Any, normed: Any) -> bool:
+        return norm is None or (_is_frozen(norm) and norm_fits(norm, dtype))
+
+    shape = _output_shape(description, x.shape, x.dtype, fits)
+    if shape is None or (added is not None and added != (shape, dtype)):
+        return None
+    extra = _extra_outputs(description)
+    if extra and added is not None:
+        return None
+    spec = Fixed(
+        kernels, tuple(description.geometries),
+        tuple(unit.activation for unit in description.units), description.shortcut, dtype,
+        1 if description.pad is None else description.pad.stride,
+    )  # fmt: skip
+    return PreparedFixed(spec, description, step.folded, extra)
+
+
 def _window(description: Description, spec: Spec, x: Tensor) -> list[int] | None:
     """Kernel, stride and padding of a stem's pooling where the kernels compute it."""
     pool = description.pool
@@ -251,25 +383,38 @@ def trains_whole(
         return False  # PyTorch's SyncBatchNorm handles other devices
     if synchronised:
         shape = (max(1, shape[0]), *shape[1:])  # an empty batch: other processes may have images
+
+    def fits(conv: Any, bn: Any, normed: Any) -> bool:
+        if bn is None or conv.bias is not None:
+            return conv.bias is None and description.norm_first
+        if normed[0] * normed[2] * normed[3] < 2 and not synchronised:
+            return False
+        if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
+            return False
+        return bn.eps > 0 and norm_fits(bn, dtype)
+
+    return _output_shape(description, shape, x_dtype, fits) is not None
+
+
+def _output_shape(
+    description: Description, shape: Any, x_dtype: torch.dtype, fits: Callable[..., bool]
+) -> tuple[int, ...] | None:
+    """The shape of a block's output for an input of `shape`, if stock would accept the shapes and
+    dtypes of every unit; None if not, or if a unit does not fit: fits(conv, norm, shape of the
+    norm's input)."""
     main_shape = tuple(shape)
     projects = description.shortcut == "projection"
     for i, (conv, bn, _) in enumerate(description.units):
         branch = projects and i == len(description.units) - 1
         source = shape if branch else main_shape
         out = output_shape(source, conv.weight.shape, *description.geometries[i])
-        if out is None or conv.bias is not None or not weights_fit(x_dtype, conv.weight):
-            return False
-        if branch and out != main_shape:
-            return False
-        if bn is not None:
-            normed = main_shape if description.norm_first else out
-            if normed[0] * normed[2] * normed[3] < 2 and not synchronised:
-                return False
-            if not uses_batch_statistics(bn) or is_frozen_bn(bn) or normed[1] != bn.num_features:
-                return False
-            if not bn.eps > 0 or not norm_fits(bn, dtype):
-                return False
+        if out is None or not weights_fit(x_dtype, conv.weight) or (branch and out != main_shape):
+            return None
+        if not fits(conv, bn, main_shape if description.norm_first else out):
+            return None
         main_shape = out
-    if description.pad is not None:
-        return description.pad.output_shape(shape) == main_shape
-    return description.shortcut != "identity" or main_shape == tuple(shape)
+    if description.pad is not None and description.pad.output_shape(shape) != main_shape:
+        return None
+    if description.shortcut == "identity" and main_shape != tuple(shape):
+        return None
+    return main_shape

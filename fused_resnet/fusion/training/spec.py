@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fused_resnet import layout
+from fused_resnet.kernels.training.native import in_layout
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Passes
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.ops.library import differentiable_gradients
@@ -93,7 +94,7 @@ def laid_out(grads: list[Any], tensors: Sequence[Any]) -> list[Any]:
         if grad.is_contiguous() and t.is_contiguous():  # of 1x1 convolutions
             grads[i] = grad.as_strided(t.shape, t.stride())
         else:
-            grads[i] = grad.contiguous(memory_format=layout.memory_format(t))
+            grads[i] = in_layout(grad, layout.memory_format(t))
     return grads
 
 

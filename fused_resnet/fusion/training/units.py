@@ -80,18 +80,22 @@ def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     return run_unit(step, -1, x, None, step.description.main[-1].activation)
 
 
-def run_step(step: Step, x: Tensor) -> Tensor | None:
+def run_step(step: Step, x: Tensor, added: Tensor | None = None) -> Tensor | None:
     """A block or stem as one node of autograd's graph or unit by unit; None: use torchvision's
-    path."""
-    prepared = step.prepared(x)
-    return run_units(step, x) if prepared is None else prepared.run(x)
+    path. added: to the output of one without a shortcut, before its activation."""
+    prepared = step.prepared(x, added)
+    if prepared is None:
+        return run_units(step, x, added)
+    return prepared.run(x) if added is None else prepared.run(x, added)
 
 
-def run_units(step: Step, x: Tensor) -> Tensor | None:
-    """A block or stem unit by unit, differentiably; None where norms come first, or where
-    stochastic depth divides the branch."""
+def run_units(step: Step, x: Tensor, added: Tensor | None = None) -> Tensor | None:
+    """A block or stem unit by unit, differentiably; None where norms come first or are absent, or
+    where stochastic depth divides the branch."""
     description = step.description
     if description.norm_first or description.survival != 1:
+        return None
+    if len(description.norms) < len(description.units):
         return None
     units, y, last = description.units, x, len(description.main) - 1
     for i in range(last):
@@ -102,7 +106,7 @@ def run_units(step: Step, x: Tensor) -> Tensor | None:
     elif description.pad is not None:
         residual = description.pad(x)
     elif description.shortcut == "none":
-        residual = None
+        residual = added
     y = run_unit(step, last, y, residual, units[last].activation)
     return y if description.pool is None else description.pool(y)
 
@@ -134,7 +138,7 @@ def run_unit(
 ) -> Tensor:
     """activation(bn(conv(x)) + residual) of unit i, differentiably. x: (N, C, H, W), residual:
     (N, K, P, Q)."""
-    conv, bn, _ = unit = step.description.units[i]
+    conv, bn, _ = step.description.units[i]
     geometry = step.description.geometries[i]
     relu = activation == Activation.RELU  # the ops compute no other
     if uses_batch_statistics(bn):
@@ -144,7 +148,7 @@ def run_unit(
             return y if relu else activation(y)
         y = bn(y)
     elif serves(False, x) and _conv_fits(conv, bn, x, residual, geometry):
-        scale, shift = step.scale_and_shift(unit, accumulate_dtype(x.dtype))
+        scale, shift = step.folded(accumulate_dtype(x.dtype))[i]
         with owned_by(step.packed):
             y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
         return y if relu else activation(y)

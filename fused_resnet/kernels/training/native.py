@@ -17,8 +17,30 @@ from . import collectives
 from .protocol import Norm, Normed, NormGradients, Passes, vector
 
 
+def in_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """t.contiguous(memory_format=...) of t (N, C, H, W). An activation is copied from the other
+    dense layout in 0.2 to 0.5 of the time, weights of a few taps no faster."""
+    if t.is_contiguous(memory_format=memory_format):
+        return t
+    last = memory_format == torch.channels_last
+    other = torch.contiguous_format if last else torch.channels_last
+    functorch: Any = torch._C._functorch
+    plain = (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and (t.device.type, t.dtype) == ("cpu", torch.float32)
+        and not (t.requires_grad and torch.is_grad_enabled())
+        and functorch.maybe_current_level() is None
+        and not functorch.is_legacy_batchedtensor(t)
+        and native.load() is None
+    )
+    tiles = t.dim() == 4 and min(t.shape[1], t.shape[2] * t.shape[3]) >= 16
+    if not plain or not tiles or not t.is_contiguous(memory_format=other):
+        return t.contiguous(memory_format=memory_format)
+    return torch.ops.fused_resnet_native.relayout(t, last)
+
+
 def channels_last(t: Tensor) -> Tensor:
-    return t.contiguous(memory_format=torch.channels_last)
+    return in_layout(t, torch.channels_last)
 
 
 def operand(weight: Tensor) -> Tensor:
@@ -54,6 +76,27 @@ class Native(Passes):
         if not self.supports(weight, x.dtype, g):
             return channels_last(super().convolution(x, weight, g, residual))
         return self._ops.convolution(x, operand(weight), residual, sizes(g))
+
+    def convolution_and_epilogue(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, g: Geometry,
+        residual: Tensor | None, activation: Activation,
+    ) -> Tensor:  # fmt: skip
+        """activation(conv(x, weight) * scale + shift + residual), where `supports` is True. scale,
+        shift: (K,) float32 or None."""
+        return self._ops.convolution_and_epilogue(
+            x, operand(weight), scale, shift, residual, activation, sizes(g)
+        )
+
+    def epilogue_gradient(
+        self, dy: Tensor, y: Tensor | None, scale: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The gradients dz of the convolution and, valid if `keep`, g of the residual, of
+        `convolution_and_epilogue`; either may be dy. y: its output, None without a ReLU."""
+        if scale is None:
+            g = dy if y is None else self._ops.add_relu_backward(dy, y)
+            return g, g
+        dz, *kept = self._ops.epilogue_gradient(dy, y, scale, keep and y is not None)
+        return dz, kept[0] if kept else dy
 
     def convolve(
         self, x: Tensor, weight: Tensor, g: Geometry
