@@ -56,7 +56,7 @@ $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCE
 	@PYTHONUNBUFFERED=1 $(PY) setup.py build_ext --inplace 2>&1 | tee build/compile.log | \
 	  sed -un -e 's|^\(\[[0-9/]*\]\) .* -c [^ ]*/\(csrc/[^ ]*\) .*|\1 \2|p' -e '/^fused_resnet:/p' || \
 	  { tail -n 40 build/compile.log; exit 1; }
-	@# The extension lies in place already; pip would compile it again.
+	@# The library lies in place already; pip would compile it again.
 	FUSED_RESNET_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from fused_resnet.kernels import native; print("build:", native.load() or "native kernels")'
 	@echo '$(SETTINGS)' >$@
@@ -107,6 +107,6 @@ tables: build
 	$(PY) benchmarks/plot.py
 
 clean:
-	rm -rf build dist *.egg-info fused_resnet/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(VENV)/build.stamp
 	find fused_resnet tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -79,7 +79,7 @@ class Workspace:
         shutil.rmtree(target / "build", ignore_errors=True)
         shutil.copytree(source / "build", target / "build")
         (target / "fused_resnet").mkdir(parents=True, exist_ok=True)
-        for extension in (source / "fused_resnet").glob("_C*.so"):
+        for extension in (source / "fused_resnet").glob("*.so"):
             shutil.copy2(extension, target / "fused_resnet")
 
     def survives(self, mutation: Mutation, build: list[str]) -> str | None:

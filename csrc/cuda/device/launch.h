@@ -115,7 +115,7 @@ struct DeviceScope {
   }
 };
 
-// Adds a kernel's row to fused_resnet._C.kernels(). Properties that require a GPU are -1 without
+// Adds a kernel's row to native.kernels(). Properties that require a GPU are -1 without
 // one.
 template <typename Kernel>
 void describe_kernel(std::vector<CudaKernel>& list, std::string name, Kernel* kernel, bool gpu) {
