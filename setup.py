@@ -186,8 +186,9 @@ def native_build():
         sources += files_of("cu")
         facts["CUDA_ARCHS"], targets = cuda_archs(cpp_extension)
         flags["cxx"].append("-DFUSED_RESNET_WITH_CUDA")
-        # With these architectures PyTorch adds none of its own.
-        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall", *targets]
+        # Machine code and PTX compressed; PyTorch adds no architectures beside these.
+        code = ["-Xfatbin=-compress-all", *targets]
+        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall", *code]
     flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
     native = extension(
         "fused_resnet.libfused_resnet",

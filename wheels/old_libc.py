@@ -95,11 +95,8 @@ def make(folder: Path) -> None:
         rows = symbols(located(soname))
         if name == "c":
             # In glibc 2.28 they are in a library of their own.
-            dl = {
-                symbol: row for symbol, row in rows.items() if re.fullmatch("dl[a-z0-9]+", symbol)
-            }
-            rows = {symbol: row for symbol, row in rows.items() if symbol not in dl}
-            files["dl"] = write_stand_in(folder, "libdl.so.2", dl)
+            dl = [symbol for symbol in rows if re.fullmatch("dl[a-z0-9]+", symbol)]
+            files["dl"] = write_stand_in(folder, "libdl.so.2", {s: rows.pop(s) for s in dl})
         files[name] = write_stand_in(folder, soname, rows)
     # What the compiler links by -lc and -lstdc++ are scripts of the linker.
     groups = {

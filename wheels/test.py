@@ -1,7 +1,7 @@
 """Installs the wheels of dist/ into fresh environments and runs check.py there, with no compiler on
 PATH.
 
-    python wheels/test.py          # the environments of `make` and `.ci/run`: nothing is downloaded
+    python wheels/test.py --borrow .venv  # an environment that has torch: nothing is downloaded
     python wheels/test.py --all    # Pythons and torches of pyenv and the registry: gigabytes
 """
 
@@ -95,11 +95,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="download Pythons' torches")
     parser.add_argument("--borrow", nargs="*", default=[], help="environments that have torch")
+    parser.add_argument("--packages", nargs="*", default=[], help="what pip installs, beside it")
     arguments = parser.parse_args()
     wheels = {False: wheel_of("manylinux"), True: wheel_of("py3-none-any")}
     version = ".".join(map(str, sys.version_info[:2]))
     local = [Environment(version, borrowed=e) for e in arguments.borrow]
     local += [Environment(version, borrowed=e, pure=True) for e in arguments.borrow[:1]]
+    if arguments.packages:
+        local.append(Environment(version, tuple(arguments.packages)))
     outcomes = []
     for environment in DOWNLOADED if arguments.all else local:
         if interpreter(environment.python) is None:
