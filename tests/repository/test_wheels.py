@@ -1,5 +1,5 @@
-"""What is installed: the library's symbols, the stand-ins that wheels are linked against, the tags, and
-the places that name a version."""
+"""What is installed: the library's symbols, the stand-ins that wheels are linked against, the tags,
+and the places that name a version."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_the_version_stands_in_one_place():
 
 
 def test_workflows_run_what_exists():
-    """Scripts and targets of make that they name, and the tools' versions of requirements-dev.txt."""
+    """Scripts and targets of make that they name."""
     folder = ROOT / ".github"
     texts = {f.name: f.read_text() for f in folder.rglob("*.yml")}
     assert {"tests.yml", "wheels.yml", "release.yml", "bug.yml"} <= set(texts)
