@@ -16,6 +16,7 @@ from fused_resnet.kernels import library, native
 from fused_resnet.version import __version__
 
 needs_library = pytest.mark.skipif(native.load() is not None, reason=str(native.load()))
+IMPORT_LIMIT_S = 0.060  # over torch's own; measured: 0.023
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -66,6 +67,25 @@ def test_an_older_torch_is_named_and_does_without_the_kernels():
     assert line.endswith("torch >= 2.11 is needed, this is torch 2.9.1+cu128")
     run = python(f"import torch\n{old}\nimport fused_resnet")
     assert run.stderr.count("RuntimeWarning: fused_resnet: torch >= 2.11 is needed, this is") == 1
+
+
+def test_the_import_takes_little_starts_no_thread_and_leaves_cuda_alone(tmp_path):
+    code = (
+        "import os, time, torch\n"
+        "tasks = len(os.listdir('/proc/self/task'))\n"
+        "start = time.process_time()\n"  # of this process: a busy machine does not count
+        "import fused_resnet\n"
+        "print(time.process_time() - start)\n"
+        "assert len(os.listdir('/proc/self/task')) == tasks\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("threads are counted where there is /proc")
+    # Compiled once, as an installed package is.
+    cached = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    runs = [python(code, **cached) for _ in range(4)]
+    assert all(run.returncode == 0 for run in runs), runs[-1].stderr
+    assert min(float(run.stdout) for run in runs) < IMPORT_LIMIT_S
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,20 @@ def test_the_version_stands_in_one_place():
     assert headings[0] == "Unreleased" and released[:1] in ([], [__version__])
 
 
+def test_yaml_files_are_well_formed():
+    yaml = pytest.importorskip("yaml")
+    files = {f.name: yaml.safe_load(f.read_text()) for f in (ROOT / ".github").rglob("*.yml")}
+    for name in ("tests.yml", "wheels.yml", "release.yml"):
+        assert {"name", "permissions", "jobs"} <= set(files[name])
+        assert files[name]["permissions"] == {"contents": "read"}
+        for job in files[name]["jobs"].values():
+            assert "uses" in job or {"runs-on", "steps"} <= set(job)
+    for name in ("bug.yml", "request.yml"):
+        assert {"name", "description", "body"} <= set(files[name])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+
+
 def test_workflows_run_what_exists():
     """Scripts and targets of make that they name."""
     folder = ROOT / ".github"
