@@ -27,6 +27,7 @@ _HOW_TO_BUILD = (
 )
 
 _TEXT, _NUMBERS, _COUNT = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
+_Two, _Three, _Four, _Six = (ctypes.c_int64 * n for n in (2, 3, 4, 6))
 # The C functions: what they return, and what they take.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "build_info": (_TEXT,),
@@ -50,12 +51,6 @@ class Unavailable(Exception):
     """Why the library is not used, in one line."""
 
 
-def _numbers(values: Sequence[int], count: int) -> Any:
-    if len(values) != count:  # the C function reads so many
-        raise ValueError(f"expected {count} numbers, got {tuple(values)}")
-    return (ctypes.c_int64 * count)(*values)
-
-
 class Library:
     """The loaded library; a method for each C function, which tells the arguments."""
 
@@ -65,15 +60,11 @@ class Library:
             function.restype, function.argtypes = returned, taken
         self._c = handle
 
-    def _text(self, name: str, *arguments: Any) -> str | None:
-        found = getattr(self._c, f"fused_resnet_{name}")(*arguments)
-        return None if found is None else found.decode()
-
     def _json(self, name: str) -> Any:
-        return _parsed(self._text(name))
+        return _parsed(getattr(self._c, f"fused_resnet_{name}")())
 
     def _three(self, name: str) -> list[int]:
-        values = _numbers((0, 0, 0), 3)
+        values = _Three()
         getattr(self._c, f"fused_resnet_{name}")(values)
         return list(values)
 
@@ -106,16 +97,19 @@ class Library:
     def convolution_reason(
         self, weight_shape: Sequence[int], dtype: str, dilation: Sequence[int], groups: int
     ) -> str | None:
-        shape, spread = _numbers(weight_shape, 4), _numbers(dilation, 2)
-        return self._text("convolution_reason", shape, dtype.encode(), spread, groups)
+        found = self._c.fused_resnet_convolution_reason(
+            _Four(*weight_shape), dtype.encode(), _Two(*dilation), groups
+        )
+        return None if found is None else found.decode()
 
     def training_reason(
         self, work: str, weight_shape: Sequence[int], dtype: str, geometry: Sequence[int],
         groups: int,
     ) -> str | None:  # fmt: skip
-        shape, sizes = _numbers(weight_shape, 4), _numbers(geometry, 6)
-        words = work.encode(), dtype.encode()
-        return self._text("training_reason", words[0], shape, words[1], sizes, groups)
+        found = self._c.fused_resnet_training_reason(
+            work.encode(), _Four(*weight_shape), dtype.encode(), _Six(*geometry), groups
+        )
+        return None if found is None else found.decode()
 
     def widens_bfloat16(self) -> bool:
         return bool(self._c.fused_resnet_widens_bfloat16())

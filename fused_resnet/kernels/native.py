@@ -26,6 +26,7 @@ def _loaded() -> tuple[library.Library | None, str | None]:
         return None, str(reason)
 
 
+@functools.cache
 def load() -> str | None:
     """Loads the library once. Returns None if it is available, else the reason in one line."""
     return _loaded()[1]
@@ -129,8 +130,10 @@ def convolution_reason(
 ) -> str | None:
     """Why no CPU kernel computes a convolution with packed weights (K, C / groups, R, S) of tensors
     of `dtype`, a torch.dtype; None if one does."""
-    name = str(dtype)[6:]
-    return _ask("convolution_reason", load(), weight_shape, name, dilation, groups)
+    loaded, missing = _loaded()
+    if loaded is None:
+        return missing
+    return loaded.convolution_reason(weight_shape, str(dtype)[6:], dilation, groups)
 
 
 def training_reason(
@@ -139,8 +142,10 @@ def training_reason(
     """Why no CPU kernel computes a pass of a training step ("convolution", "input_gradient" or
     "weight_gradient") of a convolution with weight (K, C / groups, R, S) of tensors of `dtype`, a
     torch.dtype; None if one does. geometry: stride, padding and dilation, (height, width) each."""
-    name = str(dtype)[6:]
-    return _ask("training_reason", load(), work, weight_shape, name, geometry, groups)
+    loaded, missing = _loaded()
+    if loaded is None:
+        return missing
+    return loaded.training_reason(work, weight_shape, str(dtype)[6:], geometry, groups)
 
 
 def widens_bfloat16() -> bool:
