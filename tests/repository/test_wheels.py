@@ -134,16 +134,18 @@ def test_every_python_takes_the_same_wheels(machine, minor):
 
 
 def test_the_tags_of_what_setup_py_builds(tmp_path):
-    """Of a package with a library and of one without, by its command."""
+    """Of a package without a library, of one with it, and of one whose build failed."""
     code = f"""
 import runpy, setuptools, sys
 from setuptools import Distribution, Extension
 setuptools.setup = lambda **options: None
 wheel = runpy.run_path("setup.py")["Wheel"]
-for built in ([], [Extension("fused_resnet.some", ["some.cpp"])]):
-    command = wheel(Distribution({{"ext_modules": built}}))
+some = [Extension("fused_resnet.some", ["some.cpp"])]
+for asked, built in (([], []), (some, some), (some, [])):
+    command = wheel(Distribution({{"ext_modules": asked}}))
     command.bdist_dir = {str(tmp_path)!r}
     command.ensure_finalized()
+    command.distribution.ext_modules = built
     print("-".join(command.get_tag()), command.root_is_pure)
 """
     run = subprocess.run(
@@ -151,8 +153,8 @@ for built in ([], [Extension("fused_resnet.some", ["some.cpp"])]):
         env={**os.environ, "FUSED_RESNET_NATIVE": "0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    pure, native_tag = run.stdout.splitlines()
-    assert pure == "py3-none-any True"
+    pure, native_tag, failed = run.stdout.splitlines()
+    assert pure == failed == "py3-none-any True"
     assert re.fullmatch(r"py3-none-linux_\w+ False", native_tag)
 
 
