@@ -4,6 +4,9 @@
 # make lint    ruff, clang-format, mypy, import-linter
 # make bench   ops, peers, training and the whole family into benchmarks/results, then the tables
 # make tables  the tables of README.md and benchmarks/RESULTS.md, and plots, from the results
+# make wheel   dist/: the wheel for every Python and torch, the pure one, and the sdist
+# make wheel-test      the wheels in fresh environments, with no compiler (nothing is downloaded)
+# make wheel-test-all  the same with other Pythons and torches: gigabytes of downloads
 # make build   .venv with the pinned requirements and the package in it, editable
 # make clean   remove what was built (.venv stays; remove it by hand to start afresh)
 
@@ -19,7 +22,7 @@ RESULTS := benchmarks/results
 
 # Every file that the build reads, in all folders of csrc/.
 SOURCES := $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc tests torch-ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 PY := $(VENV)/bin/python
 SHELL := bash
@@ -35,7 +38,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo quick test lint bench tables clean
+.PHONY: help build demo quick test lint bench tables clean wheel wheel-test wheel-test-all
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -50,13 +53,14 @@ $(VENV)/requirements.stamp: requirements-dev.txt
 	@touch $@
 
 # The log has all output of the compilers; shown are one line per file and the messages of setup.py.
+PROGRESS := sed -un -e 's|^ *\(\[[0-9/]*\]\) .* -c [^ ]*/\(csrc/[^ ]*\) .*|\1 \2|p' \
+  -e 's/^ *\(fused_resnet:.*\)/\1/p'
 $(VENV)/build.stamp: $(VENV)/requirements.stamp setup.py pyproject.toml $(SOURCES)
 	@mkdir -p build
 	@echo "compiling (log: build/compile.log)"
 	@PYTHONUNBUFFERED=1 $(PY) setup.py build_ext --inplace 2>&1 | tee build/compile.log | \
-	  sed -un -e 's|^\(\[[0-9/]*\]\) .* -c [^ ]*/\(csrc/[^ ]*\) .*|\1 \2|p' -e '/^fused_resnet:/p' || \
-	  { tail -n 40 build/compile.log; exit 1; }
-	@# The extension lies in place already; pip would compile it again.
+	  $(PROGRESS) || { tail -n 40 build/compile.log; exit 1; }
+	@# The library lies in place already; pip would compile it again.
 	FUSED_RESNET_NATIVE=0 $(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@$(PY) -c 'from fused_resnet.kernels import native; print("build:", native.load() or "native kernels")'
 	@echo '$(SETTINGS)' >$@
@@ -103,10 +107,39 @@ bench: build
 	  $(RESULTS)/depth-cpu-torch$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])').json
 	$(MAKE) tables
 
+# Linked against stand-ins for glibc 2.28 and its libstdc++ (wheels/old_libc.py). With CUDA code
+# where a toolkit is: FUSED_RESNET_CUDA=1.
+TORCHS_OWN := --exclude 'libtorch*' --exclude 'libc10*'
+wheel: $(VENV)/requirements.stamp
+	rm -rf dist build/wheel build/lib* && mkdir -p build/wheel
+	$(PY) wheels/old_libc.py build/old_libc
+	@echo "compiling (log: build/wheel.log)"
+	@LDFLAGS="-L$(CURDIR)/build/old_libc -Wl,--exclude-libs,ALL -Wl,-z,defs" FUSED_RESNET_NATIVE=1 \
+	  PYTHONUNBUFFERED=1 $(PY) -m pip wheel --verbose --no-build-isolation --no-deps \
+	  --wheel-dir build/wheel . 2>&1 | tee build/wheel.log | $(PROGRESS) || \
+	  { tail -n 40 build/wheel.log; exit 1; }
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --only-plat $(TORCHS_OWN) \
+	  --plat manylinux_2_28_$$(uname -m) --wheel-dir dist build/wheel/*.whl
+	$(PY) -m auditwheel show dist/*.whl
+	@# There is no extension module: what is checked is that no symbol of Python is left.
+	$(PY) -m abi3audit --strict --assume-minimum-abi3 3.10 dist/*.whl
+	rm -rf build/lib*
+	FUSED_RESNET_NATIVE=0 $(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(PY) setup.py -q sdist --dist-dir dist
+	@ls -l dist
+
+# What .ci/run and `make` have installed; the first also tests the pure wheel.
+WHEEL_TEST := $(VENV) $(wildcard build/ci-plain)
+wheel-test:
+	$(PY) wheels/test.py --borrow $(WHEEL_TEST)
+
+wheel-test-all:
+	$(PY) wheels/test.py --all
+
 tables: build
 	$(PY) benchmarks/plot.py
 
 clean:
-	rm -rf build dist *.egg-info fused_resnet/_C*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info fused_resnet/*.so .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(VENV)/build.stamp
 	find fused_resnet tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds fused_resnet._C: CPU kernels always, CUDA kernels where a CUDA toolkit is found.
+"""Builds libfused_resnet.so: CPU kernels always, CUDA kernels where a CUDA toolkit is found.
 
 Environment: FUSED_RESNET_NATIVE=1 makes a failed native build an error (0 skips it; by default the
 package installs as pure Python and says why); FUSED_RESNET_CUDA=0/1 forbids or demands the CUDA
@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 # Every GPU from sm_80 on: machine code for A100-class (also sm_86 and sm_89) and for Hopper, and
 # PTX of compute_80, which later GPUs can compile.
 DEFAULT_CUDA_ARCHS = "8.0+PTX;9.0a"
 NATIVE = os.environ.get("FUSED_RESNET_NATIVE", "")
+EXPORTS = "-Wl,--version-script=csrc/exports.map"
 HOW_TO_BUILD = "`pip install --no-build-isolation .` beside torch >= 2.11 and a C++ compiler"
 
 
@@ -111,8 +113,23 @@ def files_of(kind):
     return sorted(glob.glob(f"csrc/**/*.{kind}", recursive=True))
 
 
+def version():
+    text = Path("fused_resnet/version.py").read_text()
+    return re.search('^__version__ = "(.+)"$', text, re.M)[1]
+
+
+class Wheel(bdist_wheel):
+    """The library contains nothing of Python, so its wheel is for every Python 3."""
+
+    def get_tag(self):
+        # Asked after the build, which may have failed and left the package pure.
+        self.root_is_pure = not self.distribution.ext_modules
+        platform = super().get_tag()[2]
+        return "py3", "none", platform
+
+
 def native_build():
-    """Keyword arguments for setup() that build the extension, {} where it cannot be built."""
+    """Keyword arguments for setup() that build the library, {} where it cannot be built."""
     if NATIVE == "0":
         return {}
     try:
@@ -132,6 +149,9 @@ def native_build():
         return {}
 
     class BuildNative(cpp_extension.BuildExtension):
+        def get_ext_filename(self, fullname):
+            return f"{fullname.replace('.', '/')}.so"  # for no Python in particular
+
         def run(self):
             try:
                 super().run()
@@ -139,13 +159,14 @@ def native_build():
                 if NATIVE == "1":
                     raise
                 without_native(f"compiling failed ({str(error).strip().splitlines()[-1]})")
-                self.extensions = []
+                self.extensions = self.distribution.ext_modules = []
 
         def build_extension(self, ext):
             # Without ninja, only the times of files are compared: what other flags had made, for
             # example for other GPUs, would be kept.
             tools = [getattr(self.compiler, name) for name in self.compiler.executables]
             options = [ext.sources, ext.include_dirs, ext.libraries, ext.extra_compile_args]
+            options.append(ext.extra_link_args)
             output = os.path.abspath(self.get_ext_fullpath(ext.name))
             settings = repr([output, tools, cuda_root, *options])
             stamp = Path(self.build_temp, "settings.txt")
@@ -156,29 +177,36 @@ def native_build():
             stamp.write_text(settings)
 
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
-    facts = {"TORCH": torch.__version__, "CXX_FLAGS": "-O3"}
+    facts = {"VERSION": version(), "TORCH": torch.__version__, "CXX_FLAGS": "-O3"}
     sources = files_of("cpp")
     extension = cpp_extension.CppExtension
-    flags = {"cxx": ["-O3", *warnings, "-fvisibility=hidden"]}
+    flags = {"cxx": ["-O3", "-g0", *warnings, "-fvisibility=hidden"]}
     if cuda_root:
         extension = cpp_extension.CUDAExtension
         sources += files_of("cu")
         facts["CUDA_ARCHS"], targets = cuda_archs(cpp_extension)
         flags["cxx"].append("-DFUSED_RESNET_WITH_CUDA")
-        # With these architectures PyTorch adds none of its own.
-        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall", *targets]
+        # Machine code and PTX compressed; PyTorch adds no architectures beside these.
+        code = ["-Xfatbin=-compress-all", *targets]
+        flags["nvcc"] = ["-O3", "-DUSE_CUDA", "-Xcompiler=-Wall", *code]
     flags["cxx"] += [f'-DFUSED_RESNET_{k}="{v}"' for k, v in facts.items()]
     native = extension(
-        "fused_resnet._C",
+        "fused_resnet.libfused_resnet",
         sources,
         # Absolute: ninja compiles from its own folder.
         include_dirs=[os.path.abspath("csrc")],
         extra_compile_args=flags,
+        # libtorch.so alone depends on all of torch's libraries, CUDA's where they are.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-s", EXPORTS],
         depends=files_of("h") + files_of("cuh"),
     )
-    # The stable ABI needs none of libtorch_python, whose symbols change from release to release.
-    native.libraries = [name for name in native.libraries if name != "torch_python"]
-    return {"ext_modules": [native], "cmdclass": {"build_ext": BuildNative}}
+    # libstdc++ before torch's libraries, which export parts of it. The stable ABI needs none of
+    # libtorch_python, whose symbols change from release to release.
+    native.libraries = ["stdc++", "torch_cpu", "c10"]
+    if cuda_root:
+        # Linked statically, the runtime asks for no torch of the same CUDA release.
+        native.libraries += ["cudart_static", "dl", "rt", "pthread"]
+    return {"ext_modules": [native], "cmdclass": {"build_ext": BuildNative, "bdist_wheel": Wheel}}
 
 
-setup(**native_build())
+setup(**{"cmdclass": {"bdist_wheel": Wheel}, **native_build()})

@@ -3,8 +3,7 @@
 #pragma once
 
 // libtorch 2.11 is the oldest supported release: a build against it or a later one runs with every
-// release from 2.11 on. Defined here, not for the whole build, because pybind11's headers reject
-// it.
+// release from 2.11 on.
 #define TORCH_TARGET_VERSION 0x020b000000000000
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

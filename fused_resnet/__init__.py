@@ -2,6 +2,9 @@
 
 import sys
 
+from . import requirements as requirements  # before torch is imported: says which is needed
+
+# isort: split
 from . import depth
 from .bench.machine import info
 from .fusion import Explanation, explain, fuse, refresh, set_activation_memory, unfuse
@@ -18,8 +21,7 @@ from .models.registries import register_with_timm, register_with_torchvision
 from .models.resnet import *  # noqa: F403 - its __all__
 from .ops import add_relu, bn_add_relu, conv_bn_relu
 from .parity.checkpoint import load_checkpoint
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 # Pickles of whole models and explanations name the modules that held their classes in version 0.1.
 for _module in (cifar, preact, resnet, shortcut, sync_batch_norm):

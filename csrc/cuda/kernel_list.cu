@@ -1,4 +1,4 @@
-// The list of all CUDA kernels, for fused_resnet._C.kernels().
+// The list of all CUDA kernels, for native.kernels().
 #include <cuda_runtime.h>
 
 #include "cuda/kernel_list.h"

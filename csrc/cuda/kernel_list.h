@@ -1,4 +1,4 @@
-// The interface of the CUDA files to module.cpp. No torch, Python or CUDA headers.
+// The interface of the CUDA files to facts.cpp. No torch, Python or CUDA headers.
 #pragma once
 
 #include <string>

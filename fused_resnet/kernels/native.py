@@ -1,54 +1,46 @@
-"""Loads the compiled extension ``fused_resnet._C``, or reports why it is unavailable.
+"""The compiled kernels as the package uses them, or why they are unavailable.
 
-Importing the extension registers the C++ kernels as ``torch.ops.fused_resnet_native.*``.
-It never initialises CUDA.
+Loading them registers the C++ kernels as ``torch.ops.fused_resnet_native.*``. It never initialises
+CUDA.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import re
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 
-_OPS = "fused_resnet_native::"
-_HOW_TO_BUILD = (
-    "to build them, run `pip install --no-build-isolation .` in an environment that has "
-    "torch >= 2.11 and a C++ compiler"
-)
+from . import library
+
+_OPS = f"{library.OPS}::"
 
 
 @functools.cache
-def _import_extension() -> tuple[ModuleType | None, str | None]:
-    if importlib.util.find_spec("fused_resnet._C") is None:
-        return None, f"the native kernels were not built; {_HOW_TO_BUILD}"
+def _loaded() -> tuple[library.Library | None, str | None]:
     try:
-        return importlib.import_module("fused_resnet._C"), None
-    except (ImportError, OSError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        cause = lines[0] if lines else type(error).__name__
-        return None, f"the native kernels cannot be loaded ({cause}); {_HOW_TO_BUILD}"
+        return library.load(), None
+    except library.Unavailable as reason:
+        return None, str(reason)
 
 
+@functools.cache
 def load() -> str | None:
-    """Loads the extension once. Returns None if it is available, else the reason in one line."""
-    return _import_extension()[1]
+    """Loads the library once. Returns None if it is available, else the reason in one line."""
+    return _loaded()[1]
 
 
 def _ask(name: str, otherwise: Any, *arguments: Any) -> Any:
-    """What the extension's function `name` returns; `otherwise` without the extension."""
-    module = _import_extension()[0]
-    return otherwise if module is None else getattr(module, name)(*arguments)
+    """What the library's function `name` returns; `otherwise` without the library."""
+    loaded = _loaded()[0]
+    return otherwise if loaded is None else getattr(loaded, name)(*arguments)
 
 
 def build_info() -> dict[str, object]:
     """Build details: compiler, flags, torch and CUDA versions, CUDA architectures and kernels, and
-    the instruction set that the CPU kernels use on this machine. Empty without the extension."""
+    the instruction set that the CPU kernels use on this machine. Empty without the library."""
     info = dict(_ask("build_info", {}))
     return {**info, "cuda_kernels": _cuda_kernels(info["cuda_archs"])} if info else info
 
@@ -69,7 +61,7 @@ def _cuda_kernels(archs: object) -> str:
 def gemm_tiles() -> list[dict[str, int]]:
     """The tiles of the CUDA convolutions in the build, in the order of their indices:
     architecture, block_m, block_n, warps, stages, and whether kernels exist that apply a norm and
-    a ReLU to their input as they read it. Empty without the extension."""
+    a ReLU to their input as they read it. Empty without the library."""
     return list(_ask("gemm_tiles", []))
 
 
@@ -79,18 +71,58 @@ def built_for(architecture: str) -> bool:
     return architecture in re.split("[; ]", str(build_info().get("cuda_archs")))
 
 
-def runs_on(capability: tuple[int, int]) -> bool:
-    """Whether the build contains code for a GPU of this compute capability: its own machine code,
-    that of an older minor version, or PTX of any older version."""
+def code_for(capability: tuple[int, int]) -> str | None:
+    """The code in the build that a GPU of this compute capability runs: "machine" (its own, or that
+    of an older minor version), "PTX" (of any older version, which the driver compiles), or None."""
+    found = None
     for name in re.split("[; ]", str(build_info().get("cuda_archs"))):
         match = re.fullmatch(r"(\d+)\.(\d)(a?)(\+PTX)?", name)
         if match is None:
             continue
         built = int(match[1]), int(match[2])
-        newer_gpus = not match[3] and (match[4] or built[0] == capability[0])
-        if built == capability or (newer_gpus and built < capability):
-            return True
-    return False
+        if built == capability or (
+            not match[3] and built[0] == capability[0] and built < capability
+        ):
+            return "machine"
+        if match[4] and not match[3] and built < capability:
+            found = "PTX"
+    return found
+
+
+def driver() -> str | None:
+    """The CUDA version that the driver supports, "13.0"; None without one."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    version = ask() if ask is not None else 0
+    return f"{version // 1000}.{version % 1000 // 10}" if version else None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
+def cuda_reason(capability: tuple[int, int], architecture: str) -> str | None:
+    """Why the CUDA kernels of this build do not run with this torch and driver on a GPU of this
+    compute capability; None if they do."""
+    info = build_info()
+    code, built, archs = code_for(capability), info.get("cuda_version"), info.get("cuda_archs")
+    if built is None:
+        return None if code else f"the native build ({archs}) has no code for {architecture}"
+    theirs, supported = torch.version.cuda, driver()
+    if theirs is not None and _version(theirs)[0] != _version(str(built))[0]:
+        return (
+            f"the native kernels are built for CUDA {built}, this torch is for CUDA {theirs}: "
+            "install the wheel of torch's CUDA, or build from source"
+        )
+    if code is None:
+        return f"the native build ({archs}) has no code for {architecture}"
+    # Code of a newer minor version runs; the driver compiles PTX of its own version at most.
+    needed = _version(str(built))[: 2 if code == "PTX" else 1]
+    if supported is not None and _version(supported)[: len(needed)] < needed:
+        return (
+            f"the native kernels need a driver for CUDA {built} on {architecture}, this driver is "
+            f"for CUDA {supported}"
+        )
+    return None
 
 
 def convolution_reason(
@@ -98,8 +130,10 @@ def convolution_reason(
 ) -> str | None:
     """Why no CPU kernel computes a convolution with packed weights (K, C / groups, R, S) of tensors
     of `dtype`, a torch.dtype; None if one does."""
-    name = str(dtype)[6:]
-    return _ask("convolution_reason", load(), weight_shape, name, dilation, groups)
+    loaded, missing = _loaded()
+    if loaded is None:
+        return missing
+    return loaded.convolution_reason(weight_shape, str(dtype)[6:], dilation, groups)
 
 
 def training_reason(
@@ -108,8 +142,10 @@ def training_reason(
     """Why no CPU kernel computes a pass of a training step ("convolution", "input_gradient" or
     "weight_gradient") of a convolution with weight (K, C / groups, R, S) of tensors of `dtype`, a
     torch.dtype; None if one does. geometry: stride, padding and dilation, (height, width) each."""
-    name = str(dtype)[6:]
-    return _ask("training_reason", load(), work, weight_shape, name, geometry, groups)
+    loaded, missing = _loaded()
+    if loaded is None:
+        return missing
+    return loaded.training_reason(work, weight_shape, str(dtype)[6:], geometry, groups)
 
 
 def widens_bfloat16() -> bool:
@@ -143,7 +179,7 @@ def kernels() -> list[dict[str, object]]:
 def memory() -> dict[str, int]:
     """Bytes of the CPU memory pool that training steps reuse: `used_bytes` by live tensors,
     `free_bytes`, and `peak_bytes`, the maximum of `used_bytes` since `reset_memory_peak`. Empty
-    without the extension."""
+    without the library."""
     return dict(_ask("memory", {}))
 
 

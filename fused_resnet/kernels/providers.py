@@ -24,7 +24,7 @@ from .training import native as native_training
 
 
 def _has_native(op: str, key: str) -> str | None:
-    """None if the extension implements the op for the dispatch key, else the reason."""
+    """None if the library implements the op for the dispatch key, else the reason."""
     reason = native.load()
     if reason is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
         f"fused_resnet_native::{op}", key
@@ -81,9 +81,8 @@ class NativeCuda(GpuProvider):
         op = "implicit_gemm" if problem.op == "conv_bn_relu" else problem.op
         reason = _has_native(op, "CUDA")
         there = target.architecture != "none"
-        if reason is None and there and not native.runs_on(target.capability):
-            archs = native.build_info()["cuda_archs"]
-            return f"the native build ({archs}) has no code for {target.architecture}"
+        if reason is None and there:
+            reason = native.cuda_reason(target.capability, target.architecture)
         return reason or super().supports(problem, target)
 
     def target(self, device: torch.device) -> Target:

@@ -49,13 +49,13 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self._copy, self._built = folder / "copy", folder / "built"
-        for name in ("fused_resnet", "tests", "csrc"):
+        for name in ("fused_resnet", "tests", "csrc", "wheels", "torch-ext"):
             hidden = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, self._copy / name, ignore=hidden)
         # The emulator's objects are named after what they were compiled from.
         for path in ROOT.glob("build/emulated-*"):
             shutil.copytree(path, self._copy / path.relative_to(ROOT))
-        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        for name in ("pyproject.toml", "setup.py", "build.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, self._copy)
         environment = {"PYTHONPATH": str(self._copy), "FUSED_RESNET_CUDA": "0"}
         self._environment = {**os.environ, **environment}
@@ -79,7 +79,7 @@ class Workspace:
         shutil.rmtree(target / "build", ignore_errors=True)
         shutil.copytree(source / "build", target / "build")
         (target / "fused_resnet").mkdir(parents=True, exist_ok=True)
-        for extension in (source / "fused_resnet").glob("_C*.so"):
+        for extension in (source / "fused_resnet").glob("*.so"):
             shutil.copy2(extension, target / "fused_resnet")
 
     def survives(self, mutation: Mutation, build: list[str]) -> str | None:

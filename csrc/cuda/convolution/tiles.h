@@ -1,5 +1,5 @@
 // Tile shapes of the implicit-GEMM kernels. The kernels' launchers read this table, as does
-// fused_resnet._C.gemm_tiles(), from which the tile is chosen. No torch, no CUDA.
+// native.gemm_tiles(), from which the tile is chosen. No torch, no CUDA.
 #pragma once
 
 namespace fused_resnet {

@@ -11,6 +11,15 @@
 
 #if !defined(FUSED_RESNET_EMULATED)
 #define FUSED_RESNET_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CUDA, m)
+
+// Functions of libtorch_cuda. Weak: a torch without CUDA has none, and loads the CPU kernels of the
+// same library; no tensor on a GPU can ask for them there.
+extern "C" {
+__attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+__attribute__((weak)) AOTITorchError torch_c10_cuda_check_msg(int32_t, const char*, const char*,
+                                                              uint32_t, bool, char**);
+__attribute__((weak)) void torch_c10_cuda_free_error_msg(char*);
+}
 #else
 #define FUSED_RESNET_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(fused_resnet_emulated, CPU, m)
 #endif
@@ -115,7 +124,7 @@ struct DeviceScope {
   }
 };
 
-// Adds a kernel's row to fused_resnet._C.kernels(). Properties that require a GPU are -1 without
+// Adds a kernel's row to native.kernels(). Properties that require a GPU are -1 without
 // one.
 template <typename Kernel>
 void describe_kernel(std::vector<CudaKernel>& list, std::string name, Kernel* kernel, bool gpu) {
