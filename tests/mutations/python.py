@@ -53,6 +53,23 @@ FORWARDS = "tests/fusion/regions/test_forwards.py"
 PIPELINES = "tests/fusion/regions/test_pipelines.py"
 
 PYTHON = [
+    ("fuse: a scripted module's tensors are copies", f"{REGIONS}/region.py",
+     "setattr(new, name, t)", "pass", f"{FUSE} -k scripted"),
+    ("fuse: a computed weight cannot be copied", f"{REGIONS}/region.py",
+     "and not t.is_leaf}", "and t.is_leaf}", f"{FUSE} -k hook_computes"),
+    ("guard: the tensors of a scripted module", GUARD,
+     " or isinstance(module, ScriptModule)", "", f"{FUSE} -k scripted"),
+    ("the layout of gradients by formula", SPEC,
+     "grads[i] = grad.reshape(-1).view(t.shape)", "pass", f"{SEEN} -k formula"),
+    ("the strides of one pixel", "fused_resnet/layout.py",
+     "return exactly(t, torch.contiguous_format) if t.is_contiguous() else t", "return t",
+     f"{SEEN} -k pixel"),
+    ("inputs made in inference mode", "fused_resnet/fusion/call.py",
+     "if x.is_inference() and torch.is_grad_enabled()", "if False and torch.is_grad_enabled()",
+     f"{SETTINGS} -k images_made"),
+    ("nested tensors", "fused_resnet/fusion/call.py",
+     "if x.layout != torch.strided or x.is_nested:", "if x.layout != torch.strided:",
+     f"{SETTINGS} -k nested"),
     ("fuse: a value written in place", f"{REGIONS}/match.py",
      "return not self._unsafe.intersection(nodes)", "return True", f"{FUSE} -k 'in and place'"),
     ("fuse: the first call is not compared", f"{REGIONS}/region.py",
