@@ -53,6 +53,11 @@ FORWARDS = "tests/fusion/regions/test_forwards.py"
 PIPELINES = "tests/fusion/regions/test_pipelines.py"
 
 PYTHON = [
+    ("a convolution without a weight", "fused_resnet/fusion/description.py",
+     "if conv.weight is None:", "if False:", f"{FAULTS} -k same_value"),
+    ("statistics that require a gradient", "fused_resnet/fusion/description.py",
+     'if name.startswith("bn.running") and t.requires_grad:', "if False:",
+     f"{FAULTS} -k require_a_gradient"),
     ("fuse: a scripted module's tensors are copies", f"{REGIONS}/region.py",
      "setattr(new, name, t)", "pass", f"{FUSE} -k scripted"),
     ("fuse: a computed weight cannot be copied", f"{REGIONS}/region.py",
