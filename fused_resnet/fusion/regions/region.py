@@ -234,7 +234,9 @@ def _copied(model: nn.Module) -> nn.Module:
     for m in model.modules():  # weights that hooks compute, as those of weight_norm
         shared |= {id(t): t for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}
     copied = copy.deepcopy(model, shared)
-    for old, new in zip(model.modules(), copied.modules(), strict=True):
+    originals = dict(model.named_modules())
+    for module_name, new in copied.named_modules():
+        old = originals.get(module_name)
         if isinstance(old, ScriptModule):  # its copy clones, by operations that autograd records
             for name, t in (*old.named_parameters("", False), *old.named_buffers("", False)):
                 setattr(new, name, t)

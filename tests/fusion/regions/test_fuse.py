@@ -413,6 +413,14 @@ def test_scripted_part(part: str) -> None:
         outputs_agree(mine(x), stock(x))
 
 
+def test_graph_with_an_unused_module() -> None:
+    """The copy of a GraphModule leaves out what its graph does not call."""
+    graph = torch.fx.symbolic_trace(calibrated(Residual()))
+    graph.add_module("unused", nn.Linear(2, 2))
+    mine, x = fr.fuse(graph), torch.randn(2, 16, 8, 8)
+    outputs_agree(mine(x), graph(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
 def test_weight_that_a_hook_computes() -> None:
     stock, x = calibrated(Residual()), torch.randn(2, 16, 8, 8)
