@@ -39,6 +39,13 @@ def exactly(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     return t if t.stride() == strides else t.as_strided(t.shape, strides)
 
 
+def normed(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """t (N, C, H, W) in this layout, with the strides of an output of PyTorch's norms: a tensor in
+    both layouts (one channel or one pixel) has those of contiguous."""
+    t = t.contiguous(memory_format=memory_format)
+    return exactly(t, torch.contiguous_format) if t.is_contiguous() else t
+
+
 def like(t: Tensor, x: Tensor) -> Tensor:
     """t, or a copy of it, with the strides of x, which is dense and has t's shape."""
     if t.stride() == x.stride():

@@ -27,8 +27,12 @@ def call_reason(x: Any, training: bool = False) -> str | None:
         return f"x is a {type(x).__name__}, not a plain Tensor"
     if x.device.type not in ("cpu", "cuda"):
         return f"{x.device.type} tensors are not supported"
+    if x.layout != torch.strided or x.is_nested:
+        return "x is not dense"
+    if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        return "x was made in inference mode, autograd may have to save it"
     empty = x.dim() == 4 and 0 in x.shape[training:]
-    if x.dim() != 4 or empty or x.layout != torch.strided:
+    if x.dim() != 4 or empty:
         return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
     if torch.jit.is_tracing():
         return "torch.jit.trace is tracing"

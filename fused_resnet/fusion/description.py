@@ -220,11 +220,15 @@ def _reason_against(description: Description) -> str | None:
     for conv, norm, _ in description.units:
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return "a convolution's padding is not a number of zeros"
+        if conv.weight is None:
+            return "a convolution has no weight"
         for name, t in tensors_of(conv, norm):
             if t is None:
                 continue
             if type(t) not in (Tensor, nn.Parameter):
                 return f"{name} is a {type(t).__name__}"
+            if name.startswith("bn.running") and t.requires_grad:
+                return f"{name} requires a gradient"
             first = description.norm_first and name != "conv.bias"
             channels = conv.in_channels if first else conv.out_channels
             if name != "conv.weight" and t.shape != (channels,):

@@ -9,6 +9,7 @@ from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.nn import BatchNorm2d, Conv2d, MaxPool2d
 
 from fused_resnet.kernels.fingerprint import (
@@ -70,7 +71,8 @@ class Guard:
             self._homes.append(home)
             self._names.append(name)
             self._modules.append(module)
-            if not isinstance(module, nn.Module):
+            # A scripted module keeps its tensors and children in C++, and is only called.
+            if not isinstance(module, nn.Module) or isinstance(module, ScriptModule):
                 if kind in (list, dict, set):
                     self._children.append(module)
                 continue

@@ -34,10 +34,11 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     if not differentiable:
         plan = plan_for(block, names, x.dtype, x.device)
         if not isinstance(plan, str):
-            return run_plan(plan, x)
+            y = run_plan(plan, x)
+            return None if y is None else layout.normed(y, layout.memory_format(x))
     step = step_for(block, names, x)
     y = None if isinstance(step, str) else run_step(step, x)
-    return None if y is None else y.contiguous(memory_format=layout.memory_format(x))
+    return None if y is None else layout.normed(y, layout.memory_format(x))
 
 
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor | None:

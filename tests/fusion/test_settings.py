@@ -105,3 +105,25 @@ def test_inference_mode_and_then_training():
     y = mine.layer1[0](mine.maxpool(mine.relu(mine.bn1(mine.conv1(x)))))
     y.sum().backward()
     assert x.grad is not None and x.grad.norm() > 0
+
+
+@pytest.mark.parametrize("way", ["family", "fuse"])
+def test_images_made_in_inference_mode(way):
+    """Stock's first convolution cannot save them."""
+    stock, mine = pair("basic")
+    mine = mine if way == "family" else fr.fuse(stock)
+    with torch.inference_mode():
+        x = images()
+    for model in (stock.train(), mine.train()):
+        model(images())
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            model(x)
+        with torch.no_grad():
+            model.eval()(x)
+
+
+def test_nested_tensors_raise_as_stock():
+    x = torch.nested.nested_tensor([torch.randn(3, 32, 32), torch.randn(3, 32, 32)])
+    for model in pair("basic"):
+        with torch.no_grad(), pytest.raises(NotImplementedError, match="convolution"):
+            model(x)

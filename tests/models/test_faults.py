@@ -86,6 +86,7 @@ CASES = {
     "strided mean": (_wrong_mean(lambda m: torch.stack([m, m], 1)[:, 0]), images(), None),
     "no mean, no variance": (_without_statistics, images(), None),
     "no variance": (lambda m: setattr(m.layer1[0].bn1, "running_var", None), images(), ""),
+    "no weight": (lambda m: setattr(m.layer1[0].conv2, "weight", None), images(), "NoneType"),
     "eps = 0": (lambda m: setattr(m.layer1[0].bn1, "eps", 0.0), images(), None),
     "eps = 0 in training": (_train_with(eps=0.0), images(), None),
     "negative variance": (lambda m: m.layer1[0].bn1.running_var.neg_(), images(), None),
@@ -116,6 +117,14 @@ def test_same_value_or_same_error(name):
     for (key, a), (_, b) in zip(stock.named_buffers(), mine.named_buffers(), strict=True):
         if b.device.type != "meta":
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
+
+
+def test_statistics_that_require_a_gradient():
+    """PyTorch's norms refuse them."""
+    for model in pair("basic"):
+        model.layer1[0].bn1.running_mean.requires_grad_()
+        with pytest.raises(RuntimeError, match="not differentiable with respect to"):
+            model(images())
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e38, -0.0], ids=str)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from fused_resnet.fusion import store
@@ -211,8 +212,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse: model must be an nn.Module, got {type(model).__name__}")
     if not inplace:
-        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        model = copy.deepcopy(model, shared)
+        model = _copied(model)
     changed = False
     for module in model.modules():
         if is_composite(module):
@@ -226,6 +226,21 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             stacklevel=2,
         )
     return model
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy of the modules, with the parameters and buffers of `model`."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for m in model.modules():  # weights that hooks compute, as those of weight_norm
+        shared |= {id(t): t for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf}
+    copied = copy.deepcopy(model, shared)
+    originals = dict(model.named_modules())
+    for module_name, new in copied.named_modules():
+        old = originals.get(module_name)
+        if isinstance(old, ScriptModule):  # its copy clones, by operations that autograd records
+            for name, t in (*old.named_parameters("", False), *old.named_buffers("", False)):
+                setattr(new, name, t)
+    return copied
 
 
 def unfuse(model: nn.Module) -> nn.Module:

@@ -132,12 +132,18 @@ def differentiable(
     spec: Spec, x: Tensor, tensors: Sequence[Any], dy: Tensor, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """A differentiable backward, for double backward: the gradients of x and tensors by autograd
-    through `formula`, None where not needed."""
+    through `formula`, None where not needed; those of contiguous weights contiguous, as stock's."""
     if any(group is not None for group in spec.groups):
         raise NotImplementedError(
             "fused_resnet: a synchronised batch norm is not differentiable twice; "
             "differentiate it in one process, or freeze it (eval)"
         )
-    return differentiable_gradients(
+    grads = differentiable_gradients(
         lambda x, *tensors: formula(spec, x, tensors), (x, *tensors), needs, dy
     )
+    for i, t in enumerate(tensors, start=1):
+        grad = grads[i]
+        # By operations that also take the gradients of a batch of dy.
+        if grad is not None and t.is_contiguous() and grad.stride() != t.stride():
+            grads[i] = grad.reshape(-1).view(t.shape)
+    return grads

@@ -395,6 +395,45 @@ def test_tools() -> None:
         torch.testing.assert_close(each[key][0], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", ["second", "norm1"])
+def test_scripted_part(part: str) -> None:
+    """A scripted module keeps its tensors in C++; the fused copy has the same ones."""
+    stock, x = calibrated(Residual()), torch.randn(2, 16, 8, 8)
+    setattr(stock, part, torch.jit.script(getattr(stock, part)))
+    mine = fr.fuse(stock)
+    for training in (False, True):
+        outputs_agree(mine.train(training)(x), stock.train(training)(x))
+    mine(x).sum().backward()
+    for (name, p), q in zip(mine.named_parameters(), stock.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None, name
+    with torch.no_grad():
+        for p in stock.parameters():
+            p.mul_(1.5)
+        outputs_agree(mine(x), stock(x))
+
+
+def test_graph_with_an_unused_module() -> None:
+    """The copy of a GraphModule leaves out what its graph does not call."""
+    graph = torch.fx.symbolic_trace(calibrated(Residual()))
+    graph.add_module("unused", nn.Linear(2, 2))
+    mine, x = fr.fuse(graph), torch.randn(2, 16, 8, 8)
+    outputs_agree(mine(x), graph(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_weight_that_a_hook_computes() -> None:
+    stock, x = calibrated(Residual()), torch.randn(2, 16, 8, 8)
+    nn.utils.weight_norm(stock.second)
+    mine = fr.fuse(stock)
+    outputs_agree(mine(x), stock(x))
+    with torch.no_grad():
+        stock.second.weight_g.mul_(2)
+    outputs_agree(mine(x), stock(x))
+    mine(x).sum().backward()
+    assert stock.second.weight_g.grad is not None
+
+
 def test_compiled() -> None:
     stock = calibrated(Residual())
     mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)

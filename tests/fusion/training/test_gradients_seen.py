@@ -47,6 +47,37 @@ def test_layouts_are_stock_s(part, training, layout, weights):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("how", [{"create_graph": True}, {"is_grads_batched": True}], ids=str)
+@pytest.mark.parametrize("part", ["block", "projecting block", "network"])
+def test_layouts_of_gradients_by_formula(part, how, training):
+    """A penalty on gradients flattens them by `view`."""
+    strides = []
+    for model in pair("basic"):
+        model = {"block": model.layer1[0], "projecting block": model.layer2[0]}.get(part, model)
+        x = torch.randn(2, 3 if part == "network" else 64, 16, 16, requires_grad=True)
+        y = model.train(training)(x)
+        v = torch.ones(2, *y.shape) if "is_grads_batched" in how else torch.ones_like(y)
+        grads = torch.autograd.grad(y, [x, *model.parameters()], v, **how)
+        strides.append([g.stride() for g in grads])
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("size", [1, 3])
+def test_strides_of_one_pixel(size, training, layout):
+    """The strides of dimensions of one element choose the layout of the next operation."""
+    for gradients in (True, False):
+        found = []
+        for model in pair("basic"):
+            block = model.layer1[0].train(training)
+            x = torch.randn(4, 64, size, size).contiguous(memory_format=layout)
+            with torch.set_grad_enabled(gradients):
+                found.append(block(x).stride())
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_a_critic_s_gradient_penalty(training):
     """WGAN-GP takes the norm of the input's gradient by `view(n, -1)`."""
     results = []
