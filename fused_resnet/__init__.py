@@ -4,7 +4,7 @@ import sys
 
 from . import depth
 from .bench.machine import info
-from .fusion import Explanation, explain, fuse, refresh, set_activation_memory, unfuse
+from .fusion import Explanation, explain, export, fuse, refresh, set_activation_memory, unfuse
 from .graphs.inference import Inference, inference
 from .graphs.training_step import TrainingStep, training_step
 from .kernels.native import release_memory
@@ -41,6 +41,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "depth",
     "explain",
+    "export",
     "fuse",
     "inference",
     "load_checkpoint",

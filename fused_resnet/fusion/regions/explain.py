@@ -71,7 +71,7 @@ def compiled_parts(model: nn.Module) -> Iterator[Part]:
                 reason = program.reasons.get(found.nodes[0], "")
                 yield Part(inside[0], "stock" if reason else path, reason, inside)
         for n, reason in graph.bound.rejected.items():
-            if n.target is torch.conv2d:
+            if n.target in (torch.conv2d, torch.ops.aten.conv2d.default):
                 yield Part(n.name, "stock", reason, [n.name])
         reasons = {r.node: r.reason for r in program.matched.rejected}
         for n, name in left.items():

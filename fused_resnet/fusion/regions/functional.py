@@ -3,8 +3,9 @@ torch.fx and those of Dynamo, in which parameters and buffers are inputs:
 
     conv2d(x, weight, bias, ...), batch_norm(x, mean, var, weight, bias, ...), max_pool2d(x, ...)
 
+and their ATen forms in the graphs of torch.export, in which parameters and buffers are attributes.
 A call becomes a module that holds the very tensors of one call of the graph. Where an operand is
-not an input of the graph, as a weight that the forward computes, the call stays."""
+neither, as a weight that the forward computes, the call stays."""
 
 from __future__ import annotations
 
@@ -24,6 +25,9 @@ from .trace import Trace
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _NORM = (
     "input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps",
+)  # fmt: skip
+_ATEN_NORM = (
+    "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps",
 )  # fmt: skip
 _POOL = (
     "input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices",
@@ -53,87 +57,92 @@ def bound(gm: fx.GraphModule, inputs: Sequence[Any]) -> Bound:
     """The module's graph, copied, for a call with `inputs`."""
     copied, root = fx.Graph(), nn.Module()
     copied.output(copied.graph_copy(gm.graph, {}))
-    builder = _Builder(copied, inputs, root)
     for node in copied.nodes:
         if node.op == "get_attr":
             setattr(root, node.target, operator.attrgetter(node.target)(gm))
-    for node in list(copied.nodes):
-        make = _MAKERS.get(node.target) if node.op == "call_function" else None
-        if make is None:
-            continue
-        made = make(builder, node)
-        if isinstance(made, str):
-            builder.rejected[node] = made
-        elif made is not None:
-            builder.put(node, made)
+    placeholders = [n for n in copied.nodes if n.op == "placeholder"]
+    called = Calls(copied, root, dict(zip(placeholders, inputs, strict=True)))
     output = next(n for n in reversed(copied.nodes) if n.op == "output")
     leaves, spec = pytree.tree_flatten(output.args[0])
     output.args = (leaves,)
-    lead = builder.lead()
-    traced = Trace(copied, builder.modules, root, spec, [], Code({}), lead or 0)
-    return Bound(traced, builder.tensors, builder.rejected, lead, {})
+    positions = {n: i for i, n in enumerate(placeholders)}
+    first = called.first_input()
+    lead = None if first is None else positions.get(first)
+    traced = Trace(copied, called.modules, root, spec, [], Code({}), lead or 0)
+    tensors = {positions[n]: t for n, t in called.tensors.items()}
+    return Bound(traced, tensors, called.rejected, lead, {})
 
 
-def _is_call(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _MAKERS
+class Calls:
+    """Replaces functional calls in `graph`, whose root is `root`, by calls of modules.
 
+    values: the values of nodes that may be parameters or buffers. Afterwards, modules: of the new
+    nodes; tensors: of the nodes that became parts of modules; rejected: calls that stay, and why.
+    """
 
-class _Builder:
-    def __init__(self, graph: fx.Graph, inputs: Sequence[Any], root: nn.Module) -> None:
-        self.graph, self.root = graph, root
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        self._inputs = {
-            n: (i, v) for i, (n, v) in enumerate(zip(placeholders, inputs, strict=True))
-        }
-        self.tensors: dict[int, Tensor] = {}
+    def __init__(self, graph: fx.Graph, root: nn.Module, values: dict[fx.Node, Any]) -> None:
+        self._graph, self._root, self._values = graph, root, values
+        self.tensors: dict[fx.Node, Tensor] = {}
         self.modules: dict[fx.Node, nn.Module] = {}
         self.rejected: dict[fx.Node, str] = {}
-        self._users = {n: list(n.users) for n in placeholders}
+        self._users = {n: list(n.users) for n in values}
+        for node in list(graph.nodes):
+            if not _is_call(node):
+                continue
+            make, names = _MAKERS[node.target]
+            given = dict(zip(names, node.args, strict=False), **node.kwargs)
+            try:
+                module = make(self, given)
+            except LookupError as error:
+                self.rejected[node] = str(error.args[0])
+            else:
+                if module is not None:
+                    self._put(node, given["input"], module)
 
     def operand(self, node: Any, written: bool = False) -> Any:
         """The tensor of an operand that only such calls read (one call, if it writes to it); None
         of None. Raises LookupError with the reason if it is none."""
         if node is None:
             return None
-        if node not in self._inputs:
+        value, users = self._values.get(node), self._users.get(node, ())
+        if node not in self._values:
             raise LookupError("a weight is computed in the forward")
-        i, value = self._inputs[node]
-        users = self._users[node]
         if not isinstance(value, Tensor) or not all(map(_is_call, users)):
             raise LookupError("a weight is read by other operations too")
         if written and len(users) > 1:
             raise LookupError("running statistics are updated by more than one norm")
-        self.tensors[i] = value
+        self.tensors[node] = value
         return value
 
-    def put(self, node: fx.Node, module: nn.Module) -> None:
-        """Replaces the call by a call of the module."""
+    def _put(self, node: fx.Node, source: fx.Node, module: nn.Module) -> None:
         name = f"{type(module).__name__}_{len(self.modules)}"
-        self.root.add_module(name, module)
+        self._root.add_module(name, module)
         stand_ins.add(module)
-        with self.graph.inserting_before(node):
-            call = self.graph.call_module(
-                name, (node.args[0] if node.args else node.kwargs["input"],)
-            )
+        with self._graph.inserting_before(node):
+            call = self._graph.call_module(name, (source,))
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
-        self.graph.erase_node(node)
+        self._graph.erase_node(node)
         self.modules[call] = module
 
-    def lead(self) -> int | None:
+    def first_input(self) -> fx.Node | None:
+        """The input of the graph that the first convolution reads."""
         for node, module in self.modules.items():
-            if not isinstance(module, nn.Conv2d):
-                continue
-            source = node.args[0]
-            while isinstance(source, fx.Node) and source not in self._inputs:
+            source: Any = node.args[0] if isinstance(module, nn.Conv2d) else None
+            while isinstance(source, fx.Node) and source.op != "placeholder":
                 source = next(iter(source.all_input_nodes), None)
-            if isinstance(source, fx.Node) and isinstance(self._inputs[source][1], Tensor):
-                return self._inputs[source][0]
+            if isinstance(source, fx.Node):
+                return source
         return None
 
 
-def _arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
-    return dict(zip(names, node.args, strict=False), **node.kwargs)
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in _MAKERS
+
+
+def value_of(node: fx.Node) -> Any:
+    """What a compiler knows of the node's value: a tensor without data."""
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 def _ints(*values: Any) -> bool:
@@ -148,18 +157,14 @@ def _pair(v: Any) -> Any:
     return values * 2 if len(values) == 1 else values
 
 
-def _conv(builder: _Builder, node: fx.Node) -> nn.Module | str:
-    given = _arguments(node, _CONV)
+def _conv(calls: Calls, given: dict[str, Any]) -> nn.Module:
     sizes = [given.get(name, i) for name, i in (("stride", 1), ("padding", 0), ("dilation", 1))]
     groups = given.get("groups", 1)
     if not _ints(*sizes, groups):
-        return "a convolution's padding is not a number of zeros"
-    try:
-        weight, bias = builder.operand(given["weight"]), builder.operand(given.get("bias"))
-    except LookupError as error:
-        return str(error)
+        raise LookupError("a convolution's padding is not a number of zeros")
+    weight, bias = calls.operand(given["weight"]), calls.operand(given.get("bias"))
     if weight.dim() != 4:
-        return "not a convolution of images"
+        raise LookupError("not a convolution of images")
     K, C, R, S = weight.shape
     stride, padding, dilation = map(_pair, sizes)
     conv = nn.Conv2d(
@@ -169,25 +174,18 @@ def _conv(builder: _Builder, node: fx.Node) -> nn.Module | str:
     return conv
 
 
-def _norm(builder: _Builder, node: fx.Node) -> nn.Module | str:
-    given = _arguments(node, _NORM)
-    training, momentum, eps = (
-        given.get("training", False),
-        given.get("momentum", 0.1),
-        given.get("eps", 1e-5),
-    )
+def _norm(calls: Calls, given: dict[str, Any]) -> nn.Module:
+    training, momentum = given.get("training", False), given.get("momentum", 0.1)
+    eps = given.get("eps", 1e-5)
     if type(training) is not bool or type(momentum) is not float or type(eps) is not float:
-        return "a norm's settings are computed in the forward"
-    try:
-        tensors = {
-            name: builder.operand(given.get(name), training and name in _STATISTICS)
-            for name in _NORM[1:5]
-        }
-    except LookupError as error:
-        return str(error)
-    value = given["input"].meta.get("example_value")
+        raise LookupError("a norm's settings are computed in the forward")
+    tensors = {
+        name: calls.operand(given.get(name), training and name in _STATISTICS)
+        for name in ("weight", "bias", *_STATISTICS)
+    }
+    value = value_of(given["input"])
     if not isinstance(value, Tensor) or value.dim() != 4 or type(value.shape[1]) is not int:
-        return "not a norm of images"
+        raise LookupError("not a norm of images")
     norm = nn.BatchNorm2d(value.shape[1], eps, momentum, device="meta")
     norm.train(training)
     norm.track_running_stats = tensors["running_mean"] is not None
@@ -197,23 +195,21 @@ def _norm(builder: _Builder, node: fx.Node) -> nn.Module | str:
     return norm
 
 
-def _pool(builder: _Builder, node: fx.Node) -> nn.Module | None:
-    given = _arguments(node, _POOL)
-    sizes = [
-        given["kernel_size"],
-        given.get("stride"),
-        given.get("padding", 0),
-        given.get("dilation", 1),
-    ]
-    if sizes[1] is None:
-        sizes[1] = sizes[0]
+def _pool(calls: Calls, given: dict[str, Any]) -> nn.Module | None:
+    stride = given.get("stride") or given["kernel_size"]
+    sizes = [given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)]
     if not _ints(*sizes) or given.get("ceil_mode") or given.get("return_indices"):
         return None  # it runs as it is
-    return nn.MaxPool2d(*sizes)
+    return nn.MaxPool2d(*map(_pair, sizes))
 
 
-_MAKERS: dict[Any, Callable[[_Builder, fx.Node], nn.Module | str | None]] = {
-    torch.conv2d: _conv,
-    F.batch_norm: _norm,
-    F.max_pool2d: _pool,
+_aten = torch.ops.aten
+_MAKERS: dict[Any, tuple[Callable[[Calls, dict[str, Any]], nn.Module | None], tuple[str, ...]]] = {
+    torch.conv2d: (_conv, _CONV),
+    _aten.conv2d.default: (_conv, _CONV),
+    _aten.conv2d.padding: (_conv, _CONV),
+    F.batch_norm: (_norm, _NORM),
+    _aten.batch_norm.default: (_norm, _ATEN_NORM),
+    F.max_pool2d: (_pool, _POOL),
+    _aten.max_pool2d.default: (_pool, _POOL),
 }

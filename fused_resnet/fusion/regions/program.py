@@ -132,7 +132,7 @@ class Program:
         later step reads."""
         first: dict[fx.Node, list[Found]] = {}
         skipped: set[fx.Node] = set()
-        for group in self._groups():
+        for group in self.groups():
             first[group[-1].nodes[-1]] = group
             skipped.update(n for found in group for n in found.nodes)
         steps: list[tuple[Callable[..., None], list[fx.Node], list[fx.Node]]] = []
@@ -198,7 +198,7 @@ class Program:
 
         return run
 
-    def _groups(self) -> list[list[Found]]:
+    def groups(self) -> list[list[Found]]:
         return [[found] for found in self.matched.found]
 
     def _plain(self, node: fx.Node) -> Callable[..., None]:
@@ -351,10 +351,10 @@ class InferenceProgram(Program):
         self._index = {id(found): i for i, found in enumerate(matched.found)}
         self._build(self._fused)
 
-    def _plan(self, found: Found) -> Plan | None:
+    def plan(self, found: Found) -> Plan | None:
         return self._plans.get(self._index[id(found)])
 
-    def _groups(self) -> list[list[Found]]:
+    def groups(self) -> list[list[Found]]:
         """Consecutive plans are one chain where nothing else reads what is between them."""
         order = {node: i for i, node in enumerate(self.traced.graph.nodes)}
         groups: list[list[Found]] = []
@@ -364,8 +364,8 @@ class InferenceProgram(Program):
             readers = {n for n in found.nodes if found.source in n.all_input_nodes}
             joins = (
                 before is not None
-                and self._plan(found) is not None
-                and self._plan(before[-1]) is not None
+                and self.plan(found) is not None
+                and self.plan(before[-1]) is not None
                 and found.residual is None
                 and before[-1].residual is None
                 and set(found.source.users) == readers
@@ -381,7 +381,7 @@ class InferenceProgram(Program):
         return groups
 
     def _pools_after(self, found: Found) -> bool:
-        plan = self._plan(found)
+        plan = self.plan(found)
         return (
             plan is not None
             and found.description is not None
@@ -393,7 +393,7 @@ class InferenceProgram(Program):
         source, residual = found.source, found.residual
         if found.description is None:
             return self._elementwise(found)
-        plans = [self._plan(f) for f in group]
+        plans = [self.plan(f) for f in group]
         otherwise = self._unfused([n for f in group for n in f.nodes])
         if plans[0] is None:
             return otherwise
