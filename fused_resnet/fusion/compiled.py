@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fused_resnet.layers.planned import NUMBER, numbered
+from fused_resnet.layers.planned import NUMBER, SLOTS, numbered
 from fused_resnet.ops.library import register
 
 from .call import call_reason
@@ -94,15 +94,28 @@ def _inference(
     x: Tensor, tensors: Sequence[Tensor], number: int, cast: torch.dtype | None
 ) -> Tensor:
     module: Any = numbered(number)
-    own = [*module.parameters(), *module.buffers()]
     call = _Call(module)
     with torch.no_grad(), torch.autocast(x.device.type, cast, cast is not None):
-        if len(own) == len(tensors) and all(map(is_, own, tensors)) and call_reason(x) is None:
-            y = call(x)
-        else:
-            y = _with(call, tensors, x)
+        own = _are_own(module, tensors) and call_reason(x) is None
+        y = call(x) if own else _with(call, tensors, x)
     # An op returns new memory.
     return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+def _are_own(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors are the module's parameters and buffers, in order."""
+    homes, names = module.__dict__.get(SLOTS, ((), ()))
+    if len(homes) == len(tensors) and all(map(is_, map(dict.get, homes, names), tensors)):
+        return True
+    found: dict[int, tuple[dict[str, Any], str]] = {}
+    for kind in ("_parameters", "_buffers"):
+        for m in module.modules():
+            for name, t in getattr(m, kind).items():
+                if t is not None:
+                    found.setdefault(id(t), (getattr(m, kind), name))
+    homes, names = zip(*found.values(), strict=True) if found else ((), ())
+    module.__dict__[SLOTS] = homes, names
+    return len(homes) == len(tensors) and all(map(is_, map(dict.get, homes, names), tensors))
 
 
 def _with(call: _Call, tensors: Sequence[Tensor], x: Tensor) -> Any:

@@ -27,6 +27,9 @@ FUSED = "_fused_resnet_region"
 NUMBER = "_fused_resnet_number"
 """The attribute by which a compiled graph names a module (see fusion/compiled.py)."""
 
+SLOTS = "_fused_resnet_slots"
+"""The attribute with the places of a module's parameters and buffers (see fusion/compiled.py)."""
+
 _numbers = itertools.count()
 _numbered: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
@@ -56,8 +59,8 @@ class Planned(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: everything but what was made from the module."""
         state = self.__dict__.copy()
-        state.pop(MADE, None)
-        state.pop(NUMBER, None)
+        for name in (MADE, NUMBER, SLOTS):
+            state.pop(name, None)
         return state
 
     def _changes(self) -> None:

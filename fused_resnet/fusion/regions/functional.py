@@ -99,9 +99,9 @@ class Calls:
                 if module is not None:
                     self._put(node, given["input"], module)
 
-    def operand(self, node: Any, written: bool = False) -> Any:
-        """The tensor of an operand that only such calls read (one call, if it writes to it); None
-        of None. Raises LookupError with the reason if it is none."""
+    def operand(self, node: Any) -> Any:
+        """The tensor of an operand that only such calls read; None of None. Raises LookupError with
+        the reason if it is none."""
         if node is None:
             return None
         value, users = self._values.get(node), self._users.get(node, ())
@@ -109,8 +109,6 @@ class Calls:
             raise LookupError("a weight is computed in the forward")
         if not isinstance(value, Tensor) or not all(map(_is_call, users)):
             raise LookupError("a weight is read by other operations too")
-        if written and len(users) > 1:
-            raise LookupError("running statistics are updated by more than one norm")
         self.tensors[node] = value
         return value
 
@@ -179,10 +177,7 @@ def _norm(calls: Calls, given: dict[str, Any]) -> nn.Module:
     eps = given.get("eps", 1e-5)
     if type(training) is not bool or type(momentum) is not float or type(eps) is not float:
         raise LookupError("a norm's settings are computed in the forward")
-    tensors = {
-        name: calls.operand(given.get(name), training and name in _STATISTICS)
-        for name in ("weight", "bias", *_STATISTICS)
-    }
+    tensors = {name: calls.operand(given.get(name)) for name in ("weight", "bias", *_STATISTICS)}
     value = value_of(given["input"])
     if not isinstance(value, Tensor) or value.dim() != 4 or type(value.shape[1]) is not int:
         raise LookupError("not a norm of images")

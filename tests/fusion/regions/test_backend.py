@@ -193,7 +193,7 @@ class Switches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             y = self.block(x)
-        return self.block(y.float())
+        return y.float()
 
 
 class Checkpointed(Switches):
@@ -254,6 +254,42 @@ def test_unusual_forwards(name: str, training: bool) -> None:
             if a is not None:
                 rounding = 3e-2 if name == "switches" else 1e-3  # of bfloat16
                 torch.testing.assert_close(a, b, rtol=rounding, atol=rounding / 10)
+
+
+def test_autocast_inside() -> None:
+    """Such a graph is not fused: it runs as it is here."""
+    model = calibrated(Switches())
+    mine = compiled(model)
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(X)
+            assert torch.equal(mine(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["residual", "folded"])
+def test_gradients_of_weights_alone(name: str) -> None:
+    """In eval mode, for an x that requires none."""
+    stock = calibrated(MODELS[name]())
+    model, x = copy.deepcopy(stock), torch.randn(X)
+    compiled(model)(x).square().mean().backward()
+    stock(x).square().mean().backward()
+    for p, q in zip(model.parameters(), stock.parameters(), strict=True):
+        same(p.grad, q.grad)
+
+
+def test_other_weights_at_every_call() -> None:
+    """They are packed for the first call alone, and for calls that repeat."""
+    model, x, packed = calibrated(Residual()), torch.randn(X), []
+    mine, original = compiled(model), NativeConv.__init__
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(NativeConv, "__init__", lambda *a: packed.append(a) or original(*a))
+        for i in range(5):
+            model.first.weight = nn.Parameter(model.first.weight * 1.1)
+            agree(mine(x), model(x))
+            assert len(packed) == 2, i
+        for _ in range(3):
+            agree(mine(x), model(x))
+        assert len(packed) == 4
 
 
 def test_reasons(caplog: pytest.LogCaptureFixture) -> None:
