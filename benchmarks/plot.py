@@ -78,6 +78,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
         return accuracy_table(content)
     if content is not None and "fuse" in content:
         return fuse_table(content)
+    if content is not None and "compiled" in content:
+        return compile_table(content)
     if content is not None and "steps" in content:
         return depth_steps_table(content)
     if content is not None and "benchmarks" in content:
@@ -141,6 +143,30 @@ def fuse_table(content: dict[str, Any]) -> str:
         f"{processor_name(content['machine'])}, {content['threads']} threads, torch "
         f"{content['torch']}, {commit(content)}: medians of "
         f"{len(content['fuse'][0]['times_ms']['fused'])} turns. From `{content['path'].name}`."
+    )
+    return f"{markdown(header, rows)}\n\n{text}\n"
+
+
+def compile_table(content: dict[str, Any]) -> str:
+    """bench_compile.py: compiled calls, against the uncompiled model of this package."""
+    names = ("compile", "backend", "package", "c++", "inductor")
+    rows = []
+    for case in content["compiled"]:
+        times = case["times_ms"]
+        row = [f"{case['name']}, batch {case['batch']}, {case['dtype']}"]
+        row.append(f"{statistics.median(times['fused']):.1f}")
+        for name in names:
+            ratio, spread = pair_ratio(times[name], times["fused"]) if name in times else (0, 0)
+            row.append(f"{ratio:.2f} ± {spread / 2:.2f}" if ratio else MISSING)
+        ratio, spread = pair_ratio(times["backend"], times["inductor"])
+        rows.append([*row, f"{ratio:.2f} ± {spread / 2:.2f}", f"{case['first_call_s']:.1f}"])
+    header = ["224 x 224", "fused, ms", "torch.compile(ours), over fused", "backend, over fused",
+              "package, over fused", "package in C++, over fused", "Inductor, over fused",
+              "backend over Inductor", "backend's first call, s"]  # fmt: skip
+    text = (
+        f"{processor_name(content['machine'])}, {content['threads']} threads, torch "
+        f"{content['torch']}, {commit(content)}: medians of "
+        f"{len(content['compiled'][0]['times_ms']['fused'])} turns. From `{content['path'].name}`."
     )
     return f"{markdown(header, rows)}\n\n{text}\n"
 

@@ -7,7 +7,7 @@ from . import requirements as requirements  # before torch is imported: says whi
 # isort: split
 from . import depth
 from .bench.machine import info
-from .fusion import Explanation, explain, fuse, refresh, set_activation_memory, unfuse
+from .fusion import Explanation, explain, export, fuse, refresh, set_activation_memory, unfuse
 from .graphs.inference import Inference, inference
 from .graphs.training_step import TrainingStep, training_step
 from .kernels.native import release_memory
@@ -43,6 +43,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "depth",
     "explain",
+    "export",
     "fuse",
     "inference",
     "load_checkpoint",

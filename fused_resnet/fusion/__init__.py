@@ -3,6 +3,7 @@
 from .description import Names, register
 from .explain import Explanation, explain
 from .network import NetworkNames
+from .regions.export import export
 from .regions.region import fuse, unfuse
 from .run import run_block, run_network
 from .store import refresh
@@ -14,6 +15,7 @@ __all__ = [
     "Names",
     "NetworkNames",
     "explain",
+    "export",
     "fuse",
     "refresh",
     "register",

@@ -17,7 +17,7 @@ from .description import Description, Names, describe, recipe_of
 from .dtype_rules import serves
 from .inference.make import kernels_for
 from .network import NetworkNames
-from .regions.explain import multiplications, parts_of
+from .regions.explain import compiled_parts, multiplications, parts_of
 from .training.prepare import trains_whole
 
 
@@ -44,7 +44,9 @@ def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
     and `reshard()`, while the parameters are whole.
 
     Of a model that `fuse` changed, every fused part is listed and every other convolution; x may
-    then be what its forward takes, and the model runs once to count multiplications.
+    then be what its forward takes, and the model runs once to count multiplications. Of one that
+    `torch.compile(model, backend="fused_resnet")` compiled, the parts of its graphs are listed as
+    they ran last.
     """
     explanations = []
     for name, m in model.named_modules():
@@ -62,6 +64,8 @@ def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
             share = sum(work.get(conv, 0) for conv in part.convs) / total if total else None
             fused = part.path != "stock"
             explanations.append(Explanation(part.name, fused, part.path, part.reason, share))
+    for part in compiled_parts(model):
+        explanations.append(Explanation(part.name, part.path != "stock", part.path, part.reason))
     return explanations
 
 

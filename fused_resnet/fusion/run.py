@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
 
+from . import compiled
 from .call import asked
 from .description import Names
 from .inference import network as inference
@@ -28,6 +30,8 @@ from .training.units import run_step
 
 def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """A residual block's output (N, K, P, Q), or None: the caller runs torchvision's path."""
+    if torch.compiler.is_compiling():
+        return compiled.run(block, x)
     reason, differentiable = asked(block, x)
     if reason is not None:
         return None
@@ -44,6 +48,8 @@ def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor | None:
     """A network's logits (N, classes), fused as far as possible, or None: the caller runs
     torchvision's path. x: (N, C, H, W) of any layout."""
+    if torch.compiler.is_compiling():
+        return compiled.run(model, x)
     reason, differentiable = asked(model, x)
     if reason is not None:
         return None

@@ -29,6 +29,7 @@ class FusedConv:
     # Whether `run` accepts x in any layout and floating dtype, not only channels_last of `dtype`.
     takes_any = False
     is_cached = False  # whether the convolution is reused by later calls
+    tensors: Sequence[Tensor] = ()  # all that it keeps, where a graph can hold it
 
     def __init__(self, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor) -> None:
         assert problem.dtype is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,24 @@ FUSED = "_fused_resnet_region"
 """The attribute of a module that `fused_resnet.fuse` changed (see fusion/regions/region.py)."""
 
 
+NUMBER = "_fused_resnet_number"
+"""The attribute by which a compiled graph names a module (see fusion/compiled.py)."""
+
+SLOTS = "_fused_resnet_slots"
+"""The attribute with the places of a module's parameters and buffers (see fusion/compiled.py)."""
+
+_numbers = itertools.count()
+_numbered: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def numbered(number: int) -> nn.Module:
+    """The module of this number. Raises RuntimeError if it is no more."""
+    module = _numbered.get(number)
+    if module is None:
+        raise RuntimeError(f"module_inference: module {number} does not exist in this process")
+    return module
+
+
 class Planned(nn.Module):
     """A module whose inference plans are cached. A switch between training and eval mode, a
     conversion of the tensors (`.to()`, `.half()`, ...), `load_state_dict` and a replaced or deleted
@@ -29,10 +49,18 @@ class Planned(nn.Module):
 
     activation_memory = "auto"  # see fused_resnet.set_activation_memory
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Numbers the module; copies and those from pickles get numbers of their own."""
+        module = super().__new__(cls)
+        module.__dict__[NUMBER] = next(_numbers)
+        _numbered[module.__dict__[NUMBER]] = module
+        return module
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: everything but what was made from the module."""
         state = self.__dict__.copy()
-        state.pop(MADE, None)
+        for name in (MADE, NUMBER, SLOTS):
+            state.pop(name, None)
         return state
 
     def _changes(self) -> None:

@@ -135,7 +135,7 @@ CPP = [
     ("one op: inference overwrites its caller's x", "csrc/cpu/block/inference.cpp",
      "!identity || overwrite || from_norm", "true", OPS),
     ("one op: every block reads the first norm", "csrc/cpu/block/inference.cpp",
-     "norm += first ? 1 : 0;", "", "tests/fusion/test_blocks.py -k consecutive"),
+     "norm += first ? kNormTensors : 0;", "", "tests/fusion/test_blocks.py -k consecutive"),
     ("one op: every block reads the first geometry", "csrc/cpu/block/inference.cpp",
      "rest.geometry += kCount * block[kConvs];", "", "tests/fusion/test_blocks.py -k consecutive"),
     ("training: Winograd's weights without a half", "csrc/cpu/convolution/winograd_kernels.h",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import ROOT
+from tests.mutations.compilers import COMPILERS
 from tests.mutations.cuda import CUDA
 from tests.mutations.gpu import GPU_PYTHON
 from tests.mutations.native import AVX2, AVX512, CPP
@@ -14,7 +15,7 @@ from tests.mutations.python import PYTHON
 def test_every_mutation_has_its_text() -> None:
     if not (ROOT / "csrc").is_dir():
         pytest.skip("the C++ sources are not available")
-    mutations = [*CUDA, *GPU_PYTHON, *AVX2, *AVX512, *CPP, *PYTHON]
+    mutations = [*CUDA, *GPU_PYTHON, *AVX2, *AVX512, *CPP, *PYTHON, *COMPILERS]
     texts = {file: (ROOT / file).read_text() for _, file, *_ in mutations}
     missing = [name for name, file, old, *_ in mutations if old not in texts[file]]
     assert not missing

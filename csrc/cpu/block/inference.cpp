@@ -55,38 +55,38 @@ Tensor run_block(const Tensor& x, const Convs& convs, const int64_t* block, cons
 }
 
 // The blocks' output for x (N, C, H, W) channels_last, which may be overwritten if `overwrite`.
-// blocks: kBlockValues each; convs: kConvTensors per convolution, a projecting shortcut's last in
-// its block; geometry: kCount values per convolution; norms: kNormTensors, and eps one value, per
-// pre-activated block. activations: of each block, `first` and one per convolution.
-Tensor block_inference(Tensor x, std::vector<Tensor> convs, std::vector<int64_t> geometry,
-                       std::vector<Tensor> norms, std::vector<double> eps,
-                       std::vector<int64_t> activations, std::vector<int64_t> blocks,
-                       bool overwrite) {
+// blocks: kBlockValues each; tensors: kConvTensors per convolution, a projecting shortcut's last in
+// its block, and then kNormTensors per pre-activated block; geometry: kCount values per
+// convolution. Of each block, eps: its norm's, if it is pre-activated; activations: `first` and one
+// per convolution. No list is empty: AOTInductor cannot pass such.
+Tensor block_inference(Tensor x, std::vector<Tensor> tensors, std::vector<int64_t> geometry,
+                       std::vector<double> eps, std::vector<int64_t> activations,
+                       std::vector<int64_t> blocks, bool overwrite) {
   constexpr const char* op = "block_inference";
-  size_t conv = 0, norm = 0;
+  size_t convs = 0, norms = 0;
   bool valid = blocks.size() % kBlockValues == 0;
   for (size_t at = 0; valid && at < blocks.size(); at += kBlockValues) {
     const int64_t* block = &blocks[at];
     valid = block[kShortcut] >= kNone && block[kShortcut] <= kPad && block[kConvs] <= 64 &&
             block[kConvs] > (block[kShortcut] == kProjection ? 1 : 0) && block[kPadStride] >= 1;
-    conv += valid ? static_cast<size_t>(block[kConvs]) : 0;
-    norm += block[kNormFirst] ? 1 : 0;
+    convs += valid ? static_cast<size_t>(block[kConvs]) : 0;
+    norms += block[kNormFirst] ? 1 : 0;
   }
-  check(valid && convs.size() == conv * kConvTensors && geometry.size() == conv * kCount &&
-            norms.size() == norm * kNormTensors && eps.size() == norm &&
-            activations.size() == conv + blocks.size() / kBlockValues,
-        op, ": got ", convs.size(), " tensors and ", geometry.size(), " geometry values of ", conv,
-        " convolutions, ", norms.size(), " tensors of ", norm, " norms and ", activations.size(),
-        " activations, which do not describe ", blocks.size() / kBlockValues, " blocks");
-  Convs rest{convs.data(), geometry.data(), activations.data() + 1};
-  norm = 0;
-  for (size_t at = 0; at < blocks.size(); at += kBlockValues) {
-    const int64_t* block = &blocks[at];
+  const size_t count = blocks.size() / kBlockValues;
+  check(valid && tensors.size() == convs * kConvTensors + norms * kNormTensors &&
+            geometry.size() == convs * kCount && eps.size() == count &&
+            activations.size() == convs + count,
+        op, ": got ", tensors.size(), " tensors, ", geometry.size(), " geometry values, ",
+        eps.size(), " eps and ", activations.size(), " activations of ", convs,
+        " convolutions and ", norms, " norms, which do not describe ", count, " blocks");
+  Convs rest{tensors.data(), geometry.data(), activations.data() + 1};
+  const Tensor* norm = tensors.data() + convs * kConvTensors;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t* block = &blocks[i * kBlockValues];
     const bool first = block[kNormFirst];
-    x = run_block(x, rest, block, first ? &norms[kNormTensors * norm] : nullptr,
-                  first ? eps[norm] : 0, rest.activation[-1], overwrite);
+    x = run_block(x, rest, block, first ? norm : nullptr, eps[i], rest.activation[-1], overwrite);
     overwrite = true;
-    norm += first ? 1 : 0;
+    norm += first ? kNormTensors : 0;
     rest.tensors += kConvTensors * static_cast<size_t>(block[kConvs]);
     rest.geometry += kCount * block[kConvs];
     rest.activation += block[kConvs] + 1;
@@ -99,8 +99,8 @@ Tensor block_inference(Tensor x, std::vector<Tensor> convs, std::vector<int64_t>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
   m.def(
-      "block_inference(Tensor x, Tensor[] convs, int[] geometry, Tensor[] norms, float[] eps, "
-      "int[] activations, int[] blocks, bool overwrite) -> Tensor");
+      "block_inference(Tensor x, Tensor[] tensors, int[] geometry, float[] eps, int[] activations, "
+      "int[] blocks, bool overwrite) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {

@@ -56,8 +56,8 @@ class Chain:
             return self._run_with(residual, x)
         cached = self._stages  # read once: another thread may replace it for another shape
         if cached is None or cached[0] != x.shape:
-            cached = self._stages = (x.shape, self._find_stages(x.shape))
-        return _left(_run_stages(cached[1], x), x, keep) if cached[1] else None
+            cached = self._stages = (x.shape, stages_of(self.plans, x.shape))
+        return _left(run_stages(cached[1], x), x, keep) if cached[1] else None
 
     def _run_with(self, residual: Tensor, x: Tensor) -> Tensor | None:
         (plan,) = self.plans
@@ -69,45 +69,54 @@ class Chain:
         residual = residual.to(plan.dtype).contiguous(memory_format=torch.channels_last)
         return _left(plan.run(*_entered(x, plan), residual), x, keep=True)
 
-    def _find_stages(self, shape: Sequence[int]) -> list[_Stage]:
-        """The stages and micro-batch sizes for x of this shape; empty if it does not fit."""
-        stages: list[_Stage] = []
-        for plan in self.plans:
-            shapes = plan.shapes(shape)
-            if not shapes:
-                return []
-            N, *size = max(shapes, key=math.prod)
-            images = N
-            if plan.weight.device.type == "cpu":
-                most = _MICRO_BATCH_BYTES // (math.prod(size) * plan.dtype.itemsize)
-                images = min(N, max(most, torch.get_num_threads()))
-            last = stages[-1].images if stages else 0
-            # A new stage concatenates micro-batches, which is a copy: not worth it for fewer than
-            # twice as many images.
-            if not (last == images or last < images < min(2 * last, N)):
-                stages.append(_Stage([], images, []))
-            stages[-1].plans.append(plan)
-            shape = shapes[-1]
-        for plans, _, steps in stages:
-            for alone, group in groupby(plans, key=lambda plan: plan.one_op is None):
-                consecutive = list(group)
-                steps += consecutive if alone else [Blocks(consecutive)]
-        return stages
+
+def stages_of(plans: Sequence[Plan], shape: Sequence[int]) -> list[_Stage]:
+    """The stages and micro-batch sizes for x of this shape; empty if it does not fit."""
+    stages: list[_Stage] = []
+    for plan in plans:
+        shapes = plan.shapes(shape)
+        if not shapes:
+            return []
+        N, *size = max(shapes, key=math.prod)
+        images = N
+        if plan.weight.device.type == "cpu":
+            most = _MICRO_BATCH_BYTES // (math.prod(size) * plan.dtype.itemsize)
+            images = min(N, max(most, torch.get_num_threads()))
+        last = stages[-1].images if stages else 0
+        # A new stage concatenates micro-batches, which is a copy: not worth it for fewer than
+        # twice as many images.
+        if not (last == images or last < images < min(2 * last, N)):
+            stages.append(_Stage([], images, []))
+        stages[-1].plans.append(plan)
+        shape = shapes[-1]
+    for group, _, steps in stages:
+        steps += steps_of(group)
+    return stages
 
 
-def _run_stages(stages: Sequence[_Stage], x: Tensor) -> Tensor:
+def steps_of(plans: Sequence[Plan]) -> list[Plan | Blocks]:
+    """The plans, where the CPU runs consecutive ones by one op, together."""
+    steps: list[Plan | Blocks] = []
+    for alone, group in groupby(plans, key=lambda plan: plan.one_op is None):
+        consecutive = list(group)
+        steps += consecutive if alone else [Blocks(consecutive)]
+    return steps
+
+
+def run_stages(stages: Sequence[_Stage], x: Tensor, writes: bool = True) -> Tensor:
     """Runs x (N, C, H, W): for each micro-batch of the last stage, the stages before it run first
-    (recursively), then the plans of the last stage."""
+    (recursively), then the plans of the last stage. writes: whether copies and results between
+    them may be overwritten."""
     *before, stage = stages
     parts: list[Tensor] = []
     size = -(-len(x) // -(-len(x) // stage.images))  # even parts
     for images in x.split(size) if size < len(x) else (x,):
         if before:
-            y, owned = _run_stages(before, images), True
+            y, owned = run_stages(before, images, writes), True
         else:
             y, owned = _entered(images, stage.plans[0])
         for step in stage.steps:
-            y, owned = step.run(y, owned), True
+            y, owned = step.run(y, owned and writes), True
         parts.append(y)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -122,7 +131,7 @@ def _entered(x: Tensor, plan: Plan) -> tuple[Tensor, bool]:
     if plan.takes_any:
         return x, False
     converted = x.to(plan.dtype).contiguous(memory_format=torch.channels_last)
-    return converted, converted.data_ptr() != x.data_ptr()
+    return converted, converted is not x
 
 
 def _left(y: Tensor, x: Tensor, keep: bool = False) -> Tensor:

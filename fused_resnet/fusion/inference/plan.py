@@ -5,6 +5,7 @@ holds."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -67,6 +68,7 @@ class Plan:
         self._window = pooling.window(description.pool) if self.pools else []
         self._norm = self._norm_operands() if first and native.load() is None else None
         self.one_op = self._block_operands()
+        self._alone = None if self.one_op is None else Blocks([self])
         self._shapes: list[Sequence[int]] = []
 
     def _norm_operands(self) -> tuple[Any, ...] | None:
@@ -79,8 +81,8 @@ class Plan:
         return (statistics, *vectors, norm.eps)
 
     def _block_operands(self) -> tuple[list[Any], ...] | None:
-        """The lists that the CPU's block_inference op takes of the block; None if it does not
-        support it."""
+        """The lists that the CPU's block_inference op takes of the block: tensors of convolutions
+        and of norms, geometry, eps, activations, kind; None if it does not support it."""
         d = self._description
         if d.pool is not None or (d.shortcut == "none" and len(d.units) == 1):
             return None  # a stem is not a block
@@ -100,7 +102,33 @@ class Plan:
         stride = 1 if d.pad is None else d.pad.stride
         kind = [len(d.units), SHORTCUTS[d.shortcut], stride, int(d.norm_first), int(d.shared)]
         activations = [d.units[0].activation, *self._activations]
-        return tensors, sizes, norms, [self._norm[3]] if self._norm else [], activations, kind
+        eps = 0.0 if self._norm is None else self._norm[3]
+        return tensors, norms, sizes, [eps], activations, kind
+
+    @property
+    def packed(self) -> list[Tensor] | None:
+        """What its convolutions keep, where a graph can hold it; else None."""
+        d = self._description
+        if d.norm_first or (d.pool is not None and not self.pools):
+            return None
+        if not all(conv.tensors for conv in self.all_convs):
+            return None
+        return [t for conv in self.all_convs for t in conv.tensors]
+
+    def over(self, tensors: Sequence[Tensor]) -> Plan:
+        """A copy that keeps `tensors`, in the order of `packed`."""
+        plan, rest = copy.copy(self), list(tensors)
+        plan.all_convs = [copy.copy(conv) for conv in self.all_convs]
+        for conv in plan.all_convs:
+            count = len(conv.tensors)
+            conv.tensors, rest = rest[:count], rest[count:]
+        plan._convs = plan.all_convs[: len(self._convs)]
+        if self._projection is not None:
+            plan._projection = plan.all_convs[-1]
+        if self.one_op is not None:
+            plan.one_op = (list(tensors), *self.one_op[1:])
+            plan._alone = Blocks([plan])
+        return plan
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
         """The shapes of x, of every convolution's output on the main path and of the pooling's.
@@ -133,8 +161,8 @@ class Plan:
         """x: (N, C, H, W), which may be overwritten if `owned` -> (N, K, P, Q), channels_last of
         `dtype`. added: what a chain without a shortcut adds before its last activation, as the
         output."""
-        if self.one_op is not None:
-            return torch.ops.fused_resnet_native.block_inference.default(x, *self.one_op, owned)
+        if self._alone is not None:
+            return self._alone.run(x, owned)
         d = self._description
         if self.pools:
             return self._run_pooled(x)
@@ -182,7 +210,8 @@ class Blocks:
     def __init__(self, plans: Sequence[Plan]) -> None:
         self.plans = plans
         lists = zip(*[plan.one_op for plan in plans if plan.one_op is not None], strict=True)
-        self._operands: list[list[Any]] = [list(chain.from_iterable(parts)) for parts in lists]
+        convs, norms, *rest = (list(chain.from_iterable(parts)) for parts in lists)
+        self._operands: list[list[Any]] = [convs + norms, *rest]
 
     def run(self, x: Tensor, owned: bool) -> Tensor:
         """As `Plan.run`, of one after the other."""

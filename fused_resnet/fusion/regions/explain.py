@@ -18,6 +18,7 @@ from fused_resnet.layers.hooks import keeping_buffers, watching
 from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import FUSED
 
+from . import backend
 from .match import Found, Matcher
 from .trace import Trace, signature_of, trace
 
@@ -46,6 +47,39 @@ def parts_of(model: nn.Module, x: Any) -> Iterator[Part]:
         seen.update(part.convs)
     for m, reason in left.items():
         yield Part(names[m], "stock", reason, [names[m]])
+
+
+def compiled_parts(model: nn.Module) -> Iterator[Part]:
+    """The parts of the graphs that the backend compiled with tensors of `model`, as they ran last;
+    where a graph was not fused, its convolutions."""
+    names = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    for graph in list(backend.graphs):
+        if graph.bound is None or not any(id(t) in names for t in graph.bound.tensors.values()):
+            continue
+        modules = graph.bound.trace.modules
+        convs = {n: names.get(id(m.weight), n.name) for n, m in modules.items() if _is_conv(m)}
+        program = graph.program
+        if graph.reason or program is None:
+            for name in convs.values():
+                yield Part(name, "stock", graph.reason, [name])
+            continue
+        path = "training" if program.differentiable else "inference"
+        left = dict(convs)
+        for found in program.matched.found:
+            inside = [left.pop(n) for n in found.nodes if n in left]
+            if inside:
+                reason = program.reasons.get(found.nodes[0], "")
+                yield Part(inside[0], "stock" if reason else path, reason, inside)
+        for n, reason in graph.bound.rejected.items():
+            if n.target in (torch.conv2d, torch.ops.aten.conv2d.default):
+                yield Part(n.name, "stock", reason, [n.name])
+        reasons = {r.node: r.reason for r in program.matched.rejected}
+        for n, name in left.items():
+            yield Part(name, "stock", reasons.get(n, "not part of a pattern"), [name])
+
+
+def _is_conv(m: nn.Module) -> bool:
+    return isinstance(m, nn.Conv2d)
 
 
 def _in_region(model: nn.Module, name: str) -> bool:

@@ -27,9 +27,10 @@ from fused_resnet.layers.norms import is_frozen_bn
 
 from .trace import Trace
 
-_ADD = {operator.add, operator.iadd, torch.add}
+_aten = torch.ops.aten
+_ADD = {operator.add, operator.iadd, torch.add, _aten.add.Tensor, _aten.add_.Tensor}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
-_RELU = {F.relu, torch.relu, torch.relu_, F.relu_}
+_RELU = {F.relu, torch.relu, torch.relu_, F.relu_, _aten.relu.default, _aten.relu_.default}
 _RELU_METHODS = {"relu", "relu_"}
 # Functions and methods that return new memory.
 _FRESH = {
@@ -41,6 +42,10 @@ _FRESH = {
     operator.mul,
     torch.matmul,
 }
+# ATen operations that may return their input although their schema does not say so.
+_MAY_ALIAS = {
+    getattr(_aten, name).default for name in ("contiguous", "reshape", "dropout", "batch_norm")
+} | {_aten.flatten.using_ints, _aten.to.dtype, _aten.to.device, _aten.to.dtype_layout}
 _FRESH_MODULES = (
     nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
     nn.Linear,
@@ -165,6 +170,8 @@ class Matcher:
         m = self._module(node)
         if m is not None:
             return bool(getattr(m, "inplace", False))
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target._schema.is_mutable
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op not in ("call_function", "call_method"):
             return False
@@ -187,6 +194,9 @@ class Matcher:
             return isinstance(m, _FRESH_MODULES) or is_frozen_bn(m)
         if self._writes(node):
             return False
+        if isinstance(node.target, torch._ops.OpOverload):
+            returns = node.target._schema.returns
+            return node.target not in _MAY_ALIAS and all(r.alias_info is None for r in returns)
         adds = self._operands(node) is not None
         return adds or (node.op == "call_function" and node.target in _FRESH | _RELU)
 

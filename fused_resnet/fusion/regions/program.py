@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fused_resnet import layout, ops
-from fused_resnet.fusion.description import Place
+from fused_resnet.fusion import pooling, store
+from fused_resnet.fusion.description import Description, Place, tensors_of
 from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.inference.chain import Chain
@@ -26,6 +28,7 @@ from fused_resnet.fusion.inference.norm import normed
 from fused_resnet.fusion.inference.plan import Plan
 from fused_resnet.fusion.training.prepare import Step, converted, step_of
 from fused_resnet.fusion.training.units import convolve, norm_step, run_step
+from fused_resnet.kernels import registry
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation
 
@@ -93,12 +96,15 @@ def _reduces(node: fx.Node, module: Any) -> bool:
 
 
 Values = dict[fx.Node, Any]
+# Makes one function of consecutive nodes without a fused counterpart, or returns None.
+Rest = Callable[[list[fx.Node], Trace], "Callable[..., Any] | None"]
 
 
 class Program:
     """A trace, its fused parts and how they run. `guard` covers what all of them were made from."""
 
     guard: Guard
+    reasons: dict[fx.Node, str]
     differentiable = False
     is_cached = True
     generation = -1
@@ -108,8 +114,9 @@ class Program:
         """Whether nothing changed that the program was made from."""
         return self.traced.code.holds() and self._unchanged()
 
-    def __init__(self, traced: Trace, matched: Matcher) -> None:
+    def __init__(self, traced: Trace, matched: Matcher, rest: Rest | None = None) -> None:
         self.traced = traced
+        self._rest = rest
         self.text = f"{type(self).__name__} {traced.graph}"
         self.matched = matched
         self._inputs = [n for n in traced.graph.nodes if n.op == "placeholder"]
@@ -125,20 +132,24 @@ class Program:
         later step reads."""
         first: dict[fx.Node, list[Found]] = {}
         skipped: set[fx.Node] = set()
-        for group in self._groups():
+        for group in self.groups():
             first[group[-1].nodes[-1]] = group
             skipped.update(n for found in group for n in found.nodes)
         steps: list[tuple[Callable[..., None], list[fx.Node], list[fx.Node]]] = []
+        others: list[fx.Node] = []  # since the last fused part
         for node in self.traced.graph.nodes:
-            if node.op in ("placeholder", "output"):
+            if node.op == "placeholder" or (node in skipped and node not in first):
                 continue
+            if node.op == "output" or node in first:
+                steps += self._others(others)
+                others = []
+            else:
+                others.append(node)
             if node in first:
                 group = first[node]
                 reads = [group[0].source]
                 reads += [f.residual for f in group if f.residual is not None]
                 steps.append((self._returned(node, fused_step(group)), reads, [node]))
-            elif node not in skipped:
-                steps.append((self._plain(node), node.all_input_nodes, [node]))
         last: dict[fx.Node, int] = {n: len(steps) for n in self._output.all_input_nodes}
         for i, (_, reads, made) in enumerate(steps):
             for n in (*reads, *made):
@@ -147,6 +158,32 @@ class Program:
         for n, i in last.items():
             dead[i].append(n)
         self._steps = [(run, dead[i]) for i, (run, *_) in enumerate(steps)]
+
+    def _others(self, nodes: list[fx.Node]) -> list[Any]:
+        """The steps of consecutive nodes that are not fused."""
+        run = None if self._rest is None else self._rest(nodes, self.traced)
+        if run is None:
+            return [(self._plain(node), node.all_input_nodes, [node]) for node in nodes]
+        inside = set(nodes)
+        reads = [n for n in dict.fromkeys(m for n in nodes for m in n.all_input_nodes)]
+        reads = [n for n in reads if n not in inside]
+        made = [n for n in nodes if not inside.issuperset(n.users)]
+        kept = self._kept.intersection(reads)
+        keep = all(
+            _keeps(n, self._module(n)) or _reduces(n, self._module(n))
+            for n in nodes
+            if n.op != "get_attr"
+        )
+        if keep and kept:
+            self._kept.update(made)
+
+        def segment(values: Values, stock: Callable[[Any], Any]) -> None:
+            if not keep:
+                for n in kept:
+                    values[n] = stock(values[n])
+            values.update(zip(made, run(*[values[n] for n in reads]), strict=True))
+
+        return [(segment, reads, made)]
 
     def _returned(self, node: fx.Node, step: Callable[..., None]) -> Callable[..., None]:
         """The step; with its value as stock's where the caller gets it, so that the tensor in
@@ -161,7 +198,7 @@ class Program:
 
         return run
 
-    def _groups(self) -> list[list[Found]]:
+    def groups(self) -> list[list[Found]]:
         return [[found] for found in self.matched.found]
 
     def _plain(self, node: fx.Node) -> Callable[..., None]:
@@ -241,7 +278,7 @@ class Program:
     def run(self, tensors: Sequence[Tensor]) -> Any:
         """The result of the forward for these tensors."""
         values: Values = dict(zip(self._inputs, tensors, strict=True))
-        memory_format = layout.memory_format(tensors[0])
+        memory_format = layout.memory_format(tensors[self.traced.lead])
 
         def stock(t: Any) -> Any:
             """A value as stock's operations would return it."""
@@ -260,12 +297,37 @@ class Program:
         return pytree.tree_unflatten(list(leaves), self.traced.result)
 
 
+# Plans in use. Programs for several graphs of one model, as for other input sizes, share them.
+_plans: weakref.WeakValueDictionary[Any, Plan] = weakref.WeakValueDictionary()
+
+
+def _plan_of(description: Description, dtype: torch.dtype, device: torch.device) -> Plan | str:
+    """A plan of the description's tensors and settings, in use elsewhere or made now."""
+    pool = description.pool
+    key = (
+        store.generation(), dtype, device, torch.is_autocast_enabled(device.type),
+        registry.choose("conv_bn_relu", device.type), registry.forced(), description.shortcut,
+        tuple(description.geometries), None if pool is None else str(pooling.window(pool)),
+        *((unit.activation, getattr(unit.norm, "eps", None)) for unit in description.units),
+        *(id(t) for unit in description.units for _, t in tensors_of(unit.conv, unit.norm)),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is not None and plan.holds():
+        return plan
+    made = plan_of(description, dtype, device)
+    if isinstance(made, Plan) and made.is_cached:
+        _plans[key] = made
+    return made
+
+
 class InferenceProgram(Program):
     """Without gradients and with running statistics: convolutions packed with folded norms."""
 
-    def __init__(self, traced: Trace, matched: Matcher, x: Tensor) -> None:
-        super().__init__(traced, matched)
-        self.reasons: dict[fx.Node, str] = {}
+    def __init__(
+        self, traced: Trace, matched: Matcher, x: Tensor, rest: Rest | None = None
+    ) -> None:
+        super().__init__(traced, matched, rest)
+        self.reasons = {}
         self._plans: dict[int, Plan] = {}
         for i, found in enumerate(matched.found):
             if found.description is None:
@@ -275,7 +337,7 @@ class InferenceProgram(Program):
                 if found.source not in self._inputs
                 else x.dtype
             )
-            plan = plan_of(found.description, dtype, x.device)
+            plan = _plan_of(found.description, dtype, x.device)
             if isinstance(plan, str):
                 self.reasons[found.nodes[0]] = plan
             else:
@@ -289,10 +351,10 @@ class InferenceProgram(Program):
         self._index = {id(found): i for i, found in enumerate(matched.found)}
         self._build(self._fused)
 
-    def _plan(self, found: Found) -> Plan | None:
+    def plan(self, found: Found) -> Plan | None:
         return self._plans.get(self._index[id(found)])
 
-    def _groups(self) -> list[list[Found]]:
+    def groups(self) -> list[list[Found]]:
         """Consecutive plans are one chain where nothing else reads what is between them."""
         order = {node: i for i, node in enumerate(self.traced.graph.nodes)}
         groups: list[list[Found]] = []
@@ -302,8 +364,8 @@ class InferenceProgram(Program):
             readers = {n for n in found.nodes if found.source in n.all_input_nodes}
             joins = (
                 before is not None
-                and self._plan(found) is not None
-                and self._plan(before[-1]) is not None
+                and self.plan(found) is not None
+                and self.plan(before[-1]) is not None
                 and found.residual is None
                 and before[-1].residual is None
                 and set(found.source.users) == readers
@@ -319,7 +381,7 @@ class InferenceProgram(Program):
         return groups
 
     def _pools_after(self, found: Found) -> bool:
-        plan = self._plan(found)
+        plan = self.plan(found)
         return (
             plan is not None
             and found.description is not None
@@ -331,7 +393,7 @@ class InferenceProgram(Program):
         source, residual = found.source, found.residual
         if found.description is None:
             return self._elementwise(found)
-        plans = [self._plan(f) for f in group]
+        plans = [self.plan(f) for f in group]
         otherwise = self._unfused([n for f in group for n in f.nodes])
         if plans[0] is None:
             return otherwise
@@ -367,9 +429,16 @@ class TrainingProgram(Program):
 
     differentiable = True
 
-    def __init__(self, traced: Trace, matched: Matcher, module: nn.Module, x: Tensor) -> None:
-        super().__init__(traced, matched)
-        self.reasons: dict[fx.Node, str] = {}
+    def __init__(
+        self,
+        traced: Trace,
+        matched: Matcher,
+        module: nn.Module,
+        x: Tensor,
+        rest: Rest | None = None,
+    ) -> None:
+        super().__init__(traced, matched, rest)
+        self.reasons = {}
         self._steps_of: dict[int, Step] = {}
         for found in matched.found:
             if found.description is None:

@@ -72,7 +72,8 @@ _ONE_TENSOR = Signature(pytree.tree_flatten(((0,), {}))[1], (), (0,))
 class Trace(NamedTuple):
     """graph: its placeholders are the call's tensors, its output is the list of the result's
     leaves. modules: of the nodes that call one. result: the structure of the result. places,
-    code: what the trace depends on."""
+    code: what the trace depends on. lead: the position of the tensor whose layout stock's values
+    have."""
 
     graph: fx.Graph
     modules: dict[fx.Node, nn.Module]
@@ -80,6 +81,7 @@ class Trace(NamedTuple):
     result: Any
     places: list[Place]
     code: Code
+    lead: int = 0
 
 
 def holds_work(module: nn.Module) -> bool:

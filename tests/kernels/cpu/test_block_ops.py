@@ -127,8 +127,8 @@ def test_inference_op_equals_separate_convolutions(name, owned, dtype):
     assert (plan.one_op is not None) == native_convs
     assert native_convs or "odd channels" in name
     results = []
-    for op in (plan.one_op, None):
-        plan.one_op = op
+    for alone in (plan._alone, None):
+        plan._alone = alone
         given = x.clone(memory_format=LAST)
         results.append(plan.run(given, owned))
         assert owned or torch.equal(given, x)
@@ -150,8 +150,8 @@ def test_errors_name_the_operands():
         [0, 1, 1, 0, 0],
         [1, 2, 1, 0, 0],
     ):
-        with pytest.raises(RuntimeError, match="block_inference: got 3 tensors and 6 geometry"):
-            ops.block_inference(x, weights, geometry, [], [], [1, 1], blocks, False)
+        with pytest.raises(RuntimeError, match="block_inference: got 3 tensors, 6 geometry"):
+            ops.block_inference(x, weights, geometry, [0.0], [1, 1], blocks, False)
     for norm_first in (False, True):
         block = (geometry, [1e-5], 1, 1, norm_first, False)
         for operands, kind, shared in ((weights[:2], 1, False), (weights, 2, False)) + (
