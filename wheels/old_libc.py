@@ -25,6 +25,12 @@ LIBRARIES = {
     "ld": "ld-linux-x86-64.so.2",
     "stdc++": "libstdc++.so.6",
 }
+# What glibc 2.28 has in libraries of its own, by name; libc.so.6 has it since 2.34.
+APART = {
+    "libdl.so.2": r"dl[a-z0-9]+",
+    "libpthread.so.0": r"(pthread|sem)_\w+",
+    "librt.so.1": r"(aio|lio|mq|shm|timer)_\w+",
+}
 COMPILER = os.environ.get("CXX", "g++")
 
 
@@ -93,14 +99,13 @@ def make(folder: Path) -> None:
     files = {}
     for name, soname in LIBRARIES.items():
         rows = symbols(located(soname))
-        if name == "c":
-            # In glibc 2.28 they are in a library of their own.
-            dl = [symbol for symbol in rows if re.fullmatch("dl[a-z0-9]+", symbol)]
-            files["dl"] = write_stand_in(folder, "libdl.so.2", {s: rows.pop(s) for s in dl})
+        for apart, pattern in APART.items() if name == "c" else ():
+            own = [symbol for symbol in rows if re.fullmatch(pattern, symbol)]
+            files[apart] = write_stand_in(folder, apart, {s: rows.pop(s) for s in own})
         files[name] = write_stand_in(folder, soname, rows)
     # What the compiler links by -lc and -lstdc++ are scripts of the linker.
     groups = {
-        "c": [files["c"], files["dl"], files["ld"]],
+        "c": [files["c"], *(files[apart] for apart in APART), files["ld"]],
         "m": [files["m"]],
         "stdc++": [files["stdc++"], located("libstdc++.a")],
     }

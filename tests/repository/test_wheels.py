@@ -91,6 +91,9 @@ def test_a_library_linked_to_the_stand_ins_needs_no_newer_glibc(old_libc, tmp_pa
 
     assert newer("plain.so"), "this machine is as old as the stand-ins: nothing is tested"
     assert not newer("old.so")
+    # dlsym lies where glibc 2.28 has it.
+    dynamic = subprocess.run(["readelf", "-d", "old.so"], cwd=tmp_path, capture_output=True)
+    assert b"[libdl.so.2]" in dynamic.stdout
     load = "import ctypes; assert ctypes.CDLL('./old.so').found(b'malloc')"
     subprocess.run([sys.executable, "-c", load], cwd=tmp_path, check=True)
     # What an older glibc lacks is an error of the linker, not of whoever loads it.
