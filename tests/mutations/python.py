@@ -498,7 +498,7 @@ PYTHON = [
      "if grad is None or grad.dim() != 4 or grad.stride() == t.stride():", "if True:",
      f"{SEEN} -k layouts"),
     ("the input's gradient in the kernels' layout", READY,
-     "return dy.contiguous(memory_format=ctx.memory_format), None", "return dy, None",
+     "return in_layout(dy, ctx.memory_format), None", "return dy, None",
      f"{SEEN} -k layouts"),
     ("batches of gradients by the kernels", "fused_resnet/ops/library.py",
      "return torch.is_grad_enabled() or batched", "return torch.is_grad_enabled()",

@@ -80,8 +80,9 @@ class FixedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: Fixed, x: Tensor, residual: Any, *tensors: Any) -> Tensor:
         def unit(i: int, h: Tensor, added: Tensor | None) -> Tensor:
+            weight, scale, shift = tensors[3 * i : 3 * i + 3]
             return spec.kernels.convolution_and_epilogue(
-                h, *tensors[3 * i : 3 * i + 3], spec.geometries[i], added, spec.activations[i]
+                h, weight, scale, shift, spec.geometries[i], added, spec.activations[i]
             )
 
         last = spec.main - 1

@@ -121,7 +121,7 @@ class PreparedFixed(NamedTuple):
         """The output, channels_last. residual: (N, K, P, Q) of the step's dtype."""
         folded = self.folded(torch.float32)
         units = zip(self.description.units, folded, strict=True)
-        tensors = [t for unit, fold in units for t in (unit.conv.weight, *fold)]
+        tensors: list[Any] = [t for unit, fold in units for t in (unit.conv.weight, *fold)]
         last, K = torch.channels_last, tensors[0].shape[0]
         x = converted(x.to(self.spec.dtype), last)
         residual = None if residual is None else converted(residual, last)

@@ -23,7 +23,7 @@ from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import is_batch_norm, track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
-from .prepare import Step, step_for
+from .prepare import PreparedFixed, Step, step_for
 from .spec import laid_out
 
 
@@ -86,7 +86,10 @@ def run_step(step: Step, x: Tensor, added: Tensor | None = None) -> Tensor | Non
     prepared = step.prepared(x, added)
     if prepared is None:
         return run_units(step, x, added)
-    return prepared.run(x) if added is None else prepared.run(x, added)
+    if added is None:
+        return prepared.run(x)
+    assert isinstance(prepared, PreparedFixed)
+    return prepared.run(x, added)
 
 
 def run_units(step: Step, x: Tensor, added: Tensor | None = None) -> Tensor | None:
@@ -149,6 +152,7 @@ def run_unit(
         y = bn(y)
     elif serves(False, x) and _conv_fits(conv, bn, x, residual, geometry):
         scale, shift = step.folded(accumulate_dtype(x.dtype))[i]
+        assert scale is not None and shift is not None  # of a norm
         with owned_by(step.packed):
             y = ops.conv_bn_relu(x, conv.weight, scale, shift, residual, relu, *geometry)
         return y if relu else activation(y)
