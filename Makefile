@@ -22,7 +22,7 @@ RESULTS := benchmarks/results
 
 # Every file that the build reads, in all folders of csrc/.
 SOURCES := $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc tests torch-ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := $(shell find csrc examples tests torch-ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 PY := $(VENV)/bin/python
 SHELL := bash
