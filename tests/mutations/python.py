@@ -7,6 +7,7 @@ STALE = "tests/fusion/test_stale.py"
 BLOCKS = "tests/fusion/test_blocks.py"
 FAULTS = "tests/models/test_faults.py"
 CONV = "tests/ops/test_conv_bn_relu.py"
+NORM = "tests/ops/test_conv_norm_relu.py"
 BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
 MAKE, PLAN = "fused_resnet/fusion/inference/make.py", "fused_resnet/fusion/inference/plan.py"
@@ -361,7 +362,7 @@ PYTHON = [
     ("a bound stored with an op's output", "fused_resnet/ops/conv_bn_relu.py", ".detach().to(weight.dtype)", ".to(weight.dtype)",
      "tests/kernels/cpu/test_onednn.py -k version_counter"),
     ("stale packed weights used", "fused_resnet/kernels/cache.py",
-     "and entry[3] == state", "", f"{CONV} -k stale"),
+     "and entry[1] == state", "", f"{CONV} -k stale"),
     ("an AMD GPU taken for NVIDIA's", "fused_resnet/kernels/target.py", 'vendor = "nvidia" if torch.version.hip is None else "amd"', 'vendor = "nvidia"',
      f"{PROVIDERS} -k amd"),
     ("a compute capability read from any vendor's name", "fused_resnet/kernels/target.py", 'if match and self.vendor == "nvidia" else', "if match else",
@@ -389,8 +390,26 @@ PYTHON = [
      "g = dy\n    rest", f"{CONV} -k gradients"),
     ("scale missing from dweight", "fused_resnet/ops/conv_bn_relu.py", "dweight = (raw * gain)", "dweight = (raw)",
      f"{CONV} -k gradients"),
-    ("dshift of the unmasked gradient", "fused_resnet/ops/conv_bn_relu.py", "dshift = g.sum", "dshift = dy.sum",
+    ("dshift of magnitudes", "fused_resnet/ops/conv_bn_relu.py", "dshift = g.sum", "dshift = g.abs().sum",
      f"{CONV} -k gradients"),
+    ("eps not among what is packed", "fused_resnet/kernels/cache.py", "fold, constants, [t is", "fold, [t is",
+     f"{NORM} -k other_arguments"),
+    ("absent operands taken for others", "fused_resnet/kernels/cache.py", ", [t is None for t in vectors]]", "]",
+     f"{NORM} -k other_arguments"),
+    ("packed weights of other vectors used", "fused_resnet/kernels/cache.py", "operands = [weight, *(t for t in vectors if t is not None)]", "operands = [weight]",
+     f"{NORM} -k packed_again"),
+    ("vectors with hooks kept alive", "fused_resnet/kernels/cache.py", "*[weakref.ref(t) for t in operands[1:]]", "*alive[1:]",
+     f"{NORM} -k freed"),
+    ("inference tensors among vectors cached", "fused_resnet/kernels/cache.py", "any([t.is_inference() for t in operands])", "weight.is_inference()",
+     f"{NORM} -k inference_tensors"),
+    ("the bias not folded", "fused_resnet/ops/conv_norm_relu.py", "else bias.to(dtype) - mean) * scale", "else mean.neg()) * scale",
+     f"{NORM} -k integers"),
+    ("a shift's gradient not in its scale's", "fused_resnet/ops/conv_norm_relu.py", "d = dscale + dshift * offset", "d = dscale",
+     f"{NORM} -k first_and_second"),
+    ("no mask in conv_norm_relu's backward", "fused_resnet/ops/conv_norm_relu.py",
+     "add_relu_backward(dy, y) if ctx.relu else dy", "add_relu_backward(dy, y) if False else dy", f"{NORM} -k first_and_second"),
+    ("conv_norm_relu: the norm's tensors cast", "fused_resnet/ops/conv_norm_relu.py", "(0, 1, 2, 8)", "(0, 1, 2, 6, 8)",
+     f"{NORM} -k autocast"),
     ("no residual gradient without a ReLU", "fused_resnet/ops/bn_add_relu.py",
      "(dresidual if masked else dy) if need_residual", "(dresidual) if need_residual",
      f"{BN} -k optional_arguments"),
