@@ -187,8 +187,8 @@ def _norm_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy
     if by_formula(dy):
         grads: list[Tensor | None] = differentiable_gradients(
-            lambda *tensors: conv_norm_relu_reference(
-                *tensors, ctx.eps, None, False, *ctx.geometry
+            lambda x, weight, bias, gain, offset, mean, var: conv_norm_relu_reference(
+                x, weight, bias, gain, offset, mean, var, ctx.eps, None, False, *ctx.geometry
             ),
             operands, needs, g,
         )  # fmt: skip
@@ -201,9 +201,9 @@ def _gradients(
     ctx: Any, g: Tensor, operands: Sequence[Any], needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """See `_norm_grad`."""
-    x, weight, bias, _, _, mean, var = operands
+    x, weight, bias, norm_weight, norm_bias, mean, var = operands
     acc = accumulate_dtype(x.dtype)
-    scale, shift = fold_norm(*operands[2:], ctx.eps, acc)
+    scale, shift = fold_norm(bias, norm_weight, norm_bias, mean, var, ctx.eps, acc)
     of_conv = (*needs[:2], needs[3] or needs[6], any(needs[2:]))
     dx, dweight, dscale, dshift = conv_gradients(
         g, x, weight, scale, shift, of_conv, ctx.geometry, ctx.triton
