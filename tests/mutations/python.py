@@ -7,7 +7,7 @@ STALE = "tests/fusion/test_stale.py"
 BLOCKS = "tests/fusion/test_blocks.py"
 FAULTS = "tests/models/test_faults.py"
 CONV = "tests/ops/test_conv_bn_relu.py"
-NORM = "tests/ops/test_conv_norm_relu.py"
+NORM, NORM_PY = "tests/ops/test_conv_norm_relu.py", "fused_resnet/ops/conv_norm_relu.py"
 BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
 MAKE, PLAN = "fused_resnet/fusion/inference/make.py", "fused_resnet/fusion/inference/plan.py"
@@ -276,12 +276,12 @@ PYTHON = [
      f"{STALE} -k fsdp"),
     ("a frozen norm's fold not renewed", READY, "if folded is None or not folded[0].holds():",
      "if folded is None:", f"{STALE} -k frozen"),
-    ("eps missing from the fold", "fused_resnet/fusion/fold.py",
-     '+ getattr(bn, "eps", DEFAULT_EPS)', "", f"{BLOCKS} -k eps"),
-    ("mean missing from the fold", "fused_resnet/fusion/fold.py", "mean = bn.running_mean.to(dtype)",
-     "mean = bn.running_mean.to(dtype) * 0", f"{BLOCKS} -k every_convolution"),
-    ("convolution's bias missing from the fold", "fused_resnet/fusion/fold.py", "conv.bias.to(dtype) - mean",
-     "-mean", f"{BLOCKS} -k bias"),
+    ("eps missing from the fold", NORM_PY, "running_var.to(dtype) + eps)", "running_var.to(dtype))",
+     f"{BLOCKS} -k eps"),
+    ("mean missing from the fold", NORM_PY, "mean = running_mean.to(dtype)",
+     "mean = running_mean.to(dtype) * 0", f"{BLOCKS} -k every_convolution"),
+    ("convolution's bias missing from the fold", NORM_PY, "else bias.to(dtype) - mean)", "else -mean)",
+     f"{BLOCKS} -k bias"),
     ("residual dropped", PLAN, "run(x, residual, last[1], overwrite=owned)",
      "run(x, None, last[1])", f"{BLOCK_OPS} -k separate_convolutions"),
     ("downsample skipped", PLAN, "            residual, owned = self._projection.run(source, None, self._activations[-1]), True\n",
@@ -395,20 +395,18 @@ PYTHON = [
     ("eps not among what is packed", "fused_resnet/kernels/cache.py", "fold, constants, [t is", "fold, [t is",
      f"{NORM} -k other_arguments"),
     ("absent operands taken for others", "fused_resnet/kernels/cache.py", ", [t is None for t in vectors]]", "]",
-     f"{NORM} -k other_arguments"),
+     f"{NORM} -k another_place"),
     ("packed weights of other vectors used", "fused_resnet/kernels/cache.py", "operands = [weight, *(t for t in vectors if t is not None)]", "operands = [weight]",
      f"{NORM} -k packed_again"),
     ("vectors with hooks kept alive", "fused_resnet/kernels/cache.py", "*[weakref.ref(t) for t in operands[1:]]", "*alive[1:]",
      f"{NORM} -k freed"),
     ("inference tensors among vectors cached", "fused_resnet/kernels/cache.py", "any([t.is_inference() for t in operands])", "weight.is_inference()",
      f"{NORM} -k inference_tensors"),
-    ("the bias not folded", "fused_resnet/ops/conv_norm_relu.py", "else bias.to(dtype) - mean) * scale", "else mean.neg()) * scale",
-     f"{NORM} -k integers"),
-    ("a shift's gradient not in its scale's", "fused_resnet/ops/conv_norm_relu.py", "d = dscale + dshift * offset", "d = dscale",
+    ("a shift's gradient not in its scale's", NORM_PY, "d = dscale + dshift * offset", "d = dscale",
      f"{NORM} -k first_and_second"),
-    ("no mask in conv_norm_relu's backward", "fused_resnet/ops/conv_norm_relu.py",
+    ("no mask in conv_norm_relu's backward", NORM_PY,
      "add_relu_backward(dy, y) if ctx.relu else dy", "add_relu_backward(dy, y) if False else dy", f"{NORM} -k first_and_second"),
-    ("conv_norm_relu: the norm's tensors cast", "fused_resnet/ops/conv_norm_relu.py", "(0, 1, 2, 8)", "(0, 1, 2, 6, 8)",
+    ("conv_norm_relu: the norm's tensors cast", NORM_PY, "(0, 1, 2, 8)", "(0, 1, 2, 6, 8)",
      f"{NORM} -k autocast"),
     ("no residual gradient without a ReLU", "fused_resnet/ops/bn_add_relu.py",
      "(dresidual if masked else dy) if need_residual", "(dresidual) if need_residual",
