@@ -19,7 +19,7 @@ from .models import cifar, preact, resnet, torchvision_bases  # noqa: F401
 from .models.cifar import CifarResNet, PreactResNet, cifar_resnet
 from .models.registries import register_with_timm, register_with_torchvision
 from .models.resnet import *  # noqa: F403 - its __all__
-from .ops import add_relu, bn_add_relu, conv_bn_relu
+from .ops import add_relu, bn_add_relu, conv_bn_relu, conv_norm_relu
 from .parity.checkpoint import load_checkpoint
 from .version import __version__ as __version__
 
@@ -40,6 +40,7 @@ __all__ = [
     "bn_add_relu",
     "cifar_resnet",
     "conv_bn_relu",
+    "conv_norm_relu",
     "convert_sync_batchnorm",
     "depth",
     "explain",

@@ -51,7 +51,7 @@ def test_commands_exist():
 def test_public_names_are_documented():
     for name in fr.__all__:
         assert getattr(fr, name).__doc__, name
-    for name in ("add_relu", "bn_add_relu", "conv_bn_relu"):
+    for name in ("add_relu", "bn_add_relu", "conv_bn_relu", "conv_norm_relu"):
         assert name in TEXT and "Source:" in getattr(fr, name).__doc__
 
 

@@ -1,4 +1,4 @@
-"""Folds a convolution's bias and the following norm into one scale and shift per channel."""
+"""One scale and shift per channel from two modules: a convolution and the norm behind it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ import torch
 from torch import Tensor
 
 from fused_resnet.layers.norms import DEFAULT_EPS
+from fused_resnet.ops.conv_norm_relu import fold_norm
 
 
 def scale_and_shift(conv: Any, bn: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """scale, shift: (K,) of `dtype`, such that bn(conv(x)) = conv(x, weight) * scale + shift.
 
-    scale = weight / sqrt(running_var + eps),   shift = bias + (conv.bias - running_mean) * scale
+    by the formula of `fold_norm`.
     """
-    scale = torch.rsqrt(bn.running_var.to(dtype) + getattr(bn, "eps", DEFAULT_EPS))
-    if bn.weight is not None:
-        scale = scale * bn.weight.to(dtype)
-    mean = bn.running_mean.to(dtype)
-    shift = (mean.neg() if conv.bias is None else conv.bias.to(dtype) - mean) * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias.to(dtype)
-    return scale, shift
+    eps = getattr(bn, "eps", DEFAULT_EPS)
+    return fold_norm(conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var, eps, dtype)

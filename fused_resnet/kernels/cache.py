@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -100,9 +101,10 @@ def _increment_versions(optimizer: Any, *_: Any) -> None:
 register_optimizer_step_post_hook(_increment_versions)
 
 
-# id(weight) -> a reference to it, scale, shift, the state of all three, and the convolution.
-Entries = dict[int, tuple[Callable[[], Any], Tensor, Tensor, Any, FusedConv | None]]
-_cached: Entries = {}  # with weak references
+# id(weight) -> references to it and to the other operands, the state of all, and the convolution.
+Entries = dict[int, tuple[tuple[Callable[[], Any], ...], Any, FusedConv | None]]
+# With weak references, also to the other operands: a parameter's hooks may lead to the weight.
+_cached: Entries = {}
 _owner: ContextVar[Entries | None] = ContextVar("fused_resnet_owner", default=None)
 
 
@@ -118,10 +120,16 @@ def owned_by(entries: Entries) -> Iterator[None]:
 
 
 def cached_convolution(
-    kind: Kind, problem: Problem, weight: Tensor, scale: Tensor, shift: Tensor
+    kind: Kind,
+    problem: Problem,
+    weight: Tensor,
+    vectors: Sequence[Tensor | None],
+    fold: Callable[..., tuple[Tensor, Tensor]],
+    *constants: Any,
 ) -> FusedConv:
-    """The convolution of these operands by `kind`, cached while the weight lives and all operands
-    are unchanged.
+    """The convolution of these operands by `kind`, whose scale and shift are fold(*vectors,
+    *constants); cached while the weight lives and all operands are unchanged. `fold` computes from
+    its arguments alone, and is called to pack only.
 
     Compared are identity, version counter, address and values (see fingerprint.py): an optimizer
     step, load_state_dict (also with assign=True), .to(), .half() and every in-place edit changes at
@@ -130,33 +138,36 @@ def cached_convolution(
     operands: in training the weights change at every step, and an unused copy would only cost
     memory.
     """
-    operands = (weight, scale, shift)
-    if any(t.is_inference() for t in operands):
-        return kind(problem, *operands)
-    state: list[Any] = [kind, problem, weight.stride(), weight.dtype]
+    operands = [weight, *(t for t in vectors if t is not None)]
+    if any([t.is_inference() for t in operands]):
+        return kind(problem, weight, *fold(*vectors, *constants))
+    state: list[Any] = [kind, problem, fold, constants, [t is None for t in vectors]]
     for t in operands:
-        state += (t._version, t.data_ptr())
+        state += (t._version, t.data_ptr(), t.stride(), t.dtype)
     state.append(fingerprint(table_of(ranges_of(operands))))
     owned = _owner.get()
     key, entries = id(weight), _cached if owned is None else owned
     entry = entries.get(key)
     unchanged = (
         entry is not None
-        and entry[0]() is weight
-        and entry[1] is scale
-        and entry[2] is shift
-        and entry[3] == state
+        and entry[1] == state
+        and all([ref() is t for ref, t in zip(entry[0], operands, strict=True)])
         and not fsdp_in_use()
     )
-    if unchanged and entry is not None and entry[4] is not None:
-        return entry[4]
-    conv = kind(problem, *operands)
+    if unchanged and entry is not None and entry[2] is not None:
+        return entry[2]
+    conv = kind(problem, weight, *fold(*vectors, *constants))
     conv.is_cached = unchanged and cacheable(weight)
-    alive: Callable[[], Any] = lambda: weight  # noqa: E731
+    alive: tuple[Callable[[], Any], ...] = tuple([functools.partial(_same, t) for t in operands])
     if owned is None:
-        alive = weakref.ref(weight, lambda _: _cached.pop(key, None))
-    entries[key] = (alive, scale, shift, state, conv if conv.is_cached else None)
+        weak = weakref.ref(weight, lambda _: _cached.pop(key, None))
+        alive = (weak, *[weakref.ref(t) for t in operands[1:]])
+    entries[key] = (alive, state, conv if conv.is_cached else None)
     return conv
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
 
 
 def forget(tensors: Iterable[Tensor]) -> None:

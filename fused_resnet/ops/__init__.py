@@ -14,9 +14,10 @@ from . import reference
 from .add_relu import add_relu
 from .bn_add_relu import bn_add_relu
 from .conv_bn_relu import conv_bn_relu
+from .conv_norm_relu import conv_norm_relu
 from .portable import Portable
 
-__all__ = ["add_relu", "bn_add_relu", "conv_bn_relu"]
+__all__ = ["add_relu", "bn_add_relu", "conv_bn_relu", "conv_norm_relu"]
 
 
 class Reference(Provider):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,20 +95,25 @@ def conv_bn_relu(
     pairs = (("stride", stride), ("padding", padding), ("dilation", dilation))
     geometry: Any = (*(pair("conv_bn_relu", name, v) for name, v in pairs), groups)
     if in_transform():
-        conv_shape(x, weight, scale, shift, residual, *geometry)
+        _shape(x, weight, scale, shift, residual, *geometry)
         return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
-    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
-        _count_flops()
+    count_flops("conv_bn_relu")
     return torch.ops.fused_resnet.conv_bn_relu(x, weight, scale, shift, residual, relu, *geometry)
 
 
-@functools.cache
-def _count_flops() -> None:
+def count_flops(name: str) -> None:
     """Tells torch.utils.flop_counter the op's FLOPs, once that was imported (importing it imports
-    Triton). A counter that is active already has a registry of its own."""
+    Triton)."""
+    if not torch.compiler.is_compiling() and "torch.utils.flop_counter" in sys.modules:
+        _count_flops(name)
+
+
+@functools.cache
+def _count_flops(name: str) -> None:
+    """A counter that is active already has a registry of its own."""
     from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
-    op = torch.ops.fused_resnet.conv_bn_relu
+    op = getattr(torch.ops.fused_resnet, name)
 
     @register_flop_formula(op)
     def flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
@@ -121,11 +126,11 @@ def _count_flops() -> None:
 
 
 def conv_shape(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None,
+    op: str, x: Tensor, weight: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
 ) -> list[int]:  # fmt: skip
-    """The output shape (N, K, P, Q); raises RuntimeError if the arguments are inconsistent."""
-    op = "conv_bn_relu"
+    """The output shape (N, K, P, Q); raises RuntimeError if the arguments are inconsistent.
+    vectors: the operands (K,) by their names."""
     check_x(op, x)
     require(
         weight.dim() == 4,
@@ -145,8 +150,8 @@ def conv_shape(
         f"weight of shape {tuple(weight.shape)} with groups={groups} takes "
         f"{C_per_group * groups} input channels, but x has {C} (shape {tuple(x.shape)})",
     )
-    check_channel(op, "scale", scale, x, K)
-    check_channel(op, "shift", shift, x, K)
+    for name, vector in vectors.items():
+        check_channel(op, name, vector, x, K)
     for name, values, least in (
         ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
     ):  # fmt: skip
@@ -168,11 +173,45 @@ def conv_shape(
     return shape
 
 
-def _conv_fused(
+def _shape(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Any, *geometry: Any
+) -> list[int]:
+    vectors: dict[str, Tensor | None] = {"scale": scale, "shift": shift}
+    return conv_shape("conv_bn_relu", x, weight, vectors, residual, *geometry)
+
+
+class Vectors(NamedTuple):
+    """scale, shift = fold(*tensors, *constants): how an op's operands (K,) give them."""
+
+    tensors: tuple[Tensor | None, ...]
+    fold: Callable[..., tuple[Tensor, Tensor]]
+    constants: tuple[Any, ...] = ()
+
+
+def convolved(
+    reference: Callable[[], Tensor],
+    shape: list[int],
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    vectors: Vectors,
+    residual: Any,
+    relu: bool,
+    *geometry: Any,
+) -> Tensor:
+    """The output of an op, of x's layout: from a packed convolution, or from `reference` where the
+    backend in use computes none."""
+    if registry.choose("conv_bn_relu", x.device.type) == "reference":
+        y = reference()
+    else:
+        y = _conv_fused(reference, x, weight, vectors, residual, relu, *geometry)
+    return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
+
+
+def _conv_fused(
+    reference: Callable[[], Tensor],
+    x: Tensor,
+    weight: Tensor,
+    vectors: Vectors,
     residual: Any,
     relu: bool,
     *geometry: Any,
@@ -184,8 +223,10 @@ def _conv_fused(
     if dtype is not None and x.numel() > 0:
         kind = registry.convolution(problem._replace(activation=activation), x.device.type)
     if kind is None or dtype is None:
-        return conv_bn_relu_reference(x, weight, scale, shift, residual, relu, *geometry)
-    conv = cache.cached_convolution(kind, problem, weight, scale, shift)
+        return reference()
+    conv = cache.cached_convolution(
+        kind, problem, weight, vectors.tensors, vectors.fold, *vectors.constants
+    )
     last = torch.channels_last
     if not conv.takes_any:
         x = x.to(dtype).contiguous(memory_format=last)
@@ -203,11 +244,16 @@ def _conv_bn_relu(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    shape = conv_shape(x, weight, scale, shift, residual, *geometry)
-    backend = registry.choose("conv_bn_relu", x.device.type)
-    run = conv_bn_relu_reference if backend == "reference" else _conv_fused
-    y = run(x, weight, scale, shift, residual, relu, *geometry)
-    return layout.like(y, layout.empty(shape, x.to("meta"), layout.memory_format(x)))
+    shape = _shape(x, weight, scale, shift, residual, *geometry)
+    rest = (residual, relu, *geometry)
+    return convolved(
+        lambda: conv_bn_relu_reference(x, weight, scale, shift, *rest),
+        shape, x, weight, Vectors((scale, shift), _as_given), *rest,
+    )  # fmt: skip
+
+
+def _as_given(scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    return scale, shift
 
 
 def _conv_fake(
@@ -219,47 +265,68 @@ def _conv_fake(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    shape = conv_shape(x, weight, scale, shift, residual, *geometry)
+    shape = _shape(x, weight, scale, shift, residual, *geometry)
     return layout.empty(shape, x, layout.memory_format(x))
 
 
 def _conv_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, shift, _residual, ctx.relu, *ctx.geometry = inputs
-    # Determined here: the backward may run on another thread, where no backend is forced.
-    ctx.triton = registry.forced() == "triton" and x.dtype != torch.float64
+    ctx.triton = by_triton(x)
     ctx.save_for_backward(x, weight, scale, shift, output if ctx.relu else None)
 
 
-def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """With g = dy * (y > 0) and dW' the weight gradient of the convolution by g:
+def by_triton(x: Tensor) -> bool:
+    """Whether backward computes the convolution's gradients by Triton's kernels; determined in
+    forward, as backward may run on another thread, where no backend is forced."""
+    return registry.forced() == "triton" and x.dtype != torch.float64
 
-    dx = conv_transpose(g, weight * scale),   dweight = dW' * scale[k],   dresidual = g
-    dscale[k] = <dW'[k], weight[k]>,   dshift[k] = sum g[:, k]
-    so the output of the convolution itself need not be saved.
-    """
+
+def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """dresidual = g = dy * (y > 0); the others are those of `conv_gradients` for g."""
     x, weight, scale, shift, y = ctx.saved_tensors
-    need_x, need_weight, need_scale, need_shift, need_residual = ctx.needs_input_grad[:5]
+    *needs, need_residual = ctx.needs_input_grad[:5]
     g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy
     rest = (None,) * 5
     if by_formula(dy):
-        needs = (need_x, need_weight, need_scale, need_shift)
-        grads = differentiable_gradients(
+        grads: Sequence[Tensor | None] = differentiable_gradients(
             lambda x, weight, scale, shift: conv_bn_relu_reference(
                 x, weight, scale, shift, None, False, *ctx.geometry
             ),
             (x, weight, scale, shift), needs, g,
         )  # fmt: skip
-        return (*grads, g if need_residual else None, *rest)
+    else:
+        grads = conv_gradients(g, x, weight, scale, shift, needs, ctx.geometry, ctx.triton)
+    return (*grads, g if need_residual else None, *rest)
+
+
+def conv_gradients(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    needs: Sequence[bool],
+    geometry: Any,
+    triton: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, scale and shift, where needed, for g (N, K, P, Q), that of
+    conv(x, weight) * scale[k] + shift[k]. With dW' the weight gradient of the convolution by g:
+
+    dx = conv_transpose(g, weight * scale),   dweight = dW' * scale[k]
+    dscale[k] = <dW'[k], weight[k]>,   dshift[k] = sum g[:, k]
+    so the output of the convolution itself need not be saved.
+    """
+    need_x, need_weight, need_scale, need_shift = needs
     dx = dweight = dscale = dshift = None
     acc = accumulate_dtype(x.dtype)
     gain = scale.to(acc).view(-1, 1, 1, 1)
 
     def convolution_backward(w: Tensor, mask: list[bool]) -> tuple[Any, ...]:
-        if ctx.triton:
+        if triton:
             ops = torch.ops.fused_resnet
-            return ops.convolution_backward_triton(g, x, w, *ctx.geometry, mask)
-        found = _cpu_gradients(g, x, w, ctx.geometry, mask)
-        return convolution_gradients(g, x, w, ctx.geometry, mask) if found is None else found
+            return ops.convolution_backward_triton(g, x, w, *geometry, mask)
+        found = _cpu_gradients(g, x, w, geometry, mask)
+        return convolution_gradients(g, x, w, geometry, mask) if found is None else found
 
     if need_x:
         scaled = (weight.to(acc) * gain).to(weight.dtype)
@@ -270,7 +337,7 @@ def _conv_grad(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dscale = (raw * weight.to(acc)).sum((1, 2, 3)).to(scale.dtype) if need_scale else None
     if need_shift:
         dshift = g.sum((0, 2, 3), dtype=acc).to(shift.dtype)
-    return dx, dweight, dscale, dshift, g if need_residual else None, *rest
+    return dx, dweight, dscale, dshift
 
 
 def _cpu_gradients(
@@ -326,25 +393,27 @@ def _conv_backward_fake(
     return dx, layout.empty(weight.shape, weight, layout.memory_format(like), torch.float32)
 
 
-def _conv_autocast(device_type: str) -> Callable[..., Tensor]:
-    """Autocast of convolutions: casts float32 operands to its dtype, but not scale and shift."""
-    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
+def register_autocast(name: str, positions: Sequence[int]) -> None:
+    """Autocast of convolutions: casts the op's floating operands at these positions to its dtype,
+    but none in float64."""
 
-    def run(
-        x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, residual: Any, *rest: Any
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
+    def on(device_type: str) -> Callable[..., Tensor]:
+        device = device_type.upper()
+        key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
 
-        def cast(t: Any) -> Any:
-            narrow = t is not None and t.is_floating_point() and t.dtype != torch.float64
-            return t.to(dtype) if narrow else t
+        def run(*arguments: Any) -> Tensor:
+            dtype, cast = torch.get_autocast_dtype(device_type), list(arguments)
+            for i in positions:
+                t = cast[i]
+                if t is not None and t.is_floating_point() and t.dtype != torch.float64:
+                    cast[i] = t.to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(key):
+                return getattr(torch.ops.fused_resnet, name)(*cast)
 
-        with torch._C._ExcludeDispatchKeyGuard(key):
-            return torch.ops.fused_resnet.conv_bn_relu(
-                cast(x), cast(weight), scale, shift, cast(residual), *rest
-            )
+        return run
 
-    return run
+    for device_type in ("cpu", "cuda"):
+        LIBRARY.impl(name, on(device_type), f"Autocast{device_type.upper()}")
 
 
 register(
@@ -359,5 +428,4 @@ register(
     "SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] mask) -> (Tensor, Tensor)",
     _conv_backward_triton, _conv_backward_fake,
 )  # fmt: skip
-for _device in ("cpu", "cuda"):
-    LIBRARY.impl("conv_bn_relu", _conv_autocast(_device), f"Autocast{_device.upper()}")
+register_autocast("conv_bn_relu", (0, 1, 4))  # x, weight and residual, but not scale and shift

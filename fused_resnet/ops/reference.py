@@ -10,6 +10,7 @@ from .add_relu import add_relu_reference as add_relu
 from .bn_add_relu import bn_add_relu_backward_reference as bn_add_relu_backward
 from .bn_add_relu import bn_add_relu_reference as bn_add_relu
 from .conv_bn_relu import conv_bn_relu_reference as conv_bn_relu
+from .conv_norm_relu import conv_norm_relu_reference as conv_norm_relu
 
 __all__ = [
     "add_relu",
@@ -17,4 +18,5 @@ __all__ = [
     "bn_add_relu",
     "bn_add_relu_backward",
     "conv_bn_relu",
+    "conv_norm_relu",
 ]

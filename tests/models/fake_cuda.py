@@ -230,6 +230,7 @@ RUN = {
     "bn_add_relu": ("bn_add_relu", "_bn_add_relu"),
     "bn_add_relu_backward": ("bn_add_relu", "_bn_backward"),
     "conv_bn_relu": ("conv_bn_relu", "_conv_bn_relu"),
+    "conv_norm_relu": ("conv_norm_relu", "_conv_norm_relu"),
     "convolution_backward_triton": ("conv_bn_relu", "_conv_backward_triton"),
 }
 
