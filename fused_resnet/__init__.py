@@ -2,7 +2,7 @@
 
 import sys
 
-from . import requirements as requirements  # before torch is imported: says which is needed
+from .version import __version__ as __version__  # before torch is imported: says which is needed
 
 # isort: split
 from . import depth
@@ -21,7 +21,6 @@ from .models.registries import register_with_timm, register_with_torchvision
 from .models.resnet import *  # noqa: F403 - its __all__
 from .ops import add_relu, bn_add_relu, conv_bn_relu, conv_norm_relu
 from .parity.checkpoint import load_checkpoint
-from .version import __version__ as __version__
 
 # Pickles of whole models and explanations name the modules that held their classes in version 0.1.
 for _module in (cifar, preact, resnet, shortcut, sync_batch_norm):

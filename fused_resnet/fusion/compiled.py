@@ -47,7 +47,6 @@ def run(module: Any, x: Tensor) -> Tensor | None:
     return result
 
 
-@torch.compiler.assume_constant_result
 def _serves(number: int, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the module is fused for such an x. Asked while a compiler traces, and true then of
     the compiled code: the op asks anew."""
@@ -68,6 +67,10 @@ def _serves(number: int, device: torch.device, dtype: torch.dtype) -> bool:
         if isinstance(kernels_for(description, dtype, device), str):
             return False
     return True
+
+
+# What torch.compiler.assume_constant_result sets; that also imports Dynamo, which takes a second.
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _depth(module: Any) -> int:

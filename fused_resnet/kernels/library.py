@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from fused_resnet.requirements import too_old
-from fused_resnet.version import __version__
+from fused_resnet.version import __version__, too_old
 
 FILE = Path(__file__).parents[1] / "libfused_resnet.so"
 OPS = "fused_resnet_native"

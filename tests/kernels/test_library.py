@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from fused_resnet import requirements
+from fused_resnet import version as versions
 from fused_resnet.kernels import library, native
 from fused_resnet.version import __version__
 
@@ -94,7 +94,7 @@ def test_the_import_takes_little_starts_no_thread_and_leaves_cuda_alone(tmp_path
      ("2.15.0", True), ("3.0.0", True), ("unknown", True)],
 )  # fmt: skip
 def test_versions_of_torch(version, fits):
-    reason = requirements.too_old(version)
+    reason = versions.too_old(version)
     assert (reason is None) == fits
     assert fits or (version in reason and "2.11" in reason)
 
@@ -111,11 +111,14 @@ def test_a_file_that_is_no_library_is_named(monkeypatch, tmp_path):
 @needs_library
 def test_a_library_of_another_version_is_refused():
     code = """
-import sys, types
-sys.modules["fused_resnet.version"] = types.ModuleType("fused_resnet.version")
-sys.modules["fused_resnet.version"].__version__ = "9.8.7"
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("fused_resnet.version", FILE)
+sys.modules[spec.name] = module_from_spec(spec)
+spec.loader.exec_module(sys.modules[spec.name])
+sys.modules[spec.name].__version__ = "9.8.7"
 """
-    line = reason_of(code)
+    line = reason_of(f"FILE = {versions.__file__!r}\n{code}")
     assert f"are those of fused_resnet {__version__}, this is fused_resnet 9.8.7" in line
 
 
