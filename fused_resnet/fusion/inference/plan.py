@@ -6,6 +6,7 @@ holds."""
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -16,7 +17,6 @@ from torch.nn.functional import batch_norm
 
 from fused_resnet.fusion import pooling
 from fused_resnet.fusion.description import Description, Unit
-from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import native, registry
 from fused_resnet.kernels.cache import to_keep
@@ -24,7 +24,9 @@ from fused_resnet.kernels.convolution import FusedConv, Kind
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from fused_resnet.kernels.cuda.convolution import GpuConv
 from fused_resnet.kernels.problem import Problem
+from fused_resnet.layers.norms import DEFAULT_EPS
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
+from fused_resnet.ops.conv_norm_relu import fold_norm
 
 
 def _pack(unit: Unit, problem: Problem, kind: Kind) -> FusedConv:
@@ -35,7 +37,10 @@ def _pack(unit: Unit, problem: Problem, kind: Kind) -> FusedConv:
         scale = torch.ones(K, dtype=torch.float64, device=device)
         shift = scale.new_zeros(K) if conv.bias is None else conv.bias.double()
     else:
-        scale, shift = scale_and_shift(conv, norm, torch.float64)
+        eps = getattr(norm, "eps", DEFAULT_EPS)
+        statistics = norm.running_mean, norm.running_var
+        vectors = conv.bias, norm.weight, norm.bias
+        scale, shift = fold_norm(*vectors, *statistics, eps, torch.float64)
     return kind(problem, conv.weight, scale, shift)
 
 
@@ -68,7 +73,6 @@ class Plan:
         self._window = pooling.window(description.pool) if self.pools else []
         self._norm = self._norm_operands() if first and native.load() is None else None
         self.one_op = self._block_operands()
-        self._alone = None if self.one_op is None else Blocks([self])
         self._shapes: list[Sequence[int]] = []
 
     def _norm_operands(self) -> tuple[Any, ...] | None:
@@ -127,7 +131,7 @@ class Plan:
             plan._projection = plan.all_convs[-1]
         if self.one_op is not None:
             plan.one_op = (list(tensors), *self.one_op[1:])
-            plan._alone = Blocks([plan])
+            plan.__dict__.pop("_alone", None)
         return plan
 
     def shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
@@ -161,7 +165,7 @@ class Plan:
         """x: (N, C, H, W), which may be overwritten if `owned` -> (N, K, P, Q), channels_last of
         `dtype`. added: what a chain without a shortcut adds before its last activation, as the
         output."""
-        if self._alone is not None:
+        if self.one_op is not None:
             return self._alone.run(x, owned)
         d = self._description
         if self.pools:
@@ -182,6 +186,10 @@ class Plan:
         elif d.shortcut == "none":
             residual, owned = added, False
         return last[0].run(x, residual, last[1], overwrite=owned)
+
+    @functools.cached_property
+    def _alone(self) -> Blocks:
+        return Blocks([self])
 
     def _run_pooled(self, x: Tensor) -> Tensor:
         """A stem with its pooling, as one kernel if there is one."""

@@ -24,7 +24,6 @@ from fused_resnet.fusion.description import (
     describe,
 )
 from fused_resnet.fusion.dtype_rules import norm_fits, output_dtype, serves, weights_fit
-from fused_resnet.fusion.fold import scale_and_shift
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.activation import Activation
@@ -33,8 +32,15 @@ from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
 from fused_resnet.kernels.training.native import Native, in_layout
 from fused_resnet.layers.hooks import FSDP
-from fused_resnet.layers.norms import is_frozen_bn, recomputing, track, uses_batch_statistics
+from fused_resnet.layers.norms import (
+    DEFAULT_EPS,
+    is_frozen_bn,
+    recomputing,
+    track,
+    uses_batch_statistics,
+)
 from fused_resnet.layers.sync_batch_norm import group_of
+from fused_resnet.ops.conv_norm_relu import fold_norm
 
 from . import one_op
 from .activation_memory import in_segment
@@ -224,7 +230,11 @@ def _fold(unit: Unit, dtype: torch.dtype) -> Fold:
     conv, norm, _ = unit
     if norm is None:
         return None, None if conv.bias is None else conv.bias.to(dtype).contiguous()
-    return scale_and_shift(conv, norm, dtype) if _is_frozen(norm) else (None, None)
+    if not _is_frozen(norm):
+        return None, None
+    eps = getattr(norm, "eps", DEFAULT_EPS)
+    statistics = norm.running_mean, norm.running_var
+    return fold_norm(conv.bias, norm.weight, norm.bias, *statistics, eps, dtype)
 
 
 def step_for(module: nn.Module, names: Names, x: Tensor) -> Step | str:

@@ -33,7 +33,7 @@ def in_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
         and not functorch.is_legacy_batchedtensor(t)
         and native.load() is None
     )
-    tiles = t.dim() == 4 and min(t.shape[1], t.shape[2] * t.shape[3]) >= 16
+    tiles = t.dim() == 4 and t.numel() > 0 and min(t.shape[1], t.shape[2] * t.shape[3]) >= 16
     if not plain or not tiles or not t.is_contiguous(memory_format=other):
         return t.contiguous(memory_format=memory_format)
     return torch.ops.fused_resnet_native.relayout(t, last)

@@ -127,8 +127,8 @@ def test_inference_op_equals_separate_convolutions(name, owned, dtype):
     assert (plan.one_op is not None) == native_convs
     assert native_convs or "odd channels" in name
     results = []
-    for alone in (plan._alone, None):
-        plan._alone = alone
+    for op in (plan.one_op, None):
+        plan.one_op = op
         given = x.clone(memory_format=LAST)
         results.append(plan.run(given, owned))
         assert owned or torch.equal(given, x)
