@@ -26,7 +26,7 @@ COMPILERS = [
      "if not isinstance(value, Tensor):", f"{BACKEND} -k 'unusual and writes'"),
     ("backend: switches in the graph", BACKEND_PY,
      'if higher or node.op == "call_module" or node.target in _SWITCHES:', "if higher:",
-     f"{BACKEND} -k autocast_inside"),
+     f"{BACKEND} -k enabled_inside"),
     ("backend: gradients not asked for", BACKEND_PY,
      "if grad or any(map(uses_batch_statistics, norms)):",
      "if any(map(uses_batch_statistics, norms)):", f"{BACKEND} -k of_weights_alone"),

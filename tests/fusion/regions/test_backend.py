@@ -256,14 +256,22 @@ def test_unusual_forwards(name: str, training: bool) -> None:
                 torch.testing.assert_close(a, b, rtol=rounding, atol=rounding / 10)
 
 
-def test_autocast_inside() -> None:
-    """Such a graph is not fused: it runs as it is here."""
-    model = calibrated(Switches())
-    mine = compiled(model)
+class EnablesGradients(Switches):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return self.block(x)
+
+
+def test_gradients_enabled_inside() -> None:
+    """Such a graph is not fused."""
+    model = calibrated(EnablesGradients())
+    x, mine = torch.randn(X), compiled(model)
     with torch.no_grad():
-        for _ in range(2):
-            x = torch.randn(X)
-            assert torch.equal(mine(x), model(x))
+        y, want = mine(x), model(x)
+    assert want.requires_grad and y.requires_grad
+    for result in (y, want):
+        result.sum().backward()
+    assert torch.equal(y, want)
 
 
 @pytest.mark.parametrize("name", ["residual", "folded"])
