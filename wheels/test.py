@@ -76,7 +76,8 @@ def test(environment: Environment, wheel: str, folder: str) -> None:
         borrow(environment.borrowed, folder)
     else:
         subprocess.run([*pip, *environment.packages, "numpy", "rich", "typer"], check=True)
-    subprocess.run([*pip, "--no-deps", wheel], check=True)
+    # Another version may lie in the borrowed packages.
+    subprocess.run([*pip, "--no-deps", "--ignore-installed", wheel], check=True)
     kernels = "no" if environment.pure else "yes"
     subprocess.run(
         [f"{folder}/bin/python", str(ROOT / "wheels/check.py"), "--kernels", kernels],
