@@ -9,7 +9,8 @@ Contenders take turns, in this process, on images of 224 x 224, after a pause ea
     backend    torch.compile(torchvision.models.resnet50(), backend="fused_resnet")
     inductor   torch.compile(torchvision.models.resnet50()) with freezing, channels_last
     package    fr.export(...) by AOTInductor, called from Python
-    c++        the same package by examples/cpp, a process that runs meanwhile all others pause
+    c++        the same package by examples/cpp, after the others, in turns with the package alone:
+               what runs after another process is slower for some calls
 
 The first call's time of `backend` includes Dynamo's tracing and the packing of the weights.
 """
@@ -37,7 +38,6 @@ from fused_resnet.bench.harness import pair_ratio, write_json
 from fused_resnet.kernels import library
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "cpp"
-CONTENDERS = ("fused", "compile", "backend", "inductor", "package", "c++")
 
 
 def program_of(folder: Path) -> Path | None:
@@ -103,23 +103,40 @@ def contenders(
     return found, first
 
 
+def _median_of_calls(call: Callable[[], Any], count: int = 7) -> float:
+    """Of `count` calls one after the other, in ms, as the C++ example measures its own."""
+    times = []
+    for i in range(count + 1):
+        begin = time.perf_counter()
+        call()
+        if i:
+            times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+
 def measure(
-    name: str, dtype: torch.dtype, batch: int, rounds: int, folder: Path, program: Path | None
+    name: str, dtype: torch.dtype, batch: int, rounds: int, folder: Path, example: Path | None
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.compiler.reset()
     x = torch.randn(batch, 3, 224, 224).to(dtype)
     with torch.no_grad():
-        calls, first = contenders(name, x, folder, program)
+        calls, first = contenders(name, x, folder, example)
+        program = calls.pop("c++", None)
         times: dict[str, list[float]] = {key: [] for key in calls}
         for turn in range(rounds + 1):  # the first warms up
             for key, call in calls.items():
                 time.sleep(0.02)  # for threads that spin after a call
+                call()  # the weights of the contender before are in the cache
                 begin = time.perf_counter()
-                inside = call()
-                spent = 1e3 * (time.perf_counter() - begin)
+                call()
                 if turn:
-                    times[key].append(inside if key == "c++" else spent)
+                    times[key].append(1e3 * (time.perf_counter() - begin))
+        if program is not None:
+            times["c++"], times["package, beside c++"] = [], []
+            for _ in range(rounds):
+                times["c++"].append(program())
+                times["package, beside c++"].append(_median_of_calls(calls["package"]))
     return {"name": name, "dtype": str(dtype)[6:], "batch": batch, "first_call_s": first,
             "times_ms": times}  # fmt: skip
 
@@ -147,7 +164,8 @@ def main() -> None:
                         f"{name} b{batch} {dtype}: first call {case['first_call_s']:.1f} s", end=""
                     )
                     for key in times:
-                        ratio, spread = pair_ratio(times[key], times["fused"])
+                        beside = "package, beside c++" if "c++" in key else "fused"
+                        ratio, spread = pair_ratio(times[key], times[beside])
                         median = statistics.median(times[key])
                         print(f", {key} {median:.1f} ms ({ratio:.2f} ± {spread / 2:.2f})", end="")
                     print(flush=True)
