@@ -153,9 +153,11 @@ def test_not_where_gradients_are_wanted() -> None:
     assert recorder.ops == -1 and x.grad is not None
 
 
-def test_export_is_portable() -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_is_portable(strict: bool) -> None:
     _, model = pair()
-    program = torch.export.export(model, (images(),))
+    with torch.no_grad():
+        program = torch.export.export(model, (images(),), strict=strict)
     targets = {str(n.target) for n in program.graph.nodes}
     assert not [t for t in targets if "fused_resnet" in t]
     with torch.no_grad():
