@@ -58,8 +58,9 @@ def export(
 
     args, kwargs, dynamic_shapes: as for torch.export.export, which gives the portable graph. The
     first image among them decides the dtype. The graph runs where this package's operations are
-    loaded: `import fused_resnet`, or in C++ its library (examples/cpp); compile it ahead of time by
-    torch._inductor.aoti_compile_and_package. Weights written later are not in it.
+    loaded: by `fused_resnet.kernels.native.load()`, or in C++ by opening their library
+    (examples/cpp); compile it ahead of time by torch._inductor.aoti_compile_and_package. Weights
+    written later are not in it.
 
     Raises ValueError if a norm is in training mode, if there is no image, or if nothing can be
     fused, with the reason; what torch.export raises besides.

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fused_resnet.kernels.problem import pair
+
 from .state import Code
 from .trace import Trace
 
@@ -150,11 +152,6 @@ def _ints(*values: Any) -> bool:
     )
 
 
-def _pair(v: Any) -> Any:
-    values = tuple(v) if isinstance(v, (tuple, list)) else (v, v)
-    return values * 2 if len(values) == 1 else values
-
-
 def _conv(calls: Calls, given: dict[str, Any]) -> nn.Module:
     sizes = [given.get(name, i) for name, i in (("stride", 1), ("padding", 0), ("dilation", 1))]
     groups = given.get("groups", 1)
@@ -164,7 +161,7 @@ def _conv(calls: Calls, given: dict[str, Any]) -> nn.Module:
     if weight.dim() != 4:
         raise LookupError("not a convolution of images")
     K, C, R, S = weight.shape
-    stride, padding, dilation = map(_pair, sizes)
+    stride, padding, dilation = map(pair, sizes)
     conv = nn.Conv2d(
         C * groups, K, (R, S), stride, padding, dilation, groups, bias is not None, device="meta"
     )
@@ -195,7 +192,8 @@ def _pool(calls: Calls, given: dict[str, Any]) -> nn.Module | None:
     sizes = [given["kernel_size"], stride, given.get("padding", 0), given.get("dilation", 1)]
     if not _ints(*sizes) or given.get("ceil_mode") or given.get("return_indices"):
         return None  # it runs as it is
-    return nn.MaxPool2d(*map(_pair, sizes))
+    kernel, step, padding, dilation = map(pair, sizes)
+    return nn.MaxPool2d(kernel, step, padding, dilation)
 
 
 _aten = torch.ops.aten
