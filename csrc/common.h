@@ -1,5 +1,5 @@
-// Host code shared by all ops: argument checks, memory layout, dtypes, splitting work over threads,
-// and (in CUDA files) the device guard and launch check. Uses only libtorch's stable ABI.
+// Host code shared by all ops: argument checks, memory layout, dtypes, and (in CUDA files) the
+// device guard and launch check. Uses only libtorch's stable ABI.
 #pragma once
 
 // libtorch 2.11 is the oldest supported release: a build against it or a later one runs with every
@@ -229,26 +229,5 @@ inline Tensor empty_channels_last(const Tensor& x, int64_t N, int64_t C, int64_t
   advise_huge_pages(y, y.numel() * static_cast<int64_t>(y.element_size()));
   return y;
 }
-
-// Runs body(task, begin, end) for `tasks` consecutive ranges of [0, total), each but the last a
-// multiple of `granule` long. The ranges depend only on total and the thread count, so sums that
-// are merged range by range are reproducible.
-struct Split {
-  int64_t total, tasks, task_size;
-  Split(int64_t total, int64_t granule, int64_t min_task_size) : total(total) {
-    const int64_t threads = torch::stable::get_num_threads();
-    tasks = std::clamp<int64_t>(total / std::max<int64_t>(min_task_size, 1), 1, threads);
-    task_size = (total + tasks - 1) / tasks;
-    task_size = std::max<int64_t>((task_size + granule - 1) / granule * granule, 1);
-    tasks = (total + task_size - 1) / task_size;
-  }
-  template <typename Body>
-  void run(const Body& body) const {
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task)
-        body(task, task * task_size, std::min(total, (task + 1) * task_size));
-    });
-  }
-};
 
 }  // namespace fused_resnet

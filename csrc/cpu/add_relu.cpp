@@ -2,6 +2,7 @@
 // Kernels and their memory traffic: cpu/add_relu_kernels.h.
 #include "common.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/threads.h"
 
 namespace fused_resnet {
 namespace {

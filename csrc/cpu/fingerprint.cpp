@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "common.h"
+#include "cpu/threads.h"
 
 namespace fused_resnet {
 namespace {
@@ -101,10 +102,9 @@ int64_t fingerprint(Tensor spans) {
   std::atomic<uint64_t> sum{0};
   // Ranges dealt out in turn: those of one size lie side by side.
   const int64_t count = spans.size(0), tasks = std::min<int64_t>(count, kTasks);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+  run_pieces(tasks, [&](int64_t task) {
     uint64_t own = 0;
-    for (int64_t task = first; task < last; ++task)
-      for (int64_t i = task; i < count; i += kTasks) own += hash_of(span + i * kSpanValues);
+    for (int64_t i = task; i < count; i += kTasks) own += hash_of(span + i * kSpanValues);
     sum += own;
   });
   return static_cast<int64_t>(sum.load());

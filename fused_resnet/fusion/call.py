@@ -20,7 +20,7 @@ def call_reason(x: Any, training: bool = False) -> str | None:
     empty batch is allowed, since another process's batch may not be empty."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
-    name = originals.replaced()
+    name = originals.ALL.replaced()
     if name is not None:
         return f"{name} was replaced after fused_resnet was imported"
     if type(x) is not Tensor and type(x) is not nn.Parameter:

@@ -20,7 +20,7 @@ from fused_resnet.kernels.activation import OF_MODULE, Activation
 from fused_resnet.kernels.problem import Geometry, pair
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation, is_frozen_bn
-from fused_resnet.layers.originals import remember
+from fused_resnet.layers.originals import ALL
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
 
@@ -120,7 +120,7 @@ def register(recipes: dict[Any, Any]) -> None:
     """Registers classes of blocks with their `Names`, and of networks with their `NetworkNames`."""
     for cls, names in recipes.items():
         _recipes[cls] = names, cls.forward
-        remember(cls, "forward", "__call__")
+        ALL.remember(cls, "forward", "__call__")
 
 
 def recipe_of(module: nn.Module) -> tuple[Any, Any]:

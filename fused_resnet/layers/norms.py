@@ -12,7 +12,7 @@ from torch.utils import checkpoint
 
 from fused_resnet.kernels.training.protocol import Passes
 
-from .originals import remember
+from .originals import ALL
 
 # The functions of torch.utils.checkpoint that run a forward again in backward: with use_reentrant
 # True and False.
@@ -55,7 +55,7 @@ def register_frozen_norm(cls: type[nn.Module]) -> type[nn.Module]:
 def _add_frozen(cls: Any) -> None:
     if cls not in _frozen:
         _frozen.add(cls)
-        remember(cls, "forward", "__call__")
+        ALL.remember(cls, "forward", "__call__")
 
 
 def is_frozen_bn(m: nn.Module) -> bool:

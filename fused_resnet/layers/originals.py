@@ -14,35 +14,48 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# (owner, name, the object itself), in three lists: they are compared in every forward.
-_owners: list[Any] = []
-_names: list[str] = []
-_objects: list[Any] = []
 
+class Originals:
+    """What some owners had under some names."""
 
-def remember(owner: Any, *names: str) -> None:
-    """Notes what `owner` has now under each of the names."""
-    for name in names:
-        _owners.append(owner)
-        _names.append(name)
-        _objects.append(getattr(owner, name))
+    def __init__(self) -> None:
+        # Three lists: they are compared in every forward.
+        self._owners: list[Any] = []
+        self._names: list[str] = []
+        self._objects: list[Any] = []
 
+    def remember(self, owner: Any, *names: str) -> None:
+        """Notes what `owner` has now under each of the names."""
+        for name in names:
+            self._owners.append(owner)
+            self._names.append(name)
+            self._objects.append(getattr(owner, name))
 
-def replaced() -> str | None:
-    """The name of something that was replaced since it was noted, or None."""
-    now = list(map(getattr, _owners, _names))
-    if now == _objects:
+    def replaced(self) -> str | None:
+        """The name of something that was replaced since it was noted, or None."""
+        now = list(map(getattr, self._owners, self._names))
+        if now == self._objects:
+            return None
+        for owner, name, was, found in zip(
+            self._owners, self._names, self._objects, now, strict=True
+        ):
+            if found != was:
+                return f"{owner.__name__}.{name}"
         return None
-    for owner, name, was, found in zip(_owners, _names, _objects, now, strict=True):
-        if found != was:
-            return f"{owner.__name__}.{name}"
-    return None
 
+
+# Of everything that is fused; and of a network's head besides.
+ALL, HEAD = Originals(), Originals()
 
 for _class in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.Sequential):
-    remember(_class, "forward", "__call__")
-remember(nn.Module, "_call_impl", "__getattr__")
-remember(nn.Conv2d, "_conv_forward")
-remember(functional, "conv2d", "batch_norm", "relu", "relu_", "max_pool2d")
-remember(torch, "batch_norm", "relu", "relu_", "conv2d", "max_pool2d")
-remember(torch.Tensor, "__add__", "__iadd__")
+    ALL.remember(_class, "forward", "__call__")
+ALL.remember(nn.Module, "_call_impl", "__getattr__")
+ALL.remember(nn.Conv2d, "_conv_forward")
+ALL.remember(functional, "conv2d", "batch_norm", "relu", "relu_", "max_pool2d")
+ALL.remember(torch, "batch_norm", "relu", "relu_", "conv2d", "max_pool2d")
+ALL.remember(torch.Tensor, "__add__", "__iadd__")
+
+HEAD.remember(nn.Linear, "forward", "__call__")
+HEAD.remember(nn.AdaptiveAvgPool2d, "forward", "__call__")
+HEAD.remember(functional, "linear", "adaptive_avg_pool2d")
+HEAD.remember(torch, "flatten")

@@ -478,7 +478,7 @@ PYTHON = [
      "return ddx, None", f"{ADD} {BN} -k second"),
     # --- what users and tools replace, and writes without a trace
     ("replaced functions of PyTorch ignored", "fused_resnet/layers/originals.py",
-     "if now == _objects:", "if True:", f"{OVERRIDES} -k process"),
+     "if now == self._objects:", "if True:", f"{OVERRIDES} -k process"),
     ("a replaced _conv_forward ignored", "fused_resnet/layers/hooks.py", '"_conv_forward"))', "))",
      f"{OVERRIDES} -k instance"),
     ("weights as plain attributes ignored", "fused_resnet/layers/hooks.py",

@@ -1,8 +1,11 @@
-// Inference of consecutive residual blocks on the CPU as one op: the convolutions that
-// fused_resnet/fusion/inference runs one by one, without the Python interpreter between them.
+// Inference of a network's stem and its residual blocks on the CPU as one op: the convolutions and
+// poolings that fused_resnet/fusion/inference runs one by one, without the Python interpreter
+// between them, on threads that stay together.
 #include "cpu/batch_norm/passes.h"
 #include "cpu/block/block.h"
 #include "cpu/convolution/conv_bn_relu.h"
+#include "cpu/pooling/max_pool2d.h"
+#include "cpu/threads.h"
 
 namespace fused_resnet {
 namespace {
@@ -10,8 +13,19 @@ namespace {
 constexpr size_t kConvTensors = 5;  // weight, winograd, scale, shift, first_channel
 constexpr size_t kNormTensors = 3;  // statistics, weight and bias (empty if none)
 
-// What a block's description holds besides tensors.
-enum BlockValue : size_t { kConvs, kShortcut, kPadStride, kNormFirst, kShared, kBlockValues };
+// What a block's description holds besides tensors. kKernel, kStride, kPadding: two values each, of
+// the max pooling after it; kernel 0: none.
+enum BlockValue : size_t {
+  kConvs,
+  kShortcut,
+  kPadStride,
+  kNormFirst,
+  kShared,
+  kKernel,
+  kStride = kKernel + 2,
+  kPadding = kStride + 2,
+  kBlockValues = kPadding + 2
+};
 
 struct Convs {  // packed as for conv_bn_relu, and their geometry: kCount values each
   const Tensor* tensors;
@@ -54,7 +68,8 @@ Tensor run_block(const Tensor& x, const Convs& convs, const int64_t* block, cons
   return convs.run(main - 1, h, residual, !identity || overwrite || from_norm);
 }
 
-// The blocks' output for x (N, C, H, W) channels_last, which may be overwritten if `overwrite`.
+// The blocks' output for x (N, C, H, W) channels_last, or of any layout if the first convolution
+// copies it (kCopiedChannels); x may be overwritten if `overwrite`.
 // blocks: kBlockValues each; tensors: kConvTensors per convolution, a projecting shortcut's last in
 // its block, and then kNormTensors per pre-activated block; geometry: kCount values per
 // convolution. Of each block, eps: its norm's, if it is pre-activated; activations: `first` and one
@@ -79,18 +94,24 @@ Tensor block_inference(Tensor x, std::vector<Tensor> tensors, std::vector<int64_
         op, ": got ", tensors.size(), " tensors, ", geometry.size(), " geometry values, ",
         eps.size(), " eps and ", activations.size(), " activations of ", convs,
         " convolutions and ", norms, " norms, which do not describe ", count, " blocks");
-  Convs rest{tensors.data(), geometry.data(), activations.data() + 1};
-  const Tensor* norm = tensors.data() + convs * kConvTensors;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t* block = &blocks[i * kBlockValues];
-    const bool first = block[kNormFirst];
-    x = run_block(x, rest, block, first ? norm : nullptr, eps[i], rest.activation[-1], overwrite);
-    overwrite = true;
-    norm += first ? kNormTensors : 0;
-    rest.tensors += kConvTensors * static_cast<size_t>(block[kConvs]);
-    rest.geometry += kCount * block[kConvs];
-    rest.activation += block[kConvs] + 1;
-  }
+  in_region([&] {
+    Convs rest{tensors.data(), geometry.data(), activations.data() + 1};
+    const Tensor* norm = tensors.data() + convs * kConvTensors;
+    for (size_t i = 0; i < count; ++i) {
+      const int64_t* block = &blocks[i * kBlockValues];
+      const bool first = block[kNormFirst];
+      x = run_block(x, rest, block, first ? norm : nullptr, eps[i], rest.activation[-1], overwrite);
+      if (block[kKernel])
+        x = max_pool2d(x, {block[kKernel], block[kKernel + 1]},
+                       {block[kStride], block[kStride + 1]},
+                       {block[kPadding], block[kPadding + 1]});
+      overwrite = true;
+      norm += first ? kNormTensors : 0;
+      rest.tensors += kConvTensors * static_cast<size_t>(block[kConvs]);
+      rest.geometry += kCount * block[kConvs];
+      rest.activation += block[kConvs] + 1;
+    }
+  });
   return x;
 }
 

@@ -19,6 +19,7 @@
 #include "cpu/block/block.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/memory_pool.h"
+#include "cpu/threads.h"
 
 namespace fused_resnet {
 

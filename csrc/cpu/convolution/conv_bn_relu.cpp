@@ -13,6 +13,10 @@ namespace fused_resnet {
 namespace {
 
 constexpr int64_t kMinTaskTiles = 4;  // tiles that justify another task
+// Pieces of a convolution that threads take: small, so that little waits for a thread that the
+// system has stopped, but of at least this many products (some 20 us).
+constexpr int64_t kPiecesPerThread = 8, kFewestPieces = 4;
+constexpr int64_t kPieceProducts = int64_t{1} << 20;
 // Slice of x that convolutions of the same x process in turn, while it is in the second-level
 // cache.
 constexpr int64_t kSliceBytes = 256 * 1024;
@@ -25,6 +29,7 @@ int64_t superblock_of(const ConvBnRelu& conv, ConvVariant variant) {
   const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
   const int64_t tile_bytes = tile_pixels() * conv.stride_h * conv.stride_w * conv.C * element_bytes;
   const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
+  if (tiles_of(conv) * tile_bytes <= int64_t{1} << 19) return tiles_of(conv);
   return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
 }
 
@@ -106,15 +111,17 @@ void run_winograd(const ConvBnRelu& conv, ConvVariant variant) {
   const int64_t tiles = winograd_tiles(conv, conv.winograd_tile), blocks = blocks_of(conv);
   const int64_t groups = (tiles + winograd.group - 1) / winograd.group;
   const int64_t threads = torch::stable::get_num_threads();
+  const int64_t passes = (groups + winograd.at_once - 1) / winograd.at_once;
+  const int64_t pieces_per_thread = (passes + threads - 1) / threads;
   // Split by groups or, if there are too few to balance, by blocks; every thread then transforms x.
   if (groups < 8 * threads && blocks % threads == 0 && !has_16_channels(conv))
     Split(blocks, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
       winograd.run_blocks(begin, end, 0, groups);
     });
   else
-    Split(tiles, winograd.group, winograd.group).run([&](int64_t, int64_t begin, int64_t end) {
-      winograd.run(begin, end);
-    });
+    // As many tiles as share one pass over the weights, evenly.
+    Split(tiles, winograd.group, winograd.group, pieces_per_thread)
+        .run([&](int64_t, int64_t begin, int64_t end) { winograd.run(begin, end); });
 }
 
 void report(const ConvBnRelu& conv, ConvVariant variant, const TileCallback& callback, int64_t task,
@@ -300,15 +307,45 @@ bool run_convolution(const ConvBnRelu& conv, ConvVariant variant, const TileCall
   return false;
 }
 
+namespace {
+
+// Work items of a piece: whole runs of a block of channels over a superblock where there are enough
+// of them, since each run streams its weights; else even parts of one.
+int64_t piece_items(const ConvBnRelu& conv, ConvVariant variant) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t super = superblock_of(conv, variant), blocks = blocks_of(conv);
+  const int64_t total = tiles_of(conv) * blocks;
+  const int64_t products = tile_pixels() * kBlockChannels * conv.run * conv.R * conv.S;
+  const int64_t least = std::max<int64_t>(kPieceProducts / products, 1);
+  const int64_t wanted = std::max(total / (kPiecesPerThread * threads), least);
+  if (conv.narrow) return round_up(wanted, super * blocks);  // widens x by superblocks
+  if (wanted >= super) return round_up(wanted, super);
+  if (total >= kFewestPieces * threads * super) return super;
+  const int64_t parts = (super + wanted - 1) / wanted;
+  return (super + parts - 1) / parts;
+}
+
+// One convolution in pieces that threads take, as many for each.
+void run_direct(const ConvBnRelu& conv, ConvVariant variant) {
+  const int64_t total = tiles_of(conv) * blocks_of(conv), size = piece_items(conv, variant);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pieces = std::min(round_up((total + size - 1) / size, threads), total);
+  run_pieces(pieces, [&](int64_t piece) {
+    run_blocks(conv, variant, total * piece / pieces, total * (piece + 1) / pieces);
+  });
+}
+
+}  // namespace
+
 void run_direct(const ConvBnRelu* convs, size_t count, ConvVariant variant) {
+  if (count == 1) return run_direct(convs[0], variant);
   int64_t all = 0;
   for (size_t i = 0; i < count; ++i) all = std::max(all, tiles_of(convs[i]) * blocks_of(convs[i]));
   const Split split(all, 1, kMinTaskTiles);
   const ConvBnRelu& first = convs[0];
   const int64_t task_bytes =
       first.N * first.H * first.W * first.C * operand_bytes(variant) / split.tasks;
-  const int64_t slices = count == 1 ? 1 : task_bytes / kSliceBytes + 1,
-                parts = split.tasks * slices;
+  const int64_t slices = task_bytes / kSliceBytes + 1, parts = split.tasks * slices;
   split.run([&](int64_t task, int64_t, int64_t) {
     for (int64_t part = task * slices; part < (task + 1) * slices; ++part)
       for (size_t i = 0; i < count; ++i) {

@@ -7,6 +7,7 @@
 #include "common.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/memory_pool.h"
+#include "cpu/threads.h"
 
 namespace fused_resnet {
 

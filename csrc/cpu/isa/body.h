@@ -26,6 +26,7 @@ namespace {
 #include "cpu/add_relu_kernels.h"
 #include "cpu/batch_norm/bn_add_relu_kernels.h"
 #include "cpu/batch_norm/bn_pool_kernels.h"
+#include "cpu/head_kernels.h"
 #include "cpu/pooling/max_pool2d_kernels.h"
 #if FR_VECTOR_BYTES >= 32
 #include "cpu/convolution/direct_kernels.h"
@@ -73,6 +74,8 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(bn_pool),
     FR_ALL_DTYPES(bn_pool_gradient),
     FR_ALL_DTYPES(abs_max),
+    FR_ALL_DTYPES(mean_pixels),
+    FR_ALL_DTYPES(linear),
 #if FR_VECTOR_BYTES >= 32
     kTilePixels,
     {gradient_chain(1), gradient_chain(2), gradient_chain(1)},

@@ -227,6 +227,11 @@ struct CpuKernels {
   void (*bn_pool[4])(const BnPool&, int64_t begin, int64_t end);
   void (*bn_pool_gradient[4])(const BnPool&, int64_t begin, int64_t end);
   double (*abs_max[4])(const void* x, int64_t n);
+  // cpu/head_kernels.h
+  void (*mean_pixels[4])(const void* x, void* mean, int64_t C, int64_t pixels, int64_t begin,
+                         int64_t end);
+  void (*linear[4])(const void* mean, const void* weight, const void* bias, void* y, int64_t N,
+                    int64_t C, int64_t K, int64_t begin, int64_t end);
   // Convolutions; null if the instruction set has none.
   int64_t tile_pixels = 0;                     // pixels of a tile; Winograd: tiles of a group
   int64_t gradient_chain[kConvVariants] = {};  // cpu/convolution/weight_gradient_kernels.h

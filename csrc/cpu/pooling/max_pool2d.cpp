@@ -1,6 +1,9 @@
 // max_pool2d (for inference) and abs_max on the CPU: checks, allocation, splitting over threads.
 // The kernels are in cpu/pooling/max_pool2d_kernels.h.
+#include "cpu/pooling/max_pool2d.h"
+
 #include "cpu/pooling/window.h"
+#include "cpu/threads.h"
 
 namespace fused_resnet {
 namespace {
@@ -10,6 +13,8 @@ Pair pair_of(const char* argument, const std::vector<int64_t>& values) {
         " must be one or two integers, got ", values.size());
   return {values.front(), values.back()};
 }
+
+}  // namespace
 
 // x (N, C, H, W), channels_last in memory -> y (N, C, P, Q), channels_last
 Tensor max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_t> stride,
@@ -33,6 +38,8 @@ Tensor max_pool2d(Tensor x, std::vector<int64_t> kernel_size, std::vector<int64_
       });
   return y;
 }
+
+namespace {
 
 // max |x| over a dense tensor of any shape
 double abs_max(Tensor x) {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_resnet import layout
 from fused_resnet.fusion import store
 from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.guard import Guard
@@ -19,6 +20,7 @@ from fused_resnet.fusion.network import Member, NetworkNames, members_of
 from fused_resnet.kernels import registry
 
 from .chain import Chain
+from .head import run_head
 from .make import plan_for
 from .plan import Plan
 
@@ -56,10 +58,13 @@ class Network:
         self.holds = self.guard.holds
 
     def run(self, model: Any, names: NetworkNames, x: Tensor) -> Tensor:
-        """The output of `model.avgpool`, for x (N, C, H, W) of any layout."""
+        """The logits (N, classes), for x (N, C, H, W) of any layout."""
         checked = True  # x itself; modules that are not fused may return anything
+        memory_format = layout.memory_format(x)
+        last = None if names.norm is not None else self.segments[-1][0]
         for fused, members in self.segments:
-            y = fused.run(x) if fused is not None and (checked or fused.accepts(x)) else None
+            runs = fused is not None and (checked or fused.accepts(x))
+            y = fused.run(x, keep=fused is last) if fused is not None and runs else None
             if y is None:
                 for member in members:
                     x = member.call(model, x)
@@ -69,7 +74,12 @@ class Network:
         if names.norm is not None:
             norm, relu = names.norm
             x = getattr(model, relu)(getattr(model, norm)(x))
-        return model.avgpool(x)
+        elif last is not None:
+            logits = run_head(model.avgpool, model.fc, x)
+            if logits is not None:
+                return logits
+            x = x.contiguous(memory_format=memory_format)
+        return model.fc(torch.flatten(model.avgpool(x), 1))
 
 
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
@@ -84,4 +94,4 @@ def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
         network = Network(model, names, x)
         if all(plan.is_cached for plan in network.plans) and network.holds():
             store.insert(model, key, network)
-    return model.fc(torch.flatten(network.run(model, names, x), 1))
+    return network.run(model, names, x)

@@ -88,14 +88,12 @@ class Plan:
         """The lists that the CPU's block_inference op takes of the block: tensors of convolutions
         and of norms, geometry, eps, activations, kind; None if it does not support it."""
         d = self._description
-        if d.pool is not None or (d.shortcut == "none" and len(d.units) == 1):
-            return None  # a stem is not a block
-        if d.norm_first and self._norm is None:
+        if (d.pool is not None and not self.pools) or (d.norm_first and self._norm is None):
             return None
         tensors: list[Tensor] = []
         sizes: list[int] = []
         for conv in self.all_convs:
-            if self.takes_any or not isinstance(conv, NativeConv):
+            if not isinstance(conv, NativeConv):
                 return None
             tensors += conv.tensors
             sizes += conv.sizes
@@ -104,7 +102,9 @@ class Plan:
             empty = self._norm[0].new_empty(0)
             norms = [empty if t is None else t for t in self._norm[:3]]
         stride = 1 if d.pad is None else d.pad.stride
+        window = [v for pair in self._window for v in pair] or [0] * 6
         kind = [len(d.units), SHORTCUTS[d.shortcut], stride, int(d.norm_first), int(d.shared)]
+        kind += window
         activations = [d.units[0].activation, *self._activations]
         eps = 0.0 if self._norm is None else self._norm[3]
         return tensors, norms, sizes, [eps], activations, kind
@@ -165,7 +165,7 @@ class Plan:
         """x: (N, C, H, W), which may be overwritten if `owned` -> (N, K, P, Q), channels_last of
         `dtype`. added: what a chain without a shortcut adds before its last activation, as the
         output."""
-        if self.one_op is not None:
+        if self.one_op is not None and added is None:
             return self._alone.run(x, owned)
         d = self._description
         if self.pools:
@@ -223,4 +223,6 @@ class Blocks:
 
     def run(self, x: Tensor, owned: bool) -> Tensor:
         """As `Plan.run`, of one after the other."""
+        if self.plans[0].takes_any:
+            x = x.to(self.plans[0].dtype)
         return torch.ops.fused_resnet_native.block_inference.default(x, *self._operands, owned)

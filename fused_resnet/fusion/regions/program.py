@@ -23,6 +23,7 @@ from fused_resnet.fusion.description import Description, Place, tensors_of
 from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.inference.chain import Chain
+from fused_resnet.fusion.inference.head import is_global_pool, run_head
 from fused_resnet.fusion.inference.make import plan_of
 from fused_resnet.fusion.inference.norm import normed
 from fused_resnet.fusion.inference.plan import Plan
@@ -65,7 +66,6 @@ _KEEP_MODULES = (
 _REDUCE = {torch.flatten, torch.mean, getattr}
 _REDUCE_METHODS = {"size", "dim", "mean", "flatten", "expand_as"}
 _IMAGE = (["2", "3"], ["-1", "-2"])
-_REDUCE_MODULES = (nn.Flatten,)
 
 
 _normalise: Any = nn.BatchNorm2d.forward
@@ -82,17 +82,23 @@ def _keeps(node: fx.Node, module: Any) -> bool:
 
 def _reduces(node: fx.Node, module: Any) -> bool:
     """Whether the node is one of these, and its result is not of four dimensions."""
-    if isinstance(module, _REDUCE_MODULES):
-        return (module.start_dim, module.end_dim) == (1, -1)
+    if _flattens(node, module):
+        return True
     known = _REDUCE if node.op == "call_function" else _REDUCE_METHODS
     if module is not None or node.target not in known or node.kwargs.get("keepdim"):
         return False
     if node.target in ("mean", torch.mean):
         dims = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
         return isinstance(dims, (tuple, list)) and sorted(map(str, dims)) in _IMAGE
-    if node.target in ("flatten", torch.flatten):
-        return node.args[1:] == (1,) and not node.kwargs
-    return True
+    return node.target not in ("flatten", torch.flatten)
+
+
+def _flattens(node: fx.Node, module: Any) -> bool:
+    """Whether the node is (N, C, H, W) -> (N, C H W)."""
+    if module is not None:
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    named = node.target in ("flatten", torch.flatten)
+    return named and node.args[1:] == (1,) and not node.kwargs
 
 
 Values = dict[fx.Node, Any]
@@ -131,21 +137,26 @@ class Program:
         """One step per fused part (or chain of them) and per other node, with the values that no
         later step reads."""
         first: dict[fx.Node, list[Found]] = {}
-        skipped: set[fx.Node] = set()
+        heads = self._heads()
+        skipped: set[fx.Node] = {n for nodes in heads.values() for n in nodes}
         for group in self.groups():
             first[group[-1].nodes[-1]] = group
             skipped.update(n for found in group for n in found.nodes)
         steps: list[tuple[Callable[..., None], list[fx.Node], list[fx.Node]]] = []
         others: list[fx.Node] = []  # since the last fused part
         for node in self.traced.graph.nodes:
-            if node.op == "placeholder" or (node in skipped and node not in first):
+            ends = node in first or node in heads
+            if node.op == "placeholder" or (node in skipped and not ends):
                 continue
-            if node.op == "output" or node in first:
+            if node.op == "output" or ends:
                 steps += self._others(others)
                 others = []
             else:
                 others.append(node)
-            if node in first:
+            if node in heads:
+                nodes = heads[node]
+                steps.append((self._head(nodes), [*nodes[0].all_input_nodes], [node]))
+            elif node in first:
                 group = first[node]
                 reads = [group[0].source]
                 reads += [f.residual for f in group if f.residual is not None]
@@ -158,6 +169,27 @@ class Program:
         for n, i in last.items():
             dead[i].append(n)
         self._steps = [(run, dead[i]) for i, (run, *_) in enumerate(steps)]
+
+    def _heads(self) -> dict[fx.Node, list[fx.Node]]:
+        """Of each head that runs as one op: its last node, and its nodes."""
+        return {}
+
+    def _head(self, nodes: list[fx.Node]) -> Callable[..., None]:
+        """A step for global average pooling, flattening and a linear layer."""
+        pool, flatten, linear = map(self._module, nodes)
+        source, node, otherwise = nodes[0].args[0], nodes[-1], self._unfused(nodes)
+        assert isinstance(source, fx.Node)
+
+        def run(values: Values, stock: Any) -> None:
+            y = None
+            if flatten is None or patched(flatten) is None:
+                y = run_head(pool, linear, values[source])
+            if y is None:
+                otherwise(values, stock)
+            else:
+                values[node] = y
+
+        return run
 
     def _others(self, nodes: list[fx.Node]) -> list[Any]:
         """The steps of consecutive nodes that are not fused."""
@@ -350,6 +382,20 @@ class InferenceProgram(Program):
         self._unchanged = self.guard.holds
         self._index = {id(found): i for i, found in enumerate(matched.found)}
         self._build(self._fused)
+
+    def _heads(self) -> dict[fx.Node, list[fx.Node]]:
+        heads = {}
+        for node in self.traced.graph.nodes:
+            if not is_global_pool(self._module(node)) or node.kwargs or len(node.args) != 1:
+                continue
+            nodes = [node]
+            while len(nodes) < 3 and len(nodes[-1].users) == 1:
+                nodes.extend(nodes[-1].users)
+            plain = all(len(n.all_input_nodes) == 1 for n in nodes) and len(nodes) == 3
+            last = self._module(nodes[-1])
+            if plain and _flattens(nodes[1], self._module(nodes[1])) and type(last) is nn.Linear:
+                heads[nodes[-1]] = nodes
+        return heads
 
     def plan(self, found: Found) -> Plan | None:
         return self._plans.get(self._index[id(found)])

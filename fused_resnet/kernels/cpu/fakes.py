@@ -12,7 +12,7 @@ from torch import Tensor
 
 # The order of values in csrc/cpu/convolution/conv_bn_relu.h and csrc/cpu/block/block.h.
 _R, _S, _STRIDE, _PADDING, _DILATION, _K, _RUN, _COPIED, _COUNT = 0, 1, 2, 4, 6, 8, 9, 10, 11
-_CONVS, _SHORTCUT, _BLOCK_VALUES = 0, 1, 5
+_CONVS, _SHORTCUT, _KERNEL, _BLOCK_VALUES = 0, 1, 5, 11
 _PROJECTION = 2
 
 
@@ -47,6 +47,9 @@ def _block_inference(
         for j in range(count - (blocks[i + _SHORTCUT] == _PROJECTION)):
             x = _convolved(x, geometry[(at + j) * _COUNT : (at + j + 1) * _COUNT])
         at += count
+        window = blocks[i + _KERNEL : i + _BLOCK_VALUES]
+        if window[0]:
+            x = _max_pool2d(x, window[:2], window[2:4], window[4:])
     return x
 
 

@@ -1,0 +1,44 @@
+"""A network's head on the CPU as one op: global average pooling, flattening and a linear layer.
+
+It reads the layer's own weight at every call: nothing is packed, so nothing can be stale. Its
+threads are those of the convolutions before it, and it takes their layout, so that after the last
+convolution nothing is converted and no other threads are woken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_resnet.kernels import native, registry
+from fused_resnet.layers import originals
+from fused_resnet.layers.hooks import patched
+
+
+def is_global_pool(module: Any) -> bool:
+    """Whether the module is global average pooling."""
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1), [1, 1])
+
+
+def run_head(pool: Any, linear: Any, x: Tensor) -> Tensor | None:
+    """linear(flatten(pool(x), 1)) without gradients, for x (N, C, H, W): y (N, K) of x's dtype.
+    None where that takes more than the op: other modules, hooks, another device or dtype."""
+    if type(linear) is not nn.Linear or not is_global_pool(pool) or patched(linear):
+        return None
+    weight, bias = linear.weight, linear.bias
+    plain = weight.device == x.device and weight.dtype == x.dtype and weight.is_contiguous()
+    if bias is not None:
+        plain = plain and bias.device == x.device and bias.dtype == x.dtype
+    if not plain or x.device.type != "cpu" or x.dim() != 4 or weight.shape[1:] != x.shape[1:2]:
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return None
+    if patched(pool) or originals.HEAD.replaced() or not x.numel() or not _is_native():
+        return None
+    x = x.contiguous(memory_format=torch.channels_last)
+    return torch.ops.fused_resnet_native.mean_linear(x, weight, bias)
+
+
+def _is_native() -> bool:
+    return native.load() is None and registry.forced() is None
