@@ -173,6 +173,9 @@ def test_subnormals_on_every_thread(openmp):
                 torch.set_flush_denormal(flush)
                 y = ops.add_relu(x, x)
                 torch.set_flush_denormal(False)
-                assert bool((y == 0).all()) == flush and bool((y > 0).all()) != flush
+                bits = y.contiguous().view(
+                    torch.int32
+                )  # OpenMP's threads may flush as they compare
+                assert int(bits.count_nonzero()) == (0 if flush else y.numel())
     finally:
         torch.set_flush_denormal(False)
