@@ -95,6 +95,12 @@ PYTHON = [
      f"{FORWARDS} -k side_effects"),
     ("fuse: dropout in training", f"{REGIONS}/trace.py", "in _DROPOUTS and not m.training",
      "in _DROPOUTS", f"{FUSE} -k 'training and sequential'"),
+    ("fuse: add_relu of another activation", f"{REGIONS}/match.py",
+     "relu = activation == Activation.RELU", "relu = bool(activation)", f"{FUSE} -k kernels_lack"),
+    ("fuse: bn_add_relu of another activation", f"{REGIONS}/match.py",
+     "if activation != Activation.RELU or", "if not activation or", f"{FUSE} -k kernels_lack"),
+    ("frozen norms: the gradient of another activation", READY,
+     "if activation not in kernels.activations:", "if False:", f"{FUSE} -k kernels_lack"),
     ("fuse: calls of other threads are traced", f"{REGIONS}/trace.py",
      """        if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)

@@ -274,6 +274,9 @@ def reason_against_fixed(description: Description, x: Tensor) -> str | None:
     kernels = passes_for(device)
     if registry.choose("conv_bn_relu", device) != "native" or not isinstance(kernels, Native):
         return "in training a convolution is fused with its norm"
+    for *_, activation in description.units:
+        if activation not in kernels.activations:
+            return f"no kernel for the gradient of {activation.name}"
     extra = _extra_outputs(description)
     for (conv, *_), g in zip(description.units, description.geometries, strict=True):
         K, *rest = conv.weight.shape

@@ -62,6 +62,8 @@ class Native(Passes):
     """C++ kernels on the CPU; outputs are in pooled memory that is reused from step to step."""
 
     pools = True
+    # Of `convolution_and_epilogue`: those whose gradient follows from their output.
+    activations = (Activation.NONE, Activation.RELU)
     _ops = torch.ops.fused_resnet_native
 
     def supports(
