@@ -563,6 +563,8 @@ PYTHON = [
      "if supported is not None and", "if False and", f"{LIBRARY} -k release"),
     ("wheels: newer symbols in the stand-ins", "wheels/old_libc.py",
      " or parsed[1] > NEWEST[parsed[0]]", "", f"{WHEELS} -k stand_ins"),
+    ("wheels: without glibc's part that is linked statically", "wheels/old_libc.py",
+     ', located("libc_nonshared.a")', "", f"{WHEELS} -k stand_ins"),
     ("wheels: for one Python", "setup.py", 'return "py3", "none", platform',
      'return "cp311", "cp311", platform', f"{WHEELS} -k tags_of"),
     ("wheels: a failed build tagged as built", "setup.py",
