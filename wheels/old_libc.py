@@ -105,7 +105,8 @@ def make(folder: Path) -> None:
         files[name] = write_stand_in(folder, soname, rows)
     # What the compiler links by -lc and -lstdc++ are scripts of the linker.
     groups = {
-        "c": [files["c"], *(files[apart] for apart in APART), files["ld"]],
+        # With what every library has a copy of, such as atexit, which CUDA code calls when loaded.
+        "c": [*(files[name] for name in ("c", *APART, "ld")), located("libc_nonshared.a")],
         "m": [files["m"]],
         "stdc++": [files["stdc++"], located("libstdc++.a")],
     }

@@ -43,5 +43,4 @@ def explain(
     if any(part.share is not None for part in found):
         fused = sum(part.share or 0 for part in found if part.fused)
         console.print(f"fused: {fused:.1%} of the multiplications of all convolutions")
-    if json_target is not None:
-        emit([part._asdict() for part in found], json_target, console)
+    emit([part._asdict() for part in found], json_target, console)

@@ -11,13 +11,14 @@ The classes are those of the import: a quantiser may put others in their place i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import BatchNorm2d, Conv2d, MaxPool2d, ReLU, Sequential
 
 from fused_resnet.kernels.activation import OF_MODULE, Activation
-from fused_resnet.kernels.problem import Geometry, pair
+from fused_resnet.kernels.problem import Geometry, output_shape, pair
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation, is_frozen_bn
 from fused_resnet.layers.originals import ALL
@@ -104,6 +105,21 @@ class Description(NamedTuple):
             Unit(unit.conv, *following[1:])
             for unit, following in zip(self.units, after, strict=False)
         ]
+
+    def output_shapes(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The shape of every convolution's output for x of `shape` (N, C, H, W). Empty if x does
+        not fit: stock then raises the error."""
+        main, found = len(self.main), list[tuple[int, ...]]()
+        for i, (unit, geometry) in enumerate(zip(self.units, self.geometries, strict=True)):
+            source = shape if i in (0, main) else found[-1]
+            out = output_shape(source, unit.conv.weight.shape, *geometry)
+            if out is None:
+                return []
+            found.append(out)
+        branch = tuple(shape) if self.shortcut == "identity" else found[-1]
+        if self.pad is not None:
+            branch = self.pad.output_shape(shape)
+        return found if branch == found[main - 1] else []
 
 
 def attributes_of(module: nn.Module) -> tuple[Any, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class Activation(enum.IntEnum):
@@ -26,3 +28,14 @@ _REFERENCE = {Activation.RELU: torch.relu}
 
 # Exact type of a module -> what it computes.
 OF_MODULE: dict[type, Activation] = {nn.ReLU: Activation.RELU}
+
+# Functions f(x) or f(x, inplace), and the names of methods of x.
+_aten = torch.ops.aten
+OF_FUNCTION: dict[Any, Activation] = dict.fromkeys(
+    (
+        functional.relu, functional.relu_, torch.relu, torch.relu_, _aten.relu.default,
+        _aten.relu_.default,
+    ),
+    Activation.RELU,
+)  # fmt: skip
+OF_METHOD = {"relu": Activation.RELU, "relu_": Activation.RELU}

@@ -101,8 +101,6 @@ template <typename T>
 T narrow_16(float v) {
   return static_cast<T>(v);
 }
-inline float add_rn(float a, float b) { return a + b; }
-inline float mul_rn(float a, float b) { return a * b; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 

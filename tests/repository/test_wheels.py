@@ -59,6 +59,7 @@ def old_libc():
 
 SOURCE = """
 #include <dlfcn.h>
+#include <stdlib.h>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -71,6 +72,7 @@ extern "C" void* found(const char* name) {
   return dlsym(RTLD_DEFAULT, std::move(text).str().c_str());
 }
 char __libc_single_threaded = 0;
+int registered = atexit([] {});  // as nvcc's code does
 """
 
 

@@ -93,6 +93,45 @@ ConvProblem problem_of(const Tensor& x, const Tensor& weight, const Tensor& y,
   return problem;
 }
 
+// Those of the plain convolution.
+ConvOperands operands_of(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  ConvOperands operands{};
+  operands.dtype = dtype_index(kOp, "x", x);
+  operands.x = x.const_data_ptr();
+  operands.weight = weight.const_data_ptr();
+  operands.y = y.mutable_data_ptr();
+  return operands;
+}
+
+const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
+
+// A norm of C channels by the statistics of bn_merge_statistics, checked.
+NormOperands norm_of(const Tensor& mean, const Tensor& var, const Tensor& rest,
+                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                     double eps, int64_t C, const Tensor& x) {
+  const auto vector = [&](const char* name, const Tensor& t) {
+    check_channel_vector(kOp, name, t, C, ScalarType::Float, x);
+    return floats(t);
+  };
+  return {vector("mean", mean),
+          vector("var", var),
+          vector("rest", rest),
+          weight ? vector("norm_weight", *weight) : nullptr,
+          bias ? vector("norm_bias", *bias) : nullptr,
+          static_cast<float>(eps)};
+}
+
+// Room for what a training epilogue writes of y: (parts, rows, outputs) float32, and the pixels per
+// part.
+std::tuple<Tensor, int64_t> parts_for(const ConvProblem& problem, const Tensor& y, int64_t rows,
+                                      int64_t tile, int64_t splits) {
+  check(y.numel() > 0, kOp, ": y must not be empty");
+  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
+  return {torch::stable::new_empty(y, {ceil_div(problem.M(), pixels), rows, y.size(1)},
+                                   ScalarType::Float),
+          pixels};
+}
+
 void launch(const ConvProblem& problem, const ConvOperands& operands, int64_t tile, int64_t splits,
             const Tensor& x) {
   const DeviceScope scope(x);
@@ -122,16 +161,11 @@ void implicit_gemm(Tensor x, Tensor weight, Tensor scale, Tensor shift,
   check_channel_vector(kOp, "scale", scale, K, ScalarType::Float, x);
   check_channel_vector(kOp, "shift", shift, K, ScalarType::Float, x);
   if (y.numel() == 0) return;
-  const ConvOperands operands{dtype_index(kOp, "x", x),
-                              x.const_data_ptr(),
-                              weight.const_data_ptr(),
-                              static_cast<const float*>(scale.const_data_ptr()),
-                              static_cast<const float*>(shift.const_data_ptr()),
-                              residual ? residual->const_data_ptr() : nullptr,
-                              y.mutable_data_ptr(),
-                              activation_of(kOp, activation),
-                              nullptr,
-                              {}};
+  ConvOperands operands = operands_of(x, weight, y);
+  operands.scale = floats(scale);
+  operands.shift = floats(shift);
+  if (residual) operands.residual = residual->const_data_ptr();
+  operands.activation = activation_of(kOp, activation);
   launch(problem, operands, tile, splits, x);
 }
 
@@ -144,20 +178,9 @@ std::tuple<Tensor, int64_t> convolution_statistics(Tensor x, Tensor weight, Tens
                                                    int64_t tile, int64_t splits) {
   const ConvProblem problem =
       problem_of(x, weight, z, stride, padding, dilation, groups, tile, splits);
-  check(z.numel() > 0, kOp, ": z must not be empty");
-  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
-  Tensor statistics = torch::stable::new_empty(
-      x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
-  const ConvOperands operands{dtype_index(kOp, "x", x),
-                              x.const_data_ptr(),
-                              weight.const_data_ptr(),
-                              nullptr,
-                              nullptr,
-                              nullptr,
-                              z.mutable_data_ptr(),
-                              kNoActivation,
-                              static_cast<float*>(statistics.mutable_data_ptr()),
-                              {}};
+  const auto [statistics, pixels] = parts_for(problem, z, 3, tile, splits);
+  ConvOperands operands = operands_of(x, weight, z);
+  operands.statistics = static_cast<float*>(statistics.mutable_data_ptr());
   launch(problem, operands, tile, splits, x);
   return {statistics, pixels};
 }
@@ -171,37 +194,18 @@ std::tuple<Tensor, int64_t> normalised_convolution_statistics(
   const ConvProblem problem = problem_of(x, weight, z, {1, 1}, {0, 0}, {1, 1}, 1, tile, 1);
   check(problem.pointwise(), kOp, ": batch norm of x requires a 1x1 convolution, got ", problem.R,
         "x", problem.S);
-  const DtypeIndex dtype = dtype_index(kOp, "x", x);
-  check(dtype == kFloat16 || dtype == kBFloat16, kOp,
+  ConvOperands operands = operands_of(x, weight, z);
+  check(operands.dtype == kFloat16 || operands.dtype == kBFloat16, kOp,
         ": batch norm of x requires x of float16 or bfloat16, got ", name_of(x.scalar_type()));
   check(kGemmTiles[tile].normalises(), kOp, ": no kernel of tile ", tile, " normalises x");
-  check(z.numel() > 0, kOp, ": z must not be empty");
-  for (const auto& [name, t] : {std::pair{"mean", &mean}, {"var", &var}, {"rest", &rest}})
-    check_channel_vector(kOp, name, *t, problem.C, ScalarType::Float, x);
-  if (norm_weight)
-    check_channel_vector(kOp, "norm_weight", *norm_weight, problem.C, ScalarType::Float, x);
-  if (norm_bias)
-    check_channel_vector(kOp, "norm_bias", *norm_bias, problem.C, ScalarType::Float, x);
-  const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-  const int64_t pixels = kGemmTiles[tile].part_pixels();
-  Tensor statistics = torch::stable::new_empty(
-      x, {ceil_div(problem.M(), pixels), 3, weight.size(0)}, ScalarType::Float);
+  const auto [statistics, pixels] = parts_for(problem, z, 3, tile, 1);
   Tensor table = torch::stable::new_empty(x, {kNormTableRows, problem.C}, ScalarType::Float);
   auto* const norm_table = static_cast<float*>(table.mutable_data_ptr());
   launch_fold_norm(DeviceScope(x),
-                   {data(mean), data(var), data(rest), norm_weight ? data(*norm_weight) : nullptr,
-                    norm_bias ? data(*norm_bias) : nullptr, static_cast<float>(eps)},
-                   problem.C, norm_table);
-  const ConvOperands operands{dtype,
-                              x.const_data_ptr(),
-                              weight.const_data_ptr(),
-                              nullptr,
-                              nullptr,
-                              nullptr,
-                              z.mutable_data_ptr(),
-                              kNoActivation,
-                              static_cast<float*>(statistics.mutable_data_ptr()),
-                              norm_table};
+                   norm_of(mean, var, rest, norm_weight, norm_bias, eps, problem.C, x), problem.C,
+                   norm_table);
+  operands.statistics = static_cast<float*>(statistics.mutable_data_ptr());
+  operands.norm = norm_table;
   launch(problem, operands, tile, 1, x);
   return {statistics, pixels};
 }
@@ -219,33 +223,12 @@ Tensor convolution_gradient_sums(Tensor dy, Tensor weight, Tensor g, Tensor x, T
         name_of(dy.scalar_type()));
   const ConvProblem problem =
       problem_of(dy, weight, g, {1, 1}, padding, dilation, groups, tile, splits);
-  check(g.numel() > 0, kOp, ": g must not be empty");
-  const int64_t C = weight.size(0);
-  check_matrix("x", x, dy, {problem.N, C, problem.P, problem.Q});
+  const Tensor sums = std::get<0>(parts_for(problem, g, 2, tile, splits));
+  check_matrix("x", x, dy, {problem.N, weight.size(0), problem.P, problem.Q});
   check_rows("x", x);
-  const auto vector = [&](const char* name, const Tensor& t) {
-    check_channel_vector(kOp, name, t, C, ScalarType::Float, dy);
-    return static_cast<const float*>(t.const_data_ptr());
-  };
-  const int64_t pixels = splits > 1 ? kMergedPixels : kGemmTiles[tile].part_pixels();
-  Tensor sums =
-      torch::stable::new_empty(dy, {ceil_div(problem.M(), pixels), 2, C}, ScalarType::Float);
-  const ConvOperands operands{
-      dtype_index(kOp, "dy", dy),
-      dy.const_data_ptr(),
-      weight.const_data_ptr(),
-      nullptr,
-      nullptr,
-      nullptr,
-      g.mutable_data_ptr(),
-      kNoActivation,
-      nullptr,
-      nullptr,
-      {{vector("mean", mean), vector("var", var), vector("rest", rest),
-        norm_weight ? vector("norm_weight", *norm_weight) : nullptr,
-        norm_bias ? vector("norm_bias", *norm_bias) : nullptr, static_cast<float>(eps)},
-       x.const_data_ptr(),
-       static_cast<float*>(sums.mutable_data_ptr())}};
+  ConvOperands operands = operands_of(dy, weight, g);
+  operands.mask = {norm_of(mean, var, rest, norm_weight, norm_bias, eps, weight.size(0), dy),
+                   x.const_data_ptr(), static_cast<float*>(sums.mutable_data_ptr())};
   launch(problem, operands, tile, splits, dy);
   return sums;
 }

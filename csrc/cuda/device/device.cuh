@@ -32,9 +32,6 @@ __device__ __forceinline__ T narrow_16(float v) {
   else
     return __float2bfloat16_rn(v);
 }
-// Never contracted into a fused multiply-add.
-__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 // a * b + c, rounded once.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
   return __fmaf_rn(a, b, c);

@@ -143,21 +143,12 @@ class Plan:
         return cached
 
     def _find_shapes(self, shape: Sequence[int]) -> list[Sequence[int]]:
-        d, shapes = self._description, [shape]
-        for conv in self._convs:
-            out = conv.output_shape(shapes[-1])
-            if out is None:
-                return []
-            shapes.append(out)
-        branch: Sequence[int] | None = tuple(shape)
-        if self._projection is not None:
-            branch = self._projection.output_shape(shape)
-        elif d.pad is not None:
-            branch = d.pad.output_shape(shape)
-        if d.shortcut != "none" and branch != shapes[-1]:
+        found = self._description.output_shapes(shape)
+        if not found:
             return []
+        shapes = [shape, *found[: len(self._convs)]]
         if self.pools:
-            pooled = pooling.pool_shape(d.pool, shapes[-1])
+            pooled = pooling.pool_shape(self._description.pool, shapes[-1])
             return [] if pooled is None else [*shapes, pooled]
         return shapes
 

@@ -57,7 +57,8 @@ def compiled_parts(model: nn.Module) -> Iterator[Part]:
         if graph.bound is None or not any(id(t) in names for t in graph.bound.tensors.values()):
             continue
         modules = graph.bound.trace.modules
-        convs = {n: names.get(id(m.weight), n.name) for n, m in modules.items() if _is_conv(m)}
+        ours = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d)}
+        convs = {n: names.get(id(m.weight), n.name) for n, m in ours.items()}
         program = graph.program
         if graph.reason or program is None:
             for name in convs.values():
@@ -76,10 +77,6 @@ def compiled_parts(model: nn.Module) -> Iterator[Part]:
         reasons = {r.node: r.reason for r in program.matched.rejected}
         for n, name in left.items():
             yield Part(name, "stock", reasons.get(n, "not part of a pattern"), [name])
-
-
-def _is_conv(m: nn.Module) -> bool:
-    return isinstance(m, nn.Conv2d)
 
 
 def _in_region(model: nn.Module, name: str) -> bool:

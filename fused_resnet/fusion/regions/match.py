@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fused_resnet.fusion import pooling
 from fused_resnet.fusion.description import Description, Place, Unit, finished
 from fused_resnet.fusion.dtype_rules import output_dtype
-from fused_resnet.kernels.activation import OF_MODULE, Activation
+from fused_resnet.kernels.activation import OF_FUNCTION, OF_METHOD, OF_MODULE, Activation
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import is_frozen_bn
 
@@ -30,8 +30,6 @@ from .trace import Trace
 _aten = torch.ops.aten
 _ADD = {operator.add, operator.iadd, torch.add, _aten.add.Tensor, _aten.add_.Tensor}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__"}
-_RELU = {F.relu, torch.relu, torch.relu_, F.relu_, _aten.relu.default, _aten.relu_.default}
-_RELU_METHODS = {"relu", "relu_"}
 # Functions and methods that return new memory.
 _FRESH = {
     F.interpolate,
@@ -146,11 +144,11 @@ class Matcher:
         if m is not None:
             alone = len(node.args) == 1 and not node.kwargs and patched(m) is None
             return OF_MODULE.get(type(m)) if alone else None
-        if node.op == "call_function" and node.target in _RELU:
+        if node.op == "call_function" and node.target in OF_FUNCTION:
             known = len(node.args) <= 2 and not set(node.kwargs) - {"inplace"}
-            return Activation.RELU if known else None
-        if node.op == "call_method" and node.target in _RELU_METHODS:
-            return Activation.RELU if len(node.args) == 1 and not node.kwargs else None
+            return OF_FUNCTION[node.target] if known else None
+        if node.op == "call_method" and len(node.args) == 1 and not node.kwargs:
+            return OF_METHOD.get(str(node.target))
         return None
 
     def _operands(self, node: fx.Node | None) -> tuple[fx.Node, fx.Node] | None:
@@ -176,7 +174,7 @@ class Matcher:
         if node.op not in ("call_function", "call_method"):
             return False
         inplace = node.kwargs.get("inplace", False) or (
-            node.target in _RELU and len(node.args) > 1 and node.args[1]
+            node.target in OF_FUNCTION and len(node.args) > 1 and node.args[1]
         )
         own = name.startswith("i") and getattr(operator, name, None) is node.target
         out = "out" in node.kwargs
@@ -198,7 +196,8 @@ class Matcher:
             returns = node.target._schema.returns
             return node.target not in _MAY_ALIAS and all(r.alias_info is None for r in returns)
         adds = self._operands(node) is not None
-        return adds or (node.op == "call_function" and node.target in _FRESH | _RELU)
+        known = node.target in _FRESH or node.target in OF_FUNCTION
+        return adds or (node.op == "call_function" and known)
 
     def _written(self) -> set[fx.Node]:
         """The nodes whose memory is written after their value was made, and read after that by a
@@ -374,11 +373,12 @@ class Matcher:
                 self._norm_first(node)
             operands = self._operands(node)
             activation, after = self._activated(node)
-            if operands is not None and activation and self._safe([node, *operands]):
+            relu = activation == Activation.RELU  # add_relu and bn_add_relu compute no other
+            if operands is not None and relu and self._safe([node, *operands]):
                 self._take(Found(None, operands[0], operands[1], None, activation, [node, *after]))
 
     def _norm_first(self, node: fx.Node) -> None:
-        """norm (-> addition) -> activation behind something else than a convolution."""
+        """norm (-> addition) -> ReLU behind something else than a convolution."""
         nodes, residual = [node], None
         user = _only_user(node)
         operands = self._operands(user)
@@ -387,7 +387,9 @@ class Matcher:
             nodes.append(user)
         activation, after = self._activated(nodes[-1])
         source = node.args[0]
-        if not activation or not isinstance(source, fx.Node) or self._taken.intersection(nodes):
+        if activation != Activation.RELU or self._taken.intersection(nodes):
+            return
+        if not isinstance(source, fx.Node):
             return
         self._take(Found(None, source, residual, self._module(node), activation, [*nodes, *after]))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -239,17 +239,14 @@ class Program:
         call: Any = target
         if node.op == "get_attr":
             return self._attribute(node)
+        keeps, reduces = _keeps(node, module), _reduces(node, module)
         if type(module) is nn.Conv2d and self.differentiable:
-            keeps, reduces, call = True, False, functools.partial(convolve, module)
+            call = functools.partial(convolve, module)
         elif module is not None:
-            keeps, reduces = _keeps(node, module), _reduces(node, module)
             # Its activation is a node of its own.
             bare = has_activation(module) and patched(module) is None
             call = functools.partial(_normalise, module) if bare else module
-        elif node.op == "call_function":
-            keeps, reduces = _keeps(node, None), _reduces(node, None)
-        else:
-            keeps, reduces = _keeps(node, None), _reduces(node, None)
+        elif node.op == "call_method":
             name = str(target)
             call = lambda t, *args, **kwargs: getattr(t, name)(*args, **kwargs)  # noqa: E731
         kept = self._kept.intersection(node.all_input_nodes)
@@ -276,10 +273,13 @@ class Program:
 
         return run
 
-    def _places(self) -> list[Place]:
-        """What the program depends on besides its descriptions."""
+    def _guarded(self, parts: Collection[Plan | Step]) -> None:
+        """Guards the parts, and what the program depends on besides."""
         absorbed = {m: None for f in self.matched.found for n in f.nodes if (m := self._module(n))}
-        return self.traced.places + [Place({"": m}, "", m, type(m)) for m in absorbed]
+        places = self.traced.places + [Place({"": m}, "", m, type(m)) for m in absorbed]
+        guards = [Guard([], places, values=False), *(part.guard for part in parts)]
+        self.is_cached = all(part.is_cached for part in parts)
+        self.guard = Guard.combined(guards)
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.traced.modules.get(node)
@@ -374,11 +374,7 @@ class InferenceProgram(Program):
                 self.reasons[found.nodes[0]] = plan
             else:
                 self._plans[i] = plan
-        plans = self._plans.values()
-        self.is_cached = all(plan.is_cached for plan in plans)
-        self.guard = Guard.combined(
-            [Guard([], self._places(), values=False), *(plan.guard for plan in plans)]
-        )
+        self._guarded(self._plans.values())
         self._unchanged = self.guard.holds
         self._index = {id(found): i for i, found in enumerate(matched.found)}
         self._build(self._fused)
@@ -494,11 +490,7 @@ class TrainingProgram(Program):
                 self.reasons[found.nodes[0]] = step
             else:
                 self._steps_of[id(found)] = step
-        steps = self._steps_of.values()
-        self.is_cached = all(step.is_cached for step in steps)
-        self.guard = Guard.combined(
-            [Guard([], self._places(), values=False), *(step.guard for step in steps)]
-        )
+        self._guarded(self._steps_of.values())
         self._unchanged = self.guard.structure_holds
         self._build(self._fused)
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.native import (
     Native,
     has_input_gradient,
@@ -36,9 +35,9 @@ class Layout(NamedTuple):
     counts: list[float]  # number of values per channel of each norm
 
 
-def layout_of(spec: Spec, tensors: Sequence[Any], shape: Sequence[int]) -> Layout | None:
+def layout_of(spec: Spec, tensors: Sequence[Any], counts: list[float]) -> Layout | None:
     """The block's `Layout`; None where the ops do not support the block. tensors: as for
-    `block.StepFunction`; shape: of the input (N, C, H, W)."""
+    `block.StepFunction`; counts: of values per channel, of each norm at least."""
     weights, kernels = tensors[::3], spec.kernels
     vectors = [t for i, t in enumerate(tensors) if i % 3]
     if not isinstance(kernels, Native) or any(group is not None for group in spec.groups):
@@ -56,18 +55,8 @@ def layout_of(spec: Spec, tensors: Sequence[Any], shape: Sequence[int]) -> Layou
     shortcut = SHORTCUTS[spec.shortcut], spec.stride, spec.norm_first, spec.shared
     return Layout(
         spec, (geometry, list(spec.eps), *shortcut, list(map(int, keep))),
-        keep[-1] and not spec.norm_first, _counts(spec, weights, shape),
+        keep[-1] and not spec.norm_first, counts[: len(spec.eps)],
     )  # fmt: skip
-
-
-def _counts(spec: Spec, weights: Sequence[Tensor], shape: Sequence[int]) -> list[float]:
-    """The number of values per channel of each norm. A projection's output has the shape of the
-    residual branch's."""
-    shapes = [shape]
-    for weight, g in zip(weights[: spec.main], spec.geometries, strict=False):
-        shapes.append(output_shape(shapes[-1], weight.shape, *g) or shapes[-1])
-    normed = shapes if spec.norm_first else [*shapes[1:], shapes[-1]]
-    return [float(N * H * W) for N, _, H, W in normed[: len(spec.eps)]]
 
 
 class NativeBlockFunction(torch.autograd.Function):

@@ -28,7 +28,6 @@ from fused_resnet.fusion.guard import Guard
 from fused_resnet.kernels import registry
 from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import Entries, cacheable, to_keep
-from fused_resnet.kernels.problem import output_shape
 from fused_resnet.kernels.training.choice import empty, passes_for
 from fused_resnet.kernels.training.native import Native, in_layout
 from fused_resnet.layers.hooks import FSDP
@@ -274,6 +273,9 @@ def reason_against_fixed(description: Description, x: Tensor) -> str | None:
     kernels = passes_for(device)
     if registry.choose("conv_bn_relu", device) != "native" or not isinstance(kernels, Native):
         return "in training a convolution is fused with its norm"
+    for *_, activation in description.units:
+        if activation not in kernels.activations:
+            return f"no kernel for the gradient of {activation.name}"
     extra = _extra_outputs(description)
     for (conv, *_), g in zip(description.units, description.geometries, strict=True):
         K, *rest = conv.weight.shape
@@ -328,7 +330,9 @@ def prepare(description: Description, level: str, x: Tensor) -> Prepared | None:
         spec = spec._replace(window=_window(description, spec, x))
         return Prepared(spec, description, tensors, memory_format, None, None)
     prepared = Prepared(spec, description, tensors, memory_format, None, None)
-    fused = one_op.layout_of(spec, tensors, x.shape)
+    shapes = description.output_shapes(x.shape)
+    normed = [x.shape, *shapes] if spec.norm_first else shapes
+    fused = one_op.layout_of(spec, tensors, [float(N * H * W) for N, _, H, W in normed])
     if fused is None:
         return prepared
     if tensors[-1] is None:
@@ -370,9 +374,9 @@ def _window(description: Description, spec: Spec, x: Tensor) -> list[int] | None
     pool = description.pool
     if not spec.kernels.pools:
         return None
-    conv_shape = output_shape(x.shape, description.units[0].conv.weight.shape, *spec.geometries[0])
     window = [n for sizes in pooling.window(pool) for n in sizes]
-    if conv_shape is None or pooling.pool_shape(pool, conv_shape) is None:
+    shapes = description.output_shapes(x.shape)
+    if not shapes or pooling.pool_shape(pool, shapes[0]) is None:
         return None
     return window if window[0] * window[1] <= 256 else None  # a tap's index is one byte
 
@@ -412,19 +416,9 @@ def _output_shape(
     """The shape of a block's output for an input of `shape`, if stock would accept the shapes and
     dtypes of every unit; None if not, or if a unit does not fit: fits(conv, norm, shape of the
     norm's input)."""
-    main_shape = tuple(shape)
-    projects = description.shortcut == "projection"
-    for i, (conv, bn, _) in enumerate(description.units):
-        branch = projects and i == len(description.units) - 1
-        source = shape if branch else main_shape
-        out = output_shape(source, conv.weight.shape, *description.geometries[i])
-        if out is None or not weights_fit(x_dtype, conv.weight) or (branch and out != main_shape):
+    shapes = description.output_shapes(shape)
+    normed = [tuple(shape), *shapes] if description.norm_first else shapes
+    for (conv, bn, _), norm_shape in zip(description.units, normed, strict=False):
+        if not weights_fit(x_dtype, conv.weight) or not fits(conv, bn, norm_shape):
             return None
-        if not fits(conv, bn, main_shape if description.norm_first else out):
-            return None
-        main_shape = out
-    if description.pad is not None and description.pad.output_shape(shape) != main_shape:
-        return None
-    if description.shortcut == "identity" and main_shape != tuple(shape):
-        return None
-    return main_shape
+    return shapes[len(description.main) - 1] if shapes else None

@@ -130,9 +130,8 @@ class Cuda(Passes):
         z = channels_last_empty((x.shape[0], weight.shape[0], *x.shape[2:]), x)
         rows = weight.detach().to(x.dtype).permute(0, 2, 3, 1).contiguous()  # (K, 1, 1, C)
         statistics, pixels = implicit_gemm.ops(x).normalised_convolution_statistics(
-            aligned(x), mean, var, rest, vector(norm.weight, x), vector(norm.bias, x),
-            norm.eps, aligned(rows), z, config.tile,
-        )  # fmt: skip
+            aligned(x), mean, var, rest, *norm.operands(x), aligned(rows), z, config.tile
+        )
         return z, self._merged(statistics, z, pixels)
 
     def _merged(self, statistics: Tensor, z: Tensor, pixels: int) -> tuple[Tensor, ...]:
@@ -202,8 +201,7 @@ class Cuda(Passes):
         rows = turned_rows(weight, g.groups, dy.dtype)
         dx = channels_last_empty(x.shape, dy)
         sums = implicit_gemm.ops(x).convolution_gradient_sums(
-            aligned(dy), rows, dx, aligned(x), mean, var, rest,
-            vector(norm.weight, x), vector(norm.bias, x), norm.eps, *geometry[1:],
+            aligned(dy), rows, dx, aligned(x), mean, var, rest, *norm.operands(x), *geometry[1:],
             config.tile, config.splits,
         )  # fmt: skip
         return dx, sums

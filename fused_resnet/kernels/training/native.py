@@ -14,7 +14,7 @@ from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.problem import Geometry
 
 from . import collectives
-from .protocol import Norm, Normed, NormGradients, Passes, vector
+from .protocol import Norm, Normed, NormGradients, Passes
 
 
 def in_layout(t: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -62,6 +62,8 @@ class Native(Passes):
     """C++ kernels on the CPU; outputs are in pooled memory that is reused from step to step."""
 
     pools = True
+    # Of `convolution_and_epilogue`: those whose gradient follows from their output.
+    activations = (Activation.NONE, Activation.RELU)
     _ops = torch.ops.fused_resnet_native
 
     def supports(
@@ -120,9 +122,8 @@ class Native(Passes):
             return super().relu_gradient(dy, y, weight, g, normed)
         x, norm, (stats, *_) = normed
         return self._ops.input_gradient_and_sums(
-            dy, operand(weight), sizes(g), x, stats, vector(norm.weight, x), vector(norm.bias, x),
-            norm.eps,
-        )  # fmt: skip
+            dy, operand(weight), sizes(g), x, stats, *norm.operands(x)
+        )
 
     def weight_gradient(self, dy: Tensor, x: Tensor, weight: Tensor, g: Geometry) -> Tensor:
         if not self.supports(weight, dy.dtype, g, "weight_gradient"):
@@ -161,10 +162,8 @@ class Native(Passes):
         other: tuple[Any, ...] = (residual, None, None, None, 0.0)
         if isinstance(residual, Normed):
             r, n, s = residual
-            other = (r, s[0], vector(n.weight, x), vector(n.bias, x), n.eps)
-        return self._ops.bn_apply(
-            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, *other, activation
-        )
+            other = (r, s[0], *n.operands(x))
+        return self._ops.bn_apply(x, stats, *norm.operands(x), *other, activation)
 
     def norm_gradients(
         self,
@@ -185,9 +184,8 @@ class Native(Passes):
         y = None if recompute_mask else y
         x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
         sums, g = self._ops.bn_reduce(
-            dy, y, x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps,
-            recompute_mask, x2, stats2, masked and y is not None,
-        )  # fmt: skip
+            dy, y, x, stats, *norm.operands(x), recompute_mask, x2, stats2, masked and y is not None
+        )
         if y is not None and masked:
             dy, y = g, None
         total, second = self._all_reduced(sums, norm), None
@@ -208,9 +206,8 @@ class Native(Passes):
         norm's. recompute_mask: y = relu(of) is recomputed, not read."""
         x, norm, (stats, *_) = of
         dx = self._ops.bn_gradient(
-            dy, y, x, stats, total, row, float(self.count(of)), vector(norm.weight, x),
-            vector(norm.bias, x), norm.eps, recompute_mask,
-        )  # fmt: skip
+            dy, y, x, stats, total, row, float(self.count(of)), *norm.operands(x), recompute_mask
+        )
         dweight, dbias = self._ops.bn_parameter_gradients(
             sums, row, stats, norm.eps, x.dtype == torch.float64
         )
@@ -219,9 +216,7 @@ class Native(Passes):
     def pool(self, normed: Normed, window: list[int]) -> tuple[Tensor, Tensor]:
         """maxpool(relu(norm(x))) -> y (N, C, P, Q) and the tap of each maximum, uint8."""
         x, norm, (stats, *_) = normed
-        return self._ops.bn_pool(
-            x, stats, vector(norm.weight, x), vector(norm.bias, x), norm.eps, window
-        )
+        return self._ops.bn_pool(x, stats, *norm.operands(x), window)
 
     def pool_gradient(
         self, dy: Tensor, y: Tensor, index: Tensor, x: Tensor, window: list[int]

@@ -29,6 +29,10 @@ class Norm(NamedTuple):
     eps: float
     group: Any = None
 
+    def operands(self, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
+        """Weight, bias and eps as kernels take them with x."""
+        return vector(self.weight, x), vector(self.bias, x), self.eps
+
 
 class Normed(NamedTuple):
     """norm(x): x (N, C, H, W), the norm, and the statistics that it normalises by."""

@@ -4,6 +4,7 @@ with fused models."""
 from __future__ import annotations
 
 import copy
+import enum
 import io
 import pickle
 import threading
@@ -16,7 +17,8 @@ from torch.nn.utils import parametrizations, prune
 
 import fused_resnet as fr
 from fused_resnet.fusion.regions.program import InferenceProgram
-from fused_resnet.kernels import native
+from fused_resnet.fusion.regions.region import regions_of
+from fused_resnet.kernels import activation, native
 from tests.fusion.regions.region_helpers import (
     LAST,
     Residual,
@@ -226,6 +228,46 @@ def test_hooks_on_an_activation() -> None:
         for model in (mine, stock):
             model[2].register_forward_hook(lambda module, inputs, y: y + 1)
         outputs_agree(mine(x), stock(x))
+
+
+class _Other(enum.IntEnum):
+    """An activation that no kernel of this package computes."""
+
+    SILU = 2
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return nn.functional.silu(v)
+
+
+class _Silus(nn.Module):
+    """One after a convolution, a norm, an addition, and a norm and an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm1, self.norm2 = conv(16, 16), nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+        self.norm3, self.act = nn.BatchNorm2d(16), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.norm1(self.conv(x)))
+        z = self.act(self.norm2(y * 2))
+        z = self.act(self.norm3(z * 2) + y)
+        return self.act(z + x)
+
+
+@pytest.mark.parametrize("mode", ["inference", "frozen", "training"])
+def test_activations_that_kernels_lack(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(activation.OF_MODULE, nn.SiLU, _Other.SILU)
+    stock = calibrated(_Silus()).train(mode == "training")
+    mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(2, 16, 8, 8)
+    with torch.set_grad_enabled(mode != "inference"):
+        y, want = mine(x), stock(x)
+    agree(y, want)
+    assert [region.refused for *_, region in regions_of(mine)] == [None]
+    if mode != "inference":
+        for result in (y, want):
+            result.square().sum().backward()
+        for a, b in zip(mine.parameters(), stock.parameters(), strict=True):
+            agree(a.grad, b.grad)
 
 
 def test_threads() -> None:
