@@ -1,0 +1,87 @@
+"""The parameters and buffers of a module as operands of an op of compiled.py, compiled_step.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_resnet.layers.planned import SLOTS
+
+from .description import Description, recipe_of, tensors_of
+
+
+def operands_of(
+    module: nn.Module, body: tuple[str, ...] | None, prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers by name, each once; of the submodules `body` alone unless that is
+    None. prefix: before the names of `body`. Traced by torch.compile."""
+
+    def inside(name: str) -> bool:
+        return body is None or name.removeprefix(prefix).split(".", 1)[0] in body
+
+    parameters: dict[str, Tensor] = {
+        name: p for name, p in module.named_parameters() if inside(name)
+    }
+    return parameters, {name: b for name, b in module.named_buffers() if inside(name)}
+
+
+def own_tensors(
+    module: nn.Module, body: tuple[str, ...] | None, fresh: bool = False
+) -> list[Tensor | None]:
+    """The tensors of `operands_of`, in order. Their places are kept, and found anew if `fresh`."""
+    slots = module.__dict__.get(SLOTS, {})
+    if fresh or body not in slots:
+        found: dict[int, tuple[dict[str, Any], str]] = {}
+        for kind in ("_parameters", "_buffers"):
+            for path, m in module.named_modules():
+                if body is not None and path.split(".", 1)[0] not in body:
+                    continue
+                for name, t in getattr(m, kind).items():
+                    if t is not None:
+                        found.setdefault(id(t), (getattr(m, kind), name))
+        slots = module.__dict__[SLOTS] = {**slots, body: tuple(zip(*found.values(), strict=True))}
+    return list(map(dict.get, *slots[body])) if slots[body] else []
+
+
+def are_own(
+    module: nn.Module,
+    given: Sequence[Tensor],
+    body: tuple[str, ...] | None = None,
+    ignored: Sequence[int] = (),
+) -> bool:
+    """Whether the tensors are those of `operands_of`, in order, but for some positions."""
+
+    def hold(own: list[Tensor | None]) -> bool:
+        if len(own) != len(given):
+            return False
+        for i in ignored:
+            own[i] = given[i]
+        return all(map(is_, own, given))
+
+    return hold(own_tensors(module, body)) or hold(own_tensors(module, body, fresh=True))
+
+
+def unregistered(description: Description) -> str | None:
+    """Why an op that is given the parameters and buffers lacks one of the description's tensors."""
+    for conv, norm, _ in description.units:
+        known = [*conv._parameters.values()]
+        if norm is not None:
+            known += [*norm._parameters.values(), *norm._buffers.values()]
+        for name, t in tensors_of(conv, norm):
+            if t is not None and not any(t is k for k in known):
+                return f"{name} is neither a parameter nor a buffer"
+    return None
+
+
+def own_forward(module: Any) -> bool:
+    """Whether a class before the one that is registered defines its own forward."""
+    _, forward = recipe_of(module)
+    for cls in type(module).__mro__:
+        if cls.__dict__.get("forward") is forward:
+            return False
+        if cls.__dict__.keys() & {"forward", "_forward_impl"}:
+            return True
+    return True
