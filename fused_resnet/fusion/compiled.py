@@ -27,7 +27,7 @@ from . import compiled_step
 from .description import Names, describe, recipe_of
 from .inference.make import kernels_for
 from .network import NetworkNames
-from .operands import are_own, operands_of, own_forward, unregistered
+from .operands import are_own, operands_of, own_forward
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _reason(module: nn.Module, device: torch.device, dtype: torch.dtype) -> str 
         description = describe(m, found)
         if isinstance(description, str):
             return description
-        kernels = unregistered(description) or kernels_for(description, dtype, device)
+        kernels = kernels_for(description, dtype, device)
         if isinstance(kernels, str):
             return kernels
     return None

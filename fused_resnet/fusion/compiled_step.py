@@ -44,7 +44,7 @@ from .call import call_reason
 from .description import Description, Names, describe, recipe_of
 from .dtype_rules import output_dtype
 from .network import NetworkNames, members_of
-from .operands import are_own, operands_of, own_forward, own_tensors, unregistered
+from .operands import are_own, operands_of, own_forward, own_tensors
 from .training.network import run_body
 from .training.one_op import prepare_tracking
 from .training.prepare import shape_after, step_for
@@ -120,7 +120,7 @@ def _reason(module: Any, device: torch.device, dtype: torch.dtype) -> str | None
     for description in parts:
         if isinstance(description, nn.Conv2d):
             continue
-        why = unregistered(description) or reason_against_step(description, device, dtype)
+        why = reason_against_step(description, device, dtype)
         if why is None and len(parts) > 1 and description.survival != 1:
             why = "stochastic depth selects blocks at every step"
         if why is not None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fused_resnet.layers.planned import SLOTS
 
-from .description import Description, recipe_of, tensors_of
+from .description import recipe_of
 
 
 def operands_of(
@@ -62,18 +62,6 @@ def are_own(
         return all(map(is_, own, given))
 
     return hold(own_tensors(module, body)) or hold(own_tensors(module, body, fresh=True))
-
-
-def unregistered(description: Description) -> str | None:
-    """Why an op that is given the parameters and buffers lacks one of the description's tensors."""
-    for conv, norm, _ in description.units:
-        known = [*conv._parameters.values()]
-        if norm is not None:
-            known += [*norm._parameters.values(), *norm._buffers.values()]
-        for name, t in tensors_of(conv, norm):
-            if t is not None and not any(t is k for k in known):
-                return f"{name} is neither a parameter nor a buffer"
-    return None
 
 
 def own_forward(module: Any) -> bool:

@@ -82,6 +82,17 @@ def test_inference_is_one_op(name: str, dtype: torch.dtype) -> None:
     assert recorder.ops == 1
 
 
+def test_weights_are_operands_where_a_graph_may_write_them() -> None:
+    """Not in the module's own forward: Dynamo would guard each at every call."""
+    _, model = pair()
+    for function, count in ((model, 0), (lambda x: model(x) * 2, len(model.state_dict()))):
+        mine, recorder = compiled(function)
+        with torch.no_grad():
+            mine(images())
+        (op,) = [n for n in recorder.graphs[-1].nodes if n.target in (OP, OP.overloadpacket)]
+        assert len(op.args[1]) == count
+
+
 def test_weights_are_packed_once() -> None:
     """Compiled and uncompiled calls share them."""
     _, model = pair()
@@ -243,6 +254,8 @@ def test_by_inductor() -> None:
     with torch.no_grad():
         for x in (images(), images(3), images(2, 32)):
             agree(mine(x), model(x))
+        model.fc = nn.Linear(model.fc.in_features, 3)
+        agree(mine(images()), model(images()))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         found, want = mine(images()), model(images())
     assert found.dtype == want.dtype

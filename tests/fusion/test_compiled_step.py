@@ -322,7 +322,7 @@ def _gelu(m: Any) -> Any:
 LEFT: dict[str, Any] = {
     "synchronised": lambda: fr.BasicBlock(3, 3), "is a GELU": lambda: _gelu(fr.BasicBlock(3, 3)),
     "stochastic depth": lambda: fr.cifar_resnet(8, stochastic_depth=0.5),
-    "neither a parameter nor a buffer": lambda: _plain_weight(fr.BasicBlock(3, 3)),
+    "weight a plain attribute": lambda: _plain_weight(fr.BasicBlock(3, 3)),
     "one of its parts is no block": lambda: _other_part(fr.cifar_resnet(8)),
 }  # fmt: skip
 
