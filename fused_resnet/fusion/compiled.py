@@ -27,7 +27,7 @@ from . import compiled_step
 from .description import Names, describe, recipe_of
 from .inference.make import kernels_for
 from .network import NetworkNames
-from .operands import are_own, operands_of, own_forward
+from .operands import are_own, operands_of, own_forward, structure_of
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +63,8 @@ def run(module: Any, names: Any, x: Tensor) -> Tensor | None:
     device = x.device.type
     # Compiled code runs without autocast.
     cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    result: Tensor = torch.ops.fused_resnet.module_inference(x, tensors, number, cast)
+    structure, op = structure_of(number), torch.ops.fused_resnet.module_inference
+    result: Tensor = op(x, tensors, number, cast, structure)
     return result
 
 
@@ -131,7 +132,7 @@ class _Call(nn.Module):
 
 
 def _inference(
-    x: Tensor, tensors: Sequence[Tensor], number: int, cast: torch.dtype | None
+    x: Tensor, tensors: Sequence[Tensor], number: int, cast: torch.dtype | None, structure: str = ""
 ) -> Tensor:
     module: Any = numbered(number)
     with torch.no_grad(), _autocast(x, cast):
@@ -155,7 +156,9 @@ def _with(call: _Call, tensors: Sequence[Tensor], x: Tensor) -> Any:
     return functional_call(call, dict(zip(names, tensors, strict=True)), (x,))
 
 
-def _fake(x: Tensor, tensors: Sequence[Tensor], number: int, cast: torch.dtype | None) -> Tensor:
+def _fake(
+    x: Tensor, tensors: Sequence[Tensor], number: int, cast: torch.dtype | None, structure: str = ""
+) -> Tensor:
     module: Any = numbered(number)
     if not tensors:
         weight = module.fc.weight
@@ -166,7 +169,8 @@ def _fake(x: Tensor, tensors: Sequence[Tensor], number: int, cast: torch.dtype |
 
 
 register(
-    "module_inference(Tensor x, Tensor[] tensors, int number, ScalarType? autocast) -> Tensor",
+    "module_inference(Tensor x, Tensor[] tensors, int number, ScalarType? autocast, "
+    "str structure='') -> Tensor",
     _inference,
     _fake,
 )

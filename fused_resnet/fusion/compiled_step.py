@@ -44,7 +44,7 @@ from .call import call_reason
 from .description import Description, Names, describe, recipe_of
 from .dtype_rules import output_dtype
 from .network import NetworkNames, members_of
-from .operands import are_own, operands_of, own_forward, own_tensors
+from .operands import are_own, operands_of, own_forward, own_tensors, structure_of
 from .training.network import run_body
 from .training.one_op import prepare_tracking
 from .training.prepare import shape_after, step_for
@@ -89,7 +89,8 @@ def run(
             tracking += [home + key for key in _STATISTICS]
     positions = [i for i, name in enumerate(buffers) if name in tracking]
     y: Tensor
-    y, kept = ops.module_step(x, parameters, values, number, cast, needs, positions)
+    given = x, parameters, values, number, cast, needs, positions, structure_of(number)
+    y, kept = ops.module_step(*given)
     if positions:
         ops.module_statistics([values[i] for i in positions], kept, number, positions)
     if isinstance(names, NetworkNames):
@@ -191,6 +192,7 @@ def _above_autograd() -> Iterator[None]:
 def _step(
     x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], number: int,
     cast: torch.dtype | None, needs: Sequence[bool], positions: Sequence[int],
+    structure: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     module: Any = numbered(number)
     kept = _Kept(next(_numbers).to_bytes(8, "little"))
@@ -351,6 +353,7 @@ def _gradient_like(t: Tensor, is_image: bool) -> Tensor:
 def _fake_step(
     x: Tensor, parameters: Sequence[Tensor], buffers: Sequence[Tensor], number: int,
     cast: torch.dtype | None, needs: Sequence[bool], positions: Sequence[int],
+    structure: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     module = numbered(number)
     shape: Any = x.shape
@@ -384,7 +387,7 @@ def _fake_backward(
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    x, parameters, buffers, _, _, needs, positions = inputs
+    x, parameters, buffers, _, _, needs, positions, _ = inputs
     y, kept = output
     # What PyTorch requires of lists: a gradient for each tensor, [] for an empty list of numbers.
     ctx.needs, ctx.buffers = list(needs), [None] * len(buffers)
@@ -397,7 +400,7 @@ def _grad(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
     op = torch.ops.fused_resnet.module_step_backward
     found = iter(op(dy, kept, y, x, parameters, ctx.needs))
     dx, *grads = [next(found) if need else None for need in ctx.needs]
-    return dx, grads, ctx.buffers, None, None, None, ctx.positions
+    return dx, grads, ctx.buffers, None, None, None, ctx.positions, None
 
 
 def _once(ctx: Any, *_: Any) -> NoReturn:
@@ -409,7 +412,7 @@ def _once(ctx: Any, *_: Any) -> NoReturn:
 
 register(
     "module_step(Tensor x, Tensor[] parameters, Tensor[] buffers, int number, "
-    "ScalarType? autocast, bool[] needs, int[] positions) -> (Tensor, Tensor)",
+    "ScalarType? autocast, bool[] needs, int[] positions, str structure='') -> (Tensor, Tensor)",
     _step, _fake_step, _save, _grad,
 )  # fmt: skip
 register(

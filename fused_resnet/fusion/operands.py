@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
-from fused_resnet.layers.planned import SLOTS
+from fused_resnet.layers.planned import SLOTS, numbered
 
 from .description import recipe_of
 
@@ -62,6 +63,21 @@ def are_own(
         return all(map(is_, own, given))
 
     return hold(own_tensors(module, body)) or hold(own_tensors(module, body, fresh=True))
+
+
+def structure_of(number: int) -> str:
+    """A digest of what, besides operands, the shapes of a module's outputs depend on. An operand of
+    the ops since compilers keep compiled graphs, also for other processes, by the graph alone, and
+    there the number may be another module's."""
+    module = numbered(number)
+    shapes = [
+        (name, tuple(t.shape), t.dtype) for name, t in module.state_dict(keep_vars=True).items()
+    ]
+    return hashlib.sha256(f"{module} {shapes}".encode()).hexdigest()[:16]
+
+
+# What torch.compiler.assume_constant_result sets; that also imports Dynamo, which takes a second.
+structure_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def own_forward(module: Any) -> bool:

@@ -253,7 +253,7 @@ def test_writes_in_the_graph_come_first(steps: list[str]) -> None:
     def wrap(m: Any) -> Any:
         def forward(x: Tensor) -> Tensor:
             with torch.no_grad():
-                m.conv1.weight.mul_(0.5)
+                m.conv1.weight.add_(0.05)  # a factor would not change what a norm returns
                 m.bn1.running_mean.mul_(0.5)
             return m(x)
 
@@ -274,7 +274,14 @@ def _assigned(m: Any) -> None:
     m.requires_grad_()
 
 
+def _other_buffers(m: Any) -> None:
+    norm = nn.BatchNorm2d(64)
+    norm.weight, norm.bias = m.bn1.weight, m.bn1.bias
+    m.bn1 = norm
+
+
 CHANGES: dict[str, Any] = {
+    "a norm with the same weights": _other_buffers,
     "assigned": _assigned, "data": lambda m: m.conv1.weight.data.mul_(2),
     "a norm in eval": lambda m: m.layer2[0].bn1.eval(), "eval": lambda m: m.eval(),
     "frozen": lambda m: m.layer1.requires_grad_(False),
