@@ -70,9 +70,8 @@ def structure_of(number: int) -> str:
     the ops since compilers keep compiled graphs, also for other processes, by the graph alone, and
     there the number may be another module's."""
     module = numbered(number)
-    shapes = [
-        (name, tuple(t.shape), t.dtype) for name, t in module.state_dict(keep_vars=True).items()
-    ]
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    shapes = [(name, tuple(t.shape), t.dtype) for name, t in tensors]
     return hashlib.sha256(f"{module} {shapes}".encode()).hexdigest()[:16]
 
 
