@@ -26,6 +26,12 @@ from .description import Description, Place
 
 # Longer than a thread that copies a parameter is likely to be suspended for.
 _SETTLING_S = 0.25
+# The attributes of a guard that describe modules, and how much of its state describes tensors.
+_OF_MODULES = (
+    "_homes", "_names", "_modules", "_children", "_dicts", "_overrides", "_hooks", "_settings",
+    "_setting_names", "_slots", "_keys", "_values",
+)  # fmt: skip
+_OF_TENSORS = 4
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
 _SETTINGS = {
     Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
@@ -133,6 +139,12 @@ class Guard:
         all_of._settled = max(map(attrgetter("_settled"), guards))
         all_of._confirmed = not all_of._ranges
         return all_of
+
+    def forget_modules(self) -> None:
+        """Leaves the tensors alone to compare: for modules that only the guard's owner has."""
+        for name in _OF_MODULES:
+            setattr(self, name, [])
+        self._state = (*self._state[:_OF_TENSORS], *([] for _ in self._state[_OF_TENSORS:]))
 
     def _current_state(self) -> tuple[list[Any], ...]:
         """What is compared by value, and can change without replacing a module or tensor."""

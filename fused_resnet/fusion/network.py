@@ -23,6 +23,19 @@ class NetworkNames(NamedTuple):
     norm: tuple[str, str] | None = None
     running: str | None = None
 
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The submodules before the stages, in the order in which they run."""
+        if isinstance(self.stem, str):
+            return (self.stem,)
+        pool = () if self.stem.pool is None else (self.stem.pool,)
+        return (*self.stem.pairs[0], self.stem.relu, *pool)
+
+    @property
+    def body(self) -> tuple[str, ...]:
+        """All submodules before the head."""
+        return (*self.first, *self.stages, *(self.norm or ()))
+
 
 class Member(NamedTuple):
     """One part of a network's forward: a block or another module, or the names of the network's
@@ -48,12 +61,10 @@ def members_of(model: Any, names: NetworkNames) -> tuple[Member, list[list[Membe
     """The members of the network's forward: its stem with the pooling, and those of each stage; and
     the places that decide which modules these are."""
     stem, places = names.stem, []
-    if isinstance(stem, str):
-        first = Member((stem,), None)
-    else:
-        pool = () if stem.pool is None else (stem.pool,)
-        first = Member((*stem.pairs[0], stem.relu, *pool), stem)
-        places += [Place(model._modules, name, model._modules.get(name), object) for name in pool]
+    first = Member(names.first, None if isinstance(stem, str) else stem)
+    if not isinstance(stem, str) and stem.pool is not None:
+        pool = stem.pool
+        places.append(Place(model._modules, pool, model._modules.get(pool), object))
     stages = []
     for name in names.stages:
         stage = getattr(model, name)

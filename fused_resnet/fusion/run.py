@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet import layout
+from fused_resnet.layers.norms import falls_back
 
 from . import compiled
 from .call import asked
@@ -31,25 +32,30 @@ from .training.units import run_step
 def run_block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """A residual block's output (N, K, P, Q), or None: the caller runs torchvision's path."""
     if torch.compiler.is_compiling():
-        return compiled.run(block, x)
+        return compiled.run(block, names, x)
+    y = _block(block, names, x)
+    if y is None:
+        falls_back()
+    return None if y is None else layout.normed(y, layout.memory_format(x))
+
+
+def _block(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     reason, differentiable = asked(block, x)
     if reason is not None:
         return None
     if not differentiable:
         plan = plan_for(block, names, x.dtype, x.device)
         if not isinstance(plan, str):
-            y = run_plan(plan, x)
-            return None if y is None else layout.normed(y, layout.memory_format(x))
+            return run_plan(plan, x)
     step = step_for(block, names, x)
-    y = None if isinstance(step, str) else run_step(step, x)
-    return None if y is None else layout.normed(y, layout.memory_format(x))
+    return None if isinstance(step, str) else run_step(step, x)
 
 
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor | None:
     """A network's logits (N, classes), fused as far as possible, or None: the caller runs
     torchvision's path. x: (N, C, H, W) of any layout."""
     if torch.compiler.is_compiling():
-        return compiled.run(model, x)
+        return compiled.run(model, names, x)
     reason, differentiable = asked(model, x)
     if reason is not None:
         return None

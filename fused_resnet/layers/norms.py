@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -90,6 +92,44 @@ def uses_batch_statistics(bn: Any) -> bool:
     return bn.training or (bn.running_mean is None and bn.running_var is None)
 
 
+class Update(NamedTuple):
+    """An update of running statistics that was postponed: the arguments of `track`."""
+
+    norm: Any
+    state: Any
+    values: int
+    update: Callable[..., None]
+
+
+class Unfused(Exception):
+    """A norm would be computed by PyTorch's operations, which update statistics at once."""
+
+
+_postponed: ContextVar[list[Update] | None] = ContextVar("fused_resnet_postponed", default=None)
+
+
+@contextlib.contextmanager
+def postponing() -> Iterator[list[Update]]:
+    """Within it `track` changes nothing, and appends its arguments to the list instead. Raises
+    `Unfused` where a norm would not be `track`ed."""
+    updates: list[Update] = []
+    token = _postponed.set(updates)
+    try:
+        yield updates
+    finally:
+        _postponed.reset(token)
+
+
+def postpones() -> bool:
+    return _postponed.get() is not None
+
+
+def falls_back() -> None:
+    """Called where PyTorch's operations take over. Raises `Unfused` where updates are postponed."""
+    if _postponed.get() is not None:
+        raise Unfused
+
+
 def track(
     bn: Any, state: Any, count: int, update: Callable[..., None] = Passes.update_running
 ) -> None:
@@ -98,6 +138,10 @@ def track(
     state: the batch's mean and biased variance over `count` values per channel, in the form that
     `update` requires."""
     if not (bn.training and bn.track_running_stats) or recomputing():
+        return
+    waiting = _postponed.get()
+    if waiting is not None:
+        waiting.append(Update(bn, state, count, update))
         return
     momentum = bn.momentum
     if bn.num_batches_tracked is not None:

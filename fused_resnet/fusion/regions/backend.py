@@ -34,7 +34,9 @@ from .trace import Trace
 
 _log = logging.getLogger(__name__)
 _MAX_PROGRAMS = 4
+_MAX_BOUNDS = 4  # models of one class that share a graph, as a student and its teacher
 _OTHERS = "its weights are others at every call"
+_OWNERLESS = "its weights belong to no module"
 
 # Calls that switch what operations after them do.
 _SWITCHES = (
@@ -66,14 +68,14 @@ def backend(
     for node in gm.graph.nodes:
         higher = isinstance(node.target, torch._ops.HigherOrderOperator)
         if higher or node.op == "call_module" or node.target in _SWITCHES:
-            reason = f"it has {node.target}"
+            reason = f"it has {getattr(node.target, '__name__', node.target)}"
             break
         if node.target in (torch.conv2d, F.batch_norm):
             reason = ""
     if not reason:
         return FusedGraph(gm, functools.partial(_inductor, options=settings))
     _log.info("Inductor compiles a graph: %s", reason)
-    return _inductor_now(gm, example_inputs, settings)
+    return LeftGraph(gm, reason, _inductor_now(gm, example_inputs, settings))
 
 
 def _inductor(graph: fx.GraphModule, options: dict[str, Any]) -> Callable[..., Any]:
@@ -108,11 +110,31 @@ def _owners(tensors: Sequence[Tensor]) -> list[nn.Module] | None:
     return None if left else found
 
 
+def _refer_to(seen: dict[int, weakref.ref[Tensor]], tensors: dict[int, Tensor]) -> bool:
+    return len(seen) == len(tensors) and all([seen[i]() is t for i, t in tensors.items()])
+
+
 def _worth(node: fx.Node) -> bool:
     """Whether Inductor may fuse the node with others."""
     if node.op == "call_method":
         return node.target not in _ALONE_METHODS
     return node.op == "call_function" and node.target not in _ALONE
+
+
+class LeftGraph:
+    """A captured graph that Inductor computes, and why."""
+
+    bounds = ()
+
+    def __init__(self, gm: fx.GraphModule, reason: str, run: Callable[..., Any]) -> None:
+        self.gm, self.reason, self._run = gm, reason, run
+        graphs.add(self)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._run(*inputs)
+
+    def weights(self) -> dict[int, Tensor]:
+        return {}
 
 
 class FusedGraph:
@@ -121,13 +143,13 @@ class FusedGraph:
     def __init__(
         self, gm: fx.GraphModule, rest: Callable[[fx.GraphModule], Callable[..., Any]]
     ) -> None:
-        self._gm, self._rest = gm, rest
-        self.bound: Bound | None = None
-        self.program: Program | None = None  # of the last call that had one
+        self.gm, self._rest = gm, rest
+        self.bounds: list[Bound] = []  # the last one used first
         self.reason = "it was not called"  # why the last call was not fused
         self._misses = 0  # consecutive calls with other tensors
-        # Weak references to the tensors of the last call that did not fit.
-        self._seen: list[weakref.ref[Tensor]] = []
+        # Weak references to the weights, by input, of the last calls that did not fit.
+        self._seen: list[dict[int, weakref.ref[Tensor]]] = []
+        self._ownerless = False
         self._compiled: Callable[..., Any] | None = None
         self._lock = threading.Lock()
         graphs.add(self)
@@ -141,24 +163,30 @@ class FusedGraph:
         if program == _OTHERS:
             self._misses += 1
             if self._misses == 1:  # as after load_state_dict(assign=True)
-                return self._gm(*inputs)
+                return self.gm(*inputs)
         return self._otherwise(program)(*inputs)
 
     def _otherwise(self, reason: str) -> Callable[..., Any]:
         """The whole graph by Inductor."""
         if self._compiled is None:
             _log.info("Inductor compiles a graph: %s", reason)
-            self._compiled = self._rest(self._gm)
+            self._compiled = self._rest(self.gm)
         return self._compiled
 
     def _program(self, inputs: Sequence[Any]) -> Program | str:
         """The program for a call, kept or made now; or why there is none."""
-        now: Bound | str | None = self.bound
-        if not isinstance(now, Bound) or not now.fits(inputs):
+        bounds = self.bounds
+        now: Bound | str = bounds[0] if bounds and bounds[0].fits(inputs) else ""
+        if not isinstance(now, Bound):
             with self._lock:
                 now = self._rebound(inputs)
         if isinstance(now, str):
             return now
+        found = self._program_of(now, inputs)
+        now.reason = found if isinstance(found, str) else ""
+        return found
+
+    def _program_of(self, now: Bound, inputs: Sequence[Any]) -> Program | str:
         x = None if now.lead is None else inputs[now.lead]
         reason = "nothing in it can be fused" if x is None else call_reason(x, training=True)
         if reason is not None or x is None:
@@ -173,7 +201,7 @@ class FusedGraph:
             return kept
         made = self._made(now, x, grad, key)
         if isinstance(made, Program):
-            self.program = made
+            now.program = made
         return made
 
     def _made(self, now: Bound, x: Tensor, grad: bool, key: Any) -> Program | str:
@@ -187,6 +215,7 @@ class FusedGraph:
             program = TrainingProgram(now.trace, matched, now.trace.root, x, self._segment)
         else:
             program = InferenceProgram(now.trace, matched, x, self._segment)
+            program.guard.forget_modules()  # stand-ins: that the tensors are these, `fits` has seen
         program.generation = generation
         _log.info("%d parts of a graph are fused", len(matched.found))
         if program.is_cached:
@@ -198,22 +227,29 @@ class FusedGraph:
     def _rebound(self, inputs: Sequence[Any]) -> Bound | str:
         """The graph with the tensors of this call. Where they are others than before, only if two
         calls have the same: tensors made for each call would be packed for each."""
-        if self.bound is not None and self.bound.fits(inputs):
-            return self.bound
-        now = bound(self._gm, inputs)
+        for kept in self.bounds:
+            if kept.fits(inputs):
+                self.bounds = [kept, *(b for b in self.bounds if b is not kept)]
+                return kept
+        if self._ownerless:  # looking for owners takes long
+            return _OWNERLESS
+        now = bound(self.gm, inputs)
         mine = list(now.tensors.values())
-        again = list(map(id, mine)) == [id(ref()) for ref in self._seen]
-        if self.bound is not None and not again:
-            self._seen = [weakref.ref(t) for t in mine]
+        again = any(_refer_to(seen, now.tensors) for seen in self._seen)
+        self._seen = self._seen[1 - _MAX_BOUNDS :]
+        self._seen.append({i: weakref.ref(t) for i, t in now.tensors.items()})
+        if self.bounds and not again:
             return _OTHERS
         owners = _owners(mine)
         if owners is None:
-            return "its weights belong to no module"
-        self.forget()
+            self._ownerless = not self.bounds
+            return _OWNERLESS
         me = weakref.ref(self)
         for owner in owners:
             weakref.finalize(owner, _forget, me, id(now)).atexit = False
-        self.bound = now
+        now.owners = list(map(weakref.ref, owners))
+        others = [b for b in self.bounds if b.is_owned()]
+        self.bounds = [now, *others[: _MAX_BOUNDS - 1]]
         return now
 
     def _segment(self, nodes: list[fx.Node], traced: Trace) -> Callable[..., Any] | None:
@@ -230,15 +266,20 @@ class FusedGraph:
         graph.output(tuple(copies[n] for n in nodes if not inside.issuperset(n.users)))
         return self._rest(fx.GraphModule(traced.root, graph))
 
-    def forget(self) -> None:
-        self.bound, self.program = None, None
+    def weights(self) -> dict[int, Tensor]:
+        """The weights of the last call, by input, as far as they still exist."""
+        found = {i: ref() for i, ref in (self._seen or [{}])[-1].items()}
+        return {i: t for i, t in found.items() if t is not None}
+
+    def forget(self, bound_id: int) -> None:
+        self.bounds = [b for b in self.bounds if id(b) != bound_id]
 
 
-graphs: weakref.WeakSet[FusedGraph] = weakref.WeakSet()
+graphs: weakref.WeakSet[FusedGraph | LeftGraph] = weakref.WeakSet()
 
 
 def _forget(graph: weakref.ref[FusedGraph], bound_id: int) -> None:
     """Called when a module is freed whose tensors a graph holds."""
     found = graph()
-    if found is not None and id(found.bound) == bound_id:
-        found.forget()
+    if isinstance(found, FusedGraph):
+        found.forget(bound_id)

@@ -50,33 +50,71 @@ def parts_of(model: nn.Module, x: Any) -> Iterator[Part]:
 
 
 def compiled_parts(model: nn.Module) -> Iterator[Part]:
-    """The parts of the graphs that the backend compiled with tensors of `model`, as they ran last;
-    where a graph was not fused, its convolutions."""
-    names = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    """The parts of the graphs that the backend compiled with tensors or modules of `model`, as they
+    ran last; where a graph was not fused, its convolutions."""
+    names = {id(m.weight): name for name, m in model.named_modules() if _is_conv(m)}
     for graph in list(backend.graphs):
-        if graph.bound is None or not any(id(t) in names for t in graph.bound.tensors.values()):
+        mine = [b for b in graph.bounds if any(id(t) in names for t in b.tensors.values())]
+        for bound in mine:
+            yield from _bound_parts(bound, names)
+        if not mine:
+            yield from _left_parts(graph, model)
+
+
+def _bound_parts(bound: Any, names: dict[int, str]) -> Iterator[Part]:
+    modules, program = bound.trace.modules, bound.program
+    convs = {n: names.get(id(m.weight), n.name) for n, m in modules.items() if _is_conv(m)}
+    if bound.reason or program is None:
+        for name in convs.values():
+            yield Part(name, "stock", bound.reason, [name])
+        return
+    path = "training" if program.differentiable else "inference"
+    left = dict(convs)
+    for found in program.matched.found:
+        inside = [left.pop(n) for n in found.nodes if n in left]
+        if inside:
+            reason = program.reasons.get(found.nodes[0], "")
+            yield Part(inside[0], "stock" if reason else path, reason, inside)
+    for n, reason in bound.rejected.items():
+        if n.target in _CONVS:
+            yield Part(n.name, "stock", reason, [n.name])
+    reasons = {r.node: r.reason for r in program.matched.rejected}
+    for n, name in left.items():
+        yield Part(name, "stock", reasons.get(n, "not part of a pattern"), [name])
+
+
+def _left_parts(graph: Any, model: nn.Module) -> Iterator[Part]:
+    """The convolutions of a graph without a program: those of modules of `model`, and those whose
+    weights are attributes of one."""
+    modules = {(str(id(m)), type(m)): name for name, m in model.named_modules()}
+    tensors = {
+        id(t): f"{name}.{key}" if name else key
+        for name, m in model.named_modules()
+        for home in (m._parameters, m._buffers, m.__dict__)
+        for key, t in home.items()
+        if isinstance(t, Tensor)
+    }
+    inputs = [n for n in graph.gm.graph.nodes if n.op == "placeholder"]
+    weights = {inputs[i]: tensors.get(id(t)) for i, t in graph.weights().items()}
+    for n in graph.gm.graph.nodes:
+        if n.op != "call_function" or n.target not in _CONVS:
             continue
-        modules = graph.bound.trace.modules
-        ours = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d)}
-        convs = {n: names.get(id(m.weight), n.name) for n, m in ours.items()}
-        program = graph.program
-        if graph.reason or program is None:
-            for name in convs.values():
-                yield Part(name, "stock", graph.reason, [name])
-            continue
-        path = "training" if program.differentiable else "inference"
-        left = dict(convs)
-        for found in program.matched.found:
-            inside = [left.pop(n) for n in found.nodes if n in left]
-            if inside:
-                reason = program.reasons.get(found.nodes[0], "")
-                yield Part(inside[0], "stock" if reason else path, reason, inside)
-        for n, reason in graph.bound.rejected.items():
-            if n.target in (torch.conv2d, torch.ops.aten.conv2d.default):
-                yield Part(n.name, "stock", reason, [n.name])
-        reasons = {r.node: r.reason for r in program.matched.rejected}
-        for n, name in left.items():
-            yield Part(name, "stock", reasons.get(n, "not part of a pattern"), [name])
+        # Dynamo's: the modules in whose forward the call is, by id, from the outermost.
+        stack = () if graph.bounds else (n.meta.get("nn_module_stack") or {}).items()
+        called = [modules.get((str(key), cls)) for key, (_, cls) in stack]
+        name = next((name for name in reversed(called) if name is not None), None)
+        if not name:
+            read = [weights.get(m) for m in n.all_input_nodes]
+            name = next(filter(None, read), n.name if name == "" else None)
+        if name is not None:
+            yield Part(name, "stock", graph.reason, [name])
+
+
+_CONVS = (torch.conv2d, torch.ops.aten.conv2d.default)
+
+
+def _is_conv(m: Any) -> bool:
+    return isinstance(m, nn.Conv2d)
 
 
 def _in_region(model: nn.Module, name: str) -> bool:

@@ -59,8 +59,9 @@ def export(
     args, kwargs, dynamic_shapes: as for torch.export.export, which gives the portable graph. The
     first image among them decides the dtype. The graph runs where this package's operations are
     loaded: by `fused_resnet.kernels.native.load()`, or in C++ by opening their library
-    (examples/cpp); compile it ahead of time by torch._inductor.aoti_compile_and_package. Weights
-    written later are not in it.
+    (examples/cpp); elsewhere torch.export.load raises RuntimeError ("error when deserializing").
+    Compile it ahead of time by torch._inductor.aoti_compile_and_package. Weights written later are
+    not in it.
 
     Raises ValueError if a norm is in training mode, if there is no image, or if nothing can be
     fused, with the reason; what torch.export raises besides.
@@ -102,6 +103,8 @@ def _fuse(gm: Any, inputs: Sequence[Any]) -> None:
     together = [(g, plans) for g, plans in zip(groups, kept, strict=True) if all(plans)]
     if not together:
         reasons = [*program.reasons.values(), *called.rejected.values()]
+        if len(groups) < len(program.groups()):
+            reasons.append("an addition has another dtype than its operands, as under autocast")
         reasons = [*dict.fromkeys([*reasons, *(r.reason for r in matched.rejected)])]
         raise ValueError(f"export: nothing in the model can be fused: {'; '.join(reasons)}")
     order = {n: i for i, n in enumerate(graph.nodes)}

@@ -12,7 +12,8 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,16 +40,29 @@ stand_ins: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _STATISTICS = ("running_mean", "running_var")
 
 
-class Bound(NamedTuple):
+@dataclass(eq=False)
+class Bound:
     """A graph with the tensors of one call in its modules. tensors: those, by the positions of the
     graph's inputs. rejected: calls that stay, and why. lead: the position of the input that the
-    first convolution reads, or None. programs: those made from it."""
+    first convolution reads, or None. programs: those made from it. program: of the last call that
+    had one; reason: why the last call was not fused. owners: the modules that have the tensors."""
 
     trace: Trace
     tensors: dict[int, Tensor]
     rejected: dict[fx.Node, str]
     lead: int | None
-    programs: dict[Any, Any]
+    programs: dict[Any, Any] = field(default_factory=dict)
+    program: Any = None
+    reason: str = ""
+    owners: list[weakref.ref[nn.Module]] = field(default_factory=list)
+
+    def is_owned(self) -> bool:
+        """Whether the owners still have the tensors."""
+        owners = [owner for ref in self.owners if (owner := ref()) is not None]
+        homes = [home for m in owners for home in (m._parameters, m._buffers)]
+        return {id(t) for home in homes for t in home.values()}.issuperset(
+            map(id, self.tensors.values())
+        )
 
     def fits(self, inputs: Sequence[Any]) -> bool:
         """Whether a call has the same tensors."""
@@ -72,7 +86,7 @@ def bound(gm: fx.GraphModule, inputs: Sequence[Any]) -> Bound:
     lead = None if first is None else positions.get(first)
     traced = Trace(copied, called.modules, root, spec, [], Code({}), lead or 0)
     tensors = {positions[n]: t for n, t in called.tensors.items()}
-    return Bound(traced, tensors, called.rejected, lead, {})
+    return Bound(traced, tensors, called.rejected, lead)
 
 
 class Calls:

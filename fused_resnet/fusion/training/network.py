@@ -14,6 +14,7 @@ from fused_resnet.fusion import store
 from fused_resnet.fusion.call import call_reason, wants_grad
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.network import NetworkNames, members_of
+from fused_resnet.layers.norms import falls_back
 
 from .activation_memory import run_segment, run_stages
 from .prepare import Step, setting, step_for
@@ -80,26 +81,37 @@ class NetworkStep:
         """The stem with its pooling; `segmented` recomputes its step, and no other module, in
         backward."""
         if self._stem is None:
+            if self._first.names is not None:
+                falls_back()
             return self._first.call(model, x)
         run: Any = partial(run_step, self._stem)
         modules = [module for unit in self._stem.description.units for module in unit[:2]]
         y = run_segment(run, x, modules) if segmented else run(x)
         if y is None:
+            falls_back()
             return self._first.call(model, x)
         return y if self._pool is None else getattr(model, self._pool)(y)
 
     def _run_block(self, block: Any, x: Tensor) -> Tensor:
         step = self._steps.get(block)
         y = None if step is None else run_step(step, x)
-        return block(x) if y is None else y
+        return _call(block, x) if y is None else y
 
 
 def _call(block: Any, x: Tensor) -> Tensor:
+    falls_back()
     return block(x)
 
 
 def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
-    """The network's logits (N, classes), differentiably, by its steps, cached or made now."""
+    """The network's logits (N, classes), differentiably."""
+    y = run_body(model, names, x)
+    return model.fc(torch.flatten(model.avgpool(y), 1))
+
+
+def run_body(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
+    """The features that the network's head pools, differentiably, by its steps, cached or made
+    now."""
     key = ("network step", *setting(x), getattr(model, "activation_memory", "auto"))
     step = store.lookup(model, key)
     if step is None or step.generation != store.generation():
@@ -111,4 +123,4 @@ def run_network(model: Any, names: NetworkNames, x: Tensor) -> Tensor:
         norm, relu = (getattr(model, name) for name in names.norm)
         normed = run_norm(norm, relu, y)
         y = relu(norm(y)) if normed is None else normed
-    return model.fc(torch.flatten(model.avgpool(y), 1))
+    return y

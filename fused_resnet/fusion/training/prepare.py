@@ -34,6 +34,7 @@ from fused_resnet.layers.hooks import FSDP
 from fused_resnet.layers.norms import (
     DEFAULT_EPS,
     is_frozen_bn,
+    postpones,
     recomputing,
     track,
     uses_batch_statistics,
@@ -93,7 +94,10 @@ class Prepared(NamedTuple):
         else:
             y = StepFunction.apply(self.spec, states, x, *tensors)
         if not recomputing():
-            self.track(states) if self.tracking is None else self.tracking.run(states)
+            if self.tracking is None or postpones():
+                self.track(states)
+            else:
+                self.tracking.run(states)
         pool = self.description.pool
         return y if pool is None or self.spec.window is not None else pool(y)
 
@@ -408,6 +412,12 @@ def trains_whole(
         return bn.eps > 0 and norm_fits(bn, dtype)
 
     return _output_shape(description, shape, x_dtype, fits) is not None
+
+
+def shape_after(description: Description, shape: Any, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """The shape of a block's output, before pooling, for an x of this shape and dtype; None if
+    stock would not accept it."""
+    return _output_shape(description, shape, dtype, lambda *_: True)
 
 
 def _output_shape(

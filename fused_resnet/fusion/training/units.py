@@ -20,10 +20,10 @@ from fused_resnet.kernels.activation import Activation
 from fused_resnet.kernels.cache import owned_by
 from fused_resnet.kernels.problem import Geometry, output_shape
 from fused_resnet.layers.hooks import patched
-from fused_resnet.layers.norms import is_batch_norm, track, uses_batch_statistics
+from fused_resnet.layers.norms import falls_back, is_batch_norm, track, uses_batch_statistics
 from fused_resnet.layers.sync_batch_norm import group_of
 
-from .prepare import PreparedFixed, Step, step_for
+from .prepare import PreparedFixed, Step, step_for, trains_whole
 from .spec import laid_out
 
 
@@ -54,6 +54,26 @@ def counts_once(description: Description, x: Tensor) -> bool:
     )
 
 
+def reason_against_step(
+    description: Description, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a training step for an x of that dtype is not fused, or would update running statistics
+    other than by `track`, whatever x's size; None if neither is so."""
+    conv, x = description.units[0].conv, torch.empty(0, dtype=dtype, device=device)
+    if conv.weight.device != device:
+        return f"x is on {device}, a weight is not"
+    if any(group_of(norm) is not None for norm in description.norms):
+        return "its norms are synchronised"
+    shape = (2, conv.in_channels, 224, 224)
+    if trains_whole(description, shape, output_dtype(dtype, device.type), dtype):
+        return None
+    if description.norm_first or description.survival != 1:
+        return "some of its norms use running statistics"
+    if len(description.norms) < len(description.units) or not counts_once(description, x):
+        return "no kernel computes its norms with these settings and dtypes"
+    return None
+
+
 def norm_step(bn: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """relu(bn(x) + residual) by one op; None where not supported, or the norm is frozen."""
     if patched(bn) is not None or not is_batch_norm(bn) or not uses_batch_statistics(bn):
@@ -64,18 +84,22 @@ def norm_step(bn: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
 
 def run_norm(bn: Any, relu: Any, x: Tensor) -> Tensor | None:
     """relu(bn(x)) of two modules by one op; None where not supported, or the norm is frozen."""
-    if call_reason(x) is not None or type(relu) is not ReLU or patched(relu) is not None:
-        return None
-    return norm_step(bn, x, None)
+    y = None
+    if call_reason(x) is None and type(relu) is ReLU and patched(relu) is None:
+        y = norm_step(bn, x, None)
+    if y is None:
+        falls_back()
+    return y
 
 
 def run_projection(block: nn.Module, names: Names, x: Tensor) -> Tensor | None:
     """relu(bn(conv(x))) of a projection shortcut without the main path, in a block whose norms come
     last; None: use PyTorch's operations."""
-    if call_reason(x) is not None or not wants_grad(block, x):
-        return None
-    step = step_for(block, names, x)
+    step: Step | str = "no gradients are wanted"
+    if call_reason(x) is None and wants_grad(block, x):
+        step = step_for(block, names, x)
     if isinstance(step, str):
+        falls_back()
         return None
     return run_unit(step, -1, x, None, step.description.main[-1].activation)
 
@@ -149,6 +173,7 @@ def run_unit(
         if serves(True, y) and _bn_fits(bn, y, residual):
             y = _train_bn(bn, y, residual, relu)
             return y if relu else activation(y)
+        falls_back()
         y = bn(y)
     elif serves(False, x) and _conv_fits(conv, bn, x, residual, geometry):
         scale, shift = step.folded(accumulate_dtype(x.dtype))[i]

@@ -50,8 +50,8 @@ def compiled(model: Any, fullgraph: bool = True, **options: Any) -> Any:
 
 def graphs_of(model: nn.Module) -> list[Any]:
     mine = {id(p) for p in model.parameters()}
-    bound = [g for g in backend.graphs if g.bound is not None]
-    return [g for g in bound if any(id(t) in mine for t in g.bound.tensors.values())]
+    bounds = [b for g in backend.graphs for b in g.bounds]
+    return [b for b in bounds if any(id(t) in mine for t in b.tensors.values())]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -315,6 +315,43 @@ def test_reasons(caplog: pytest.LogCaptureFixture) -> None:
     assert "Inductor compiles a graph: the reference backend is forced" in caplog.text
 
 
+class PlainWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.randn(16, 16, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, self.w, padding=1))
+
+
+def test_graphs_without_a_program() -> None:
+    """`explain` lists their convolutions, with the reason; of this model and of no other."""
+    other = calibrated(Residual())
+    x, owners, looked = torch.randn(X), backend._owners, []
+    plain, residual, switches = PlainWeight(), calibrated(Residual()), calibrated(Switches())
+    mine = compiled(plain)
+    called = compiled(lambda values, x: functional_call(residual, values, (x,)))
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(backend, "_owners", lambda ts: looked.append(1) or owners(ts))
+        for i in range(3):
+            agree(mine(x), plain(x))
+            values = {name: t * (2 + i) for name, t in residual.named_parameters()}
+            agree(called(values, x), functional_call(residual, values, (x,)))
+        compiled(switches)(x)
+    assert len(looked) == 2, "looking for the owners of tensors takes long"
+    reason = "its weights belong to no module"
+    assert {(e.name, e.fused, e.reason) for e in fr.explain(mine)} == {("w", False, reason)} or {
+        (e.name, e.fused, e.reason) for e in fr.explain(mine)
+    } == {("_orig_mod.w", False, reason)}
+    assert [(e.name, e.fused, e.reason) for e in fr.explain(residual)] == [
+        ("first", False, reason), ("second", False, reason),
+    ]  # fmt: skip
+    found = fr.explain(switches)
+    assert [e.name for e in found] == ["block.first", "block.second"]
+    assert all(not e.fused and "autocast" in e.reason for e in found)
+    assert not fr.explain(other)
+
+
 def test_graph_break() -> None:
     class Printing(Residual):
         def forward(self, x: Tensor) -> Tensor:
@@ -375,6 +412,33 @@ def test_models_of_one_class() -> None:
     for t in threads:
         t.join()
     assert not errors, errors[0]
+
+
+def test_models_of_one_class_take_turns() -> None:
+    """As a student and its teacher: both stay fused, and are packed once."""
+    models = [calibrated(Residual(), seed) for seed in range(3)]
+    mine, x, packed = compiled(lambda m, x: m(x)), torch.randn(X), []
+    original = NativeConv.__init__
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(NativeConv, "__init__", lambda *a: packed.append(a) or original(*a))
+        for i in range(12):
+            agree(mine(models[i % 3], x), models[i % 3](x))
+    assert len(packed) == 6
+    for model in models:
+        assert [e.fused for e in fr.explain(model)] == [True]
+
+
+def test_replaced_weights_are_let_go() -> None:
+    model, x = calibrated(Residual()), torch.randn(X)
+    mine = compiled(model)
+    with torch.no_grad():
+        mine(x)
+        weight = weakref.ref(model.first.weight)
+        _assigned(model)
+        for _ in range(3):
+            agree(mine(x), model(x))
+    gc.collect()
+    assert weight() is None and all(e.fused for e in fr.explain(mine))
 
 
 @pytest.mark.parametrize("training", [False, True])

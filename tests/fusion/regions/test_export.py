@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,25 @@ def test_weights_are_constants() -> None:
     agree(torch.export.load(file).module()(x), want)
 
 
+def test_in_another_process(tmp_path: Path) -> None:
+    """PyTorch reads the file where the operations are loaded, and raises where they are not."""
+    model, x = calibrated(Residual()), torch.randn(1, 16, 8, 8)
+    with torch.no_grad():
+        torch.save((x, model(x)), tmp_path / "x.pt")
+    torch.export.save(fr.export(model, (x,)), tmp_path / "model.pt2")
+    script = (
+        f"import torch; {{}}; x, want = torch.load(r'{tmp_path}/x.pt')\n"
+        f"model = torch.export.load(r'{tmp_path}/model.pt2').module()\n"
+        "torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-4)"
+    )
+    load = "from fused_resnet.kernels import native; assert native.load() is None"
+    for prepare, fails in (("pass", True), (load, False)):
+        command = [sys.executable, "-c", script.format(prepare)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert (run.returncode != 0) == fails, run.stderr
+        assert not fails or "RuntimeError" in run.stderr
+
+
 def test_what_is_refused() -> None:
     x = torch.randn(1, 16, 8, 8)
     for model, args, reason in (
@@ -128,6 +148,11 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=rf"^export: .*{re.escape(reason)}"):
             fr.export(model, args)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"^export: .*an addition has another dtype"),
+    ):
+        fr.export(calibrated(Residual()), (x,))
     with (
         fr.use_backend("reference"),
         pytest.raises(ValueError, match=r"^export: the reference backend is forced"),
