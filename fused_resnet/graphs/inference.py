@@ -21,7 +21,7 @@ from fused_resnet.fusion import refresh, verified
 from fused_resnet.fusion.inference.release import releasing
 from fused_resnet.kernels.fingerprint import enabled as fingerprints
 from fused_resnet.kernels.fingerprint import fingerprint, ranges_of, table_of
-from fused_resnet.layers.released import Released
+from fused_resnet.layers.released import Released, restore_all
 
 from .capture import Graph, autocast, record, settings
 
@@ -62,7 +62,8 @@ class Inference:
     by several modules, a part of a larger buffer, in shared or mapped memory, or held by a view, a
     state_dict, autograd or TorchScript. While weights are being released no other thread may use
     the model; restoring is safe at any time. C++ extensions that take a released parameter without
-    PyTorch's argument parser get PyTorch's error that its data is not allocated: read it before.
+    PyTorch's argument parser get PyTorch's error that its data is not allocated, and torch.compile
+    with fullgraph=True of a model from `fuse` an interrupted graph: read the weights before.
 
     The callable takes x (N, C, H, W) of any batch, size, layout and floating dtype on the model's
     device, and returns new memory. The first call with a shape captures its graph; that of
@@ -134,6 +135,7 @@ class Inference:
             try:
                 if not self._guard.holds():
                     self._graphs.clear()
+                    restore_all(self.model.parameters())  # plans will, one after the other
                     refresh(self.model)
                     self._guard = _StateGuard(self.model, self.check == "full")
                 if not self.cuda_graph or x.numel() == 0 or self._guard.has_hooks():

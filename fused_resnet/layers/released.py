@@ -59,12 +59,11 @@ class Released(nn.Parameter):
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if not _restore_in((args, kwargs)):
-            raise RuntimeError(f"fused_resnet: {func} got a released parameter inside of an object")
-        return func(*args, **(kwargs or {}))
+        if func not in _WITHOUT_VALUES and _restore_in((args, kwargs)):
+            return func(*args, **(kwargs or {}))
+        # Or another thread has restored it meanwhile.
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         restore(self)
@@ -107,6 +106,11 @@ def _restore_in(value: Any) -> int:
     elif not isinstance(value, (list, tuple, set)):
         return 0
     return sum(map(_restore_in, value))
+
+
+# What torch.compiler.disable sets; that also imports Dynamo. A graph that would read a released
+# parameter is interrupted, and traced anew at the next call.
+_restore_in._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _is_released(p: Any) -> bool:
