@@ -102,6 +102,7 @@ bench: build
 	$(PY) benchmarks/models/bench_resnet.py --out $(RESULTS)
 	$(PY) benchmarks/depth/bench_depth.py --out $(RESULTS)
 	$(PY) benchmarks/models/accuracy.py --out $(RESULTS)
+	$(PY) benchmarks/models/bench_memory.py --out $(RESULTS)
 	$(VENV)/bin/fused-resnet depth --out build/depth
 	cp build/depth/report.json \
 	  $(RESULTS)/depth-cpu-torch$$($(PY) -c 'import torch; print(torch.__version__.split("+")[0])').json

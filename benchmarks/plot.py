@@ -76,6 +76,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
         return depth_text(content, depth_report.error_table)
     if content is not None and "accuracy" in content:
         return accuracy_table(content)
+    if content is not None and "memory" in content:
+        return resident_table(content)
     if content is not None and "fuse" in content:
         return fuse_table(content)
     if content is not None and "compiled" in content:
@@ -121,6 +123,32 @@ def accuracy_table(content: dict[str, Any]) -> str:
         f"{content['torch']}, {commit(content)}. From `{content['path'].name}`."
     )
     return f"{markdown(['test accuracy', *seeds, 'mean'], rows)}\n\n{text}\n"
+
+
+def resident_table(content: dict[str, Any]) -> str:
+    """bench_memory.py: resident MiB of each contender, and the ratio to eager's."""
+    found = content["memory"]
+    rows = []
+    for case in found["cases"]:
+        contenders = case["contenders"]
+        for key, what in (
+            ("peak_bytes", "peak of the calls"),
+            ("resting_bytes", "after them"),
+            ("loading_bytes", "peak of loading"),
+        ):
+            sizes = {n: statistics.median(c[key]) / 2**20 for n, c in contenders.items()}
+            ratio = sizes["fused-released"] / sizes["eager"]
+            label = f"batch {case['batch']}, {case['dtype']}, {what}"
+            rows.append([label, *(f"{size:.0f}" for size in sizes.values()), f"{ratio:.2f}"])
+    repeats = len(next(iter(found["cases"][0]["contenders"].values()))["peak_bytes"])
+    text = (
+        f"{found['model']}, {found['calls']} calls, above what was resident before the model was "
+        f"built: medians of {repeats} processes each. {processor_name(content['machine'])}, "
+        f"{content['threads']} threads, torch {content['torch']}, {commit(content)}. "
+        f"From `{content['path'].name}`."
+    )
+    header = ["MiB", *found["cases"][0]["contenders"], "fused-released over eager"]
+    return f"{markdown(header, rows)}\n\n{text}\n"
 
 
 def fuse_table(content: dict[str, Any]) -> str:

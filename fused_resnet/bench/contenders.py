@@ -185,6 +185,16 @@ def _fused(case: Case, data: Data) -> Step:
     return _step(case, data, model, _images(case, data, torch.channels_last), model)
 
 
+def _fused_released(case: Case, data: Data) -> Step:
+    """`inference` with `release_weights`: weights are packed and released in the first call."""
+    if case.mode == "train":
+        raise Unavailable("fused-released: inference only")
+    model = _prepared(get_model(case.model, weights=None), case, data, torch.channels_last)
+    x = _images(case, data, torch.channels_last)
+    call = functools.cache(lambda: inference(model, x, release_weights=True))
+    return Step(lambda: call()(x), model)
+
+
 def _fused_at_level(case: Case, data: Data, level: str) -> Step:
     """`fused` at the given level of activation memory, instead of "auto"."""
     if case.mode != "train":
@@ -295,6 +305,7 @@ _BUILDERS: dict[str, Callable[[Case, Data], Step]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "fused": _fused,
+    "fused-released": _fused_released,
     "fused-full": functools.partial(_fused_at_level, level="full"),
     "fused-low": functools.partial(_fused_at_level, level="low"),
     "fused-lower": functools.partial(_fused_at_level, level="lower"),

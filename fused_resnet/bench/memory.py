@@ -76,7 +76,7 @@ def cuda_peak_bytes(step: Step, owned_bytes: int, device: str) -> int:
     return owned_bytes + torch.cuda.max_memory_allocated(device) - before
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     """VmRSS (resident now) or VmHWM (its peak) of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
@@ -84,7 +84,7 @@ def _status_bytes(key: str) -> int:
     raise RuntimeError(f"memory: /proc/self/status has no {key}")
 
 
-def _release_free_memory() -> None:
+def release_free_memory() -> None:
     """Return freed memory to the system, and reset the peak where the kernel allows it."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
@@ -102,12 +102,12 @@ def process_peak_bytes(contender: str, case: Case) -> int:
     # A small eager step first, which loads the libraries and starts their threads.
     warm = Case("resnet18", 1, case.dtype)
     build("eager", warm, make_data(warm))()
-    _release_free_memory()
-    base = _status_bytes("VmRSS")
+    release_free_memory()
+    base = status_bytes("VmRSS")
     data = make_data(case)
     step = build(contender, case, data)
     del data
-    _release_free_memory()
+    release_free_memory()
     for _ in range(CALLS):
         step()
-    return _status_bytes("VmHWM") - base
+    return status_bytes("VmHWM") - base

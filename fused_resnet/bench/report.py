@@ -22,6 +22,7 @@ CONTENDERS = {
     "fused-full": ("fused_resnet, full memory", "#003f66"),
     "fused-low": ("fused_resnet, low memory", "#56b4e9"),
     "fused-lower": ("fused_resnet, lower memory", "#88ccee"),
+    "fused-released": ("fused_resnet, packed weights only", "#336688"),
     "fused-minimal": ("fused_resnet, minimal memory", "#bbddee"),
     "fused-graph": ("fused_resnet, CUDA graph", "#56b4e9"),
 }

@@ -36,7 +36,7 @@ def bench(
         typer.Option(
             "--contender",
             help="eager, eager-channels_last, compile, onnxruntime, openvino, fused, fused-full, "
-            "fused-low, fused-lower, fused-minimal, fused-graph (default: all).",
+            "fused-low, fused-lower, fused-minimal, fused-released, fused-graph (default: all).",
             metavar="NAME",
         ),
     ] = [],  # noqa: B006

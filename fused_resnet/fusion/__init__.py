@@ -4,7 +4,7 @@ from .description import Names, register
 from .explain import Explanation, explain
 from .network import NetworkNames
 from .regions.export import export
-from .regions.region import fuse, unfuse
+from .regions.region import fuse, unfuse, verified
 from .run import run_block, run_network
 from .store import refresh
 from .training.activation_memory import set_activation_memory
@@ -25,4 +25,5 @@ __all__ = [
     "run_projection",
     "set_activation_memory",
     "unfuse",
+    "verified",
 ]

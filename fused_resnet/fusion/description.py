@@ -22,6 +22,7 @@ from fused_resnet.kernels.problem import Geometry, output_shape, pair
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation, is_frozen_bn
 from fused_resnet.layers.originals import ALL
+from fused_resnet.layers.released import Released
 from fused_resnet.layers.shortcut import PadShortcut
 from fused_resnet.layers.sync_batch_norm import SyncBatchNorm
 
@@ -241,7 +242,7 @@ def _reason_against(description: Description) -> str | None:
         for name, t in tensors_of(conv, norm):
             if t is None:
                 continue
-            if type(t) not in (Tensor, nn.Parameter):
+            if type(t) not in (Tensor, nn.Parameter, Released):
                 return f"{name} is a {type(t).__name__}"
             if name.startswith("bn.running") and t.requires_grad:
                 return f"{name} requires a gradient"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fused_resnet.kernels import registry
@@ -16,6 +17,7 @@ from .call import asked, call_reason
 from .description import Description, Names, describe, recipe_of
 from .dtype_rules import serves
 from .inference.make import kernels_for
+from .inference.release import released
 from .network import NetworkNames
 from .regions.explain import compiled_parts, multiplications, parts_of
 from .training.prepare import trains_whole
@@ -41,7 +43,8 @@ def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
     weights' dtype, and no gradients in eval. Either way in the model's current mode. Blocks of a
     subclass with its own forward are listed: they are fused where that calls the forward of this
     package. Runs nothing and changes nothing. With FSDP, call it between `unshard()`
-    and `reshard()`, while the parameters are whole.
+    and `reshard()`, while the parameters are whole. The reason of a part that `inference` keeps
+    packed only (release_weights) says so.
 
     Of a model that `fuse` changed, every fused part is listed and every other convolution; x may
     then be what its forward takes, and the model runs once to count multiplications. Of one that
@@ -75,7 +78,7 @@ def _explain(module: nn.Module, names: Names, x: Tensor | None) -> tuple[bool, s
         return False, "stock", description
     weight, differentiable = description.units[0].conv.weight, False
     if x is None:
-        x = weight.detach()
+        x = torch.empty(1, 1, 1, 1, dtype=weight.dtype, device=weight.device)
         reason = call_reason(x)
     else:
         reason, differentiable = asked(module, x)
@@ -89,7 +92,9 @@ def _explain(module: nn.Module, names: Names, x: Tensor | None) -> tuple[bool, s
     kernels = kernels_for(description, x.dtype, x.device)
     if differentiable and not isinstance(kernels, str):
         return True, "training", "frozen norms with gradients"
-    return (False, "stock", kernels) if isinstance(kernels, str) else (True, "inference", "")
+    if isinstance(kernels, str):
+        return False, "stock", kernels
+    return True, "inference", released(unit.conv for unit in description.units)
 
 
 def _reason_against_training(description: Description) -> str | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from itertools import chain, repeat
+import weakref
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from itertools import chain, compress, repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
@@ -20,10 +23,12 @@ from fused_resnet.kernels.fingerprint import (
     table_of,
 )
 from fused_resnet.layers.hooks import OVERRIDABLE, hooks_of, overrides
+from fused_resnet.layers.released import Released
 from fused_resnet.layers.shortcut import PadShortcut
 
 from .description import Description, Place
 
+_PER_TENSOR = 4  # the first lists of `Guard._current_state` have an entry per tensor
 # Longer than a thread that copies a parameter is likely to be suspended for.
 _SETTLING_S = 0.25
 # The attributes of a guard that describe modules, and how much of its state describes tensors.
@@ -42,6 +47,20 @@ _SETTINGS = {
     PadShortcut: ("in_channels", "out_channels", "stride"),
 }  # fmt: skip
 
+_Noted = list["weakref.ref[Guard]"]
+_noted: ContextVar[_Noted | None] = ContextVar("fused_resnet_guards", default=None)
+
+
+@contextlib.contextmanager
+def noting_guards() -> Iterator[_Noted]:
+    """Collects the guards that this thread makes: they share the memory of what they guard."""
+    made: _Noted = []
+    token = _noted.set(made)
+    try:
+        yield made
+    finally:
+        _noted.reset(token)
+
 
 class Guard:
     """A snapshot of described modules, taken before anything is read from them.
@@ -50,7 +69,8 @@ class Guard:
     patched forwards, configuration, identity, address, dtype, shape and version counter of every
     parameter and buffer, and a fingerprint of their values (kernels/fingerprint.py). The tensors'
     memory is kept alive, so that no address is reused while the guard exists. The comparisons run
-    in C (`map` with builtins), since they run in every forward.
+    in C (`map` with builtins), since they run in every forward. Of a released parameter
+    (layers/released.py) they see that it still is: nobody can have written to it.
 
     places: further modules, as those between blocks, and attributes. values: whether fingerprints
     are taken; `structure_holds` needs none.
@@ -106,7 +126,9 @@ class Guard:
                 self._slots += repeat(tensors, len(tensors))
                 self._keys += tensors
         self._values = list(map(getitem, self._slots, self._keys))
-        self._tensors = [t for t in self._values if t is not None]
+        present: list[Any] = [t for t in self._values if t is not None]
+        self._released = [t for t in present if type(t) is Released]
+        self._tensors = [t for t in present if type(t) is not Released]
         self._alive = list(map(Tensor.detach, self._tensors))
         # A tensor created in inference mode has no version counter: writes go undetected.
         self.has_versions = not any(map(Tensor.is_inference, self._tensors))
@@ -120,6 +142,38 @@ class Guard:
         self._whole_print = fingerprint(self._whole)
         self._settled = time.monotonic() + _SETTLING_S
         self._confirmed = not self._ranges
+        self._note()
+
+    def _note(self) -> None:
+        made = _noted.get()
+        if made is not None:
+            made.append(weakref.ref(self))
+
+    def aliases(self, p: Tensor) -> list[Tensor]:
+        """The guard's own tensors that share the memory of a parameter."""
+        return [a for t, a in zip(self._tensors, self._alive, strict=True) if t is p]
+
+    def released(self, p: Any, sampled: int, whole: int) -> None:
+        """Guards a parameter as a released one from now on. sampled, whole: the fingerprints of its
+        values before; if it was written to since the snapshot, the guard does not hold now."""
+        kept = [t is not p for t in self._tensors]
+        count = len(kept) - sum(kept)
+        if count == 0:
+            return
+        if self._ranges:
+            self._print = sum_of([self._print, *repeat(-sampled, count)])
+            self._whole_print = sum_of([self._whole_print, *repeat(-whole, count)])
+            self._ranges = ranges_of(compress(self._tensors, kept))
+            self._table = table_of(self._ranges)
+            self._whole = self._table.clone()
+            self._whole[:, 2] = 0
+        self._alive = list(compress(self._alive, kept))
+        if self.has_versions:
+            self._versions = list(compress(self._versions, kept))
+        of_tensors = [list(compress(values, kept)) for values in self._state[:_PER_TENSOR]]
+        self._state = (*of_tensors, *self._state[_PER_TENSOR:])
+        self._tensors = list(compress(self._tensors, kept))
+        self._released = [*self._released, p]
 
     @staticmethod
     def combined(guards: Sequence[Guard]) -> Guard:
@@ -138,6 +192,7 @@ class Guard:
         all_of._whole_print = sum_of(map(attrgetter("_whole_print"), guards))
         all_of._settled = max(map(attrgetter("_settled"), guards))
         all_of._confirmed = not all_of._ranges
+        all_of._note()
         return all_of
 
     def forget_modules(self) -> None:
@@ -187,6 +242,7 @@ class Guard:
                 all(map(is_, map(getitem, self._slots, self._keys), self._values))
                 and self._current_state() == self._state
                 and all(map(is_, map(dict.get, self._homes, self._names), self._modules))
+                and all(map(is_, map(type, self._released), repeat(Released)))
                 and not any(self._hooks)
                 and not any(map(contains, self._dicts, self._overrides))
             )

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.checks import one_of
-from fused_resnet.fusion import refresh
+from fused_resnet.fusion import refresh, verified
+from fused_resnet.fusion.inference.release import releasing
 from fused_resnet.kernels.fingerprint import enabled as fingerprints
 from fused_resnet.kernels.fingerprint import fingerprint, ranges_of, table_of
+from fused_resnet.layers.released import Released, restore_all
 
 from .capture import Graph, autocast, record, settings
 
@@ -42,6 +44,27 @@ class Inference:
     channel's weights; "full" reads every byte of every parameter and buffer; "none" nothing. On
     the CPU, with the native build; on a GPU such writes are not noticed.
 
+    release_weights: keep the packed weights alone, on the CPU. A convolution of K outputs, C inputs
+    per group and R x S taps, in elements of b bytes, then holds
+
+        p = K' * C * R * S * b' + w   bytes instead of   K * C * R * S * b + p,
+
+    K' = K rounded up to 16; b' = b, but 4 for float16, and where bfloat16 is multiplied in float32;
+    w: of the weights transformed for Winograd's filtering, 64 * K * C (144 with 4 x 4 tiles), where
+    that is at most 2 MiB; larger ones are dropped, and their convolutions run by the direct kernel.
+    Linear layers, norms and biases stay. Weights are packed and released one by one, here and in
+    `release`. Parameters remain the same objects: whatever reads one (state_dict, training, copies,
+    pickles, .to(), load_state_dict, a call that is not fused, an optimizer) finds its values, to
+    the last bit, restored from the packed ones; shapes, dtypes and gradients can be asked without
+    that. The next call then restores all, and packs them beside the parameters: call
+    `release(example)` to release again. `kept`: the names of the weights that were not released,
+    with the reason: of another dtype than their packing (float32 under bfloat16 autocast), shared
+    by several modules, a part of a larger buffer, in shared or mapped memory, or held by a view, a
+    state_dict, autograd or TorchScript. While weights are being released no other thread may use
+    the model; restoring is safe at any time. C++ extensions that take a released parameter without
+    PyTorch's argument parser get PyTorch's error that its data is not allocated, and torch.compile
+    with fullgraph=True of a model from `fuse` an interrupted graph: read the weights before.
+
     The callable takes x (N, C, H, W) of any batch, size, layout and floating dtype on the model's
     device, and returns new memory. The first call with a shape captures its graph; that of
     `example` is captured here. Calls from several threads and streams are serialised. After a
@@ -63,6 +86,7 @@ class Inference:
         dtype: torch.dtype | None = None,
         cuda_graph: bool | None = None,
         check: str = "sampled",
+        release_weights: bool = False,
     ) -> None:
         one_of("inference: check", check, ("sampled", "full", "none"))
         if dtype not in (None, torch.float16, torch.bfloat16):
@@ -77,7 +101,26 @@ class Inference:
         self.check = check
         self._guard = _StateGuard(model, check == "full")
         self._turn = threading.Lock()
-        self(example)
+        self.kept: dict[str, str] = {}
+        if release_weights:
+            self.release(example)
+        else:
+            self(example)
+
+    def release(self, example: Tensor) -> dict[str, str]:
+        """Gives the memory of packed weights back, as `release_weights` does, once more after
+        something restored them. example: as for the class.
+
+        Returns the names of the weights of convolutions that keep their memory, each with the
+        reason; later also in `kept`."""
+        if not verified(self.model):  # the first fused call is compared with one that reads weights
+            self(example)
+        refresh(self.model)  # other plans hold their memory too
+        with releasing(self.model) as found:
+            self(example)
+        self._guard = _StateGuard(self.model, self.check == "full")
+        self.kept = found.kept()
+        return dict(self.kept)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) on the model's device -> model(x)."""
@@ -92,6 +135,7 @@ class Inference:
             try:
                 if not self._guard.holds():
                     self._graphs.clear()
+                    restore_all(self.model.parameters())  # plans will, one after the other
                     refresh(self.model)
                     self._guard = _StateGuard(self.model, self.check == "full")
                 if not self.cuda_graph or x.numel() == 0 or self._guard.has_hooks():
@@ -122,15 +166,17 @@ inference = Inference
 
 
 class _StateGuard:
-    """Detects changed or replaced modules, parameters and buffers of a model; values: also those
-    written without a trace, of tensors on the CPU."""
+    """Detects changed or replaced modules, parameters and buffers of a model, and restored
+    parameters; values: also those written without a trace, of tensors on the CPU."""
 
     def __init__(self, model: nn.Module, values: bool) -> None:
         modules = list(model.modules())
         self._dicts = [d for m in modules for d in (m._parameters, m._buffers, m._modules)]
         self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._members = self._current_members()
-        self._tensors = [t for t in self._members if isinstance(t, Tensor)]
+        tensors = [t for t in self._members if isinstance(t, Tensor)]
+        self._released = [t for t in tensors if type(t) is Released]
+        self._tensors = [t for t in tensors if type(t) is not Released]
         self._state = self._current_state()
         self._table = table_of(ranges_of(self._tensors if values else (), whole=True))
         self._print = fingerprint(self._table)
@@ -145,6 +191,7 @@ class _StateGuard:
     def holds(self) -> bool:
         now = self._current_members()
         same = len(now) == len(self._members) and all(map(is_, now, self._members))
+        same = same and all(type(t) is Released for t in self._released)
         same = same and self._current_state() == self._state
         return same and fingerprint(self._table) == self._print
 

@@ -14,6 +14,9 @@ from torch import Tensor
 from .activation import Activation
 from .problem import Problem, output_shape
 
+# Of a weight: a part of it, and a view of packed weights with the same shape, dtype and values.
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
 
 class Unsupported(RuntimeError):
     """A library found no kernel for a problem that its provider supports in general; the message is
@@ -40,6 +43,19 @@ class FusedConv:
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """(N, C, H, W) of x -> (N, K, P, Q); None if x is empty or does not fit."""
         return output_shape(shape, self.problem.weight_shape, *self.geometry)
+
+    def holds(self, weight: Tensor) -> Callable[[Tensor], Pairs] | str:
+        """What gives, for a tensor like `weight`, pairs of its parts and of views of what this
+        convolution keeps that have the same bits in `weight`'s dtype; or the reason why none do.
+        It keeps the packed weights alive, and nothing else."""
+        return "what its convolution keeps of it has other values"
+
+    def save_memory(self) -> None:
+        """Drops what it keeps for speed alone, where that is large."""
+
+    def move(self, memory: torch.UntypedStorage) -> bool:
+        """Moves the packed weights into this memory, if they fill it; returns whether they do."""
+        return False
 
     def run(
         self, x: Tensor, residual: Tensor | None, activation: Activation, overwrite: bool = False

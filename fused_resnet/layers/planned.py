@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from .released import restore_all
+
 _callbacks: list[Callable[[nn.Module], None]] = []
 
 
@@ -66,6 +68,11 @@ class Planned(nn.Module):
     def _changes(self) -> None:
         for callback in _callbacks:
             callback(self)
+
+    def __prepare_scriptable__(self) -> Any:
+        """For torch.jit.script, which reads parameters without asking them."""
+        restore_all(self.parameters())
+        return self
 
     def train(self, mode: bool = True) -> Any:
         if mode != self.training:  # many call eval() before every forward

@@ -25,6 +25,7 @@ from tests import ROOT
 from tests.mutations.compilers import COMPILERS
 from tests.mutations.cuda import ASAN, CUDA
 from tests.mutations.gpu import GPU_PYTHON
+from tests.mutations.memory import MEMORY
 from tests.mutations.native import AVX2, AVX512, CPP
 from tests.mutations.python import PYTHON
 
@@ -132,7 +133,14 @@ def main() -> int:
     native = ["setup.py", "-q", "build_ext", "--inplace"]
     of_isa = {"avx512": AVX512, "avx2": AVX2}.get(str(native_kernels.build_info()["cpu_isa"]), [])
     tables: list[tuple[list[str], list[Mutation]]] = [
-        ([], [Mutation(*row) for row in PYTHON + COMPILERS + GPU_PYTHON if not args.skip_python]),
+        (
+            [],
+            [
+                Mutation(*row)
+                for row in PYTHON + COMPILERS + MEMORY + GPU_PYTHON
+                if not args.skip_python
+            ],
+        ),
         (["-c", EMULATE], [Mutation(*row) for row in CUDA if args.cuda]),
         (native, [Mutation(*row) for row in CPP + of_isa if args.native]),
     ]

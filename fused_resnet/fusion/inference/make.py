@@ -15,6 +15,7 @@ from fused_resnet.kernels.convolution import Kind
 from fused_resnet.kernels.problem import Problem, convolution
 from fused_resnet.layers.hooks import FSDP
 from fused_resnet.layers.norms import uses_batch_statistics
+from fused_resnet.layers.released import restore_all
 
 from .plan import Plan
 
@@ -82,6 +83,7 @@ def plan_for(
 def plan_of(description: Description, dtype: torch.dtype, device: torch.device) -> Plan | str:
     """A new inference plan of the description for an x of `dtype` on `device`; or the reason why
     there is none. `is_cached` says whether later calls may use it."""
+    restore_all(unit.conv.weight for unit in description.units)
     guard = Guard([description])  # before any value is read
     kernels = kernels_for(description, dtype, device)
     if isinstance(kernels, str):

@@ -28,6 +28,8 @@ from fused_resnet.layers.norms import DEFAULT_EPS
 from fused_resnet.layers.shortcut import SHORTCUTS, padded
 from fused_resnet.ops.conv_norm_relu import fold_norm
 
+from . import release
+
 
 def _pack(unit: Unit, problem: Problem, kind: Kind) -> FusedConv:
     """Packs the unit's convolution with its norm, if it has one, folded into it."""
@@ -41,7 +43,9 @@ def _pack(unit: Unit, problem: Problem, kind: Kind) -> FusedConv:
         statistics = norm.running_mean, norm.running_var
         vectors = conv.bias, norm.weight, norm.bias
         scale, shift = fold_norm(*vectors, *statistics, eps, torch.float64)
-    return kind(problem, conv.weight, scale, shift)
+    packed = kind(problem, conv.weight, scale, shift)
+    release.offer(conv, packed)
+    return packed
 
 
 class Plan:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.fusion.call import call_reason
 from fused_resnet.fusion.inference.make import kernels_for
+from fused_resnet.fusion.inference.release import released
 from fused_resnet.fusion.training.prepare import step_of
 from fused_resnet.kernels.problem import pair
 from fused_resnet.layers.hooks import keeping_buffers, watching
@@ -171,7 +172,7 @@ def _example(module: nn.Module) -> Tensor:
     """A tensor like the module's weights, of which only dtype and device are read."""
     for p in module.parameters():
         if p.dim() == 4:
-            return p.detach()
+            return torch.zeros(1, 1, 1, 1, dtype=p.dtype, device=p.device)
     return torch.zeros(1, 1, 1, 1)
 
 
@@ -203,7 +204,9 @@ def _part(
         reason = step if isinstance(step, str) else None
     if reason is not None:
         return Part(name, "stock", reason, convs)
-    return Part(name, "training" if batch else "inference", "", convs)
+    if batch:
+        return Part(name, "training", "", convs)
+    return Part(name, "inference", released(_convs(found, traced)), convs)
 
 
 def multiplications(model: nn.Module, x: Any) -> dict[str, int]:

@@ -56,6 +56,11 @@ class Region:
         self.refused: str | None = None  # how the last program differed from the module's own call
         self.signature: Signature | None = None  # of the last call
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether a first call was compared with the module's own."""
+        return bool(self._verified)
+
     def belongs_to(self, module: nn.Module) -> bool:
         return self._module() is module
 
@@ -192,6 +197,13 @@ def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
     for name, module in model.named_modules():
         if _is_region(module):
             yield name, module, module.__dict__[FUSED]
+
+
+def verified(model: nn.Module) -> bool:
+    """Whether nothing in the model, or what was called of it, still has to be compared with its
+    unfused call."""
+    regions = [region for _, _, region in regions_of(model)]
+    return not regions or any(region.is_verified for region in regions)
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:

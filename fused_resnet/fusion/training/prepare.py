@@ -39,6 +39,7 @@ from fused_resnet.layers.norms import (
     track,
     uses_batch_statistics,
 )
+from fused_resnet.layers.released import restore_all
 from fused_resnet.layers.sync_batch_norm import group_of
 from fused_resnet.ops.conv_norm_relu import fold_norm
 
@@ -157,6 +158,7 @@ class Step:
     """A block's or stem's training step, prepared for the last input's shape and dtype."""
 
     def __init__(self, module: nn.Module, description: Description) -> None:
+        restore_all(unit.conv.weight for unit in description.units)
         self.guard = Guard([description], values=False)
         self.holds = self.guard.structure_holds  # weights are written by every step
         self.description = description
