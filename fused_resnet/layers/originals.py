@@ -18,14 +18,17 @@ from torch.nn import functional
 _owners: list[Any] = []
 _names: list[str] = []
 _objects: list[Any] = []
+_CALL = nn.Module.__call__
 
 
 def remember(owner: Any, *names: str) -> None:
-    """Notes what `owner` has now under each of the names."""
+    """Notes what `owner` has now under each of the names. A class may be noted while torch.fx
+    traces, which replaces nn.Module.__call__ meanwhile: what is inherited is that of the import."""
     for name in names:
+        found = getattr(owner, name)
         _owners.append(owner)
         _names.append(name)
-        _objects.append(getattr(owner, name))
+        _objects.append(_CALL if found is nn.Module.__call__ else found)
 
 
 def replaced() -> str | None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet.fusion.call import call_reason
 from fused_resnet.kernels import native
 from tests.fusion.regions.pairs import Pairs, images, pair, same
 
@@ -164,6 +165,27 @@ def test_call_impl_of_the_class() -> None:
     stock = Doubled(lambda m, x: F.relu(m.u1(x))).eval()
     with torch.no_grad():
         same(fr.fuse(copy.deepcopy(stock))(images()), stock(images()))
+
+
+def test_a_frozen_norm_s_class_first_seen_in_a_trace() -> None:
+    """torch.fx replaces nn.Module.__call__ while it traces: what is noted of the class then is not
+    that, or nothing would be fused in this process any more."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+    forward.__qualname__ = "FrozenBatchNorm2d.forward"
+    members = {"__module__": "models.backbone", "forward": forward}
+    found = []
+    for m in pair(lambda m, x: F.relu(m.u1(x))):
+        norm: Any = type("FrozenBatchNorm2d", (nn.Module,), members)()
+        for name, t in (*m.n1.named_parameters(), *m.n1.named_buffers()):
+            norm.register_buffer(name, t.detach().clone())
+        m.n1 = norm
+        with torch.no_grad():
+            found.append(m(images()))
+        assert call_reason(images()) is None
+    same(*found)
 
 
 class Through(nn.Module):
