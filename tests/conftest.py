@@ -142,8 +142,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 @pytest.fixture(params=["family", "fuse"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test of `model_helpers.pair` with this package's networks and with torchvision's changed
-    by `fuse`."""
+    """Runs a test of `model_helpers.pair` with this package's networks, and with torchvision's
+    changed by `fuse`."""
     helpers = importlib.import_module("tests.models.model_helpers")
     monkeypatch.setattr(helpers, "WAY", request.param)
     return request.param

@@ -26,6 +26,7 @@ KINDS = {
 WAY = "family"
 """How `pair` makes our network: of this package's classes, or torchvision's changed by `fuse`. The
 fixture `way` sets it."""
+both_ways = pytest.mark.usefixtures("way")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:

@@ -99,6 +99,17 @@ PYTHON = [
      """        if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
 """, "", f"{FUSE} -k threads"),
+    ("fuse: stale programs kept", f"{REGIONS}/region.py",
+     "            self._drop_stale()  # as", "            pass  # as",
+     f"{LIFETIMES} -k 'fuse and freed_at_once and meta'"),
+    ("fuse: a class noted in a trace", "fused_resnet/layers/originals.py",
+     "_CALL if found is nn.Module.__call__ else found", "found",
+     "tests/fusion/regions/test_later_changes.py -k frozen_norm"),
+    ("fuse: a norm of other sizes alone", "fused_resnet/fusion/inference/norm.py",
+     "t.shape != x.shape[1:2] or ", "",
+     "tests/fusion/regions/test_faults.py -k 'test_norms and shorter'"),
+    ("training: strides of one pixel", READY,
+     " and not (x.requires_grad and _one_pixel(x))", "", f"{SEEN} -k one_pixel"),
     ("fuse: a copy of the dict is the module", f"{REGIONS}/region.py",
      "return self._module() is module", "return True", f"{FUSE} -k same_dict"),
     ("fuse: refresh of a part", f"{REGIONS}/region.py",
