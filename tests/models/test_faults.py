@@ -97,6 +97,12 @@ CASES = {
     "momentum=None": (_train_with(momentum=None), images(), None),
     "momentum = 1": (_train_with(momentum=1.0), images(), None),
     "scale beyond float32": (lambda m: m.layer1[0].bn1.weight.data.mul_(1e38), images(), None),
+    "no variance in training": (
+        lambda m: (m.train(), setattr(m.layer1[0].bn1, "running_var", None)), images(), "",
+    ),
+    "shorter mean in training": (
+        lambda m: (m.train(), _wrong_mean(lambda m: m[:5])(m)), images(), "64",
+    ),
     "NaN in the weights": (lambda m: m.layer1[0].conv2.weight.data[3].fill_(NAN), images(), None),
 }  # fmt: skip
 

@@ -102,7 +102,8 @@ class Region:
         """The program for such a call, cached or made now, or why there is none."""
         x = tensors[0]
         if call_reason(x, module.training) is not None:
-            self._drop_stale()  # as after `.to("meta")`
+            if x.is_meta:  # so are the weights, of which none shall stay in memory
+                self.forget()
             return None
         if len(tensors) > 1 and not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
             return None
@@ -145,8 +146,8 @@ class Region:
         return InferenceProgram(traced, matched, x)
 
     def _drop_stale(self) -> None:
-        """Gives the memory back of what no longer holds, for calls of any kind: of weights that
-        were replaced, and of what was packed from them."""
+        """Gives the memory back of what no longer holds, also for calls of other kinds: of weights
+        that were replaced, and of what was packed from them."""
         now = store.generation()
         for key, kept in list(self._programs.items()):
             if kept.generation != now or not kept.holds():

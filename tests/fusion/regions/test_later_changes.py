@@ -188,6 +188,51 @@ def test_a_frozen_norm_s_class_first_seen_in_a_trace() -> None:
     same(*found)
 
 
+def by_methods(m, x):
+    return m.u1(x).add(x).relu()
+
+
+def by_methods_in_place(m, x):
+    return m.u1(x).add_(x).relu_()
+
+
+def idle(m, x):
+    return F.relu(m.u1(m.extra(x)))
+
+
+REPLACED = {
+    "dropout": (idle, nn.Dropout, "forward"),
+    "add": (by_methods, Tensor, "add"),
+    "relu": (by_methods, Tensor, "relu"),
+    "add_": (by_methods_in_place, Tensor, "add_"),
+    "relu_": (by_methods_in_place, Tensor, "relu_"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("training", [False, True])
+def test_methods_replaced_for_the_whole_process(name, training, monkeypatch) -> None:
+    """As dropout is, to sample from a model in eval mode."""
+    body, owner, method = REPLACED[name]
+    models = pair(body, training, extra=nn.Dropout(0.5).eval())
+    models[0].extra.eval(), models[1].extra.eval()
+    same(*(m(images()) for m in models))
+    before = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *args: before(*args) * 0.5)
+    same(*(m(images()) for m in models))
+
+
+def test_compiled_in_place_and_called_by_keyword() -> None:
+    found = []
+    for m in pair(lambda m, x, scale=1.0: F.relu(m.u1(x)) * scale):
+        with torch.no_grad():
+            x = images()
+            found.append([m(x), m(x=x), m(x, scale=2.0), m(scale=3, x=x)])
+            m.compile(backend="eager")
+            found[-1].append(m(x))
+    same(*found)
+
+
 class Through(nn.Module):
     """Calls the modules of another module, not that module: encoders of U-Nets do so."""
 
