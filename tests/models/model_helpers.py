@@ -65,7 +65,7 @@ def pair(kind: str = "basic", **options: Any) -> tuple[Any, Any]:
 def made(model: nn.Module) -> list[Any]:
     """What is cached for the model itself: plans and steps; of a fused model, programs."""
     region = model.__dict__.get(FUSED)
-    if region is not None:
+    if region is not None and region.belongs_to(model):
         return [p for p in region._programs.values() if isinstance(p, Program)]
     return list(made_from(model).values())
 
