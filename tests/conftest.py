@@ -140,6 +140,15 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return recorded_steps.play(monkeypatch)
 
 
+@pytest.fixture(params=["family", "fuse"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test of `model_helpers.pair` with this package's networks, and with torchvision's
+    changed by `fuse`."""
+    helpers = importlib.import_module("tests.models.model_helpers")
+    monkeypatch.setattr(helpers, "WAY", request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def reset_global_state() -> Iterator[None]:
     """Seeds every test with 0 and restores the global settings after it."""

@@ -30,9 +30,19 @@ def weights_fit(dtype: torch.dtype, weight: Tensor) -> bool:
 
 
 def norm_fits(bn: Any, dtype: torch.dtype) -> bool:
-    """Whether stock's batch norm would accept an input of `dtype` with the tensors of `bn`."""
-    for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var):
-        if t is not None and t.dtype != dtype and t.dtype != torch.float32:
+    """Whether stock's batch norm would accept an input of `dtype` with the tensors of `bn`, all of
+    its channels and on one device; a mean without a variance it would not."""
+    weight, bias, mean, var = bn.weight, bn.bias, bn.running_mean, bn.running_var
+    if (mean is None) != (var is None):
+        return False
+    first, C = None, getattr(bn, "num_features", None)
+    for t in (weight, bias, mean, var):
+        if t is None:
+            continue
+        first = t if first is None else first
+        if t.dtype != dtype and t.dtype != torch.float32:
+            return False
+        if t.device != first.device or t.shape != (first.shape if C is None else (C,)):
             return False
     return True
 

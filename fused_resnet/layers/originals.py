@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 
+_CALL = nn.Module.__call__
+
+
 class Originals:
     """What some owners had under some names."""
 
@@ -25,11 +28,14 @@ class Originals:
         self._objects: list[Any] = []
 
     def remember(self, owner: Any, *names: str) -> None:
-        """Notes what `owner` has now under each of the names."""
+        """Notes what `owner` has now under each of the names. A class may be noted while torch.fx
+        traces, which replaces nn.Module.__call__ meanwhile: what is inherited is that of the
+        import."""
         for name in names:
+            found = getattr(owner, name)
             self._owners.append(owner)
             self._names.append(name)
-            self._objects.append(getattr(owner, name))
+            self._objects.append(_CALL if found is nn.Module.__call__ else found)
 
     def replaced(self) -> str | None:
         """The name of something that was replaced since it was noted, or None."""
@@ -53,7 +59,7 @@ ALL.remember(nn.Module, "_call_impl", "__getattr__")
 ALL.remember(nn.Conv2d, "_conv_forward")
 ALL.remember(functional, "conv2d", "batch_norm", "relu", "relu_", "max_pool2d")
 ALL.remember(torch, "batch_norm", "relu", "relu_", "conv2d", "max_pool2d")
-ALL.remember(torch.Tensor, "__add__", "__iadd__")
+ALL.remember(torch.Tensor, "__add__", "__iadd__", "__radd__", "add", "add_", "relu", "relu_")
 
 HEAD.remember(nn.Linear, "forward", "__call__")
 HEAD.remember(nn.AdaptiveAvgPool2d, "forward", "__call__")

@@ -10,9 +10,17 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from fused_resnet.fusion.store import made_from
 from fused_resnet.kernels import registry
-from tests.models.model_helpers import agree, fused, images, pair, same_outputs, same_step
+from tests.models.model_helpers import (
+    agree,
+    both_ways,
+    fused,
+    images,
+    made,
+    pair,
+    same_outputs,
+    same_step,
+)
 
 FORMS = {
     "one integer": lambda v: v[0],
@@ -22,6 +30,7 @@ FORMS = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("kind", ["basic", "grouped"])
 def test_stride_padding_and_dilation(kind, form):
@@ -37,6 +46,7 @@ def test_stride_padding_and_dilation(kind, form):
     same_step(stock.train(), mine.train(), images())
 
 
+@both_ways
 @pytest.mark.parametrize("size", [3, (3,), (3, 3)])
 def test_the_pooling_s_settings(size):
     stock, mine = pair("basic")
@@ -47,6 +57,7 @@ def test_the_pooling_s_settings(size):
     same_step(stock.train(), mine.train(), images())
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kernels", ["native", "vendor"])
 def test_another_default_device(training, kernels):
@@ -63,6 +74,7 @@ def test_another_default_device(training, kernels):
         compare(stock, mine, x)
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
 def test_another_default_dtype(training):
     stock, mine = pair("basic")
@@ -85,6 +97,7 @@ def _frozen(model: Any) -> Any:
     return model
 
 
+@both_ways
 def test_inference_mode_and_then_training():
     """Autograd does not save tensors that were created in inference mode."""
     stock, mine = map(_frozen, pair("basic"))
@@ -96,7 +109,7 @@ def test_inference_mode_and_then_training():
     stock.eval(), mine.eval()
     with torch.inference_mode():
         mine(images())
-    assert made_from(mine)
+    assert made(mine)
     same_step(stock, mine, images())
     x = images().requires_grad_()
     with torch.inference_mode():
@@ -107,11 +120,11 @@ def test_inference_mode_and_then_training():
     assert x.grad is not None and x.grad.norm() > 0
 
 
+@both_ways
 @pytest.mark.parametrize("way", ["family", "fuse"])
-def test_images_made_in_inference_mode(way):
+def test_images_made_in_inference_mode():
     """Stock's first convolution cannot save them."""
     stock, mine = pair("basic")
-    mine = mine if way == "family" else fr.fuse(stock)
     with torch.inference_mode():
         x = images()
     for model in (stock.train(), mine.train()):
@@ -122,6 +135,7 @@ def test_images_made_in_inference_mode(way):
             model.eval()(x)
 
 
+@both_ways
 def test_nested_tensors_raise_as_stock():
     x = torch.nested.nested_tensor([torch.randn(3, 32, 32), torch.randn(3, 32, 32)])
     for model in pair("basic"):

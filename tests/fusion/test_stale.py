@@ -17,8 +17,10 @@ from fused_resnet.fusion.store import made_from
 from fused_resnet.kernels import cache, native
 from tests.models.model_helpers import (
     agree,
+    both_ways,
     clone,
     images,
+    made,
     pair,
     randomise,
     same_outputs,
@@ -161,6 +163,7 @@ EDITS = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("name", EDITS)
 @pytest.mark.parametrize("kind", ["basic", "block by block"])
 def test_no_stale_copy(name, kind):
@@ -179,6 +182,7 @@ def test_no_stale_copy(name, kind):
         assert (after - before).abs().max() > 1e-4 * before.abs().max(), "the edit has no effect"
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_another_dtype_and_back(dtype):
     stock, mine = pair("bottleneck")
@@ -193,6 +197,7 @@ def test_another_dtype_and_back(dtype):
     same_outputs(stock, mine, images())
 
 
+@both_ways
 def test_requires_grad_is_not_modified_and_toggles():
     stock, mine = pair("basic")
     for flag in (False, True):
@@ -203,6 +208,7 @@ def test_requires_grad_is_not_modified_and_toggles():
         assert all(p.requires_grad == flag for p in mine.parameters())
 
 
+@both_ways
 def test_optimizers_built_before_the_first_call_update_the_model():
     stock, mine = pair("basic")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (stock, mine)]
@@ -254,6 +260,7 @@ def test_a_stale_plan_is_freed_immediately():
     assert old() is None
 
 
+@both_ways
 def test_frozen_norms_are_folded_again():
     """With gradients, in eval mode: after in-place writes to a norm, and to a convolution alone."""
     stock, mine = pair("basic")
@@ -275,6 +282,7 @@ class _Memory(bytearray):
     """Memory for a tensor that can be referred to weakly."""
 
 
+@both_ways
 def test_an_address_is_not_reused():
     """`p.data` of the same parameter at the same version: memory that a plan was made from is not
     freed, or the next tensor might lie where it lay."""
@@ -344,6 +352,7 @@ def one_process():
     dist.destroy_process_group()
 
 
+@both_ways
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "frozen norms"])
 def test_fsdp_all_gathered_weights(one_process, needs_grad):
     """FSDP all-gathers into the same tensor, of the same version and possibly at the same address:
@@ -415,6 +424,7 @@ FUSED = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("kind", FUSED)
 @pytest.mark.parametrize("needs_grad", [False, True], ids=["inference", "frozen norms"])
 def test_fused_optimizers(kind, needs_grad):
@@ -433,6 +443,7 @@ def test_fused_optimizers(kind, needs_grad):
         optimizer.zero_grad()
 
 
+@both_ways
 @pytest.mark.parametrize("where", ["fc", "layer2", "layer1.0", "layer1.0.conv1", "maxpool"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_a_model_that_a_hook_refers_to_is_freed(where, training):
@@ -449,15 +460,17 @@ def test_a_model_that_a_hook_refers_to_is_freed(where, training):
     assert alive() is None
 
 
+@both_ways
 def test_replicas_do_not_share_what_was_made():
     """DataParallel's replicas copy a module's dict."""
     _, mine = pair("basic")
     with torch.no_grad():
         mine(images())
         replica = mine._replicate_for_data_parallel()
-    assert made_from(mine) and not made_from(replica)
+    assert made(mine) and not made(replica)
 
 
+@both_ways
 def test_replaced_dicts_and_reordered_blocks():
     stock, mine = pair("bottleneck")
     same_outputs(stock, mine, images())

@@ -7,9 +7,10 @@ import threading
 import pytest
 import torch
 
-from tests.models.model_helpers import agree, images, pair, randomise
+from tests.models.model_helpers import agree, both_ways, images, pair, randomise
 
 
+@both_ways
 @pytest.mark.parametrize("how", ["load_state_dict", "copy_", "data"])
 def test_writers_and_readers(how):
     """After the last write every answer is right. During the writes an answer is finite."""

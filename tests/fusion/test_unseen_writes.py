@@ -13,7 +13,7 @@ from torch import nn
 import fused_resnet as fr
 from fused_resnet.fusion.store import made_from
 from fused_resnet.kernels import cache, fingerprint, native
-from tests.models.model_helpers import agree, images, pair, same_outputs, same_step
+from tests.models.model_helpers import agree, both_ways, images, made, pair, same_outputs, same_step
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="needs the native kernels")
 
@@ -76,6 +76,7 @@ WRITES = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
@@ -83,7 +84,7 @@ def test_writes(kind, write, layout):
     stock, mine = (m.to(memory_format=layout) for m in pair(kind))
     for _ in range(3):
         before = same_outputs(stock, mine, images())
-    assert made_from(mine)
+    assert made(mine)
     write(stock), write(mine)
     after = same_outputs(stock, mine, images())
     assert not torch.equal(before, after)
@@ -109,6 +110,7 @@ def test_values_at_random(seed, share):
             m.weight.data.copy_(kept)
 
 
+@both_ways
 def test_one_value_written_in_place():
     """Its version counter shows it, where a fingerprint may not."""
     stock, mine = pair("basic")
@@ -121,6 +123,7 @@ def test_one_value_written_in_place():
         same_outputs(stock, mine, images())
 
 
+@both_ways
 def test_exchanged_values():
     """Two weights of the same shape: the sum of all values stays the same."""
     stock, mine = pair("basic")
@@ -132,6 +135,7 @@ def test_exchanged_values():
     same_outputs(stock, mine, images())
 
 
+@both_ways
 def test_parameters_in_one_buffer():
     """Flattened parameters, written as one: addresses are not multiples of a cache line."""
     stock, mine = pair("basic")
@@ -152,6 +156,7 @@ def test_parameters_in_one_buffer():
     same_outputs(stock, mine, images())
 
 
+@both_ways
 def test_frozen_norms_with_gradients():
     """Folded norms, and weights packed for the op."""
     stock, mine = pair("basic")
@@ -184,6 +189,7 @@ def _write_in_another_process(weight: torch.Tensor) -> None:
     weight.mul_(0.5)
 
 
+@both_ways
 def test_another_process():
     stock, mine = pair("basic")
     mine.share_memory()
@@ -198,6 +204,7 @@ def test_another_process():
     same_outputs(stock, mine, images())
 
 
+@both_ways
 def test_collectives():
     if not (dist.is_available() and dist.is_gloo_available()):
         pytest.skip("needs gloo")
@@ -215,6 +222,7 @@ def test_collectives():
     same_outputs(stock, mine, images())
 
 
+@both_ways
 def test_what_is_missed_and_refresh():
     """A single value of a large weight may be missed; `refresh` and check="full" do not."""
     stock, mine = pair("basic")
@@ -235,6 +243,7 @@ def test_what_is_missed_and_refresh():
         fr.inference(mine, images(), check="all")
 
 
+@both_ways
 def test_check_none_reads_nothing(monkeypatch):
     _, mine = pair("basic")
     none = fr.inference(mine, images(), check="none")

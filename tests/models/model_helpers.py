@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet.fusion.regions.program import Program
+from fused_resnet.fusion.store import made_from
+from fused_resnet.layers.planned import FUSED
 
 tv = pytest.importorskip("torchvision.models", reason="the comparison is with torchvision")
 
@@ -18,6 +21,12 @@ KINDS = {
     "bottleneck": ("Bottleneck", [1, 2, 1, 1], {}),
     "grouped": ("Bottleneck", [1, 1, 1, 1], {"groups": 32, "width_per_group": 4}),
 }
+
+
+WAY = "family"
+"""How `pair` makes our network: of this package's classes, or torchvision's changed by `fuse`. The
+fixture `way` sets it."""
+both_ways = pytest.mark.usefixtures("way")
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:
@@ -45,9 +54,20 @@ def pair(kind: str = "basic", **options: Any) -> tuple[Any, Any]:
     options = {"num_classes": 10, **more, **options}
     torch.manual_seed(0)
     stock = tv.ResNet(getattr(tv.resnet, block), layers, **options)
-    mine = fr.ResNet(getattr(fr, block), layers, **options)
+    if WAY == "fuse":
+        mine = fr.fuse(tv.ResNet(getattr(tv.resnet, block), layers, **options), inplace=True)
+    else:
+        mine = fr.ResNet(getattr(fr, block), layers, **options)
     mine.load_state_dict(randomise(stock).state_dict())
     return stock.eval(), mine.eval()
+
+
+def made(model: nn.Module) -> list[Any]:
+    """What is cached for the model itself: plans and steps; of a fused model, programs."""
+    region = model.__dict__.get(FUSED)
+    if region is not None and region.belongs_to(model):
+        return [p for p in region._programs.values() if isinstance(p, Program)]
+    return list(made_from(model).values())
 
 
 def images(count: int = 2, size: int = 64, seed: int = 1) -> Tensor:

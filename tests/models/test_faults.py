@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fused_resnet as fr
-from tests.models.model_helpers import agree, images, pair, same_outputs, same_step
+from tests.models.model_helpers import agree, both_ways, images, pair, same_outputs, same_step
 
 NAN, INF = float("nan"), float("inf")
 
@@ -25,6 +25,7 @@ def _outcome(model, x):
         return error
 
 
+@both_ways
 def test_bfloat16_under_and_without_autocast():
     """A plan that serves bfloat16 under autocast does not accept it without: stock raises then."""
     stock, mine = pair("basic")
@@ -96,10 +97,17 @@ CASES = {
     "momentum=None": (_train_with(momentum=None), images(), None),
     "momentum = 1": (_train_with(momentum=1.0), images(), None),
     "scale beyond float32": (lambda m: m.layer1[0].bn1.weight.data.mul_(1e38), images(), None),
+    "no variance in training": (
+        lambda m: (m.train(), setattr(m.layer1[0].bn1, "running_var", None)), images(), "",
+    ),
+    "shorter mean in training": (
+        lambda m: (m.train(), _wrong_mean(lambda m: m[:5])(m)), images(), "64",
+    ),
     "NaN in the weights": (lambda m: m.layer1[0].conv2.weight.data[3].fill_(NAN), images(), None),
 }  # fmt: skip
 
 
+@both_ways
 @pytest.mark.parametrize("name", CASES)
 def test_same_value_or_same_error(name):
     edit, x, words = CASES[name]
@@ -119,6 +127,7 @@ def test_same_value_or_same_error(name):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5, equal_nan=True, msg=key)
 
 
+@both_ways
 def test_statistics_that_require_a_gradient():
     """PyTorch's norms refuse them."""
     for model in pair("basic"):
@@ -127,6 +136,7 @@ def test_statistics_that_require_a_gradient():
             model(images())
 
 
+@both_ways
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e38, -0.0], ids=str)
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "grouped"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -148,6 +158,7 @@ def test_special_values_in_one_image(kind, value, training):
         same_outputs(stock, mine, images(3))  # no effect on the next batch
 
 
+@both_ways
 def test_outputs_may_be_edited_and_inputs_are_not():
     _, mine = pair("basic")
     x = images().contiguous(memory_format=torch.channels_last)
@@ -180,6 +191,7 @@ def _error_of(call):
     return None
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_double_backward(training):
     gradients = []
@@ -201,6 +213,7 @@ def test_double_backward(training):
     assert (gradients[1] - gradients[0]).norm() <= 0.1 * gradients[0].norm()
 
 
+@both_ways
 def test_bitwise_repeatable():
     torch.use_deterministic_algorithms(True)
     _, mine = pair("bottleneck")
@@ -219,6 +232,7 @@ def test_bitwise_repeatable():
         assert all(torch.equal(a, b) for a, b in zip(other, runs[0], strict=True))
 
 
+@both_ways
 def test_images_of_a_batch_are_independent():
     """Packing and tiling must not mix images."""
     _, mine = pair("bottleneck")
@@ -229,6 +243,7 @@ def test_images_of_a_batch_are_independent():
             agree(mine(x[i : i + 1]), batch[i : i + 1], 1e-4)
 
 
+@both_ways
 def test_eight_threads_with_two_models():
     models = [pair("basic")[1], pair("bottleneck")[1]]
     work = [(models[i % 2], images(2, 48 + 16 * (i % 3), seed=i)) for i in range(24)]
@@ -248,6 +263,7 @@ def test_eight_threads_with_two_models():
             agree(got, want, 1e-5)
 
 
+@both_ways
 def test_an_error_inside_forward_leaves_no_state(monkeypatch):
     stock, mine = pair("basic")
     x = images()
@@ -313,6 +329,7 @@ def test_meta_and_fake_tensors():
         y.sum().backward()
 
 
+@both_ways
 def test_gradient_accumulation_and_partial_batches():
     stock, mine = pair("basic")
     for model in (stock.train(), mine.train()):

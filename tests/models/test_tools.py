@@ -10,11 +10,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fused_resnet as fr
-from tests.models.model_helpers import agree, fused, images, pair
+from tests.models.model_helpers import agree, both_ways, fused, images, pair
 
 extraction = pytest.importorskip("torchvision.models.feature_extraction")
 
 
+@both_ways
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "grouped"])
 def test_scripting_a_traced_graph(kind):
@@ -37,6 +38,7 @@ def test_scripting_the_other_families():
             agree(torch.jit.script(graph)(images(2, 32)), model(images(2, 32)))
 
 
+@both_ways
 def test_flops_of_models_are_stock_s():
     counts = []
     for model in pair("basic"):

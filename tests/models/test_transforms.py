@@ -7,7 +7,7 @@ import torch
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint_sequential, set_checkpoint_early_stop
 
-from tests.models.model_helpers import agree, images, pair, same_outputs
+from tests.models.model_helpers import agree, both_ways, images, pair, same_outputs
 
 
 @pytest.fixture(params=["basic", "bottleneck"])
@@ -17,6 +17,7 @@ def nets(request):
     return stock, mine
 
 
+@both_ways
 def test_torchscript(nets, tmp_path):
     stock, mine = nets
     x = images()
@@ -29,6 +30,7 @@ def test_torchscript(nets, tmp_path):
             agree(torch.jit.freeze(module)(x), want)
 
 
+@both_ways
 def test_fx_graphs_are_torchvisions(nets):
     stock, mine = nets
     theirs, ours = (torch.fx.symbolic_trace(m) for m in (stock, mine))
@@ -38,6 +40,7 @@ def test_fx_graphs_are_torchvisions(nets):
     same_outputs(theirs, ours, images())
 
 
+@both_ways
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(nets, strict):
     stock, mine = nets
@@ -48,6 +51,7 @@ def test_export(nets, strict):
         agree(programs[1].module()(images()), stock(images()))
 
 
+@both_ways
 def test_compile_as_one_graph(nets):
     stock, mine = nets
     with torch.no_grad():
@@ -60,6 +64,7 @@ def test_compile_as_one_graph(nets):
     agree(y.detach(), stock(images()).detach())
 
 
+@both_ways
 def test_inductor():
     stock, mine = pair("basic")
     mine.layer2 = mine.layer3 = mine.layer4 = torch.nn.Sequential()
@@ -69,6 +74,7 @@ def test_inductor():
         agree(torch.compile(mine)(images()), stock(images()))
 
 
+@both_ways
 def test_function_transforms(nets):
     stock, mine = nets
     x = images(3)
@@ -94,6 +100,7 @@ def test_function_transforms(nets):
     agree(dgot.detach(), dwant.detach(), 1e-3)
 
 
+@both_ways
 def test_ensembles(nets):
     _, mine = nets
     stacked = stack_module_state([mine, mine])
@@ -119,6 +126,7 @@ def test_activation_checkpointing(nets):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5)
 
 
+@both_ways
 def test_inference_mode(nets):
     stock, mine = nets
     with torch.inference_mode():

@@ -28,19 +28,21 @@ def normed(bn: Any, x: Tensor, residual: Tensor | None) -> Tensor | None:
         return None
     if x.dim() != 4 or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
         return None
-    C = bn.running_mean.shape[0]
-    if x.shape[1] != C or x.numel() == 0 or not norm_fits(bn, x.dtype):
+    if x.numel() == 0 or not norm_fits(bn, x.dtype):
+        return None
+    vectors = (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    if any([t is not None and (t.shape != x.shape[1:2] or t.device != x.device) for t in vectors]):
         return None
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         return None
     if native.load() is not None or registry.forced() not in (None, "native"):
         return None
     statistics = torch.stack([bn.running_mean.double(), bn.running_var.double()])
-    vectors = [None if t is None else t.detach().float() for t in (bn.weight, bn.bias)]
+    affine = [None if t is None else t.detach().float() for t in (bn.weight, bn.bias)]
     last = torch.channels_last
     if residual is not None:
         residual = residual.contiguous(memory_format=last)
     return torch.ops.fused_resnet_native.bn_apply(
-        x.contiguous(memory_format=last), statistics, *vectors, getattr(bn, "eps", DEFAULT_EPS),
+        x.contiguous(memory_format=last), statistics, *affine, getattr(bn, "eps", DEFAULT_EPS),
         residual, None, None, None, 0.0, Activation.RELU,
     )  # fmt: skip

@@ -107,6 +107,8 @@ class Region:
         """The program for such a call, cached or made now, or why there is none."""
         x = tensors[0]
         if call_reason(x, module.training) is not None:
+            if x.is_meta:  # so are the weights, of which none shall stay in memory
+                self.forget()
             return None
         if len(tensors) > 1 and not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
             return None
@@ -119,7 +121,7 @@ class Region:
         found = self._programs.get(key)
         if found is not None and found.generation == store.generation() and found.holds():
             return found
-        self._programs.pop(key, None)
+        self._drop_stale()
         if module.training:  # its weights change: what was packed for inference only takes memory
             self._programs = {k: p for k, p in self._programs.items() if k[1]}
         if any(map(is_lazy, module.parameters())):
@@ -147,6 +149,14 @@ class Region:
         if grad or any(map(uses_batch_statistics, norms)):
             return TrainingProgram(traced, matched, module, x)
         return InferenceProgram(traced, matched, x)
+
+    def _drop_stale(self) -> None:
+        """Gives the memory back of what no longer holds, also for calls of other kinds: of weights
+        that were replaced, and of what was packed from them."""
+        now = store.generation()
+        for key, kept in list(self._programs.items()):
+            if kept.generation != now or not kept.holds():
+                self._programs.pop(key, None)
 
     def forget(self) -> None:
         self._programs.clear()

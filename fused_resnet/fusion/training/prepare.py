@@ -62,14 +62,20 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return in_layout(dy, ctx.memory_format), None
+        return layout.exactly(in_layout(dy, ctx.memory_format), ctx.memory_format), None
 
 
 def converted(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """x, or a differentiable copy of it, dense in this layout."""
-    if x.is_contiguous(memory_format=memory_format):
+    if x.is_contiguous(memory_format=memory_format) and not (x.requires_grad and _one_pixel(x)):
         return x
     return _Converted.apply(x, memory_format)
+
+
+def _one_pixel(x: Tensor) -> bool:
+    """Whether x is dense in both layouts with the strides of contiguous, which its gradient has in
+    stock too; that of a channels_last node would have other strides."""
+    return x.dim() == 4 and x.shape[1] > 1 and x.shape[2:].numel() == 1 and x.stride(3) == 1
 
 
 class Prepared(NamedTuple):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet.fusion.call import call_reason
 from fused_resnet.kernels import native
 from tests.fusion.regions.pairs import Pairs, images, pair, same
 
@@ -164,6 +165,72 @@ def test_call_impl_of_the_class() -> None:
     stock = Doubled(lambda m, x: F.relu(m.u1(x))).eval()
     with torch.no_grad():
         same(fr.fuse(copy.deepcopy(stock))(images()), stock(images()))
+
+
+def test_a_frozen_norm_s_class_first_seen_in_a_trace() -> None:
+    """torch.fx replaces nn.Module.__call__ while it traces: what is noted of the class then is not
+    that, or nothing would be fused in this process any more."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+
+    forward.__qualname__ = "FrozenBatchNorm2d.forward"
+    members = {"__module__": "models.backbone", "forward": forward}
+    found = []
+    for m in pair(lambda m, x: F.relu(m.u1(x))):
+        norm: Any = type("FrozenBatchNorm2d", (nn.Module,), members)()
+        for name, t in (*m.n1.named_parameters(), *m.n1.named_buffers()):
+            norm.register_buffer(name, t.detach().clone())
+        m.n1 = norm
+        with torch.no_grad():
+            found.append(m(images()))
+        assert call_reason(images()) is None
+    same(*found)
+
+
+def by_methods(m, x):
+    return m.u1(x).add(x).relu()
+
+
+def by_methods_in_place(m, x):
+    return m.u1(x).add_(x).relu_()
+
+
+def idle(m, x):
+    return F.relu(m.u1(m.extra(x)))
+
+
+REPLACED = {
+    "dropout": (idle, nn.Dropout, "forward"),
+    "add": (by_methods, Tensor, "add"),
+    "relu": (by_methods, Tensor, "relu"),
+    "add_": (by_methods_in_place, Tensor, "add_"),
+    "relu_": (by_methods_in_place, Tensor, "relu_"),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("training", [False, True])
+def test_methods_replaced_for_the_whole_process(name, training, monkeypatch) -> None:
+    """As dropout is, to sample from a model in eval mode."""
+    body, owner, method = REPLACED[name]
+    models = pair(body, training, extra=nn.Dropout(0.5).eval())
+    models[0].extra.eval(), models[1].extra.eval()
+    same(*(m(images()) for m in models))
+    before = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *args: before(*args) * 0.5)
+    same(*(m(images()) for m in models))
+
+
+def test_compiled_in_place_and_called_by_keyword() -> None:
+    found = []
+    for m in pair(lambda m, x, scale=1.0: F.relu(m.u1(x)) * scale):
+        with torch.no_grad():
+            x = images()
+            found.append([m(x), m(x=x), m(x, scale=2.0), m(scale=3, x=x)])
+            m.compile(backend="eager")
+            found[-1].append(m(x))
+    same(*found)
 
 
 class Through(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused_resnet as fr
-from tests.models.model_helpers import images, pair
+from tests.models.model_helpers import both_ways, images, pair
 
 LEVELS = ["full", "low", "lower", "minimal"]
 
@@ -25,6 +25,7 @@ def _layouts(model: Any, x: Tensor) -> tuple[list[tuple[int, ...]], list[Tensor]
     return [y.stride(), *(g.stride() for g in grads)], [y, *grads]
 
 
+@both_ways
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [False, True])
@@ -46,6 +47,7 @@ def test_layouts_are_stock_s(part, training, layout, weights):
             grad.view(len(grad), -1)
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("how", [{"create_graph": True}, {"is_grads_batched": True}], ids=str)
 @pytest.mark.parametrize("part", ["block", "projecting block", "network"])
@@ -62,6 +64,7 @@ def test_layouts_of_gradients_by_formula(part, how, training):
     assert strides[0] == strides[1]
 
 
+@both_ways
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("size", [1, 3])
@@ -73,10 +76,14 @@ def test_strides_of_one_pixel(size, training, layout):
             block = model.layer1[0].train(training)
             x = torch.randn(4, 64, size, size).contiguous(memory_format=layout)
             with torch.set_grad_enabled(gradients):
-                found.append(block(x).stride())
+                y = block(x.requires_grad_(gradients))
+            found.append([y.stride()])
+            if gradients:
+                found[-1].append(torch.autograd.grad(y.square().sum(), x)[0].stride())
         assert found[0] == found[1]
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
 def test_a_critic_s_gradient_penalty(training):
     """WGAN-GP takes the norm of the input's gradient by `view(n, -1)`."""
@@ -92,6 +99,7 @@ def test_a_critic_s_gradient_penalty(training):
         assert (got - want).norm() <= 2e-2 * want.norm() + 1e-4 * max(g.norm() for g in results[0])
 
 
+@both_ways
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 import fused_resnet as fr
 from fused_resnet.layers.planned import Planned
-from tests.models.model_helpers import pair
+from tests.models.model_helpers import both_ways, pair
 
 LEVELS = ["full", "low", "lower", "minimal"]
 
@@ -48,6 +48,7 @@ SHARING = {
 }
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("share", SHARING.values(), ids=SHARING)
 def test_of_networks(share, training):
@@ -83,6 +84,7 @@ def _compare(share: Any, training: bool, level: str) -> None:
     _same(results[0][1], results[1][1], "Hessian-vector product")
 
 
+@both_ways
 @pytest.mark.parametrize("training", [False, True])
 def test_a_step_of_maml(training):
     """The loss after an inner step, differentiated with respect to the weights before it."""
@@ -100,6 +102,7 @@ def test_a_step_of_maml(training):
     _same(*results, "meta-gradient")
 
 
+@both_ways
 def test_a_gradient_penalty():
     results: list[list[Tensor]] = []
     for model in pair("basic"):
