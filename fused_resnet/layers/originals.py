@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-
 _CALL = nn.Module.__call__
 
 

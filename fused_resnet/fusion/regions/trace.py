@@ -26,13 +26,13 @@ from torch.utils import _pytree as pytree
 from fused_resnet.fusion.description import Place, recipe_of
 from fused_resnet.layers.hooks import patched
 from fused_resnet.layers.norms import has_activation, is_frozen_bn
-from fused_resnet.layers.originals import remember
+from fused_resnet.layers.originals import ALL
 
 from .state import Code, Untouched, places_of, unknown_state
 
 _DROPOUTS = (nn.Dropout, nn.Dropout2d)
 for _class in (nn.Identity, *_DROPOUTS):  # left out of graphs where they do nothing
-    remember(_class, "forward", "__call__")
+    ALL.remember(_class, "forward", "__call__")
 _LIBRARY = ("torch.nn.", "torch.ao.")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
