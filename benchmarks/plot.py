@@ -80,6 +80,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
         return resident_table(content)
     if content is not None and "fuse" in content:
         return fuse_table(content)
+    if content is not None and "busy" in content:
+        return busy_table(content)
     if content is not None and "compiled" in content:
         return compile_table(content)
     if content is not None and "steps" in content:
@@ -172,6 +174,32 @@ def fuse_table(content: dict[str, Any]) -> str:
         f"{content['torch']}, {commit(content)}: medians of "
         f"{len(content['fuse'][0]['times_ms']['fused'])} turns. From `{content['path'].name}`."
     )
+    return f"{markdown(header, rows)}\n\n{text}\n"
+
+
+def busy_table(content: dict[str, Any]) -> str:
+    """bench_busy.py: ms per image of each contender beside other work, and fused over it."""
+    names = list(dict.fromkeys(n for case in content["busy"] for n in case["ms_per_image"]))
+    names = [n for n in names if n != "fused"]
+    rows = []
+    for case in content["busy"]:
+        times = case["ms_per_image"]
+        row = [f"{case['model']}, batch {case['batch']}, {case['dtype']}, {case['condition']}"]
+        row.append(f"{statistics.median(times['fused']):.1f}")
+        for name in names:
+            if name not in times:
+                row.append("-")
+                continue
+            ratio, spread = pair_ratio(times["fused"], times[name])
+            row.append(f"{statistics.median(times[name]):.1f} ({ratio:.2f} ± {spread / 2:.2f})")
+        rows.append(row)
+    turns = len(content["busy"][0]["ms_per_image"]["fused"])
+    text = (
+        f"{processor_name(content['machine'])}, {content['threads']} threads, torch "
+        f"{content['torch']}, {commit(content)}: medians of {turns} turns. From "
+        f"`{content['path'].name}`."
+    )
+    header = ["ms per image", "fused", *(f"{name} (fused over it)" for name in names)]
     return f"{markdown(header, rows)}\n\n{text}\n"
 
 

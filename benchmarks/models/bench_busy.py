@@ -155,14 +155,14 @@ def main() -> None:
         name, model, batch, dtype = args.worker
         work(name, contenders.Case(model, int(batch), dtype))
         return
-    results = {"schema": 1, **machine.provenance("busy", "cpu"), "cases": []}
+    results = {"schema": 1, **machine.provenance("busy", "cpu"), "threads": THREADS, "busy": []}
     for model in args.model:
         for dtype in args.dtype:
             for batch in args.batch:
                 for condition in args.condition:
                     case = contenders.Case(model, batch, dtype)
                     found = measure(args.contender, case, condition, args.turns)
-                    results["cases"].append(found)
+                    results["busy"].append(found)
                     print(shown(found), flush=True)
                     if args.out:
                         file = f"busy-cpu-torch{torch.__version__.split('+')[0]}.json"

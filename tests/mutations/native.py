@@ -13,6 +13,9 @@ PACK = "csrc/cpu/convolution/pack.cpp"
 CONVOLUTIONS = "tests/kernels/cpu/test_train_convolution.py"
 DILATED = "tests/kernels/cpu/test_dilated.py"
 FIXED_STEP = "tests/fusion/training/test_fixed.py"
+THREADS = "csrc/cpu/threads.cpp"
+THREADS_TEST = "tests/kernels/cpu/test_threads.py"
+HEAD = "tests/kernels/cpu/test_head.py"
 SUMS = "tests/kernels/cpu/test_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
 
@@ -20,6 +23,31 @@ CPP = [
     ("fingerprint: the same columns of every row", "csrc/cpu/fingerprint.cpp",
      "if (++column == lines) column = 0;", "column = 0;",
      "tests/fusion/test_unseen_writes.py -k covered"),
+    ("threads: a piece taken twice", THREADS, "first ? begin : end - 1", "first ? begin : begin",
+     f"{THREADS_TEST} -k not_depend"),
+    ("threads: pieces of the last share lost", THREADS,
+     "i < threads && own < threads; ++i", "i + 1 < threads && own < threads; ++i",
+     f"{THREADS_TEST} --timeout=60 -k not_depend"),
+    ("threads: an error of a piece lost", THREADS, "if (!error_) error_ = std::current_exception();",
+     "", f"{NATIVE} {THREADS_TEST} -k error"),
+    ("threads: an error of the caller lost", THREADS, "if (error) std::rethrow_exception(error);",
+     "", f"{THREADS_TEST} -k error"),
+    ("threads: each rounds in its own way", THREADS, "set_float_mode(mode_);", "",
+     f"{THREADS_TEST} -k subnormals"),
+    ("threads: a forked process waits for its parent's", THREADS, "instance = nullptr, forked = true;",
+     "", f"{THREADS_TEST} --timeout=60 -k forked"),
+    ("threads: more than processors", THREADS, "kMaxThreads, processors()}", "kMaxThreads}",
+     f"{THREADS_TEST} -k one_core"),
+    ("head: the mean's last chain lost", "csrc/cpu/head_kernels.h",
+     "pixels - i < kMeanChain ? pixels : i + kMeanChain", "i + kMeanChain < pixels ? i + kMeanChain : i",
+     HEAD),
+    ("head: no bias", "csrc/cpu/head_kernels.h", "if (bias) value +=", "if (false) value +=", HEAD),
+    ("head: the channels' remainder lost", "csrc/cpu/head_kernels.h", "if (j < C) {", "if (false) {",
+     HEAD),
+    ("head: a second image's channels", "csrc/cpu/head.cpp",
+     "std::max(begin - n * C, int64_t{0})", "int64_t{0} * begin", HEAD),
+    ("one op: the stem's pooling left out", "csrc/cpu/block/inference.cpp", "if (block[kKernel])",
+     "if (false)", "tests/fusion/test_blocks.py -k consecutive"),
     ("training: taps not reversed", "csrc/cpu/convolution/train.cpp",
      "transposed ? taps - 1 - tap : tap", "tap", CONVOLUTIONS),
     ("epilogue: scale absent without a scale", "csrc/cpu/convolution/train.cpp",
