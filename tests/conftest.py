@@ -140,7 +140,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return recorded_steps.play(monkeypatch)
 
 
-@pytest.fixture(params=["family", "fuse"])
+@pytest.fixture(params=["family", pytest.param("fuse", marks=pytest.mark.slow)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test of `model_helpers.pair` with this package's networks, and with torchvision's
     changed by `fuse`."""

@@ -55,6 +55,7 @@ def kernels_on_the_cpu(quick_interpreter):
     emulation.seed(0)
 
 
+@pytest.mark.slow
 def test_all_ops_and_contenders(bench, kernels_on_the_cpu, tmp_path):
     """Without compile, which takes seconds per case and is tested below."""
     default = ("fused", "native", "triton", "unfused")

@@ -93,6 +93,8 @@ class Region:
         if why is None:
             self._verified.add(program.text)
             return found
+        if why is verify.UNCERTAIN:  # the next call is compared
+            return found
         self.refused = why
         failure = _Failure(why, module)
         failure.generation = program.generation

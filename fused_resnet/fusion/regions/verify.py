@@ -18,6 +18,8 @@ from .state import Untouched
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _TOLERANCE_16_BIT = 0.3
 
+UNCERTAIN = "a buffer changed during the first call"
+
 _state = threading.local()
 
 
@@ -30,15 +32,21 @@ def compared(
     module: nn.Module, own: Callable[[], Any], fused: Callable[[], Any], tensors: Sequence[Tensor]
 ) -> tuple[Any, str | None]:
     """The result of `fused`, and None; or that of `own` and how `fused` differs. What both change
-    (buffers, attributes, random state) is changed once."""
+    (buffers, attributes, random state) is changed once. In eval no buffer is written here, since
+    another thread may be loading it: if one changed meanwhile, the answer is that of `own` and
+    UNCERTAIN."""
+    training = any(m.training for m in module.modules())
     untouched = Untouched(list(module.modules()))
     before = [(b, b.clone()) for b in module.buffers()]
     versions = _versions(tensors)
     want = _alone(own)
     if _versions(tensors) != versions:
         return want, "its forward writes to an argument"
+    if not training and not _unchanged(before):
+        return want, UNCERTAIN
     after = [b.clone() for b, _ in before]
-    _restore(before)
+    if training:
+        _restore(before)
     untouched.restored()
     try:
         found = fused()
@@ -49,8 +57,11 @@ def compared(
         why = "fused, it updates its buffers otherwise"
     if why is None:
         return found, None
+    if not training and not _unchanged(before):
+        return want, UNCERTAIN
     # Once more: the first result's graph may have saved buffers, which were restored since.
-    _restore(before)
+    if training:
+        _restore(before)
     untouched.restored()
     return _alone(own), why
 
@@ -62,6 +73,10 @@ def _alone(own: Callable[[], Any]) -> Any:
         return own()
     finally:
         _state.running = False
+
+
+def _unchanged(before: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    return all(bool(((b == was) | (b.isnan() & was.isnan())).all()) for b, was in before)
 
 
 def _restore(before: Sequence[tuple[Tensor, Tensor]]) -> None:

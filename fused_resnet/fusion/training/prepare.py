@@ -62,6 +62,8 @@ class _Converted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        if torch._C._functorch.is_legacy_batchedtensor(dy):  # of is_grads_batched
+            return dy.contiguous(), None
         return layout.exactly(in_layout(dy, ctx.memory_format), ctx.memory_format), None
 
 

@@ -59,7 +59,7 @@ def test_any_model(name: str, dynamic: bool) -> None:
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck", "grouped"])
 def test_networks(kind: str, ours: bool) -> None:
-    """A residual network is three operations: stem, pooling, all blocks."""
+    """A residual network is one operation: stem, pooling, all blocks."""
     stock, mine = pair(kind)
     model = mine if ours else stock
     shapes = ({0: Dim("batch", max=8)},)
@@ -69,11 +69,7 @@ def test_networks(kind: str, ours: bool) -> None:
             agree(program.module()(images(count)), stock(images(count)))
     called = [t for t in targets(program) if "fused_resnet" in t]
     if kind != "grouped":
-        assert called == [
-            "fused_resnet_native.conv_bn_relu.default",
-            "fused_resnet_native.max_pool2d.default",
-            "fused_resnet_native.block_inference.default",
-        ]
+        assert called == ["fused_resnet_native.block_inference.default"]
         assert not any("convolution" in t or "conv2d" in t for t in targets(program))
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from fused_resnet.fusion.regions import verify
 from fused_resnet.kernels import native
 from tests.fusion.regions.pairs import images, pair
 from tests.fusion.regions.region_helpers import LAST, calibrated, programs
@@ -554,3 +555,33 @@ def test_fusing_does_not_depend_on_the_mode_it_is_done_in() -> None:
         mine(images())
     mine(images()).sum().backward()
     assert all(p.grad is not None for p in stock.parameters())
+
+
+@pytest.mark.parametrize("with_version", [True, False])
+def test_buffers_loaded_during_the_first_call(with_version, monkeypatch) -> None:
+    """Another thread loads weights while a first call is compared with the model's own, which may
+    write to buffers: what was loaded stays."""
+    mine = calibrated(nn.Sequential(nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU())).eval()
+    stock, alone, calls = copy.deepcopy(mine), verify._alone, 0
+    fr.fuse(mine, inplace=True)
+    new = {k: v * 2 if v.is_floating_point() else v + 1 for k, v in mine.state_dict().items()}
+
+    def loads(own: Callable[[], Any]) -> Any:
+        nonlocal calls
+        y, calls = alone(own), calls + 1
+        for key, t in mine.state_dict().items():
+            (t if with_version else t.data).copy_(new[key])
+        return y
+
+    monkeypatch.setattr(verify, "_alone", loads)
+    with torch.no_grad():
+        before = stock(images())
+        torch.testing.assert_close(mine(images()), before, rtol=1e-4, atol=1e-5)
+        assert calls == 1
+        for key, t in mine.state_dict().items():
+            assert torch.equal(t, new[key]), key
+        monkeypatch.undo()
+        stock.load_state_dict(new)
+        for _ in range(2):
+            torch.testing.assert_close(mine(images()), stock(images()), rtol=1e-4, atol=1e-5)
+    assert programs(mine)

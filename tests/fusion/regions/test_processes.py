@@ -158,6 +158,7 @@ def same_steps(stock: list[dict[str, Tensor]], mine: list[dict[str, Tensor]]) ->
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_distributed_data_parallel(outputs: list[dict[str, Any]]) -> None:
     ddp = [out["replicated"] for out in outputs]
     for out in ddp:
