@@ -68,7 +68,6 @@ class Worker:
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             preexec_fn=None if cpus is None else lambda: os.sched_setaffinity(0, cpus),
         )  # fmt: skip
-        self.problem = self.answer()
 
     def ask(self, calls: int) -> None:
         assert self.process.stdin is not None
@@ -100,11 +99,13 @@ def measure(names: list[str], case: contenders.Case, condition: str, turns: int)
     workers: dict[str, list[Worker]] = {}
     missing: dict[str, str] = {}
     for name in names:
-        started = [Worker(name, case, cpus) for _ in range(copies)]
-        if started[0].problem:
-            missing[name] = started[0].problem
-        else:
-            workers[name] = started
+        workers[name] = [Worker(name, case, cpus) for _ in range(copies)]
+    for name in names:
+        problems = [worker.answer() for worker in workers[name]]
+        if any(problems):
+            missing[name] = str(next(filter(None, problems)))
+            for worker in workers.pop(name):
+                worker.close()
     times: dict[str, list[float]] = {name: [] for name in workers}
     calls = dict.fromkeys(workers, 1)
     try:
