@@ -27,6 +27,7 @@ from tests.mutations.cuda import ASAN, CUDA
 from tests.mutations.gpu import GPU_PYTHON
 from tests.mutations.memory import MEMORY
 from tests.mutations.native import AVX2, AVX512, CPP
+from tests.mutations.packages import PACKAGES
 from tests.mutations.python import PYTHON
 
 
@@ -137,7 +138,7 @@ def main() -> int:
             [],
             [
                 Mutation(*row)
-                for row in PYTHON + COMPILERS + MEMORY + GPU_PYTHON
+                for row in PYTHON + PACKAGES + COMPILERS + MEMORY + GPU_PYTHON
                 if not args.skip_python
             ],
         ),

@@ -29,6 +29,7 @@ int64_t superblock_of(const ConvBnRelu& conv, ConvVariant variant) {
   const int64_t weight_bytes = conv.R * conv.S * conv.run * conv.K * element_bytes;
   const int64_t tile_bytes = tile_pixels() * conv.stride_h * conv.stride_w * conv.C * element_bytes;
   const int64_t room = weight_bytes < (int64_t{1} << 19) ? int64_t{1} << 16 : int64_t{1} << 18;
+  // All of a small x, so that a thread reads the weights of its own blocks alone.
   if (tiles_of(conv) * tile_bytes <= int64_t{1} << 19) return tiles_of(conv);
   return std::clamp<int64_t>(room / tile_bytes, 1, tiles_of(conv));
 }
