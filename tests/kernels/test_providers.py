@@ -23,6 +23,7 @@ from fused_resnet.kernels.problem import Geometry, Problem, convolution
 from fused_resnet.kernels.registry import OPS, Provider
 from fused_resnet.kernels.target import Target, target_of
 from tests.emulator import emulation
+from tests.kernels import registrations
 
 CPU, AMPERE, CDNA3 = (
     Target("cpu", "avx512"), Target("nvidia", "sm_80"), Target("amd", "gfx942")
@@ -37,10 +38,7 @@ def conv(dtype=torch.float32, K=64, C=64, taps=(1, 1), groups=1, **more: Any) ->
 @pytest.fixture
 def restored(monkeypatch):
     """Providers registered by a test are removed after it."""
-    monkeypatch.setattr(registry, "_providers", dict(registry._providers))
-    registry._candidates.clear()
-    yield
-    registry._candidates.clear()
+    registrations.keep(monkeypatch)
 
 
 # --- targets --------------------------------------------------------------------------------------

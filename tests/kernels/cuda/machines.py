@@ -16,6 +16,7 @@ from torch import Tensor
 from fused_resnet.kernels import registry, tuning
 from fused_resnet.kernels.cuda import cudnn
 from tests.emulator import emulation
+from tests.kernels import registrations
 
 _device = "cpu"
 
@@ -56,8 +57,9 @@ def as_if_on_a_gpu(monkeypatch: Any, backends: tuple[str, ...]) -> None:
     emulation.load()
     native = registry.provider("emulated", "cpu")
     vendor = registry.provider("vendor", "cuda")
-    monkeypatch.setitem(registry._providers, ("native", "cpu"), native)
-    monkeypatch.setitem(registry._providers, ("vendor", "cpu"), vendor)
+    registrations.keep(monkeypatch)
+    registry.register("native", "cpu", native)
+    registry.register("vendor", "cpu", vendor)
     monkeypatch.setattr(registry, "target", native.target)
     monkeypatch.setattr(tuning, "candidates", lambda *_: backends)
     monkeypatch.setattr(cudnn, "choose", lambda *_: None)

@@ -31,6 +31,7 @@ from fused_resnet.kernels.target import Target
 from fused_resnet.ops import reference
 from tests import ROOT
 from tests.emulator import emulation
+from tests.kernels import registrations
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -371,8 +372,8 @@ def test_grids_of_large_batches_fit(monkeypatch, memory_format):
     ).contiguous(memory_format=memory_format)  # fmt: skip
     weight, vector = x.new_empty(64, 64, 3, 3), x.new_empty(64, dtype=torch.float32)
     geometry = Geometry((1, 1), (1, 1), (1, 1))
-    on_meta = registry.provider("triton", DEVICE)
-    monkeypatch.setitem(registry._providers, ("triton", "meta"), on_meta)
+    registrations.keep(monkeypatch)
+    registry.register("triton", "meta", registry.provider("triton", DEVICE))
     elementwise.add_relu(x, x)
     batch_norm.bn_add_relu(x, None, None, x, 1e-5, True)
     flags = (1e-5, True, True, True)
@@ -459,8 +460,9 @@ def as_if_on_a_gpu(monkeypatch, tmp_path) -> Path:
     """Simulates a GPU on which larger tiles are faster; yields the cache folder of winners."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     emulation.load()
+    registrations.keep(monkeypatch)
     for name, on_cpu in (("triton", "triton"), ("native", "emulated")):
-        monkeypatch.setitem(registry._providers, (name, "cuda"), registry.provider(on_cpu, "cpu"))
+        registry.register(name, "cuda", registry.provider(on_cpu, "cpu"))
     monkeypatch.setattr(registry, "candidates", lambda *_: ("triton", "native", "reference"))
     monkeypatch.setattr(machine, "check_device", lambda name: None)
     monkeypatch.setattr(tuning, "_winners", {})
