@@ -52,21 +52,20 @@ inline Activation activation_of(const char* op, int64_t value) {
   return static_cast<Activation>(value);
 }
 
-inline std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
+// Written only if a message is: a check that holds must not cost one.
+struct Listed {
+  const Tensor& tensor;
+  int64_t (Tensor::*value)(int64_t) const;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Listed& of) {
   out << '(';
-  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.size(d);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
+  for (int64_t d = 0; d < of.tensor.dim(); ++d) out << (d ? ", " : "") << (of.tensor.*of.value)(d);
+  return out << (of.tensor.dim() == 1 ? ",)" : ")");
 }
 
-inline std::string strides_of(const Tensor& t) {
-  std::ostringstream out;
-  out << '(';
-  for (int64_t d = 0; d < t.dim(); ++d) out << (d ? ", " : "") << t.stride(d);
-  out << (t.dim() == 1 ? ",)" : ")");
-  return out.str();
-}
+inline Listed shape_of(const Tensor& t) { return {t, &Tensor::size}; }
+inline Listed strides_of(const Tensor& t) { return {t, &Tensor::stride}; }
 
 inline const char* name_of(ScalarType dtype) {
   switch (dtype) {

@@ -99,6 +99,7 @@ def test_the_report(finished):
         assert (out / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in page
 
 
+@pytest.mark.slow
 def test_an_interrupted_report_is_resumed(finished, tmp_path, monkeypatch):
     """After an interruption finished parts are read from disk, and the others have the same
     results as in an uninterrupted run."""

@@ -98,7 +98,12 @@ MODELS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("bottleneck", "preact")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MODELS]
+)
 def test_steps_are_equal(name: str, steps: list[str]) -> None:
     """Without another compilation after the second size, for channels_last images too."""
     model = MODELS[name]().train()

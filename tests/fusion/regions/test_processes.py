@@ -157,8 +157,8 @@ def same_steps(stock: list[dict[str, Tensor]], mine: list[dict[str, Tensor]]) ->
         assert sorted(errors)[len(errors) // 2] <= 0.02
 
 
-@needs_gloo
 @pytest.mark.slow
+@needs_gloo
 def test_distributed_data_parallel(outputs: list[dict[str, Any]]) -> None:
     ddp = [out["replicated"] for out in outputs]
     for out in ddp:
@@ -173,6 +173,7 @@ def test_distributed_data_parallel(outputs: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(t, mean, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_fully_sharded(outputs: list[dict[str, Any]]) -> None:
     for out in (out["sharded"] for out in outputs):

@@ -324,6 +324,7 @@ def test_result_does_not_depend_on_thread_count():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_instruction_sets(capability):
     """PyTorch's ATEN_CPU_CAPABILITY also selects these kernels; every build passes these tests."""
