@@ -1,6 +1,10 @@
 // Copies a float32 tensor (N, C, H, W) into the other memory layout: N transpositions, in tiles of
 // 16 x 16, which are whole cache lines on both sides. Bytes: one read, one written per element.
 // PyTorch's copy_ takes 2 to 4 times as long.
+#include "cpu/relayout.h"
+
+#include <cstring>
+
 #include "common.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/memory_pool.h"
@@ -24,8 +28,43 @@ void transpose_columns(const float* from, float* to, int64_t rows, int64_t colum
     for (row = first; row < rows; ++row) to[column * rows + row] = from[row * columns + column];
 }
 
-// x (N, C, H, W), contiguous or channels_last -> the same values in the other layout, channels_last
-// if `last`
+// The same of all columns of fewer than kTile rows, such as the taps of a weight, through a tile.
+void transpose_few_rows(const float* from, float* to, int64_t rows, int64_t columns) {
+  constexpr size_t row_bytes = kTile * sizeof(float);
+  const auto transpose_tile = cpu_kernels().transpose;
+  alignas(64) float tile[kTile * kTile] = {}, turned[kTile * kTile];
+  int64_t column = 0;
+  for (; transpose_tile && column + kTile <= columns; column += kTile) {
+    for (int64_t i = 0; i < rows; ++i)
+      std::memcpy(tile + i * kTile, from + i * columns + column, row_bytes);
+    transpose_tile(tile, kTile, turned, kTile);
+    // What a row writes too much, the next one overwrites.
+    for (int64_t i = 0; i < kTile; ++i) std::memcpy(tile + i * rows, turned + i * kTile, row_bytes);
+    std::memcpy(to + column * rows, tile, static_cast<size_t>(rows) * row_bytes);
+  }
+  for (; column < columns; ++column)
+    for (int64_t i = 0; i < rows; ++i) to[column * rows + i] = from[i * columns + column];
+}
+
+}  // namespace
+
+void transpose_each(float* matrices, int64_t count, int64_t rows, int64_t columns) {
+  const int64_t elements = rows * columns;
+  Split(count, 1, kMinTaskElements / std::max<int64_t>(elements, 1))
+      .run([&](int64_t, int64_t begin, int64_t end) {
+        const Scratch copy(elements * 4);
+        auto* from = reinterpret_cast<float*>(copy.data());
+        for (int64_t i = begin; i < end; ++i) {
+          float* matrix = matrices + i * elements;
+          std::copy_n(matrix, elements, from);
+          if (rows < kTile)
+            transpose_few_rows(from, matrix, rows, columns);
+          else
+            transpose_columns(from, matrix, rows, columns, 0, columns);
+        }
+      });
+}
+
 Tensor relayout(Tensor x, bool last) {
   constexpr const char* op = "relayout";
   check(x.scalar_type() == ScalarType::Float, op, ": x must be float32, got ",
@@ -52,7 +91,6 @@ Tensor relayout(Tensor x, bool last) {
   return y;
 }
 
-}  // namespace
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {

@@ -18,6 +18,7 @@ THREADS_TEST = "tests/kernels/cpu/test_threads.py"
 HEAD = "tests/kernels/cpu/test_head.py"
 SUMS = "tests/kernels/cpu/test_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
+CONTIGUOUS = f"{CONVOLUTIONS} -k contiguous_weights"
 
 CPP = [
     ("fingerprint: the same columns of every row", "csrc/cpu/fingerprint.cpp",
@@ -30,7 +31,7 @@ CPP = [
     ("threads: each rounds in its own way", THREADS, "set_float_mode(mode_);", "",
      f"{THREADS_TEST} -k subnormals"),
     ("threads: a forked process waits for its parent's", THREADS, "instance = nullptr, forked = true;",
-     "", f"{THREADS_TEST} --timeout=60 -k forked"),
+     "", f"{THREADS_TEST} -k forked"),
     ("threads: more than processors", THREADS, "kMaxThreads, processors()}", "kMaxThreads}",
      f"{THREADS_TEST} -k one_core"),
     ("head: the mean's last chain lost", "csrc/cpu/head_kernels.h",
@@ -116,6 +117,16 @@ CPP = [
      "g.recomputes_dy = true;", "", f"{OPS} -k recomputed_in_ranges"),
     ("recomputed ranges: no ReLU", "csrc/cpu/convolution/weight_gradient.cpp",
      "bn.walk = walk, bn.activation = kRelu;", "bn.walk = walk;", f"{OPS} -k recomputed_in_ranges"),
+    ("contiguous weights: taps in another order", "csrc/cpu/convolution/pack_kernels.h",
+     "(tap * 16 + channel) * 16)", "((taps - 1 - tap) * 16 + channel) * 16)", CONTIGUOUS),
+    ("contiguous weights: taps of an input gradient", "csrc/cpu/convolution/pack_kernels.h",
+     "turned + p.tap_offset[tap] * 256", "turned + tap * 256", CONTIGUOUS),
+    ("contiguous weights: the stride from tap to tap", "csrc/cpu/convolution/train.cpp",
+     "return adjacent ? 1 : C;", "return C;", CONTIGUOUS),
+    ("contiguous weights: a gradient left as it was", "csrc/cpu/convolution/weight_gradient.cpp",
+     "if (rearranged) transpose_each", "if (false) transpose_each", CONTIGUOUS),
+    ("contiguous weights: what is left of whole tiles", "csrc/cpu/relayout.cpp",
+     "for (; column < columns; ++column)", "for (; column + 1 < columns; ++column)", CONTIGUOUS),
     ("widened: weights not rounded", "csrc/cpu/convolution/pack_kernels.h",
      "if (p.variant == kBFloatWidened ||", "if (false ||", f"{CONVOLUTIONS} -k rounded"),
     ("widened: pixels of the previous superblock", "csrc/cpu/convolution/conv_bn_relu.cpp",
@@ -141,11 +152,10 @@ CPP = [
     ("one op: the shared shortcut's gradient added twice", BLOCK, "ds.reset();\n      found",
      "found", OPS),
     ("one op: pixels of the identity skipped", BLOCK, "run * C);", "C);", OPS),
-    ("one op: strided weights taken for channels_last", BLOCK,
-     "weight.stride(0) == R * S * C && weight.stride(1) == 1", "weight.stride(1) == 1",
-     f"{OPS} -k strides"),
-    ("one op: transposed weights taken for channels_last", BLOCK,
-     "(R * S == 1 || taps_last)", "true", f"{OPS} -k strides"),
+    ("one op: strided weights taken for dense ones", "csrc/cpu/convolution/train.cpp",
+     "return is_dense(weight) && (", "return (", f"{OPS} -k strides"),
+    ("one op: transposed weights taken for channels_last", "csrc/cpu/convolution/train.cpp",
+     "weight.stride(1) == c)", "true)", f"{OPS} {CONVOLUTIONS} -k 'strides or errors'"),
     ("one op: gradients that are not required", BLOCK,
      "if (!own_norm && std::find(needs.begin(), end, 1) == end) break;", "", f"{STEP} -k required_gradients"),
     ("one op: the padded shortcut without its stride", BLOCK,

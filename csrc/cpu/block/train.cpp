@@ -47,7 +47,7 @@ Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
 namespace {
 
 struct Conv {
-  Tensor weight;   // (K, C, R, S) float32, channels_last
+  Tensor weight;   // (K, C, R, S) float32, contiguous or channels_last
   Sizes geometry;  // stride, padding, dilation
 
   Tensor run(const Tensor& x, const std::optional<Tensor>& residual = {}) const {
@@ -146,13 +146,10 @@ void add_shortcut_gradient(Tensor& dx, const Tensor& dy, int64_t stride) {
   });
 }
 
-// weight, channels_last as the convolutions require it.
-Tensor channels_last(const Tensor& weight) {
-  if (weight.dim() != 4) return weight;  // the convolution reports it
-  const int64_t C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  const bool taps_last = weight.stride(2) == S * C && weight.stride(3) == C;
-  if (weight.stride(0) == R * S * C && weight.stride(1) == 1 && (R * S == 1 || taps_last))
-    return weight;
+// weight in a layout that the convolutions read.
+Tensor readable(const Tensor& weight) {
+  if (weight.dim() != 4 || has_kernel_layout(weight))
+    return weight;  // or the convolution reports it
   return torch::stable::contiguous(weight, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
@@ -187,7 +184,7 @@ struct Block {
           " values, got ", keep.size());
     for (size_t i = 0; i < n; ++i) {
       const auto sizes = geometry.begin() + static_cast<int64_t>(6 * i);
-      convs.push_back({channels_last(operands[3 * i]), {sizes, sizes + 6}});
+      convs.push_back({readable(operands[3 * i]), {sizes, sizes + 6}});
       if (i < eps.size()) norms.push_back({operands[3 * i + 1], operands[3 * i + 2], eps[i]});
     }
   }
@@ -266,11 +263,12 @@ struct Activations {
   Tensor weight_gradient(size_t i, const Tensor& dy) {
     const auto& [weight, geometry] = block.convs[i];
     const int64_t R = weight.size(2), S = weight.size(3);
+    const bool contiguous = weight.stride(1) != 1;
     const auto j = block.norm_before(i);
-    if (!j || h[*j]) return fused_resnet::weight_gradient(dy, input(i), R, S, geometry);
+    if (!j || h[*j]) return fused_resnet::weight_gradient(dy, input(i), R, S, geometry, contiguous);
     const Normed n = normed(*j);
     return weight_gradient_of_normed(dy, n.x, R, S, geometry, n.statistics, n.norm->weight,
-                                     n.norm->bias, n.norm->eps);
+                                     n.norm->bias, n.norm->eps, contiguous);
   }
 
   void release(size_t j) { z[j].reset(), h[j].reset(); }

@@ -69,15 +69,13 @@ Tensor strided_input_gradient(const ConvShape& c, const Tensor& dy, const Tensor
         continue;
       }
       ConvPack& pack = packs.emplace_back();
-      pack.weight = weight.const_data_ptr();
+      const int64_t tap_stride = read_weight(pack, weight, true);
       pack.direct = packed.data() + taps_before * K * C * operand_size;
-      pack.outputs = C, pack.inputs = K, pack.taps = rows.taps * columns.taps;
-      pack.output_stride = 1, pack.input_stride = R * S * C;
+      pack.taps = rows.taps * columns.taps;
       for (int64_t r = 0; r < rows.taps; ++r)
         for (int64_t s = 0; s < columns.taps; ++s)
           pack.tap_offset[r * columns.taps + s] =
-              ((rows.last_tap - r * stride_h) * S + columns.last_tap - s * stride_w) * C;
-      pack.transposed = true;
+              ((rows.last_tap - r * stride_h) * S + columns.last_tap - s * stride_w) * tap_stride;
       pack.variant = variant;
       taps_before += pack.taps;
 

@@ -1,7 +1,7 @@
 // Packs convolution weights as cpu/convolution/direct_kernels.h and
-// cpu/convolution/winograd_kernels.h read them, at every training step. weight (K, R, S, C) in
-// memory is packed as it is or, for the input gradient, with inputs and outputs swapped; all or
-// some of its taps, in any order.
+// cpu/convolution/winograd_kernels.h read them, at every training step. weight, (K, R, S, C) or
+// (K, C, R, S) in memory, is packed as it is or, for the input gradient, with inputs and outputs
+// swapped; all or some of its taps, in any order.
 //
 // A tile of 16 outputs by 16 inputs of every tap is rearranged into vectors of outputs (a copy if
 // outputs are contiguous in memory, else a transposition in registers), then written in the
@@ -78,15 +78,48 @@ FR_INLINE void pack_winograd(const float* tile, int64_t inputs, int64_t vectors,
 
 constexpr int64_t kPrefetchInputs = 32;  // from packed to prefetched inputs
 
+// For adjacent taps: where the vectors of 16 channels' taps belong in (tap, channel, vector).
+struct AdjacentTaps {
+  int place[kMaxPackedTaps * 16];
+
+  explicit AdjacentTaps(int64_t taps) {
+    for (int64_t channel = 0, i = 0; channel < 16; ++channel)
+      for (int64_t tap = 0; tap < taps; ++tap, ++i)
+        place[i] = static_cast<int>((tap * 16 + channel) * 16);
+  }
+};
+
+// The tile of pack_16 from a contiguous weight: 16 rows of (channel, tap) are transposed, which
+// gives vectors of outputs or, if `transposed`, of inputs; those are transposed tap by tap.
+FR_INLINE void load_adjacent_taps(const ConvPack& p, const AdjacentTaps& taps, const float* source,
+                                  float* tile) {
+  alignas(64) float turned[kMaxPackedTaps * 256];
+  float* vectors = p.transposed ? turned : tile;
+  const int64_t row = p.transposed ? p.input_stride : p.output_stride;
+  for (int64_t first = 0; first < p.adjacent_taps * 16; first += 16) {
+    for (int64_t i = 0; i < 16; ++i)
+      __builtin_prefetch(source + kPrefetchInputs * p.input_stride + i * row + first, 0, 2);
+    transpose_16x16([&](int64_t i, int64_t j)
+                        FR_LAMBDA { return load_any<vf>(source + i * row + first + j); },
+                    [&](int64_t i, int64_t j, vf v)
+                        FR_LAMBDA { store_any(vectors + taps.place[first + i] + j, v); });
+  }
+  if (p.transposed)
+    for (int64_t tap = 0; tap < p.taps; ++tap)
+      transpose(turned + p.tap_offset[tap] * 256, 16, tile + tap * 256, 16);
+}
+
 // Packs 16 inputs from c on of vector v of outputs; tile: scratch, (tap, input, 16 outputs)
-FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
+FR_INLINE void pack_16(const ConvPack& p, const AdjacentTaps& adjacent, int64_t v, int64_t c,
+                       float* tile) {
   const int64_t K = p.outputs, C = p.inputs;
   const auto* weight = static_cast<const float*>(p.weight);
   const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
   const int64_t first = block * 64 * C;  // of this block, in elements of one tap
-  for (int64_t tap = 0; tap < p.taps; ++tap) {
-    const float* source =
-        weight + p.tap_offset[tap] + v * 16 * p.output_stride + c * p.input_stride;
+  const float* first_tap = weight + v * 16 * p.output_stride + c * p.input_stride;
+  if (p.adjacent_taps) load_adjacent_taps(p, adjacent, first_tap, tile);
+  for (int64_t tap = 0; tap < (p.adjacent_taps ? 0 : p.taps); ++tap) {
+    const float* source = first_tap + p.tap_offset[tap];
     float* t = tile + tap * 256;
     const int64_t row = p.transposed ? p.input_stride : p.output_stride;
     for (int64_t i = 0; i < 16; ++i)
@@ -127,15 +160,16 @@ FR_INLINE void pack_16(const ConvPack& p, int64_t v, int64_t c, float* tile) {
   }
 }
 
-// Packs vectors [begin, end) of the K / 16 vectors of outputs. If outputs are contiguous in memory,
-// those of a block are packed together: 256 bytes of every row of weights instead of 64.
+// Packs vectors [begin, end) of the K / 16 vectors of outputs. If `transposed`, those of a block
+// are packed together: four times as many bytes of every row of weights.
 void conv_pack(const ConvPack& p, int64_t begin, int64_t end) {
   alignas(64) float tile[kMaxPackedTaps * 256];
+  const AdjacentTaps adjacent(p.adjacent_taps);
   const int64_t together = p.transposed ? 4 : 1;
   for (int64_t v = begin; v < end;) {
     const int64_t next = (v / together + 1) * together, stop = next < end ? next : end;
     for (int64_t c = 0; c < p.inputs; c += 16)
-      for (int64_t u = v; u < stop; ++u) pack_16(p, u, c, tile);
+      for (int64_t u = v; u < stop; ++u) pack_16(p, adjacent, u, c, tile);
     v = stop;
   }
 }

@@ -41,10 +41,9 @@ void check_operands(const char* op, Pass pass, const char* name, const Tensor& t
   check(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
         ": weight must be float32 of shape (K, C, R, S), got ", name_of(weight.scalar_type()),
         " of shape ", shape_of(weight));
-  const int64_t C = weight.size(1), R = weight.size(2), S = weight.size(3);
-  check(is_dense(weight) && (C <= 1 || weight.stride(1) == 1) &&
-            (R * S == 1 || R == 1 || weight.stride(2) == S * C),
-        op, ": weight must be channels_last, got strides ", strides_of(weight));
+  const int64_t C = weight.size(1);
+  check(has_kernel_layout(weight), op, ": weight must be contiguous or channels_last, got strides ",
+        strides_of(weight));
   const int64_t channels = pass == Pass::kConvolution ? C : weight.size(0);
   check(layout.C == channels, op, ": ", name, " must have ", channels, " channels, got ", layout.C);
   conv_shape(op, 0, 0, 0, sizes_of(weight), geometry);  // checks geometry
@@ -112,7 +111,7 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
                    const std::optional<Tensor>& added, const TileCallback& callback = {},
                    const Epilogue& epilogue = {}) {
   const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
-  const int64_t taps = R * S, columns = transposed ? K : C;  // of the weight
+  const int64_t taps = R * S;
   const bool overwrite = transposed && added;
   if (added) check_added("convolution", transposed ? "added" : "residual", *added, x, K, P, Q);
   Tensor y = overwrite ? *added : pooled_channels_last(N, K, P, Q, x.scalar_type());
@@ -128,13 +127,9 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
   conv.winograd_tile = winograd_tile_of_step(conv, variant, kMaxWinogradWeights4);
   const bool winograd = conv.winograd_tile > 0;
   ConvPack pack{};
-  pack.weight = weight.const_data_ptr();
-  pack.outputs = K, pack.inputs = C, pack.taps = taps;
-  pack.output_stride = transposed ? 1 : taps * columns;
-  pack.input_stride = transposed ? taps * columns : 1;
+  const int64_t tap_stride = read_weight(pack, weight, transposed);
   for (int64_t tap = 0; tap < taps; ++tap)
-    pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * columns;
-  pack.transposed = transposed;
+    pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * tap_stride;
   pack.variant = variant;
   pack.winograd_tile = conv.winograd_tile;
   std::optional<Scratch> packed, packed_winograd;
@@ -175,6 +170,28 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
 }
 
 }  // namespace
+
+bool has_kernel_layout(const Tensor& weight) {
+  const int64_t C = weight.size(1), R = weight.size(2), S = weight.size(3);
+  const auto strides_are = [&](int64_t c, int64_t r, int64_t s) {
+    return (C <= 1 || weight.stride(1) == c) && (R <= 1 || weight.stride(2) == r) &&
+           (S <= 1 || weight.stride(3) == s);
+  };
+  return is_dense(weight) && (strides_are(1, S * C, C) || strides_are(R * S, S, 1));
+}
+
+int64_t read_weight(ConvPack& pack, const Tensor& weight, bool transposed) {
+  const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const bool adjacent = taps > 1 && weight.stride(1) != 1;
+  const int64_t channel = adjacent ? taps : 1;
+  pack.weight = weight.const_data_ptr();
+  pack.outputs = transposed ? C : K, pack.inputs = transposed ? K : C, pack.taps = taps;
+  pack.output_stride = transposed ? channel : taps * C;
+  pack.input_stride = transposed ? taps * C : channel;
+  pack.adjacent_taps = adjacent ? taps : 0;
+  pack.transposed = transposed;
+  return adjacent ? 1 : C;
+}
 
 ConvShape conv_shape(const char* op, int64_t N, int64_t H, int64_t W,
                      const std::vector<int64_t>& weight_shape, const Sizes& g) {

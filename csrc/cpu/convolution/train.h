@@ -26,7 +26,7 @@ const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64
                             const Sizes& geometry, int64_t groups);
 
 // x, y, dx and dy are channels_last, float32 or bfloat16; weight (K, C, R, S) is float32,
-// channels_last.
+// contiguous or channels_last.
 
 // y = convolution(x, weight) + residual
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> residual, Sizes geometry);
@@ -57,13 +57,21 @@ std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight, Siz
                                                    std::optional<Tensor> norm_weight,
                                                    std::optional<Tensor> norm_bias, double eps);
 
-// dy (N, K, P, Q), x (N, C, H, W) -> dweight (K, C, R, S) float32, channels_last
-Tensor weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry);
+// dy (N, K, P, Q), x (N, C, H, W) -> dweight (K, C, R, S) float32, channels_last or `contiguous`
+Tensor weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry, bool contiguous);
 
 // The same where the convolution's input is relu(norm(x)) with stats (2, C) float64, norm_weight
 // and norm_bias (C,): recomputed range by range, bitwise equal.
 Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry,
-                                 Tensor stats, Tensor norm_weight, Tensor norm_bias, double eps);
+                                 Tensor stats, Tensor norm_weight, Tensor norm_bias, double eps,
+                                 bool contiguous);
+
+// Whether the passes read weight (K, C, R, S) as it lies in memory.
+bool has_kernel_layout(const Tensor& weight);
+
+// Describes weight (K, C, R, S) and its strides to `pack`, with inputs and outputs swapped if
+// `transposed`. Returns the stride from tap to tap.
+int64_t read_weight(ConvPack& pack, const Tensor& weight, bool transposed);
 
 // The sizes of a convolution of x (N, C, H, W) with weight (K, C, R, S).
 ConvShape conv_shape(const char* op, int64_t N, int64_t H, int64_t W,

@@ -6,6 +6,7 @@
 #include "cpu/convolution/host.h"
 #include "cpu/convolution/train.h"
 #include "cpu/memory_pool.h"
+#include "cpu/relayout.h"
 
 namespace fused_resnet {
 namespace {
@@ -147,10 +148,25 @@ struct GradientAlgorithm {
   }
 };
 
-Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, const Tensor& dy,
-                          const Tensor& x) {
+// dweight (K, C, R, S), channels_last or `contiguous`, from what compute(out) writes to its memory:
+// (K, R, S, C), which is rearranged in place, weight by weight, in cache.
+template <typename Compute>
+Tensor gradient_in_layout(const ConvShape& g, bool contiguous, const Compute& compute) {
+  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = g;
+  const bool rearranged = contiguous && C > 1 && R * S > 1;
+  Tensor dweight = rearranged
+                       ? pooled_empty({K, C, R, S}, {C * R * S, R * S, S, 1}, ScalarType::Float)
+                       : pooled_channels_last(K, C, R, S, ScalarType::Float);
+  auto* out = static_cast<float*>(dweight.mutable_data_ptr());
+  compute(out);
+  if (rearranged) transpose_each(out, K, R * S, C);
+  return dweight;
+}
+
+// out (K, R, S, C)
+void weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, const Tensor& dy,
+                        const Tensor& x, float* out) {
   const ConvVariant variant = algorithm.variant;
-  Tensor dweight = pooled_channels_last(g.K, g.C, g.R, g.S, ScalarType::Float);
   if (algorithm.pointwise) {
     // Rows as long as one chain of additions, or slightly shorter for equal shares of the threads.
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
@@ -161,7 +177,6 @@ Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, 
     g.P = (g.pixels + g.Q - 1) / g.Q;
     g.H = g.P, g.W = g.Q;
   }
-  Tensor result = dweight;
   const std::vector<float> zeros(static_cast<size_t>(g.C), 0.0f);
   g.zeros = zeros.data();
   if (algorithm.winograd_tile > 0) {
@@ -172,19 +187,15 @@ Tensor weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, 
       wide_x.emplace(x, variant), wide_dy.emplace(dy, variant);
       prepared.x = wide_x->data(), prepared.dy = wide_dy->data();
     }
-    if (sum_winograd_gradient(prepared, variant, static_cast<float*>(dweight.mutable_data_ptr())))
-      return dweight;
+    if (sum_winograd_gradient(prepared, variant, out)) return;
   }
-  if (algorithm.swapped) {
-    std::swap(g.x, g.dy), std::swap(g.C, g.K);
-    g.recomputes_dy = true;
-    result = pooled_channels_last(g.K, g.C, 1, 1, ScalarType::Float);
-  }
-  sum_weight_gradient(g, variant, static_cast<float*>(result.mutable_data_ptr()));
-  if (algorithm.swapped)
-    transpose(static_cast<const float*>(result.const_data_ptr()), g.K, g.C,
-              static_cast<float*>(dweight.mutable_data_ptr()));
-  return dweight;
+  if (!algorithm.swapped) return sum_weight_gradient(g, variant, out);
+  std::swap(g.x, g.dy), std::swap(g.C, g.K);
+  g.recomputes_dy = true;
+  const Scratch result(g.K * g.C * 4);
+  auto* swapped = reinterpret_cast<float*>(result.data());
+  sum_weight_gradient(g, variant, swapped);
+  transpose(swapped, g.K, g.C, out);
 }
 
 // Implements WeightGradient::recompute: relu(norm(x)) for a range of pixels, in thread-local
@@ -205,14 +216,12 @@ const void* recompute(const void* context, int64_t begin, int64_t end) {
 }
 
 // The same for few input channels.
-Tensor narrow_weight_gradient(WeightGradient g, ConvVariant variant, const Tensor& dy,
-                              const Tensor& x) {
-  Tensor dweight = pooled_channels_last(g.K, g.C, g.R, g.S, ScalarType::Float);
-  auto* out = static_cast<float*>(dweight.mutable_data_ptr());
+void narrow_weight_gradient(WeightGradient g, ConvVariant variant, const Tensor& dy,
+                            const Tensor& x, float* out) {
   const int64_t values = g.S * g.C, weights = g.R * values * g.K;
   if (g.pixels == 0) {
     std::fill_n(out, weights, 0.0f);
-    return dweight;
+    return;
   }
   const Operand wide_x(x, variant), wide_dy(dy, variant);
   g.x = wide_x.data(), g.dy = wide_dy.data();
@@ -225,24 +234,30 @@ Tensor narrow_weight_gradient(WeightGradient g, ConvVariant variant, const Tenso
   });
   for (int64_t k = 0; k < g.K; ++k)
     for (int64_t i = 0; i < g.R * values; ++i) *out++ = sums[i * g.K + k];
-  return dweight;
 }
 
 }  // namespace
 
-Tensor weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry) {
+Tensor weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry, bool contiguous) {
   constexpr const char* op = "weight_gradient";
   const WeightGradient g = weight_gradient_of(op, dy, x, R, S, geometry);
   const DtypeIndex dtype = dtype_index(op, "x", x);
-  return g.C < 16 ? narrow_weight_gradient(g, *conv_variant(dtype), dy, x)
-                  : weight_gradient_by(g, GradientAlgorithm(g, dtype), dy, x);
+  return gradient_in_layout(g, contiguous, [&](float* out) {
+    g.C < 16 ? narrow_weight_gradient(g, *conv_variant(dtype), dy, x, out)
+             : weight_gradient_by(g, GradientAlgorithm(g, dtype), dy, x, out);
+  });
 }
 
 Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry,
-                                 Tensor stats, Tensor norm_weight, Tensor norm_bias, double eps) {
+                                 Tensor stats, Tensor norm_weight, Tensor norm_bias, double eps,
+                                 bool contiguous) {
   constexpr const char* op = "weight_gradient_of_normed";
   WeightGradient g = weight_gradient_of(op, dy, x, R, S, geometry);
   const GradientAlgorithm algorithm(g, dtype_index(op, "x", x));
+  const auto computed_from = [&](const Tensor& source) {
+    return gradient_in_layout(
+        g, contiguous, [&](float* out) { weight_gradient_by(g, algorithm, dy, source, out); });
+  };
   // Each thread recomputes what it reads of relu(norm(x)), which is all of it if outputs are split.
   // Then, and for the Winograd kernel for 16 channels, which reads only tensors, it is computed
   // once as a tensor.
@@ -250,17 +265,19 @@ Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Size
   if (g.pixels == 0 || algorithm.by_outputs || needs_tensor) {
     const Tensor normed = bn_apply(x, stats, norm_weight, norm_bias, eps, {}, {}, {}, {}, 0, kRelu);
     g.x = normed.const_data_ptr();
-    return weight_gradient_by(g, algorithm, dy, normed);
+    return computed_from(normed);
   }
   const NormedRows source(x, norm_of<float>(op, stats, norm_weight, norm_bias, eps, g.C, x));
   g.recompute = recompute, g.context = &source;
-  return weight_gradient_by(g, algorithm, dy, x);
+  return computed_from(x);
 }
 
 }  // namespace fused_resnet
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fused_resnet_native, m) {
-  m.def("weight_gradient(Tensor dy, Tensor x, int R, int S, int[] geometry) -> Tensor");
+  m.def(
+      "weight_gradient(Tensor dy, Tensor x, int R, int S, int[] geometry, bool contiguous) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_resnet_native, CPU, m) {

@@ -149,6 +149,9 @@ struct ConvPack {
   int64_t outputs, inputs, taps;
   int64_t output_stride, input_stride;
   int64_t tap_offset[kMaxPackedTaps];
+  // 0, or: the weight is contiguous, with so many taps, of which these are. One of the strides is
+  // then the number of taps instead of 1.
+  int64_t adjacent_taps;
   bool transposed;  // outputs are contiguous, else inputs are
   ConvVariant variant;
 };

@@ -4,6 +4,7 @@ callers at once, and processes that may use one core."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -101,6 +102,7 @@ def test_forked_process(case):
     pid = os.fork()
     if pid == 0:  # ops of PyTorch on such sizes would wait for OpenMP's threads for ever
         try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.alarm(60)  # rather than hang
             sums = torch.ops.fused_resnet_native.mean_linear(y, weight, None)
             os.write(write, b"1" if sums.tolist() == [[512.0] * 300] * 64 else b"0")
         finally:
@@ -113,15 +115,18 @@ def test_forked_process(case):
 
 
 SPAWNED = """
-import os, torch
+import os, time, torch
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 torch.set_num_threads(4)
 import fused_resnet as fr
 torch.manual_seed(0)
 model, x = fr.resnet18(weights=None).eval(), torch.randn(1, 3, 64, 64)
+torch.ones(1 << 20).exp().sum()
+torch.mm(torch.ones(512, 512), torch.ones(512, 512))
+time.sleep(0.1)  # until PyTorch's threads are asleep
+tasks = len(os.listdir("/proc/self/task"))
 with torch.no_grad():
     y = model(x)
-    tasks = len(os.listdir("/proc/self/task"))
     for _ in range(3):
         assert torch.equal(model(x), y)
     assert len(os.listdir("/proc/self/task")) == tasks

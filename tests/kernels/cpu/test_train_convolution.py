@@ -163,6 +163,27 @@ def test_against_float64(case: str, dtype: torch.dtype, threads: int) -> None:
         assert t.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.pairwise
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_contiguous_weights(case: str, dtype: torch.dtype, threads: int) -> None:
+    """The results of channels_last weights bit by bit, and a gradient in the weight's layout."""
+    mine, _ = implementations()
+    x, weight, dy, g = operands(case, dtype)
+    torch.set_num_threads(threads)
+    want = run(mine, x, weight, dy, g)
+    weight = weight.contiguous()
+    poison_pool()
+    check = unchanged(weight)
+    results = run(mine, x, weight, dy, g)
+    check()
+    assert all(map(torch.equal, results, want))
+    if mine.supports(weight, dtype, g, "weight_gradient"):
+        assert results[2].is_contiguous()
+    assert all(t.is_contiguous(memory_format=LAST) for t in results[:2])
+
+
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize("case", CASES)
 def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
@@ -343,16 +364,16 @@ def test_errors_name_the_argument() -> None:
     for op, t, sizes in ((ops.convolution, x, ()), (ops.input_gradient, dy, (9, 11))):
         with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
             op(t, weight.double(), *sizes, None, ones)
-        with pytest.raises(RuntimeError, match="weight must be channels_last"):
-            op(t, weight.contiguous(), *sizes, None, ones)
+        with pytest.raises(RuntimeError, match="weight must be contiguous or channels_last"):
+            op(t, weight.transpose(2, 3), *sizes, None, ones)
         with pytest.raises(RuntimeError, match=r"no kernel for this dtype .* got float16"):
             op(t.half(), weight, *sizes, None, ones)
     with pytest.raises(RuntimeError, match=r"weight_gradient: dy of shape .* does not match x of"):
-        ops.weight_gradient(dy[:1], x, 3, 3, ones)
+        ops.weight_gradient(dy[:1], x, 3, 3, ones, False)
     for outputs, inputs in ((9, 32), (16, 18), (9, 3)):
         few = [t[:, :n].contiguous(memory_format=LAST) for t, n in ((dy, outputs), (x, inputs))]
         with pytest.raises(RuntimeError, match="channels must be multiples of 16"):
-            ops.weight_gradient(*few, 3, 3, ones)
+            ops.weight_gradient(*few, 3, 3, ones, False)
 
 
 @pytest.mark.parametrize("work", ["convolution", "input_gradient", "weight_gradient"])
