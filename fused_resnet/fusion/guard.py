@@ -73,7 +73,8 @@ class Guard:
     (layers/released.py) they see that it still is: nobody can have written to it.
 
     places: further modules, as those between blocks, and attributes. values: whether fingerprints
-    are taken; `structure_holds` needs none.
+    are taken; `structure_holds` needs none. beside: guards that it is combined with, which compare
+    what their modules hold.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class Guard:
         descriptions: Sequence[Description],
         places: Sequence[Place] = (),
         values: bool = True,
+        beside: Sequence[Guard] = (),
     ) -> None:
+        inside = {id(module) for guard in beside for module in guard._modules}
         self._homes: list[Any] = []
         self._names: list[str] = []
         self._modules: list[Any] = []
@@ -97,6 +100,9 @@ class Guard:
             self._homes.append(home)
             self._names.append(name)
             self._modules.append(module)
+            if id(module) in inside and kind is type(module):
+                continue
+            inside.add(id(module))
             # A scripted module keeps its tensors and children in C++, and is only called.
             if not isinstance(module, nn.Module) or isinstance(module, ScriptModule):
                 if kind in (list, dict, set):

@@ -277,9 +277,10 @@ class Program:
         """Guards the parts, and what the program depends on besides."""
         absorbed = {m: None for f in self.matched.found for n in f.nodes if (m := self._module(n))}
         places = self.traced.places + [Place({"": m}, "", m, type(m)) for m in absorbed]
-        guards = [Guard([], places, values=False), *(part.guard for part in parts)]
+        of_parts = [part.guard for part in parts]
         self.is_cached = all(part.is_cached for part in parts)
-        self.guard = Guard.combined(guards)
+        own = Guard([], places, values=False, beside=of_parts)
+        self.guard = Guard.combined([own, *of_parts])
 
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.traced.modules.get(node)
