@@ -19,7 +19,7 @@ from .dtype_rules import serves
 from .inference.make import kernels_for
 from .inference.release import released
 from .network import NetworkNames
-from .regions.explain import compiled_parts, multiplications, parts_of
+from .regions.explain import compiled_parts, parts_of, seen
 from .training.prepare import trains_whole
 
 
@@ -47,7 +47,8 @@ def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
     packed only (release_weights) says so.
 
     Of a model that `fuse` changed, every fused part is listed and every other convolution; x may
-    then be what its forward takes, and the model runs once to count multiplications. Of one that
+    then be what its forward takes, and the model runs once, unfused, to see what reaches each part
+    and to count multiplications; if it raises, shares are None. Of one that
     `torch.compile(model, backend="fused_resnet")` compiled, the parts of its graphs are listed as
     they ran last.
     """
@@ -61,9 +62,9 @@ def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
         if names is not None:
             explanations.append(Explanation(name, *_explain(m, names, x)))
     if any(FUSED in m.__dict__ for m in model.modules()):
-        work = {} if x is None else multiplications(model, x)
-        total = sum(work.values())
-        for part in parts_of(model, x):
+        work, calls = ({}, None) if x is None else seen(model, x)
+        total = sum(work.values()) if calls is None or calls.error is None else 0
+        for part in parts_of(model, calls):
             share = sum(work.get(conv, 0) for conv in part.convs) / total if total else None
             fused = part.path != "stock"
             explanations.append(Explanation(part.name, fused, part.path, part.reason, share))

@@ -53,9 +53,13 @@ def ready(model, x, **options):
     return call
 
 
-@pytest.fixture
-def model():
-    return randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE)
+@pytest.fixture(params=["family", pytest.param("fuse", marks=pytest.mark.slow)])
+def model(request):
+    """Of this package, or torchvision's changed by `fuse`."""
+    if request.param == "family":
+        return randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE)
+    stock = pytest.importorskip("torchvision.models").resnet18(num_classes=10)
+    return fr.fuse(randomise(stock).eval().to(DEVICE))
 
 
 def images(n=2, size=64):

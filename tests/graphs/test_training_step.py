@@ -20,9 +20,14 @@ BIG = 1.5 * 2.0**127  # a loss scale that overflows
 loss_of = nn.functional.cross_entropy
 
 
-@pytest.fixture
-def model():
-    return randomise(fr.cifar_resnet(8)).train().to(DEVICE)
+@pytest.fixture(params=["family", pytest.param("fuse", marks=pytest.mark.slow)])
+def model(request):
+    """Of this package, or torchvision's changed by `fuse`."""
+    if request.param == "family":
+        return randomise(fr.cifar_resnet(8)).train().to(DEVICE)
+    resnet = pytest.importorskip("torchvision.models.resnet")
+    stock = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    return fr.fuse(randomise(stock).train().to(DEVICE))
 
 
 def batches(count, n=4, size=16, seed=0):
@@ -211,8 +216,8 @@ def frozen(optimizer, model):
 CHANGES = {
     "a setting": lambda o, m: o.param_groups[0].update(weight_decay=0.5),
     "loaded state": lambda o, m: o.load_state_dict(copy.deepcopy(o.state_dict())),
-    "replaced": lambda o, m: setattr(m.layer2[0].bn1, "bias", nn.Parameter(torch.ones(
-        32, device=DEVICE))),
+    "replaced": lambda o, m: setattr(m.layer2[0].bn1, "bias", nn.Parameter(torch.ones_like(
+        m.layer2[0].bn1.bias))),
     "moved": lambda o, m: setattr(m.fc.weight, "data", m.fc.weight.data * 2),
     "frozen": frozen,
     "mode": lambda o, m: m.layer1.eval(),

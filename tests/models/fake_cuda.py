@@ -1,4 +1,4 @@
-"""A GPU without one: fake tensors with device "cuda", on which all code on the host runs.
+"""Two GPUs without one: fake tensors with device "cuda", on which all code on the host runs.
 
 `play` makes FakeTensorMode's tensors acceptable to the package, and gives its CUDA ops, Triton
 launches and cuDNN's ops fake implementations, which check their arguments like the real ones and
@@ -32,6 +32,7 @@ from fused_resnet.kernels.problem import output_shape
 
 FLOAT16 = (torch.float16, torch.bfloat16)
 CALLS: Counter[str] = Counter()  # of fake kernels since `play`, by the names of ops and kernels
+CURRENT = [0]  # the current device's index, after those that will be current again
 TRITON = ("elementwise", "batch_norm", "backward", "convolution")
 
 
@@ -39,8 +40,9 @@ TRITON = ("elementwise", "batch_norm", "backward", "convolution")
 
 
 def on_gpu(*tensors: Tensor | None) -> None:
-    for t in tensors:
-        assert t is None or (isinstance(t, FakeTensor) and t.device == torch.device("cuda", 0)), t
+    given = [t for t in tensors if t is not None]
+    assert all(isinstance(t, FakeTensor) and t.is_cuda for t in given), given
+    assert len({t.device for t in given}) <= 1, [t.device for t in given]
 
 
 def dense(t: Tensor) -> None:
@@ -282,7 +284,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     inspect.signature(kernel.fn).bind(*arguments, **passed)
     assert 1 <= len(grid) <= 3 and all(isinstance(n, int) and n > 0 for n in grid), grid
     assert grid[0] < 2**31 and all(n < 2**16 for n in grid[1:]), grid
-    on_gpu(*(a for a in arguments if isinstance(a, Tensor)))
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    on_gpu(*tensors)
+    # Triton launches on the current device, on its current stream.
+    assert tensors[0].get_device() == CURRENT[-1], (kernel.fn.__name__, tensors[0].device)
     assert all(isinstance(a, (Tensor, int, float, type(None))) for a in arguments), arguments
     CALLS[kernel.fn.__name__] += 1
 
@@ -406,6 +411,16 @@ class Stream:
 
 
 @contextlib.contextmanager
+def device(which: Any) -> Any:
+    index = which if isinstance(which, int) else torch.device(which).index
+    CURRENT.append(CURRENT[-1] if index is None else index)
+    try:
+        yield
+    finally:
+        CURRENT.pop()
+
+
+@contextlib.contextmanager
 def nothing(*_: Any, **__: Any) -> Any:
     yield
 
@@ -414,14 +429,14 @@ PROPERTIES = SimpleNamespace(
     name="fake", major=9, minor=0, multi_processor_count=132, total_memory=2**37
 )
 CUDA = {
-    "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1,
-    "current_device": lambda: 0, "get_device_properties": lambda *_: PROPERTIES,
+    "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 2,
+    "current_device": lambda: CURRENT[-1], "get_device_properties": lambda *_: PROPERTIES,
     "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: "fake",
     "is_bf16_supported": lambda *_, **__: True, "synchronize": lambda *_: None,
     "_lazy_init": lambda: None, "init": lambda: None, "set_device": lambda *_: None,
     "current_stream": lambda *_: Stream(), "default_stream": lambda *_: Stream(),
     "Stream": Stream, "Event": Stream, "CUDAGraph": Stream, "graph": nothing, "stream": nothing,
-    "device": nothing, "graph_pool_handle": object, "is_current_stream_capturing": lambda: False,
+    "device": device, "graph_pool_handle": object, "is_current_stream_capturing": lambda: False,
     "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8, device="cpu"),
     "set_rng_state": lambda *_: None, "empty_cache": lambda: None,
     "max_memory_allocated": lambda *_: 0, "memory_allocated": lambda *_: 0,
@@ -478,8 +493,11 @@ def play() -> Any:
         torch.library.register_fake(f"fused_resnet_native::{op.__name__}", fake, lib=library)
     modules = {
         name: importlib.import_module(f"fused_resnet.{name}")
-        for name in ("fusion.call", "fusion.description", "kernels.triton.support")
-    }
+        for name in (
+            "fusion.call", "fusion.description", "fusion.regions.state", "fusion.regions.verify",
+            "kernels.triton.support",
+        )
+    }  # fmt: skip
     build = {**native.build_info(), "cuda_archs": "8.0 9.0a+PTX 9.0a", "cuda_version": "13.0"}
     step = importlib.import_module("fused_resnet.graphs.training_step")
     fakes = [
@@ -497,6 +515,9 @@ def play() -> Any:
         (FakeTensor, "__bool__", lambda t: False),
         (FakeTensor, "__float__", lambda t: 1.0),
         (FakeTensor, "item", lambda t: 0.0),
+        # Of models that `fuse` changed: values are compared with their own calls'.
+        (modules["fusion.regions.verify"], "compared", lambda m, own, run, given: (run(), None)),
+        (modules["fusion.regions.state"].Untouched, "restored", lambda untouched: True),
         (torch._C, "_conv_determine_backend_memory_format", backend_memory_format),
         (torch.nn.modules.batchnorm, "sync_batch_norm", SyncBatchNorm),
         (torch.autograd, "backward", backward),

@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(native.load() is not None, reason="the extension declares the CUDA ops"),
 ]
 pytest.importorskip("triton")
+resnet = pytest.importorskip("torchvision.models.resnet")
 fake_pg = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
 
 NETWORKS: dict[str, Any] = {
@@ -48,13 +49,22 @@ NETWORKS: dict[str, Any] = {
     "preact projection": lambda: fr.cifar_resnet(8, shortcut="projection", block="preact"),
     "preact bottleneck": lambda: fr.cifar_resnet(11, block="preact_bottleneck"),
     "stochastic": lambda: fr.cifar_resnet(14, stochastic_depth=0.5),
+    "fused basic": lambda: fused("BasicBlock"),
+    "fused bottleneck": lambda: fused("Bottleneck"),
 }
-DIFFERENT = ("bottleneck", "grouped", "projection", "preact projection", "stochastic")
+DIFFERENT = ("bottleneck", "fused bottleneck", "grouped", "projection", "preact projection",
+             "stochastic")  # fmt: skip
 # The backend that is forced, and a kernel of which one must be called in inference.
 BACKENDS = {None: "conv_bn_relu_kernel", "native": "implicit_gemm",
             "triton": "conv_bn_relu_kernel", "vendor": "cudnn"}  # fmt: skip
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def fused(block: str) -> Any:
+    """torchvision's network changed by `fuse`."""
+    model = resnet.ResNet(getattr(resnet, block), [1, 1, 1, 1], num_classes=10)
+    return fr.fuse(model, inplace=True)
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +78,9 @@ def forced(backend: str | None) -> Any:
     return contextlib.nullcontext() if backend is None else fr.use_backend(backend)
 
 
-def network(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+def network(kind: str, dtype: torch.dtype = torch.float32, device: str = "cuda") -> Any:
     torch.set_default_dtype(dtype)  # fake parameters cannot be converted
-    with torch.device("cuda"):
+    with torch.device(device):
         model = NETWORKS[kind]()
     torch.set_default_dtype(torch.float32)
     return model
@@ -132,7 +142,7 @@ def test_training(kind, provider, dtype, memory_format, mode, monkeypatch):
     with fr.use_backend("reference"):
         stock = step(model, x, dtype)
     assert not CALLS
-    if mode != "frozen":
+    if mode != "frozen" and "fused" not in kind:  # of this package's blocks alone
         fr.set_activation_memory(model, mode)
     with forced(provider):
         for _ in range(2):
@@ -207,9 +217,45 @@ def test_an_empty_batch(kind, training):
     assert facts(model(x)) == stock
 
 
+@pytest.mark.parametrize("provider", [None, "native", "triton"])
+@pytest.mark.parametrize("kind", ["bottleneck", "fused bottleneck"])
+def test_the_second_gpu_while_the_first_is_current(kind, provider):
+    """Kernels are launched on the device of their tensors, which are all on that one."""
+    model, x = network(kind, device="cuda:1"), images().to("cuda:1")
+    with fr.use_backend("reference"):
+        stock = [step(model.train(), x, torch.bfloat16), step(model.eval(), x, torch.float32)]
+        with torch.no_grad():
+            stock.append(facts(model(x)))
+    assert stock[-1][-1] == torch.device("cuda", 1) and not CALLS
+    with forced(provider):
+        for _ in range(2):
+            got = [step(model.train(), x, torch.bfloat16), step(model.eval(), x, torch.float32)]
+            with torch.no_grad():
+                got.append(facts(model(x)))
+            assert got == stock
+    assert CALLS and fake_cuda.CURRENT == [0]
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "fused bottleneck"])
+def test_a_damaged_file_of_tuned_kernels(kind, tmp_path, monkeypatch):
+    """One line says so, and the kernels are those of a GPU that was not tuned."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "fused_resnet").mkdir()
+    path = tmp_path / "fused_resnet" / tuning.file_name(torch.device("cuda", 0))
+    path.write_text('{"winners": [')
+    model, x = network(kind).eval(), images()
+    with torch.no_grad():
+        with fr.use_backend("reference"):
+            stock = facts(model(x))
+        with pytest.warns(RuntimeWarning, match="is ignored .*tune` rewrites it") as caught:
+            assert facts(model(x)) == facts(model(x)) == stock
+    assert len(caught) == 1 and CALLS
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
-def test_captured_inference(dtype):
-    model, x = network("bottleneck").eval(), images()
+@pytest.mark.parametrize("kind", ["bottleneck", "fused bottleneck"])
+def test_captured_inference(kind, dtype):
+    model, x = network(kind).eval(), images()
     call = fr.inference(model, x, dtype=dtype)
     with torch.no_grad(), autocast(dtype or torch.float32), fr.use_backend("reference"):
         stock = [facts(model(images(n=n))) for n in (2, 3)]
@@ -221,9 +267,10 @@ def test_captured_inference(dtype):
     {}, {"dtype": torch.bfloat16, "skip_nonfinite": True},
     {"dtype": torch.float16, "scaler": True, "max_norm": 1.0},
 ])  # fmt: skip
-def test_captured_training_step(options):
+@pytest.mark.parametrize("kind", ["bottleneck", "fused bottleneck"])
+def test_captured_training_step(kind, options):
     """Three eager steps, a captured one, and a replay."""
-    model, targets = network("bottleneck"), torch.randint(10, (2,), device="cuda")
+    model, targets = network(kind), torch.randint(10, (2,), device="cuda")
     if "scaler" in options:
         options = {**options, "scaler": torch.amp.GradScaler("cuda")}
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)

@@ -15,7 +15,7 @@ from fused_resnet.kernels import cache, tuning
 from fused_resnet.kernels.cuda import implicit_gemm
 from fused_resnet.tolerance import TOLERANCE, measure_error
 from tests.emulator import emulation
-from tests.models.model_helpers import KINDS, pair, randomise
+from tests.models.model_helpers import KINDS, both_ways, pair, randomise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "native" if DEVICE == "cuda" else "emulated"
@@ -169,6 +169,7 @@ def test_changed_weights_are_used(change):
     assert torch.equal(after, fresh) and not torch.equal(after, before)
 
 
+@both_ways
 def test_a_training_step_matches_stock():
     """The CUDA kernels of bn_add_relu, forward and backward, in a whole network."""
     stock, mine = pair("basic")
@@ -194,6 +195,7 @@ def test_inference_in_16_bits():
             assert torch.equal(y, model(x))
 
 
+@both_ways
 @pytest.mark.parametrize("capturing", [False, True], ids=["eager", "captured"])
 def test_packing_is_synchronised_before_caching(capturing, monkeypatch):
     """Weights packed on one stream are complete before another stream uses them, and none is cached
@@ -213,11 +215,12 @@ def test_packing_is_synchronised_before_caching(capturing, monkeypatch):
     assert len(packed) == (2 if capturing else 1) and bool(checked) == capturing
 
 
+@both_ways
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_another_stream_uses_complete_weights():
     x = images(1).to(torch.bfloat16)
     for _ in range(5):
-        model = randomise(fr.resnet18(num_classes=10)).eval().to(DEVICE, torch.bfloat16)
+        model = pair("basic")[1].to(DEVICE, torch.bfloat16)
         first, second = torch.cuda.Stream(), torch.cuda.Stream()
         torch.cuda.synchronize()
         with torch.no_grad(), fr.use_backend(BACKEND):

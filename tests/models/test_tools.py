@@ -62,6 +62,7 @@ def test_flops_of_the_op():
     assert counts[0] == counts[1] > 0
 
 
+@both_ways
 def test_explain_answers_for_the_call():
     _, mine = pair("basic")
     x = images()

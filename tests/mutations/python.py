@@ -50,7 +50,8 @@ ULTRA = "fused_resnet/depth/ultra.py"
 LOOKS = "tests/depth/test_profiles.py"
 
 REGIONS = "fused_resnet/fusion/regions"
-FUSE = "tests/fusion/regions/test_fuse.py"
+FUSE, EXPLAIN = "tests/fusion/regions/test_fuse.py", "tests/fusion/regions/test_explain.py"
+FAKE_GPUS = "tests/models/test_fake_cuda.py"
 FORWARDS = "tests/fusion/regions/test_forwards.py"
 PIPELINES = "tests/fusion/regions/test_pipelines.py"
 
@@ -377,6 +378,19 @@ PYTHON = [
     ("sizes not checked", "fused_resnet/fusion/description.py",
      "return found if branch == found[main - 1] else []", "return found",
      f"{BLOCKS} -k broadcasts"),
+    ("explain: the call of a region is not the one that was seen", f"{REGIONS}/explain.py",
+     "_assumed(module) if calls is None else calls.of(module)", "_assumed(module)",
+     f"{EXPLAIN} -k does_not_reach"),
+    ("explain: a call without gradients", f"{REGIONS}/explain.py",
+     "trains(traced, call.records)", "trains(traced, False)", f"{EXPLAIN} -k does_not_reach"),
+    ("explain: values inside have the dtype of x", f"{REGIONS}/explain.py",
+     'given = found.source.op == "placeholder"', "given = True",
+     f"{EXPLAIN} --all-combinations -k 'bytes and training'"),
+    ("explain: what would be fused in a call that raises", f"{REGIONS}/explain.py",
+     "and calls.error is not None:", "and False:", f"{EXPLAIN} --all-combinations "
+     "-k 'bytes and float64 and bfloat16'"),
+    ("fake GPUs: kernels on the current one", "fused_resnet/kernels/triton/support.py",
+     "return current(x.device)", "return contextlib.nullcontext()", f"{FAKE_GPUS} -k second_gpu"),
     ("buffers that another thread loads are restored", "fused_resnet/fusion/regions/verify.py",
      "training = any(m.training for m in module.modules())", "training = True",
      "tests/fusion/regions/test_faults.py -k loaded_during"),

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fused_resnet.fusion.call import call_reason
+from fused_resnet.fusion.dtype_rules import weights_fit
 from fused_resnet.fusion.inference.make import kernels_for
 from fused_resnet.fusion.inference.release import released
-from fused_resnet.fusion.training.prepare import step_of
+from fused_resnet.fusion.training.prepare import reason_against_step
 from fused_resnet.kernels.problem import pair
 from fused_resnet.layers.hooks import keeping_buffers, watching
-from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import FUSED
 
 from . import backend
 from .match import Found, Matcher
-from .trace import Trace, signature_of, trace
+from .region import reason_against, records, trains
+from .trace import Signature, Trace, signature_of, trace
+
+
+class Call(NamedTuple):
+    """How a region is called. reason: why no program runs such a call, whatever its forward is.
+    records: whether autograd does. x: a tensor of the first one's dtype and device."""
+
+    signature: Signature | None
+    reason: str | None
+    records: bool
+    x: Tensor
+
+
+class Calls(NamedTuple):
+    """The first call of each region that a call of the model reaches. error: what it raised."""
+
+    first: dict[nn.Module, Call]
+    error: str | None
+
+    def of(self, module: nn.Module) -> Call:
+        unreached = self.error or "this call does not reach it"
+        return self.first.get(module) or Call(None, unreached, False, torch.zeros(()))
 
 
 class Part(NamedTuple):
@@ -34,14 +55,16 @@ class Part(NamedTuple):
     convs: list[str]
 
 
-def parts_of(model: nn.Module, x: Any) -> Iterator[Part]:
-    """The fused parts of the regions of `model` for a call model(x) now, then every other
-    convolution, with the reason. x: None for a call with a tensor of the weights' dtype."""
+def parts_of(model: nn.Module, calls: Calls | None) -> Iterator[Part]:
+    """The fused parts of the regions of `model`, then every other convolution, with the reason.
+    calls: those that were seen in a call of the model; None for calls with a tensor of the weights'
+    dtype, and without gradients in eval mode."""
     names = {m: name for name, m in model.named_modules()}
-    left = {m: "no region holds it" for m in names if isinstance(m, nn.Conv2d)}
+    default = (calls.error if calls else None) or "no region holds it"
+    left = {m: default for m in names if isinstance(m, nn.Conv2d)}
     left = {m: reason for m, reason in left.items() if _in_region(model, names[m])}
     seen: set[str] = set()
-    for part in _walk(model, x, names, left):
+    for part in _walk(model, calls, names, left):
         # A module that is called several times is listed once.
         if not seen.issuperset(part.convs) or not part.convs:
             yield part._replace(convs=[conv for conv in part.convs if conv not in seen])
@@ -127,35 +150,48 @@ def _in_region(model: nn.Module, name: str) -> bool:
 
 
 def _walk(
-    module: nn.Module, x: Any, names: dict[nn.Module, str], left: dict[Any, str]
+    module: nn.Module, calls: Calls | None, names: dict[nn.Module, str], left: dict[Any, str]
 ) -> Iterator[Part]:
     if FUSED not in module.__dict__:
         for child in module.children():
-            yield from _walk(child, None, names, left)
+            yield from _walk(child, calls, names, left)
         return
-    example = _example(module) if x is None else x
-    signature = module.__dict__[FUSED].signature
-    if signature is None or x is not None:
-        call = signature_of((example,), {})
-        signature = None if call is None else call[0]
-    traced: Trace | str = "its arguments are not tensors"
-    if signature is not None:
-        traced = module.__dict__[FUSED].refused or trace(module, signature)
-    if isinstance(traced, str):
-        for m in module.modules():
-            if m in left:
-                left[m] = f"{type(module).__name__}: {traced}"
-        for child in module.children():
-            yield from _walk(child, None, names, left)
-        return
+    call = _assumed(module) if calls is None else calls.of(module)
+    if call.reason is not None:
+        why = call.reason
+        if calls is not None and calls.error is not None:  # which that may explain
+            calls = calls._replace(error=why)
+    else:
+        assert call.signature is not None
+        traced = module.__dict__[FUSED].refused or trace(module, call.signature)
+        if not isinstance(traced, str):
+            yield from _traced_parts(traced, module, call, calls, names, left)
+            return
+        why = f"{type(module).__name__}: {traced}"
+    for m in module.modules():
+        if m in left:
+            left[m] = why
+    for child in module.children():  # they decide for themselves
+        yield from _walk(child, calls, names, left)
+
+
+def _traced_parts(
+    traced: Trace,
+    module: nn.Module,
+    call: Call,
+    calls: Calls | None,
+    names: dict[nn.Module, str],
+    left: dict[Any, str],
+) -> Iterator[Part]:
     matched = Matcher(traced)
     for rejected in matched.rejected:
         alone = traced.modules.get(rejected.node)
         if alone in left:
             left[alone] = rejected.reason
-    tensors = [t for t in pytree.tree_leaves(example) if isinstance(t, Tensor)]
     for found in matched.found:
-        part = _part(found, traced, module, tensors[0], names)
+        part = _part(found, traced, module, call, names)
+        if part.path != "stock" and calls is not None and calls.error is not None:
+            part = part._replace(path="stock", reason=calls.error)
         if part.path == "stock":
             for m in _convs(found, traced):
                 left[m] = part.reason
@@ -165,15 +201,23 @@ def _walk(
         yield part
     leaves = {m for m in traced.modules.values() if FUSED in m.__dict__}
     for m in leaves:  # their forward could not be traced
-        yield from _walk(m, None, names, left)
+        yield from _walk(m, calls, names, left)
 
 
-def _example(module: nn.Module) -> Tensor:
-    """A tensor like the module's weights, of which only dtype and device are read."""
-    for p in module.parameters():
-        if p.dim() == 4:
-            return torch.zeros(1, 1, 1, 1, dtype=p.dtype, device=p.device)
-    return torch.zeros(1, 1, 1, 1)
+def _assumed(module: nn.Module) -> Call:
+    """A call like the last one, or with a tensor of the weights' dtype; without gradients in eval
+    mode."""
+    weights = [p for p in module.parameters() if p.dim() == 4]
+    x = _example(weights[0] if weights else torch.zeros(()))
+    signature = module.__dict__[FUSED].signature
+    if signature is None:
+        (signature, _) = signature_of((x,), {}) or (None, [])
+    return Call(signature, reason_against(module, [x]), False, x)
+
+
+def _example(t: Tensor) -> Tensor:
+    """A tensor like t, of which only dtype and device are read."""
+    return torch.zeros(1, 1, 1, 1, dtype=t.dtype, device=t.device)
 
 
 def _convs(found: Found, traced: Trace) -> list[nn.Module]:
@@ -181,7 +225,7 @@ def _convs(found: Found, traced: Trace) -> list[nn.Module]:
 
 
 def _part(
-    found: Found, traced: Trace, module: nn.Module, x: Tensor, names: dict[nn.Module, str]
+    found: Found, traced: Trace, module: nn.Module, call: Call, names: dict[nn.Module, str]
 ) -> Part:
     inside = [names[traced.modules[n]] for n in found.nodes if n in traced.modules]
     convs = [names[m] for m in _convs(found, traced)]
@@ -192,27 +236,31 @@ def _part(
         homes = [name.split(".") for name in inside]
         common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*homes, strict=False))
         name = ".".join(level[0] for level in common)
-    reason = call_reason(x, module.training)
-    norms = [unit.norm for unit in units if unit.norm is not None]
-    norms += [] if found.norm is None else [found.norm]
-    batch = any(map(uses_batch_statistics, norms))
-    if reason is None and not batch and found.description is not None:
-        kernels = kernels_for(found.description, x.dtype, x.device)
-        reason = kernels if isinstance(kernels, str) else None
-    elif reason is None and found.description is not None:
-        step = step_of(module, found.description, x)
-        reason = step if isinstance(step, str) else None
+    x, reason, differentiable = call.x, None, trains(traced, call.records)
+    description = found.description
+    if description is not None:
+        given = found.source.op == "placeholder"  # else the forward may have converted it
+        weight = units[0].conv.weight
+        if not differentiable:
+            kernels = kernels_for(description, x.dtype, x.device)
+            reason = kernels if isinstance(kernels, str) else None
+        elif given and not weights_fit(x.dtype, weight):
+            reason = f"x is {x.dtype} and a weight is {weight.dtype}"
+        else:
+            reason = reason_against_step(description, x)
     if reason is not None:
         return Part(name, "stock", reason, convs)
-    if batch:
+    if differentiable:
         return Part(name, "training", "", convs)
     return Part(name, "inference", released(_convs(found, traced)), convs)
 
 
-def multiplications(model: nn.Module, x: Any) -> dict[str, int]:
-    """The number of multiplications of each convolution of `model` in model(x), by name. Runs the
-    model once, without gradients; its buffers stay."""
+def seen(model: nn.Module, x: Any) -> tuple[dict[str, int], Calls]:
+    """Of model(x): the number of multiplications of each convolution, by name, and the first call
+    of each region. Runs the model once, unfused; its buffers stay, and nothing is saved for a
+    backward pass. If it raises, what ran before is seen."""
     found: dict[str, int] = {}
+    calls: dict[nn.Module, Call] = {}
     convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
 
     def see(name: str, y: Tensor) -> None:
@@ -221,6 +269,35 @@ def multiplications(model: nn.Module, x: Any) -> dict[str, int]:
         work = y.numel() * (conv.in_channels // conv.groups) * R * S
         found[name] = found.get(name, 0) + work
 
-    with torch.no_grad(), keeping_buffers(model), watching(convs.items(), see):
-        model(x)
-    return found
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        call = signature_of(args, kwargs)
+        if module in calls:
+            return
+        if call is None:
+            calls[module] = Call(None, "its arguments are not tensors", False, torch.zeros(()))
+            return
+        signature, tensors = call
+        reason = reason_against(module, tensors)
+        calls[module] = Call(
+            signature, reason, records(module, tensors),
+            _example(tensors[0]) if reason is None else torch.zeros(()),
+        )  # fmt: skip
+
+    error = None
+    with contextlib.ExitStack() as stack:
+        for m in model.modules():
+            if FUSED in m.__dict__:  # a region with a hook is not fused
+                hook = m.register_forward_pre_hook(enter, with_kwargs=True)
+                stack.callback(hook.remove)
+        stack.enter_context(watching(convs.items(), see))
+        stack.enter_context(keeping_buffers(model))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: None, _dropped))
+        try:
+            model(x)
+        except Exception as raised:
+            error = f"the call raises {type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
+    return found, Calls(calls, error)
+
+
+def _dropped(saved: None) -> Tensor:
+    raise RuntimeError("explain: the call's values were not saved for a backward pass")

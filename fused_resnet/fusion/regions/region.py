@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from fused_resnet.layers.planned import FUSED
 from . import verify
 from .match import Matcher
 from .program import InferenceProgram, Program, TrainingProgram
-from .trace import Place, Signature, is_composite, signature_of, trace
+from .trace import Place, Signature, Trace, is_composite, signature_of, trace
 
 _MAX_PROGRAMS = 8
 
@@ -40,6 +40,27 @@ class _Failure:
         self.reason = reason
         places = [Place({"": m}, "", m, type(m)) for m in module.modules()]
         self.holds = Guard([], places, values=False).structure_holds
+
+
+def reason_against(module: nn.Module, tensors: Sequence[Tensor]) -> str | None:
+    """Why no program may run such a call of the module now, whatever its forward is."""
+    reason = call_reason(tensors[0], module.training)
+    if reason is not None or len(tensors) == 1:
+        return reason
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+    return None if plain else "an argument is not a plain Tensor"
+
+
+def records(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd would record such a call now."""
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return grad or wants_grad(module, tensors[0])
+
+
+def trains(traced: Trace, grad: bool) -> bool:
+    """Whether a program of this trace is one for training. grad: whether autograd records it."""
+    norms = [m for m in traced.modules.values() if isinstance(m, nn.BatchNorm2d)]
+    return grad or any(map(uses_batch_statistics, norms))
 
 
 class Region:
@@ -108,14 +129,11 @@ class Region:
     ) -> Program | _Failure | None:
         """The program for such a call, cached or made now, or why there is none."""
         x = tensors[0]
-        if call_reason(x, module.training) is not None:
+        if reason_against(module, tensors) is not None:
             if x.is_meta:  # so are the weights, of which none shall stay in memory
                 self.forget()
             return None
-        if len(tensors) > 1 and not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
-            return None
-        grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        grad = grad or wants_grad(module, x)
+        grad = records(module, tensors)
         modes = (
             torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(),
         )  # fmt: skip
@@ -147,8 +165,7 @@ class Region:
         matched = Matcher(traced)
         if not matched.found:
             return _Failure("nothing in it can be fused", module)
-        norms = [m for m in traced.modules.values() if isinstance(m, nn.BatchNorm2d)]
-        if grad or any(map(uses_batch_statistics, norms)):
+        if trains(traced, grad):
             return TrainingProgram(traced, matched, module, x)
         return InferenceProgram(traced, matched, x)
 

@@ -266,18 +266,22 @@ def step_for(module: nn.Module, names: Names, x: Tensor) -> Step | str:
 def step_of(module: nn.Module, description: Description, x: Tensor) -> Step | str:
     """A new step of the description for x; or the reason why there is none. `is_cached` says
     whether later calls may use it. module: has the level of activation memory."""
+    reason = reason_against_step(description, x)
+    return Step(module, description) if reason is None else reason
+
+
+def reason_against_step(description: Description, x: Tensor) -> str | None:
+    """Why the description has no step for x, of which only dtype and device are read; None if it
+    has one."""
     if any(unit.conv.weight.device != x.device for unit in description.units):
         return f"x is on {x.device}, a weight is not"
-    reason = None
     if not description.norm_first and len(description.norms) < len(description.units):
-        reason = reason_against_fixed(description, x)
         if any(map(uses_batch_statistics, description.norms)):
-            reason = "in training a convolution is fused with its norm"
-    elif not any(serves(uses_batch_statistics(norm), x) for norm in description.norms):
-        reason = "no kernel is faster than stock's operations"
-    if reason is not None:
-        return reason
-    return Step(module, description)
+            return "in training a convolution is fused with its norm"
+        return reason_against_fixed(description, x)
+    if not any(serves(uses_batch_statistics(norm), x) for norm in description.norms):
+        return "no kernel is faster than stock's operations"
+    return None
 
 
 def reason_against_fixed(description: Description, x: Tensor) -> str | None:
