@@ -1,5 +1,9 @@
 #include "cpu/memory_pool.h"
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -65,6 +69,9 @@ class Pool {
     peak_bytes_ = used_bytes_;
   }
 
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  private:
   // Rounds up in steps of a sixteenth of a power of two, so that a block fits several shapes.
   static int64_t rounded(int64_t bytes) {
@@ -115,6 +122,13 @@ Pool& pool() {
   static Pool* const instance = new Pool;
   return *instance;
 }
+
+#if defined(__unix__) || defined(__APPLE__)
+// A fork waits for a thread that is in the pool: the forked process has its copy of the pool, but
+// no thread that would finish what that one had begun, nor release its lock.
+[[maybe_unused]] const int at_fork =
+    pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
+#endif
 
 void return_to_pool(void* p) { pool().put(p); }
 

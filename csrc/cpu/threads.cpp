@@ -15,6 +15,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <exception>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -353,21 +354,17 @@ class Threads {
 std::atomic<Threads*> instance{nullptr};
 std::atomic<bool> forked{false};
 
+#if defined(__unix__) || defined(__APPLE__)
+[[maybe_unused]] const int at_fork =
+    pthread_atfork(nullptr, nullptr, [] { instance = nullptr, forked = true; });
+#endif
+
+// Without a lock, which another thread may hold at a fork.
 Threads& threads() {
   Threads* found = instance.load(std::memory_order_acquire);
   if (found) return *found;
-  static std::mutex mutex;
-  std::lock_guard<std::mutex> lock(mutex);
-  found = instance;
-  if (!found) {
-#if defined(__unix__) || defined(__APPLE__)
-    static const int registered =
-        pthread_atfork(nullptr, nullptr, [] { instance = nullptr, forked = true; });
-    (void)registered;
-#endif
-    instance = found = new Threads;
-  }
-  return *found;
+  auto made = std::make_unique<Threads>();
+  return *(instance.compare_exchange_strong(found, made.get()) ? made.release() : found);
 }
 
 // Processors that this thread may use.

@@ -11,6 +11,7 @@ from itertools import chain, compress, repeat
 from operator import attrgetter, contains, getitem, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn import BatchNorm2d, Conv2d, MaxPool2d
@@ -38,6 +39,7 @@ _OF_MODULES = (
 )  # fmt: skip
 _OF_TENSORS = 4
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
+_has_storage = torch._C._has_storage
 _SETTINGS = {
     Conv2d: ("stride", "padding", "dilation", "groups", "padding_mode"),
     BatchNorm2d: ("eps", "training", "momentum", "track_running_stats", "process_group"),
@@ -134,7 +136,8 @@ class Guard:
         self._values = list(map(getitem, self._slots, self._keys))
         present: list[Any] = [t for t in self._values if t is not None]
         self._released = [t for t in present if type(t) is Released]
-        self._tensors = [t for t in present if type(t) is not Released]
+        # A sparse tensor has no address, and nothing is made from it: its identity is compared.
+        self._tensors = [t for t in present if type(t) is not Released and _has_storage(t)]
         self._alive = list(map(Tensor.detach, self._tensors))
         # A tensor created in inference mode has no version counter: writes go undetected.
         self.has_versions = not any(map(Tensor.is_inference, self._tensors))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from fused_resnet.kernels.convolution import Pairs
 
 _PAIRS = "_fused_resnet_pairs"  # a released parameter's attribute: Tensor -> Pairs
 _BITS = {2: torch.int16, 4: torch.int32}
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
 _lock = threading.RLock()
 
 
@@ -60,7 +62,11 @@ class Released(nn.Parameter):
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func not in _WITHOUT_VALUES and _restore_in((args, kwargs)):
-            return func(*args, **(kwargs or {}))
+            found = func(*args, **(kwargs or {}))
+            # nn.Parameter(p) has looked at p's class before, and compares that which p has now with
+            # the class of p.detach().
+            by_parameter = func == Tensor.detach and sys._getframe(1).f_code is _NEW_PARAMETER
+            return nn.Parameter(found) if by_parameter else found
         # Or another thread has restored it meanwhile.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))

@@ -242,6 +242,19 @@ def test_who_reads_finds_the_weights(three, use):
             agree(call(images()), copied(images()))
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_parameter_of_a_released_one(three, requires_grad):
+    """nn.Parameter(p), by which weights are moved from module to module: of the same memory."""
+    copied, model, _ = three
+    p = model.layer1[0].conv1.weight
+    made = nn.Parameter(p, requires_grad=requires_grad)
+    assert type(made) is nn.Parameter and made is not p and made.is_leaf
+    assert made.requires_grad == requires_grad and made.data_ptr() == p.data_ptr() != 0
+    assert same_bits(made, copied.layer1[0].conv1.weight)
+    assert type(model.layer1[0].conv2.weight.detach()) is torch.Tensor
+    same_state(model, copied)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("compiler", ["eager", "inductor", "fused_resnet"])

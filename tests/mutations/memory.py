@@ -12,6 +12,7 @@ CALLABLE = "fused_resnet/graphs/inference.py"
 MEMORY = [
     ("released: memory that others hold", PARAMETER, "if _held(p, storage, aliases):", "if False:", f"{TESTS} -k others_hold"),
     ("released: a graph's memory", PARAMETER, "p._use_count() != 1 or", "", f"{TESTS} -k 'others_hold and graph'"),
+    ("released: a parameter of it", PARAMETER, "nn.Parameter(found) if by_parameter else found", "found", f"{TESTS} -k a_released_one"),
     ("released: other bits", PARAMETER, "if not _same_bits(pairs(p.data)):", "if False:", f"{TESTS} -k payload"),
     ("released: mapped memory", PARAMETER, "if not storage.resizable():", "if False:", f"{TESTS} -k mapped"),
     ("released: shared memory", PARAMETER, "if storage.is_shared():", "if False:", f"{TESTS} -k others_hold"),

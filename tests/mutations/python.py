@@ -11,6 +11,7 @@ BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
 MAKE, PLAN = "fused_resnet/fusion/inference/make.py", "fused_resnet/fusion/inference/plan.py"
 GUARD = "fused_resnet/fusion/guard.py"
+HEAD = "tests/kernels/cpu/test_head.py"
 CHAINS = "fused_resnet/fusion/inference/chain.py"
 INFER = "fused_resnet/fusion/inference/network.py"
 TRAINING = "fused_resnet/fusion/training/block.py"
@@ -130,6 +131,14 @@ PYTHON = [
      f"{PIPELINES} -k detr"),
     ("fuse: results keep their layout", f"{REGIONS}/program.py",
      "stock(values[n]) if n in kept else values[n]", "values[n]", f"{FUSE} -k test_inference"),
+    ("head: any bias", "fused_resnet/fusion/inference/head.py", "        and t.is_contiguous()\n", "",
+     f"{HEAD} -k 'strided_bias'"),
+    ("head: as many outputs as the bias has", "fused_resnet/fusion/inference/head.py",
+     " and len(bias) == len(weight)", "", f"{HEAD} -k one_bias"),
+    ("head: autocast", "fused_resnet/fusion/inference/head.py",
+     'if torch.is_autocast_enabled("cpu") and', "if False and", f"{HEAD} -k autocast"),
+    ("fuse: the address of a sparse tensor", GUARD, " and _has_storage(t)", "",
+     f"{HEAD} -k sparse"),
     ("fuse: a list of modules grows", "fused_resnet/fusion/guard.py",
      "if kind in (list, dict, set):", "if False:", f"{FORWARDS} -k attributes_are_read"),
     ("fuse: the residual of another block", f"{REGIONS}/match.py",

@@ -27,10 +27,11 @@ def run_head(pool: Any, linear: Any, x: Tensor) -> Tensor | None:
     if type(linear) is not nn.Linear or not is_global_pool(pool) or patched(linear):
         return None
     weight, bias = linear.weight, linear.bias
-    plain = weight.device == x.device and weight.dtype == x.dtype and weight.is_contiguous()
-    if bias is not None:
-        plain = plain and bias.device == x.device and bias.dtype == x.dtype
-    if not plain or x.device.type != "cpu" or x.dim() != 4 or weight.shape[1:] != x.shape[1:2]:
+    if x.device.type != "cpu" or x.dim() != 4 or not _is_read(weight, x, (x.shape[1],)):
+        return None
+    if bias is not None and not (_is_read(bias, x, ()) and len(bias) == len(weight)):
+        return None
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu"):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return None
@@ -38,6 +39,21 @@ def run_head(pool: Any, linear: Any, x: Tensor) -> Tensor | None:
         return None
     x = x.contiguous(memory_format=torch.channels_last)
     return torch.ops.fused_resnet_native.mean_linear(x, weight, bias)
+
+
+def _is_read(t: Tensor, x: Tensor, row: tuple[int, ...]) -> bool:
+    """Whether the op reads the parameter `t`, of any number of rows of this shape: it reads plain
+    memory of x's dtype."""
+    return (
+        type(t) in (nn.Parameter, Tensor)
+        and t.layout is torch.strided
+        and t.device == x.device
+        and t.dtype == x.dtype
+        and t.shape[1:] == row
+        and t.dim() == 1 + len(row)
+        and t.is_contiguous()
+        and not t.is_neg()
+    )
 
 
 def _is_native() -> bool:

@@ -113,12 +113,31 @@ def strided_weight(model):
     model.fc.weight = nn.Parameter(torch.randn(512, 10).t())
 
 
+def strided_bias(model):
+    model.fc.bias = nn.Parameter(torch.randn(20)[::2])
+
+
+def one_bias_for_all(model):
+    model.fc.bias = nn.Parameter(torch.randn(1))
+
+
+def one_output(model):
+    model.fc.weight, model.fc.bias = nn.Parameter(torch.randn(512)), None
+
+
+def sparse_weight(model):
+    kept = torch.randn(10, 512).relu()
+    model.fc.weight = nn.Parameter(kept.to_sparse_csr(), requires_grad=False)
+
+
 EDITS = [
     replaced_class, forward_hook, pool_hook, another_pool, larger_pool, no_head, weight_norm,
-    plain_attribute, no_bias, strided_weight,
+    plain_attribute, no_bias, strided_weight, strided_bias, one_bias_for_all, one_output,
+    sparse_weight,
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("edit", [None, *EDITS])
 def test_as_the_modules(edit, fuse):
@@ -153,6 +172,16 @@ def test_gradients_need_the_modules(where):
     with torch.no_grad():
         y = run_head(pool, linear, x)
     torch.testing.assert_close(y, linear(pool(x).flatten(1)), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_casts_the_linear_layer():
+    linear, pool = nn.Linear(20, 4), nn.AdaptiveAvgPool2d(1)
+    x = torch.randn(2, 20, 3, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert run_head(pool, linear, x) is None
+        y = run_head(pool, linear.bfloat16(), x.bfloat16())
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y, linear(pool(x.bfloat16()).flatten(1)), rtol=2e-2, atol=1e-2)
 
 
 def test_replaced_functions(monkeypatch):

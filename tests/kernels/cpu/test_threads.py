@@ -114,6 +114,27 @@ def test_forked_process(case):
         assert torch.equal(model(x), want)
 
 
+def test_fork_beside_a_thread_in_the_memory_pool():
+    """A fork waits for a thread that returns the pool's memory to the system."""
+    ops = torch.ops.fused_resnet_native
+    x, y = torch.ones(16, 64, 56, 56), torch.ones(1, 16, 1, 1).contiguous(memory_format=LAST)
+    weight = torch.ones(4, 16)
+    for _ in range(8):
+        held = [ops.relayout(x, True) for _ in range(40)]
+        del held
+        other = threading.Thread(target=fr.release_memory)
+        other.start()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL), signal.alarm(60)  # rather than hang
+                ops.mean_linear(y, weight, None)
+            finally:
+                os._exit(0)
+        other.join()
+        assert os.waitpid(pid, 0)[1] == 0
+
+
 SPAWNED = """
 import os, time, torch
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
