@@ -366,6 +366,10 @@ def test_errors_name_the_argument() -> None:
             op(t, weight.double(), *sizes, None, ones)
         with pytest.raises(RuntimeError, match="weight must be contiguous or channels_last"):
             op(t, weight.transpose(2, 3), *sizes, None, ones)
+    square = torch.randn(32, 32, 3, 3)
+    for other in (square, square.contiguous(memory_format=LAST)):
+        with pytest.raises(RuntimeError, match="weight must be contiguous or channels_last"):
+            ops.convolution(x, other.transpose(0, 1), None, ones)
         with pytest.raises(RuntimeError, match=r"no kernel for this dtype .* got float16"):
             op(t.half(), weight, *sizes, None, ones)
     with pytest.raises(RuntimeError, match=r"weight_gradient: dy of shape .* does not match x of"):
