@@ -284,7 +284,9 @@ def _draw_panel(
             value = f"{height:.0f}" if height >= 99.5 else f"{height:.1f}"
             if name == "fused" and row["ratio_to_eager"]:
                 value += f"\n{1 / row['ratio_to_eager']:.2f}{TIMES}"
-            ax.text(place, height + error + top * 0.012, value, **style)
+            # Inside the axes, however noisy the machine was.
+            end = max(height, min(height + error, top * 1.02))
+            ax.text(place, end + top * 0.012, value, **style)
     title = panel[0].replace("resnet", "ResNet-")
     title += ", training step" if panel[1] == "train" else ""
     ax.set_title(title, loc="left", fontsize=11.5, fontweight="bold", color=INK)
