@@ -33,6 +33,7 @@ def test_parity_holds_and_writes_json(tmp_path):
     assert "resnet18" in json.dumps(content) and "bfloat16" in json.dumps(content)
 
 
+@pytest.mark.slow
 def test_parity_in_training_mode():
     pytest.importorskip("torchvision")
     result = run("parity", "--model", "resnet18", "--mode", "train", "--batch", "4")

@@ -147,6 +147,7 @@ VARIANTS: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_settings(name: str, steps: list[str]) -> None:
     model = pair()[1].train()
@@ -182,6 +183,7 @@ GRAPHS: dict[str, tuple[Any, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graphs(name: str, steps: list[str]) -> None:
     """Running statistics are updated once for each forward, whatever the compiler makes of it."""
@@ -303,6 +305,7 @@ CHANGES: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_seen(change: str, steps: list[str]) -> None:
     """And undone: a norm that is switched back trains again."""

@@ -12,7 +12,7 @@ COMPILED = "tests/fusion/test_compiled.py -m 'not slow'"
 
 STEP_PY, NORMS = "fused_resnet/fusion/compiled_step.py", "fused_resnet/layers/norms.py"
 OPERANDS, UNITS = "fused_resnet/fusion/operands.py", "fused_resnet/fusion/training/units.py"
-STEP = "tests/fusion/test_compiled_step.py -m 'not slow'"
+STEP = "tests/fusion/test_compiled_step.py"
 
 COMPILERS = [
     ("step: statistics are written by an op that may run twice", NORMS,
