@@ -102,9 +102,10 @@ class Guard:
             self._homes.append(home)
             self._names.append(name)
             self._modules.append(module)
-            if id(module) in inside and kind is type(module):
-                continue
-            inside.add(id(module))
+            if kind is type(module):  # which of its settings are compared depends on it
+                if id(module) in inside:
+                    continue
+                inside.add(id(module))
             # A scripted module keeps its tensors and children in C++, and is only called.
             if not isinstance(module, nn.Module) or isinstance(module, ScriptModule):
                 if kind in (list, dict, set):
