@@ -18,6 +18,23 @@ from fused_resnet.ops.library import in_transform
 def call_reason(x: Any, training: bool = False) -> str | None:
     """None when this call may take a fused path, else why it runs torchvision's. In training an
     empty batch is allowed, since another process's batch may not be empty."""
+    reason = _reason(x)
+    if reason is not None:
+        return reason
+    if x.dim() != 4 or 0 in x.shape[training:]:
+        return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
+    return None
+
+
+def matrix_reason(x: Any) -> str | None:
+    """`call_reason` for a layer that takes matrices: x of any number of dimensions from two on."""
+    reason = _reason(x)
+    if reason is not None:
+        return reason
+    return None if x.dim() >= 2 and x.numel() else f"x has shape {tuple(x.shape)}"
+
+
+def _reason(x: Any) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export is tracing"
     name = originals.ALL.replaced()
@@ -31,9 +48,6 @@ def call_reason(x: Any, training: bool = False) -> str | None:
         return "x is not dense"
     if x.is_inference() and torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
         return "x was made in inference mode, autograd may have to save it"
-    empty = x.dim() == 4 and 0 in x.shape[training:]
-    if x.dim() != 4 or empty:
-        return f"x must be a dense, non-empty 4-D tensor, got shape {tuple(x.shape)}"
     if torch.jit.is_tracing():
         return "torch.jit.trace is tracing"
     if in_transform():

@@ -25,6 +25,9 @@ MADE = "_fused_resnet_made"
 FUSED = "_fused_resnet_region"
 """The attribute of a module that `fused_resnet.fuse` changed (see fusion/regions/region.py)."""
 
+LINEAR = "_fused_resnet_linear"
+"""The same of an nn.Linear (see fusion/regions/linear.py)."""
+
 
 NUMBER = "_fused_resnet_number"
 """The attribute by which a compiled graph names a module (see fusion/compiled.py)."""

@@ -117,14 +117,35 @@ def test_large_batches_run_in_micro_batches(dilate, runs, monkeypatch):
     assert len(runs) == convs
     # The limit is three images of 64 x 32 x 32 values, the stem's output. layer1's output is as
     # large, layer2's half and layer3's a quarter of it: the 9 convolutions up to layer2.0 run on
-    # 2 + 2 + 3 images, the next 7 on 4 + 3 and layer4's 4 on all. Dilated, layer4's output is
-    # 2048 x 8 x 8 values: two images at a time, one per thread.
+    # 2 + 2 + 3 images, the next 7 on 4 + 3 and layer4's 4 on all. Dilated, layer3's output is
+    # 1024 x 8 x 8 values, as large as the stem's; nothing reads layer4's again.
     monkeypatch.setattr(chain, "_MICRO_BATCH_BYTES", 3 * 64 * 32 * 32 * 4)
     runs.clear()
     fr.refresh(mine)
     split = same_outputs(stock, mine, x)
     torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert len(runs) == (4 * convs if dilate else 3 * 9 + 2 * 7 + 4)
+    assert len(runs) == (3 * convs if dilate else 3 * 9 + 2 * 7 + 4)
+
+
+@pytest.mark.skipif(not TRAINS, reason="needs the native kernels")
+def test_what_is_read_once_is_not_split(runs, monkeypatch):
+    """The input and the output of a chain are; its other activations are not."""
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+
+    def conv() -> nn.Conv2d:
+        return nn.Conv2d(16, 16, 3, padding=1)
+
+    stock = nn.Sequential(conv(), nn.Sigmoid(), conv(), nn.ReLU(), conv()).eval()
+    mine, x = fr.fuse(stock), torch.randn(6, 16, 9, 9)
+    with torch.no_grad():
+        whole = mine(x)
+        torch.testing.assert_close(whole, stock(x), rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr(chain, "_MICRO_BATCH_BYTES", 1)
+        fr.refresh(mine)
+        runs.clear()
+        torch.testing.assert_close(mine(x), whole, rtol=1e-5, atol=1e-5)
+    assert len(runs) == 1 + 3 * 2  # of two images, one per thread
 
 
 @pytest.mark.skipif(not TRAINS, reason="needs the native kernels")

@@ -17,9 +17,9 @@ from fused_resnet.fusion.dtype_rules import compute_dtype, output_dtype, weights
 
 from .plan import Blocks, Plan
 
-# Largest activation of a micro-batch on the CPU, in bytes. A convolution reads one or two
-# activations and writes one, which should fit a last-level cache of 32 MiB. It also lowers the peak
-# memory.
+# Largest activation of a micro-batch on the CPU, in bytes, but for a chain's input and output. A
+# convolution reads one or two activations and writes one, which should fit a last-level cache of
+# 32 MiB. It also lowers the peak memory.
 _MICRO_BATCH_BYTES = 8 * 2**20
 
 
@@ -77,9 +77,11 @@ def stages_of(plans: Sequence[Plan], shape: Sequence[int]) -> list[_Stage]:
         shapes = plan.shapes(shape)
         if not shapes:
             return []
-        N, *size = max(shapes, key=math.prod)
-        images = N
-        if plan.weight.device.type == "cpu":
+        images = N = shapes[0][0]
+        # What the chain writes and reads again.
+        inside = shapes[plan is plans[0] : len(shapes) - (plan is plans[-1])]
+        if plan.weight.device.type == "cpu" and inside:
+            _, *size = max(inside, key=math.prod)
             most = _MICRO_BATCH_BYTES // (math.prod(size) * plan.dtype.itemsize)
             images = min(N, max(most, torch.get_num_threads()))
         last = stages[-1].images if stages else 0

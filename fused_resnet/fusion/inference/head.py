@@ -24,26 +24,36 @@ def is_global_pool(module: Any) -> bool:
 def run_head(pool: Any, linear: Any, x: Tensor) -> Tensor | None:
     """linear(flatten(pool(x), 1)) without gradients, for x (N, C, H, W): y (N, K) of x's dtype.
     None where that takes more than the op: other modules, hooks, another device or dtype."""
-    if type(linear) is not nn.Linear or not is_global_pool(pool) or patched(linear):
+    if not is_global_pool(pool) or x.dim() != 4 or not is_read(linear, x, x.shape[1]):
         return None
-    weight, bias = linear.weight, linear.bias
-    if x.device.type != "cpu" or x.dim() != 4 or not _is_read(weight, x, (x.shape[1],)):
-        return None
-    if bias is not None and not (_is_read(bias, x, ()) and len(bias) == len(weight)):
-        return None
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu"):
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return None
-    if patched(pool) or originals.HEAD.replaced() or not x.numel() or not _is_native():
+    if patched(pool) or not x.numel() or not _is_native():
         return None
     x = x.contiguous(memory_format=torch.channels_last)
-    return torch.ops.fused_resnet_native.mean_linear(x, weight, bias)
+    return torch.ops.fused_resnet_native.mean_linear(x, linear.weight, linear.bias)
 
 
-def _is_read(t: Tensor, x: Tensor, row: tuple[int, ...]) -> bool:
-    """Whether the op reads the parameter `t`, of any number of rows of this shape: it reads plain
-    memory of x's dtype."""
+def is_read(linear: Any, x: Tensor, channels: int) -> bool:
+    """Whether an op may compute the layer for x on the CPU, of `channels` channels, by reading its
+    parameters: it is an unpatched nn.Linear, and neither autograd nor autocast has a part in it."""
+    if type(linear) is not nn.Linear or x.device.type != "cpu" or patched(linear):
+        return False
+    weight, bias = linear.weight, linear.bias
+    if not _is_plain(weight, x, (channels,)):
+        return False
+    if bias is not None and not (_is_plain(bias, x, ()) and len(bias) == len(weight)):
+        return False
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.get_autocast_dtype("cpu"):
+        return False
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return False
+    return originals.HEAD.replaced() is None
+
+
+def _is_plain(t: Tensor, x: Tensor, row: tuple[int, ...]) -> bool:
+    """Whether the parameter `t`, of any number of rows of this shape, is plain memory of x's
+    dtype."""
     return (
         type(t) in (nn.Parameter, Tensor)
         and t.layout is torch.strided

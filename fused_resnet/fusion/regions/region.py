@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
@@ -23,6 +22,8 @@ from fused_resnet.layers.norms import uses_batch_statistics
 from fused_resnet.layers.planned import FUSED
 
 from . import verify
+from .installed import Installed, install, installed_in
+from .linear import LinearRegion
 from .match import Matcher
 from .program import InferenceProgram, Program, TrainingProgram
 from .trace import Place, Signature, Trace, is_composite, signature_of, trace
@@ -63,15 +64,15 @@ def trains(traced: Trace, grad: bool) -> bool:
     return grad or any(map(uses_batch_statistics, norms))
 
 
-class Region:
+class Region(Installed):
     """What runs in the place of a module's call: its forward, by a program of fused parts; or, for
-    a call that has none, what its class defines, in which the modules inside decide for themselves.
+    a call that has none, what its class defines, in which the modules inside decide for
+    themselves."""
 
-    It lies in the module's dict under `FUSED` and belongs to this module alone: one that was given
-    a copy of the dict, as DataParallel's replicas are, is not fused."""
+    attribute = FUSED
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+        super().__init__(module)
         self._programs: dict[Any, Program | _Failure] = {}
         self._verified: set[str] = set()  # the graphs of programs whose first call was right
         self.refused: str | None = None  # how the last program differed from the module's own call
@@ -81,9 +82,6 @@ class Region:
     def is_verified(self) -> bool:
         """Whether a first call was compared with the module's own."""
         return bool(self._verified)
-
-    def belongs_to(self, module: nn.Module) -> bool:
-        return self._module() is module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self._module()
@@ -180,51 +178,11 @@ class Region:
     def forget(self) -> None:
         self._programs.clear()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
-        module = self._module()
-        # A module that makes its own copy, as GraphModule does, is not known here yet.
-        return _install(memo[id(module)]) if id(module) in memo else _nowhere()
-
-    def __reduce__(self) -> Any:
-        module = self._module()
-        return (_nowhere, ()) if isinstance(module, fx.GraphModule) else (_install, (module,))
-
-
-class _Call:
-    """A class's `_compiled_call_impl`, which `nn.Module.__call__` runs instead of `_call_impl`
-    unless it is None, as it is for all modules of the class that are not fused. So the module's
-    class, its forward and its attributes stay as they are."""
-
-    def __get__(self, module: Any, owner: type) -> Region | None:
-        region = None if module is None else module.__dict__.get(FUSED)
-        return region if region is not None and region.belongs_to(module) else None
-
-
-_CALL = _Call()
-
-
-def _nowhere() -> Region:
-    """A region of no module."""
-    return Region(nn.Module())
-
-
-def _install(module: Any) -> Region:
-    """Makes `module` a region, for the class of which PyTorch then asks."""
-    if type(module).__dict__.get("_compiled_call_impl") is not _CALL:
-        type(module)._compiled_call_impl = _CALL
-    region = module.__dict__[FUSED] = Region(module)
-    return region
-
-
-def _is_region(module: nn.Module) -> bool:
-    region = module.__dict__.get(FUSED)
-    return isinstance(region, Region) and region.belongs_to(module)
-
 
 def regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Region]]:
     """(name, module, region) of every module that `fuse` changed."""
     for name, module in model.named_modules():
-        if _is_region(module):
+        if installed_in(module, Region):
             yield name, module, module.__dict__[FUSED]
 
 
@@ -241,8 +199,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         conv -> BN -> (+ residual) -> ReLU,   BN -> (+ residual) -> ReLU,   + residual -> ReLU
 
     and parts of these, wherever torch.fx can trace the forward that calls them. What it cannot
-    trace runs as before, with the modules in it fused. Nothing else changes: classes, names,
-    state_dict, parameters, buffers, hooks, training mode, copies, pickles.
+    trace runs as before, with the modules in it fused. On a CPU, linear layers in float32 run by
+    oneDNN without gradients. Nothing else changes: classes, names, state_dict, parameters, buffers,
+    hooks, training mode, copies, pickles.
 
     inplace: changes `model` itself. Otherwise its modules are copied, and the copy shares its
     parameters and buffers, so that an optimizer made before drives both.
@@ -258,8 +217,11 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         if is_composite(module):
             changed = True
-            if not _is_region(module):
-                _install(module)
+            if not installed_in(module, Region):
+                install(module, Region)
+    for module in model.modules() if changed else ():
+        if type(module) is nn.Linear and not installed_in(module, LinearRegion):
+            install(module, LinearRegion)
     if not changed:
         warnings.warn(
             f"fuse: {type(model).__name__} holds nothing to fuse: no convolution or batch norm in "
@@ -290,5 +252,6 @@ def unfuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unfuse: model must be an nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        module.__dict__.pop(FUSED, None)
+        for kind in (Region, LinearRegion):
+            module.__dict__.pop(kind.attribute, None)
     return model

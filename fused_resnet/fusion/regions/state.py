@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fused_resnet.fusion.description import Place
-from fused_resnet.layers.planned import FUSED, MADE
+from fused_resnet.layers.planned import FUSED, LINEAR, MADE
 
 # Attributes of nn.Module that a forward does not read, or that guards compare by themselves.
-_OWN = frozenset(nn.Module().__dict__) - {"training"} | {MADE, FUSED}
+_OWN = frozenset(nn.Module().__dict__) - {"training"} | {MADE, FUSED, LINEAR}
 _PLAIN = (nn.Module, Tensor, type, ModuleType, FunctionType, BuiltinFunctionType, str, bytes)
 _DEPTH = 3
 

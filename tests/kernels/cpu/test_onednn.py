@@ -64,8 +64,8 @@ def test_a_bound_is_measured_again_beyond_the_limit_and_after_writes(measured):
     conv, x = convolution(gain=1e5)
     shrink, _ = convolution(gain=1e-5)
     measured.clear()
-    y = shrink.run(conv.run(x, None, NONE), None, NONE)
-    torch.testing.assert_close(y, x)
+    y = shrink.run(conv.run(x, None, RELU), None, NONE)
+    torch.testing.assert_close(y, x.relu())
     assert len(measured) == 1
     y.copy_(x)
     y[0, 3, 2, 2] = NAN
@@ -79,6 +79,7 @@ def test_a_bound_is_measured_again_beyond_the_limit_and_after_writes(measured):
     y = torch.stack([x[:, ::2], -x[:, ::2]], 2).flatten(1, 2).contiguous(memory_format=LAST)
     measured.clear()
     spread._unfused = None  # not called
+    onednn._store_bound(y, onednn.max_abs(y))
     for _ in range(40):
         y = spread.run(y, None, NONE)
     assert 2 <= len(measured) <= 4 and not y.isnan().any()
@@ -95,6 +96,19 @@ def test_separate_operations_beyond_the_bound(value, where, activation):
     want = torch.conv2d(x, 2 * torch.eye(16).view(16, 16, 1, 1)) + residual
     torch.testing.assert_close(y, activation(want), equal_nan=True)
     assert y.is_contiguous(memory_format=LAST) and y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), 1.0])
+def test_nothing_is_measured_without_relu(measured, value):
+    conv, x = convolution(gain=2.0)
+    measured.clear()
+    x[1, 2, 3, 1] = value
+    y = conv.run(x, None, NONE)
+    want = torch.conv2d(x, 2 * torch.eye(16).view(16, 16, 1, 1))
+    torch.testing.assert_close(y, want, equal_nan=True)
+    assert not measured
+    conv.run(y, None, RELU)
+    assert measured and all(t is y for t in measured)
 
 
 def test_writes_without_a_version_counter_reach_the_next_block():
