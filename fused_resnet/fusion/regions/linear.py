@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fused_resnet.fusion.call import matrix_reason
 from fused_resnet.fusion.inference.head import is_read
-from fused_resnet.kernels import registry
 from fused_resnet.kernels.cpu import onednn
 from fused_resnet.layers.planned import LINEAR
 
@@ -44,6 +43,5 @@ def _is_served(module: Any, x: Tensor) -> bool:
     return (
         matrix_reason(x) is None
         and is_read(module, x, x.shape[-1])
-        and registry.forced() is None
         and onednn.linear_reason() is None
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -154,9 +155,7 @@ CALLS = {
     "vmap": lambda m: torch.vmap(m)(torch.ones(3, 4, 300)),
     "reference": lambda m: _reference(m),
     "meta": lambda m: copy.deepcopy(m).to("meta")(torch.ones(4, 300, device="meta")).shape,
-    "trace": lambda m: torch.jit.trace(m, torch.ones(4, 300), check_trace=False)(
-        torch.ones(4, 300)
-    ),
+    "trace": lambda m: _traced(m),
     "no oneDNN": lambda m: _without_onednn(m),
 }
 
@@ -164,6 +163,13 @@ CALLS = {
 def _autocast(m: nn.Module) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         return m(torch.ones(4, 300))
+
+
+def _traced(m: nn.Module) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        x = torch.ones(4, 300)
+        return torch.jit.trace(nn.Sequential(m), x, check_trace=False)(x)
 
 
 def _reference(m: nn.Module) -> Tensor:
