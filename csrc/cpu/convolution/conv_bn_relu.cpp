@@ -291,7 +291,9 @@ int64_t largest_winograd_tile(const ConvShape& c, ConvVariant variant, int64_t m
   if (c.R != 3 || c.S != 3 || strides != 1 || c.C % 16 || c.K % 16) return 0;
   const bool wide = c.C >= 64 && c.K >= 64 && weights <= max_weights_4;
   if (wide && winograd_supported(variant, 4)) return 4;
-  return weights <= kMaxWinogradWeights && winograd_supported(variant, 2) ? 2 : 0;
+  const bool dilated = c.dilation_h * c.dilation_w > 1;
+  const int64_t most = dilated ? kMaxWinogradWeightsDilated : kMaxWinogradWeights;
+  return weights <= most && winograd_supported(variant, 2) ? 2 : 0;
 }
 
 int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t max_weights_4) {

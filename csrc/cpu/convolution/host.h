@@ -103,7 +103,9 @@ int64_t winograd_tile_of_step(const ConvShape& c, ConvVariant variant, int64_t m
 
 // Above these, transforming the weights of a layer with few pixels, or reading them for every
 // image, costs more than it saves: they are 16/9 and 4 times the weights, 8 times in bfloat16.
+// A dilated layer has as many pixels as one with a quarter of its weights.
 constexpr int64_t kMaxWinogradWeights = 256 * 256, kMaxWinogradWeights4 = 128 * 128;
+constexpr int64_t kMaxWinogradWeightsDilated = 512 * 512;
 
 // Callback after each tile range: a task calls it with y's pixels [begin, end), all channels, the
 // first of which is at `y`, as soon as they are written, while they are in its cache. `task` is

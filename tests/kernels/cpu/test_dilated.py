@@ -34,6 +34,7 @@ CASES = {
     "1 and 2, other padding": ((2, 32, 9, 11), 32, (3, 3), (1, 1), (0, 3), (1, 2), 1),
     "2, tiles of 4 x 4": ((2, 64, 16, 15), 64, (3, 3), (1, 1), (2, 1), (2, 1), 1),
     "2 and 2, tiles of 4 x 4": ((2, 64, 32, 24), 80, (3, 3), (1, 1), (2, 2), (2, 2), 1),
+    "2, many weights": ((1, 528, 8, 8), 256, (3, 3), (1, 1), (2, 2), (2, 2), 1),
     # The direct kernel, in bands of columns.
     "4": ((1, 272, 20, 20), 256, (3, 3), (1, 1), (4, 4), (4, 4), 1),
     "4, stride 2": ((2, 32, 17, 19), 70, (3, 3), (2, 2), (4, 4), (4, 4), 1),
@@ -114,6 +115,15 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
         assert error.max() <= WINOGRAD_4X4_ERROR
     else:
         assert torch.equal(y, exact.to(dtype))
+
+
+def test_large_weights_are_transformed_where_pixels_are_many() -> None:
+    """512 x 512 weights for dilated layers, which have at least four times the pixels."""
+    weight, one = torch.randn(512, 512, 3, 3), torch.ones(512)
+    for d, size in ((1, 0), (2, 16 * 512 * 512)):
+        problem = problem_of(weight.shape, torch.float32, (1, 1), (d, d), (d, d), 1)
+        if registry.missing(problem, "native", "cpu") is None:
+            assert NativeConv(problem, weight, one, one).tensors[1].numel() == size
 
 
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
