@@ -117,6 +117,11 @@ class Team {
   }
 
   void run(int64_t count, void (*body)(const void* context, int64_t piece), const void* context) {
+    start(count, body, context);
+    finish();
+  }
+
+  void start(int64_t count, void (*body)(const void* context, int64_t piece), const void* context) {
     const int64_t threads = threads_;
     body_ = body, context_ = context;
     left_ = count;
@@ -127,6 +132,9 @@ class Team {
       shares_[i].word.store(uint64_t{number_} << 32 | begin << 16 | end, std::memory_order_release);
     }
     news_.load()->tell();
+  }
+
+  void finish() {
     work(0);
     await([&] { return left_ == 0; });
     if (const std::exception_ptr error = std::exchange(error_, nullptr))
@@ -415,13 +423,26 @@ std::exception_ptr run_on_openmp(Team& own, int64_t count, Punctuality& punctual
 
 }  // namespace
 
+namespace {
+
+// Threads of a region that begins now.
+int64_t threads_of_region() {
+  const int64_t wanted = torch::stable::get_num_threads();
+  return wanted == 1 ? 1 : std::min({wanted, kMaxThreads, processors()});
+}
+
+// Whether they are PyTorch's.
+bool on_openmp(const Threads& all) {
+  return !forked && all.idle() && openmp.runs() && all.punctuality.holds();
+}
+
+}  // namespace
+
 void in_region(void (*body)(const void* context), const void* context) {
   if (inside) return body(context);
-  const int64_t wanted = torch::stable::get_num_threads();
-  const int64_t count = wanted == 1 ? 1 : std::min({wanted, kMaxThreads, processors()});
+  const int64_t count = threads_of_region();
   Threads& all = threads();
-  const bool theirs =
-      count > 1 && !forked && all.idle() && openmp.runs() && all.punctuality.holds();
+  const bool theirs = count > 1 && on_openmp(all);
   Team* const own = count > 1 ? all.enter() : nullptr;
   std::exception_ptr error;
   if (own) own->open(count, theirs ? own->own_news : all.news);
@@ -436,6 +457,41 @@ void in_region(void (*body)(const void* context), const void* context) {
   if (own) all.leave(own);
   if (count > 1) openmp.end_region();
   if (error) std::rethrow_exception(error);
+}
+
+Ahead::Ahead(int64_t count, void (*body)(const void* context, int64_t piece), const void* context)
+    : count_(count), body_(body), context_(context) {
+  const int64_t wanted = inside || count == 0 ? 1 : threads_of_region();
+  if (wanted == 1) return;
+  Threads& all = threads();
+  Team* const own = on_openmp(all) ? nullptr : all.enter();
+  if (!own) return;
+  own->open(wanted, all.news);
+  all.start(wanted - 1);
+  own->start(count, body, context);
+  team_ = own;
+}
+
+void Ahead::finish() {
+  Team* const own = static_cast<Team*>(std::exchange(team_, nullptr));
+  const int64_t count = std::exchange(count_, 0);
+  if (!own) return run_pieces(count, body_, context_);
+  std::exception_ptr error;
+  try {
+    own->finish();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  threads().leave(own);
+  openmp.end_region();
+  if (error) std::rethrow_exception(error);
+}
+
+Ahead::~Ahead() {
+  try {
+    finish();
+  } catch (...) {  // nobody asks for the result
+  }
 }
 
 void run_pieces(int64_t count, void (*body)(const void* context, int64_t piece),

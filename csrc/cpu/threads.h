@@ -42,6 +42,25 @@ void run_pieces(int64_t count, const Body& body) {
       &body);
 }
 
+// A region whose pieces other threads compute while the caller does something else: from its start
+// until `finish`, which computes what is left, waits and rethrows the first exception. Where that
+// needs PyTorch's threads, all is left to `finish`. Starting and finishing are one thread's.
+class Ahead {
+ public:
+  // Calls body(context, piece) once for every piece of [0, count); count < 65536.
+  Ahead(int64_t count, void (*body)(const void* context, int64_t piece), const void* context);
+  ~Ahead();  // finishes, without rethrowing
+  Ahead(const Ahead&) = delete;
+  Ahead& operator=(const Ahead&) = delete;
+  void finish();
+
+ private:
+  int64_t count_;
+  void (*body_)(const void* context, int64_t piece);
+  const void* context_;
+  void* team_ = nullptr;  // null: nothing was started
+};
+
 // Runs body(task, begin, end) for `tasks` consecutive ranges of [0, total), each but the last a
 // multiple of `granule` long. The ranges depend only on total and PyTorch's number of threads, so
 // sums that are merged range by range are reproducible. There are at most as many tasks as threads

@@ -20,6 +20,7 @@ from fused_resnet.kernels.fingerprint import (
     enabled,
     fingerprint,
     ranges_of,
+    start,
     sum_of,
     table_of,
 )
@@ -132,8 +133,11 @@ class Guard:
                     self._homes.append(attributes)
                     self._names.append("_buffers" if tensors is module._buffers else "_parameters")
                     self._modules.append(tensors)
-                self._slots += repeat(tensors, len(tensors))
-                self._keys += tensors
+                keys = dict.fromkeys(tensors)
+                if values:  # inference does not read a counter of batches
+                    keys.pop("num_batches_tracked", None)
+                self._slots += repeat(tensors, len(keys))
+                self._keys += keys
         self._values = list(map(getitem, self._slots, self._keys))
         present: list[Any] = [t for t in self._values if t is not None]
         self._released = [t for t in present if type(t) is Released]
@@ -226,24 +230,27 @@ class Guard:
 
     def holds(self) -> bool:
         """Whether nothing was replaced, hooked, patched, reconfigured or written to."""
+        if not enabled.get() or not self._ranges:
+            return self._is_unchanged()
+        # Until the guard has settled, and once after, of every byte: another thread may have been
+        # in the middle of a write when the fingerprint was taken.
+        confirmed, settled = self._confirmed, time.monotonic() >= self._settled
+        table = self._table if confirmed else self._whole
+        start(table)  # the other threads read it meanwhile
         try:
-            return (
-                list(map(_version, self._tensors)) == self._versions
-                and self.structure_holds()
-                and (not enabled.get() or self._values_hold())
-            )
+            same = self._is_unchanged()
+        finally:
+            found = fingerprint(table)
+        same = same and found == (self._print if confirmed else self._whole_print)
+        self._confirmed = confirmed or (same and settled)
+        return same
+
+    def _is_unchanged(self) -> bool:
+        """`holds`, but for writes that increment no version counter."""
+        try:
+            return list(map(_version, self._tensors)) == self._versions and self.structure_holds()
         except RuntimeError:  # a tensor created in inference mode
             return False
-
-    def _values_hold(self) -> bool:
-        """Compares the fingerprint; until the guard has settled, and once after, of every byte:
-        another thread may have been in the middle of a write when it was taken."""
-        if self._confirmed:
-            return fingerprint(self._table) == self._print
-        settled = time.monotonic() >= self._settled
-        same = fingerprint(self._whole) == self._whole_print
-        self._confirmed = same and settled
-        return same
 
     def structure_holds(self) -> bool:
         """`holds`, except that values may have been written."""

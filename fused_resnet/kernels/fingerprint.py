@@ -49,6 +49,13 @@ def sum_of(prints: Iterable[int]) -> int:
     return (sum(prints) + 2**63) % 2**64 - 2**63  # as int64 adds
 
 
+def start(table: Tensor) -> None:
+    """Other threads begin to compute this thread's next `fingerprint`, if that is of this table.
+    Its memory must stay allocated until that has returned."""
+    if len(table):
+        torch.ops.fused_resnet_native.fingerprint_start.default(table)
+
+
 def fingerprint(table: Tensor) -> int:
     """The sum over all ranges of a hash of values and address; their memory must be allocated.
     0 without the native build."""

@@ -185,7 +185,7 @@ def choose(problem: Problem | str, device_type: str) -> str:
 def candidates(problem: Problem | str, device_type: str) -> tuple[str, ...]:
     """The backends that may compute the problem, in order of preference; only the first, if one is
     forced. The last resort is "reference"."""
-    name = forced()
+    name = _forced.get() or _from_environment()
     # The answer of providers for GPUs depends on this switch (see `operands_of`).
     float32 = isinstance(problem, Problem) and problem.dtype == torch.float32
     on_gpu = device_type != "cpu" or name is not None
@@ -240,7 +240,7 @@ def warn_once(message: str) -> None:
 
 def convolution(problem: Problem, device_type: str) -> Kind | None:
     """The class of the fused convolution that computes the problem; None: the reference."""
-    return provider(choose(problem, device_type), device_type).convolution()
+    return _providers[candidates(problem, device_type)[0], device_type].convolution()
 
 
 def conv_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype | None:

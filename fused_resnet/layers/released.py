@@ -127,7 +127,7 @@ def restore(p: Any) -> None:
     """Brings the values of a released parameter back; nothing happens to any other.
 
     If memory is short it raises, and the parameter stays released."""
-    if not _is_released(p):
+    if type(p) is not Released:
         return
     with _lock:
         if not _is_released(p):  # another thread was here first
@@ -142,7 +142,8 @@ def restore(p: Any) -> None:
 
 def restore_all(parameters: Iterable[Any]) -> None:
     for p in parameters:
-        restore(p)
+        if type(p) is Released:
+            restore(p)
 
 
 def _reason_against(p: nn.Parameter, storage: torch.UntypedStorage) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -187,6 +188,41 @@ def test_the_op():
 
 def _write_in_another_process(weight: torch.Tensor) -> None:
     weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_fingerprint_that_was_started(count):
+    """It is the same however many threads read ahead, and what else is asked meanwhile."""
+    torch.manual_seed(0)
+    one, other = ([torch.randn(64, 64, 3, 3) for _ in range(n)] for n in (9, 2))
+    first, second = (
+        fingerprint.table_of(fingerprint.ranges_of(tensors)) for tensors in (one, other)
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    wanted, others = fingerprint.fingerprint(first), fingerprint.fingerprint(second)
+    assert wanted != others
+    torch.set_num_threads(count)
+    model, x = fr.resnet18(num_classes=3).eval(), torch.randn(1, 3, 32, 32)
+    try:
+        for _ in range(50):  # more than regions at once
+            fingerprint.start(first)
+            assert fingerprint.fingerprint(first) == wanted
+            fingerprint.start(first)
+            assert fingerprint.fingerprint(second) == others
+            fingerprint.start(second)
+            fingerprint.start(first)
+            with torch.no_grad():
+                model(x)  # asks for its own
+            assert fingerprint.fingerprint(first) == wanted
+            thread = threading.Thread(target=fingerprint.start, args=(first,))
+            thread.start()
+            thread.join()
+        one[3].data += 1
+        fingerprint.start(first)
+        assert fingerprint.fingerprint(first) != wanted
+    finally:
+        torch.set_num_threads(before)
 
 
 @both_ways

@@ -21,6 +21,9 @@ STATISTICS = f"{CONVOLUTIONS} -k statistics"
 CONTIGUOUS = f"{CONVOLUTIONS} -k contiguous_weights"
 
 CPP = [
+    ("fingerprint: of other tensors", "csrc/cpu/fingerprint.cpp",
+     "started && started->reads(spans) ?", "started ?",
+     "tests/fusion/test_unseen_writes.py -k was_started"),
     ("fingerprint: the same columns of every row", "csrc/cpu/fingerprint.cpp",
      "if (++column == lines) column = 0;", "column = 0;",
      "tests/fusion/test_unseen_writes.py -k covered"),
