@@ -15,7 +15,10 @@ import fused_resnet as fr
 from fused_resnet.kernels import native
 from tests.fusion.regions.pairs import images, pair, same
 
-pytestmark = pytest.mark.skipif(native.load() is not None, reason="no native kernels")
+pytestmark = [
+    pytest.mark.skipif(native.load() is not None, reason="no native kernels"),
+    pytest.mark.refused,
+]
 
 
 def iadd_on_input(m, x):

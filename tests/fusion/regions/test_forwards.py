@@ -144,6 +144,7 @@ class Asks(Residual):
         return self.inner(x) if torch.is_tensor(x) else super().forward(x)
 
 
+@pytest.mark.refused
 def test_the_first_call_is_compared() -> None:
     stock = calibrated(Asks())
     mine, x = fr.fuse(copy.deepcopy(stock)), torch.randn(1, 16, 8, 8)

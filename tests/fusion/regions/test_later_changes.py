@@ -157,6 +157,7 @@ def test_changed_arguments() -> None:
         assert set(given) == {"x", "features"}
 
 
+@pytest.mark.refused
 def test_call_impl_of_the_class() -> None:
     class Doubled(Pairs):
         def _call_impl(self, *args):
