@@ -30,7 +30,7 @@ from fused_resnet.layers.shortcut import PadShortcut
 
 from .description import Description, Place
 
-_PER_TENSOR = 4  # the first lists of `Guard._current_state` have an entry per tensor
+_PER_TENSOR = 3  # the first lists of `Guard._current_state` have an entry per tensor
 # Longer than a thread that copies a parameter is likely to be suspended for.
 _SETTLING_S = 0.25
 # The attributes of a guard that describe modules, and how much of its state describes tensors.
@@ -38,7 +38,7 @@ _OF_MODULES = (
     "_homes", "_names", "_modules", "_children", "_dicts", "_overrides", "_hooks", "_settings",
     "_setting_names", "_slots", "_keys", "_values",
 )  # fmt: skip
-_OF_TENSORS = 4
+_OF_TENSORS = 3
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
 _has_storage = torch._C._has_storage
 _SETTINGS = {
@@ -144,6 +144,7 @@ class Guard:
         # A sparse tensor has no address, and nothing is made from it: its identity is compared.
         self._tensors = [t for t in present if type(t) is not Released and _has_storage(t)]
         self._alive = list(map(Tensor.detach, self._tensors))
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         # A tensor created in inference mode has no version counter: writes go undetected.
         self.has_versions = not any(map(Tensor.is_inference, self._tensors))
         self._versions = list(map(_version, self._tensors)) if self.has_versions else []
@@ -182,6 +183,7 @@ class Guard:
             self._whole = self._table.clone()
             self._whole[:, 2] = 0
         self._alive = list(compress(self._alive, kept))
+        self._addresses = list(compress(self._addresses, kept))
         if self.has_versions:
             self._versions = list(compress(self._versions, kept))
         of_tensors = [list(compress(values, kept)) for values in self._state[:_PER_TENSOR]]
@@ -219,7 +221,6 @@ class Guard:
         """What is compared by value, and can change without replacing a module or tensor."""
         tensors = self._tensors
         return (
-            list(map(Tensor.data_ptr, tensors)),
             list(map(_dtype, tensors)),
             list(map(Tensor.size, tensors)),
             list(map(Tensor.stride, tensors)),
@@ -230,13 +231,15 @@ class Guard:
 
     def holds(self) -> bool:
         """Whether nothing was replaced, hooked, patched, reconfigured or written to."""
+        if not self._is_placed():
+            return False
         if not enabled.get() or not self._ranges:
             return self._is_unchanged()
         # Until the guard has settled, and once after, of every byte: another thread may have been
         # in the middle of a write when the fingerprint was taken.
         confirmed, settled = self._confirmed, time.monotonic() >= self._settled
         table = self._table if confirmed else self._whole
-        start(table)  # the other threads read it meanwhile
+        start(table)  # the other threads read it meanwhile: nothing of it was freed
         try:
             same = self._is_unchanged()
         finally:
@@ -245,15 +248,24 @@ class Guard:
         self._confirmed = confirmed or (same and settled)
         return same
 
+    def _is_placed(self) -> bool:
+        """Whether all tensors have their memory where it was."""
+        return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+
     def _is_unchanged(self) -> bool:
-        """`holds`, but for writes that increment no version counter."""
+        """`holds`, but for addresses and writes that increment no version counter."""
         try:
-            return list(map(_version, self._tensors)) == self._versions and self.structure_holds()
+            versions = list(map(_version, self._tensors))
         except RuntimeError:  # a tensor created in inference mode
             return False
+        return versions == self._versions and self._is_structured()
 
     def structure_holds(self) -> bool:
         """`holds`, except that values may have been written."""
+        return self._is_placed() and self._is_structured()
+
+    def _is_structured(self) -> bool:
+        """`structure_holds`, but for addresses."""
         try:
             return (
                 all(map(is_, map(getitem, self._slots, self._keys), self._values))

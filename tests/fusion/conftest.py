@@ -9,7 +9,7 @@ from fused_resnet.fusion.regions import verify
 
 @pytest.fixture(autouse=True)
 def refused(monkeypatch, request):
-    """How programs differed from their modules' own calls: in no test but those marked `refused`."""
+    """How programs differed from their modules' own calls; only in tests marked `refused` any."""
     reasons: list[str] = []
 
     def compared(*args, _compared=verify.compared):

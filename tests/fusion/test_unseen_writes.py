@@ -190,6 +190,25 @@ def _write_in_another_process(weight: torch.Tensor) -> None:
     weight.mul_(0.5)
 
 
+def test_memory_that_was_freed():
+    """A fingerprint reads what the tensors have now: where they were, there may be no memory."""
+    torch.manual_seed(0)
+    size = 1024 * 1024 * 9 * 4  # larger than what glibc keeps when it is freed
+    stock = nn.Sequential(nn.Conv2d(1024, 1024, 3, bias=False), nn.BatchNorm2d(1024)).eval()
+    mine, x = fr.fuse(stock), torch.randn(1, 1024, 4, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            agree(mine(x), stock(x))
+        storage, address = stock[0].weight.untyped_storage(), stock[0].weight.data_ptr()
+        storage.resize_(0)
+        other = torch.empty(size, dtype=torch.uint8)
+        storage.resize_(size)
+        del other
+        assert stock[0].weight.data_ptr() != address
+        stock[0].weight.data.normal_(0, 0.02)
+        agree(mine(x), stock(x))
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_fingerprint_that_was_started(count):
     """It is the same however many threads read ahead, and what else is asked meanwhile."""

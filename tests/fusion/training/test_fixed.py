@@ -229,9 +229,10 @@ def test_an_output_without_relu_may_be_written():
     torch.testing.assert_close(mine[0].weight.grad, conv[0].weight.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_a_residual_is_added():
-    """A frozen unit added to a tensor that is no block's shortcut, which alone requires gradients
-    or does not, or is broadcast."""
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_residual_is_added(trained):
+    """A frozen unit, whose parameters are trained or not, added to a tensor that is no block's
+    shortcut, which alone requires gradients or does not, or is broadcast."""
 
     class Added(nn.Module):
         def __init__(self) -> None:
@@ -242,8 +243,9 @@ def test_a_residual_is_added():
             return F.relu(self.bn(self.conv(x)) + other)
 
     torch.manual_seed(0)
-    stock = Added().eval()
-    x, whole = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+    stock = Added().eval().requires_grad_(trained)
+    # dy is not 0 where the ReLU's output is.
+    x, whole, dy = (torch.randn(2, 16, 8, 8) for _ in range(3))
     mine, exact = fr.fuse(copy.deepcopy(stock)), copy.deepcopy(stock).double()
     for needs, other in (
         ((True, True), whole), ((False, True), whole), ((True, False), whole),
@@ -255,7 +257,7 @@ def test_a_residual_is_added():
             inputs = [t.clone().to(next(model.parameters()).dtype).requires_grad_(n)
                       for t, n in zip((x, other), needs, strict=True)]  # fmt: skip
             y = model(*inputs)
-            (y * y.detach()).sum().backward()
+            (y * dy).sum().backward()
             grads = [t.grad for t in (*inputs, *model.parameters())]
             found.append([y.detach(), *grads])
         for parts in zip(*found, strict=True):
