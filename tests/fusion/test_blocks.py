@@ -500,8 +500,9 @@ def test_patched_classes_are_called(mode, monkeypatch):
     assert len(calls) == 4 + 5
 
 
-def test_explain_lists_subclasses():
-    """Whatever would be asked: a subclass whose forward calls that of this package."""
+def test_subclasses_with_a_forward_of_their_own():
+    """They are called, and `explain` lists whatever would be asked: a subclass whose forward calls
+    that of this package."""
 
     class Doubled(fr.BasicBlock):
         def forward(self, x):
@@ -513,6 +514,10 @@ def test_explain_lists_subclasses():
 
     mine = Network(Doubled, [1, 1, 1, 1], num_classes=4).eval()
     assert [e.name for e in fr.explain(mine)] == ["stem", *(f"layer{i}.0" for i in range(1, 5))]
+    with torch.no_grad():
+        y = mine(images())
+        with fr.use_backend("reference"):
+            torch.testing.assert_close(y, mine(images()), rtol=1e-4, atol=1e-4)
     assert all(fused(mine)) and not fr.explain(tv.resnet18())
     with torch.no_grad():
         got = mine(images())
