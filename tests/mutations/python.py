@@ -546,7 +546,7 @@ PYTHON = [
     ("a default device taken for a mode", "fused_resnet/fusion/call.py",
      "if type(mode) is not DeviceContext:", "if True:", f"{OVERRIDES} -k default_device"),
     ("a frozen norm's replaced forward ignored", "fused_resnet/layers/norms.py",
-     "remember(cls, \"forward\", \"__call__\")", "pass", f"{OVERRIDES} -k frozen"),
+     "ALL.remember(cls, \"forward\", \"__call__\")", "pass", f"{OVERRIDES} -k frozen"),
     ("fingerprints not compared", GUARD,
      "same = same and found == (self._print if confirmed else self._whole_print)", "pass",
      f"{UNSEEN} -k random"),
