@@ -2,8 +2,10 @@
 torch.fx and those of Dynamo, in which parameters and buffers are inputs:
 
     conv2d(x, weight, bias, ...), batch_norm(x, mean, var, weight, bias, ...), max_pool2d(x, ...)
+    adaptive_avg_pool2d(x, size), linear(x, weight, bias)
 
-and their ATen forms in the graphs of torch.export, in which parameters and buffers are attributes.
+and the first three's ATen forms in the graphs of torch.export, in which parameters and buffers are
+attributes.
 A call becomes a module that holds the very tensors of one call of the graph. Where an operand is
 neither, as a weight that the forward computes, the call stays."""
 
@@ -22,6 +24,8 @@ from torch.utils import _pytree as pytree
 
 from fused_resnet.kernels.problem import pair
 
+from .installed import install
+from .linear import LinearRegion
 from .state import Code
 from .trace import Trace
 
@@ -210,6 +214,21 @@ def _pool(calls: Calls, given: dict[str, Any]) -> nn.Module | None:
     return nn.MaxPool2d(kernel, step, padding, dilation)
 
 
+def _linear(calls: Calls, given: dict[str, Any]) -> nn.Module:
+    weight, bias = calls.operand(given["weight"]), calls.operand(given.get("bias"))
+    if weight.dim() != 2:
+        raise LookupError("a linear layer's weight is no matrix")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer._parameters.update(weight=weight, bias=bias)
+    install(layer, LinearRegion)
+    return layer
+
+
+def _average(calls: Calls, given: dict[str, Any]) -> nn.Module | None:
+    size = given["output_size"]
+    return nn.AdaptiveAvgPool2d(size) if _ints(size) else None
+
+
 _aten = torch.ops.aten
 _MAKERS: dict[Any, tuple[Callable[[Calls, dict[str, Any]], nn.Module | None], tuple[str, ...]]] = {
     torch.conv2d: (_conv, _CONV),
@@ -219,4 +238,6 @@ _MAKERS: dict[Any, tuple[Callable[[Calls, dict[str, Any]], nn.Module | None], tu
     _aten.batch_norm.default: (_norm, _ATEN_NORM),
     F.max_pool2d: (_pool, _POOL),
     _aten.max_pool2d.default: (_pool, _POOL),
+    F.adaptive_avg_pool2d: (_average, ("input", "output_size")),
+    F.linear: (_linear, ("input", "weight", "bias")),
 }
