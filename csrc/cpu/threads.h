@@ -49,7 +49,7 @@ class Ahead {
  public:
   // Calls body(context, piece) once for every piece of [0, count); count < 65536.
   Ahead(int64_t count, void (*body)(const void* context, int64_t piece), const void* context);
-  ~Ahead();  // finishes, without rethrowing
+  ~Ahead();  // begins no more pieces: unless finished, what they read may be gone
   Ahead(const Ahead&) = delete;
   Ahead& operator=(const Ahead&) = delete;
   void finish();

@@ -239,8 +239,8 @@ class Guard:
         # in the middle of a write when the fingerprint was taken.
         confirmed, settled = self._confirmed, time.monotonic() >= self._settled
         table = self._table if confirmed else self._whole
-        start(table)  # the other threads read it meanwhile: nothing of it was freed
         try:
+            start(table)  # the other threads read it meanwhile: nothing of it was freed
             same = self._is_unchanged()
         finally:
             found = fingerprint(table)

@@ -339,3 +339,19 @@ def test_tensors_that_are_not_dense():
     assert fingerprint.ranges_of([torch.empty(0), torch.empty(3, device="meta")]) == []
     with pytest.raises(RuntimeError, match=r"fingerprint: spans must be int64 of shape \(n, 3\)"):
         torch.ops.fused_resnet_native.fingerprint(torch.zeros(3))
+
+
+def test_an_interrupted_comparison_reads_nothing_later():
+    """Weights that are freed after an interrupt, as the large one's memory is given back."""
+    weight = torch.zeros(2**22)
+    table = fingerprint.table_of(fingerprint.ranges_of([weight]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fingerprint.start(table)
+        del weight
+        fingerprint.start(fingerprint.table_of(fingerprint.ranges_of([torch.zeros(3)])))
+    finally:
+        torch.set_num_threads(threads)
+    small = torch.zeros(3)
+    assert fingerprint.fingerprint(fingerprint.table_of(fingerprint.ranges_of([small])))

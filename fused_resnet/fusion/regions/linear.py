@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_resnet.fusion.call import matrix_reason
 from fused_resnet.fusion.inference.head import is_read
@@ -35,13 +35,18 @@ class LinearRegion(Installed):
 
 
 def _is_served(module: Any, x: Tensor) -> bool:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32:
-        return False
+    # Types first: other classes see what they are asked, and their sizes may be symbols.
     weight = module._parameters.get("weight")
-    if weight is None or x.numel() * len(weight) < _FEWEST_PRODUCTS:
+    if not _is_plain(x) or not _is_plain(weight) or x.dtype != torch.float32:
+        return False
+    if weight.dim() != 2 or x.numel() * len(weight) < _FEWEST_PRODUCTS:
         return False
     return (
         matrix_reason(x) is None
         and is_read(module, x, x.shape[-1])
         and onednn.linear_reason() is None
     )
+
+
+def _is_plain(t: Any) -> bool:
+    return type(t) in (Tensor, nn.Parameter)

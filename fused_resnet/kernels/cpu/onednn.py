@@ -198,7 +198,9 @@ class PackedConv(FusedConv):
         # Without ReLU a bound serves only who reads the output: it is not worth measuring x.
         operands = (x,) if residual is None else (x, residual)
         if activation is Activation.NONE and not all(map(_has_bound, operands)):
-            return self._fused(x, residual, activation, overwrite)
+            y = self._fused(x, residual, activation, overwrite)
+            vars(y).pop(_BOUND, None)  # that of an overwritten residual
+            return y
         bound = self._bound(x, residual, False)
         if not bound <= _LIMIT:  # not >, so that NaN fails
             # Stored bounds exceed the values more with every convolution.

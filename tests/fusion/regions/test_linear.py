@@ -258,3 +258,25 @@ def test_fuse_and_unfuse(served):
         alone(x)
         stock.linear(x)  # of a model that is not fused, beside one that is
     assert not served
+
+
+@pytest.mark.parametrize("which", ["weight", "x"])
+def test_a_tensor_of_another_class_sees_the_linear_function_alone(which, served):
+    seen: list[Any] = []
+
+    class Logged(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    _, mine = pair()
+    x = torch.randn(4, 300)
+    if which == "x":
+        x = x.as_subclass(Logged)
+    else:
+        mine.linear._parameters["weight"] = mine.linear.weight.detach().as_subclass(Logged)
+    seen.clear()
+    with torch.no_grad():
+        mine.linear(x)
+    assert seen == [F.linear] and not served

@@ -126,3 +126,12 @@ def test_writes_without_a_version_counter_reach_the_next_block():
         z = fr.conv_bn_relu(z, weight, one, zero)
         z.data[0, 0, 0, 0] = NAN
         assert fr.conv_bn_relu(z, weight, one, zero)[0, :, 0, 0].isnan().all()
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
+def test_an_overwritten_residual_loses_its_bound(inference):
+    conv, x = convolution()
+    with torch.inference_mode(inference), torch.no_grad():
+        bounded = conv.run(x, None, RELU)
+        y = conv.run(torch.full_like(x, NAN), bounded, NONE, overwrite=True)
+        assert conv.run(y, None, RELU).isnan().all()
