@@ -416,7 +416,7 @@ Tensor with_padding(const Tensor& x, int64_t channels, int64_t pad_h, int64_t pa
 // strides if it is copied with its padding. weight and winograd (of F(2x2, 3x3) or F(4x4, 3x3), or
 // empty): flat, packed by cpu/convolution/pack.cpp. scale, shift: float32, (K,), zero-padded to a
 // multiple of 64. first_channel: int64, (K / 16,), padded to a multiple of 4, or empty for one
-// group. The result overwrites the residual if `overwrite`.
+// group. The result overwrites the residual if `overwrite`, unless that is x.
 Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
                     Tensor first_channel, std::optional<Tensor> residual, bool overwrite,
                     int64_t activation, std::vector<int64_t> g) {
@@ -472,7 +472,9 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   // A run longer than a pixel covers several: a row of taps at once.
   const int64_t reach = grouped ? 1 : g[kRun] / C;
   const int64_t Q = out_size(W - reach + 1, g[kS], g[kStrideW], g[kPadW], g[kDilationW]);
-  Tensor y = overwrite && residual ? *residual : empty_channels_last(x, x.size(0), K, P, Q);
+  // A residual that is x itself is read by other pixels' taps while it would be overwritten.
+  const bool in_place = overwrite && residual && residual->const_data_ptr() != x.const_data_ptr();
+  Tensor y = in_place ? *residual : empty_channels_last(x, x.size(0), K, P, Q);
   if (residual) check_added(op, "residual", *residual, x, K, P, Q);
   if (y.numel() == 0) return y;
   const std::vector<char> zeros(static_cast<size_t>(C * operand_bytes(variant)), 0);

@@ -180,7 +180,8 @@ class Plan:
             residual, owned = padded(source, d.pad.out_channels, d.pad.stride), True
         elif d.shortcut == "none":
             residual, owned = added, False
-        return last[0].run(x, residual, last[1], overwrite=owned)
+        # The only convolution of a block reads what would be overwritten.
+        return last[0].run(x, residual, last[1], overwrite=owned and residual is not x)
 
     @functools.cached_property
     def _alone(self) -> Blocks:

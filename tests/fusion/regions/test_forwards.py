@@ -18,6 +18,7 @@ from tests.fusion.regions.region_helpers import (
     outputs_agree,
     programs,
 )
+from tests.models.model_helpers import agree
 
 pytestmark = pytest.mark.skipif(native.load() is not None, reason="no native kernels")
 
@@ -182,3 +183,31 @@ def test_an_input_is_written_before_its_part_runs() -> None:
         outputs_agree(mine(x), stock(x))
     assert len(programs(mine)) == 1 and mine.__dict__["_fused_resnet_region"].refused is None
     assert {e.name for e in fr.explain(mine) if e.fused} >= {"0", "2"}
+
+
+class OneUnit(nn.Module):
+    """A convolution whose input is added to its output."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return y + x if self.norm is None else torch.relu(self.norm(y) + x)
+
+
+@pytest.mark.parametrize("provider", ["native", "vendor"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_convolution_of_its_own_residual(norm: bool, provider: str) -> None:
+    """Its input must stay as it is until all pixels have read it, whoever owns it: a copy in
+    another layout, or an output of the convolution before."""
+    with fr.use_backend(provider):
+        for first in (nn.Identity(), nn.Conv2d(32, 32, 1)):
+            stock = calibrated(nn.Sequential(first, OneUnit(norm)))
+            mine, x = fr.fuse(stock), torch.randn(3, 32, 17, 16)
+            for call in (mine, fr.export(stock, (x,)).module() if provider == "native" else mine):
+                with torch.no_grad():
+                    for _ in range(2):
+                        agree(call(x), stock(x), 1e-5)
