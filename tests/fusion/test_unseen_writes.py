@@ -343,7 +343,7 @@ def test_tensors_that_are_not_dense():
 
 def test_an_interrupted_comparison_reads_nothing_later():
     """Weights that are freed after an interrupt, as the large one's memory is given back."""
-    weight = torch.zeros(2**22)
+    weight = torch.zeros(2**24)
     table = fingerprint.table_of(fingerprint.ranges_of([weight]))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -52,7 +52,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self._copy, self._built = folder / "copy", folder / "built"
-        for name in ("fused_resnet", "tests", "csrc", "wheels", "torch-ext"):
+        for name in ("fused_resnet", "tests", "csrc", "wheels", "torch-ext", "benchmarks"):
             hidden = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, self._copy / name, ignore=hidden)
         # The emulator's objects are named after what they were compiled from.

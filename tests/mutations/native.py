@@ -252,7 +252,7 @@ CPP = [
      " && residual->const_data_ptr() != x.const_data_ptr()", "",
      "tests/fusion/regions/test_forwards.py -k own_residual"),
     ("threads: a region ahead is computed when nobody asks", THREADS,
-     "(team_);\n  if (!own) return;", "(team_);\n  if (!own) return finish();",
+     "  if (!own) return;\n  own->abandon();", "  finish();\n  return;\n  own->abandon();",
      "tests/fusion/test_unseen_writes.py -k interrupted"),
     ("dilated: weights of undilated layers' size", "csrc/cpu/convolution/conv_bn_relu.cpp",
      "dilated ? kMaxWinogradWeightsDilated : kMaxWinogradWeights", "kMaxWinogradWeights",
