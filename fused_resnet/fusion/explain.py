@@ -50,8 +50,10 @@ def explain(model: nn.Module, x: Any = None) -> list[Explanation]:
     then be what its forward takes, and the model runs once, unfused, to see what reaches each part
     and to count multiplications; if it raises, shares are None. Of one that
     `torch.compile(model, backend="fused_resnet")` compiled, the parts of its graphs are listed as
-    they ran last.
+    they ran last. Raises TypeError if model is no nn.Module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"explain: model must be an nn.Module, got {type(model).__name__}")
     explanations = []
     for name, m in model.named_modules():
         names, _ = recipe_of(m)

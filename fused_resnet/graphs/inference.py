@@ -72,9 +72,10 @@ class Inference:
     the weights and captures again. A model with hooks runs without a graph, so that its hooks run.
     Other attributes of modules (eps, stride, a replaced forward) are read at capture only: call
     `inference` again after changing them.
-    Raises ValueError for a model in training mode, for any other dtype or check, and for
-    cuda_graph=True without a GPU; RuntimeError that names both devices if x is on another device
-    than the model.
+    It cannot be copied or pickled; its `model` can.
+    Raises TypeError for an example that is no such tensor; ValueError for a model in training mode,
+    for any other dtype or check, and for cuda_graph=True without a GPU; RuntimeError that names
+    both devices if x is on another device than the model.
     Source: CUDA programming guide, "CUDA graphs".
     """
 
@@ -91,6 +92,15 @@ class Inference:
         one_of("inference: check", check, ("sampled", "full", "none"))
         if dtype not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"inference: dtype must be float16, bfloat16 or None, got {dtype}")
+        found = type(example).__name__
+        if isinstance(example, Tensor):
+            found = f"{example.dtype} of shape {tuple(example.shape)}"
+            if example.dim() == 4 and example.is_floating_point():
+                found = ""
+        if found:
+            raise TypeError(
+                f"inference: example must be a floating-point tensor (N, C, H, W), got {found}"
+            )
         if cuda_graph and example.device.type != "cuda":
             raise ValueError(f"inference: cuda_graph needs a GPU, example is on {example.device}")
         self.model = model
@@ -106,6 +116,9 @@ class Inference:
             self.release(example)
         else:
             self(example)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("inference: copy or pickle the model, and call `inference` with that")
 
     def release(self, example: Tensor) -> dict[str, str]:
         """Gives the memory of packed weights back, as `release_weights` does, once more after

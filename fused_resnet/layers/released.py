@@ -127,7 +127,7 @@ def restore(p: Any) -> None:
     """Brings the values of a released parameter back; nothing happens to any other.
 
     If memory is short it raises, and the parameter stays released."""
-    if type(p) is not Released:
+    if not _is_released(p):
         return
     with _lock:
         if not _is_released(p):  # another thread was here first

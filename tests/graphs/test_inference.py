@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import threading
 
 import pytest
@@ -285,6 +286,19 @@ def test_streams_take_turns(model):
 
 def test_errors(model):
     x = torch.randn(1, 3, 32, 32)
+    for bad, got in (
+        (None, "NoneType"),
+        (torch.ones(1, 3, 8, 8, dtype=torch.int64), r"torch.int64 of shape \(1, 3, 8, 8\)"),
+        (torch.ones(3, 8, 8), r"torch.float32 of shape \(3, 8, 8\)"),
+    ):
+        with pytest.raises(TypeError, match=rf"inference: example must be .* got {got}"):
+            fr.inference(model, bad)
+    prepared = fr.inference(model, torch.zeros(1, 3, 32, 32), cuda_graph=False)
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="inference: copy or pickle the model"):
+            copied(prepared)
+    with pytest.raises(TypeError, match=r"explain: model must be an nn.Module, got str"):
+        fr.explain("resnet18")
     with pytest.raises(ValueError, match=r"inference: dtype must be float16, bfloat16 or None"):
         fr.inference(model.cpu(), x, dtype=torch.float64)
     with pytest.raises(ValueError, match="inference: cuda_graph needs a GPU, example is on cpu"):
