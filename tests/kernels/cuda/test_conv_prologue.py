@@ -318,6 +318,8 @@ def test_unsupported_cases(fused_prologues, monkeypatch):
     assert not supported(g=pointwise._replace(padding=(1, 1)))
     assert not supported(groups=2, g=pointwise._replace(groups=2))
     assert len(fused_prologues) == 2
+    monkeypatch.setattr(Cuda, "_config", lambda *_: CudaConfig(SMALLEST[0].number))
+    assert supported() and not supported(x)  # whatever tile is chosen
     narrow = next(t.number for t in gemm_cases.tiles(80) if t.block_n < 64)
     for config in (CudaConfig(narrow), CudaConfig(SMALLEST[0].number, 2)):
         monkeypatch.setattr(Cuda, "_config", lambda *_, config=config: config)
