@@ -120,7 +120,7 @@ PYTHON = [
      "tests/fusion/regions/test_later_changes.py -k whole_process"),
     ("fuse: a norm of other sizes alone", "fused_resnet/fusion/inference/norm.py",
      "t.shape != x.shape[1:2] or ", "",
-     "tests/fusion/regions/test_faults.py -k errors_of_norms"),
+     "tests/fusion/regions/test_faults.py -k error_of_a_norm"),
     ("training: strides of one pixel", READY,
      " and not (x.requires_grad and _one_pixel(x))", "", f"{SEEN} -k one_pixel"),
     ("fuse: a copy of the dict is the module", f"{REGIONS}/installed.py",
