@@ -71,9 +71,11 @@ demo: build
 	$(VENV)/bin/fused-resnet demo --out "$(OUT)" $(if $(IMAGES),--images "$(IMAGES)")
 
 # The tests that detect most mutations, without those that take long in an interpreter.
-QUICK := tests/repository tests/mutations tests/fusion tests/graphs tests/models/test_cifar.py tests/ops \
-  tests/kernels/cpu/test_block_ops.py tests/kernels/cpu/test_gradient_sums.py \
-  tests/kernels/cpu/test_train_convolution.py
+QUICK := tests/repository tests/mutations tests/models/test_cifar.py tests/graphs/test_inference.py \
+  $(addprefix tests/fusion/,test_blocks.py test_calls.py test_stale.py training/test_training.py) \
+  $(addprefix tests/fusion/regions/test_,fuse.py forwards.py linear.py) \
+  tests/ops/test_add_relu.py tests/ops/test_conv_bn_relu.py \
+  $(addprefix tests/kernels/cpu/test_,block_ops.py gradient_sums.py train_convolution.py)
 PYTEST := $(PY) -m pytest -q -n $(JOBS) --dist loadgroup
 
 quick: build

@@ -11,6 +11,7 @@ from tests.models.model_helpers import agree, both_ways, images, pair, randomise
 
 
 @both_ways
+@pytest.mark.refused  # values are written between the two calls of a comparison
 @pytest.mark.parametrize("how", ["load_state_dict", "copy_", "data"])
 def test_writers_and_readers(how):
     """After the last write every answer is right. During the writes an answer is finite."""

@@ -15,7 +15,7 @@ from .state import Untouched
 
 # Of the largest value of a result. Fused sums have another order, and 16-bit ones fewer roundings:
 # between two right results 2e-5 and 0.1 were seen in untrained networks of 50 layers.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _TOLERANCE_16_BIT = 0.3
 
 UNCERTAIN = "a buffer changed during the first call"
