@@ -26,7 +26,7 @@ def _layouts(model: Any, x: Tensor) -> tuple[list[tuple[int, ...]], list[Tensor]
 
 
 @both_ways
-@pytest.mark.refused  # a block alone, of a contiguous x and channels_last weights, has other strides
+@pytest.mark.refused  # a block alone has other strides for channels_last weights
 @pytest.mark.parametrize("weights", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [False, True])
