@@ -8,7 +8,7 @@ EXPORT_PY, COMPILED_PY = f"{REGIONS}/export.py", "fused_resnet/fusion/compiled.p
 FAKES, PLANNED = "fused_resnet/kernels/cpu/fakes.py", "fused_resnet/layers/planned.py"
 HEAD_PY = "fused_resnet/fusion/inference/head.py"
 BACKEND = "tests/fusion/regions/test_backend.py"
-LINEAR = "tests/fusion/regions/test_linear.py"
+LINEAR, FIXED = "tests/fusion/regions/test_linear.py", "tests/fusion/training/test_fixed.py"
 EXPORT = "tests/fusion/regions/test_export.py -m 'not slow'"
 COMPILED = "tests/fusion/test_compiled.py -m 'not slow'"
 
@@ -153,6 +153,8 @@ COMPILERS = [
     ("oneDNN: the bound of an overwritten residual", "fused_resnet/kernels/cpu/onednn.py",
      "vars(y).pop(_BOUND, None)", "pass",
      "tests/kernels/cpu/test_onednn.py -k overwritten_residual"),
+    ("fixed: dropped outputs show", "fused_resnet/fusion/training/prepare.py",
+     "y[:, :K].clone(memory_format=last)", "y[:, :K]", f"{FIXED} -k no_sixteens"),
     ("chain: the input counts", "fused_resnet/fusion/inference/chain.py",
      "shapes[plan is plans[0] :", "shapes[0:", "tests/fusion/test_blocks.py -k read_once"),
     ("chain: the output counts", "fused_resnet/fusion/inference/chain.py",

@@ -278,7 +278,7 @@ PYTHON = [
      "added = None if residual is None else (residual.shape, residual.dtype)", "added = None",
      f"{FIXED_STEP} -k residual"),
     ("fixed: outputs that were added for the kernels returned", READY,
-     "y = y[:, :K] if self.extra else y", "y = y", f"{FIXED_STEP} -k with_a_bias"),
+     "y = y[:, :K].clone(memory_format=last)", "pass", f"{FIXED_STEP} -k with_a_bias"),
     ("fixed: a block that lacks one norm trained as if it had it", READY,
      "if any(map(uses_batch_statistics, description.norms)):\n            return",
      "if False:\n            return", f"{FIXED_STEP} -k lacks"),

@@ -146,7 +146,8 @@ class PreparedFixed(NamedTuple):
         if self.extra:
             tensors = [None if t is None else _extended(t, self.extra) for t in tensors]
         y = FixedFunction.apply(self.spec, x, residual, *tensors)
-        y = y[:, :K] if self.extra else y
+        if self.extra:  # a copy: what is flattened later must not show the outputs that are dropped
+            y = y[:, :K].clone(memory_format=last)
         pool = self.description.pool
         return y if pool is None else pool(y)
 

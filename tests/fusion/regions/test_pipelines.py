@@ -119,9 +119,7 @@ SLOW: dict[str, Callable[[], nn.Module]] = {
         "resnet50", "resnet50d", "resnetaa50", "seresnet50", "ecaresnet50d", "resnext50_32x4d",
         "resnetv2_50", "wide_resnet50_2")},
 }  # fmt: skip
-# In training its result has other strides, so that its own call runs: not fused there.
-REFUSED = {"timm resnetv2_50": [slow, pytest.mark.refused]}
-ALL = [*MODELS, *(pytest.param(name, marks=REFUSED.get(name, slow)) for name in SLOW)]
+ALL = [*MODELS, *(pytest.param(name, marks=slow) for name in SLOW)]
 
 
 def calibrated(model: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_resnet as fr
+from tests.fusion.regions.region_helpers import programs
 from tests.fusion.training.training_helpers import (
     BLOCKS,
     LAST,
@@ -227,6 +228,22 @@ def test_an_output_without_relu_may_be_written():
         y.mul_(2)
         y.sum().backward()
     torch.testing.assert_close(mine[0].weight.grad, conv[0].weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_outputs_that_are_no_sixteens(images):
+    """They are computed with more, which neither strides nor gradients show."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(64, 40, 1), nn.Flatten(1))
+    mine, x, found = fr.fuse(copy.deepcopy(stock)), torch.randn(images, 64, 1, 1), []
+    for model in (mine, stock):
+        y = model(x)
+        y.square().sum().backward()
+        found.append((y.detach(), model[0].weight.grad, model[0].bias.grad))
+        assert y.stride() == (40, 1)
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert len(programs(mine)) == 1
 
 
 @pytest.mark.parametrize("trained", [True, False])
