@@ -429,10 +429,6 @@ std::exception_ptr run_on_openmp(Team& own, int64_t count, Punctuality& punctual
   return error;
 }
 
-}  // namespace
-
-namespace {
-
 // Threads of a region that begins now.
 int64_t threads_of_region() {
   const int64_t wanted = torch::stable::get_num_threads();

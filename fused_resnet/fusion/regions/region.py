@@ -199,9 +199,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         conv -> BN -> (+ residual) -> ReLU,   BN -> (+ residual) -> ReLU,   + residual -> ReLU
 
     and parts of these, wherever torch.fx can trace the forward that calls them. What it cannot
-    trace runs as before, with the modules in it fused. On a CPU, linear layers in float32 run by
-    oneDNN without gradients. Nothing else changes: classes, names, state_dict, parameters, buffers,
-    hooks, training mode, copies, pickles.
+    trace runs as before, with the modules in it fused. On a CPU, large linear layers in float32
+    run by oneDNN without gradients. Nothing else changes: classes, names, state_dict, parameters,
+    buffers, hooks, training mode, copies, pickles.
 
     inplace: changes `model` itself. Otherwise its modules are copied, and the copy shares its
     parameters and buffers, so that an optimizer made before drives both.
