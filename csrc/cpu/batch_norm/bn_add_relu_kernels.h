@@ -233,7 +233,8 @@ void bn_reduce_rows(const BnBackward& bn, int64_t begin, int64_t end, double* __
           V g = memory.load(dy + j);
           const V centred = memory.load(x + j) - load_any<V>(mean + j);
           if (mask_scale)
-            g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j));
+            g = masked_by(g, centred * load_any<V>(mask_scale + j) + load_any<V>(mask_shift + j),
+                          D::zero);
           else if (y)
             g = masked_by(g, memory.load(y + j));
           if (dresidual) memory.store(dresidual + j, g, bn.stream);
@@ -277,7 +278,7 @@ void bn_reduce_planes(const BnBackward& bn, int64_t begin, int64_t end, double* 
       V g = memory.load(dy + i);
       const V centred = memory.keep(memory.load(x + i) - mean);
       if (recompute_mask)
-        g = masked_by(g, centred * mask_scale + mask_shift);
+        g = masked_by(g, centred * mask_scale + mask_shift, D::zero);
       else if (y)
         g = masked_by(g, memory.load(y + i));
       if (dresidual) memory.store(dresidual + i, g, bn.stream);
@@ -320,7 +321,7 @@ void bn_backward(const BnBackward& operands, int64_t begin, int64_t end) {
       V g = memory.load(dy + j);
       const V centred = memory.load(x + j) - mean.at(j);
       if (recompute_mask)
-        g = masked_by(g, centred * mask_scale.at(j) + mask_shift.at(j));
+        g = masked_by(g, centred * mask_scale.at(j) + mask_shift.at(j), D::zero);
       else if (y)
         g = masked_by(g, memory.load(y + j));
       g = (g - g_mean.at(j)) - slope.at(j) * centred;

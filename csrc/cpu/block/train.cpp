@@ -274,8 +274,8 @@ struct Activations {
   void release(size_t j) { z[j].reset(), h[j].reset(); }
 };
 
-// x (N, C, H, W) channels_last, float32 or bfloat16 -> the statistics of every norm, (2, C)
-// float64, the kept z and h except y, then y.
+// x (N, C, H, W) channels_last, float32, bfloat16 or float16 -> the statistics of every norm, (2,
+// C) float64, the kept z and h except y, then y.
 std::vector<Tensor> block_forward(Tensor x, std::vector<Tensor> operands,
                                   std::vector<int64_t> geometry, std::vector<double> eps,
                                   int64_t shortcut, int64_t pad_stride, bool norm_first,

@@ -39,17 +39,17 @@ int64_t superblock_of(const ConvBnRelu& conv, ConvVariant variant) {
                   tiles_of(conv));
 }
 
-// conv for tiles [begin, end). If its x is still bfloat16, that part is widened into thread-local
+// conv for tiles [begin, end). If its x is still in 16 bits, that part is widened into thread-local
 // memory.
-ConvBnRelu widened(const ConvBnRelu& conv, int64_t begin, int64_t end) {
+ConvBnRelu widened(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int64_t end) {
   ConvBnRelu found = conv;
   if (!conv.narrow) return found;
   thread_local std::vector<float> memory;
   const int64_t first = begin * tile_pixels();
   const int64_t count = std::min(end * tile_pixels(), conv.N * conv.P * conv.Q) - first;
   memory.resize(std::max(memory.size(), static_cast<size_t>(count * conv.C)));
-  cpu_kernels().widen(static_cast<const char*>(conv.narrow) + first * conv.C * 2, memory.data(),
-                      count * conv.C);
+  cpu_kernels().widen[variant](static_cast<const char*>(conv.narrow) + first * conv.C * 2,
+                               memory.data(), count * conv.C);
   found.x = memory.data() - first * conv.C;
   return found;
 }
@@ -64,7 +64,7 @@ void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int6
   while (begin < end) {
     const int64_t start = begin / (super * blocks) * super;
     const int64_t length = std::min(super, tiles - start);
-    if (start != prepared_start) prepared = widened(conv, start, start + length);
+    if (start != prepared_start) prepared = widened(conv, variant, start, start + length);
     prepared_start = start;
     const int64_t place = begin - start * blocks;
     const int64_t block = place / length, tile = place % length;
@@ -171,7 +171,7 @@ bool run_direct_with_callback(const ConvBnRelu& conv, ConvVariant variant,
   Split(tiles, 1, kMinTaskTiles).run([&](int64_t task, int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; tile += super) {
       const int64_t stop = std::min(tile + super, end);
-      const ConvBnRelu prepared = widened(conv, tile, stop);
+      const ConvBnRelu prepared = widened(conv, variant, tile, stop);
       for (int64_t block = 0; block < blocks; ++block) kernel(prepared, block, tile, stop);
       report(conv, variant, callback, task, tile * tile_pixels(),
              std::min(stop * tile_pixels(), pixels));
@@ -260,6 +260,7 @@ std::optional<ConvVariant> conv_variant(DtypeIndex dtype) {
   static const BFloat16Dot dot;
   if (!cpu_kernels().conv_bn_relu[kFloat]) return std::nullopt;
   if (dtype == kFloat32) return kFloat;
+  if (dtype == kFloat16) return kHalfWidened;
   if (dtype != kBFloat16) return std::nullopt;
   const int choice = bfloat16_choice.load();
   const bool pairs = choice < 0 ? dot.faster : dot.available && choice == 0;
@@ -435,12 +436,13 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   check(layout.channels_last || C == 1, op, ": x must be channels_last, got strides ",
         strides_of(x), " for shape ", shape_of(x));
   // bfloat16 with float32 weights is computed in float32.
-  const ConvVariant variant = dtype == kFloat32                           ? kFloat
-                              : weight.scalar_type() == ScalarType::Float ? kBFloatWidened
-                                                                          : kBFloatPairs;
+  const ConvVariant variant =
+      dtype == kBFloat16
+          ? (weight.scalar_type() == ScalarType::Float ? kBFloatWidened : kBFloatPairs)
+          : *conv_variant(dtype);
   const int64_t padded = round_up(K, kBlockChannels), pair = variant == kBFloatPairs ? 2 : 1;
-  check((weight.scalar_type() == x.scalar_type() || variant == kBFloatWidened) &&
-            weight.dim() == 1 && is_dense(weight) &&
+  const auto packed_type = variant == kBFloatPairs ? ScalarType::BFloat16 : ScalarType::Float;
+  check(weight.scalar_type() == packed_type && weight.dim() == 1 && is_dense(weight) &&
             weight.numel() == g[kR] * g[kS] * round_up(g[kRun], pair) * round_up(K, 16),
         op, ": weight must be packed in x's dtype or float32 for ", K, " outputs, got ",
         name_of(weight.scalar_type()), " of shape ", shape_of(weight));

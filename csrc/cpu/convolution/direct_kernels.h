@@ -29,8 +29,8 @@ constexpr int kTilePixels = FR_VECTOR_BYTES == 64 ? 7 : 6;
 constexpr int kSums = 64 * kTilePixels;  // of a tile: (pixel, 4, 16) = (pixel, vector, lane)
 
 // How products are computed. D: dtype of the tensors in memory; X: dtype of x and the weights in
-// the multiplication. Widened: for processors whose bfloat16 dot product is missing, or slower than
-// the two float32 multiply-adds it replaces.
+// the multiplication. Widened: where the processor has no dot product of D, or one slower than the
+// two float32 multiply-adds it replaces.
 struct DotFloat32 {
   typedef Float32 D;
   typedef Float32 X;
@@ -43,12 +43,15 @@ struct DotBFloat16 {
   static constexpr int pair = 2;
   static constexpr ConvVariant variant = kBFloatPairs;
 };
+template <typename D_, ConvVariant variant_>
 struct DotWidened {
-  typedef BFloat16 D;
+  typedef D_ D;
   typedef Float32 X;
   static constexpr int pair = 1;
-  static constexpr ConvVariant variant = kBFloatWidened;
+  static constexpr ConvVariant variant = variant_;
 };
+typedef DotWidened<BFloat16, kBFloatWidened> DotWidenedBFloat16;
+typedef DotWidened<Float16, kHalfWidened> DotWidenedFloat16;
 
 // Stores a whole vector. The processor's conversion to bfloat16 is one instruction instead of the
 // six of BFloat16::store; unlike that, it flushes subnormals to zero, as vdpbf16ps does.
@@ -292,11 +295,13 @@ void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) 
   }
 }
 
+template <typename Dot>
 void widen(const void* from, float* to, int64_t n) {
-  const auto* x = static_cast<const uint16_t*>(from);
+  typedef typename Dot::D D;
+  const auto* x = static_cast<const typename D::T*>(from);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store_any(to + i, BFloat16::load(x + i));
-  for (; i < n; ++i) to[i] = BFloat16::get(x + i);
+  for (; i + kLanes <= n; i += kLanes) store_any(to + i, D::load(x + i));
+  for (; i < n; ++i) to[i] = D::get(x + i);
 }
 
 template <typename Dot>

@@ -61,12 +61,12 @@ inline char* aligned(std::vector<char>& memory, int64_t bytes) {
 class Operand {
  public:
   Operand(const Tensor& t, ConvVariant variant) : data_(t.const_data_ptr()) {
-    if (variant != kBFloatWidened) return;
+    if (!is_widened(variant)) return;
     const auto* from = static_cast<const char*>(data_);
     copy_.emplace(t.numel() * 4);
     auto* to = reinterpret_cast<float*>(copy_->data());
     Split(t.numel(), kLineBytes, 65536).run([&](int64_t, int64_t begin, int64_t end) {
-      cpu_kernels().widen(from + begin * 2, to + begin, end - begin);
+      cpu_kernels().widen[variant](from + begin * 2, to + begin, end - begin);
     });
     data_ = to;
   }
@@ -83,7 +83,7 @@ class Source : Operand {
  public:
   Source(ConvBnRelu& conv, const Tensor& x, ConvVariant variant)
       : Operand(x, conv.pointwise ? kFloat : variant) {
-    (conv.pointwise && variant == kBFloatWidened ? conv.narrow : conv.x) = data();
+    (conv.pointwise && is_widened(variant) ? conv.narrow : conv.x) = data();
   }
 };
 

@@ -183,6 +183,7 @@ const char* convolution_reason(DtypeIndex dtype, const std::vector<int64_t>& wei
   const std::optional<ConvVariant> variant = conv_variant(dtype);
   const int64_t K = weight_shape[0], C = weight_shape[1];
   if (!variant) return "no kernel for this dtype on this processor";
+  if (dtype == kFloat16) return "float16 is computed in float32: as fast, and more accurate";
   if (weight_shape[2] * weight_shape[3] > kMaxTaps) return "more than 128 taps";
   if (groups > 1 && K / groups % 16) return "groups whose outputs are not a multiple of 16";
   if (*variant == kBFloatPairs && C % 2 && !reads_rows_of_taps(C, dilation, groups))

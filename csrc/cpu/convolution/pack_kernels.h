@@ -130,6 +130,9 @@ FR_INLINE void pack_16(const ConvPack& p, const AdjacentTaps& adjacent, int64_t 
       transpose(source, p.output_stride, t, 16);
     }
   }
+  if (p.variant == kHalfWidened)
+    for (int64_t i = 0; i < p.taps * 256; i += kLanes)
+      store_any(tile + i, float16_to_float(float_to_float16(load_any<vf>(tile + i))));
   if (p.variant == kBFloatWidened || (p.variant == kBFloatPairs && p.winograd))
     for (int64_t i = 0; i < p.taps * 256; i += kLanes)
       store_any(tile + i, rounded_to_bfloat16(load_any<vf>(tile + i)));

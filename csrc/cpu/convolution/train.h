@@ -25,7 +25,7 @@ enum class Pass { kConvolution, kInputGradient, kWeightGradient };
 const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64_t>& weight_shape,
                             const Sizes& geometry, int64_t groups);
 
-// x, y, dx and dy are channels_last, float32 or bfloat16; weight (K, C, R, S) is float32,
+// x, y, dx and dy are channels_last, float32, bfloat16 or float16; weight (K, C, R, S) is float32,
 // contiguous or channels_last.
 
 // y = convolution(x, weight) + residual

@@ -51,7 +51,8 @@ namespace {
 #else
 #define FR_PAIRS(kernel) nullptr
 #endif
-#define FR_CONV_VARIANTS(kernel) {kernel<DotFloat32>, FR_PAIRS(kernel), kernel<DotWidened>}
+#define FR_WIDENED(kernel) kernel<DotWidenedBFloat16>, kernel<DotWidenedFloat16>
+#define FR_CONV_VARIANTS(kernel) {kernel<DotFloat32>, FR_PAIRS(kernel), FR_WIDENED(kernel)}
 
 extern const CpuKernels kernels;
 const CpuKernels kernels = {
@@ -78,14 +79,14 @@ const CpuKernels kernels = {
     FR_ALL_DTYPES(linear),
 #if FR_VECTOR_BYTES >= 32
     kTilePixels,
-    {gradient_chain(1), gradient_chain(2), gradient_chain(1)},
-    widen,
+    {gradient_chain(1), gradient_chain(2), gradient_chain(1), gradient_chain(1)},
+    {nullptr, nullptr, FR_WIDENED(widen)},
     FR_CONV_VARIANTS(conv_bn_relu),
     conv_pack,
     transpose,
     FR_CONV_VARIANTS(conv_weight_gradient),
     FR_CONV_VARIANTS(weight_gradient_scratch),
-    {narrow_gradient<DotFloat32>, FR_PAIRS(narrow_gradient), nullptr},
+    {narrow_gradient<DotFloat32>, FR_PAIRS(narrow_gradient)},
     narrow_gradient_scratch,
     FR_CONV_VARIANTS(winograd_gradient),
     winograd_gradient_output,
@@ -93,7 +94,7 @@ const CpuKernels kernels = {
     FR_CONV_VARIANTS(conv_bn_relu_winograd),
 #endif
 #if FR_VECTOR_BYTES == 64
-    {conv_winograd_16<DotFloat32>, nullptr, conv_winograd_16<DotWidened>},
+    {conv_winograd_16<DotFloat32>, nullptr, FR_WIDENED(conv_winograd_16)},
     winograd_gradient_16,
 #endif
 };

@@ -80,12 +80,13 @@ struct BnPool {
 };
 
 // How the products of a convolution are computed (cpu/convolution/direct_kernels.h): float32;
-// bfloat16 by the processor's dot product of pairs; bfloat16 in float32.
-enum ConvVariant : int { kFloat = 0, kBFloatPairs = 1, kBFloatWidened = 2 };
-constexpr int kConvVariants = 3;
+// bfloat16 by the processor's dot product of pairs; bfloat16 and float16 in float32.
+enum ConvVariant : int { kFloat, kBFloatPairs, kBFloatWidened, kHalfWidened };
+constexpr int kConvVariants = 4;
+constexpr bool is_widened(ConvVariant v) { return v == kBFloatWidened || v == kHalfWidened; }
 
 // Winograd algorithm F(m x m, 3x3): products per tile of m x m outputs, and the variants that
-// support it. In float32 m = 4 would lose digits; in bfloat16 the dtype's rounding hides that loss,
+// support it. In float32 m = 4 would lose digits; in 16 bits the dtype's rounding hides that loss,
 // and m = 4 needs a quarter of the direct products, m = 2 four ninths.
 constexpr int64_t winograd_products(int64_t m) { return (m + 2) * (m + 2); }
 constexpr bool winograd_supported(ConvVariant variant, int64_t m) {
@@ -127,7 +128,7 @@ struct ConvBnRelu : ConvShape, Epilogue {
   const int64_t* first_channel;  // grouped: first input channel of every 16 outputs, else null
   void* y;                       // (N, P, Q, K) in memory
   const void* zeros;             // C zeros of x's dtype
-  const void* narrow;            // pointwise: bfloat16 x, yet to be widened to x, else null
+  const void* narrow;            // pointwise: 16-bit x, yet to be widened to x, else null
   // Pixels between the images, rows and columns of y (and the residual) inside a larger tensor; all
   // 0 if y is dense.
   int64_t y_image, y_row, y_column;
@@ -238,7 +239,8 @@ struct CpuKernels {
   // Convolutions; null if the instruction set has none.
   int64_t tile_pixels = 0;                     // pixels of a tile; Winograd: tiles of a group
   int64_t gradient_chain[kConvVariants] = {};  // cpu/convolution/weight_gradient_kernels.h
-  void (*widen)(const void* from, float* to, int64_t n) = {};  // bfloat16 -> float32
+  // By ConvVariant, if widened: 16 bits -> float32
+  void (*widen[kConvVariants])(const void* from, float* to, int64_t n) = {};
   // By ConvVariant: y's channels [64 block, 64 block + 64) of the pixels of tiles [begin, end)
   void (*conv_bn_relu[kConvVariants])(const ConvBnRelu&, int64_t block, int64_t begin,
                                       int64_t end) = {};

@@ -97,6 +97,7 @@ struct Dtype {
   typedef A_ A;
   typedef V_ V;
   static constexpr int lanes = FR_VECTOR_BYTES / sizeof(A);
+  static constexpr float zero = 0;  // the largest value of A that is stored as 0
 
   FR_INLINE V load_n(const T* p, int64_t n) {
     T buffer[lanes] = {};
@@ -127,6 +128,7 @@ struct Float64 : Dtype<Float64, double, double, vd> {
 };
 
 struct BFloat16 : Dtype<BFloat16, uint16_t, float, vf> {
+  static constexpr float zero = 0x1p-134f;
   FR_INLINE float get(const uint16_t* p) {
     const uint32_t bits = static_cast<uint32_t>(*p) << 16;
     float value;
@@ -139,6 +141,7 @@ struct BFloat16 : Dtype<BFloat16, uint16_t, float, vf> {
 };
 
 struct Float16 : Dtype<Float16, uint16_t, float, vf> {
+  static constexpr float zero = 0x1p-25f;
   FR_INLINE vf load(const uint16_t* p) { return float16_to_float(load_any<vh>(p)); }
   FR_INLINE void store(uint16_t* p, vf v) { store_any(p, float_to_float16(v)); }
   FR_INLINE void stream(uint16_t* p, vf v) { stream_any(p, float_to_float16(v)); }
@@ -162,15 +165,16 @@ FR_INLINE bool has_nan(vf v) {
   return any != 0;
 }
 
-// dy unless y, the ReLU's output, is <= 0; a NaN in y passes dy, as in torch's threshold_backward.
+// dy unless y, the ReLU's output, is at most `zero`; a NaN in y passes dy, as in torch's
+// threshold_backward. y in the arithmetic's dtype: `zero` is D::zero.
 template <typename V>
-FR_INLINE V masked_by(V dy, V y) {
+FR_INLINE V masked_by(V dy, V y, float zero = 0) {
 #if defined(__x86_64__)
   // Keeps dy in its own register. Merged into one masked load, dy would be loaded only after y has
   // arrived from memory, and memory-bound kernels took 1.5 times as long.
   asm("" : "+v"(dy));
 #endif
-  return y <= 0 ? V{} : dy;
+  return y <= zero ? V{} : dy;
 }
 
 template <typename D>

@@ -179,10 +179,8 @@ class Native(Passes):
     ) -> tuple[NormGradients, NormGradients | None, Tensor | None]:
         masked = masked or other is not None
         x, norm, (stats, *_) = normed
-        # y = relu(norm(x)) without a residual is recomputed from x rather than read. Only in dtypes
-        # whose rounding turns no positive value that occurs into zero.
+        # y = relu(norm(x)) without a residual is recomputed from x rather than read.
         recompute_mask = not has_residual and y is not None and not masked
-        recompute_mask = recompute_mask and x.dtype in (torch.float32, torch.bfloat16)
         y = None if recompute_mask else y
         x2, stats2 = (None, None) if other is None else (other.x, other.state[0])
         sums, g = self._ops.bn_reduce(

@@ -66,7 +66,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("level", LEVELS[1:])
 @pytest.mark.parametrize("kind", KINDS)
 def test_levels_are_bitwise_equal(kind, level, dtype, layout):
@@ -220,7 +220,7 @@ def backbone(kind: str, level: str) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_outside_a_resnet(kind, dtype, layout):
     """At "minimal" each block saves only its input."""

@@ -71,7 +71,7 @@ def agree(got: dict[str, Tensor], want: Any, exact: Any, dy: Tensor) -> None:
 
 @pytest.mark.parametrize("affine", [True, False], ids=["trained affine", "fixed affine"])
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", FIXED)
 def test_against_float64(name, dtype, layout, affine):
     block, x = frozen(name, dtype)
@@ -404,7 +404,7 @@ def test_the_kernel_s_checks():
 
 
 @pytest.mark.parametrize("C", [16, 48, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradient_of_the_epilogue(dtype, C):
     """Exact on integers: masks where y <= 0, not where it is NaN."""
     ops = torch.ops.fused_resnet_native

@@ -19,6 +19,7 @@ from fused_resnet.fusion.training.activation_memory import LEVELS
 from fused_resnet.kernels.cpu.convolution import NativeConv
 from tests.fusion.training.training_helpers import (
     BLOCKS,
+    DTYPES,
     LAST,
     ONE_OP,
     make,
@@ -33,7 +34,7 @@ pytestmark = needs_native
 
 @pytest.mark.pairwise
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_one_op_equals_separate_passes(name, dtype, level, monkeypatch):
     """A block computed by one op each for forward and backward is bitwise equal to its passes."""

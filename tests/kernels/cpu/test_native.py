@@ -349,7 +349,7 @@ def test_narrower_instruction_sets(capability):
 def test_build_info_and_kernels():
     info = native.build_info()
     assert info["compiler"] and info["torch_target_version"] == "2.11"
-    assert set(info["conv_dtypes"]) <= {"float32", "bfloat16"}
+    assert set(info["conv_dtypes"]) <= {"float32", "bfloat16", "float16"}
     on_cpu = [k for k in native.kernels() if k["device"] == "cpu"]
     assert {k["arch"] for k in on_cpu} == {info["cpu_isa"]}
     names = {k["name"] for k in on_cpu}
