@@ -18,7 +18,7 @@ from fused_resnet import layout
 from fused_resnet.dtypes import accumulate_dtype
 from fused_resnet.kernels import cache, registry
 from fused_resnet.kernels.activation import Activation
-from fused_resnet.kernels.problem import convolution
+from fused_resnet.kernels.problem import Problem, convolution
 from fused_resnet.kernels.training.choice import passes_for
 from fused_resnet.kernels.training.native import Native, channels_last
 from fused_resnet.kernels.training.protocol import convolution_gradients
@@ -216,14 +216,13 @@ def _conv_fused(
     relu: bool,
     *geometry: Any,
 ) -> Tensor:
-    dtype = registry.conv_dtype(x.dtype, x.device.type)
     activation = Activation(relu)
-    problem = convolution(weight.shape, dtype, *geometry)  # packed alike for every activation
-    kind = None
-    if dtype is not None and x.numel() > 0:
-        kind = registry.convolution(problem._replace(activation=activation), x.device.type)
-    if kind is None or dtype is None:
+    problem = convolution(weight.shape, None, *geometry)._replace(activation=activation)
+    found = registry.convolutions([problem], x.dtype, x.device.type)
+    if isinstance(found, Problem) or x.numel() == 0:
         return reference()
+    ((problem, kind),) = found
+    dtype, problem = problem.dtype, problem._replace(activation=Activation.RELU)  # packed alike
     conv = cache.cached_convolution(
         kind, problem, weight, vectors.tensors, vectors.fold, *vectors.constants
     )

@@ -45,6 +45,7 @@ EXPERIMENT = "fused_resnet/depth/experiment.py"
 DEPTH_REPORT = "fused_resnet/depth/report.py"
 DEPTH = "tests/depth/test_depth.py"
 CIFAR10, EMPTY = "tests/train/test_cifar10.py", "fused_resnet/kernels/training/empty.py"
+SIXTEEN = "tests/fusion/regions/test_sixteen_bits.py"
 REGISTRY, PROVIDERS = "fused_resnet/kernels/registry.py", "tests/kernels/test_providers.py"
 ONEDNN = "fused_resnet/kernels/cpu/onednn.py"
 ULTRA = "fused_resnet/depth/ultra.py"
@@ -501,7 +502,11 @@ PYTHON = [
     ("a forced backend's problems fall back to all others", REGISTRY, "order[order.index(name) :] if name in order", "order if name in order",
      f"{PROVIDERS} -k fall_back"),
     ("AMX not preferred", REGISTRY, 'tuple(dict.fromkeys(("vendor", *order)))', "order", f"{PROVIDERS} -k amx"),
-    ("16-bit dtypes that no provider supports", REGISTRY, "for compute in (dtype, *wider)", "for compute in (dtype,)", f"{PROVIDERS} -k compute_dtype"),
+    ("16-bit dtypes that no provider supports", REGISTRY, "(dtype, torch.float32) if wider else", "(dtype,) if wider else", f"{PROVIDERS} -k compute_dtype"),
+    ("16 bits: one dtype for all convolutions", REGISTRY, "for compute in compute_dtypes(dtype, device_type):\n        found", "for compute in (conv_dtype(dtype, device_type) or dtype,):\n        found", SIXTEEN),
+    ("16 bits: no conversion between plans", "fused_resnet/fusion/inference/chain.py", "if x.dtype != step.dtype and", "if False and", SIXTEEN),
+    ("16 bits: plans of two dtypes as one op", "fused_resnet/fusion/inference/chain.py", "(plan.one_op is None, plan.dtype)", "(plan.one_op is None, 0)", SIXTEEN),
+    ("16 bits: plans of a wider dtype refused", "fused_resnet/fusion/inference/chain.py", "== self.plans[0].usual_dtype", "== self.plans[0].dtype", SIXTEEN),
     ("no mask in conv_bn_relu's backward", "fused_resnet/ops/conv_bn_relu.py",
      "g = torch.ops.fused_resnet.add_relu_backward(dy, y) if ctx.relu else dy\n    rest",
      "g = dy\n    rest", f"{CONV} -k gradients"),

@@ -45,7 +45,7 @@ class Chain:
             return False
         if x.requires_grad and torch.is_grad_enabled():
             return False
-        same = compute_dtype(x.dtype, x.device.type) == self.plans[0].dtype
+        same = compute_dtype(x.dtype, x.device.type) == self.plans[0].usual_dtype
         return same and weights_fit(x.dtype, self.plans[0].weight)
 
     def run(self, x: Tensor, residual: Tensor | None = None, keep: bool = False) -> Tensor | None:
@@ -97,12 +97,22 @@ def stages_of(plans: Sequence[Plan], shape: Sequence[int]) -> list[_Stage]:
 
 
 def steps_of(plans: Sequence[Plan]) -> list[Plan | Blocks]:
-    """The plans, where the CPU runs consecutive ones by one op, together."""
+    """The plans, where the CPU runs consecutive ones of a dtype by one op, together."""
     steps: list[Plan | Blocks] = []
-    for alone, group in groupby(plans, key=lambda plan: plan.one_op is None):
+    for (alone, _), group in groupby(plans, key=lambda plan: (plan.one_op is None, plan.dtype)):
         consecutive = list(group)
         steps += consecutive if alone else [Blocks(consecutive)]
     return steps
+
+
+def run_steps(steps: Sequence[Plan | Blocks], x: Tensor, owned: bool, writes: bool) -> Tensor:
+    """The steps one after the other for x (N, C, H, W), entered for the first, which may overwrite
+    it if `owned`. writes: whether the others may overwrite copies and results between them."""
+    for step in steps:
+        if x.dtype != step.dtype and not step.takes_any:
+            x, owned = x.to(step.dtype), True
+        x, owned = step.run(x, owned and writes), True
+    return x
 
 
 def run_stages(stages: Sequence[_Stage], x: Tensor, writes: bool = True) -> Tensor:
@@ -117,9 +127,7 @@ def run_stages(stages: Sequence[_Stage], x: Tensor, writes: bool = True) -> Tens
             y, owned = run_stages(before, images, writes), True
         else:
             y, owned = _entered(images, stage.plans[0])
-        for step in stage.steps:
-            y, owned = step.run(y, owned and writes), True
-        parts.append(y)
+        parts.append(run_steps(stage.steps, y, owned, writes))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -25,8 +25,7 @@ def kernels_for(
 ) -> list[tuple[Problem, Kind]] | str:
     """What computes each convolution of the description for an x of `dtype` on `device`, or the
     reason why it cannot be folded and packed now."""
-    conv_dtype = compute_dtype(dtype, device.type)
-    if conv_dtype is None:
+    if compute_dtype(dtype, device.type) is None:
         return f"no fused convolution supports {dtype}"
     backend = registry.choose("conv_bn_relu", device.type)
     if backend == "reference":
@@ -35,7 +34,7 @@ def kernels_for(
     no_blocks = registry.provider(backend, device.type).no_blocks
     if no_blocks is not None:
         return no_blocks
-    norm_dtype, kernels, fits = output_dtype(dtype, device.type), [], None
+    norm_dtype, problems, fits = output_dtype(dtype, device.type), [], None
     units = zip(description.units, description.geometries, description.folds, strict=True)
     for (conv, norm, _), geometry, fold in units:
         weight = conv.weight
@@ -51,11 +50,10 @@ def kernels_for(
         if weight.dtype is not fits and not weights_fit(dtype, weight):
             return f"x is {dtype} and a weight is {weight.dtype}"
         fits = weight.dtype
-        problem = convolution(weight.shape, conv_dtype, *geometry, fold.activation)
-        kind = registry.convolution(problem, device.type)
-        if kind is None:
-            return f"no fused convolution supports a weight of shape {tuple(weight.shape)}"
-        kernels.append((problem, kind))
+        problems.append(convolution(weight.shape, None, *geometry, fold.activation))
+    kernels = registry.convolutions(problems, norm_dtype, device.type)
+    if isinstance(kernels, Problem):
+        return f"no fused convolution supports a weight of shape {kernels.weight_shape}"
     return kernels
 
 
@@ -90,7 +88,7 @@ def plan_of(description: Description, dtype: torch.dtype, device: torch.device) 
         return kernels
     if not guard.has_versions:
         return "weights created in inference mode have no version counter"
-    plan = Plan(description, guard, kernels)
+    plan = Plan(description, guard, kernels, compute_dtype(dtype, device.type))
     # Valid for this call only if FSDP rewrites weights unnoticed, if the packed weights belong to a
     # CUDA graph, or if another thread wrote to the weights meanwhile.
     fsdp = any([FSDP in unit.conv.__dict__ for unit in description.units])

@@ -49,7 +49,8 @@ def _pack(unit: Unit, problem: Problem, kind: Kind) -> FusedConv:
 
 
 class Plan:
-    """One description's folded, packed convolutions in one compute dtype.
+    """One description's folded, packed convolutions in one compute dtype, `dtype`: that of most
+    convolutions of x, `usual_dtype`, or a wider one.
 
     is_cached: whether later calls use it. takes_any: whether `run` accepts x of any layout and
     dtype, not only channels_last of `dtype`. pools: whether it includes the stem's pooling."""
@@ -57,8 +58,13 @@ class Plan:
     is_cached = False
 
     def __init__(
-        self, description: Description, guard: Guard, kernels: Sequence[tuple[Problem, Kind]]
+        self,
+        description: Description,
+        guard: Guard,
+        kernels: Sequence[tuple[Problem, Kind]],
+        usual_dtype: torch.dtype | None,
     ) -> None:
+        self.usual_dtype, self.kernels = usual_dtype, kernels
         self.guard, self.holds, self._description = guard, guard.holds, description
         with to_keep():
             folds = description.folds
@@ -212,13 +218,13 @@ class Blocks:
     """Consecutive plans that the CPU computes by one op."""
 
     def __init__(self, plans: Sequence[Plan]) -> None:
-        self.plans = plans
+        self.plans, self.dtype, self.takes_any = plans, plans[0].dtype, plans[0].takes_any
         lists = zip(*[plan.one_op for plan in plans if plan.one_op is not None], strict=True)
         convs, norms, *rest = (list(chain.from_iterable(parts)) for parts in lists)
         self._operands: list[list[Any]] = [convs + norms, *rest]
 
     def run(self, x: Tensor, owned: bool) -> Tensor:
         """As `Plan.run`, of one after the other."""
-        if self.plans[0].takes_any:
-            x = x.to(self.plans[0].dtype)
+        if self.takes_any:
+            x = x.to(self.dtype)
         return torch.ops.fused_resnet_native.block_inference.default(x, *self._operands, owned)

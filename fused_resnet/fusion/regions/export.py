@@ -16,8 +16,7 @@ from fused_resnet import layout
 from fused_resnet.fusion.call import call_reason
 from fused_resnet.fusion.description import Description
 from fused_resnet.fusion.dtype_rules import output_dtype
-from fused_resnet.fusion.inference.chain import run_stages, stages_of, steps_of
-from fused_resnet.fusion.inference.make import kernels_for
+from fused_resnet.fusion.inference.chain import run_stages, run_steps, stages_of, steps_of
 from fused_resnet.fusion.inference.plan import Plan
 from fused_resnet.kernels import native
 from fused_resnet.kernels.activation import Activation
@@ -139,11 +138,8 @@ def _plan(plan: Plan | None, description: Description | None) -> Plan | None:
     """The plan, with PyTorch's operations for convolutions whose weights no graph can hold."""
     if plan is None or description is None or plan.packed is not None:
         return plan
-    kernels: Any = kernels_for(description, plan.dtype, plan.weight.device)
-    if isinstance(kernels, str):
-        return None
-    chosen = [(p, kind if kind is NativeConv else Composed) for p, kind in kernels]
-    made = Plan(description, plan.guard, chosen)
+    chosen = [(p, kind if kind is NativeConv else Composed) for p, kind in plan.kernels]
+    made = Plan(description, plan.guard, chosen, plan.usual_dtype)
     return None if made.packed is None else made
 
 
@@ -195,8 +191,7 @@ class Packed(nn.Module):
             x = run_stages(stages_of(plans, x.shape), x, writes=False)
         else:
             x = x if plans[0].takes_any else self._entered(x)
-            for step in steps_of(plans):
-                x = step.run(x, False)
+            x = run_steps(steps_of(plans), x, owned=False, writes=False)
         x = x if x.dtype == self._dtype else x.to(self._dtype)
         return x if self._free else x.contiguous(memory_format=memory_format)
 
