@@ -82,6 +82,8 @@ def make_table(name: str, content: dict[str, Any] | None) -> str:
         return fuse_table(content)
     if content is not None and "busy" in content:
         return busy_table(content)
+    if content is not None and "regions" in content:
+        return threads_table(content)
     if content is not None and "compiled" in content:
         return compile_table(content)
     if content is not None and "steps" in content:
@@ -200,6 +202,34 @@ def busy_table(content: dict[str, Any]) -> str:
         f"`{content['path'].name}`."
     )
     header = ["ms per image", "fused", *(f"{name} (fused over it)" for name in names)]
+    return f"{markdown(header, rows)}\n\n{text}\n"
+
+
+def threads_table(content: dict[str, Any]) -> str:
+    """bench_threads.py: ms per call on each pool of threads, and the ratio to our own."""
+    pools = content["pools"]
+    rows = []
+    for case in content["regions"]:
+        ours = case["ms"]["ours"]
+        row = [f"{case['work']}, {case['condition']}", f"{statistics.median(ours):.3g}"]
+        for name in pools:
+            times = case["ms"].get(name)
+            if times is None:
+                row.append("not installed")
+                continue
+            ratio, spread = pair_ratio(times, ours)
+            row.append(f"{statistics.median(times):.3g} ({ratio:.2f} ± {spread / 2:.2f})")
+        rows.append(row)
+    forks = content["after a fork"]
+    answers = {True: "computes", False: "hangs", None: "not installed"}
+    rows.append(["in a forked process", *(answers[forks.get(name)] for name in ("ours", *pools))])
+    header = ["ms per call", "ours", *(f"{name} {pools[name] or ''}" for name in pools)]
+    turns = sorted({len(case["ms"]["ours"]) for case in content["regions"]})
+    text = (
+        f"{processor_name(content['machine'])}, {content['threads']} threads, torch "
+        f"{content['torch']}, {commit(content)}: medians of {turns[0]} to {turns[-1]} turns, in "
+        f"brackets the ratio to ours. From `{content['path'].name}`."
+    )
     return f"{markdown(header, rows)}\n\n{text}\n"
 
 

@@ -13,6 +13,12 @@
 // cores, after one such op: 1.7 of the time). Then they serve, as long as they come in time: each
 // must come once per region before it can end. Beside another process that spins, regions on this
 // library's threads take 0.4 of the time of those on OpenMP's.
+//
+// Why a pool of our own (benchmarks/RESULTS.md, "Threads"): beside another process or a second of
+// its kind ResNet-50 takes 1.4 and 1.8 of the time on OpenMP's threads. On oneTBB's and Taskflow's
+// ResNet-18 takes 1.3 and 1.4 on a quiet machine, about the same on a busy one, and regions of
+// microseconds that share cores 0.7. But wheels would carry a second TBB beside OpenVINO's, or
+// 32,000 lines of Taskflow's headers, and neither supports use after a fork.
 #pragma once
 
 #include "common.h"

@@ -115,7 +115,8 @@ class Worker:
             environment["PYTHONPATH"] = str(folder / f"{name}-package" if name != OURS else ROOT)
             model, batch = work.split(", batch ")
             script = ROOT / "benchmarks/models/bench_busy.py"
-            command = [sys.executable, script, "--worker", "fused", model, batch, "float32"]
+            command: list[str | Path] = [sys.executable, script, "--worker", "fused"]
+            command += [model, batch, "float32"]
         else:
             command = [folder / name, work]
         self.process = subprocess.Popen(
