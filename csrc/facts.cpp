@@ -168,11 +168,11 @@ FUSED_RESNET_API const char* fused_resnet_convolution_reason(const int64_t* weig
 }
 
 // pass: convolution, input_gradient or weight_gradient; geometry: stride, padding and dilation,
-// (height, width) each. Null where a kernel serves.
+// (height, width) each, and groups. Null where a kernel serves.
 FUSED_RESNET_API const char* fused_resnet_training_reason(const char* pass,
                                                           const int64_t* weight_shape,
                                                           const char* dtype,
-                                                          const int64_t* geometry, int64_t groups) {
+                                                          const int64_t* geometry) {
   const int index = fr::dtype_named(dtype);
   if (index == fr::kDtypes) return "no kernel for this dtype";
   const std::string name = pass;
@@ -181,7 +181,7 @@ FUSED_RESNET_API const char* fused_resnet_training_reason(const char* pass,
                                                 : fr::Pass::kWeightGradient;
   return fr::caught([&] {
     return fr::training_reason(which, static_cast<fr::DtypeIndex>(index),
-                               fr::taken(weight_shape, 4), fr::taken(geometry, 6), groups);
+                               fr::taken(weight_shape, 4), fr::taken(geometry, fr::kSizes));
   });
 }
 

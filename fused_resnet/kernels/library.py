@@ -26,7 +26,7 @@ _HOW_TO_BUILD = (
 )
 
 _TEXT, _NUMBERS, _COUNT = ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
-_Two, _Three, _Four, _Six = (ctypes.c_int64 * n for n in (2, 3, 4, 6))
+_Two, _Three, _Four, _Seven = (ctypes.c_int64 * n for n in (2, 3, 4, 7))
 # The C functions: what they return, and what they take.
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "build_info": (_TEXT,),
@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "release_memory": (_COUNT,),
     "conv_passes": (None, _NUMBERS),
     "convolution_reason": (_TEXT, _NUMBERS, _TEXT, _NUMBERS, _COUNT),
-    "training_reason": (_TEXT, _TEXT, _NUMBERS, _TEXT, _NUMBERS, _COUNT),
+    "training_reason": (_TEXT, _TEXT, _NUMBERS, _TEXT, _NUMBERS),
     "widens_bfloat16": (ctypes.c_bool,),
     "widen_bfloat16": (None, ctypes.c_int),
 }
@@ -102,11 +102,10 @@ class Library:
         return None if found is None else found.decode()
 
     def training_reason(
-        self, work: str, weight_shape: Sequence[int], dtype: str, geometry: Sequence[int],
-        groups: int,
-    ) -> str | None:  # fmt: skip
+        self, work: str, weight_shape: Sequence[int], dtype: str, geometry: Sequence[int]
+    ) -> str | None:
         found = self._c.fused_resnet_training_reason(
-            work.encode(), _Four(*weight_shape), dtype.encode(), _Six(*geometry), groups
+            work.encode(), _Four(*weight_shape), dtype.encode(), _Seven(*geometry)
         )
         return None if found is None else found.decode()
 

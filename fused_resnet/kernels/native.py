@@ -137,15 +137,16 @@ def convolution_reason(
 
 
 def training_reason(
-    work: str, weight_shape: Sequence[int], dtype: object, geometry: Sequence[int], groups: int
+    work: str, weight_shape: Sequence[int], dtype: object, geometry: Sequence[int]
 ) -> str | None:
     """Why no CPU kernel computes a pass of a training step ("convolution", "input_gradient" or
     "weight_gradient") of a convolution with weight (K, C / groups, R, S) of tensors of `dtype`, a
-    torch.dtype; None if one does. geometry: stride, padding and dilation, (height, width) each."""
+    torch.dtype; None if one does. geometry: stride, padding and dilation, (height, width) each, and
+    groups."""
     loaded, missing = _loaded()
     if loaded is None:
         return missing
-    return loaded.training_reason(work, weight_shape, str(dtype)[6:], geometry, groups)
+    return loaded.training_reason(work, weight_shape, str(dtype)[6:], geometry)
 
 
 def widens_bfloat16() -> bool:

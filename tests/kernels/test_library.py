@@ -189,7 +189,7 @@ def test_the_answers_pass_no_dispatcher():
     with pytest.raises(IndexError):
         loaded.convolution_reason((32, 32, 3, 3, 1), "float32", (1, 1), 1)
     # An exception of the C++ code is a reason, not the end of the process.
-    broken = loaded.training_reason("convolution", (32, 32, 3, 3), "float32", (0,) * 6, 1)
+    broken = loaded.training_reason("convolution", (32, 32, 3, 3), "float32", (0,) * 7)
     assert broken is None or isinstance(broken, str)
 
 

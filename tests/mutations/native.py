@@ -18,6 +18,7 @@ THREADS_TEST = "tests/kernels/cpu/test_threads.py"
 HEAD = "tests/kernels/cpu/test_head.py"
 SUMS = "tests/kernels/cpu/test_gradient_sums.py"
 STATISTICS = f"{CONVOLUTIONS} -k statistics"
+GROUPS = f"{CONVOLUTIONS} -k groups"
 CONTIGUOUS = f"{CONVOLUTIONS} -k contiguous_weights"
 
 CPP = [
@@ -50,6 +51,19 @@ CPP = [
      "mean.data() + n * C * acc, C,", "mean.data(), C,", HEAD),
     ("one op: the stem's pooling left out", "csrc/cpu/block/inference.cpp", "if (block[kKernel])",
      "if (false)", "tests/models/test_resnet.py -k 'as_accurate and resnet50'"),
+    ("groups: all of a merged one's weights in one block", "csrc/cpu/convolution/groups.cpp",
+     "k * taps * run + k / outputs % c.merged * C;", "k * taps * run;", GROUPS),
+    ("groups: one block of a merged one's gradient", "csrc/cpu/convolution/groups.cpp",
+     "* run + k / outputs % c.merged * C, C,", "* run, C,", GROUPS),
+    ("groups: all read the first one's inputs", "csrc/cpu/convolution/groups.cpp",
+     "found[k / 16] = k / outputs * inputs;", "found[k / 16] = 0;", GROUPS),
+    ("groups: an input gradient by the first one's weights", "csrc/cpu/convolution/pack_kernels.h",
+     "weight + group * p.group_stride + output", "weight + output", GROUPS),
+    ("groups: other groups' infinities in a sum", "csrc/cpu/convolution/direct_kernels.h",
+     "if (c.merged > 1 && __builtin_expect", "if (false && __builtin_expect",
+     f"{CONVOLUTIONS} -k non_finite"),
+    ("groups: a gradient by the first one's dy", "csrc/cpu/convolution/weight_gradient_kernels.h",
+     "if (c == group * inputs)", "if (c == c_begin)", GROUPS),
     ("training: taps not reversed", "csrc/cpu/convolution/train.cpp",
      "transposed ? taps - 1 - tap : tap", "tap", CONVOLUTIONS),
     ("epilogue: scale absent without a scale", "csrc/cpu/convolution/train.cpp",

@@ -47,8 +47,8 @@ Tensor padded(const Tensor& x, int64_t channels, int64_t stride) {
 namespace {
 
 struct Conv {
-  Tensor weight;   // (K, C, R, S) float32, contiguous or channels_last
-  Sizes geometry;  // stride, padding, dilation
+  Tensor weight;  // (K, C / groups, R, S) float32, contiguous or channels_last
+  Sizes geometry;
 
   Tensor run(const Tensor& x, const std::optional<Tensor>& residual = {}) const {
     return convolution(x, weight, residual, geometry);
@@ -154,8 +154,8 @@ Tensor readable(const Tensor& weight) {
 }
 
 // A block without its activations, from the ops' arguments. operands: weight, norm weight and norm
-// bias of every convolution, or only the weight for a convolution without a norm. geometry: stride,
-// padding and dilation, (height, width) each, of every convolution. The shortcut's come last. keep:
+// bias of every convolution, or only the weight for a convolution without a norm. geometry: the
+// Sizes of every convolution. The shortcut's come last. keep:
 // 1 for z of every norm, then for h of the residual branch's, where they are saved for backward.
 struct Block {
   std::vector<Conv> convs;
@@ -172,10 +172,10 @@ struct Block {
         pad_stride(pad_stride),
         norm_first(norm_first),
         shared(shared) {
-    const size_t n = geometry.size() / 6;
+    const size_t n = geometry.size() / kSizes;
     check(kind >= kNone && kind <= kPad, op, ": no such shortcut: ", kind);
     main = n - (shortcut == kProjection ? 1 : 0);
-    check(geometry.size() % 6 == 0 && main >= 1 && n <= 64 &&
+    check(geometry.size() % kSizes == 0 && main >= 1 && n <= 64 &&
               eps.size() == (norm_first ? main : n) && operands.size() == n + 2 * eps.size() &&
               (norm_first || !shared),
           op, ": got ", operands.size(), " operands, ", geometry.size(), " sizes and ", eps.size(),
@@ -183,8 +183,8 @@ struct Block {
     check(keep.size() == eps.size() + main, op, ": keep must have ", eps.size() + main,
           " values, got ", keep.size());
     for (size_t i = 0; i < n; ++i) {
-      const auto sizes = geometry.begin() + static_cast<int64_t>(6 * i);
-      convs.push_back({readable(operands[3 * i]), {sizes, sizes + 6}});
+      const auto sizes = geometry.begin() + static_cast<int64_t>(kSizes * i);
+      convs.push_back({readable(operands[3 * i]), {sizes, sizes + kSizes}});
       if (i < eps.size()) norms.push_back({operands[3 * i + 1], operands[3 * i + 2], eps[i]});
     }
   }

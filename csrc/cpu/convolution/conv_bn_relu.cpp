@@ -289,7 +289,7 @@ int64_t winograd_tile(const ConvShape& c, ConvVariant variant,
 
 int64_t largest_winograd_tile(const ConvShape& c, ConvVariant variant, int64_t max_weights_4) {
   const int64_t strides = c.stride_h * c.stride_w, weights = c.C * c.K;
-  if (c.R != 3 || c.S != 3 || strides != 1 || c.C % 16 || c.K % 16) return 0;
+  if (c.R != 3 || c.S != 3 || strides != 1 || c.C % 16 || c.K % 16 || c.grouped()) return 0;
   const bool wide = c.C >= 64 && c.K >= 64 && weights <= max_weights_4;
   if (wide && winograd_supported(variant, 4)) return 4;
   const bool dilated = c.dilation_h * c.dilation_w > 1;

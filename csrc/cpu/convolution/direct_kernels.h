@@ -221,6 +221,44 @@ FR_INLINE void sum_chains(const char* weight, const char* const* pixel, const ui
   }
 }
 
+// Computes again the sums of `count` pixels and 16 outputs from k on that are non-finite, without
+// the zeros between merged groups: 0 * Inf is NaN, and the other groups' inputs are no operands.
+// weight: of these outputs; channel: bytes from a pixel to the first input of the merged groups.
+template <typename Dot>
+void sum_own_groups(const ConvBnRelu& c, const char* weight, const char* const* pixel,
+                    const uint8_t* tap, int64_t taps, int64_t k, int64_t channel, int64_t count,
+                    float* sum) {
+  typedef typename Dot::X X;
+  constexpr int64_t pair = Dot::pair;
+  const auto* weights = reinterpret_cast<const typename X::T*>(weight);
+  const int64_t inputs = c.run / c.merged, outputs = c.K / (c.groups * c.merged);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      float& result = sum[64 * i + lane];
+      if (__builtin_isfinite(result)) continue;
+      const int64_t begin = (k + lane) / outputs % c.merged * inputs;
+      result = 0;
+      for (int64_t t = 0; t < taps; ++t) {
+        const auto* x = reinterpret_cast<const typename X::T*>(pixel[kTilePixels * t + i]);
+        if (!x) continue;
+        for (int64_t j = begin; j < begin + inputs; ++j) {
+          const int64_t at = ((tap[t] * c.run + j) / pair * 16 + lane) * pair + j % pair;
+          result +=
+              X::get(x + channel / static_cast<int64_t>(sizeof(*x)) + j) * X::get(weights + at);
+        }
+      }
+    }
+}
+
+// Whether the first 16 outputs of all pixels' sums are finite.
+FR_INLINE bool has_finite_sums(const float* sum, int64_t count) {
+  vf finite = {};
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < 16; j += kLanes)
+      finite += load_any<vf>(sum + 64 * i + j) * 0;  // 0, or NaN
+  return !has_nan(finite);
+}
+
 // A block of channels of pixels [first, first + count), count at most kTilePixels, whose indices in
 // y are `y_pixel`.
 template <typename Dot, int vectors>
@@ -247,9 +285,12 @@ FR_INLINE void conv_pixels(const ConvBnRelu& c, int64_t block, int64_t first, in
     }
   if (c.first_channel) {
     for (int v = 0; v < vectors; ++v) {
-      const int64_t channel = c.first_channel[block * 4 + v];
-      sum_chains<Dot, 1>(weight + v * vector_bytes, pixel, tap, taps, steps, single,
-                         channel * static_cast<int64_t>(sizeof(typename Dot::X::T)), fetch, sum);
+      const int64_t channel =
+          c.first_channel[block * 4 + v] * static_cast<int64_t>(sizeof(typename Dot::X::T));
+      const char* own = weight + v * vector_bytes;
+      sum_chains<Dot, 1>(own, pixel, tap, taps, steps, single, channel, fetch, sum);
+      if (c.merged > 1 && __builtin_expect(!has_finite_sums(sum, count), 0))
+        sum_own_groups<Dot>(c, own, pixel, tap, taps, k + v * 16, channel, count, sum);
       finish<Dot, 1>(c, sum, k + v * 16, y_pixel, count);
     }
   } else {

@@ -8,6 +8,7 @@
 //
 // Bytes: dy read once per phase, from cache if a thread's share fits; dx (and `added`) once: pixels
 // are whole cache lines, so skipping the neighbours costs nothing.
+#include "cpu/convolution/groups.h"
 #include "cpu/convolution/host.h"
 #include "cpu/convolution/train.h"
 #include "cpu/memory_pool.h"
@@ -45,7 +46,8 @@ void clear(char* dx, int64_t bytes, const ConvShape& c, const Phase& rows, const
 
 Tensor strided_input_gradient(const ConvShape& c, const Tensor& dy, const Tensor& weight,
                               const std::optional<Tensor>& added) {
-  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
+  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right, groups,
+               merged] = c;
   Tensor dx = added ? *added : pooled_channels_last(N, C, H, W, dy.scalar_type());
   if (dx.numel() == 0) return dx;
   const ConvVariant variant = *conv_variant(dtype_index("input_gradient", "dy", dy));
@@ -54,11 +56,13 @@ Tensor strided_input_gradient(const ConvShape& c, const Tensor& dy, const Tensor
   const Operand source(dy, variant);
   auto* dx_ptr = static_cast<char*>(dx.mutable_data_ptr());
 
-  // Per tap, K * C weights in the order in which the phases read them.
-  const Scratch packed(R * S * K * C * operand_size);
+  // Per tap, K * C / groups weights in the order in which the phases read them.
+  const int64_t tap_weights = K * C / groups;
+  const Scratch packed(R * S * tap_weights * operand_size);
   const std::vector<char> zeros(static_cast<size_t>(K * operand_size), 0);
   std::vector<ConvPack> packs;
   std::vector<ConvBnRelu> convs;
+  std::vector<int64_t> first_channel;
   int64_t taps_before = 0;
   for (int64_t a = 0; a < stride_h; ++a)
     for (int64_t b = 0; b < stride_w; ++b) {
@@ -69,8 +73,8 @@ Tensor strided_input_gradient(const ConvShape& c, const Tensor& dy, const Tensor
         continue;
       }
       ConvPack& pack = packs.emplace_back();
-      const int64_t tap_stride = read_weight(pack, weight, true);
-      pack.direct = packed.data() + taps_before * K * C * operand_size;
+      const int64_t tap_stride = read_weight(pack, c, weight, true);
+      pack.direct = packed.data() + taps_before * tap_weights * operand_size;
       pack.taps = rows.taps * columns.taps;
       for (int64_t r = 0; r < rows.taps; ++r)
         for (int64_t s = 0; s < columns.taps; ++s)
@@ -85,8 +89,11 @@ Tensor strided_input_gradient(const ConvShape& c, const Tensor& dy, const Tensor
       if (added) conv.residual = conv.y;
       static_cast<ConvShape&>(conv) = {
           N, K, P,        Q,           C, rows.size, columns.size, rows.taps, columns.taps,
-          1, 1, rows.pad, columns.pad, 1, 1};
-      conv.run = K, conv.y_image = H * W, conv.y_row = stride_h * W, conv.y_column = stride_w;
+          1, 1, rows.pad, columns.pad, 1, 1,         groups,       merged};
+      if (first_channel.empty()) first_channel = first_channels(conv);
+      if (c.grouped()) conv.first_channel = first_channel.data();
+      conv.run = K / groups, conv.y_image = H * W, conv.y_row = stride_h * W,
+      conv.y_column = stride_w;
     }
   Split(C / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
     for (const ConvPack& pack : packs) cpu_kernels().conv_pack(pack, begin, end);

@@ -1,7 +1,7 @@
 // Packs convolution weights as cpu/convolution/direct_kernels.h and
 // cpu/convolution/winograd_kernels.h read them, at every training step. weight, (K, R, S, C) or
 // (K, C, R, S) in memory, is packed as it is or, for the input gradient, with inputs and outputs
-// swapped; all or some of its taps, in any order.
+// swapped in each group; all or some of its taps, in any order.
 //
 // A tile of 16 outputs by 16 inputs of every tap is rearranged into vectors of outputs (a copy if
 // outputs are contiguous in memory, else a transposition in registers), then written in the
@@ -114,9 +114,13 @@ FR_INLINE void pack_16(const ConvPack& p, const AdjacentTaps& adjacent, int64_t 
                        float* tile) {
   const int64_t K = p.outputs, C = p.inputs;
   const auto* weight = static_cast<const float*>(p.weight);
-  const int64_t block = v / 4, left = K / 16 - block * 4, vectors = left < 4 ? left : 4;
-  const int64_t first = block * 64 * C;  // of this block, in elements of one tap
-  const float* first_tap = weight + v * 16 * p.output_stride + c * p.input_stride;
+  const int64_t block = v / p.block_vectors, left = K / 16 - block * p.block_vectors;
+  const int64_t vectors = left < p.block_vectors ? left : p.block_vectors;
+  const int64_t place = v % p.block_vectors;
+  const int64_t first = block * p.block_vectors * 16 * C;  // of this block, in elements of one tap
+  const int64_t group = v * 16 / p.group_outputs, output = v * 16 - group * p.group_outputs;
+  const float* first_tap =
+      weight + group * p.group_stride + output * p.output_stride + c * p.input_stride;
   if (p.adjacent_taps) load_adjacent_taps(p, adjacent, first_tap, tile);
   for (int64_t tap = 0; tap < (p.adjacent_taps ? 0 : p.taps); ++tap) {
     const float* source = first_tap + p.tap_offset[tap];
@@ -139,13 +143,13 @@ FR_INLINE void pack_16(const ConvPack& p, const AdjacentTaps& adjacent, int64_t 
   if (p.direct && p.variant != kBFloatPairs) {
     for (int64_t tap = 0; tap < p.taps; ++tap) {
       auto* out =
-          static_cast<float*>(p.direct) + first * p.taps + ((tap * C + c) * vectors + v % 4) * 16;
+          static_cast<float*>(p.direct) + first * p.taps + ((tap * C + c) * vectors + place) * 16;
       for (int64_t i = 0; i < 16; ++i) copy_16(tile + (tap * 16 + i) * 16, out + i * vectors * 16);
     }
   } else if (p.direct) {
     for (int64_t tap = 0; tap < p.taps; ++tap) {
       auto* out = static_cast<uint16_t*>(p.direct) + first * p.taps +
-                  ((tap * C + c) / 2 * vectors + v % 4) * 32;
+                  ((tap * C + c) / 2 * vectors + place) * 32;
       for (int64_t i = 0; i < 8; ++i)
         for (int64_t j = 0; j < 16; j += kLanes) {
           const float* pair = tile + (tap * 16 + 2 * i) * 16 + j;
@@ -155,7 +159,7 @@ FR_INLINE void pack_16(const ConvPack& p, const AdjacentTaps& adjacent, int64_t 
     }
   }
   if (p.winograd) {
-    auto* out = static_cast<float*>(p.winograd) + (c * vectors + v % 4) * 16;
+    auto* out = static_cast<float*>(p.winograd) + (c * vectors + place) * 16;
     if (p.winograd_tile == 2)
       pack_winograd<2>(tile, C, vectors, out + first * winograd_products(2));
     else

@@ -5,6 +5,7 @@
 
 #include "cpu/batch_norm/passes.h"
 #include "cpu/batch_norm/statistics.h"
+#include "cpu/convolution/groups.h"
 #include "cpu/convolution/host.h"
 #include "cpu/memory_pool.h"
 
@@ -23,8 +24,8 @@ std::optional<ConvShape> turned(const ConvShape& c) {
   const int64_t down = c.dilation_h * (c.R - 1) - c.pad_h;
   const int64_t right = c.dilation_w * (c.S - 1) - c.pad_w;
   if (c.stride_h * c.stride_w != 1 || down < 0 || right < 0) return std::nullopt;
-  return ConvShape{c.N, c.K, c.P, c.Q,  c.C,   c.H,          c.W,         c.R,
-                   c.S, 1,   1,   down, right, c.dilation_h, c.dilation_w};
+  return ConvShape{c.N, c.K, c.P,  c.Q,   c.C,          c.H,          c.W,      c.R,     c.S,
+                   1,   1,   down, right, c.dilation_h, c.dilation_w, c.groups, c.merged};
 }
 
 std::vector<int64_t> sizes_of(const Tensor& weight) {
@@ -39,37 +40,37 @@ void check_operands(const char* op, Pass pass, const char* name, const Tensor& t
   check(layout.channels_last, op, ": ", name, " must be channels_last, got strides ", strides_of(t),
         " for shape ", shape_of(t));
   check(weight.dim() == 4 && weight.scalar_type() == ScalarType::Float, op,
-        ": weight must be float32 of shape (K, C, R, S), got ", name_of(weight.scalar_type()),
-        " of shape ", shape_of(weight));
-  const int64_t C = weight.size(1);
+        ": weight must be float32 of shape (K, C / groups, R, S), got ",
+        name_of(weight.scalar_type()), " of shape ", shape_of(weight));
   check(has_kernel_layout(weight), op, ": weight must be contiguous or channels_last, got strides ",
         strides_of(weight));
-  const int64_t channels = pass == Pass::kConvolution ? C : weight.size(0);
+  const ConvShape c = conv_shape(op, 0, 0, 0, sizes_of(weight), geometry);
+  const int64_t channels = pass == Pass::kConvolution ? c.C : c.K;
   check(layout.C == channels, op, ": ", name, " must have ", channels, " channels, got ", layout.C);
-  conv_shape(op, 0, 0, 0, sizes_of(weight), geometry);  // checks geometry
-  const char* reason = training_reason(pass, dtype, sizes_of(weight), geometry, 1);
+  const char* reason = training_reason(pass, dtype, sizes_of(weight), geometry);
   check(!reason, op, ": ", reason ? reason : "", ", got ", name_of(t.scalar_type()), " ", name,
         " and weight of shape ", shape_of(weight));
 }
 
-// The checked operands of an input gradient.
-ConvShape input_gradient_of(const char* op, const Tensor& dy, const Tensor& weight, int64_t H,
-                            int64_t W, const Sizes& geometry) {
+// The checked operands of an input gradient; weight becomes that of the merged groups.
+ConvShape input_gradient_of(const char* op, const Tensor& dy, Tensor& weight, int64_t H, int64_t W,
+                            const Sizes& geometry) {
   check_operands(op, Pass::kInputGradient, "dy", dy, weight, geometry);
   const ConvShape c = conv_shape(op, dy.size(0), H, W, sizes_of(weight), geometry);
   check(dy.size(2) == c.P && dy.size(3) == c.Q, op, ": dy of shape ", shape_of(dy),
         " does not match a ", H, " x ", W, " image convolved with weight ", shape_of(weight));
   ++conv_passes().input_gradients;
+  weight = merged_weight(c, weight);
   return c;
 }
 
-// The checked operands of a convolution.
-ConvShape convolution_of(const char* op, const Tensor& x, const Tensor& weight,
-                         const Sizes& geometry) {
+// The checked operands of a convolution; weight becomes that of the merged groups.
+ConvShape convolution_of(const char* op, const Tensor& x, Tensor& weight, const Sizes& geometry) {
   check_operands(op, Pass::kConvolution, "x", x, weight, geometry);
   const ConvShape c = conv_shape(op, x.size(0), x.size(2), x.size(3), sizes_of(weight), geometry);
   check(c.P > 0 && c.Q > 0, op, ": x of size ", c.H, " x ", c.W, " is smaller than the kernel");
   ++conv_passes().convolutions;
+  weight = merged_weight(c, weight);
   return c;
 }
 
@@ -110,8 +111,9 @@ struct Convolved {
 Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bool transposed,
                    const std::optional<Tensor>& added, const TileCallback& callback = {},
                    const Epilogue& epilogue = {}) {
-  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = c;
-  const int64_t taps = R * S;
+  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right, groups,
+               merged] = c;
+  const int64_t taps = R * S, run = C / groups;
   const bool overwrite = transposed && added;
   if (added) check_added("convolution", transposed ? "added" : "residual", *added, x, K, P, Q);
   Tensor y = overwrite ? *added : pooled_channels_last(N, K, P, Q, x.scalar_type());
@@ -120,22 +122,24 @@ Convolved convolve(const ConvShape& c, const Tensor& x, const Tensor& weight, bo
   ConvBnRelu conv{};
   static_cast<ConvShape&>(conv) = c;
   static_cast<Epilogue&>(conv) = epilogue;
-  conv.run = C;
+  const std::vector<int64_t> first_channel = first_channels(c);
+  if (c.grouped()) conv.first_channel = first_channel.data();
+  conv.run = run;
   conv.pointwise = taps * stride_h * stride_w == 1 && pad_h == 0 && pad_w == 0;
   const int64_t size = operand_bytes(variant);
 
   conv.winograd_tile = winograd_tile_of_step(conv, variant, kMaxWinogradWeights4);
   const bool winograd = conv.winograd_tile > 0;
   ConvPack pack{};
-  const int64_t tap_stride = read_weight(pack, weight, transposed);
+  const int64_t tap_stride = read_weight(pack, c, weight, transposed);
   for (int64_t tap = 0; tap < taps; ++tap)
     pack.tap_offset[tap] = (transposed ? taps - 1 - tap : tap) * tap_stride;
   pack.variant = variant;
   pack.winograd_tile = conv.winograd_tile;
   std::optional<Scratch> packed, packed_winograd;
   const auto pack_for = [&](bool direct, bool by_winograd) {
-    if (direct) packed.emplace(K * C * taps * size);
-    if (by_winograd) packed_winograd.emplace(winograd_products(conv.winograd_tile) * K * C * 4);
+    if (direct) packed.emplace(K * run * taps * size);
+    if (by_winograd) packed_winograd.emplace(winograd_products(conv.winograd_tile) * K * run * 4);
     pack.direct = direct ? packed->data() : nullptr;
     pack.winograd = by_winograd ? packed_winograd->data() : nullptr;
     Split(K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
@@ -180,12 +184,17 @@ bool has_kernel_layout(const Tensor& weight) {
   return is_dense(weight) && (strides_are(1, S * C, C) || strides_are(R * S, S, 1));
 }
 
-int64_t read_weight(ConvPack& pack, const Tensor& weight, bool transposed) {
+int64_t read_weight(ConvPack& pack, const ConvShape& c, const Tensor& weight, bool transposed) {
   const int64_t K = weight.size(0), C = weight.size(1), taps = weight.size(2) * weight.size(3);
+  const int64_t group_K = K / c.groups;
   const bool adjacent = taps > 1 && weight.stride(1) != 1;
   const int64_t channel = adjacent ? taps : 1;
   pack.weight = weight.const_data_ptr();
-  pack.outputs = transposed ? C : K, pack.inputs = transposed ? K : C, pack.taps = taps;
+  pack.outputs = transposed ? C * c.groups : K, pack.inputs = transposed ? group_K : C;
+  pack.group_outputs = transposed ? C : group_K, pack.group_stride = group_K * taps * C;
+  // With groups, the kernel computes one vector at a time, so each is a block of its own.
+  pack.block_vectors = c.grouped() ? 1 : kBlockChannels / 16;
+  pack.taps = taps;
   pack.output_stride = transposed ? channel : taps * C;
   pack.input_stride = transposed ? taps * C : channel;
   pack.adjacent_taps = adjacent ? taps : 0;
@@ -195,20 +204,26 @@ int64_t read_weight(ConvPack& pack, const Tensor& weight, bool transposed) {
 
 ConvShape conv_shape(const char* op, int64_t N, int64_t H, int64_t W,
                      const std::vector<int64_t>& weight_shape, const Sizes& g) {
-  check(g.size() == 6, op, ": geometry must be stride, padding and dilation, two values each, got ",
+  check(g.size() == kSizes, op,
+        ": geometry must be stride, padding and dilation, two values each, and groups, got ",
         g.size(), " values");
-  const int64_t R = weight_shape[2], S = weight_shape[3];
+  const int64_t K = weight_shape[0], C = weight_shape[1], R = weight_shape[2], S = weight_shape[3];
+  const int64_t groups = g[6];
+  check(groups > 0 && K % groups == 0, op, ": geometry must have groups that divide ", K,
+        " outputs, got ", groups);
   const int64_t P = out_size(H, R, g[0], g[2], g[4]), Q = out_size(W, S, g[1], g[3], g[5]);
-  return {N,   weight_shape[1], H, W, weight_shape[0], P, Q, R, S, g[0], g[1], g[2], g[3], g[4],
-          g[5]};
+  const int64_t merged = groups_to_merge(K / groups, C, groups);
+  return {N,    C * groups,      H,     W, K, P, Q, R, S, g[0], g[1], g[2], g[3], g[4],
+          g[5], groups / merged, merged};
 }
 
 const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64_t>& weight_shape,
-                            const Sizes& geometry, int64_t groups) {
+                            const Sizes& geometry) {
   const ConvShape c = conv_shape("training_reason", 0, 0, 0, weight_shape, geometry);
   const bool dilated = c.dilation_h * c.dilation_w != 1;
   if (!conv_supported(dtype)) return "no kernel for this dtype on this processor";
-  if (groups != 1) return "no kernel for groups";
+  if (c.groups > 1 && (c.C / c.groups % 16 || c.K / c.groups % 16))
+    return "no kernel for groups of which not even four together have multiples of 16 channels";
   if (c.K % 16) return "channels must be multiples of 16";
   if (pass == Pass::kWeightGradient && c.C < 16) {
     // The kernel of cpu/convolution/weight_gradient_narrow_kernels.h

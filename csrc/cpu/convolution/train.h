@@ -15,18 +15,19 @@ struct ConvPasses {
 };
 ConvPasses& conv_passes();
 
-// Of a convolution: stride, padding and dilation in pixels, each (height, width): (6,).
+// Of a convolution: stride, padding and dilation in pixels, each (height, width), and groups.
 using Sizes = std::vector<int64_t>;
+constexpr size_t kSizes = 7;
 
 enum class Pass { kConvolution, kInputGradient, kWeightGradient };
 
 // Why no kernel computes this pass of a convolution with weight (K, C / groups, R, S) for tensors
 // of this dtype; nullptr if one does.
 const char* training_reason(Pass pass, DtypeIndex dtype, const std::vector<int64_t>& weight_shape,
-                            const Sizes& geometry, int64_t groups);
+                            const Sizes& geometry);
 
-// x, y, dx and dy are channels_last, float32, bfloat16 or float16; weight (K, C, R, S) is float32,
-// contiguous or channels_last.
+// x, y, dx and dy are channels_last, float32, bfloat16 or float16; weight (K, C / groups, R, S) is
+// float32, contiguous or channels_last.
 
 // y = convolution(x, weight) + residual
 Tensor convolution(Tensor x, Tensor weight, std::optional<Tensor> residual, Sizes geometry);
@@ -57,7 +58,8 @@ std::tuple<Tensor, Tensor> input_gradient_and_sums(Tensor dy, Tensor weight, Siz
                                                    std::optional<Tensor> norm_weight,
                                                    std::optional<Tensor> norm_bias, double eps);
 
-// dy (N, K, P, Q), x (N, C, H, W) -> dweight (K, C, R, S) float32, channels_last or `contiguous`
+// dy (N, K, P, Q), x (N, C, H, W) -> dweight (K, C / groups, R, S) float32, channels_last or
+// `contiguous`
 Tensor weight_gradient(Tensor dy, Tensor x, int64_t R, int64_t S, Sizes geometry, bool contiguous);
 
 // The same where the convolution's input is relu(norm(x)) with stats (2, C) float64, norm_weight
@@ -66,19 +68,21 @@ Tensor weight_gradient_of_normed(Tensor dy, Tensor x, int64_t R, int64_t S, Size
                                  Tensor stats, Tensor norm_weight, Tensor norm_bias, double eps,
                                  bool contiguous);
 
-// Whether the passes read weight (K, C, R, S) as it lies in memory.
+// Whether the passes read weight (K, C / groups, R, S) as it lies in memory.
 bool has_kernel_layout(const Tensor& weight);
 
-// Describes weight (K, C, R, S) and its strides to `pack`, with inputs and outputs swapped if
-// `transposed`. Returns the stride from tap to tap.
-int64_t read_weight(ConvPack& pack, const Tensor& weight, bool transposed);
+// Describes weight (K, C / groups, R, S), of merged groups, and its strides to `pack`, with inputs
+// and outputs swapped in each group if `transposed`. c: the convolution that reads it. Returns the
+// stride from tap to tap.
+int64_t read_weight(ConvPack& pack, const ConvShape& c, const Tensor& weight, bool transposed);
 
-// The sizes of a convolution of x (N, C, H, W) with weight (K, C, R, S).
+// The sizes of a convolution of x (N, C, H, W) with weight (K, C / groups, R, S), with its groups
+// merged where the kernels need it.
 ConvShape conv_shape(const char* op, int64_t N, int64_t H, int64_t W,
                      const std::vector<int64_t>& weight_shape, const Sizes& geometry);
 
-// `input_gradient` of a convolution without dilation, of any stride and padding; operands are not
-// checked.
+// `input_gradient` of a convolution without dilation, of any stride and padding, with the weight of
+// merged groups; operands are not checked.
 Tensor strided_input_gradient(const ConvShape& c, const Tensor& dy, const Tensor& weight,
                               const std::optional<Tensor>& added);
 

@@ -3,6 +3,7 @@
 // cpu/convolution/weight_gradient_winograd_kernels.h.
 #include "cpu/batch_norm/passes.h"
 #include "cpu/batch_norm/statistics.h"
+#include "cpu/convolution/groups.h"
 #include "cpu/convolution/host.h"
 #include "cpu/convolution/train.h"
 #include "cpu/memory_pool.h"
@@ -39,17 +40,18 @@ void sum_over_rows(int64_t rows, int64_t count, float* out, const Body& body) {
   });
 }
 
-// Whether to split outputs over threads, each of which lays out all of x; else rows are split, and
-// the threads' sums added up.
+// Whether to split outputs over threads, each of which lays out (of groups: recomputes) all of x;
+// else rows are split, and the threads' sums added up.
 bool splits_outputs(const WeightGradient& g, int64_t outputs) {
-  return g.pixels < 3 * outputs * g.R * g.S;
+  return g.pixels * g.groups < 3 * outputs * g.R * g.S;
 }
 
-// out (K, R, S, C) float32 <- the weight gradient, over all rows and outputs
+// out (K, R, S, C / groups) float32 <- the weight gradient, over all rows and outputs
 void sum_weight_gradient(const WeightGradient& g, ConvVariant variant, float* out) {
   const auto kernel = cpu_kernels().conv_weight_gradient[variant];
   const auto scratch_bytes = cpu_kernels().weight_gradient_scratch[variant];
-  const int64_t taps = g.R * g.S, rows = g.N * g.P, weights = g.K * taps * g.C;
+  const int64_t taps = g.R * g.S, rows = g.N * g.P, inputs = g.C / g.groups;
+  const int64_t weights = g.K * taps * inputs;
   if (g.pixels == 0) {
     std::fill_n(out, weights, 0.0f);
     return;
@@ -57,7 +59,7 @@ void sum_weight_gradient(const WeightGradient& g, ConvVariant variant, float* ou
   if (splits_outputs(g, g.K)) {
     Split(g.K / 16, 1, 1).run([&](int64_t, int64_t begin, int64_t end) {
       const Scratch scratch(scratch_bytes(g, (end - begin) * 16));
-      kernel(g, scratch.data(), 0, rows, begin * 16, end * 16, out + begin * 16 * taps * g.C);
+      kernel(g, scratch.data(), 0, rows, begin * 16, end * 16, out + begin * 16 * taps * inputs);
     });
     return;
   }
@@ -115,11 +117,13 @@ WeightGradient weight_gradient_of(const char* op, const Tensor& dy, const Tensor
   check((in.channels_last || in.C == 1) && out.channels_last && dy.scalar_type() == x.scalar_type(),
         op, ": x and dy must be channels_last and of one dtype, got strides ", strides_of(x),
         " and ", strides_of(dy));
-  const std::vector<int64_t> weight_shape{out.C, in.C, R, S};
+  const int64_t groups = geometry.size() == kSizes ? std::max<int64_t>(geometry[6], 1) : 1;
+  check(in.C % groups == 0, op, ": x must have a multiple of ", groups, " channels, got ", in.C);
+  const std::vector<int64_t> weight_shape{out.C, in.C / groups, R, S};
   WeightGradient g{};
   static_cast<ConvShape&>(g) =
       conv_shape(op, x.size(0), x.size(2), x.size(3), weight_shape, geometry);
-  const char* reason = training_reason(Pass::kWeightGradient, dtype, weight_shape, geometry, 1);
+  const char* reason = training_reason(Pass::kWeightGradient, dtype, weight_shape, geometry);
   check(!reason, op, ": ", reason ? reason : "", ", got x of shape ", shape_of(x), ", dy of shape ",
         shape_of(dy), ", taps ", R, " x ", S);
   check(dy.size(0) == g.N && g.P == dy.size(2) && g.Q == dy.size(3), op, ": dy of shape ",
@@ -142,17 +146,17 @@ struct GradientAlgorithm {
     const bool strides = g.stride_h * g.stride_w > 1, nonempty = g.pixels > 0;
     pointwise = nonempty && !strides && g.R * g.S == 1 && g.pad_h == 0 && g.pad_w == 0;
     // The transposed operand costs more to lay out: use the one with fewer channels.
-    swapped = pointwise && g.K > g.C;
+    swapped = pointwise && g.K > g.C && !g.grouped();
     winograd_tile = nonempty ? winograd_tile_of_step(g, variant, kMaxWinogradWeights) : 0;
     by_outputs = splits_outputs(g, swapped ? g.C : g.K);
   }
 };
 
-// dweight (K, C, R, S), channels_last or `contiguous`, from what compute(out) writes to its memory:
-// (K, R, S, C), which is rearranged in place, weight by weight, in cache.
+// dweight (K, C / groups, R, S), channels_last or `contiguous`, from what compute(out) writes to
+// its memory: (K, R, S, C / groups), which is rearranged in place, weight by weight, in cache.
 template <typename Compute>
 Tensor gradient_in_layout(const ConvShape& g, bool contiguous, const Compute& compute) {
-  const auto& [N, C, H, W, K, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, down, right] = g;
+  const int64_t K = g.K, C = g.C / (g.groups * g.merged), R = g.R, S = g.S;
   const bool rearranged = contiguous && C > 1 && R * S > 1;
   Tensor dweight = rearranged
                        ? pooled_empty({K, C, R, S}, {C * R * S, R * S, S, 1}, ScalarType::Float)
@@ -163,7 +167,7 @@ Tensor gradient_in_layout(const ConvShape& g, bool contiguous, const Compute& co
   return dweight;
 }
 
-// out (K, R, S, C)
+// out (K, R, S, C / groups)
 void weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, const Tensor& dy,
                         const Tensor& x, float* out) {
   const ConvVariant variant = algorithm.variant;
@@ -188,6 +192,12 @@ void weight_gradient_by(WeightGradient g, const GradientAlgorithm& algorithm, co
       prepared.x = wide_x->data(), prepared.dy = wide_dy->data();
     }
     if (sum_winograd_gradient(prepared, variant, out)) return;
+  }
+  if (g.merged > 1) {
+    const Scratch result(g.K * g.R * g.S * g.C / g.groups * 4);
+    auto* merged = reinterpret_cast<float*>(result.data());
+    sum_weight_gradient(g, variant, merged);
+    return take_own_groups(g, merged, out);
   }
   if (!algorithm.swapped) return sum_weight_gradient(g, variant, out);
   std::swap(g.x, g.dy), std::swap(g.C, g.K);

@@ -1,6 +1,6 @@
 // dweight[k][r][s][c] = sum over n, p, q of dy[n, p, q, k] * x[n, p stride - pad + r dilation, ...,
 // c], over channels_last tensors: x (N, H, W, C), dy (N, P, Q, K) in memory -> float32 (K, R, S,
-// C).
+// C). Grouped: group by group, (K, R, S, C / groups).
 //
 // The assembly of cpu/convolution/direct_kernels.h with other operands: a tile is 7 outputs k
 // (AVX2: 6) by up to 64 channels c, a step one pixel (two for bfloat16), a "tap" one row of pixels.
@@ -72,10 +72,14 @@ FR_INLINE int64_t gradient_x_bytes(const GradientPanel& panel) {
   return lines_of(panel.slots * panel.phases * panel.columns * 256 / Dot::pair);
 }
 
+// Of `outputs`, those that are laid out at a time: of one group
+FR_INLINE int64_t outputs_at_once(const WeightGradient& g, int64_t outputs) {
+  return outputs < g.K / g.groups ? outputs : g.K / g.groups;
+}
 template <typename Dot>
 int64_t weight_gradient_scratch(const WeightGradient& g, int64_t outputs) {
   const GradientPanel panel = gradient_panel<Dot>(g);
-  return gradient_dy_bytes<Dot>(panel, outputs) + gradient_x_bytes<Dot>(panel) +
+  return gradient_dy_bytes<Dot>(panel, outputs_at_once(g, outputs)) + gradient_x_bytes<Dot>(panel) +
          lines_of(g.R * panel.rows * 64) + 64;
 }
 
@@ -217,17 +221,17 @@ FR_INLINE Fetch::Stream stream_of(const void* at, int64_t pixels, int64_t channe
   return {static_cast<const char*>(at), 256, bytes / 256};
 }
 
-// What follows channels c ... of the rows [first, first + rows): the next 256 bytes of every pixel,
-// or the next panel.
+// What follows the rows [first, first + rows) of some channels: those from `channel` on, the next
+// 256 bytes of every pixel, if `within`, else the next panel, from there on.
 template <typename Dot>
 FR_INLINE GradientReads gradient_reads(const WeightGradient& g, int64_t first, int64_t rows,
-                                       int64_t end, int64_t c, bool all_outputs) {
+                                       int64_t end, int64_t channel, bool within,
+                                       bool all_outputs) {
   typedef typename Dot::D::T T;
   constexpr int64_t size = sizeof(T), block = 256 / size;
   GradientReads reads{};
-  const bool within = c + 64 < g.C;
-  if (within ? (c + 64) % block != 0 : first + rows >= end) return reads;
-  const int64_t row = within ? first : first + rows, channel = within ? c + 64 : 0;
+  if (within ? channel % block != 0 : first + rows >= end) return reads;
+  const int64_t row = within ? first : first + rows;
   const int64_t pixel = (row / g.P * g.H + row % g.P * g.stride_h) * g.W;
   const auto* x = static_cast<const char*>(g.x) + (pixel * g.C + channel) * size;
   reads.x_rows = 1;
@@ -258,7 +262,8 @@ FR_INLINE void store_sums(const float* sum, bool has_sums, int64_t begin, int64_
     }
 }
 
-// Adds the contribution of the panel's rows to `vectors` vectors of channels from c on. table: 8
+// Adds the contribution of the panel's rows to `vectors` vectors of a group's channels from c on of
+// the outputs [k_begin, k_end) of that group. table: 8
 // pointers per row of every tap, as sum_rows reads them; those of the last pixel are set to null.
 template <typename Dot, int vectors>
 FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& panel, int64_t rows,
@@ -267,6 +272,7 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
                               float* out) {
   constexpr int64_t size = sizeof(typename Dot::X::T), pair = Dot::pair;
   const int64_t output_stride = panel.output_stride * size, outputs = k_end - k_begin;
+  const int64_t inputs = g.C / g.groups;
   const int64_t wide = wide_outputs(outputs);
   Fetch fetch{};
   for (int64_t width = kTilePixels; width >= kTilePixels - 1; --width) {
@@ -289,8 +295,8 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
         const int64_t start = k + width <= end ? k : end - width;
         alignas(64) float sum[kSums];
         const int64_t channel = start * output_stride + (panel.lead - odd) * size;
-        float* to = out + (start * g.R * g.S + tap) * g.C + c;
-        const int64_t pitch = g.R * g.S * g.C;
+        float* to = out + (start * g.R * g.S + tap) * inputs + c;
+        const int64_t pitch = g.R * g.S * inputs;
         fetch.write = {reinterpret_cast<const char*>(to), pitch * 4, width};
         for (int64_t row = 0; row < entries[r]; row += at_once) {
           const int64_t chunk = entries[r] - row < at_once ? entries[r] - row : at_once;
@@ -304,19 +310,23 @@ FR_INLINE void gradient_block(const WeightGradient& g, const GradientPanel& pane
   }
 }
 
-// out (k_end - k_begin, R, S, C) <- the sum over output rows [begin, end) for outputs [k_begin,
-// k_end); scratch: weight_gradient_scratch bytes, aligned to 64 bytes.
+// out (k_end - k_begin, R, S, C / groups) <- the sum over output rows [begin, end) for outputs
+// [k_begin, k_end); scratch: weight_gradient_scratch bytes, aligned to 64 bytes.
 template <typename Dot>
 void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin, int64_t end,
                           int64_t k_begin, int64_t k_end, float* out) {
   const GradientPanel panel = gradient_panel<Dot>(g);
   auto* dy = reinterpret_cast<typename Dot::X::T*>(scratch);
-  char* x = scratch + gradient_dy_bytes<Dot>(panel, k_end - k_begin);
+  char* x = scratch + gradient_dy_bytes<Dot>(panel, outputs_at_once(g, k_end - k_begin));
   auto** table = reinterpret_cast<const char**>(x + gradient_x_bytes<Dot>(panel));
   const int64_t output_stride = panel.output_stride;
   constexpr bool floats = sizeof(typename Dot::D::T) == 4;
   const bool reads_in_place = floats && g.R * g.S * g.stride_h * g.stride_w == 1 && g.pad_h == 0 &&
-                              g.pad_w == 0 && g.C <= 64;
+                              g.pad_w == 0 && g.C <= 64 && g.groups == 1;
+  // Of a group, and of the groups of the outputs.
+  const int64_t inputs = g.C / g.groups, group_outputs = g.K / g.groups;
+  const int64_t c_begin = k_begin / group_outputs * inputs;
+  const int64_t c_end = ((k_end - 1) / group_outputs + 1) * inputs;
   for (int64_t first = begin; first < end; first += panel.rows) {
     const int64_t rows = end - first < panel.rows ? end - first : panel.rows;
     // A shorter last row needs the zeros of a copy.
@@ -325,9 +335,14 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
     const WeightGradient recomputed =
         with_recomputed(g, first / g.P, first % g.P * g.stride_h - g.pad_h, last / g.P,
                         last % g.P * g.stride_h - g.pad_h + (g.R - 1) * g.dilation_h);
-    gather_dy<Dot>(recomputed, panel, first, rows, k_begin, k_end, dy);
-    for (int64_t c = 0; c < g.C; c += 64) {
-      const int64_t vectors = (g.C - c) / 16 < 4 ? (g.C - c) / 16 : 4;
+    for (int64_t c = c_begin, vectors = 0; c < c_end; c += vectors * 16) {
+      const int64_t group = c / inputs, left = ((group + 1) * inputs - c) / 16;
+      vectors = left < 4 ? left : 4;
+      const int64_t k = group * group_outputs, k_last = k + group_outputs;
+      const int64_t own_begin = k > k_begin ? k : k_begin,
+                    own_end = k_last < k_end ? k_last : k_end;
+      if (c == group * inputs)
+        gather_dy<Dot>(recomputed, panel, first, rows, own_begin, own_end, dy);
       const int64_t row_bytes = panel.phases * panel.columns / Dot::pair * vectors * 64;
       // Copies rows of x to slots, image by image, and collects for each r the pointers of its
       // rows.
@@ -364,9 +379,11 @@ void conv_weight_gradient(const WeightGradient& g, char* scratch, int64_t begin,
                        : vectors == 3 ? gradient_block<Dot, 3>
                        : vectors == 2 ? gradient_block<Dot, 2>
                                       : gradient_block<Dot, 1>;
-      const GradientReads reads =
-          gradient_reads<Dot>(g, first, rows, end, c, k_end - k_begin == g.K);
-      run(g, panel, rows, c, k_begin, k_end, table, entries, first > begin, reads, out);
+      const bool within = c + vectors * 16 < c_end;
+      const GradientReads reads = gradient_reads<Dot>(
+          g, first, rows, end, within ? c + vectors * 16 : c_begin, within, k_end - k_begin == g.K);
+      run(g, panel, rows, c - group * inputs, own_begin, own_end, table, entries, first > begin,
+          reads, out + (own_begin - k_begin) * g.R * g.S * inputs);
     }
   }
 }

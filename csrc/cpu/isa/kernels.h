@@ -93,10 +93,15 @@ constexpr bool winograd_supported(ConvVariant variant, int64_t m) {
   return m == 2 ? variant != kBFloatPairs : variant != kFloat;
 }
 
-// The sizes of a convolution: x (N, C, H, W), weight (K, C, R, S), y (N, K, P, Q).
+// The sizes of a convolution: x (N, C, H, W), weight (K, C / groups, R, S), y (N, K, P, Q).
 struct ConvShape {
   int64_t N, C, H, W, K, P, Q, R, S;
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  // As the kernels compute them: with multiples of 16 inputs and outputs each in training, for
+  // which each may consist of so many of the layer's own (cpu/convolution/groups.h).
+  int64_t groups = 1, merged = 1;
+
+  constexpr bool grouped() const { return groups * merged > 1; }
 };
 
 // The tiles of the Winograd algorithm in one dimension of y: m pixels each, `dilation` apart. Tiles
@@ -149,6 +154,10 @@ struct ConvPack {
   int64_t winograd_tile;
   int64_t outputs, inputs, taps;
   int64_t output_stride, input_stride;
+  // Of a grouped convolution: outputs of a group, `inputs` are those of one; floats from group to
+  // group. Else all outputs.
+  int64_t group_outputs, group_stride;
+  int64_t block_vectors;  // vectors of 16 outputs that are packed as one block
   int64_t tap_offset[kMaxPackedTaps];
   // 0, or: the weight is contiguous, with so many taps, of which these are. One of the strides is
   // then the number of taps instead of 1.

@@ -18,6 +18,7 @@ from fused_resnet.kernels.training.native import (
     Native,
     has_input_gradient,
     plain,
+    sizes,
     update_running_together,
 )
 from fused_resnet.layers.shortcut import SHORTCUTS
@@ -51,7 +52,7 @@ def layout_of(spec: Spec, tensors: Sequence[Any], counts: list[float]) -> Layout
     if not all(plain(t) for t in vectors[: 2 * len(spec.eps)]):
         return None
     keep = kept(spec, weights)
-    geometry = [n for g in spec.geometries for n in (*g.stride, *g.padding, *g.dilation)]
+    geometry = [n for g in spec.geometries for n in sizes(g)]
     shortcut = SHORTCUTS[spec.shortcut], spec.stride, spec.norm_first, spec.shared
     return Layout(
         spec, (geometry, list(spec.eps), *shortcut, list(map(int, keep))),

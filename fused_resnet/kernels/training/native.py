@@ -44,14 +44,14 @@ def channels_last(t: Tensor) -> Tensor:
 
 
 def operand(weight: Tensor) -> Tensor:
-    """weight (K, C, R, S) as the kernels read it: float32, contiguous or channels_last."""
+    """weight (K, C / groups, R, S) as the kernels read it: float32, contiguous or channels_last."""
     weight = weight.detach().float()
     return weight if weight.is_contiguous() else channels_last(weight)
 
 
 def sizes(g: Geometry) -> list[int]:
-    """Stride, padding and dilation as the ops take them."""
-    return [*g.stride, *g.padding, *g.dilation]
+    """Stride, padding, dilation and groups as the ops take them."""
+    return [*g.stride, *g.padding, *g.dilation, g.groups]
 
 
 def has_input_gradient(weight: Tensor, g: Geometry) -> bool:
@@ -71,7 +71,7 @@ class Native(Passes):
         self, weight: Tensor, dtype: torch.dtype, g: Geometry, work: str = "convolution"
     ) -> bool:
         """Whether a C++ kernel computes this pass: see `native.training_reason`."""
-        return native.training_reason(work, weight.shape, dtype, sizes(g), g.groups) is None
+        return native.training_reason(work, weight.shape, dtype, sizes(g)) is None
 
     def convolution(
         self, x: Tensor, weight: Tensor, g: Geometry, residual: Tensor | None = None

@@ -45,6 +45,18 @@ BLOCKS = {
         lambda: fr.Bottleneck(64, 16, groups=4, base_width=64),
         (2, 64, 6, 5),
     ),
+    "bottleneck, 32 groups of 4, many pixels": (
+        lambda: fr.Bottleneck(256, 64, groups=32, base_width=4),
+        (2, 256, 21, 23),
+    ),
+    "bottleneck, 16 groups of 8, stride 2": (
+        lambda: fr.Bottleneck(32, 64, 2, _branch(32, 256, 2), groups=16, base_width=8),
+        (2, 32, 14, 13),
+    ),
+    "bottleneck, depthwise": (
+        lambda: fr.Bottleneck(64, 16, groups=16, base_width=4),
+        (2, 64, 6, 5),
+    ),
     "odd channels": (lambda: fr.BasicBlock(7, 7), (3, 7, 5, 6)),
     "basic, padding": (lambda: CifarBlock(16, 32, 2, PadShortcut(16, 32, 2)), (2, 16, 9, 10)),
     "plain": (lambda: PlainBlock(16, 32, 2), (2, 16, 9, 10)),
@@ -71,7 +83,7 @@ BLOCKS = {
 }
 
 # Blocks whose every pass has a native kernel: one op for forward and one for backward.
-ONE_OP = {name for name in BLOCKS if "odd channels" not in name and "groups" not in name}
+ONE_OP = {name for name in BLOCKS if "odd channels" not in name and "depthwise" not in name}
 
 
 def _branch(C: int, K: int, stride: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_resnet.kernels.training.native import Native
+from fused_resnet.kernels.training.native import Native, sizes
 from fused_resnet.kernels.training.protocol import Geometry, Norm, Normed
 from tests.kernels.cpu.test_train_convolution import (
     CASES,
@@ -23,8 +23,9 @@ from tests.ops.op_cases import lifted, randn, same
 __all__ = ["dtype"]  # a fixture
 FUSED = [
     case
-    for case, (shape, K, (R, S), stride, _, dilation) in CASES.items()
+    for case, (shape, K, (R, S), stride, _, dilation, *_groups) in CASES.items()
     if not (shape[1] % 16 or K % 16) and R * S <= 9 and (dilation == (1, 1) or stride == (1, 1))
+    if case != "depthwise"
 ]
 EPS = 1e-3
 
@@ -152,21 +153,20 @@ def test_errors_name_the_argument() -> None:
     op = torch.ops.fused_resnet_native.input_gradient_and_sums
     for case, shape in (("3x3", r"\(2, 32, 9, 11\)"), ("3x3, stride 2", r"\(2, 48, 15, 12\)")):
         dy, weight, g, (x, norm, (stats,)) = normed_operands(case, torch.float32, mine)
-        sizes = [n for pair in g[:3] for n in pair]
         vectors = (norm.weight, norm.bias, EPS)
         few = x[:, :16].contiguous(memory_format=LAST)
         for bad in (few, x.bfloat16(), x.contiguous()):
             with pytest.raises(RuntimeError, match=f"x must be float32 of shape {shape}"):
-                op(dy, weight, sizes, bad, stats, *vectors)
+                op(dy, weight, sizes(g), bad, stats, *vectors)
         with pytest.raises(RuntimeError, match="geometry must be stride, padding and dilation"):
             op(dy, weight, [1], x, stats, *vectors)
         with pytest.raises(RuntimeError, match=r"statistics must be float64 of shape \(2, "):
-            op(dy, weight, sizes, x, stats.float(), *vectors)
+            op(dy, weight, sizes(g), x, stats.float(), *vectors)
         with pytest.raises(RuntimeError, match=r"weight must be float32 of shape \("):
-            op(dy, weight, sizes, x, stats, stats[0], *vectors[1:])
+            op(dy, weight, sizes(g), x, stats, stats[0], *vectors[1:])
         with pytest.raises(RuntimeError, match="does not match a"):
             low = torch.cat([x, x], 2).contiguous(memory_format=LAST)
-            op(dy, weight, sizes, low, stats, *vectors)
+            op(dy, weight, sizes(g), low, stats, *vectors)
     dy, weight, g, (x, norm, (stats,)) = normed_operands("3x3", torch.float32, mine)
     with pytest.raises(RuntimeError, match="no kernel for dilation with stride"):
-        op(dy, weight, [2, 2, 1, 1, 2, 2], x, stats, norm.weight, norm.bias, EPS)
+        op(dy, weight, [2, 2, 1, 1, 2, 2, 1], x, stats, norm.weight, norm.bias, EPS)

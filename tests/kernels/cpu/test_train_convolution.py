@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fused_resnet.kernels import native
-from fused_resnet.kernels.training.native import Native
+from fused_resnet.kernels.training.native import Native, sizes
 from fused_resnet.kernels.training.protocol import Geometry
 from fused_resnet.ops.portable import Portable
 from tests.ops.op_cases import close, integers, lifted, randn, same, unchanged
 
 LAST = torch.channels_last
-# name -> x's (N, C, H, W), K, kernel (R, S), stride, padding, dilation
+# name -> x's (N, C, H, W), K, kernel (R, S), stride, padding, dilation, and groups unless 1
 CASES = {
     "pointwise": ((2, 64, 9, 7), 64, (1, 1), (1, 1), (0, 0), (1, 1)),
     "pointwise, widening": ((3, 32, 13, 11), 144, (1, 1), (1, 1), (0, 0), (1, 1)),
@@ -78,9 +78,31 @@ CASES = {
     "stem, many rows": ((2, 3, 131, 70), 80, (5, 5), (1, 1), (2, 2), (1, 1)),
     "stem, one channel": ((2, 1, 20, 17), 48, (7, 9), (3, 2), (3, 0), (1, 1)),
     "padding wider than the kernel": ((2, 16, 6, 6), 16, (1, 1), (1, 1), (2, 2), (1, 1)),
+    # Groups of fewer than 16 channels are merged; all of them, if there are too few for more.
+    "32 groups of 4": ((2, 128, 9, 11), 128, (3, 3), (1, 1), (1, 1), (1, 1), 32),
+    "32 groups of 4, stride 2": ((2, 128, 15, 12), 128, (3, 3), (2, 2), (1, 1), (1, 1), 32),
+    "64 groups of 4": ((1, 256, 7, 8), 256, (3, 3), (1, 1), (1, 1), (1, 1), 64),
+    "8 groups of 4, many pixels": ((2, 32, 66, 35), 32, (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    "4 groups of 4 to 8": ((2, 16, 13, 12), 32, (3, 3), (1, 1), (1, 1), (1, 1), 4),
+    "8 groups of 12 to 4, dilated": ((2, 96, 11, 9), 32, (3, 3), (1, 1), (2, 2), (2, 2), 8),
+    "32 groups of 8": ((2, 256, 7, 9), 256, (3, 3), (1, 1), (1, 1), (1, 1), 32),
+    "32 groups of 8, stride 2": ((1, 256, 13, 14), 256, (3, 3), (2, 2), (1, 1), (1, 1), 32),
+    "4 groups of 8, pointwise": ((2, 32, 9, 8), 32, (1, 1), (1, 1), (0, 0), (1, 1), 4),
+    "32 groups of 16": ((2, 512, 7, 7), 512, (3, 3), (1, 1), (1, 1), (1, 1), 32),
+    "8 groups of 16 to 32": ((2, 128, 9, 7), 256, (3, 3), (1, 1), (1, 1), (1, 1), 8),
+    "8 groups of 32 to 16, stride 2": ((2, 256, 9, 7), 128, (3, 3), (2, 2), (1, 1), (1, 1), 8),
+    "5 groups of 16, dilated": ((2, 80, 13, 12), 80, (3, 3), (1, 1), (2, 1), (2, 1), 5),
+    "3 groups of 16, many rows": ((2, 48, 90, 76), 48, (3, 3), (2, 2), (1, 1), (1, 1), 3),
+    "32 groups of 32": ((1, 1024, 7, 7), 1024, (3, 3), (1, 1), (1, 1), (1, 1), 32),
+    "2 groups of 32, pointwise": ((3, 64, 61, 23), 64, (1, 1), (1, 1), (0, 0), (1, 1), 2),
+    "2 groups of 80": ((2, 160, 11, 12), 160, (3, 3), (1, 1), (1, 1), (1, 1), 2),
+    "2 groups of 80 to 16, wide": ((2, 160, 31, 42), 32, (1, 3), (1, 1), (0, 1), (1, 1), 2),
     # These fall back to PyTorch, in the same layout.
     "odd channels": ((2, 33, 6, 5), 18, (3, 3), (1, 1), (1, 1), (1, 1)),
     "many taps": ((2, 16, 12, 12), 16, (5, 5), (1, 1), (2, 2), (1, 1)),
+    "depthwise": ((2, 32, 9, 8), 32, (3, 3), (1, 1), (1, 1), (1, 1), 32),
+    "3 groups of 8": ((2, 24, 9, 8), 24, (3, 3), (1, 1), (1, 1), (1, 1), 3),
+    "4 groups of 6": ((2, 24, 9, 8), 24, (3, 3), (2, 2), (1, 1), (1, 1), 4),
 }
 PASSES = ("y", "dx", "dweight")
 # Error beyond rounding for sums of small integers by Winograd F(4x4, 3x3), whose transforms contain
@@ -109,15 +131,19 @@ def implementations() -> tuple[Native, Portable]:
     return Native(), Portable()
 
 
+def problem(case: str) -> tuple[tuple[int, ...], tuple[int, ...], Geometry]:
+    """The shapes of x and weight, and the geometry."""
+    shape, K, kernel, stride, padding, dilation, *groups = CASES[case]
+    g = Geometry(stride, padding, dilation, *groups)
+    return shape, (K, shape[1] // g.groups, *kernel), g
+
+
 def operands(case: str, dtype: torch.dtype, make=randn) -> tuple[Tensor, Tensor, Tensor, Geometry]:
     """x, float32 weight and dy, channels_last."""
-    shape, K, kernel, stride, padding, dilation = CASES[case]
-    g = Geometry(stride, padding, dilation, 1)
+    shape, weight_shape, g = problem(case)
     x = make(shape, dtype).contiguous(memory_format=LAST)
-    weight = make((K, shape[1], *kernel), dtype).float().contiguous(memory_format=LAST)
-    out = torch.nn.functional.conv2d(
-        x.double(), weight.double(), None, stride, padding, dilation
-    ).shape
+    weight = make(weight_shape, dtype).float().contiguous(memory_format=LAST)
+    out = torch.nn.functional.conv2d(x.double(), weight.double(), None, *g).shape
     return x, weight, make(out, dtype).contiguous(memory_format=LAST), g
 
 
@@ -210,7 +236,7 @@ def test_integers_are_exact(case: str, dtype: torch.dtype) -> None:
     "case",
     ["pointwise", "3x3", "3x3, many weights", "pointwise, stride 2", "odd channels",
      "3x3 of 16, few tiles", "3x3 of 64, odd", "3x3, stride 2", "3x3, stride 2, no padding",
-     "3x3, stride 4"],
+     "3x3, stride 4", "32 groups of 4", "32 groups of 8, stride 2", "5 groups of 16, dilated"],
 )  # fmt: skip
 def test_added_tensors(case: str, dtype: torch.dtype) -> None:
     """conv + residual with one rounding, in the residual's memory; likewise the input gradient."""
@@ -237,7 +263,7 @@ def test_added_tensors(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "case",
     ["pointwise", "pointwise, many pixels", "3x3, many tiles", "3x3 of 16, many tiles",
-     "3x3 of 64, many tiles"],
+     "3x3 of 64, many tiles", "8 groups of 4, many pixels", "2 groups of 32, pointwise"],
 )  # fmt: skip
 def test_memory_beyond_tensors_is_not_read(case: str, dtype: torch.dtype, threads: int) -> None:
     """x and dy are surrounded by NaN."""
@@ -272,8 +298,10 @@ def test_weight_layouts_and_dtypes(weights: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["3x3", "3x3 of 64, odd", "pointwise, many pixels", "stem", "3x3, stride 2"]
-)
+    "case",
+    ["3x3", "3x3 of 64, odd", "pointwise, many pixels", "stem", "3x3, stride 2",
+     "8 groups of 4, many pixels"],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 def test_bitwise_repeatable(case: str, dtype: torch.dtype) -> None:
     mine, _ = implementations()
@@ -287,7 +315,7 @@ def test_bitwise_repeatable(case: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "case",
     ["3x3, many tiles", "3x3 of 16, rows of 16 tiles", "3x3", "3x3 of 64, many tiles",
-     "3x3, stride 2, many rows"],
+     "3x3, stride 2, many rows", "8 groups of 4, many pixels", "32 groups of 8, stride 2"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 def test_result_does_not_depend_on_thread_count(case: str, dtype: torch.dtype) -> None:
@@ -306,8 +334,11 @@ def test_result_does_not_depend_on_thread_count(case: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", VARIANTS, indirect=True)
 @pytest.mark.parametrize(
-    "case", ["3x3, even", "3x3 of 64, odd", "pointwise", "3x3, stride 2", "3x3 of 16, few tiles"]
-)
+    "case",
+    ["3x3, even", "3x3 of 64, odd", "pointwise", "3x3, stride 2", "3x3 of 16, few tiles",
+     "32 groups of 4", "32 groups of 4, stride 2", "4 groups of 4 to 8", "4 groups of 8, pointwise",
+     "8 groups of 16 to 32", "8 groups of 12 to 4, dilated"],
+)  # fmt: skip
 def test_non_finite_values(case: str, dtype: torch.dtype, value: float) -> None:
     """Forward and both gradients are non-finite exactly where stock is."""
     mine, stock = implementations()
@@ -344,34 +375,42 @@ def test_errors_name_the_argument() -> None:
     implementations()
     ops = torch.ops.fused_resnet_native
     x, weight, dy, _ = operands("3x3", torch.float32)
-    ones = [1] * 6
+    ones = [1] * 7
     with pytest.raises(RuntimeError, match="convolution: x must be channels_last"):
         ops.convolution(x.contiguous(), weight, None, ones)
     with pytest.raises(RuntimeError, match="convolution: x must have 32 channels, got 16"):
         ops.convolution(x[:, :16].contiguous(memory_format=LAST), weight, None, ones)
     with pytest.raises(RuntimeError, match="convolution: geometry must be stride, padding and"):
         ops.convolution(x, weight, None, [1])
+    with pytest.raises(RuntimeError, match="groups that divide 80 outputs, got 3"):
+        ops.convolution(x, weight, None, [1] * 6 + [3])
+    with pytest.raises(RuntimeError, match="convolution: x must have 64 channels, got 32"):
+        ops.convolution(x, weight, None, [1] * 6 + [2])
+    with pytest.raises(RuntimeError, match="weight_gradient: x must have a multiple of 5 channels"):
+        ops.weight_gradient(dy, x, 3, 3, [1] * 6 + [5], False)
+    with pytest.raises(RuntimeError, match=r"no kernel for groups .* and weight of shape"):
+        ops.convolution(x, weight[:32, :1].contiguous(), None, [1] * 6 + [32])
     with pytest.raises(RuntimeError, match=r"residual must be float32 of shape \(2, 80, 9, 11\)"):
         ops.convolution(x, weight, x, ones)
     with pytest.raises(RuntimeError, match="smaller than the kernel"):
-        ops.convolution(x, weight, None, [1, 1, 0, 0, 9, 9])
+        ops.convolution(x, weight, None, [1, 1, 0, 0, 9, 9, 1])
     with pytest.raises(RuntimeError, match="input_gradient: dy must be channels_last"):
         ops.input_gradient(dy.contiguous(), weight, 9, 11, None, ones)
     with pytest.raises(RuntimeError, match="does not match a 9 x 12 image"):
         ops.input_gradient(dy, weight, 9, 12, None, ones)
     with pytest.raises(RuntimeError, match=r"added must be float32 of shape \(2, 32, 9, 11\)"):
         ops.input_gradient(dy, weight, 9, 11, dy, ones)
-    for op, t, sizes in ((ops.convolution, x, ()), (ops.input_gradient, dy, (9, 11))):
+    for op, t, size in ((ops.convolution, x, ()), (ops.input_gradient, dy, (9, 11))):
         with pytest.raises(RuntimeError, match="weight must be float32 of shape"):
-            op(t, weight.double(), *sizes, None, ones)
+            op(t, weight.double(), *size, None, ones)
         with pytest.raises(RuntimeError, match="weight must be contiguous or channels_last"):
-            op(t, weight.transpose(2, 3), *sizes, None, ones)
+            op(t, weight.transpose(2, 3), *size, None, ones)
     square = torch.randn(32, 32, 3, 3)
     for other in (square, square.contiguous(memory_format=LAST)):
         with pytest.raises(RuntimeError, match="weight must be contiguous or channels_last"):
             ops.convolution(x, other.transpose(0, 1), None, ones)
         with pytest.raises(RuntimeError, match=r"no kernel for this dtype .* got float64"):
-            op(t.double(), weight, *sizes, None, ones)
+            op(t.double(), weight, *size, None, ones)
     with pytest.raises(RuntimeError, match=r"weight_gradient: dy of shape .* does not match x of"):
         ops.weight_gradient(dy[:1], x, 3, 3, ones, False)
     for outputs, inputs in ((9, 32), (16, 18), (9, 3)):
@@ -384,25 +423,24 @@ def test_errors_name_the_argument() -> None:
 def test_which_passes_are_computed(work: str) -> None:
     implementations()
     reasons = {
-        case: native.training_reason(
-            work, (K, shape[1], *kernel), torch.float32, [*stride, *padding, *dilation], 1
-        )
-        for case, (shape, K, kernel, stride, padding, dilation) in CASES.items()
+        case: native.training_reason(work, weight, torch.float32, sizes(g))
+        for case, (_, weight, g) in {case: problem(case) for case in CASES}.items()
     }
     refused = {case for case, reason in reasons.items() if reason is not None}
     stems = {case for case in CASES if case.startswith("stem")}
-    by_pytorch = {"odd channels", "many taps"}
+    by_pytorch = {"odd channels", "many taps", "depthwise", "3 groups of 8", "4 groups of 6"}
     if work == "input_gradient":
         by_pytorch |= {"3x3, dilated, stride 2", "1x5"}
     assert refused == (by_pytorch if work == "weight_gradient" else by_pytorch | stems)
-    for dtype, groups in ((torch.float64, 1), (torch.int64, 1), (torch.float32, 2)):
-        reason = native.training_reason(work, (32, 32, 3, 3), dtype, [1] * 6, groups)
+    for dtype, groups in ((torch.float64, 1), (torch.int64, 1), (torch.float32, 32)):
+        reason = native.training_reason(work, (32, 32 // groups, 3, 3), dtype, [1] * 6 + [groups])
         assert reason is not None and "no kernel for" in reason
 
 
 def test_empty_batch() -> None:
     mine, _ = implementations()
-    for dtype, case in itertools.product(DTYPES, ("3x3", "3x3, stride 2", "pointwise", "stem")):
+    cases = ("3x3", "3x3, stride 2", "pointwise", "stem", "32 groups of 4", "32 groups of 16")
+    for dtype, case in itertools.product(DTYPES, cases):
         x, weight, dy, g = operands(case, dtype)
         y, dx, dweight = run(mine, x[:0], weight, dy[:0], g)
         assert y.shape[0] == dx.shape[0] == 0
@@ -411,8 +449,10 @@ def test_empty_batch() -> None:
 
 @pytest.mark.parametrize("dtype", VARIANTS[1:], indirect=True)
 @pytest.mark.parametrize(
-    "case", ["pointwise", "3x3", "3x3 of 64, odd", "3x3, stride 2", "3x3 of 16, few tiles"]
-)
+    "case",
+    ["pointwise", "3x3", "3x3 of 64, odd", "3x3, stride 2", "3x3 of 16, few tiles",
+     "32 groups of 4"],
+)  # fmt: skip
 def test_weights_are_rounded(case: str, dtype: torch.dtype) -> None:
     """Weights are rounded to the dtype of x, as in autocast."""
     mine, _ = implementations()
@@ -456,8 +496,10 @@ def test_fused_statistics(case: str, dtype: torch.dtype, threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["3x3, even", "3x3 of 16, rows of 16 tiles", "pointwise, many pixels", "3x3"]
-)
+    "case",
+    ["3x3, even", "3x3 of 16, rows of 16 tiles", "pointwise, many pixels", "3x3",
+     "8 groups of 4, many pixels"],
+)  # fmt: skip
 def test_fused_statistics_of_non_finite_values(case: str) -> None:
     """With overflowing squares, Inf and NaN, the statistics equal those of bn_statistics."""
     mine, _ = implementations()
