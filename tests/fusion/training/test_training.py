@@ -555,8 +555,8 @@ def test_out_of_memory_and_after():
     x = torch.zeros(1, 16, 1, 1).expand(1 << 12, 16, 1 << 12, 1 << 12)
     assert huge.numel() == 1 << 44
     with pytest.raises(RuntimeError, match=r"channels_last|not enough memory"):
-        ops.convolution(x, weight, None, [1, 1, 0, 0, 1, 1])
-    geometry = [1, 1, 1 << 20, 1 << 20, 1, 1]
+        ops.convolution(x, weight, None, [1, 1, 0, 0, 1, 1, 1])
+    geometry = [1, 1, 1 << 20, 1 << 20, 1, 1, 1]
     tiny = torch.zeros(1, 16, 1, 1)
     with pytest.raises(
         RuntimeError, match=r"not enough memory: fused_resnet tried to allocate \d+"
