@@ -16,7 +16,7 @@ IMAGES ?=
 OUT ?= build/demo
 PYTEST_ARGS ?=
 JOBS ?= auto
-# CI runs the slow ones too.
+# CI runs the slow ones too, unless it is slow itself.
 TESTS ?= not large and not slow
 RESULTS := benchmarks/results
 
