@@ -68,6 +68,8 @@ def same_state(model: Any, copied: Any) -> None:
 def three(monkeypatch) -> tuple[Any, Any, Any]:
     """A copy, the model itself, all of whose convolutions are released, and the callable."""
     monkeypatch.setattr("fused_resnet.fusion.guard._SETTLING_S", 0.0)
+    # Without large transformed weights, which are given up, some sums are rounded in another order.
+    monkeypatch.setattr("fused_resnet.kernels.cpu.convolution._LARGE_BYTES", 2**40)
     model = _mine("basic")
     copied = copy.deepcopy(model)
     call = fr.inference(model, images(), release_weights=True)
