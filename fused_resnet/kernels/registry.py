@@ -247,7 +247,7 @@ def compute_dtypes(dtype: torch.dtype, device_type: str) -> tuple[torch.dtype, .
     """The dtypes in which a convolution of `dtype` tensors may compute, in order of preference.
 
     On the CPU one that no kernel computes in 16 bits is computed in float32, which is more accurate
-    and, on processors without instructions for 16 bits, 5 to 90 times as fast as PyTorch's."""
+    and, on processors without instructions for 16 bits, many times as fast as PyTorch's."""
     wider = device_type == "cpu" and dtype in (torch.float16, torch.bfloat16)
     return (dtype, torch.float32) if wider else (dtype,)
 
