@@ -49,7 +49,7 @@ def mixed() -> nn.Module:
 
 
 def as_near(mine: Tensor, stock: Tensor, exact: Tensor) -> None:
-    """Measured: 0.4 to 1.0 of stock's error."""
+    """Measured: 0.69 to 0.94 of stock's error."""
     mine_error, stock_error = ((t.double() - exact).norm().item() for t in (mine, stock))
     assert 0 < mine_error <= 1.1 * stock_error
 
