@@ -32,12 +32,21 @@ struct Convs {  // packed as for conv_bn_relu, and their geometry: kCount values
   const int64_t* geometry;
   const int64_t* activation;  // one value each
 
-  Tensor run(size_t i, const Tensor& from, const std::optional<Tensor>& residual = {},
+  // Convolution i, after which `next` runs; that of none: i itself.
+  Tensor run(size_t i, size_t next, const Tensor& from, const std::optional<Tensor>& residual = {},
              bool in_place = false) const {
     const Tensor* conv = tensors + kConvTensors * i;
     const int64_t* values = geometry + kCount * i;
-    return conv_bn_relu(from, conv[0], conv[1], conv[2], conv[3], conv[4], residual, in_place,
-                        activation[i], {values, values + kCount});
+    return conv_bn_relu_before(next == i ? Upcoming{} : upcoming(tensors + kConvTensors * next),
+                               from, conv[0], conv[1], conv[2], conv[3], conv[4], residual,
+                               in_place, activation[i], {values, values + kCount});
+  }
+
+  // Of a convolution without Winograd weights, which have fewer channels and stay in the cache.
+  static Upcoming upcoming(const Tensor* conv) {
+    if (conv[1].numel() > 0) return {};
+    return {static_cast<const char*>(conv[0].const_data_ptr()),
+            conv[0].numel() * static_cast<int64_t>(conv[0].element_size())};
   }
 };
 
@@ -48,8 +57,9 @@ std::optional<Tensor> unless_empty(const Tensor& t) {
 // y = a_n(conv_n(... a_1(conv_1(x))) + shortcut(x)) with activations a_i, and every norm folded
 // into its convolution. With a norm, the block is pre-activated: conv_1 reads `first`(norm(x)), and
 // the shortcut starts from there if shared. x may be overwritten if `overwrite`.
+// Another block follows unless it is the last.
 Tensor run_block(const Tensor& x, const Convs& convs, const int64_t* block, const Tensor* norm,
-                 double eps, int64_t first, bool overwrite) {
+                 double eps, int64_t first, bool overwrite, bool last) {
   const int64_t shortcut = block[kShortcut];
   const auto main = static_cast<size_t>(block[kConvs]) - (shortcut == kProjection ? 1 : 0);
   Tensor h = x;
@@ -58,14 +68,17 @@ Tensor run_block(const Tensor& x, const Convs& convs, const int64_t* block, cons
                  first);
   const bool from_norm = norm && block[kShared];
   const Tensor source = from_norm ? h : x;
-  for (size_t i = 0; i + 1 < main; ++i) h = convs.run(i, h);
+  const bool projects = shortcut == kProjection;
+  for (size_t i = 0; i + 1 < main; ++i)
+    h = convs.run(i, projects && i + 2 == main ? main : i + 1, h);
   std::optional<Tensor> residual;
-  if (shortcut == kProjection) residual = convs.run(main, source);
+  if (projects) residual = convs.run(main, main - 1, source);
   if (shortcut == kPad)
     residual = padded(source, convs.geometry[kCount * (main - 1) + kK], block[kPadStride]);
   const bool identity = shortcut == kIdentity;
   if (identity) residual = source;
-  return convs.run(main - 1, h, residual, !identity || overwrite || from_norm);
+  const size_t next = last ? main - 1 : static_cast<size_t>(block[kConvs]);
+  return convs.run(main - 1, next, h, residual, !identity || overwrite || from_norm);
 }
 
 // The blocks' output for x (N, C, H, W) channels_last, or of any layout if the first convolution
@@ -100,7 +113,8 @@ Tensor block_inference(Tensor x, std::vector<Tensor> tensors, std::vector<int64_
     for (size_t i = 0; i < count; ++i) {
       const int64_t* block = &blocks[i * kBlockValues];
       const bool first = block[kNormFirst];
-      x = run_block(x, rest, block, first ? norm : nullptr, eps[i], rest.activation[-1], overwrite);
+      x = run_block(x, rest, block, first ? norm : nullptr, eps[i], rest.activation[-1], overwrite,
+                    i + 1 == count);
       if (block[kKernel])
         x = max_pool2d(x, {block[kKernel], block[kKernel + 1]},
                        {block[kStride], block[kStride + 1]},

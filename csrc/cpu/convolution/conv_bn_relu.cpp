@@ -54,8 +54,26 @@ ConvBnRelu widened(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, i
   return found;
 }
 
-// Work items [begin, end) of tiles_of() * blocks_of().
-void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int64_t end) {
+// The block of channels of a work item.
+int64_t block_at(const ConvBnRelu& conv, int64_t super, int64_t item) {
+  const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
+  const int64_t start = item / (super * blocks) * super;
+  return (item - start * blocks) / std::min(super, tiles - start);
+}
+
+// The packed weights of a block of channels, of which the first kMostUpcoming bytes are prefetched.
+constexpr int64_t kMostUpcoming = 256 * 1024;
+Upcoming weights_of_block(const ConvBnRelu& conv, ConvVariant variant, int64_t block) {
+  const int64_t bytes = conv.R * conv.S * round_up(conv.run, variant == kBFloatPairs ? 2 : 1) *
+                        operand_bytes(variant);
+  const int64_t outputs = std::min(kBlockChannels, conv.K - block * kBlockChannels);
+  return {static_cast<const char*>(conv.weight) + block * kBlockChannels * bytes,
+          std::min(outputs * bytes, kMostUpcoming)};
+}
+
+// Work items [begin, end) of tiles_of() * blocks_of(), after which `after` is read.
+void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int64_t end,
+                Upcoming after = {}) {
   const auto kernel = cpu_kernels().conv_bn_relu[variant];
   const int64_t tiles = tiles_of(conv), blocks = blocks_of(conv);
   const int64_t super = superblock_of(conv, variant);
@@ -69,8 +87,10 @@ void run_blocks(const ConvBnRelu& conv, ConvVariant variant, int64_t begin, int6
     const int64_t place = begin - start * blocks;
     const int64_t block = place / length, tile = place % length;
     const int64_t count = std::min(length - tile, end - begin);
-    kernel(prepared, block, start + tile, start + tile + count);
     begin += count;
+    prepared.after = after;
+    if (begin < end) prepared.after = weights_of_block(conv, variant, block_at(conv, super, begin));
+    kernel(prepared, block, start + tile, start + tile + count);
   }
 }
 
@@ -339,8 +359,18 @@ void run_direct(const ConvBnRelu& conv, ConvVariant variant) {
   const int64_t total = tiles_of(conv) * blocks_of(conv), size = piece_items(conv, variant);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t pieces = std::min(round_up((total + size - 1) / size, threads), total);
+  const int64_t super = superblock_of(conv, variant);
   run_pieces(pieces, [&](int64_t piece) {
-    run_blocks(conv, variant, total * piece / pieces, total * (piece + 1) / pieces);
+    const int64_t begin = total * piece / pieces, end = total * (piece + 1) / pieces;
+    // A thread takes the next piece, or begins with its share of the next convolution.
+    const int64_t share = (piece + 1) * threads / pieces - 1;
+    Upcoming after{};
+    if (pieces * (share + 1) / threads == piece + 1)
+      after = {conv.after.at + conv.after.bytes * share / threads / 64 * 64,
+               std::min(conv.after.bytes / threads, kMostUpcoming)};
+    else if (block_at(conv, super, end - 1) != block_at(conv, super, end))
+      after = weights_of_block(conv, variant, block_at(conv, super, end));
+    run_blocks(conv, variant, begin, end, after);
   });
 }
 
@@ -418,9 +448,10 @@ Tensor with_padding(const Tensor& x, int64_t channels, int64_t pad_h, int64_t pa
 // empty): flat, packed by cpu/convolution/pack.cpp. scale, shift: float32, (K,), zero-padded to a
 // multiple of 64. first_channel: int64, (K / 16,), padded to a multiple of 4, or empty for one
 // group. The result overwrites the residual if `overwrite`, unless that is x.
-Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
-                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite,
-                    int64_t activation, std::vector<int64_t> g) {
+Tensor conv_bn_relu_before(Upcoming next, Tensor x, const Tensor& weight, const Tensor& winograd,
+                           const Tensor& scale, const Tensor& shift, const Tensor& first_channel,
+                           const std::optional<Tensor>& residual, bool overwrite,
+                           int64_t activation, std::vector<int64_t> g) {
   constexpr const char* op = "conv_bn_relu";
   const DtypeIndex dtype = dtype_index(op, "x", x);
   check(conv_supported(dtype), op, ": no kernel for ", name_of(x.scalar_type()),
@@ -497,9 +528,17 @@ Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tens
   conv.dilation_h = g[kDilationH], conv.dilation_w = g[kDilationW];
   conv.pointwise = conv.R * conv.S * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
                    conv.pad_w == 0 && conv.run <= C;
+  conv.after = next;
   const Source source(conv, x, variant);
   run_convolution(conv, variant);
   return y;
+}
+
+Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
+                    Tensor first_channel, std::optional<Tensor> residual, bool overwrite,
+                    int64_t activation, std::vector<int64_t> geometry) {
+  return conv_bn_relu_before({}, std::move(x), weight, winograd, scale, shift, first_channel,
+                             residual, overwrite, activation, std::move(geometry));
 }
 
 }  // namespace fused_resnet

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common.h"
+#include "cpu/isa/kernels.h"
 
 namespace fused_resnet {
 
@@ -21,6 +22,13 @@ enum Geometry {
   kCopiedChannels,
   kCount
 };
+
+// conv_bn_relu, while whose last pieces `next` is prefetched: the packed weights that are read
+// next.
+Tensor conv_bn_relu_before(Upcoming next, Tensor x, const Tensor& weight, const Tensor& winograd,
+                           const Tensor& scale, const Tensor& shift, const Tensor& first_channel,
+                           const std::optional<Tensor>& residual, bool overwrite,
+                           int64_t activation, std::vector<int64_t> geometry);
 
 Tensor conv_bn_relu(Tensor x, Tensor weight, Tensor winograd, Tensor scale, Tensor shift,
                     Tensor first_channel, std::optional<Tensor> residual, bool overwrite,

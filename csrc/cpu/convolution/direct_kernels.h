@@ -173,27 +173,49 @@ FR_INLINE vf finished(const Epilogue& e, vf sum, int64_t k, Load residual) {
   return activated(e.activation, sum);
 }
 
+// `finish` where the layer has all of these channels. Scale and shift stay in registers.
+template <typename Dot, int vectors, bool adds>
+FR_INLINE void finish_whole(const ConvBnRelu& c, const float* sum, int64_t k, const int64_t* pixel,
+                            int64_t pixels) {
+  typedef typename Dot::D D;
+  constexpr int count = vectors * 16 / kLanes;
+  const bool scales = c.scale;
+  const Activation activation = c.activation;
+  const int64_t K = c.K;
+  auto* const y = static_cast<typename D::T*>(c.y) + k;
+  const auto* const residual = static_cast<const typename D::T*>(c.residual) + k;
+  vf scale[count] = {}, shift[count] = {};
+  for (int v = 0; v < count && scales; ++v) {
+    scale[v] = load_any<vf>(c.scale + k + v * kLanes);
+    shift[v] = load_any<vf>(c.shift + k + v * kLanes);
+  }
+  for (int64_t i = 0; i < pixels; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < count; ++v) {
+      const int64_t at = pixel[i] * K + v * kLanes;
+      vf value = load_any<vf>(sum + 64 * i + v * kLanes);
+      if (scales) value = value * scale[v] + shift[v];
+      if constexpr (adds) value += D::load(residual + at);
+      store_rounded<Dot>(y + at, activated(activation, value));
+    }
+}
+
 // Stores a tile's outputs for `vectors` vectors of channels from k on.
 template <typename Dot, int vectors>
 FR_INLINE void finish(const ConvBnRelu& c, const float* sum, int64_t k, const int64_t* pixel,
                       int64_t pixels) {
   typedef typename Dot::D D;
-  const bool whole = k + vectors * 16 <= c.K;
+  if (__builtin_expect(k + vectors * 16 <= c.K, 1))
+    return c.residual ? finish_whole<Dot, vectors, true>(c, sum, k, pixel, pixels)
+                      : finish_whole<Dot, vectors, false>(c, sum, k, pixel, pixels);
   for (int64_t i = 0; i < pixels; ++i) {
     const int64_t at = pixel[i] * c.K + k;
     auto* y = static_cast<typename D::T*>(c.y) + at;
     const auto* residual = static_cast<const typename D::T*>(c.residual) + at;
-#pragma GCC unroll 8
-    for (int64_t j = 0; j < vectors * 16; j += kLanes) {
-      const vf value = load_any<vf>(sum + 64 * i + j);
-      if (__builtin_expect(whole, 1)) {
-        const auto load = [&]() FR_LAMBDA { return D::load(residual + j); };
-        store_rounded<Dot>(y + j, finished(c, value, k + j, load));
-      } else if (k + j < c.K) {
-        const int64_t lanes = c.K - k - j < kLanes ? c.K - k - j : kLanes;
-        const auto load = [&]() FR_LAMBDA { return D::load_n(residual + j, lanes); };
-        D::store_n(y + j, finished(c, value, k + j, load), lanes);
-      }
+    for (int64_t j = 0; k + j < c.K; j += kLanes) {
+      const int64_t lanes = c.K - k - j < kLanes ? c.K - k - j : kLanes;
+      const auto load = [&]() FR_LAMBDA { return D::load_n(residual + j, lanes); };
+      D::store_n(y + j, finished(c, load_any<vf>(sum + 64 * i + j), k + j, load), lanes);
     }
   }
 }
@@ -316,7 +338,9 @@ void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) 
   // The x of a pointwise convolution is prefetched during its last block of channels: two tiles
   // ahead or, as several blocks read x one after another, the tiles after this range.
   const bool last = c.pointwise && (block + 1) * 64 >= c.K;
-  const bool fetches_x = last && sizeof(typename Dot::X::T) == size;
+  // Not beyond its end: there, and in other blocks, what is read after this range.
+  const bool fetches_x = last && sizeof(typename Dot::X::T) == size && end * kTilePixels < pixels;
+  const int64_t ahead = c.after.bytes / 256;
   const int64_t distance = c.K <= 64 ? 2 : end - begin;
   const int64_t tile_bytes = kTilePixels * c.C * size;
   int64_t y_pixel[kTilePixels];
@@ -330,6 +354,11 @@ void conv_tiles(const ConvBnRelu& c, int64_t block, int64_t begin, int64_t end) 
     if (fetches_x)
       fetch.read = {static_cast<const char*>(c.x) + (tile + distance) * tile_bytes, 256,
                     tile_bytes / 256};
+    else if (ahead > 0) {
+      const int64_t from = ahead * (tile - begin) / (end - begin);
+      const int64_t to = ahead * (tile + 1 - begin) / (end - begin);
+      fetch.read = {c.after.at + from * 256, 256, to - from};
+    }
     conv_pixels<Dot, vectors>(c, block, first, left < kTilePixels ? left : kTilePixels, y_pixel,
                               fetch);
     for (int i = 0; i < kTilePixels; ++i) y_pixel[i] = next[i];

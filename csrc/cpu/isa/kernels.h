@@ -124,6 +124,12 @@ struct Epilogue {
   Activation activation;
 };
 
+// Memory that is read next, to be prefetched.
+struct Upcoming {
+  const char* at;
+  int64_t bytes;
+};
+
 struct ConvBnRelu : ConvShape, Epilogue {
   const void* x;          // (N, H, W, C) in memory; widened: float32
   const void* weight;     // packed, see cpu/convolution/direct_kernels.h; null: see skipped_pixels
@@ -139,6 +145,7 @@ struct ConvBnRelu : ConvShape, Epilogue {
   int64_t y_image, y_row, y_column;
   int64_t run;     // input channels that a tap reads
   bool pointwise;  // 1x1, stride 1, no padding: pixel i of y reads pixel i of x
+  Upcoming after;  // what is read after a range of tiles
 };
 
 constexpr int64_t kMaxTaps = 128;      // maximum R * S
