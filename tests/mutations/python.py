@@ -11,7 +11,7 @@ BN = "tests/ops/test_bn_add_relu.py"
 ADD = "tests/ops/test_add_relu.py"
 MAKE, PLAN = "fused_resnet/fusion/inference/make.py", "fused_resnet/fusion/inference/plan.py"
 GUARD = "fused_resnet/fusion/guard.py"
-HEAD = "tests/kernels/cpu/test_head.py"
+HEAD, MEANS = "tests/kernels/cpu/test_head.py", "tests/fusion/regions/test_means.py"
 CHAINS = "fused_resnet/fusion/inference/chain.py"
 INFER = "fused_resnet/fusion/inference/network.py"
 TRAINING = "fused_resnet/fusion/training/block.py"
@@ -139,6 +139,14 @@ PYTHON = [
      " and len(bias) == len(weight)", "", f"{HEAD} -k one_bias"),
     ("head: autocast", "fused_resnet/fusion/inference/head.py",
      'if torch.is_autocast_enabled("cpu") and', "if False and", f"{HEAD} -k autocast"),
+    ("means: autocast", "fused_resnet/fusion/inference/head.py",
+     'torch.is_autocast_enabled("cpu") or (torch', "(torch", f"{MEANS} -k who_else"),
+    ("means: hooks", f"{REGIONS}/program.py", "None if hooked else run_mean(x)", "run_mean(x)",
+     f"{MEANS} -k who_else"),
+    ("means: gradients", "fused_resnet/fusion/inference/head.py",
+     " or (torch.is_grad_enabled() and x.requires_grad)", "", f"{MEANS} -k who_else"),
+    ("means: another dtype's", f"{REGIONS}/program.py", "image and not named and", "image and",
+     f"{MEANS} -k test_values"),
     ("fuse: the address of a sparse tensor", GUARD, " and _has_storage(t)", "",
      f"{HEAD} -k sparse"),
     ("fuse: a list of modules grows", "fused_resnet/fusion/guard.py",

@@ -23,7 +23,7 @@ from fused_resnet.fusion.description import Description, Place, tensors_of
 from fused_resnet.fusion.dtype_rules import output_dtype
 from fused_resnet.fusion.guard import Guard
 from fused_resnet.fusion.inference.chain import Chain
-from fused_resnet.fusion.inference.head import is_global_pool, run_head
+from fused_resnet.fusion.inference.head import is_global_pool, is_one_pixel, run_head, run_mean
 from fused_resnet.fusion.inference.make import plan_of
 from fused_resnet.fusion.inference.norm import normed
 from fused_resnet.fusion.inference.plan import Plan
@@ -99,6 +99,31 @@ def _flattens(node: fx.Node, module: Any) -> bool:
         return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
     named = node.target in ("flatten", torch.flatten)
     return named and node.args[1:] == (1,) and not node.kwargs
+
+
+def _keeps_mean(node: fx.Node, module: Any) -> bool | None:
+    """Of a mean over an image's pixels: whether it keeps their dimensions. None of other nodes."""
+    if module is not None:
+        single = len(node.args) == 1 and not node.kwargs
+        return True if is_global_pool(module) and single else None
+    if node.target is F.adaptive_avg_pool2d:
+        sizes = [*node.args[1:], *node.kwargs.values()]
+        return True if len(node.args) > 0 and len(sizes) == 1 and is_one_pixel(sizes[0]) else None
+    if node.target not in ("mean", torch.mean) or len(node.args) + len(node.kwargs) > 3:
+        return None
+    named = dict(zip(("dim", "keepdim"), node.args[1:], strict=False)) | node.kwargs
+    dims, keeps = named.pop("dim", None), named.pop("keepdim", False)
+    image = isinstance(dims, (tuple, list)) and sorted(map(str, dims)) in _IMAGE
+    return keeps if image and not named and isinstance(keeps, bool) else None
+
+
+def _mean(call: Callable[..., Any], keeps: bool, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """call(x, ...), a mean over an image's pixels, by the op where it serves."""
+    hooked = isinstance(call, nn.Module) and patched(call) is not None
+    y = None if hooked else run_mean(x)
+    if y is None:
+        return call(x, *args, **kwargs)
+    return y[:, :, None, None] if keeps else y
 
 
 Values = dict[fx.Node, Any]
@@ -249,6 +274,9 @@ class Program:
         elif node.op == "call_method":
             name = str(target)
             call = lambda t, *args, **kwargs: getattr(t, name)(*args, **kwargs)  # noqa: E731
+        keeps_mean = _keeps_mean(node, module)
+        if keeps_mean is not None:
+            call = functools.partial(_mean, call, keeps_mean)
         kept = self._kept.intersection(node.all_input_nodes)
         if keeps and kept:
             self._kept.add(node)

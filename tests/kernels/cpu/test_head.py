@@ -38,6 +38,26 @@ def test_values(shape, classes, bias, dtype):
     assert error.max() <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (3, 513, 5, 3), (2, 64, 1, 1), (4, 24, 90, 70)])
+def test_means(shape, dtype):
+    """Not rounded to the dtype of x: in float32, or float64 for float64."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=LAST)
+    y = OP.mean_pixels(x)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert y.dtype == wide and y.shape == shape[:2] and y.is_contiguous()
+    assert (y.double() - x.double().mean((2, 3))).abs().max() <= TOLERANCE[wide]
+
+
+def test_means_of_nothing():
+    assert OP.mean_pixels(torch.zeros(0, 5, 2, 2)).shape == (0, 5)
+    with pytest.raises(RuntimeError, match="mean_pixels: x must have pixels, got shape"):
+        OP.mean_pixels(torch.zeros(2, 5, 0, 3))
+    with pytest.raises(RuntimeError, match="mean_pixels: x must be channels_last"):
+        OP.mean_pixels(torch.zeros(2, 20, 3, 3))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_values(value):
     x = torch.randn(2, 20, 3, 3).contiguous(memory_format=LAST)
