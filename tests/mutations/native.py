@@ -262,7 +262,7 @@ CPP = [
     ("no mask in the backward kernels", "csrc/cpu/isa/vec.h", "return y <= zero ? V{} : dy;",
      "return dy;", f"{NATIVE} -k elementwise"),
     ("the convolution drops its residual", "csrc/cpu/convolution/direct_kernels.h",
-     "return D::load(residual + j);", "return vf{};", f"{CONV} -k values"),
+     "value += D::load(residual + at);", ";", f"{CONV} -k values"),
     ("stride and padding exchanged", PACK,
      "stride[0], stride[1], padding[0], padding[1], dilation[0],",
      "padding[0], padding[1], stride[0], stride[1], dilation[0],", f"{CONV} -k integers"),
