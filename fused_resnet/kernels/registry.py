@@ -271,20 +271,20 @@ def convolutions(
     problems: Sequence[Problem], dtype: torch.dtype, device_type: str
 ) -> list[tuple[Problem, Kind]] | Problem:
     """The problems, of tensors of `dtype`, in the first compute dtype in which each has a fused
-    convolution, with those; or a problem that has none in any."""
-    failed = problems[0]
+    convolution, with those; or the first problem that has none in `dtype`."""
+    failed: Problem | None = None
     for compute in compute_dtypes(dtype, device_type):
         found: list[tuple[Problem, Kind]] = []
         for problem in problems:
             wanted = problem._replace(dtype=compute)
             kind = convolution(wanted, device_type)
             if kind is None:
-                failed = problem
+                failed = failed or problem
                 break
             found.append((wanted, kind))
         else:
             return found
-    return failed
+    return failed or problems[0]
 
 
 def target(device: torch.device) -> Target:
