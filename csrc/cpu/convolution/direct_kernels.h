@@ -100,7 +100,7 @@ FR_INLINE bool lies_inside(const ConvBnRelu& c, int64_t p, int64_t q) {
          left + (kTilePixels - 1) * c.stride_w + (c.S - 1) * c.dilation_w < c.W;
 }
 
-// `locate` for such a tile, of image n (0.75 of the time of 16 channels in and out).
+// `locate` for such a tile, of image n (0.84 to 0.98 of the time of 16 channels in and out).
 template <typename T>
 FR_INLINE int64_t locate_inside(const ConvBnRelu& c, int64_t n, int64_t p, int64_t q,
                                 const char** pixel, uint8_t* tap) {

@@ -64,16 +64,11 @@ def _max_pool2d(
     )
 
 
-def _mean_pixels(x: Tensor) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.empty((x.shape[0], x.shape[1]), dtype=wide, device=x.device)
-
-
 @functools.cache
 def register() -> None:
     """Tells PyTorch the shapes. The ops' library must be loaded."""
     for name, fake in (
         ("conv_bn_relu", _conv_bn_relu), ("block_inference", _block_inference),
-        ("max_pool2d", _max_pool2d), ("mean_pixels", _mean_pixels),
+        ("max_pool2d", _max_pool2d),
     ):  # fmt: skip
         torch.library.register_fake(f"fused_resnet_native::{name}", fake)
